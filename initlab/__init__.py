@@ -1,0 +1,50 @@
+"""initlab: what happens to the numbers in a deep network under this initialization - forward, backward, while it trains?
+
+The map of the house. Imports run one way, downwards in this list never:
+
+    errors.py      a user's mistake in one line; the one thing that every room may import
+    signal/        numbers passing through layers; a library that knows nothing of the harness
+        activations.py   table: function, derivative, gains by quadrature
+        init.py          the variance-scaling formula and its named rules; order-free random numbers
+        stats.py         table of statistics that outlive the number format; tidy rows
+    scratch/       the from-scratch network, in reading order
+        layers.py        forward and hand-written backward, neighbours on the page
+        mlp.py           the MLP by hand and its nn.Module twin
+    tasks/         what can be run, a file each: plain arguments in, frames out; knows nothing of Hydra
+        place.py         device and number format
+        data.py          the batches: digits, MNIST from files, a teacher
+        stack.py         a stack of layers, forward and backward
+        train.py         two trainings side by side
+    output/        what is kept and shown: takes frames, imports no task
+        records.py       what a run folder holds; write and read
+        summary.py       frames -> the short table and the findings in words
+        plots.py         frame -> figure
+    config.py      the typed schema of conf/, and where conf/ is found
+    launcher.py    what surrounds the jobs of a sweep
+    __main__.py    the roof: compose, run, record, draw
+
+From Python: `initlab.read("outputs/**")` gives the tables of all runs, `initlab.gain("relu")` the gain of an activation;
+`initlab.tasks.stack.stack(...)` and `initlab.tasks.train.train(...)` run the tasks and return their frames.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from initlab.output.records import read as read
+    from initlab.signal.activations import gain as gain
+
+# Public name -> where it is defined. Loaded on first use: `import initlab` alone is cheap.
+_PUBLIC = {"read": "initlab.output.records", "gain": "initlab.signal.activations"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'initlab' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]

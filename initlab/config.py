@@ -1,0 +1,176 @@
+"""The typed schema of conf/, where conf/ is found, and a mistake in an option said in one line.
+
+Types stand here, values and comments in conf/. Below the roof there is no Hydra: tasks get plain values.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from initlab.errors import UsageError, nearest, not_one_of
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+# In a checkout conf/ stands beside the package; the wheel carries it inside.
+CONF = ROOT / "conf" if (ROOT / "pyproject.toml").is_file() else HERE / "conf"
+
+
+@dataclass
+class InitConfig:
+    name: str = MISSING
+    gain: float | None = None
+    gain_kind: str | None = None
+    mode: str | None = None
+    distribution: str | None = None
+    bias: float | None = None
+
+
+@dataclass
+class ActivationConfig:
+    name: str = MISSING
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    root: str = ""
+    download: bool = False
+    url: str = ""
+
+
+@dataclass
+class TrainConfig:
+    depth: int = MISSING
+    width: int = MISSING
+    batch: int = MISSING
+    steps: int = MISSING
+    lr: float = MISSING
+    optimizer: str = MISSING
+    loss: str = MISSING
+
+
+@dataclass
+class Config:
+    task: str = MISSING
+    init: InitConfig = field(default_factory=InitConfig)
+    activation: ActivationConfig = field(default_factory=ActivationConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    depth: int = MISSING
+    width: int = MISSING
+    batch: int = MISSING
+    seed: int = MISSING
+    seeds: int = MISSING
+    dtype: str = MISSING
+    device: str = MISSING
+    threads: int = MISSING
+    train: TrainConfig = field(default_factory=TrainConfig)
+    every: int = MISSING
+    plots: bool = MISSING
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def typed(cfg: DictConfig) -> Config:
+    """The composed configuration as plain dataclasses; keys that slipped past Hydra with a `+` are refused."""
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise as_usage_error(error) from error
+
+
+def option_names(of: Any = Config, prefix: str = "") -> Iterator[str]:
+    """Every option as it is typed on the command line: groups, and the values inside them."""
+    for f in fields(of):
+        yield prefix + f.name
+        if is_dataclass(f.type):
+            yield from option_names(f.type, prefix + f.name + ".")
+
+
+def as_usage_error(error: Exception) -> UsageError:
+    """One line for what Hydra or OmegaConf say in several."""
+    if isinstance(error, OverrideParseException):
+        return UsageError(f"{error.override}: not an option; options are key=value, see --help")
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, given = error.missing_cfg_file.rpartition("/")
+        if error.options:
+            return not_one_of(group or "--config-name", given, error.options)
+        return UsageError(f"{error.missing_cfg_file}: no such file below the folders of configurations")
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    key = getattr(cause, "full_key", None)
+    said = str(getattr(cause, "msg", None) or error).splitlines()[0].rstrip(".")
+    if key and re.match(r"Key '.*' (is )?not in", said):
+        return UsageError(f"{key}: no such option{nearest(key, option_names())}; see --help")
+    if key and (given := re.match(r"Value '(.*?)'( of|$| could| is)", said)):
+        wanted = next((words for kind, words in _WANTED.items() if kind in said), f"is not allowed ({said})")
+        return UsageError(f"{key}={given[1]}: {wanted}")
+    if key:
+        return UsageError(f"{key}: {said[0].lower()}{said[1:]}")
+    if several := re.match(r"Ambiguous value for argument '(.*)'", str(error)):
+        return UsageError(f"{several[1]}: several values need a sweep; put -m before the options")
+    return UsageError(" ".join(str(error).split()))
+
+
+_WANTED = {
+    "Integer": "must be an integer",
+    "Float": "must be a number",
+    "valid bool": "must be true or false",
+}
+
+
+def refuse_dashes(words: Sequence[str]) -> None:
+    """`--depth=50` is a habit from elsewhere: say how it is written here."""
+    for word in words:
+        bare = word.lstrip("-")
+        if word.startswith("--") and bare.split("=")[0] in set(option_names()):
+            raise UsageError(f"{word}: options have no dashes, write {bare if '=' in bare else bare + '=VALUE'}")
+
+
+HYDRA_MISTAKES = (HydraException, OmegaConfBaseException)
+
+# Column of the tables -> option; a name of the trained network that the stack has too gets the prefix `train_`.
+COLUMNS = {
+    "task": "task",
+    "init": "init.name",
+    "gain_kind": "init.gain_kind",
+    "mode": "init.mode",
+    "distribution": "init.distribution",
+    "activation": "activation.name",
+    "depth": "depth",
+    "width": "width",
+    "batch": "batch",
+    "dtype": "dtype",
+    "data": "data.name",
+    "train_depth": "train.depth",
+    "train_width": "train.width",
+    "train_batch": "train.batch",
+    "steps": "train.steps",
+    "lr": "train.lr",
+    "optimizer": "train.optimizer",
+    "train_loss": "train.loss",
+}
+
+
+def columns(config: Config) -> dict[str, Any]:
+    """The configuration as columns of every table, so that a shard explains itself."""
+    found = {}
+    for name, option in COLUMNS.items():
+        value: Any = config
+        for part in option.split("."):
+            value = getattr(value, part)
+        found[name] = value
+    return found
+
+
+def seeds(config: Config) -> Sequence[int]:
+    return range(config.seed, config.seed + config.seeds)

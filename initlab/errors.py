@@ -1,0 +1,59 @@
+"""What a user can do wrong, said in one line: what was given, what is allowed, the nearest match.
+
+Every room raises `UsageError` for a mistake in what it was asked; anything else that is raised is a fault of ours.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import TypeVar
+
+Row = TypeVar("Row")
+
+# Smallest value of every option that counts something; the lower limit itself is allowed.
+LOWEST: dict[str, float] = {
+    "depth": 1,
+    "width": 1,
+    "batch": 1,
+    "seed": 0,
+    "seeds": 1,
+    "every": 1,
+    "threads": 1,
+    "train.depth": 0,
+    "train.width": 1,
+    "train.batch": 1,
+    "train.steps": 1,
+    "train.lr": 0.0,
+}
+
+
+class UsageError(ValueError):
+    """A mistake of the user; its text is one line."""
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """' - did you mean X?', or nothing where nothing is near."""
+    match = get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    return f" - did you mean {match[0]}?" if match else ""
+
+
+def not_one_of(what: str, given: object, allowed: Iterable[str]) -> UsageError:
+    names = sorted(allowed)
+    return UsageError(f"{what}={given}: must be one of {', '.join(names)}{nearest(str(given), names)}")
+
+
+def choose(table: Mapping[str, Row], name: str, what: str) -> Row:
+    """The row of a table, or one line that lists its names."""
+    if name not in table:
+        raise not_one_of(what, name, table)
+    return table[name]
+
+
+def check(**options: float) -> None:
+    """Refuse numbers below their limit; `train_depth` stands for the option `train.depth`."""
+    for key, value in options.items():
+        option = key.replace("train_", "train.", 1)
+        if not math.isfinite(value):
+            raise UsageError(f"{option}={value}: must be finite")
+        if value < LOWEST[option]:
+            raise UsageError(f"{option}={value:g}: must be at least {LOWEST[option]:g}")

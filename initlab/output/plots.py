@@ -1,0 +1,309 @@
+"""Frame -> figure. Computes nothing: medians, bands and findings come from `summary`.
+
+Layers stand in network order; a signal that died is marked where it died, since nan, inf and 0 cannot be drawn.
+"""
+
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from initlab.output import summary
+
+Tables = Mapping[str, pd.DataFrame]
+
+# dtype -> largest number, smallest normal number, smallest number
+LIMITS = {
+    "float16": (65504.0, 6.1e-5, 6.0e-8),
+    "bfloat16": (3.39e38, 1.18e-38, 9.2e-41),
+    "float32": (3.40e38, 1.18e-38, 1.4e-45),
+    "float64": (1.80e308, 2.2e-308, 4.9e-324),
+}
+BY_HAND = {"scratch": "by hand", "module": "nn.Module"}
+MANY_LAYERS = 8  # from here on a colour bar serves better than a legend
+
+
+def _figure(title: str, rows: int = 1, columns: int = 1, **settings: object) -> tuple[Figure, list[Axes]]:
+    sns.set_theme(style="whitegrid", palette="colorblind", context="notebook")
+    figure = Figure(figsize=(5.5 * columns + 4, 2.6 * rows + 2.9), layout="constrained")
+    figure.suptitle("\n".join(textwrap.wrap(title, 52 * columns + 34)), fontsize=12)
+    axes = figure.subplots(rows, columns, squeeze=False, **settings)  # type: ignore[arg-type]
+    return figure, list(axes.flat)
+
+
+def _banded(ax: Axes, band: pd.DataFrame, x: str, names: dict[str, str] | None = None) -> None:
+    """A line of medians and a band from 16 to 84 % for every label, told apart by colour and by dashes."""
+    band = band.assign(label=band["label"].astype(str).map(lambda name: (names or {}).get(name, name)))
+    order = list(band["label"].unique())
+    colours = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
+    sns.lineplot(
+        data=band, x=x, y="median", hue="label", style="label", hue_order=order, style_order=order,
+        palette=colours, errorbar=None, ax=ax,
+    )  # fmt: skip
+    for label, rows in band.groupby("label"):
+        ax.fill_between(rows[x], rows["low"], rows["high"], color=colours[label], alpha=0.2, linewidth=0)
+    if len(order) > 3:
+        ax.legend(title=None, loc="upper left", bbox_to_anchor=(1.01, 1))
+    else:
+        ax.legend(title=None)
+
+
+def _layer_axis(ax: Axes) -> None:
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("layer")
+
+
+def _limits(ax: Axes, dtypes: list[str]) -> None:
+    """Grey lines: 1, and the ends of the number formats where the curves come near them."""
+    low, high = ax.get_ylim()
+    ax.axhline(1, color="0.45", linestyle="--", linewidth=1, zorder=1)
+    for dtype in dtypes:
+        for value, name in zip(LIMITS[dtype], ("largest", "smallest normal", "smallest"), strict=True):
+            if low / 1e3 < value < high * 1e3 and (value > 1e4 or value < 1e-4):
+                ax.axhline(value, color="0.7", linestyle=":", linewidth=1.2, zorder=1)
+                ax.annotate(
+                    f"{name} {dtype}", (1, value), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+                    textcoords="offset points", ha="right", fontsize=8, color="0.4",
+                )  # fmt: skip
+
+
+def _mark_deaths(ax: Axes, band: pd.DataFrame, died: pd.DataFrame, direction: str) -> None:
+    """A cross on the axis and a label at the layer from which a signal is not finite or exactly 0."""
+    order = list(band["label"].astype(str).unique())
+    colours = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
+    height = 0
+    for label in order:
+        mine = died[died["label"].astype(str) == label]
+        first = "min" if direction == "forward" else "max"
+        said = summary.fate(mine, first)
+        if said == "alive":
+            continue
+        column = "nonfinite" if "finite" in said else "zero"
+        layer, y = mine[column].agg(first), 0.04 + 0.075 * height
+        height += 1
+        ax.axvline(layer, color=colours[label], linestyle=":", linewidth=1.4)
+        ax.plot([layer], [y], marker="X", markersize=9, color=colours[label], transform=ax.get_xaxis_transform(), clip_on=False)
+        left = layer > ax.get_xlim()[1] / 2
+        name = f"{label}: " if len(order) > 1 else ""
+        ax.annotate(
+            name + said, (layer, y), xycoords=ax.get_xaxis_transform(), xytext=(-9 if left else 9, 0),
+            textcoords="offset points", ha="right" if left else "left", va="center", fontsize=9,
+            color=colours[label], bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.85},
+        )  # fmt: skip
+
+
+def _stack(tables: Tables, direction: str, what: str) -> Figure | None:
+    stats = tables["stats"]
+    signal = summary.stack_signal(stats, direction)
+    signal = signal[signal["layer"] > 0] if direction == "backward" else signal
+    if not len(signal):
+        return None
+    found = summary.end_of_signal(stats, direction)
+    figure, (ax,) = _figure(f"{what} through the stack. {summary.findings(found)}")
+    band = summary.band(signal, ["layer"], "std")
+    _banded(ax, band, "layer")
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(low, 0.1), max(high, 10))  # a curve that stays near 1 shall look like it
+    ax.set_ylabel("std (median and 16-84 % of networks)")
+    _layer_axis(ax)
+    _limits(ax, sorted(signal["dtype"].astype(str).unique()) if "dtype" in signal else [])
+    ax.set_xlim(band["layer"].min() - 0.5, band["layer"].max() + 0.5)
+    _mark_deaths(ax, band, summary.deaths(stats, direction), direction)
+    return figure
+
+
+def activation_std(tables: Tables) -> Figure | None:
+    """Std of every layer's activations in the stack."""
+    return _stack(tables, "forward", "Activations")
+
+
+def gradient_std(tables: Tables) -> Figure | None:
+    """Std of the gradient with respect to every layer's activations, pulled back from the last layer to the first."""
+    return _stack(tables, "backward", "Gradients")
+
+
+def _trained(tables: Tables, tensor: str, direction: str) -> pd.DataFrame:
+    stats = tables["stats"]
+    chosen = (stats["stage"] == "train") & (stats["implementation"] == "scratch")
+    return stats[chosen & (stats["tensor"] == tensor) & (stats["direction"] == direction)]
+
+
+def training_activations(tables: Tables) -> Figure | None:
+    """Mean and std of the preactivations over the training steps, a line per layer."""
+    rows = _trained(tables, "preactivation", "forward")
+    if not len(rows):
+        return None
+    label, layers = str(rows["label"].iloc[0]), sorted(rows["layer"].unique())
+    by_layer = rows.assign(label=rows["layer"])
+    figure, axes = _figure("", 1, 2)
+    ends = []
+    for ax, statistic in zip(axes, ("mean", "std"), strict=True):
+        band = summary.band(by_layer, ["step"], statistic)
+        colours = dict(zip(layers, sns.color_palette("viridis", len(layers)), strict=True))
+        sns.lineplot(data=band, x="step", y="median", hue="label", palette=colours, errorbar=None, ax=ax, legend=len(layers) <= MANY_LAYERS)
+        for layer, line in band.groupby("label"):
+            if len(layers) <= MANY_LAYERS:
+                ax.fill_between(line["step"], line["low"], line["high"], color=colours[layer], alpha=0.2, linewidth=0)
+        ax.set_ylabel(f"{statistic} of the preactivations")
+        ax.set_xlabel("training step")
+        if ax.get_legend():
+            ax.legend(title="layer")
+        ends.append(band)
+    if len(layers) > MANY_LAYERS:
+        axes[1].set_yscale("log")
+        _layer_bar(figure, axes, len(layers))
+    figure.suptitle(_training_title(label, ends[1], layers))
+    return figure
+
+
+def _training_title(label: str, band: pd.DataFrame, layers: list[int]) -> str:
+    said = []
+    for layer in (layers[0], layers[-1]) if len(layers) > 1 else layers:
+        line = band[band["label"] == layer]["median"].to_numpy()
+        alive = np.isfinite(line)
+        gone = "" if alive.all() else f", not finite from step {int(np.argmin(alive))} on"
+        said.append(f"layer {layer} from {line[0]:.3g} to {line[alive][-1]:.3g}{gone}" if alive.any() else f"layer {layer} never finite")
+    return f"{label}: std of the preactivations in training, " + ", ".join(said)
+
+
+def _layer_bar(figure: Figure, axes: list[Axes], layers: int) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    figure.colorbar(ScalarMappable(Normalize(1, layers), "viridis"), ax=axes, label="layer")
+
+
+def gradient_norm(tables: Tables) -> Figure | None:
+    """Norm of every layer's weight gradient at every recorded step, as a heat map."""
+    rows = _trained(tables, "weight", "backward")
+    if not len(rows):
+        return None
+    band = summary.band(rows, ["layer", "step"], "norm")
+    table = band.pivot(index="layer", columns="step", values="median")
+    label = str(rows["label"].iloc[0])
+    values = table.to_numpy()
+    seen = values[np.isfinite(values) & (values > 0)]
+    figure, (ax,) = _figure(f"{label}: norm of the weight gradients, {_range(seen)}, median over networks")
+    ax.set_facecolor("0.75")
+    drawn = np.where(values > 0, values, np.nan)
+    norm = LogNorm(seen.min(), seen.max() if seen.max() > seen.min() else 10 * seen.min()) if len(seen) else None
+    steps, layers = table.columns.to_numpy(), table.index.to_numpy()
+    mesh = ax.pcolormesh(_edges(steps), _edges(layers), np.ma.masked_invalid(drawn), norm=norm, cmap="viridis", rasterized=True)
+    if len(seen):
+        figure.colorbar(mesh, ax=ax, label="norm of dL/dW")
+    if len(seen) < values.size:
+        ax.plot([], [], marker="s", linestyle="", color="0.75", label="0 or not finite")
+        ax.legend(loc="upper right")
+    ax.grid(visible=False)
+    ax.set_xlabel("training step")
+    ax.set_ylabel("layer")
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.invert_yaxis()
+    return figure
+
+
+def _range(seen: np.ndarray) -> str:
+    return f"from {seen.min():.3g} to {seen.max():.3g}" if len(seen) else "0 or not finite everywhere"
+
+
+def _edges(centers: np.ndarray) -> np.ndarray:
+    half = (centers[1] - centers[0]) / 2 if len(centers) > 1 else 0.5
+    return np.append(centers - half, centers[-1] + half)
+
+
+def loss(tables: Tables) -> Figure | None:
+    """Loss by hand and by `nn.Module`, and beneath it their relative difference."""
+    losses = tables.get("losses")
+    if losses is None or not len(losses):
+        return None
+    label = str(losses["label"].iloc[0])
+    band = summary.band(losses.assign(label=losses["implementation"]), ["step"], "loss")
+    apart = summary.loss_difference(losses)
+    last = band[band["step"] == band["step"].max()].set_index("label")["median"]
+    worst = apart["largest"].max()
+    title = (
+        f"{label}: loss {last['scratch']:.3g} by hand and {last['module']:.3g} by nn.Module after {band['step'].max()} updates, "
+        f"at most {worst:.1g} apart"
+    )
+    figure, (top, bottom) = _figure(title, 2, 1, sharex=True, height_ratios=[2, 1])
+    _banded(top, band, "step", BY_HAND)
+    top.set_ylabel("loss")
+    if (band["low"] > 0).all():
+        top.set_yscale("log")
+    sns.lineplot(data=apart, x="step", y="largest", errorbar=None, color="0.25", ax=bottom, label="largest of the networks")
+    sns.scatterplot(data=apart, x="step", y="median", color="0.25", s=9, linewidth=0, ax=bottom, label="median")
+    bottom.legend(fontsize=8)
+    if (apart["largest"] > 0).any():
+        bottom.set_yscale("log")
+    bottom.set_ylabel("|difference| / loss")
+    bottom.set_xlabel("training step")
+    _mark_divergence(top, losses)
+    return figure
+
+
+def _mark_divergence(ax: Axes, losses: pd.DataFrame) -> None:
+    """Where the first network's loss is no number any more, and how many follow."""
+    gone = losses[~np.isfinite(losses["loss"])]
+    ax.set_xlim(losses["step"].min() - 0.5, losses["step"].max() + 0.5)
+    if len(gone):
+        step, last = gone["step"].min(), gone[gone["step"] == losses["step"].max()]
+        ax.axvline(step, color="0.3", linestyle=":")
+        said = f"not finite from step {step} on, {last['seed'].nunique()} of {losses['seed'].nunique()} networks at the end"
+        left = step > losses["step"].max() / 2
+        ax.annotate(
+            said, (step, 0.5), xycoords=ax.get_xaxis_transform(), xytext=(-6 if left else 6, 0),
+            textcoords="offset points", ha="right" if left else "left", fontsize=9,
+        )  # fmt: skip
+
+
+def compared_loss(tables: Tables) -> Figure | None:
+    """Loss by hand of several runs."""
+    losses = tables.get("losses")
+    if losses is None or not len(losses):
+        return None
+    rows = losses[losses["implementation"] == "scratch"]
+    band = summary.band(rows, ["step"], "loss")
+    last = band[band["step"] == band["step"].max()]
+    best = last.sort_values("median").iloc[0]
+    said = f"{best['label']} {best['median']:.3g}" if np.isfinite(best["median"]) else "none is finite"
+    figure, (ax,) = _figure(f"Lowest loss after {best['step']} updates: {said}")
+    _banded(ax, band, "step")
+    if (band["low"].dropna() > 0).all():
+        ax.set_yscale("log")
+    ax.set_ylabel("loss (median and 16-84 % of networks)")
+    ax.set_xlabel("training step")
+    return figure
+
+
+FIGURES: dict[str, Callable[[Tables], Figure | None]] = {
+    "activation_std": activation_std,
+    "gradient_std": gradient_std,
+    "training_activations": training_activations,
+    "gradient_norm": gradient_norm,
+    "loss": loss,
+}
+COMPARING: dict[str, Callable[[Tables], Figure | None]] = {
+    "activation_std": activation_std,
+    "gradient_std": gradient_std,
+    "loss": compared_loss,
+}
+
+
+def draw(tables: Tables, folder: Path, compare: bool = False) -> list[Path]:
+    """Write every figure that the tables allow as PNG; their paths."""
+    labelled = {name: frame.assign(label=summary.labels(frame)) for name, frame in tables.items()}
+    paths = []
+    for name, make in (COMPARING if compare else FIGURES).items():
+        figure = make(labelled)
+        if figure is not None:
+            paths.append(folder / f"{name}.png")
+            figure.savefig(paths[-1], dpi=110)
+    return paths

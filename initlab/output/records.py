@@ -1,0 +1,206 @@
+"""What a run folder holds: written part by part while the run goes on, read back as one frame with all others.
+
+A table is kept as `parts/TABLE-NNNNN.parquet` until the run ends, then as `TABLE.parquet`; every file is written under
+a temporary name and renamed, so a kill loses only what was not flushed. nan is a value here and never becomes null.
+"""
+
+import glob
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import initlab
+from initlab.errors import UsageError, choose
+
+SCHEMA_VERSION = 1
+TABLES = {
+    "stats": "a row per stage, implementation, seed, step, layer, tensor and direction",
+    "losses": "loss and accuracy per implementation, seed and step",
+    "parity": "relative error of the hand-written tensors against the module's",
+}
+_OURS_BEFORE_A_RUN = {".hydra", "initlab.log", "multirun.yaml"}
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder of a run or a sweep in which nothing was measured, and the folders above it that it leaves empty."""
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= _OURS_BEFORE_A_RUN:
+        shutil.rmtree(folder)
+        for parent in list(folder.parents)[:2]:
+            if any(parent.iterdir()):
+                break
+            parent.rmdir()
+
+
+class Recorder:
+    """Writes one run folder; as a context manager it says in run.json how the run ended, however it ended."""
+
+    def __init__(self, folder: Path, columns: Mapping[str, Any], device: str, **about: Any) -> None:
+        self.folder, self.columns = folder, dict(columns)
+        self.about = {
+            "schema_version": SCHEMA_VERSION,
+            "status": "running",
+            "started": datetime.now(UTC).isoformat(),
+            "columns": self.columns,
+            **about,
+            "device": device,
+            **_machine(),
+        }
+        self._start, self._parts = (time.perf_counter(), time.process_time()), 0
+
+    def __enter__(self) -> "Recorder":
+        (self.folder / "parts").mkdir(parents=True, exist_ok=True)
+        self._say("running")
+        return self
+
+    def add(self, frames: Mapping[str, pd.DataFrame]) -> None:
+        """Write some rows of some tables; they survive whatever comes later."""
+        for name, frame in frames.items():
+            path = self.folder / "parts" / f"{name}-{self._parts:05d}.parquet"
+            _write(_as_arrow(frame, self.columns), path)
+        self._parts += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name in TABLES:
+            tables = [pq.read_table(path) for path in _parts(self.folder, name)]
+            if tables:
+                _write(_joined(tables), self.folder / f"{name}.parquet")
+        shutil.rmtree(self.folder / "parts")
+        if error is None:
+            self._say("done")
+        elif isinstance(error, Exception):
+            self._say("failed", error=f"{type(error).__name__}: {error}")
+        else:
+            self._say("interrupted")
+
+    def _say(self, status: str, **more: Any) -> None:
+        wall, cpu = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
+        self.about |= {"status": status, "wall_seconds": round(wall, 3), "cpu_seconds": round(cpu, 3), **more}
+        partial = self.folder / "run.json.part"
+        partial.write_text(json.dumps(self.about, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, self.folder / "run.json")
+
+
+def _machine() -> dict[str, Any]:
+    packages = ("torch", "hydra-core", "numpy", "pandas", "pyarrow", "seaborn")
+    versions = {"initlab": initlab.__version__, "python": platform.python_version()}
+    return {
+        "versions": versions | {name: version(name) for name in packages},
+        "git_revision": _git_revision(),
+        "platform": platform.platform(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _git_revision() -> str | None:
+    """Revision of initlab's own checkout, with `+` where files differ from it; None outside a checkout."""
+    root = Path(initlab.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            capture_output=True, text=True, timeout=5, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _as_arrow(frame: pd.DataFrame, constants: Mapping[str, Any]) -> pa.Table:
+    """Columns of the frame, then the constant ones; strings as dictionaries, nan kept as nan."""
+    columns: dict[str, pa.Array] = {}
+    for name, column in frame.items():
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            names = pa.array([str(c) for c in column.cat.categories], pa.string())
+            columns[str(name)] = pa.DictionaryArray.from_arrays(pa.array(column.cat.codes.to_numpy(np.int32)), names)
+        else:
+            columns[str(name)] = pa.array(column.to_numpy(), from_pandas=False)
+    for name, value in constants.items():
+        if isinstance(value, str):
+            codes = pa.array(np.zeros(len(frame), np.int32))
+            columns[name] = pa.DictionaryArray.from_arrays(codes, pa.array([value]))
+        else:
+            columns[name] = pa.array(np.full(len(frame), value))
+    return pa.table(columns)
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    words = [f.name for f in table.schema if pa.types.is_dictionary(f.type)]
+    floats = [f.name for f in table.schema if pa.types.is_floating(f.type)]
+    partial = path.with_suffix(".part")
+    pq.write_table(table, partial, compression="zstd", use_dictionary=words, use_byte_stream_split=floats)
+    os.replace(partial, path)
+
+
+def _joined(tables: list[pa.Table]) -> pa.Table:
+    return pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
+
+
+def _parts(folder: Path, table: str) -> list[Path]:
+    return sorted((folder / "parts").glob(f"{table}-*.parquet"))
+
+
+def run_folders(paths: str | Path | Iterable[str | Path]) -> Iterator[Path]:
+    """Folders with a run.json at or below the given paths or globs, sorted, each once."""
+    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    found = {
+        Path(json_file).parent
+        for path in given
+        for match in glob.glob(str(path), recursive=True)
+        for json_file in ([match] if match.endswith("run.json") else glob.glob(f"{glob.escape(match)}/**/run.json", recursive=True))
+    }  # fmt: skip
+    yield from sorted(found)
+
+
+def read_folder(folder: Path, table: str = "stats") -> pa.Table | None:
+    """One table of one run, with the column `run`; of an unfinished run what it has. None where there is nothing."""
+    whole = folder / f"{table}.parquet"
+    paths = [whole] if whole.is_file() else _parts(folder, table)
+    try:
+        tables = [pq.read_table(path) for path in paths]
+    except (OSError, pa.ArrowException) as error:
+        warnings.warn(f"{folder}: {table} cannot be read ({error})", stacklevel=3)
+        return None
+    if not tables:
+        return None
+    joined = _joined(tables)
+    run = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(joined), np.int32)), pa.array([str(folder)]))
+    return joined.append_column("run", run)
+
+
+def read(paths: str | Path | Iterable[str | Path] = "outputs/**", table: str = "stats") -> pd.DataFrame:
+    """One frame of a table of all runs at or below `paths`, the configuration and the run folder as columns.
+
+    Runs that are not done are named in a warning and what they have is read. Nothing found is a ValueError.
+    """
+    choose(TABLES, table, "table")
+    tables = []
+    for folder in run_folders(paths):
+        status = json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"]
+        one = read_folder(folder, table)
+        if status != "done":
+            rows = 0 if one is None else len(one)
+            warnings.warn(f"{folder}: this run is {status}, not done; reading the {rows} rows it has", stacklevel=2)
+        if one is not None:
+            tables.append(one)
+    if not tables:
+        raise UsageError(f"no run with a table `{table}` at or below {paths}")
+    return _joined(tables).to_pandas()

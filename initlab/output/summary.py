@@ -1,0 +1,196 @@
+"""Frames of one run or of many -> the short table that a run prints, and where each signal died.
+
+Takes frames alone; a frame without the column `run` is one run.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+# Configuration columns that may tell runs apart, in the order in which they are named.
+TELLING = (
+    "init", "activation", "gain", "mode", "distribution", "depth", "width", "batch", "dtype", "device", "data",
+    "train_depth", "train_width", "train_batch", "steps", "lr", "optimizer", "train_loss",
+)  # fmt: skip
+ALWAYS = ("init", "activation")
+PARITY_LIMIT = {"float64": 1e-12, "float32": 1e-5}  # what the two backward passes are held to
+
+
+def telling_columns(frame: pd.DataFrame) -> list[str]:
+    """`init` and `activation`, and whatever else differs between the runs; the gain only where those do not tell it."""
+    found = [name for name in TELLING if name in frame and (name in ALWAYS or frame[name].nunique(dropna=False) > 1)]
+    for derived in ("gain", "mode", "distribution"):
+        if derived in found:
+            others = [name for name in found if name != derived]
+            if (frame.groupby(others, observed=True)[derived].nunique(dropna=False) <= 1).all():
+                found.remove(derived)
+    return found
+
+
+def labels(frame: pd.DataFrame) -> pd.Categorical:
+    """A short name for each row's run: 'kaiming, relu'."""
+    names = telling_columns(frame)
+    codes = frame.groupby(names, observed=True, sort=False, dropna=False).ngroup().to_numpy()
+    one = frame[names].drop_duplicates()
+    return pd.Categorical.from_codes(
+        codes, [", ".join(_named(name, value) for name, value in zip(names, row, strict=True)) for row in one.to_numpy()]
+    )
+
+
+def _named(name: str, value: object) -> str:
+    said = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return said if name in ALWAYS or isinstance(value, str) else f"{name} {said}"
+
+
+def stack_signal(stats: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
+    """The stack's activations, or the gradients with respect to them, in network order."""
+    rows = stats[(stats["stage"] == "stack") & (stats["tensor"] == "activation") & (stats["direction"] == direction)]
+    return rows.sort_values("layer")
+
+
+def deaths(stats: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
+    """Per label and seed: the first layer (in the direction of travel) that is not finite, and that is all zero; nan = none.
+
+    A layer is not finite if its activation (backward: the gradient with respect to it) has a nan or an inf. Backward the
+    first layer is the deepest. Needs the column `label`.
+    """
+    rows = stack_signal(stats, direction)
+    first = "min" if direction == "forward" else "max"
+    keys = ["label", "seed"]
+    everyone = rows[keys].drop_duplicates().set_index(keys).index
+    bad = rows[rows["n_nan"] + rows["n_inf"] > 0].groupby(keys, observed=True)["layer"].agg(first)
+    zero = rows[rows["frac_zero"] == 1].groupby(keys, observed=True)["layer"].agg(first)
+    return pd.DataFrame({"nonfinite": bad, "zero": zero}).reindex(everyone).astype(float).reset_index()
+
+
+def fate(died: pd.DataFrame, first: str = "min") -> str:
+    """'alive', or from which layer on the first network of an ensemble died and how many did."""
+    for column, words in (("nonfinite", "not finite"), ("zero", "exactly 0")):
+        layers = died[column].dropna()
+        if len(layers):
+            some = "" if len(layers) == len(died) else f" ({len(layers)} of {len(died)} networks)"
+            return f"{words} from layer {layers.agg(first):.0f}{some}"
+    return "alive"
+
+
+def ranked(values: np.ndarray, shares: tuple[float, ...] = (0.16, 0.5, 0.84)) -> np.ndarray:
+    """Quantiles over the last axis in which a network without a number ranks above all others; nan where one is hit.
+
+    A network that exploded is then neither dropped, which would flatter the rest, nor does it hide them.
+    """
+    ranks = np.where(np.isnan(values), np.inf, values)
+    with np.errstate(invalid="ignore"):
+        found = np.quantile(ranks, shares, axis=-1)
+    return np.where(np.isfinite(found), found, np.nan)
+
+
+def band(frame: pd.DataFrame, along: list[str], value: str) -> pd.DataFrame:
+    """Per label and position `along`: median and 16-84 % of the networks, see `ranked`; needs `label` and `seed`."""
+    found = []
+    for label, rows in frame.groupby("label", observed=True):
+        networks = rows.pivot(index=along, columns="seed", values=value)
+        low, median, high = ranked(networks.to_numpy())
+        found.append(networks.index.to_frame(index=False).assign(label=label, low=low, median=median, high=high))
+    return pd.concat(found, ignore_index=True)
+
+
+def end_of_signal(stats: pd.DataFrame, direction: str = "forward") -> dict[str, str]:
+    """Per label a few words about the std at the end of the way: the last layer forward, the first backward."""
+    signal, died = stack_signal(stats, direction), deaths(stats, direction)
+    signal = signal[signal["layer"] > 0]
+    last, travel = ("max", "min") if direction == "forward" else ("min", "max")
+    found = {}
+    for label, rows in signal.groupby("label", observed=True):
+        end = band(rows[rows["layer"] == rows["layer"].agg(last)], ["layer"], "std").iloc[0]
+        said = fate(died[died["label"] == label], travel)
+        spread = f"std {_number(end['median'])} at layer {end['layer']} ({_number(end['low'])} to {_number(end['high'])})"
+        found[str(label)] = spread if said == "alive" else said
+    return found
+
+
+def findings(found: Mapping[str, str]) -> str:
+    """What is said of every label, or how many met which fate where they are too many for a title."""
+    if len(found) <= 4:
+        return "; ".join(f"{label}: {said}" for label, said in found.items())
+    fates = Counter("alive" if said.startswith("std") else said.split(" from")[0] for said in found.values())
+    return f"{len(found)} settings: " + ", ".join(f"{n} {said}" for said, n in fates.most_common())
+
+
+def loss_difference(losses: pd.DataFrame) -> pd.DataFrame:
+    """Per step |by hand - nn.Module| / |nn.Module| of the losses: `median` and `largest` over the networks."""
+    wide = losses.pivot(index=["seed", "step"], columns="implementation", values="loss")
+    apart = (wide["scratch"] - wide["module"]).abs() / wide["module"].abs()
+    return apart.groupby("step").agg(["median", "max"]).rename(columns={"max": "largest"}).reset_index()
+
+
+def end_of_signal(stats: pd.DataFrame, direction: str = "forward") -> dict[str, str]:
+    """Per label one sentence about the std at the end of the way: the last layer forward, the first backward."""
+    signal, died = stack_signal(stats, direction), deaths(stats, direction)
+    signal = signal[signal["layer"] > 0]
+    last, travel = ("max", "min") if direction == "forward" else ("min", "max")
+    found = {}
+    for label, rows in signal.groupby("label", observed=True):
+        end = band(rows[rows["layer"] == rows["layer"].agg(last)], ["layer"], "std").iloc[0]
+        said = fate(died[died["label"] == label], travel)
+        alive = f"std {_number(end['median'])} at layer {end['layer']} (16-84 %: {_number(end['low'])} to {_number(end['high'])})"
+        found[str(label)] = alive if said == "alive" else said
+    return found
+
+
+def summarize(stats: pd.DataFrame, losses: pd.DataFrame | None, parity: pd.DataFrame | None) -> pd.DataFrame:
+    """A row per label: the last layer's mean and std (median over seeds, 16-84 % of networks), the signal's fate,
+    the last loss by hand and by nn.Module (median over seeds) and how many networks diverged, the largest relative difference of a gradient.
+    """
+    stats = stats.assign(label=labels(stats))
+    table = stats.drop_duplicates("label").set_index("label")[telling_columns(stats)].astype(object)
+    signal = stack_signal(stats)
+    if len(signal):
+        last = signal[signal["layer"] == signal.groupby("label", observed=True)["layer"].transform("max")]
+        table["mean"] = band(last, ["layer"], "mean").set_index("label")["median"]
+        spread = band(last, ["layer"], "std").set_index("label")
+        table["std"], table["std16"], table["std84"] = spread["median"], spread["low"], spread["high"]
+        died = deaths(stats)
+        table["signal"] = pd.Series({label: fate(rows) for label, rows in died.groupby("label", observed=True)})
+    if losses is not None and len(losses):
+        losses = losses.assign(label=labels(losses))
+        last = losses[losses["step"] == losses.groupby("label", observed=True)["step"].transform("max")]
+        for name, implementation in (("by hand", "scratch"), ("nn.Module", "module")):
+            rows = last[last["implementation"] == implementation]
+            table[f"loss {name}"] = band(rows, ["step"], "loss").set_index("label")["median"]
+        diverged = last[last["implementation"] == "scratch"].groupby("label", observed=True)["loss"]
+        table["diverged"] = diverged.agg(lambda loss: f"{(~np.isfinite(loss)).sum()} of {len(loss)}")
+    if parity is not None and len(parity):
+        parity = parity.assign(label=labels(parity))
+        gradients = parity[parity["direction"] == "backward"].groupby("label", observed=True)
+        table["gradient difference"] = gradients["relative_error"].max()
+        table["not comparable"] = gradients["n_nonfinite"].agg(lambda n: float((n > 0).mean()))
+    return table.reset_index(drop=True)
+
+
+def as_text(table: pd.DataFrame) -> str:
+    """The summary as fixed-width text."""
+    shown = table.copy()
+    if "std16" in shown:
+        low, high = shown.pop("std16"), shown.pop("std84")
+        shown.insert(
+            shown.columns.get_loc("std") + 1,  # type: ignore[operator]
+            "16-84 % of networks",
+            [f"{_number(a)} to {_number(b)}" if a == a else "" for a, b in zip(low, high, strict=True)],
+        )
+    if "diverged" in shown and shown["diverged"].str.startswith("0 ").all():
+        shown.pop("diverged")
+    if "not comparable" in shown:
+        share = shown.pop("not comparable")
+        shown["gradient difference"] = [
+            _number(value) + (f" ({part:.0%} not finite)" if part else "")
+            for value, part in zip(shown["gradient difference"], share, strict=True)
+        ]
+    for name in shown:
+        shown[name] = [_number(v) if isinstance(v, float) else str(v) for v in shown[name]]
+    return shown.to_string(index=False)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"

@@ -1,0 +1,105 @@
+"""The MLP by hand and its `nn.Module` twin.
+
+`parameters` is `[(w, b), ...]`, first layer first, w (..., I, O) and b (..., O); the last layer has no activation.
+Layer l of the tables is `parameters[l - 1]`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from initlab.scratch.layers import Loss, lin, lin_grad, lin_inp_grad
+from initlab.signal.activations import Activation
+
+Parameters = list[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Pass:
+    """One forward and backward pass: position l - 1 of a list belongs to layer l."""
+
+    preactivations: list[Tensor]
+    activations: list[Tensor]  # one fewer: the last layer has none
+    loss: Tensor
+    preactivation_grads: list[Tensor]
+    activation_grads: list[Tensor]
+    parameter_grads: Parameters
+
+    @property
+    def out(self) -> Tensor:
+        return self.preactivations[-1]
+
+
+def forward(parameters: Parameters, inp: Tensor, activation: Activation) -> tuple[list[Tensor], list[Tensor]]:
+    """Preactivations and activations of every layer."""
+    preactivations = [lin(inp, *parameters[0])]
+    activations = []
+    for w, b in parameters[1:]:
+        activations.append(activation.phi(preactivations[-1]))
+        preactivations.append(lin(activations[-1], w, b))
+    return preactivations, activations
+
+
+def forward_and_backward(
+    parameters: Parameters, xb: Tensor, yb: Tensor, activation: Activation, loss: Loss
+) -> Pass:
+    """The whole pass by hand, for one network or an ensemble; the input gets no gradient, nobody needs it."""
+    z, a = forward(parameters, xb, activation)
+    z_grads: list[Tensor] = [loss.grad(z[-1], yb)]
+    a_grads: list[Tensor] = []
+    for (w, _), z_below in zip(parameters[:0:-1], z[-2::-1], strict=True):
+        a_grads.append(lin_inp_grad(z_grads[-1], w))
+        z_grads.append(activation.pull_back(a_grads[-1], z_below))
+    z_grads, a_grads = z_grads[::-1], a_grads[::-1]
+    grads = [lin_grad(g, inp) for g, inp in zip(z_grads, [xb, *a], strict=True)]
+    return Pass(z, a, loss.forward(z[-1], yb), z_grads, a_grads, grads)
+
+
+def twin(parameters: Parameters, member: int, activation: Activation) -> nn.Sequential:
+    """The same network as torch writes it, with a copy of the weights of one member of the ensemble."""
+    layers: list[nn.Module] = []
+    for w, b in parameters:
+        linear = nn.Linear(*w.shape[-2:], device=w.device, dtype=w.dtype)
+        with torch.no_grad():
+            linear.weight.copy_(w[member].mT)
+            linear.bias.copy_(b[member])
+        layers += [linear, activation.module()]
+    return nn.Sequential(*layers[:-1])
+
+
+def twin_parameters(twins: Sequence[nn.Sequential]) -> Parameters:
+    """The parameters of the twins as one ensemble, in the layout of the hand-written network (a copy)."""
+    return _as_ensemble([[p.detach() for p in model.parameters()] for model in twins])
+
+
+def _as_ensemble(members: Sequence[Sequence[Tensor]]) -> Parameters:
+    """[[weight, bias, weight, bias, ...], ...] of torch's layout, a list per member, as [(w, b), ...]."""
+    stacked = [torch.stack(same) for same in zip(*members, strict=True)]
+    return [(weight.mT.contiguous(), bias) for weight, bias in zip(stacked[0::2], stacked[1::2], strict=True)]
+
+
+def twin_forward_and_backward(
+    twins: Sequence[nn.Sequential], xb: Tensor, yb: Tensor, loss: Loss, watch: bool
+) -> tuple[Tensor, Tensor, Pass | None]:
+    """Losses (E,) and outputs (E, N, O) of the twins one by one, `.grad` filled by autograd; all tensors if `watch`."""
+    outputs: list[list[Tensor]] = []
+    for member, model in enumerate(twins):
+        outputs.append([xb[member]])
+        for layer in model:
+            outputs[-1].append(layer(outputs[-1][-1]))
+            if watch:
+                outputs[-1][-1].retain_grad()
+    losses = torch.stack([loss.module(seen[-1], yb[member]) for member, seen in enumerate(outputs)])
+    losses.sum().backward()
+    out = torch.stack([seen[-1].detach() for seen in outputs])
+    if not watch:
+        return losses.detach(), out, None
+    layers = [list(same) for same in zip(*outputs, strict=True)][1:]
+    values = [torch.stack([t.detach() for t in same]) for same in layers]
+    grads = [torch.stack([t.grad for t in same if t.grad is not None]) for same in layers]
+    parameter_grads = _as_ensemble([[p.grad for p in model.parameters() if p.grad is not None] for model in twins])
+    return losses.detach(), out, Pass(
+        values[0::2], values[1::2], losses.detach(), grads[0::2], grads[1::2], parameter_grads
+    )

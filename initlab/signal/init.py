@@ -1,0 +1,146 @@
+"""The variance-scaling formula and its named rules.
+
+Weights have shape (I, O), I = fan_in, O = fan_out, as in the book's `x @ w`; torch's `nn.Linear` stores the transpose.
+Each tensor's random numbers depend on (seed, what it is, layer) alone, are drawn in float32 on the CPU and converted:
+a seed means the same network in every dtype, on every device, at every depth and in every ensemble.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from initlab.errors import UsageError, choose
+from initlab.signal import activations
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Weights of standard deviation gain / sqrt(fan), fan chosen by `mode`, shape of the law by `distribution`.
+
+    `gain` None asks for the gain of the activation, of kind `gain_kind` (see `activations.GAIN_KINDS`).
+    `bias` is the half-width of a uniform bias in units of 1/sqrt(fan_in); 0 starts biases at 0.
+    """
+
+    gain: float | None = None
+    mode: str = "fan_in"
+    distribution: str = "normal"
+    bias: float = 0.0
+    gain_kind: str = "chi"
+
+    def __post_init__(self) -> None:
+        choose(MODES, self.mode, "init.mode")
+        choose(DISTRIBUTIONS, self.distribution, "init.distribution")
+        choose(activations.GAIN_KINDS, self.gain_kind, "init.gain_kind")
+        if self.gain is not None and not 0 <= self.gain < math.inf:
+            raise UsageError(f"init.gain={self.gain}: must be a finite number, at least 0")
+        if not 0 <= self.bias < math.inf:
+            raise UsageError(f"init.bias={self.bias}: must be a finite number, at least 0")
+
+    def gain_for(self, activation: str) -> float:
+        """The gain in force, dimensionless."""
+        return activations.gain(activation, self.gain_kind) if self.gain is None else self.gain
+
+
+# What the variance of a weight is divided by.
+MODES: dict[str, Callable[[int, int], float]] = {
+    "constant": lambda fan_in, fan_out: 1.0,
+    "fan_in": lambda fan_in, fan_out: float(fan_in),
+    "fan_out": lambda fan_in, fan_out: float(fan_out),
+    "fan_avg": lambda fan_in, fan_out: (fan_in + fan_out) / 2,
+}
+
+def _generator(seed: int, what: str, layer: int) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{what}/{layer}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def gaussian(shape: Sequence[int], seed: int, what: str, layer: int = 0) -> Tensor:
+    """Standard normal numbers, float32 on the CPU, that depend on (seed, what, layer) alone."""
+    return torch.empty(*shape).normal_(generator=_generator(seed, what, layer))
+
+
+def uniform(shape: Sequence[int], seed: int, what: str, layer: int = 0) -> Tensor:
+    """Uniform numbers on (-1, 1), likewise."""
+    return torch.empty(*shape).uniform_(-1, 1, generator=_generator(seed, what, layer))
+
+
+def permutation(n: int, seed: int, what: str, layer: int = 0) -> Tensor:
+    """A random order of 0..n-1, int64, likewise."""
+    return torch.randperm(n, generator=_generator(seed, what, layer))
+
+
+def _normal(shape: tuple[int, int], std: float, seed: int, layer: int) -> Tensor:
+    return gaussian(shape, seed, "weight", layer).mul_(std)
+
+
+def _uniform(shape: tuple[int, int], std: float, seed: int, layer: int) -> Tensor:
+    return uniform(shape, seed, "weight", layer).mul_(std * math.sqrt(3))
+
+
+def _truncated(shape: tuple[int, int], std: float, seed: int, layer: int) -> Tensor:
+    """Normal cut off at two sigma of its parent, widened so that the standard deviation is the one asked for."""
+    edge = math.erf(math.sqrt(2))  # P(|u| < 2)
+    z = torch.erfinv(uniform(shape, seed, "weight", layer).mul_(edge)).mul_(math.sqrt(2))
+    return z.clamp_(-2, 2).mul_(std / 0.87962566103423978)  # sqrt(1 - 4 pdf(2) / P(|u| < 2))
+
+
+def _orthogonal(shape: tuple[int, int], std: float, seed: int, layer: int) -> Tensor:
+    """std sqrt(fan) times a matrix with orthonormal rows or columns, uniform (Mezzadri 2007: QR, signs of R)."""
+    i, o = shape
+    q, r = torch.linalg.qr(gaussian((max(i, o), min(i, o)), seed, "weight", layer).double())
+    q = q * r.diagonal().sign()
+    return ((q if i >= o else q.mT) * (std * math.sqrt(i))).float()
+
+
+# name -> f((I, O), std, seed, layer): a float32 tensor on the CPU
+DISTRIBUTIONS: dict[str, Callable[[tuple[int, int], float, int, int], Tensor]] = {
+    "normal": _normal,
+    "uniform": _uniform,
+    "truncated_normal": _truncated,
+    "orthogonal": _orthogonal,
+}
+
+
+RULES: dict[str, Rule] = {
+    "naive": Rule(gain=1.0, mode="constant"),  # N(0, 1)
+    "small": Rule(gain=0.01, mode="constant"),  # N(0, 0.01^2)
+    "lecun": Rule(gain=1.0),  # N(0, 1/fan_in), LeCun et al. 1998
+    "xavier": Rule(mode="fan_avg"),  # N(0, 2 gain^2/(fan_in + fan_out)), Glorot & Bengio 2010, eq. 12
+    "kaiming": Rule(),  # N(0, gain^2/fan_in), He et al. 2015, eq. 14
+    "orthogonal": Rule(distribution="orthogonal"),  # gain times a random isometry, Saxe et al. 2013
+    "torch_default": Rule(gain=3**-0.5, distribution="uniform", bias=1.0),  # U(-1/sqrt(fan_in), 1/sqrt(fan_in))
+}
+
+
+def rule(name: str, **changes: object) -> Rule:
+    """A row of the table, with some of its fields replaced; None keeps the row's own.
+
+    >>> rule("kaiming", mode="fan_out").mode
+    'fan_out'
+    """
+    row = choose(RULES, name, "init")
+    return replace(row, **{key: value for key, value in changes.items() if value is not None})  # type: ignore[arg-type]
+
+
+def draw(
+    rule: Rule,
+    activation: str,
+    shape: tuple[int, int],
+    seeds: Sequence[int],
+    layer: int,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """Weights (E, I, O) and biases (E, O) of one layer for an ensemble, a network per seed."""
+    fan_in, fan_out = shape
+    std = rule.gain_for(activation) / math.sqrt(MODES[rule.mode](fan_in, fan_out))
+    weights = torch.stack([DISTRIBUTIONS[rule.distribution](shape, std, seed, layer) for seed in seeds])
+    biases = torch.zeros(len(seeds), fan_out)
+    if rule.bias:
+        half_width = rule.bias / math.sqrt(fan_in)
+        biases = torch.stack([uniform((fan_out,), seed, "bias", layer) * half_width for seed in seeds])
+    return weights.to(device, dtype), biases.to(device, dtype)

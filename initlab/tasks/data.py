@@ -1,0 +1,162 @@
+"""The batches' source: digits (shipped), MNIST (from files), a teacher (synthetic). Nothing is fetched unless asked.
+
+Inputs are standardized by the mean and std of the training split, pooled over its pixels, as in the book.
+"""
+
+import gzip
+import hashlib
+import math
+import os
+import struct
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from initlab.errors import UsageError, choose
+from initlab.scratch.layers import lin
+from initlab.signal.init import gaussian
+
+# The two files of MNIST's training split, with the md5 sums that torchvision publishes.
+MNIST_FILES = {
+    "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+}
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+
+
+@dataclass(frozen=True)
+class Data:
+    """A training split: x (n, I) float32, y (n,) int64 classes or float32 values; `classes` None for regression."""
+
+    name: str
+    x: Tensor
+    y: Tensor
+    classes: int | None
+
+
+def load(
+    name: str = "digits", root: str | Path = "data/mnist", download: bool = False, url: str = MNIST_URL
+) -> Data:
+    """One of the sources; `root`, `download` and `url` concern MNIST alone."""
+    return choose(SOURCES, name, "data")(Path(root).expanduser(), download, url)
+
+
+def _standardized(pixels: np.ndarray) -> Tensor:
+    flat = pixels.reshape(len(pixels), -1).astype(np.float32)
+    mean, std = flat.mean(dtype=np.float64), flat.std(dtype=np.float64)
+    return torch.from_numpy((flat - np.float32(mean)) / np.float32(std if std > 0 else 1))
+
+
+def _digits(root: Path, download: bool, url: str) -> Data:
+    """1,797 images of 8 x 8: the test set of UCI's optical recognition of handwritten digits (Alpaydin, Kaynak 1998)."""
+    with np.load(Path(__file__).with_name("digits.npz")) as stored:
+        return Data("digits", _standardized(stored["images"]), torch.from_numpy(stored["labels"].astype(np.int64)), 10)
+
+
+def _teacher(root: Path, download: bool, url: str) -> Data:
+    """50,000 x 784 standard normal inputs, targets of a fixed random 784-50-1 ReLU network, standardized."""
+    n, fan_in, hidden = 50_000, 784, 50
+    x = gaussian((n, fan_in), 0, "teacher input")
+    w1, w2 = (
+        gaussian(shape, 0, "teacher", layer) * math.sqrt(2 / shape[0])
+        for layer, shape in enumerate([(fan_in, hidden), (hidden, 1)], start=1)
+    )
+    y = lin(torch.relu(x @ w1), w2, torch.zeros(1)).squeeze(-1)
+    return Data("teacher", x, (y - y.mean()) / y.std(), None)
+
+
+def _mnist(root: Path, download: bool, url: str) -> Data:
+    """MNIST's training split from IDX files (plain or .gz, also in torchvision's MNIST/raw) or from an .npz file."""
+    found = _mnist_pair(root)
+    if found is None and download:
+        _fetch(root, url)
+        found = _mnist_pair(root)
+    if found is None:
+        raise UsageError(
+            f"data=mnist: no MNIST files in data.root={root}; put train-images-idx3-ubyte and train-labels-idx1-ubyte "
+            "(or .gz, or mnist.npz) there, or say data.download=true"
+        )
+    images, labels = found
+    if len(images) != len(labels):
+        raise UsageError(f"data=mnist: {len(images)} images but {len(labels)} labels in data.root={root}")
+    if images.ndim < 2 or labels.ndim != 1 or not len(labels):
+        raise UsageError(f"data=mnist: images of shape {images.shape} and labels of shape {labels.shape} are not MNIST")
+    if labels.min() < 0 or labels.max() > 9:
+        raise UsageError(f"data=mnist: labels run from {labels.min()} to {labels.max()}, not from 0 to 9")
+    return Data("mnist", _standardized(images), torch.from_numpy(labels.astype(np.int64)), 10)
+
+
+SOURCES: dict[str, Callable[[Path, bool, str], Data]] = {"digits": _digits, "mnist": _mnist, "teacher": _teacher}
+
+
+def _mnist_pair(root: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Images and labels, or None where a file is missing; IDX before .npz."""
+    paths = []
+    for name in MNIST_FILES:
+        plain = name.removesuffix(".gz")
+        spellings = (plain, name, plain.replace("-idx", ".idx"))
+        candidates = [folder / spelling for folder in (root, root / "MNIST" / "raw") for spelling in spellings]
+        paths.append(next((path for path in candidates if path.is_file()), None))
+    images, labels = paths
+    if images and labels:
+        return read_idx(images), read_idx(labels)
+    archives = sorted(root.glob("*.npz"))
+    return _read_npz(archives[0]) if archives else None
+
+
+def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """`x_train` and `y_train`, as Keras names them."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return stored["x_train"], stored["y_train"]
+    except KeyError as error:
+        raise UsageError(f"{path}: no array {error.args[0].split()[0]}; x_train and y_train are needed") from error
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path}: not a readable .npz file ({error})") from error
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An IDX file of unsigned bytes: two zero bytes, type 8, the number of dimensions, each size, the data."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from error
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
+        raise UsageError(f"{path}: not an IDX file of unsigned bytes")
+    start = 4 + 4 * raw[3]
+    if len(raw) < start:
+        raise UsageError(f"{path}: cut short inside its header, {len(raw)} of {start} bytes")
+    shape = struct.unpack(f">{raw[3]}I", raw[4:start])
+    if len(raw) != start + math.prod(shape):
+        raise UsageError(
+            f"{path}: its header promises {start + math.prod(shape)} bytes for shape {shape}, the file has {len(raw)}"
+        )
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+
+
+def _fetch(root: Path, url: str) -> None:
+    """Download what is missing, once, and keep a file only if its md5 sum is right."""
+    root.mkdir(parents=True, exist_ok=True)
+    for name, md5 in MNIST_FILES.items():
+        if (root / name).is_file():
+            continue
+        source = url.rstrip("/") + "/" + name
+        try:
+            with urllib.request.urlopen(source, timeout=30) as answer:
+                raw = answer.read()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise UsageError(f"data=mnist: {source} cannot be fetched ({reason}); set data.root= to a folder of files") from error
+        if hashlib.md5(raw, usedforsecurity=False).hexdigest() != md5:
+            raise UsageError(f"data=mnist: {source} has the wrong md5 sum; nothing was kept")
+        partial = root / (name + ".part")
+        partial.write_bytes(raw)
+        os.replace(partial, root / name)

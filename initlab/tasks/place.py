@@ -1,0 +1,31 @@
+"""Where the tensors live and in which number format."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from initlab.errors import UsageError, choose
+
+DTYPES: dict[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+DEVICES: dict[str, str] = {"auto": "the GPU if there is one", "cpu": "the processor", "cuda": "the GPU, or an error"}
+
+
+def find_device(name: str) -> torch.device:
+    """`auto` takes the GPU if there is one; `cuda` without one is an error, never a silent change."""
+    choose(DEVICES, name, "device")
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise UsageError("device=cuda: torch sees no CUDA GPU here; use device=cpu or device=auto (device=auto|cpu|cuda)")
+    return torch.device("cuda" if found and name != "cpu" else "cpu")
+
+
+def chunks(seeds: Sequence[int], device: torch.device) -> Iterator[Sequence[int]]:
+    """Networks that run together: 8 stay in a processor's cache, a GPU wants more. Results do not depend on it."""
+    size = 8 if device.type == "cpu" else 256
+    for start in range(0, len(seeds), size):
+        yield seeds[start : start + size]
