@@ -143,9 +143,7 @@ def prepare(config: "Config", choices: dict[str, str], folder: Path) -> tuple[li
     choose(OPTIMIZERS, t.optimizer, "train.optimizer")
     choose(LOSSES, t.loss, "train.loss")
     i = config.init
-    scaling = rule(
-        i.name, gain=i.gain, gain_kind=i.gain_kind, mode=i.mode, distribution=i.distribution, bias=i.bias
-    )
+    scaling = rule(i.name, gain=i.gain, gain_kind=i.gain_kind, mode=i.mode, distribution=i.distribution, bias=i.bias)
     gain = scaling.gain_for(config.activation.name)
     torch.set_num_threads(config.threads)
     common = {

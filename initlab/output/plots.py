@@ -89,7 +89,15 @@ def _mark_deaths(ax: Axes, band: pd.DataFrame, died: pd.DataFrame, direction: st
         layer, y = mine[column].agg(first), 0.04 + 0.075 * height
         height += 1
         ax.axvline(layer, color=colours[label], linestyle=":", linewidth=1.4)
-        ax.plot([layer], [y], marker="X", markersize=9, color=colours[label], transform=ax.get_xaxis_transform(), clip_on=False)
+        ax.plot(
+            [layer],
+            [y],
+            marker="X",
+            markersize=9,
+            color=colours[label],
+            transform=ax.get_xaxis_transform(),
+            clip_on=False,
+        )
         left = layer > ax.get_xlim()[1] / 2
         name = f"{label}: " if len(order) > 1 else ""
         ax.annotate(
@@ -148,7 +156,16 @@ def training_activations(tables: Tables) -> Figure | None:
     for ax, statistic in zip(axes, ("mean", "std"), strict=True):
         band = summary.band(by_layer, ["step"], statistic)
         colours = dict(zip(layers, sns.color_palette("viridis", len(layers)), strict=True))
-        sns.lineplot(data=band, x="step", y="median", hue="label", palette=colours, errorbar=None, ax=ax, legend=len(layers) <= MANY_LAYERS)
+        sns.lineplot(
+            data=band,
+            x="step",
+            y="median",
+            hue="label",
+            palette=colours,
+            errorbar=None,
+            ax=ax,
+            legend=len(layers) <= MANY_LAYERS,
+        )
         for layer, line in band.groupby("label"):
             if len(layers) <= MANY_LAYERS:
                 ax.fill_between(line["step"], line["low"], line["high"], color=colours[layer], alpha=0.2, linewidth=0)
@@ -170,7 +187,11 @@ def _training_title(label: str, band: pd.DataFrame, layers: list[int]) -> str:
         line = band[band["label"] == layer]["median"].to_numpy()
         alive = np.isfinite(line)
         gone = "" if alive.all() else f", not finite from step {int(np.argmin(alive))} on"
-        said.append(f"layer {layer} from {line[0]:.3g} to {line[alive][-1]:.3g}{gone}" if alive.any() else f"layer {layer} never finite")
+        said.append(
+            f"layer {layer} from {line[0]:.3g} to {line[alive][-1]:.3g}{gone}"
+            if alive.any()
+            else f"layer {layer} never finite"
+        )
     return f"{label}: std of the preactivations in training, " + ", ".join(said)
 
 
@@ -196,7 +217,9 @@ def gradient_norm(tables: Tables) -> Figure | None:
     drawn = np.where(values > 0, values, np.nan)
     norm = LogNorm(seen.min(), seen.max() if seen.max() > seen.min() else 10 * seen.min()) if len(seen) else None
     steps, layers = table.columns.to_numpy(), table.index.to_numpy()
-    mesh = ax.pcolormesh(_edges(steps), _edges(layers), np.ma.masked_invalid(drawn), norm=norm, cmap="viridis", rasterized=True)
+    mesh = ax.pcolormesh(
+        _edges(steps), _edges(layers), np.ma.masked_invalid(drawn), norm=norm, cmap="viridis", rasterized=True
+    )
     if len(seen):
         figure.colorbar(mesh, ax=ax, label="norm of dL/dW")
     if len(seen) < values.size:
@@ -236,9 +259,11 @@ def loss(tables: Tables) -> Figure | None:
     figure, (top, bottom) = _figure(title, 2, 1, sharex=True, height_ratios=[2, 1])
     _banded(top, band, "step", BY_HAND)
     top.set_ylabel("loss")
-    if (band["low"] > 0).all():
+    if (band["low"].dropna() > 0).all():
         top.set_yscale("log")
-    sns.lineplot(data=apart, x="step", y="largest", errorbar=None, color="0.25", ax=bottom, label="largest of the networks")
+    sns.lineplot(
+        data=apart, x="step", y="largest", errorbar=None, color="0.25", ax=bottom, label="largest of the networks"
+    )
     sns.scatterplot(data=apart, x="step", y="median", color="0.25", s=9, linewidth=0, ax=bottom, label="median")
     bottom.legend(fontsize=8)
     if (apart["largest"] > 0).any():

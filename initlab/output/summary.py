@@ -35,7 +35,8 @@ def labels(frame: pd.DataFrame) -> pd.Categorical:
     codes = frame.groupby(names, observed=True, sort=False, dropna=False).ngroup().to_numpy()
     one = frame[names].drop_duplicates()
     return pd.Categorical.from_codes(
-        codes, [", ".join(_named(name, value) for name, value in zip(names, row, strict=True)) for row in one.to_numpy()]
+        codes,
+        [", ".join(_named(name, value) for name, value in zip(names, row, strict=True)) for row in one.to_numpy()],
     )
 
 
@@ -105,7 +106,9 @@ def end_of_signal(stats: pd.DataFrame, direction: str = "forward") -> dict[str, 
     for label, rows in signal.groupby("label", observed=True):
         end = band(rows[rows["layer"] == rows["layer"].agg(last)], ["layer"], "std").iloc[0]
         said = fate(died[died["label"] == label], travel)
-        spread = f"std {_number(end['median'])} at layer {end['layer']} ({_number(end['low'])} to {_number(end['high'])})"
+        spread = (
+            f"std {_number(end['median'])} at layer {end['layer']} ({_number(end['low'])} to {_number(end['high'])})"
+        )
         found[str(label)] = spread if said == "alive" else said
     return found
 

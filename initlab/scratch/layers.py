@@ -17,7 +17,7 @@ def lin(inp: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return inp @ w + b.unsqueeze(-2)
 
 
-def lin_grad(g: Tensor, inp: Tensor) -> tuple[Tensor, Tensor]:
+def lin_param_grads(g: Tensor, inp: Tensor) -> tuple[Tensor, Tensor]:
     """dL/dw = inp^T g and dL/db = sum of g over the batch."""
     return inp.mT @ g, g.sum(-2)
 
@@ -32,7 +32,7 @@ def mse(out: Tensor, targ: Tensor) -> Tensor:
     return (out.squeeze(-1) - targ).square().mean(-1)
 
 
-def mse_grad(out: Tensor, targ: Tensor) -> Tensor:
+def mse_out_grad(out: Tensor, targ: Tensor) -> Tensor:
     """dL/dout = 2 (out - targ) / N."""
     return 2.0 * (out - targ.unsqueeze(-1)) / out.shape[-2]
 
@@ -42,7 +42,7 @@ def cross_entropy(out: Tensor, targ: Tensor) -> Tensor:
     return -torch.log_softmax(out, -1).gather(-1, targ.unsqueeze(-1)).mean((-2, -1))
 
 
-def cross_entropy_grad(out: Tensor, targ: Tensor) -> Tensor:
+def cross_entropy_out_grad(out: Tensor, targ: Tensor) -> Tensor:
     """dL/dout = (softmax(out) - onehot(targ)) / N."""
     share = 1.0 / out.shape[-2]
     g = torch.log_softmax(out, -1).exp() * share
@@ -61,9 +61,9 @@ class Loss(NamedTuple):
 LOSSES: dict[str, Loss] = {
     "mse": Loss(
         mse,
-        mse_grad,
+        mse_out_grad,
         lambda out, targ: torch.nn.functional.mse_loss(out.squeeze(-1), targ),
         classes=False,
     ),
-    "cross_entropy": Loss(cross_entropy, cross_entropy_grad, torch.nn.functional.cross_entropy, classes=True),
+    "cross_entropy": Loss(cross_entropy, cross_entropy_out_grad, torch.nn.functional.cross_entropy, classes=True),
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from initlab.scratch.layers import Loss, lin, lin_grad, lin_inp_grad
+from initlab.scratch.layers import Loss, lin, lin_param_grads, lin_inp_grad
 from initlab.signal.activations import Activation
 
 Parameters = list[tuple[Tensor, Tensor]]
@@ -42,9 +42,7 @@ def forward(parameters: Parameters, inp: Tensor, activation: Activation) -> tupl
     return preactivations, activations
 
 
-def forward_and_backward(
-    parameters: Parameters, xb: Tensor, yb: Tensor, activation: Activation, loss: Loss
-) -> Pass:
+def forward_and_backward(parameters: Parameters, xb: Tensor, yb: Tensor, activation: Activation, loss: Loss) -> Pass:
     """The whole pass by hand, for one network or an ensemble; the input gets no gradient, nobody needs it."""
     z, a = forward(parameters, xb, activation)
     z_grads: list[Tensor] = [loss.grad(z[-1], yb)]
@@ -53,7 +51,7 @@ def forward_and_backward(
         a_grads.append(lin_inp_grad(z_grads[-1], w))
         z_grads.append(activation.pull_back(a_grads[-1], z_below))
     z_grads, a_grads = z_grads[::-1], a_grads[::-1]
-    grads = [lin_grad(g, inp) for g, inp in zip(z_grads, [xb, *a], strict=True)]
+    grads = [lin_param_grads(g, inp) for g, inp in zip(z_grads, [xb, *a], strict=True)]
     return Pass(z, a, loss.forward(z[-1], yb), z_grads, a_grads, grads)
 
 
@@ -100,6 +98,8 @@ def twin_forward_and_backward(
     values = [torch.stack([t.detach() for t in same]) for same in layers]
     grads = [torch.stack([t.grad for t in same if t.grad is not None]) for same in layers]
     parameter_grads = _as_ensemble([[p.grad for p in model.parameters() if p.grad is not None] for model in twins])
-    return losses.detach(), out, Pass(
-        values[0::2], values[1::2], losses.detach(), grads[0::2], grads[1::2], parameter_grads
+    return (
+        losses.detach(),
+        out,
+        Pass(values[0::2], values[1::2], losses.detach(), grads[0::2], grads[1::2], parameter_grads),
     )

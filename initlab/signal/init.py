@@ -53,6 +53,7 @@ MODES: dict[str, Callable[[int, int], float]] = {
     "fan_avg": lambda fan_in, fan_out: (fan_in + fan_out) / 2,
 }
 
+
 def _generator(seed: int, what: str, layer: int) -> torch.Generator:
     digest = hashlib.blake2b(f"{seed}/{what}/{layer}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

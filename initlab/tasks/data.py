@@ -42,9 +42,7 @@ class Data:
     classes: int | None
 
 
-def load(
-    name: str = "digits", root: str | Path = "data/mnist", download: bool = False, url: str = MNIST_URL
-) -> Data:
+def load(name: str = "digits", root: str | Path = "data/mnist", download: bool = False, url: str = MNIST_URL) -> Data:
     """One of the sources; `root`, `download` and `url` concern MNIST alone."""
     return choose(SOURCES, name, "data")(Path(root).expanduser(), download, url)
 
@@ -154,7 +152,9 @@ def _fetch(root: Path, url: str) -> None:
                 raw = answer.read()
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
-            raise UsageError(f"data=mnist: {source} cannot be fetched ({reason}); set data.root= to a folder of files") from error
+            raise UsageError(
+                f"data=mnist: {source} cannot be fetched ({reason}); set data.root= to a folder of files"
+            ) from error
         if hashlib.md5(raw, usedforsecurity=False).hexdigest() != md5:
             raise UsageError(f"data=mnist: {source} has the wrong md5 sum; nothing was kept")
         partial = root / (name + ".part")

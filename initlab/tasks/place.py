@@ -20,7 +20,9 @@ def find_device(name: str) -> torch.device:
     choose(DEVICES, name, "device")
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
-        raise UsageError("device=cuda: torch sees no CUDA GPU here; use device=cpu or device=auto (device=auto|cpu|cuda)")
+        raise UsageError(
+            "device=cuda: torch sees no CUDA GPU here; use device=cpu or device=auto (device=auto|cpu|cuda)"
+        )
     return torch.device("cuda" if found and name != "cpu" else "cpu")
 
 

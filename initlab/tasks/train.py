@@ -197,7 +197,9 @@ class _Pair:
             items += _parameter_items(key, direction, pairs)
         return items
 
-    def _compare(self, step: int, xb: Tensor, yb: Tensor, module: Pass, theirs: Parameters, parity: Differences) -> None:
+    def _compare(
+        self, step: int, xb: Tensor, yb: Tensor, module: Pass, theirs: Parameters, parity: Differences
+    ) -> None:
         """Gradients by hand at the module's own parameters and batch against autograd's; and the two trainings' weights.
 
         The forward rows of `weight` and `bias` compare two trainings that run on by themselves; all others one pass.
