@@ -1,4 +1,4 @@
-"""initlab: what happens to the numbers in a deep network under this initialization - forward, backward, while it trains?
+"""initlab: what happens to the numbers in a deep network under this initialization, forward, backward and in training?
 
 The map of the house. Imports run one way, downwards in this list never:
 
@@ -21,9 +21,10 @@ The map of the house. Imports run one way, downwards in this list never:
         plots.py         frame -> figure
     config.py      the typed schema of conf/, and where conf/ is found
     launcher.py    what surrounds the jobs of a sweep
-    __main__.py    the roof: compose, run, record, draw
+    jobs.py        one job: typed configuration -> run folder, figures, what is printed
+    __main__.py    the roof: compose, run its jobs, exit codes
 
-From Python: `initlab.read("outputs/**")` gives the tables of all runs, `initlab.gain("relu")` the gain of an activation;
+From Python: `initlab.read("outputs/**")` gives the tables of all runs, `initlab.gain("relu")` an activation's gain;
 `initlab.tasks.stack.stack(...)` and `initlab.tasks.train.train(...)` run the tasks and return their frames.
 """
 

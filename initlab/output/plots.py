@@ -6,6 +6,7 @@ Layers stand in network order; a signal that died is marked where it died, since
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,11 +31,11 @@ BY_HAND = {"scratch": "by hand", "module": "nn.Module"}
 MANY_LAYERS = 8  # from here on a colour bar serves better than a legend
 
 
-def _figure(title: str, rows: int = 1, columns: int = 1, **settings: object) -> tuple[Figure, list[Axes]]:
+def _figure(title: str, rows: int = 1, columns: int = 1, **settings: Any) -> tuple[Figure, list[Axes]]:
     sns.set_theme(style="whitegrid", palette="colorblind", context="notebook")
     figure = Figure(figsize=(5.5 * columns + 4, 2.6 * rows + 2.9), layout="constrained")
     figure.suptitle("\n".join(textwrap.wrap(title, 52 * columns + 34)), fontsize=12)
-    axes = figure.subplots(rows, columns, squeeze=False, **settings)  # type: ignore[arg-type]
+    axes = figure.subplots(rows, columns, squeeze=False, **settings)
     return figure, list(axes.flat)
 
 
@@ -253,8 +254,8 @@ def loss(tables: Tables) -> Figure | None:
     last = band[band["step"] == band["step"].max()].set_index("label")["median"]
     worst = apart["largest"].max()
     title = (
-        f"{label}: loss {last['scratch']:.3g} by hand and {last['module']:.3g} by nn.Module after {band['step'].max()} updates, "
-        f"at most {worst:.1g} apart"
+        f"{label}: loss {last['scratch']:.3g} by hand and {last['module']:.3g} by nn.Module "
+        f"after {band['step'].max()} updates, at most {worst:.1g} apart"
     )
     figure, (top, bottom) = _figure(title, 2, 1, sharex=True, height_ratios=[2, 1])
     _banded(top, band, "step", BY_HAND)
@@ -281,7 +282,8 @@ def _mark_divergence(ax: Axes, losses: pd.DataFrame) -> None:
     if len(gone):
         step, last = gone["step"].min(), gone[gone["step"] == losses["step"].max()]
         ax.axvline(step, color="0.3", linestyle=":")
-        said = f"not finite from step {step} on, {last['seed'].nunique()} of {losses['seed'].nunique()} networks at the end"
+        share = f"{last['seed'].nunique()} of {losses['seed'].nunique()} networks at the end"
+        said = f"not finite from step {step} on, {share}"
         left = step > losses["step"].max() / 2
         ax.annotate(
             said, (step, 0.5), xycoords=ax.get_xaxis_transform(), xytext=(-6 if left else 6, 0),

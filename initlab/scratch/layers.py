@@ -1,8 +1,8 @@
 """Layers written by hand: each forward with its backward beneath it, in the book's words.
 
 `inp` is what came in, `out` what went out, `g` the gradient of the loss with respect to `out`. No autograd anywhere.
-Everything carries leading ensemble dimensions: inp (..., N, I), w (..., I, O), b (..., O), out (..., N, O); the loss and
-its gradient are per network, (...). The activations and their derivatives are rows of `signal.activations`.
+Everything carries leading ensemble dimensions: inp (..., N, I), w (..., I, O), b (..., O), out (..., N, O); a loss is
+per network, (...). The activations and their derivatives are rows of `signal.activations`.
 """
 
 from collections.abc import Callable

@@ -128,23 +128,23 @@ def _torch_gain(name: str) -> float:
     """`torch.nn.init.calculate_gain`, under torch's own names; it has none for gelu and silu."""
     if name in ("gelu", "silu"):
         raise UsageError(f"init.gain_kind=torch: torch has no gain for activation={name}; use chi, rms or std")
-    return float(nn.init.calculate_gain(name, SLOPE if name == "leaky_relu" else None))
+    return float(nn.init.calculate_gain(name, SLOPE if name == "leaky_relu" else None))  # type: ignore[arg-type]
 
 
 def _rms_gain(name: str) -> float:
     row = ACTIVATIONS[name]
-    return gaussian_mean(lambda z: row.phi(z).square(), row.kinks) ** -0.5
+    return 1 / math.sqrt(gaussian_mean(lambda z: row.phi(z).square(), row.kinks))
 
 
 def _std_gain(name: str) -> float:
     row = ACTIVATIONS[name]
     mean = gaussian_mean(row.phi, row.kinks)
-    return gaussian_mean(lambda z: (row.phi(z) - mean).square(), row.kinks) ** -0.5
+    return 1 / math.sqrt(gaussian_mean(lambda z: (row.phi(z) - mean).square(), row.kinks))
 
 
 def _chi_gain(name: str) -> float:
     row = ACTIVATIONS[name]
-    return gaussian_mean(lambda z: row.slope(z).square(), row.kinks) ** -0.5
+    return 1 / math.sqrt(gaussian_mean(lambda z: row.slope(z).square(), row.kinks))
 
 
 GAIN_KINDS: dict[str, Callable[[str], float]] = {
