@@ -41,7 +41,7 @@ def discard(folder: Path) -> None:
     if folder.is_dir() and {path.name for path in folder.iterdir()} <= _OURS_BEFORE_A_RUN:
         shutil.rmtree(folder)
         for parent in list(folder.parents)[:2]:
-            if any(parent.iterdir()):
+            if Path.cwd().resolve() not in parent.resolve().parents or any(parent.iterdir()):
                 break
             parent.rmdir()
 

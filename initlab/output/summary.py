@@ -91,9 +91,12 @@ def ranked(values: np.ndarray, shares: tuple[float, ...] = (0.16, 0.5, 0.84)) ->
 
     A network that exploded is then neither dropped, which would flatter the rest, nor does it hide them.
     """
-    ranks = np.where(np.isnan(values), np.inf, values)
-    with np.errstate(invalid="ignore"):
-        found = np.quantile(ranks, shares, axis=-1)
+    ranks = np.sort(np.where(np.isnan(values), np.inf, values), axis=-1)
+    found = []
+    for share in shares:
+        below, part = divmod(share * (ranks.shape[-1] - 1), 1)
+        low, high = ranks[..., int(below)], ranks[..., min(int(below) + 1, ranks.shape[-1] - 1)]
+        found.append(low if part == 0 else (1 - part) * low + part * high)
     return np.where(np.isfinite(found), found, np.nan)
 
 

@@ -73,7 +73,7 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "leaky_relu": Activation(
         phi=partial(leaky_relu, negative_slope=SLOPE),
-        slope=lambda z: torch.where(z > 0, 1.0, SLOPE).to(z.dtype),
+        slope=lambda z: torch.where(z > 0, torch.ones_like(z), SLOPE),
         module=partial(nn.LeakyReLU, SLOPE),
         kinks=(0.0,),
         backward=lambda grad, z: torch.where(z > 0, grad, SLOPE * grad),

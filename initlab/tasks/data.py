@@ -112,7 +112,7 @@ def _mnist_pair(root: Path) -> tuple[np.ndarray, np.ndarray] | None:
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """`x_train` and `y_train`, as Keras names them."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file) as stored:
             return stored["x_train"], stored["y_train"]
     except KeyError as error:
         raise UsageError(f"{path}: no array {error.args[0].split()[0]}; x_train and y_train are needed") from error
