@@ -56,6 +56,13 @@ def _banded(ax: Axes, band: pd.DataFrame, x: str, names: dict[str, str] | None =
         ax.legend(title=None)
 
 
+def _log_scale(ax: Axes, values: pd.Series | np.ndarray) -> None:
+    """A log axis, unless there is nothing that it could show."""
+    seen = np.asarray(values, dtype=float)
+    if (seen[np.isfinite(seen)] > 0).any():
+        ax.set_yscale("log")
+
+
 def _layer_axis(ax: Axes) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("layer")
@@ -118,7 +125,7 @@ def _stack(tables: Tables, direction: str, what: str) -> Figure | None:
     figure, (ax,) = _figure(f"{what} through the stack. {summary.findings(found)}")
     band = summary.band(signal, ["layer"], "std")
     _banded(ax, band, "layer")
-    ax.set_yscale("log")
+    _log_scale(ax, band["median"])
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, 0.1), max(high, 10))  # a curve that stays near 1 shall look like it
     ax.set_ylabel("std (median and 16-84 % of networks)")
@@ -176,7 +183,7 @@ def training_activations(tables: Tables) -> Figure | None:
             ax.legend(title="layer")
         ends.append(band)
     if len(layers) > MANY_LAYERS:
-        axes[1].set_yscale("log")
+        _log_scale(axes[1], ends[1]["median"])
         _layer_bar(figure, axes, len(layers))
     figure.suptitle(_training_title(label, ends[1], layers))
     return figure
@@ -261,14 +268,13 @@ def loss(tables: Tables) -> Figure | None:
     _banded(top, band, "step", BY_HAND)
     top.set_ylabel("loss")
     if (band["low"].dropna() > 0).all():
-        top.set_yscale("log")
+        _log_scale(top, band["median"])
     sns.lineplot(
         data=apart, x="step", y="largest", errorbar=None, color="0.25", ax=bottom, label="largest of the networks"
     )
     sns.scatterplot(data=apart, x="step", y="median", color="0.25", s=9, linewidth=0, ax=bottom, label="median")
     bottom.legend(fontsize=8)
-    if (apart["largest"] > 0).any():
-        bottom.set_yscale("log")
+    _log_scale(bottom, apart["largest"])
     bottom.set_ylabel("|difference| / loss")
     bottom.set_xlabel("training step")
     _mark_divergence(top, losses)
@@ -304,7 +310,7 @@ def compared_loss(tables: Tables) -> Figure | None:
     figure, (ax,) = _figure(f"Lowest loss after {best['step']} updates: {said}")
     _banded(ax, band, "step")
     if (band["low"].dropna() > 0).all():
-        ax.set_yscale("log")
+        _log_scale(ax, band["median"])
     ax.set_ylabel("loss (median and 16-84 % of networks)")
     ax.set_xlabel("training step")
     return figure

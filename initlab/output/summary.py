@@ -197,7 +197,8 @@ def _text(name: str, row: pd.Series) -> str:
     if (name in _OF_THE_STACK or name.startswith(("loss", "div", "grad"))) and pd.isna(row.get(witness)):
         return ""
     if name == "16-84 % of networks":
-        return f"{_number(row['std16'])} to {_number(row['std84'])}"
+        low, high = _number(row["std16"]), _number(row["std84"])
+        return low if low == high else f"{low} to {high}"
     value = row[name]
     if name == "gradient difference" and row["not comparable"]:
         return f"{_number(value)} ({row['not comparable']:.0%} not finite)"

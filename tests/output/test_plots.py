@@ -73,8 +73,12 @@ def test_several_settings_are_compared(kaiming: Tables, naive: Tables) -> None:
     assert figure is not None and "exactly 0 from layer 46" in words(figure)
 
 
-def test_a_training_that_diverged_is_drawn_and_marked() -> None:
-    tables = labelled(run("naive", depth=50, width=100))
+@pytest.mark.parametrize("every", [1, 10])  # with one recorded step there may be nothing at all to draw
+def test_a_training_that_diverged_is_drawn_and_marked(every: int, tmp_path: Path) -> None:
+    tables = labelled(run("naive", depth=50, width=100, every=every))
+    assert (
+        len(plots.draw({name: frame.drop(columns=["label", "run"]) for name, frame in tables.items()}, tmp_path)) == 5
+    )
     for name, make in plots.FIGURES.items():
         assert make(tables) is not None, name
     lost, norms = plots.loss(tables), plots.gradient_norm(tables)
