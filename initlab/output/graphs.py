@@ -22,7 +22,7 @@ from matplotlib.textpath import TextPath
 
 SIZE, LINE, PAD = 8.5, 0.165, 0.09  # font size in points, height of a line, space around the text
 ACROSS, DOWN = 0.3, 0.42  # space between neighbours and between layers
-WRAP = 30  # characters
+WRAP = 32  # characters
 
 # What a hand-written piece begins with -> colour (seaborn's palette for the colour-blind); grey without a piece.
 COLOURS: dict[str, str] = {
@@ -127,7 +127,7 @@ def _lines(row: Mapping[Hashable, object]) -> list[tuple[str, Mapping[str, objec
     several = int(str(row["in_degree"])) > 1
     shape = "one number" if row["shape"] == "()" else str(row["shape"])
     plain = [
-        f"{row['leaf']}  {shape}".lstrip(),
+        f"{row['leaf']}, {shape}" if row["leaf"] else shape,
         *([f"{row['in_degree']} gradients arrive and add up"] if several else []),
         *([f"gradient {row['gradient']}"] if row["gradient"] else []),
         *_wrapped_saved(str(row["saved_tensors"])),
@@ -136,13 +136,13 @@ def _lines(row: Mapping[Hashable, object]) -> list[tuple[str, Mapping[str, objec
         (str(row["node"]), {"weight": "bold"}),
         *((text, {}) for text in plain),
         *((text, by_hand) for text in textwrap.wrap(str(row["hand"]), WRAP)),
-        *((text, {"color": "0.35", "style": "italic"}) for text in textwrap.wrap(_rule(row), WRAP + 6)),
+        *((text, {"color": "0.35", "style": "italic"}) for text in textwrap.wrap(_rule(row), WRAP + 4)),
     ]
 
 
 def _wrapped_saved(saved: str) -> list[str]:
-    """Lines that do not break inside of a shape."""
-    unbroken = re.sub(r"(?<=\d), (?=\d+[,)])", ",\u00a0", saved)
+    """Lines that break neither inside a shape nor before it."""
+    unbroken = re.sub(r"(?<=\d), (?=\d+[,)])", ",\u00a0", saved).replace(" (", "\u00a0(")
     return textwrap.wrap(f"saved {unbroken}" if saved else "", WRAP)
 
 

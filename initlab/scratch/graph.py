@@ -24,7 +24,8 @@ class Hand(NamedTuple):
     rule: str
 
 
-# Autograd's node, without "Backward" and the number of the overload -> the same work by hand, in the book's words.
+# Autograd's node, without "Backward" and the number of the overload -> the same work by hand, in the book's words
+# (`self` and `other` are autograd's words for the two sides of an operator).
 HAND: dict[str, Hand] = {
     "AccumulateGrad": Hand("p.g += g", "what arrives at a parameter adds up"),
     "Addmm": Hand("Lin.bwd", "inp.g = g @ w.T; w.g = inp.T @ g; b.g = g.sum(0)"),
@@ -42,14 +43,14 @@ HAND: dict[str, Hand] = {
     "MseLoss": Hand("Mse.bwd", "out.g = 2 * (out - targ) / N"),
     "Pow": Hand("Mse.bwd, its square", "inp.g = g * p * inp**(p - 1)"),
     "Mean": Hand("Mse.bwd, its mean", "inp.g = g / N, for every element"),
-    "Sub": Hand("Mse.bwd, its difference", "a.g = g; b.g = -g"),
+    "Sub": Hand("Mse.bwd, its difference", "self.g = g; other.g = -g"),
     "Squeeze": Hand("Mse.bwd, its unsqueeze", "inp.g = g in the shape of inp"),
     "NllLoss": Hand("CrossEntropy.bwd", "-1/N at the target's class"),
     "LogSoftmax": Hand("CrossEntropy.bwd", "with NllLoss: out.g = (softmax(out) - onehot(targ)) / N"),
     "Gather": Hand("CrossEntropy.bwd", "inp.g = g at the target's class, 0 elsewhere"),
-    "Add": Hand("", "a.g = g; b.g = g"),
-    "Mul": Hand("", "a.g = g * b; b.g = g * a"),
-    "Div": Hand("", "a.g = g / b; b.g = -g * a / b**2"),
+    "Add": Hand("", "self.g = g; other.g = g"),
+    "Mul": Hand("", "self.g = g * other; other.g = g * self"),
+    "Div": Hand("", "self.g = g / other; other.g = -g * self / other**2"),
     "Neg": Hand("", "inp.g = -g"),
     "Exp": Hand("", "inp.g = g * out"),
     "Sum": Hand("", "inp.g = g, for every element"),
