@@ -136,7 +136,7 @@ def _lines(row: Mapping[Hashable, object]) -> list[tuple[str, Mapping[str, objec
         (str(row["node"]), {"weight": "bold"}),
         *((text, {}) for text in plain),
         *((text, by_hand) for text in textwrap.wrap(str(row["hand"]), WRAP)),
-        *((text, {"color": "0.35", "style": "italic"}) for text in textwrap.wrap(_rule(row), WRAP + 4)),
+        *((text, {"color": "0.35", "style": "italic"}) for text in _wrapped_rule(row)),
     ]
 
 
@@ -151,8 +151,10 @@ def _darker(colour: str) -> tuple[float, ...]:
     return tuple(0.72 * part for part in to_rgb(colour))
 
 
-def _rule(row: Mapping[Hashable, object]) -> str:
-    return "" if row["leaf"] else str(row["rule"])
+def _wrapped_rule(row: Mapping[Hashable, object]) -> list[str]:
+    """A line per gradient; a leaf needs none beside its `p.g += g`."""
+    parts = [] if row["leaf"] else str(row["rule"]).split("; ")
+    return [line for part in parts for line in textwrap.wrap(part, WRAP + 4)]
 
 
 def _colour(hand: object) -> str:

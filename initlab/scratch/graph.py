@@ -230,7 +230,7 @@ def _leaf_names(order: list[Any], owners: Mapping[Tensor, list[str]]) -> dict[in
     names: dict[int, tuple[str, ...]] = {}
     unnamed = 0
     for number, function in enumerate(order):
-        if hasattr(function, "variable"):
+        if function.name().endswith("AccumulateGrad"):
             unnamed += function.variable not in owners
             names[number] = tuple(owners.get(function.variable, [f"unnamed {unnamed}"]))
     return names
