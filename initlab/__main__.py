@@ -37,15 +37,16 @@ def main() -> int:
         return 0
     import hydra
 
-    from initlab.config import CONF, HYDRA_MISTAKES, as_usage_error, refuse_dashes
+    from initlab.config import CONF, HYDRA_MISTAKES, accepted, as_usage_error
     from initlab.launcher import Sweep
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     _mistakes.clear()
+    _started.clear()
     code = 0
     try:
-        refuse_dashes(sys.argv[1:])
+        sys.argv[1:] = accepted(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
     except UsageError as error:
         _mistakes.append(str(error))
@@ -54,9 +55,12 @@ def main() -> int:
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        if not getattr(error, "logged", False):
-            traceback.print_exc()
-        code = 1
+        if _started:
+            if not getattr(error, "logged", False):
+                traceback.print_exc()
+            code = 1
+        else:  # whatever Hydra could not make of the options, no job has begun
+            _mistakes.append(str(as_usage_error(error)))
     for line in dict.fromkeys(_mistakes):
         print(f"initlab: {line}", file=sys.stderr)
     folder = Sweep.close()
@@ -65,6 +69,7 @@ def main() -> int:
     return code or (2 if _mistakes else 0)
 
 
+_started: list[Path] = []  # folders of the jobs that this process began
 _mistakes: list[str] = []  # of the jobs of this process: Hydra prints lines of its own about jobs that raise
 
 
@@ -88,6 +93,7 @@ def job(cfg: "DictConfig") -> None:
 
     setting = HydraConfig.get()
     folder = Path(setting.runtime.output_dir)
+    _started.append(folder)
     try:
         prepared = jobs.prepare(typed(cfg), dict(setting.runtime.choices), folder)
     except UsageError as error:

@@ -4,11 +4,12 @@ Types stand here, values and comments in conf/. Below the roof there is no Hydra
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import hydra.utils
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -57,6 +58,12 @@ class TrainConfig:
 
 
 @dataclass
+class GraphConfig:
+    model: dict[str, Any] = field(default_factory=dict)
+    shapes: list[list[int]] | None = None
+
+
+@dataclass
 class Config:
     task: str = MISSING
     init: InitConfig = field(default_factory=InitConfig)
@@ -65,14 +72,17 @@ class Config:
     depth: int = MISSING
     width: int = MISSING
     batch: int = MISSING
+    inputs: int | None = None
     seed: int = MISSING
     seeds: int = MISSING
     dtype: str = MISSING
     device: str = MISSING
     threads: int = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
+    graph: GraphConfig = field(default_factory=GraphConfig)
     every: int = MISSING
     plots: bool = MISSING
+    expect: list[Any] = field(default_factory=list)
 
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -85,6 +95,19 @@ def typed(cfg: DictConfig) -> Config:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise as_usage_error(error) from error
+
+
+def instantiated(given: Mapping[str, Any]) -> Any:
+    """The object that `_target_` and its arguments describe; None for nothing."""
+    if not given:
+        return None
+    if "_target_" not in given:
+        raise UsageError("graph.model: no _target_; it names a class, as in graph.model._target_=torch.nn.Linear")
+    try:
+        return hydra.utils.instantiate(dict(given))
+    except Exception as error:  # whatever the class itself raises is about the arguments that it was given
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UsageError(f"graph.model: {given['_target_']} cannot be built ({reason})") from error
 
 
 def option_names(of: Any = Config, prefix: str = "") -> Iterator[str]:
@@ -128,12 +151,17 @@ _WANTED = {
 }
 
 
-def refuse_dashes(words: Sequence[str]) -> None:
-    """`--depth=50` is a habit from elsewhere: say how it is written here."""
+def accepted(words: Sequence[str]) -> list[str]:
+    """The command line as Hydra wants it.
+
+    `--depth=50` is a habit from elsewhere: say how it is written here. The arguments of `graph.model` are its own, not
+    the schema's: they may be added without a `+`.
+    """
     for word in words:
         bare = word.lstrip("-")
         if word.startswith("--") and bare.split("=")[0] in set(option_names()):
             raise UsageError(f"{word}: options have no dashes, write {bare if '=' in bare else bare + '=VALUE'}")
+    return [f"++{word}" if word.startswith(("graph.model.", "graph.model=")) else word for word in words]
 
 
 HYDRA_MISTAKES = (HydraException, OmegaConfBaseException)
@@ -148,6 +176,7 @@ COLUMNS = {
     "activation": "activation.name",
     "depth": "depth",
     "width": "width",
+    "inputs": "inputs",
     "batch": "batch",
     "dtype": "dtype",
     "data": "data.name",
@@ -169,7 +198,7 @@ def columns(config: Config) -> dict[str, Any]:
         for part in option.split("."):
             value = getattr(value, part)
         found[name] = value
-    return found
+    return found | {"inputs": config.width if config.inputs is None else config.inputs}
 
 
 def seeds(config: Config) -> Sequence[int]:

@@ -14,6 +14,7 @@ Row = TypeVar("Row")
 LOWEST: dict[str, float] = {
     "depth": 1,
     "width": 1,
+    "inputs": 1,
     "batch": 1,
     "seed": 0,
     "seeds": 1,
@@ -43,7 +44,7 @@ def not_one_of(what: str, given: object, allowed: Iterable[str]) -> UsageError:
 
 
 def choose(table: Mapping[str, Row], name: str, what: str) -> Row:
-    """The row of a table, or one line that lists its names."""
+    """The row of a table (or the column of a frame), or one line that lists its names."""
     if name not in table:
         raise not_one_of(what, name, table)
     return table[name]

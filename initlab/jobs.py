@@ -9,24 +9,35 @@ from typing import Any
 import pandas as pd
 import torch
 
-from initlab.config import Config, columns, seeds
+from initlab.config import Config, columns, instantiated, seeds
 from initlab.errors import UsageError, check, choose
 from initlab.output import records, summary
 from initlab.output.records import Recorder
+from initlab.scratch.graph import frames_as_text
 from initlab.scratch.layers import LOSSES
 from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.init import Rule, rule
 from initlab.tasks.data import load
+from initlab.tasks.graph import graph
+from initlab.tasks.ladders import matmul_ladder
 from initlab.tasks.place import DTYPES, find_device
 from initlab.tasks.stack import stack
+from initlab.tasks.timing import agreement
 from initlab.tasks.train import OPTIMIZERS, refuse_mismatch, train
 
-Stage = Callable[[Recorder], None]
+Stage = Callable[[Recorder], str]  # measures, records, and says what is to be printed beside the short table
 
 
 def _stack(config: Config, common: Mapping[str, Any]) -> Stage:
-    def run(recorder: Recorder) -> None:
-        recorder.add({"stats": stack(depth=config.depth, width=config.width, batch=config.batch, **common)})
+    def run(recorder: Recorder) -> str:
+        shape: dict[str, Any] = {
+            "depth": config.depth,
+            "width": config.width,
+            "inputs": config.inputs,
+            "batch": config.batch,
+        }
+        recorder.add({"stats": stack(**shape, **common)})
+        return ""
 
     return run
 
@@ -36,8 +47,39 @@ def _train(config: Config, common: Mapping[str, Any]) -> Stage:
     data = load(config.data.name, config.data.root, config.data.download, config.data.url)
     refuse_mismatch(data, config.train.loss, config.train.batch)
 
-    def run(recorder: Recorder) -> None:
+    def run(recorder: Recorder) -> str:
         train(data, **vars(config.train), every=config.every, emit=recorder.add, **common)
+        return ""
+
+    return run
+
+
+def _matmul(config: Config, common: Mapping[str, Any]) -> Stage:
+    def run(recorder: Recorder) -> str:
+        place = {name: common[name] for name in ("dtype", "device", "progress")}
+        frame = matmul_ladder(seed=config.seed, **place)
+        recorder.add({"timings": frame})
+        return f"{summary.timings_as_text(frame)}\n{agreement(frame, config.dtype)}"
+
+    return run
+
+
+def _graph(config: Config, common: Mapping[str, Any]) -> Stage:
+    """Walks the graph at once: a model that cannot be built or run is a mistake of the user."""
+    t, given = config.train, config.graph
+    own: dict[str, Any] = {
+        "depth": t.depth,
+        "width": t.width,
+        "batch": t.batch,
+        "loss": None if given.model else t.loss,
+    }
+    setting = {name: common[name] for name in ("init", "activation", "dtype", "device")}
+    frames = graph(instantiated(given.model), shapes=given.shapes, seed=config.seed, **own, **setting)
+    notes = [f"note: {note}" for note in frames.pop("notes")["note"]]
+
+    def run(recorder: Recorder) -> str:
+        recorder.add(frames)
+        return "\n".join([frames_as_text(frames["nodes"], frames["edges"]), *notes])
 
     return run
 
@@ -47,6 +89,8 @@ TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
     "lab": (_stack, _train),
     "stack": (_stack,),
     "train": (_train,),
+    "matmul": (_matmul,),
+    "graph": (_graph,),
 }
 
 
@@ -61,10 +105,9 @@ class Job:
     def run(self) -> str:
         """Measure, record, draw; what is to be printed."""
         with self.recorder:
-            for stage in self.stages:
-                stage(self.recorder)
+            said = [stage(self.recorder) for stage in self.stages]
         folder = self.recorder.folder
-        return report(folder, draw(folder) if self.plots else [])
+        return report(folder, draw(folder) if self.plots else [], said)
 
 
 def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> Job:
@@ -130,10 +173,12 @@ def draw(folder: Path, compare: bool = False) -> list[Path]:
     return plots.draw(tables(folder), folder, compare)
 
 
-def report(folder: Path, paths: Sequence[Path]) -> str:
-    """The short table, and where the rest is."""
+def report(folder: Path, paths: Sequence[Path], said: Sequence[str] = ()) -> str:
+    """The short table, what the stages said, and where the rest is."""
     found = tables(folder)
-    lines = [summary.as_text(summary.summarize(found["stats"], found.get("losses"), found.get("parity")))]
+    lines = [text for text in said if text]
+    if "stats" in found:
+        lines.append(summary.as_text(summary.summarize(found["stats"], found.get("losses"), found.get("parity"))))
     below = Path() if (folder / "run.json").is_file() else Path("*")  # the folders of a sweep's jobs
     lines.append(f"tables: {shown(folder / below / '*.parquet')}")
     if paths:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from initlab.output import summary
+from initlab.output.graphs import draw_graph
 
 Tables = Mapping[str, pd.DataFrame]
 
@@ -39,14 +40,14 @@ def _figure(title: str, rows: int = 1, columns: int = 1, **settings: Any) -> tup
     return figure, list(axes.flat)
 
 
-def _banded(ax: Axes, band: pd.DataFrame, x: str, names: dict[str, str] | None = None) -> None:
+def _banded(ax: Axes, band: pd.DataFrame, x: str, names: dict[str, str] | None = None, marker: str = "") -> None:
     """A line of medians and a band from 16 to 84 % for every label, told apart by colour and by dashes."""
     band = band.assign(label=band["label"].astype(str).map(lambda name: (names or {}).get(name, name)))
     order = list(band["label"].unique())
     colours = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
     sns.lineplot(
         data=band, x=x, y="median", hue="label", style="label", hue_order=order, style_order=order,
-        palette=colours, errorbar=None, ax=ax,
+        palette=colours, errorbar=None, ax=ax, marker=marker or None, markersize=6,
     )  # fmt: skip
     for label, rows in band.groupby("label"):
         ax.fill_between(rows[x], rows["low"], rows["high"], color=colours[label], alpha=0.2, linewidth=0)
@@ -116,6 +117,8 @@ def _mark_deaths(ax: Axes, band: pd.DataFrame, died: pd.DataFrame, direction: st
 
 
 def _stack(tables: Tables, direction: str, what: str) -> Figure | None:
+    if "stats" not in tables:
+        return None
     stats = tables["stats"]
     signal = summary.stack_signal(stats, direction)
     signal = signal[signal["layer"] > 0] if direction == "backward" else signal
@@ -147,6 +150,8 @@ def gradient_std(tables: Tables) -> Figure | None:
 
 
 def _trained(tables: Tables, tensor: str, direction: str) -> pd.DataFrame:
+    if "stats" not in tables:
+        return pd.DataFrame()
     stats = tables["stats"]
     chosen = (stats["stage"] == "train") & (stats["implementation"] == "scratch")
     return stats[chosen & (stats["tensor"] == tensor) & (stats["direction"] == direction)]
@@ -316,12 +321,34 @@ def compared_loss(tables: Tables) -> Figure | None:
     return figure
 
 
+def timings(tables: Tables) -> Figure | None:
+    """Seconds a call of every version of a ladder over the sizes that it ran at."""
+    frame = tables.get("timings")
+    if frame is None or not frame["median"].notna().any():
+        return None
+    ran = frame.dropna(subset=["median"]).rename(columns={"version": "label", "q25": "low", "q75": "high"})
+    figure, (ax,) = _figure(f"{ran['label'].nunique()} versions: {summary.crossing(frame)}")
+    _banded(ax, ran, "rows", marker="o")
+    ax.set_xscale("log")
+    _log_scale(ax, ran["median"])
+    ax.set_xlabel("rows")
+    ax.set_ylabel("seconds a call (median, 25-75 %)")
+    return figure
+
+
+def graph(tables: Tables) -> Figure | None:
+    """Autograd's graph, node by node."""
+    return draw_graph(tables["nodes"], tables["edges"]) if "nodes" in tables else None
+
+
 FIGURES: dict[str, Callable[[Tables], Figure | None]] = {
     "activation_std": activation_std,
     "gradient_std": gradient_std,
     "training_activations": training_activations,
     "gradient_norm": gradient_norm,
     "loss": loss,
+    "timings": timings,
+    "graph": graph,
 }
 COMPARING: dict[str, Callable[[Tables], Figure | None]] = {
     "activation_std": activation_std,
@@ -332,7 +359,10 @@ COMPARING: dict[str, Callable[[Tables], Figure | None]] = {
 
 def draw(tables: Tables, folder: Path, compare: bool = False) -> list[Path]:
     """Write every figure that the tables allow as PNG; their paths."""
-    labelled = {name: frame.assign(label=summary.labels(frame)) for name, frame in tables.items()}
+    labelled = {
+        name: frame.assign(label=summary.labels(frame)) if "implementation" in frame or name == "parity" else frame
+        for name, frame in tables.items()
+    }
     paths = []
     for name, make in (COMPARING if compare else FIGURES).items():
         figure = make(labelled)

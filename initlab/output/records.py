@@ -32,6 +32,9 @@ TABLES = {
     "stats": "a row per stage, implementation, seed, step, layer, tensor and direction",
     "losses": "loss and accuracy per implementation, seed and step",
     "parity": "relative error of the hand-written tensors against the module's",
+    "timings": "a row per version and shape of a ladder",
+    "nodes": "a row per node of autograd's graph",
+    "edges": "a row per edge of autograd's graph",
 }
 _OURS_BEFORE_A_RUN = {".hydra", "initlab.log", "multirun.yaml"}
 

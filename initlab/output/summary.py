@@ -4,7 +4,7 @@ Takes frames alone; a frame without the column `run` is one run.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,8 @@ import pandas as pd
 
 # Configuration columns that may tell runs apart, in the order in which they are named.
 TELLING = (
-    "init", "activation", "gain", "mode", "distribution", "depth", "width", "batch", "dtype", "device", "data",
-    "train_depth", "train_width", "train_batch", "steps", "lr", "optimizer", "train_loss",
+    "init", "activation", "gain", "mode", "distribution", "depth", "width", "inputs", "batch", "dtype", "device",
+    "data", "train_depth", "train_width", "train_batch", "steps", "lr", "optimizer", "train_loss",
 )  # fmt: skip
 ALWAYS = ("init", "activation")
 PARITY_LIMIT = {"float64": 1e-12, "float32": 1e-5}  # what the two backward passes are held to
@@ -29,7 +29,7 @@ def telling_columns(frame: pd.DataFrame) -> list[str]:
         networks = frame[[*found, "run", "seed"]].drop_duplicates()
         if networks.duplicated([*found, "seed"]).any():  # runs that differ in nothing that is named here
             found.append("run")
-    for derived in ("gain", "mode", "distribution"):
+    for derived in ("gain", "mode", "distribution", "inputs"):
         if derived in found:
             others = [name for name in found if name != derived]
             if (frame.groupby(others, observed=True)[derived].nunique(dropna=False) <= 1).all():
@@ -209,3 +209,47 @@ def _text(name: str, row: pd.Series) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3g}"
+
+
+def timings_as_text(timings: pd.DataFrame) -> str:
+    """A ladder's table with units that a person reads."""
+    texts = {
+        "version": timings["version"].astype(str),
+        "shape": timings["shape"].astype(str),
+        "median": timings["median"].map(_seconds),
+        "25-75 %": [f"{_seconds(a)} to {_seconds(b)}" if a == a else "" for a, b in timings[["q25", "q75"]].to_numpy()],
+        "ratio": timings["ratio"].map(_blank(lambda ratio: f"{ratio:,.3g}" if ratio < 1000 else f"{ratio:,.0f}")),
+        "peak memory": timings["peak_bytes"].map(_blank(_bytes)),
+        "relative error": timings["relative_error"].map(_blank(_number)),
+        "ulp": timings["ulp"].map(_blank(_number)),
+        "note": timings["note"].astype(str),
+    }
+    return str(pd.DataFrame(texts).to_string(index=False))
+
+
+def _blank(text: Callable[[float], str]) -> Callable[[float], str]:
+    return lambda value: "" if pd.isna(value) else text(value)
+
+
+def _seconds(value: float) -> str:
+    if pd.isna(value):
+        return ""
+    size, unit = next((pair for pair in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")) if value >= pair[0]), (1e-9, "ns"))
+    return f"{value / size:.3g} {unit}"
+
+
+def _bytes(value: float) -> str:
+    size, unit = next((pair for pair in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if value >= pair[0]), (1, "B"))
+    return f"{value / size:.3g} {unit}"
+
+
+def crossing(timings: pd.DataFrame) -> str:
+    """The finding of a ladder: slowest against fastest at the smallest shape that both ran."""
+    ran = timings.dropna(subset=["median"])
+    if not len(ran):
+        return "no version ran"
+    most = ran.groupby("shape", sort=False)["version"].nunique()
+    rows = ran[ran["shape"] == most.idxmax()].sort_values("median")
+    fastest, slowest = rows.iloc[0], rows.iloc[-1]
+    times = slowest["median"] / fastest["median"]
+    return f"{fastest['version']} is {times:,.3g} times as fast as {slowest['version']} at {fastest['shape']}"

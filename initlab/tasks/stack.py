@@ -20,6 +20,7 @@ def stack(
     activation: str = "relu",
     depth: int = 50,
     width: int = 100,
+    inputs: int | None = None,
     batch: int = 200,
     seeds: Sequence[int] = range(8),
     dtype: str = "float32",
@@ -28,9 +29,11 @@ def stack(
 ) -> pd.DataFrame:
     """The `stats` rows of the stage `stack`: every layer's preactivation and activation, forward and backward.
 
-    One network per seed. Layer 0 is the input, forward only. Nothing raises when a signal dies: the counts say it.
+    One network per seed. The input has `inputs` units, `width` if not said. Layer 0 is the input, forward only. Nothing
+    raises when a signal dies: the counts say it.
     """
-    check(depth=depth, width=width, batch=batch)
+    inputs = width if inputs is None else inputs
+    check(depth=depth, width=width, batch=batch, inputs=inputs)
     scaling = rule(init) if isinstance(init, str) else init
     phi, name, place = choose(ACTIVATIONS, activation, "activation"), activation, find_device(device)
     number = choose(DTYPES, dtype, "dtype")
@@ -38,7 +41,7 @@ def stack(
     frames = []
     with tqdm(total=2 * depth * len(groups), desc="stack", unit="layer", disable=None if progress else True) as bar:
         for group in groups:
-            layers = _Layers(scaling, name, width, group, number, place)
+            layers = _Layers(scaling, name, inputs, width, group, number, place)
             rows = Rows(group)
             passed = _forward(layers, phi, depth, batch, rows, bar)
             _backward(layers, phi, passed, rows, bar)
@@ -50,17 +53,24 @@ class _Layers:
     """Draws what a group of networks needs, on its device."""
 
     def __init__(
-        self, scaling: Rule, activation: str, width: int, seeds: Sequence[int], dtype: torch.dtype, device: torch.device
+        self,
+        scaling: Rule,
+        activation: str,
+        inputs: int,
+        width: int,
+        seeds: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.scaling, self.activation, self.width, self.seeds = scaling, activation, width, seeds
-        self.dtype, self.device = dtype, device
+        self.scaling, self.activation, self.inputs, self.width = scaling, activation, inputs, width
+        self.seeds, self.dtype, self.device = seeds, dtype, device
 
     def draw(self, layer: int) -> tuple[Tensor, Tensor]:
-        shape = (self.width, self.width)
+        shape = (self.inputs if layer == 1 else self.width, self.width)
         return draw(self.scaling, self.activation, shape, self.seeds, layer, self.dtype, self.device)
 
-    def gaussian(self, batch: int, what: str) -> Tensor:
-        drawn = torch.stack([gaussian((batch, self.width), seed, what) for seed in self.seeds])
+    def gaussian(self, batch: int, units: int, what: str) -> Tensor:
+        drawn = torch.stack([gaussian((batch, units), seed, what) for seed in self.seeds])
         return drawn.to(self.device, self.dtype)
 
 
@@ -72,7 +82,7 @@ def _forward(
     layers: _Layers, phi: Activation, depth: int, batch: int, rows: Rows, bar: tqdm
 ) -> list[tuple[Tensor, Tensor]]:
     """Weights and preactivations of every layer, which the backward pass needs."""
-    x = layers.gaussian(batch, "input")
+    x = layers.gaussian(batch, layers.inputs, "input")
     rows.add([Item(_key(0, "activation", "forward"), x)])
     passed = []
     for layer in range(1, depth + 1):
@@ -92,7 +102,7 @@ def _forward(
 
 
 def _backward(layers: _Layers, phi: Activation, passed: list[tuple[Tensor, Tensor]], rows: Rows, bar: tqdm) -> None:
-    g = layers.gaussian(passed[-1][1].shape[-2], "gradient")
+    g = layers.gaussian(passed[-1][1].shape[-2], layers.width, "gradient")
     for layer in range(len(passed), 0, -1):
         w, z = passed[layer - 1]
         z_grad = phi.pull_back(g, z)
