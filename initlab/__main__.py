@@ -5,8 +5,9 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import initlab
 from initlab.errors import UsageError
@@ -31,7 +32,7 @@ Tables, plots and logs go to outputs/. Hydra's own flags: --hydra-help. Every op
 
 
 def main() -> int:
-    """Exit code: 0 done, 2 the user's mistake, 130/143 stopped, 1 a fault inside a job."""
+    """Exit code: 0 done, 1 a fault inside a job, 2 the user's mistake, 4 an expectation failed, 130/143 stopped."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return 0
@@ -43,6 +44,7 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     _mistakes.clear()
+    _disappointed.clear()
     _started.clear()
     code = 0
     try:
@@ -61,15 +63,16 @@ def main() -> int:
             code = 1
         else:  # whatever Hydra could not make of the options, no job has begun
             _mistakes.append(str(as_usage_error(error)))
-    for line in dict.fromkeys(_mistakes):
-        print(f"initlab: {line}", file=sys.stderr)
     folder = Sweep.close()
     if folder is not None:
-        _after_sweep(folder)
-    return code or (2 if _mistakes else 0)
+        _after_sweep(folder, Sweep.expect, Sweep.plots)
+    for line in dict.fromkeys(_mistakes):
+        print(f"initlab: {line}", file=sys.stderr)
+    return code or (2 if _mistakes else 0) or (4 if _disappointed else 0)
 
 
 _started: list[Path] = []  # folders of the jobs that this process began
+_disappointed: list[str] = []  # expectations that failed
 _mistakes: list[str] = []  # of the jobs of this process: Hydra prints lines of its own about jobs that raise
 
 
@@ -106,17 +109,36 @@ def job(cfg: "DictConfig") -> None:
         log.exception("%s; what was measured is in %s", type(error).__name__, jobs.shown(folder))
         error.logged = True  # type: ignore[attr-defined]
         raise
-    log.info(said if setting.mode == RunMode.RUN else f"done: {jobs.shown(folder)}")
+    if setting.mode == RunMode.RUN:
+        log.info(said)
+        _judge(folder, prepared.expect)
+    else:
+        log.info("done: %s", jobs.shown(folder))
 
 
-def _after_sweep(folder: Path) -> None:
+def _judge(folder: Path, expectations: Sequence[Any]) -> None:
+    """Print which expectations hold; a failed one is remembered for the exit code."""
+    from initlab import jobs
+
+    try:
+        verdicts = jobs.judge(folder, expectations)
+    except UsageError as error:
+        _mistakes.append(str(error))
+        return
+    for verdict in verdicts:
+        log.info(str(verdict))
+    _disappointed.extend(verdict.say for verdict in verdicts if not verdict.holds)
+
+
+def _after_sweep(folder: Path, expectations: Sequence[Any], plots: bool) -> None:
     """The short table and the comparing figures over all jobs of a sweep that left something to read."""
     from initlab import jobs
     from initlab.output.records import discard
 
     discard(folder)
     if any(folder.glob("*/run.json")):
-        log.info(jobs.report(folder, jobs.draw(folder, compare=True)))
+        log.info(jobs.report(folder, jobs.draw(folder, compare=True) if plots else []))
+        _judge(folder, expectations)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import torch
 from initlab.config import Config, columns, instantiated, seeds
 from initlab.errors import UsageError, check, choose
 from initlab.output import records, summary
+from initlab.output.expect import Verdict
+from initlab.output.expect import judge as verdict
 from initlab.output.records import Recorder
 from initlab.scratch.graph import frames_as_text
 from initlab.scratch.layers import LOSSES
@@ -101,6 +103,7 @@ class Job:
     stages: Sequence[Stage]
     recorder: Recorder
     plots: bool
+    expect: Sequence[Any]
 
     def run(self) -> str:
         """Measure, record, draw; what is to be printed."""
@@ -129,7 +132,7 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     described = _described(config, scaling, choices) | {"device": device}
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {config.threads} thread(s)"
     recorder = Recorder(folder, described, name, seeds=list(seeds(config)))
-    return Job([stage(config, common) for stage in stages], recorder, config.plots)
+    return Job([stage(config, common) for stage in stages], recorder, config.plots, config.expect)
 
 
 def _refuse(config: Config) -> None:
@@ -171,6 +174,12 @@ def draw(folder: Path, compare: bool = False) -> list[Path]:
     from initlab.output import plots  # seaborn takes a second to import
 
     return plots.draw(tables(folder), folder, compare)
+
+
+def judge(folder: Path, expectations: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+    """What a study expects of the numbers in a folder."""
+    found = tables(folder) if expectations else {}
+    return [verdict(expectation, found) for expectation in expectations]
 
 
 def report(folder: Path, paths: Sequence[Path], said: Sequence[str] = ()) -> str:

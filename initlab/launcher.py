@@ -7,18 +7,21 @@ from typing import Any, ClassVar
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 
 class Sweep(Callback):
-    """Hydra's callback: remembers the sweep's folder for what comes after the last job."""
+    """Hydra's callback: remembers the sweep's folder and what its study expects, for what comes after the last job."""
 
     folder: ClassVar[Path | None] = None
+    expect: ClassVar[list[Any]] = []
+    plots: ClassVar[bool] = True
     _bar: ClassVar[Any] = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         Sweep.folder = Path(config.hydra.sweep.dir).absolute()
+        Sweep.expect, Sweep.plots = [OmegaConf.to_container(one) for one in config.expect], bool(config.plots)
         Sweep._bar = tqdm(total=_jobs(config), desc="sweep", unit="job", disable=None)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 
 import initlab
 from initlab import jobs
+from initlab.tasks import ladders
 
 Lab = Callable[..., tuple[int, str, str]]
 QUICK = ("depth=5", "seeds=2", "train.steps=3", "plots=false")
@@ -79,7 +80,7 @@ MISTAKES = {
     "init.mode=fan": "initlab: init.mode=fan: must be one of constant, fan_avg, fan_in, fan_out - did you mean fan_in?",
     "dtype=float31": "initlab: dtype=float31: must be one of bfloat16, float16, float32, float64 "
     "- did you mean float32?",
-    "task=lb": "initlab: task=lb: must be one of lab, stack, train - did you mean lab?",
+    "task=lb": "initlab: task=lb: must be one of graph, lab, matmul, stack, train - did you mean lab?",
     "train.loss=mae": "initlab: train.loss=mae: must be one of cross_entropy, mse - did you mean mse?",
     "train.optimizer=adma": "initlab: train.optimizer=adma: must be one of adam, adamw, momentum, nesterov, rmsprop, "
     "sgd - did you mean adam?",
@@ -200,3 +201,41 @@ def test_the_main_job_on_a_gpu(lab: Lab) -> None:
     code, _, err = lab("init=kaiming", "device=cuda", "train.steps=20")
     assert code == 0, err
     assert set(initlab.read("outputs")["device"]) == {"cuda"}
+
+
+def test_a_failed_expectation_is_told_by_the_exit_code(lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    text = "defaults: [config, _self_]\ntask: stack\nexpect:\n  - {say: it grows, where: {layer: 5}, statistic: std, "
+    (tmp_path / "study" / "hope.yaml").write_text(text + "reduce: median, is: above, value: 1000}\n")
+    code, out, _ = lab("-cd", "study", "-cn", "hope", *QUICK)
+    assert code == 4 and "FAILS: it grows (measured " in out
+    assert lab("-cd", "study", "-cn", "hope", *QUICK, "init=naive", "depth=6")[0] == 0
+    code, out, err = lab("-cd", "study", "-cn", "hope", "-m", *QUICK, "init=naive,small", "depth=4")
+    assert code == 2 and "selects no rows" in err and len(runs()) == 4
+
+
+def test_the_ladder_and_the_graph_from_the_command_line(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "matmul_ladder", lambda **how: ladders.matmul_ladder([(2, 3, 4)], rounds=1, **how))
+    code, out, err = lab("task=matmul")
+    assert code == 0, err
+    assert "einsum" in out and "equal up to rounding" in out
+    assert set(initlab.read("outputs", table="timings")["shape"]) == {"2x3 @ 3x4"}
+    code, out, err = lab("task=graph", "graph.model._target_=torch.nn.Linear", "graph.model.in_features=3",
+                         "graph.model.out_features=2")  # fmt: skip
+    assert code == 0, err
+    assert "AddmmBackward0" in out and "Lin.bwd" in out
+    assert "AccumulateGrad" in set(initlab.read("outputs/**", table="nodes")["node"])
+    assert {path.name for path in Path("outputs").glob("**/*.png")} == {"timings.png", "graph.png"}
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("graph.model._target_=torch.nn.Linearr",), "torch.nn.Linearr cannot be built"),
+        (("graph.model._target_=torch.nn.Linear",), "missing 2 required positional arguments"),
+        (("graph.model.in_features=3",), "no _target_"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_one_line(lab: Lab, words: tuple[str, ...], text: str) -> None:
+    code, _, err = lab("task=graph", *words)
+    assert code == 2 and text in err and err.count("\n") == 1
