@@ -115,7 +115,7 @@ def _func_grad(parameters: Gradients, activation: str, loss: str) -> Step:
 
 
 def _module(parameters: Gradients, activation: str, loss: str) -> Step:
-    model, objective = sequential(parameters, ACTIVATIONS[activation].module), LOSSES[loss].module
+    model, objective = sequential(parameters, ACTIVATIONS[activation]), LOSSES[loss].module
 
     @torch.enable_grad()
     def step(xb: Tensor, yb: Tensor) -> Result:
