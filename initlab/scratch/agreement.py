@@ -105,6 +105,6 @@ def _ulps(a: Tensor, b: Tensor) -> tuple[float, float]:
 def unit_in_last_place(x: Tensor) -> Tensor:
     """eps 2^floor(log2 |x|) of x's own dtype, as float64; below the normal numbers the smallest subnormal."""
     info = torch.finfo(x.dtype)
-    exponent = torch.frexp(x.double()).exponent - 1
-    unit = torch.ldexp(torch.full_like(exponent, info.eps, dtype=torch.float64), exponent)
-    return unit.clamp_min(info.tiny * info.eps)
+    wide = x.double()
+    unit = torch.ldexp(torch.full_like(wide, info.eps), torch.frexp(wide).exponent - 1)
+    return torch.where(wide == 0, 0.0, unit).clamp_min(info.tiny * info.eps)  # frexp gives 0 the exponent of 1/2
