@@ -1,4 +1,4 @@
-"""initlab: what happens to the numbers in a deep network under this initialization - forward, backward, while it trains?
+"""initlab: what happens to the numbers in a deep network under this initialization, forward, backward and in training?
 
 The map of the house. Imports run one way, downwards in this list never:
 
@@ -8,22 +8,29 @@ The map of the house. Imports run one way, downwards in this list never:
         init.py          the variance-scaling formula and its named rules; order-free random numbers
         stats.py         table of statistics that outlive the number format; tidy rows
     scratch/       the from-scratch network, in reading order
-        layers.py        forward and hand-written backward, neighbours on the page
+        layers.py        forward and hand-written backward, neighbours on the page; the same with `.g`
+        classes.py       layers that remember their call; LayerFunction
+        modules.py       the same rules as torch.autograd.Function and nn.Module
         mlp.py           the MLP by hand and its nn.Module twin
+        problem.py       what every version refuses before it starts
+        backward.py      every version of the backward pass behind one signature
+        agreement.py     equal up to rounding, or not
     tasks/         what can be run, a file each: plain arguments in, frames out; knows nothing of Hydra
         place.py         device and number format
         data.py          the batches: digits, MNIST from files, a teacher
         stack.py         a stack of layers, forward and backward
         train.py         two trainings side by side
+        explain.py       one backward pass, step by step: who sets which .g
     output/        what is kept and shown: takes frames, imports no task
         records.py       what a run folder holds; write and read
         summary.py       frames -> the short table and the findings in words
         plots.py         frame -> figure
     config.py      the typed schema of conf/, and where conf/ is found
     launcher.py    what surrounds the jobs of a sweep
-    __main__.py    the roof: compose, run, record, draw
+    jobs.py        one job: typed configuration -> run folder, figures, what is printed
+    __main__.py    the roof: compose, run its jobs, exit codes
 
-From Python: `initlab.read("outputs/**")` gives the tables of all runs, `initlab.gain("relu")` the gain of an activation;
+From Python: `initlab.read("outputs/**")` gives the tables of all runs, `initlab.gain("relu")` an activation's gain;
 `initlab.tasks.stack.stack(...)` and `initlab.tasks.train.train(...)` run the tasks and return their frames.
 """
 

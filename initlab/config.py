@@ -100,9 +100,9 @@ def as_usage_error(error: Exception) -> UsageError:
     if isinstance(error, OverrideParseException):
         return UsageError(f"{error.override}: not an option; options are key=value, see --help")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, given = error.missing_cfg_file.rpartition("/")
+        group, _, name = error.missing_cfg_file.rpartition("/")
         if error.options:
-            return not_one_of(group or "--config-name", given, error.options)
+            return not_one_of(group or "--config-name", name, error.options)
         return UsageError(f"{error.missing_cfg_file}: no such file below the folders of configurations")
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -20,7 +21,7 @@ class Sweep(Callback):
         Sweep.folder = Path(config.hydra.sweep.dir).absolute()
         Sweep._bar = tqdm(total=_jobs(config), desc="sweep", unit="job", disable=None)
 
-    def on_job_end(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if Sweep._bar is not None:
             Sweep._bar.update()
 

@@ -6,6 +6,7 @@ Layers stand in network order; a signal that died is marked where it died, since
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,11 +31,11 @@ BY_HAND = {"scratch": "by hand", "module": "nn.Module"}
 MANY_LAYERS = 8  # from here on a colour bar serves better than a legend
 
 
-def _figure(title: str, rows: int = 1, columns: int = 1, **settings: object) -> tuple[Figure, list[Axes]]:
+def _figure(title: str, rows: int = 1, columns: int = 1, **settings: Any) -> tuple[Figure, list[Axes]]:
     sns.set_theme(style="whitegrid", palette="colorblind", context="notebook")
     figure = Figure(figsize=(5.5 * columns + 4, 2.6 * rows + 2.9), layout="constrained")
     figure.suptitle("\n".join(textwrap.wrap(title, 52 * columns + 34)), fontsize=12)
-    axes = figure.subplots(rows, columns, squeeze=False, **settings)  # type: ignore[arg-type]
+    axes = figure.subplots(rows, columns, squeeze=False, **settings)
     return figure, list(axes.flat)
 
 
@@ -53,6 +54,13 @@ def _banded(ax: Axes, band: pd.DataFrame, x: str, names: dict[str, str] | None =
         ax.legend(title=None, loc="upper left", bbox_to_anchor=(1.01, 1))
     else:
         ax.legend(title=None)
+
+
+def _log_scale(ax: Axes, values: pd.Series | np.ndarray) -> None:
+    """A log axis, unless there is nothing that it could show."""
+    seen = np.asarray(values, dtype=float)
+    if (seen[np.isfinite(seen)] > 0).any():
+        ax.set_yscale("log")
 
 
 def _layer_axis(ax: Axes) -> None:
@@ -117,7 +125,7 @@ def _stack(tables: Tables, direction: str, what: str) -> Figure | None:
     figure, (ax,) = _figure(f"{what} through the stack. {summary.findings(found)}")
     band = summary.band(signal, ["layer"], "std")
     _banded(ax, band, "layer")
-    ax.set_yscale("log")
+    _log_scale(ax, band["median"])
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, 0.1), max(high, 10))  # a curve that stays near 1 shall look like it
     ax.set_ylabel("std (median and 16-84 % of networks)")
@@ -175,7 +183,7 @@ def training_activations(tables: Tables) -> Figure | None:
             ax.legend(title="layer")
         ends.append(band)
     if len(layers) > MANY_LAYERS:
-        axes[1].set_yscale("log")
+        _log_scale(axes[1], ends[1]["median"])
         _layer_bar(figure, axes, len(layers))
     figure.suptitle(_training_title(label, ends[1], layers))
     return figure
@@ -253,21 +261,20 @@ def loss(tables: Tables) -> Figure | None:
     last = band[band["step"] == band["step"].max()].set_index("label")["median"]
     worst = apart["largest"].max()
     title = (
-        f"{label}: loss {last['scratch']:.3g} by hand and {last['module']:.3g} by nn.Module after {band['step'].max()} updates, "
-        f"at most {worst:.1g} apart"
+        f"{label}: loss {last['scratch']:.3g} by hand and {last['module']:.3g} by nn.Module "
+        f"after {band['step'].max()} updates, at most {worst:.1g} apart"
     )
     figure, (top, bottom) = _figure(title, 2, 1, sharex=True, height_ratios=[2, 1])
     _banded(top, band, "step", BY_HAND)
     top.set_ylabel("loss")
     if (band["low"].dropna() > 0).all():
-        top.set_yscale("log")
+        _log_scale(top, band["median"])
     sns.lineplot(
         data=apart, x="step", y="largest", errorbar=None, color="0.25", ax=bottom, label="largest of the networks"
     )
     sns.scatterplot(data=apart, x="step", y="median", color="0.25", s=9, linewidth=0, ax=bottom, label="median")
     bottom.legend(fontsize=8)
-    if (apart["largest"] > 0).any():
-        bottom.set_yscale("log")
+    _log_scale(bottom, apart["largest"])
     bottom.set_ylabel("|difference| / loss")
     bottom.set_xlabel("training step")
     _mark_divergence(top, losses)
@@ -281,7 +288,8 @@ def _mark_divergence(ax: Axes, losses: pd.DataFrame) -> None:
     if len(gone):
         step, last = gone["step"].min(), gone[gone["step"] == losses["step"].max()]
         ax.axvline(step, color="0.3", linestyle=":")
-        said = f"not finite from step {step} on, {last['seed'].nunique()} of {losses['seed'].nunique()} networks at the end"
+        share = f"{last['seed'].nunique()} of {losses['seed'].nunique()} networks at the end"
+        said = f"not finite from step {step} on, {share}"
         left = step > losses["step"].max() / 2
         ax.annotate(
             said, (step, 0.5), xycoords=ax.get_xaxis_transform(), xytext=(-6 if left else 6, 0),
@@ -302,7 +310,7 @@ def compared_loss(tables: Tables) -> Figure | None:
     figure, (ax,) = _figure(f"Lowest loss after {best['step']} updates: {said}")
     _banded(ax, band, "step")
     if (band["low"].dropna() > 0).all():
-        ax.set_yscale("log")
+        _log_scale(ax, band["median"])
     ax.set_ylabel("loss (median and 16-84 % of networks)")
     ax.set_xlabel("training step")
     return figure

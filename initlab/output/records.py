@@ -6,7 +6,6 @@ a temporary name and renamed, so a kill loses only what was not flushed. nan is 
 
 import glob
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -38,11 +37,11 @@ _OURS_BEFORE_A_RUN = {".hydra", "initlab.log", "multirun.yaml"}
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder of a run or a sweep in which nothing was measured, and the folders above it that it leaves empty."""
+    """Remove the folder of a run or a sweep in which nothing was measured, and folders above it that are then empty."""
     if folder.is_dir() and {path.name for path in folder.iterdir()} <= _OURS_BEFORE_A_RUN:
         shutil.rmtree(folder)
         for parent in list(folder.parents)[:2]:
-            if any(parent.iterdir()):
+            if Path.cwd().resolve() not in parent.resolve().parents or any(parent.iterdir()):
                 break
             parent.rmdir()
 
@@ -95,7 +94,7 @@ class Recorder:
         self.about |= {"status": status, "wall_seconds": round(wall, 3), "cpu_seconds": round(cpu, 3), **more}
         partial = self.folder / "run.json.part"
         partial.write_text(json.dumps(self.about, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self.folder / "run.json")
+        partial.replace(self.folder / "run.json")
 
 
 def _machine() -> dict[str, Any]:
@@ -147,7 +146,7 @@ def _write(table: pa.Table, path: Path) -> None:
     floats = [f.name for f in table.schema if pa.types.is_floating(f.type)]
     partial = path.with_suffix(".part")
     pq.write_table(table, partial, compression="zstd", use_dictionary=words, use_byte_stream_split=floats)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def _joined(tables: list[pa.Table]) -> pa.Table:
@@ -161,13 +160,9 @@ def _parts(folder: Path, table: str) -> list[Path]:
 def run_folders(paths: str | Path | Iterable[str | Path]) -> Iterator[Path]:
     """Folders with a run.json at or below the given paths or globs, sorted, each once."""
     given = [paths] if isinstance(paths, str | Path) else list(paths)
-    found = {
-        Path(json_file).parent
-        for path in given
-        for match in glob.glob(str(path), recursive=True)
-        for json_file in ([match] if match.endswith("run.json") else glob.glob(f"{glob.escape(match)}/**/run.json", recursive=True))
-    }  # fmt: skip
-    yield from sorted(found)
+    matches = [Path(match) for path in given for match in glob.glob(str(path), recursive=True)]
+    below = (match.glob("**/run.json") if match.is_dir() else [match] for match in matches)
+    yield from sorted({path.parent for paths in below for path in paths if path.name == "run.json"})
 
 
 def read_folder(folder: Path, table: str = "stats") -> pa.Table | None:

@@ -5,6 +5,7 @@ Takes frames alone; a frame without the column `run` is one run.
 
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,8 +20,15 @@ PARITY_LIMIT = {"float64": 1e-12, "float32": 1e-5}  # what the two backward pass
 
 
 def telling_columns(frame: pd.DataFrame) -> list[str]:
-    """`init` and `activation`, and whatever else differs between the runs; the gain only where those do not tell it."""
+    """`init` and `activation`, and whatever else differs between the runs; the gain only where those do not tell it.
+
+    Runs that differ in their seeds alone are one ensemble; runs that repeat a network are told apart by their folder.
+    """
     found = [name for name in TELLING if name in frame and (name in ALWAYS or frame[name].nunique(dropna=False) > 1)]
+    if "run" in frame:
+        networks = frame[[*found, "run", "seed"]].drop_duplicates()
+        if networks.duplicated([*found, "seed"]).any():  # runs that differ in nothing that is named here
+            found.append("run")
     for derived in ("gain", "mode", "distribution"):
         if derived in found:
             others = [name for name in found if name != derived]
@@ -42,6 +50,8 @@ def labels(frame: pd.DataFrame) -> pd.Categorical:
 
 def _named(name: str, value: object) -> str:
     said = f"{value:.4g}" if isinstance(value, float) else str(value)
+    if name == "run":
+        return Path(said).name
     return said if name in ALWAYS or isinstance(value, str) else f"{name} {said}"
 
 
@@ -52,10 +62,10 @@ def stack_signal(stats: pd.DataFrame, direction: str = "forward") -> pd.DataFram
 
 
 def deaths(stats: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
-    """Per label and seed: the first layer (in the direction of travel) that is not finite, and that is all zero; nan = none.
+    """Per label and seed the first layer, in the direction of travel, that is not finite and that is zero; nan = none.
 
-    A layer is not finite if its activation (backward: the gradient with respect to it) has a nan or an inf. Backward the
-    first layer is the deepest. Needs the column `label`.
+    A layer is not finite if its activation (backward: the gradient with respect to it) has a nan or an inf. Backward
+    the first layer is the deepest. Needs the column `label`.
     """
     rows = stack_signal(stats, direction)
     first = "min" if direction == "forward" else "max"
@@ -81,9 +91,12 @@ def ranked(values: np.ndarray, shares: tuple[float, ...] = (0.16, 0.5, 0.84)) ->
 
     A network that exploded is then neither dropped, which would flatter the rest, nor does it hide them.
     """
-    ranks = np.where(np.isnan(values), np.inf, values)
-    with np.errstate(invalid="ignore"):
-        found = np.quantile(ranks, shares, axis=-1)
+    ranks = np.sort(np.where(np.isnan(values), np.inf, values), axis=-1)
+    found = []
+    for share in shares:
+        below, part = divmod(share * (ranks.shape[-1] - 1), 1)
+        low, high = ranks[..., int(below)], ranks[..., min(int(below) + 1, ranks.shape[-1] - 1)]
+        found.append(low if part == 0 else (1 - part) * low + part * high)
     return np.where(np.isfinite(found), found, np.nan)
 
 
@@ -128,23 +141,11 @@ def loss_difference(losses: pd.DataFrame) -> pd.DataFrame:
     return apart.groupby("step").agg(["median", "max"]).rename(columns={"max": "largest"}).reset_index()
 
 
-def end_of_signal(stats: pd.DataFrame, direction: str = "forward") -> dict[str, str]:
-    """Per label one sentence about the std at the end of the way: the last layer forward, the first backward."""
-    signal, died = stack_signal(stats, direction), deaths(stats, direction)
-    signal = signal[signal["layer"] > 0]
-    last, travel = ("max", "min") if direction == "forward" else ("min", "max")
-    found = {}
-    for label, rows in signal.groupby("label", observed=True):
-        end = band(rows[rows["layer"] == rows["layer"].agg(last)], ["layer"], "std").iloc[0]
-        said = fate(died[died["label"] == label], travel)
-        alive = f"std {_number(end['median'])} at layer {end['layer']} (16-84 %: {_number(end['low'])} to {_number(end['high'])})"
-        found[str(label)] = alive if said == "alive" else said
-    return found
-
-
 def summarize(stats: pd.DataFrame, losses: pd.DataFrame | None, parity: pd.DataFrame | None) -> pd.DataFrame:
-    """A row per label: the last layer's mean and std (median over seeds, 16-84 % of networks), the signal's fate,
-    the last loss by hand and by nn.Module (median over seeds) and how many networks diverged, the largest relative difference of a gradient.
+    """A row per label.
+
+    Mean and std of the last layer (median over seeds, 16-84 % of networks), the signal's fate, the last loss by hand
+    and by nn.Module (median over seeds), how many networks diverged, the largest relative difference of a gradient.
     """
     stats = stats.assign(label=labels(stats))
     table = stats.drop_duplicates("label").set_index("label")[telling_columns(stats)].astype(object)
@@ -173,26 +174,37 @@ def summarize(stats: pd.DataFrame, losses: pd.DataFrame | None, parity: pd.DataF
 
 
 def as_text(table: pd.DataFrame) -> str:
-    """The summary as fixed-width text."""
-    shown = table.copy()
-    if "std16" in shown:
-        low, high = shown.pop("std16"), shown.pop("std84")
-        shown.insert(
-            shown.columns.get_loc("std") + 1,  # type: ignore[operator]
-            "16-84 % of networks",
-            [f"{_number(a)} to {_number(b)}" if a == a else "" for a, b in zip(low, high, strict=True)],
-        )
-    if "diverged" in shown and shown["diverged"].str.startswith("0 ").all():
-        shown.pop("diverged")
-    if "not comparable" in shown:
-        share = shown.pop("not comparable")
-        shown["gradient difference"] = [
-            _number(value) + (f" ({part:.0%} not finite)" if part else "")
-            for value, part in zip(shown["gradient difference"], share, strict=True)
-        ]
-    for name in shown:
-        shown[name] = [_number(v) if isinstance(v, float) else str(v) for v in shown[name]]
-    return shown.to_string(index=False)
+    """The summary as fixed-width text; what a run has not measured is left blank, nan is a result."""
+    shown = pd.DataFrame({name: [_text(name, row) for _, row in table.iterrows()] for name in _shown_columns(table)})
+    return str(shown.to_string(index=False))
+
+
+def _shown_columns(table: pd.DataFrame) -> list[str]:
+    """Without the helpers, and without `diverged` where no network did."""
+    names = [name for name in table if name not in ("std16", "std84", "not comparable")]
+    if "std16" in table:
+        names.insert(names.index("std") + 1, "16-84 % of networks")
+    if "diverged" in names and not table["diverged"].dropna().str.match("[1-9]").any():
+        names.remove("diverged")
+    return names
+
+
+_OF_THE_STACK = ("mean", "std", "16-84 % of networks", "signal")
+
+
+def _text(name: str, row: pd.Series) -> str:
+    witness = "signal" if name in _OF_THE_STACK else "diverged"
+    if (name in _OF_THE_STACK or name.startswith(("loss", "div", "grad"))) and pd.isna(row.get(witness)):
+        return ""
+    if name == "16-84 % of networks":
+        low, high = _number(row["std16"]), _number(row["std84"])
+        return low if low == high else f"{low} to {high}"
+    value = row[name]
+    if name == "gradient difference" and row["not comparable"]:
+        return f"{_number(value)} ({row['not comparable']:.0%} not finite)"
+    if name == "run":
+        return Path(value).name
+    return _number(value) if isinstance(value, float) else str(value)
 
 
 def _number(value: float) -> str:

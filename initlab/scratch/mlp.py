@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from initlab.scratch.layers import Loss, lin, lin_param_grads, lin_inp_grad
+from initlab.scratch.layers import Loss, lin, lin_inp_grad, lin_param_grads
 from initlab.signal.activations import Activation
 
 Parameters = list[tuple[Tensor, Tensor]]
@@ -59,7 +59,7 @@ def twin(parameters: Parameters, member: int, activation: Activation) -> nn.Sequ
     """The same network as torch writes it, with a copy of the weights of one member of the ensemble."""
     layers: list[nn.Module] = []
     for w, b in parameters:
-        linear = nn.Linear(*w.shape[-2:], device=w.device, dtype=w.dtype)
+        linear = nn.Linear(w.shape[-2], w.shape[-1], device=w.device, dtype=w.dtype)
         with torch.no_grad():
             linear.weight.copy_(w[member].mT)
             linear.bias.copy_(b[member])
@@ -90,7 +90,7 @@ def twin_forward_and_backward(
             if watch:
                 outputs[-1][-1].retain_grad()
     losses = torch.stack([loss.module(seen[-1], yb[member]) for member, seen in enumerate(outputs)])
-    losses.sum().backward()
+    losses.sum().backward()  # type: ignore[no-untyped-call]
     out = torch.stack([seen[-1].detach() for seen in outputs])
     if not watch:
         return losses.detach(), out, None

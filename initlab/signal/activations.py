@@ -73,7 +73,7 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "leaky_relu": Activation(
         phi=partial(leaky_relu, negative_slope=SLOPE),
-        slope=lambda z: torch.where(z > 0, 1.0, SLOPE).to(z.dtype),
+        slope=lambda z: torch.where(z > 0, torch.ones_like(z), SLOPE),
         module=partial(nn.LeakyReLU, SLOPE),
         kinks=(0.0,),
         backward=lambda grad, z: torch.where(z > 0, grad, SLOPE * grad),
@@ -128,23 +128,23 @@ def _torch_gain(name: str) -> float:
     """`torch.nn.init.calculate_gain`, under torch's own names; it has none for gelu and silu."""
     if name in ("gelu", "silu"):
         raise UsageError(f"init.gain_kind=torch: torch has no gain for activation={name}; use chi, rms or std")
-    return float(nn.init.calculate_gain(name, SLOPE if name == "leaky_relu" else None))
+    return float(nn.init.calculate_gain(name, SLOPE if name == "leaky_relu" else None))  # type: ignore[arg-type]
 
 
 def _rms_gain(name: str) -> float:
     row = ACTIVATIONS[name]
-    return gaussian_mean(lambda z: row.phi(z).square(), row.kinks) ** -0.5
+    return 1 / math.sqrt(gaussian_mean(lambda z: row.phi(z).square(), row.kinks))
 
 
 def _std_gain(name: str) -> float:
     row = ACTIVATIONS[name]
     mean = gaussian_mean(row.phi, row.kinks)
-    return gaussian_mean(lambda z: (row.phi(z) - mean).square(), row.kinks) ** -0.5
+    return 1 / math.sqrt(gaussian_mean(lambda z: (row.phi(z) - mean).square(), row.kinks))
 
 
 def _chi_gain(name: str) -> float:
     row = ACTIVATIONS[name]
-    return gaussian_mean(lambda z: row.slope(z).square(), row.kinks) ** -0.5
+    return 1 / math.sqrt(gaussian_mean(lambda z: row.slope(z).square(), row.kinks))
 
 
 GAIN_KINDS: dict[str, Callable[[str], float]] = {

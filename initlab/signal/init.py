@@ -61,12 +61,12 @@ def _generator(seed: int, what: str, layer: int) -> torch.Generator:
 
 def gaussian(shape: Sequence[int], seed: int, what: str, layer: int = 0) -> Tensor:
     """Standard normal numbers, float32 on the CPU, that depend on (seed, what, layer) alone."""
-    return torch.empty(*shape).normal_(generator=_generator(seed, what, layer))
+    return torch.randn(*shape, generator=_generator(seed, what, layer))
 
 
 def uniform(shape: Sequence[int], seed: int, what: str, layer: int = 0) -> Tensor:
     """Uniform numbers on (-1, 1), likewise."""
-    return torch.empty(*shape).uniform_(-1, 1, generator=_generator(seed, what, layer))
+    return torch.rand(*shape, generator=_generator(seed, what, layer)).mul_(2).sub_(1)
 
 
 def permutation(n: int, seed: int, what: str, layer: int = 0) -> Tensor:
@@ -85,7 +85,7 @@ def _uniform(shape: tuple[int, int], std: float, seed: int, layer: int) -> Tenso
 def _truncated(shape: tuple[int, int], std: float, seed: int, layer: int) -> Tensor:
     """Normal cut off at two sigma of its parent, widened so that the standard deviation is the one asked for."""
     edge = math.erf(math.sqrt(2))  # P(|u| < 2)
-    z = torch.erfinv(uniform(shape, seed, "weight", layer).mul_(edge)).mul_(math.sqrt(2))
+    z: Tensor = torch.erfinv(uniform(shape, seed, "weight", layer).mul_(edge)).mul_(math.sqrt(2))
     return z.clamp_(-2, 2).mul_(std / 0.87962566103423978)  # sqrt(1 - 4 pdf(2) / P(|u| < 2))
 
 
@@ -93,8 +93,9 @@ def _orthogonal(shape: tuple[int, int], std: float, seed: int, layer: int) -> Te
     """std sqrt(fan) times a matrix with orthonormal rows or columns, uniform (Mezzadri 2007: QR, signs of R)."""
     i, o = shape
     q, r = torch.linalg.qr(gaussian((max(i, o), min(i, o)), seed, "weight", layer).double())
-    q = q * r.diagonal().sign()
-    return ((q if i >= o else q.mT) * (std * math.sqrt(i))).float()
+    q *= r.diagonal().sign()
+    isometry: Tensor = q if i >= o else q.mT
+    return (isometry * (std * math.sqrt(i))).float()
 
 
 # name -> f((I, O), std, seed, layer): a float32 tensor on the CPU

@@ -62,7 +62,7 @@ def saturated_share(slope: Tensor, largest: float) -> Tensor:
 
 def _spread(wide: Tensor, finite: Tensor | None) -> dict[str, Tensor]:
     """Moments by the law of total variance: M2 = sum of M2 inside the units + spread of the units' means."""
-    n = torch.as_tensor(float(wide.shape[-2]), device=wide.device)
+    n = wide.new_tensor(wide.shape[-2])
     unit_n = n.expand(wide.shape[:-2] + wide.shape[-1:]) if finite is None else finite.sum(-2).double()
     unit_mean = torch.nan_to_num(wide.sum(-2) / unit_n)
     centered = wide - unit_mean.unsqueeze(-2)

@@ -6,7 +6,6 @@ Inputs are standardized by the mean and std of the training split, pooled over i
 import gzip
 import hashlib
 import math
-import os
 import struct
 import urllib.error
 import urllib.request
@@ -54,7 +53,7 @@ def _standardized(pixels: np.ndarray) -> Tensor:
 
 
 def _digits(root: Path, download: bool, url: str) -> Data:
-    """1,797 images of 8 x 8: the test set of UCI's optical recognition of handwritten digits (Alpaydin, Kaynak 1998)."""
+    """1,797 images of 8 x 8: the test set of UCI's handwritten digits (Alpaydin & Kaynak 1998)."""
     with np.load(Path(__file__).with_name("digits.npz")) as stored:
         return Data("digits", _standardized(stored["images"]), torch.from_numpy(stored["labels"].astype(np.int64)), 10)
 
@@ -113,7 +112,7 @@ def _mnist_pair(root: Path) -> tuple[np.ndarray, np.ndarray] | None:
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """`x_train` and `y_train`, as Keras names them."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file) as stored:
             return stored["x_train"], stored["y_train"]
     except KeyError as error:
         raise UsageError(f"{path}: no array {error.args[0].split()[0]}; x_train and y_train are needed") from error
@@ -159,4 +158,4 @@ def _fetch(root: Path, url: str) -> None:
             raise UsageError(f"data=mnist: {source} has the wrong md5 sum; nothing was kept")
         partial = root / (name + ".part")
         partial.write_bytes(raw)
-        os.replace(partial, root / name)
+        partial.replace(root / name)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import pairwise
 
 import pandas as pd
 import torch
@@ -71,7 +72,7 @@ def train(
         for group in groups:
             parameters = [
                 draw(scaling, activation, shape, group, layer, number, place)
-                for layer, shape in enumerate(zip(sizes, sizes[1:], strict=False), start=1)
+                for layer, shape in enumerate(pairwise(sizes), start=1)
             ]
             pair = _Pair(parameters, ACTIVATIONS[activation], LOSSES[loss], OPTIMIZERS[optimizer], lr)
             records = _Records(group, deliver)
@@ -99,7 +100,7 @@ def refuse_mismatch(data: Data, loss: str, batch: int) -> None:
 def _batches(
     data: Data, loss: str, batch: int, steps: int, seeds: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """xb (E, N, I) and yb (E, N), each network in its own order, reshuffled every epoch; a last short batch is left out."""
+    """xb (E, N, I) and yb (E, N), each network in its own order, reshuffled every epoch; short batches are left out."""
     x = data.x.to(device, dtype)
     y = data.y.to(device, torch.int64 if LOSSES[loss].classes else dtype)
     per_epoch = len(x) // batch
@@ -200,7 +201,7 @@ class _Pair:
     def _compare(
         self, step: int, xb: Tensor, yb: Tensor, module: Pass, theirs: Parameters, parity: Differences
     ) -> None:
-        """Gradients by hand at the module's own parameters and batch against autograd's; and the two trainings' weights.
+        """Gradients by hand at the module's parameters and batch against autograd's; and the two trainings' weights.
 
         The forward rows of `weight` and `bias` compare two trainings that run on by themselves; all others one pass.
         """

@@ -16,8 +16,6 @@ from initlab.scratch.layers import LOSSES
 from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.init import draw, gaussian, rule
 
-torch.set_num_threads(1)
-
 EAGER = [name for name in VERSIONS if name != "compiled"]
 Parameters = list[tuple[Tensor, Tensor]]
 

@@ -11,8 +11,6 @@ from initlab.scratch import classes, layers, modules
 from initlab.scratch.layers import LOSSES, WEIGHT_GRADS, add_g, clear_g, g_of
 from initlab.signal.activations import ACTIVATIONS
 
-torch.set_num_threads(1)
-
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

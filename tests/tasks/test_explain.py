@@ -9,8 +9,6 @@ from initlab.scratch.layers import LOSSES
 from initlab.signal.activations import ACTIVATIONS
 from initlab.tasks.explain import SYMBOLIC, explain
 
-torch.set_num_threads(1)
-
 NAMES = {name: sympy.Symbol(name, real=True) for name in ("z", "inp", "w", "b", "out", "targ", "hit")}
 NAMES |= {name: sympy.Symbol(name, positive=True) for name in ("rest", "N")}
 POINTS = [-6.5, -2.0, -0.75, -1e-3, 1e-3, 0.5, 1.25, 3.0, 7.5]

@@ -1,0 +1,146 @@
+"""One job: from a typed configuration to a run folder, its figures and what is printed. Knows nothing of Hydra."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from initlab.config import Config, columns, seeds
+from initlab.errors import UsageError, check, choose
+from initlab.output import records, summary
+from initlab.output.records import Recorder
+from initlab.scratch.layers import LOSSES
+from initlab.signal.activations import ACTIVATIONS
+from initlab.signal.init import Rule, rule
+from initlab.tasks.data import load
+from initlab.tasks.place import DTYPES, find_device
+from initlab.tasks.stack import stack
+from initlab.tasks.train import OPTIMIZERS, refuse_mismatch, train
+
+Stage = Callable[[Recorder], None]
+
+
+def _stack(config: Config, common: Mapping[str, Any]) -> Stage:
+    def run(recorder: Recorder) -> None:
+        recorder.add({"stats": stack(depth=config.depth, width=config.width, batch=config.batch, **common)})
+
+    return run
+
+
+def _train(config: Config, common: Mapping[str, Any]) -> Stage:
+    """Loads the data at once: what is wrong with it must show before anything is measured."""
+    data = load(config.data.name, config.data.root, config.data.download, config.data.url)
+    refuse_mismatch(data, config.train.loss, config.train.batch)
+
+    def run(recorder: Recorder) -> None:
+        train(data, **vars(config.train), every=config.every, emit=recorder.add, **common)
+
+    return run
+
+
+# Task -> its stages, each prepared before the first one runs.
+TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
+    "lab": (_stack, _train),
+    "stack": (_stack,),
+    "train": (_train,),
+}
+
+
+@dataclass
+class Job:
+    """A job in which no mistake was found."""
+
+    stages: Sequence[Stage]
+    recorder: Recorder
+    plots: bool
+
+    def run(self) -> str:
+        """Measure, record, draw; what is to be printed."""
+        with self.recorder:
+            for stage in self.stages:
+                stage(self.recorder)
+        folder = self.recorder.folder
+        return report(folder, draw(folder) if self.plots else [])
+
+
+def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> Job:
+    """Refuse every mistake before anything is measured."""
+    stages = choose(TASKS, config.task, "task")
+    _refuse(config)
+    torch.set_num_threads(config.threads)
+    i = config.init
+    scaling = rule(i.name, gain=i.gain, gain_kind=i.gain_kind, mode=i.mode, distribution=i.distribution, bias=i.bias)
+    device = find_device(config.device).type
+    common = {
+        "init": scaling,
+        "activation": config.activation.name,
+        "seeds": seeds(config),
+        "dtype": config.dtype,
+        "device": device,
+        "progress": True,
+    }
+    described = _described(config, scaling, choices) | {"device": device}
+    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {config.threads} thread(s)"
+    recorder = Recorder(folder, described, name, seeds=list(seeds(config)))
+    return Job([stage(config, common) for stage in stages], recorder, config.plots)
+
+
+def _refuse(config: Config) -> None:
+    t = config.train
+    check(depth=config.depth, width=config.width, batch=config.batch, seed=config.seed, seeds=config.seeds)
+    check(every=config.every, threads=config.threads, train_depth=t.depth, train_width=t.width)
+    check(train_batch=t.batch, train_steps=t.steps, train_lr=t.lr)
+    choose(ACTIVATIONS, config.activation.name, "activation")
+    choose(DTYPES, config.dtype, "dtype")
+    choose(OPTIMIZERS, t.optimizer, "train.optimizer")
+    choose(LOSSES, t.loss, "train.loss")
+
+
+def _described(config: Config, scaling: Rule, choices: Mapping[str, str | None]) -> dict[str, Any]:
+    """The configuration columns: a rule's name is that of its file, its fields are those in force."""
+    in_force = {
+        "gain": scaling.gain_for(config.activation.name),
+        "gain_kind": scaling.gain_kind,
+        "mode": scaling.mode,
+        "distribution": scaling.distribution,
+    }
+    chosen = {name: choices[name] for name in ("init", "activation", "data") if choices.get(name)}
+    return columns(config) | in_force | chosen
+
+
+def tables(folder: Path) -> dict[str, pd.DataFrame]:
+    """What a run folder, or the folder of a sweep, has."""
+    found = {}
+    for name in records.TABLES:
+        try:
+            found[name] = records.read(folder, name)
+        except UsageError:
+            continue
+    return found
+
+
+def draw(folder: Path, compare: bool = False) -> list[Path]:
+    """The figures of a run folder, or those that compare the runs of a sweep."""
+    from initlab.output import plots  # seaborn takes a second to import
+
+    return plots.draw(tables(folder), folder, compare)
+
+
+def report(folder: Path, paths: Sequence[Path]) -> str:
+    """The short table, and where the rest is."""
+    found = tables(folder)
+    lines = [summary.as_text(summary.summarize(found["stats"], found.get("losses"), found.get("parity")))]
+    below = Path() if (folder / "run.json").is_file() else Path("*")  # the folders of a sweep's jobs
+    lines.append(f"tables: {shown(folder / below / '*.parquet')}")
+    if paths:
+        lines.append(f"plots:  {shown(folder / '*.png')}")
+    return "\n".join(lines)
+
+
+def shown(path: Path) -> str:
+    """Relative where the path lies below the working folder."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

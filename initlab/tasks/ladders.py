@@ -1,0 +1,97 @@
+"""The book's ladders, timed: every rung at every shape, with those that cannot run or would take too long named.
+
+Knows the rungs' shapes and needs; how to time fairly is known to `timing`.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import pandas as pd
+from torch import Tensor
+
+from initlab.errors import UsageError, choose
+from initlab.scratch.matmul import LADDER, Rung, Sizes
+from initlab.signal.init import gaussian
+from initlab.tasks.place import DTYPES, find_device
+from initlab.tasks.timing import check_timing, seconds_each, time_ladder
+
+BOOK_SHAPE: Sizes = (5, 784, 10)
+SHAPES: tuple[Sizes, ...] = tuple((rows, 784, 10) for rows in (1, 5, 50, 500, 5000))  # the book's among them
+
+
+def matmul_ladder(
+    shapes: Sequence[Sizes] = SHAPES,
+    rungs: Sequence[str] = tuple(LADDER),
+    dtype: str = "float32",
+    device: str = "cpu",
+    seed: int = 0,
+    patience: float = 2.0,
+    memory_limit: float | None = None,
+    rounds: int = 15,
+    seconds: float = 0.3,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """The rungs of the matmul ladder at each shape (M, K, N): `time_ladder`'s columns, and `rows`, which is M.
+
+    The reference is `@` (the rung `matmul`), or the last rung that runs where it was not asked for. A rung of Python
+    loops that would take more than `patience` seconds a call, judged by smaller pieces of the same product, is skipped.
+    """
+    place, number = find_device(device), choose(DTYPES, dtype, "dtype")
+    table = {name: choose(LADDER, name, "rung") for name in rungs}
+    check_timing(table, rounds, seconds)
+    if not len(shapes):
+        raise UsageError("shapes: at least one (M, K, N)")
+    frames = []
+    for m, k, n in map(_checked, shapes):
+        a, b = (gaussian(s, seed, what).to(place, number) for s, what in (((m, k), "a"), ((k, n), "b")))
+        frame = time_ladder(
+            {name: partial(rung.f, a, b) for name, rung in table.items()},
+            shape=f"{m}x{k} @ {k}x{n}",
+            reference="matmul" if "matmul" in table else None,
+            skip={name: reason for name, rung in table.items() if (reason := _why_not(rung, a, b, patience))},
+            needs={name: float(rung.entries(m, k, n) * a.element_size()) for name, rung in table.items()},
+            memory_limit=memory_limit,
+            device=place.type,
+            rounds=rounds,
+            seconds=seconds,
+            progress=progress,
+        )
+        frames.append(frame.assign(rows=m))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _checked(shape: Sequence[int]) -> Sizes:
+    if len(shape) != 3 or not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise UsageError(f"shape {tuple(shape)}: must be three whole numbers (M, K, N), none below 0")
+    m, k, n = shape
+    return m, k, n
+
+
+def _why_not(rung: Rung, a: Tensor, b: Tensor, patience: float) -> str:
+    if reason := rung.missing(a.device):
+        return f"unavailable: {reason}"
+    expected = _expected_seconds(rung, a, b, patience)
+    return f"skipped: would take about {expected:.2g} s a call" if expected > patience else ""
+
+
+def _expected_seconds(rung: Rung, a: Tensor, b: Tensor, patience: float) -> float:
+    """Seconds a call, extrapolated from the first piece whose eightfold is too long; 0 if none is, or without loops."""
+    (m, k), n = a.shape, b.shape[1]
+    for rows, middle, columns in _pieces((m, k, n), rung.loops):
+        piece = partial(rung.f, a[:rows, :middle], b[:middle, :columns])
+        each = seconds_each(piece, 1, a.device)
+        if 8 * each > patience:
+            return each * (m * k * n) / (rows * middle * columns)
+    return 0.0
+
+
+def _pieces(sizes: Sizes, loops: int) -> list[Sizes]:
+    """Smaller and smaller products, the longest side that is looped over cut to an eighth each time; smallest first."""
+    pieces, left = [], list(sizes)
+    looped = [(), (0,), (0, 2), (0, 2, 1)][loops]
+    while math.prod(left) > 4096 and any(left[side] > 1 for side in looped):
+        longest = max(looped, key=left.__getitem__)
+        left[longest] = math.ceil(left[longest] / 8)
+        pieces.append((left[0], left[1], left[2]))
+    return pieces[::-1]

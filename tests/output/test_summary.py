@@ -1,0 +1,98 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from initlab.output import summary
+from initlab.tasks.data import load
+from initlab.tasks.stack import stack
+from initlab.tasks.train import train
+
+
+def labelled(init: str, activation: str = "linear", **options: object) -> pd.DataFrame:
+    frame = stack(init, activation, **options).assign(init=init, activation=activation)  # type: ignore[arg-type]
+    return frame.assign(label=summary.labels(frame))
+
+
+@pytest.mark.parametrize(
+    ("init", "said"),
+    [("naive", "not finite from layer 38"), ("small", "exactly 0 from layer 46"), ("lecun", "alive")],
+)
+def test_the_table_says_from_which_layer_on(init: str, said: str) -> None:
+    table = summary.summarize(labelled(init), None, None)
+    assert table["signal"].tolist() == [said]
+    assert said in summary.as_text(table)
+
+
+def test_backward_a_gradient_dies_on_its_way_down() -> None:
+    frame = labelled("small")
+    died = summary.deaths(frame, "backward")
+    assert died["zero"].between(3, 6).all()
+    assert summary.fate(died, "max").startswith("exactly 0 from layer ")
+
+
+def test_some_of_the_networks() -> None:
+    died = pd.DataFrame({"nonfinite": [math.nan, 7.0, 5.0], "zero": [math.nan] * 3})
+    assert summary.fate(died) == "not finite from layer 5 (2 of 3 networks)"
+    assert summary.fate(died, "max") == "not finite from layer 7 (2 of 3 networks)"
+    assert summary.fate(died.iloc[:1]) == "alive"
+
+
+def test_a_network_without_a_number_ranks_above_all_others() -> None:
+    """Neither dropped, which would flatter the rest, nor a reason to hide them."""
+    low, median, high = summary.ranked(np.array([1.0, 2.0, 3.0, math.nan, math.nan]))
+    assert (low, median) == (pytest.approx(1.64), 3)
+    assert math.isnan(high)
+    assert np.nanmedian([1.0, 2.0, 3.0, math.nan, math.nan]) == 2  # what skipping would say
+
+
+def test_labels_name_what_differs() -> None:
+    frame = pd.DataFrame(
+        {
+            "init": ["a", "a", "b", "b"],
+            "activation": "relu",
+            "width": [10, 20, 10, 20],
+            "depth": 5,
+            "gain": [1, 1, 2, 2],
+        }
+    )
+    assert summary.labels(frame).tolist() == [
+        "a, relu, width 10",
+        "a, relu, width 20",
+        "b, relu, width 10",
+        "b, relu, width 20",
+    ]
+    swept = frame.assign(gain=[1.0, 1.5, 2.0, 2.5], width=10)
+    assert summary.labels(swept)[1] == "a, relu, gain 1.5"
+
+
+def test_runs_of_other_seeds_are_one_ensemble_and_repeated_runs_are_not() -> None:
+    frame = pd.DataFrame({"init": "a", "activation": "relu", "seed": [0, 1], "run": ["x/0", "x/1"]})
+    assert set(summary.labels(frame)) == {"a, relu"}
+    assert set(summary.labels(frame.assign(seed=0))) == {"a, relu, 0", "a, relu, 1"}
+
+
+def test_summary_of_a_whole_run() -> None:
+    frames = train(load("digits"), steps=3, seeds=range(3))
+    tables = {
+        name: frame.assign(init="kaiming", activation="relu")
+        for name, frame in (frames | {"stats": pd.concat([frames["stats"], stack(depth=4, seeds=range(3))])}).items()
+    }
+    table = summary.summarize(tables["stats"], tables["losses"], tables["parity"])
+    row = table.iloc[0]
+    last = tables["losses"].query("step == 2 and implementation == 'scratch'")["loss"]
+    assert row["loss by hand"] == pytest.approx(last.median(), rel=1e-12)
+    assert 0 < row["gradient difference"] < 1e-5
+    assert row["diverged"] == "0 of 3"
+    text = summary.as_text(table)
+    assert "diverged" not in text and "gradient difference" in text and "16-84 %" in text
+
+
+def test_what_was_not_measured_is_blank_and_nan_is_said() -> None:
+    text = summary.as_text(summary.summarize(labelled("naive", seeds=[0]), None, None))
+    assert "nan" in text
+    frames = train(load("digits"), "naive", depth=50, width=100, steps=1, seeds=[0])
+    tables = {name: frame.assign(init="naive", activation="relu") for name, frame in frames.items()}
+    text = summary.as_text(summary.summarize(tables["stats"], tables["losses"], tables["parity"]))
+    assert "1 of 1" in text and "% not finite" in text and "alive" not in text

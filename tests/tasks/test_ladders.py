@@ -1,0 +1,120 @@
+"""The timed matmul ladder: every rung at every shape, nothing lost, and no assertion on a time."""
+
+from itertools import pairwise
+
+import pytest
+
+from initlab.errors import UsageError
+from initlab.scratch.matmul import LADDER
+from initlab.tasks import ladders
+from initlab.tasks.ladders import BOOK_SHAPE, SHAPES, matmul_ladder
+from initlab.tasks.timing import COLUMNS, agreement
+
+QUICK = {"rounds": 3, "seconds": 1e-3}
+PLAIN = [name for name in LADDER if name not in ("compiled", "triton")]
+
+
+def test_every_rung_at_every_shape_equal_up_to_rounding():
+    shapes = [(3, 4, 2), (1, 1, 1), (0, 3, 2), (2, 0, 3)]
+    frame = matmul_ladder(shapes, PLAIN, **QUICK)
+    assert list(frame.columns) == [*COLUMNS, "rows"]
+    assert list(frame["version"]) == PLAIN * len(shapes)
+    assert list(frame["rows"].unique()) == [3, 1, 0, 2]
+    assert frame["shape"].iloc[0] == "3x4 @ 4x2"
+    assert frame["median"].notna().all() and (frame["note"] == "").all()
+    assert agreement(frame).startswith(f"All {len(PLAIN)} versions are equal up to rounding")
+    assert (frame.loc[frame["version"] == "matmul", "ratio"] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_every_dtype_is_equal_up_to_its_own_rounding(dtype):
+    rungs = [name for name in PLAIN if name != "loops"]
+    frame = matmul_ladder([BOOK_SHAPE], rungs, dtype=dtype, **QUICK)
+    assert agreement(frame, dtype).startswith("All "), frame
+
+
+def test_a_wrong_rung_is_named(monkeypatch):
+    wrong = ladders.Rung(lambda a, b: a[:, :-1] @ b[:-1])
+    monkeypatch.setitem(LADDER, "outer", wrong)
+    frame = matmul_ladder([(3, 40, 2)], ["outer", "einsum", "matmul"], **QUICK)
+    assert agreement(frame).startswith("NOT equal: outer (")
+
+
+def test_the_broadcast_form_holds_all_products_and_the_operator_only_the_result():
+    frame = matmul_ladder([BOOK_SHAPE], ["elementwise", "row", "outer", "matmul"], **QUICK).set_index("version")
+    m, k, n = BOOK_SHAPE
+    assert frame["peak_bytes"]["outer"] == 4 * (m * k * n + m * n)
+    assert frame["peak_bytes"]["matmul"] == 4 * m * n
+    for name in ("elementwise", "row", "outer", "matmul"):  # what is foreseen is what is held
+        assert frame["peak_bytes"][name] == pytest.approx(4 * LADDER[name].entries(m, k, n), rel=0.01)
+
+
+def test_what_needs_too_much_memory_is_named_and_the_rest_runs():
+    frame = matmul_ladder([BOOK_SHAPE], ["outer", "einsum", "matmul"], memory_limit=1e5, **QUICK).set_index("version")
+    assert frame["note"]["outer"] == "skipped: needs 157 kB, allowed are 100 kB"
+    assert frame["median"].isna().to_dict() == {"outer": True, "einsum": False, "matmul": False}
+
+
+def test_loops_that_would_take_too_long_are_named_and_the_rest_runs():
+    frame = matmul_ladder([(30, 30, 30)], PLAIN, patience=1e-9, **QUICK).set_index("version")
+    for name in PLAIN:
+        skipped = LADDER[name].loops > 0
+        assert frame["note"][name].startswith("skipped: would take about") == skipped, name
+        assert (frame["median"][name] != frame["median"][name]) == skipped, name
+
+
+def test_with_patience_nothing_is_skipped():
+    frame = matmul_ladder([(17, 17, 17)], PLAIN, patience=1e9, **QUICK)
+    assert frame["median"].notna().all()
+
+
+def test_a_rung_that_cannot_run_here_stays_with_its_reason():
+    frame = matmul_ladder([(3, 4, 2)], ["matmul", "triton"], **QUICK).set_index("version")
+    assert frame["note"]["triton"].startswith("unavailable: ")
+    assert frame["ratio"]["matmul"] == 1
+
+
+def test_pieces_grow_eightfold_and_cut_only_what_is_looped_over():
+    assert ladders._pieces((5000, 784, 10), 1) == [
+        (1, 784, 10),
+        (2, 784, 10),
+        (10, 784, 10),
+        (79, 784, 10),
+        (625, 784, 10),
+    ]
+    for sizes in [(5000, 784, 10), (10, 10**6, 3), (1000, 1000, 1000)]:
+        pieces = [*ladders._pieces(sizes, 3), sizes]
+        works = [m * k * n for m, k, n in pieces]
+        assert works[0] <= 4096 and works == sorted(works)
+        assert all(larger <= 8 * smaller for smaller, larger in pairwise(works))
+    assert ladders._pieces((1000, 1000, 1000), 0) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"shapes": [(1, 2)]}, r"shape \(1, 2\).*\(M, K, N\)"),
+        ({"shapes": [(1, -2, 3)]}, r"shape \(1, -2, 3\)"),
+        ({"shapes": []}, "shapes"),
+        ({"rungs": ["einsun"]}, "did you mean einsum"),
+        ({"rungs": []}, "at least one"),
+        ({"dtype": "int8"}, "dtype=int8"),
+        ({"device": "tpu"}, "device=tpu"),
+    ],
+    ids=["two sizes", "negative", "no shape", "unknown rung", "no rung", "dtype", "device"],
+)
+def test_mistakes_are_refused(options, says):
+    with pytest.raises(UsageError, match=says):
+        matmul_ladder(**options)
+
+
+def test_the_books_shape_is_among_the_sizes_of_the_sweep():
+    assert BOOK_SHAPE in SHAPES and sorted(SHAPES) == list(SHAPES)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(LADDER["compiled"].missing(ladders.find_device("cpu"))), reason="no compiler here")
+def test_the_compiled_rung_is_timed_and_never_holds_the_products():
+    frame = matmul_ladder([BOOK_SHAPE], ["outer", "compiled", "matmul"], **QUICK).set_index("version")
+    assert frame["note"]["compiled"] == ""
+    assert frame["peak_bytes"]["compiled"] < frame["peak_bytes"]["outer"] / 10

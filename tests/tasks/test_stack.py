@@ -1,0 +1,187 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from initlab.errors import UsageError
+from initlab.signal.init import RULES, rule
+from initlab.signal.stats import COUNTS, STATISTICS
+from initlab.tasks.place import DTYPES
+from initlab.tasks.stack import stack
+
+NUMBERS = list(STATISTICS)
+
+
+def forward(frame: pd.DataFrame, tensor: str = "activation") -> pd.DataFrame:
+    return frame[(frame["tensor"] == tensor) & (frame["direction"] == "forward")]
+
+
+def first(frame: pd.DataFrame, dead: pd.Series) -> list[float]:
+    return frame[dead].groupby("seed")["layer"].min().tolist()
+
+
+def nonfinite(frame: pd.DataFrame) -> pd.Series:
+    return frame["n_nan"] + frame["n_inf"] > 0
+
+
+def test_naive_linear_overflows_where_the_format_ends_and_not_where_its_squares_do() -> None:
+    """float32's own rms is inf from layer 18 on; the signal is finite up to layer 37 and all nan from 40 on."""
+    signal = forward(stack("naive", "linear"))
+    assert set(first(signal, nonfinite(signal))) <= {37, 38, 39}
+    alive = signal[(signal["layer"] > 0) & (signal["layer"] <= 36)]
+    growth = alive.pivot(index="layer", columns="seed", values="rms").apply(np.log10).diff().dropna()
+    assert float(growth.to_numpy().mean()) == pytest.approx(1, abs=5 * 0.0036)  # sd of a step: 0.06, 280 steps
+    dead = signal[signal["layer"] >= 42]
+    assert (dead["n_nan"] == dead["count"]).all() and dead["std"].isna().all()
+
+
+def test_small_linear_ends_at_exactly_zero() -> None:
+    signal = forward(stack("small", "linear"))
+    assert set(first(signal, signal["frac_zero"] == 1)) <= {45, 46, 47}
+    assert (signal[signal["layer"] == 50]["rms"] == 0).all()
+    at_30 = signal[signal["layer"] == 30]["rms"]  # a float32 square of 1e-30 reads 0; the signal lives
+    assert at_30.between(1e-31, 1e-29).all()
+    assert (signal["n_subnormal"] > 0).any()
+
+
+@pytest.mark.parametrize(("init", "activation", "layers"), [("naive", "relu", (44, 47)), ("small", "relu", (39, 41))])
+def test_relu_stacks_die_later_and_earlier(init: str, activation: str, layers: tuple[int, int]) -> None:
+    signal = forward(stack(init, activation))
+    found = first(signal, nonfinite(signal) if init == "naive" else signal["frac_zero"] == 1)
+    assert len(found) == 8 and layers[0] <= min(found) and max(found) <= layers[1]
+
+
+def test_lecun_holds_a_linear_stack_and_starves_a_relu_one() -> None:
+    """ln std of a linear stack fluctuates by about 0.25 here, of the ReLU one by 0.7: five standard errors of 8."""
+    linear, relu = (forward(stack("lecun", name)) for name in ("linear", "relu"))
+    last = np.log(linear[linear["layer"] == 50]["std"])
+    assert abs(float(last.mean())) < 5 * 0.3 / math.sqrt(8)
+    rms = relu[relu["layer"] > 0].pivot(index="layer", columns="seed", values="rms")
+    per_layer = (np.log(rms.loc[50]) - np.log(rms.loc[1])) / 49
+    assert float(per_layer.mean()) == pytest.approx(-math.log(2) / 2, abs=5 * 0.9 / 49 / math.sqrt(8))
+    assert relu[relu["layer"] == 50]["std"].between(1e-10, 1e-6).all()
+
+
+def test_kaiming_keeps_its_second_moment_within_the_finite_width_spread() -> None:
+    """Median std at layer 50 is 0.48 and ln std has sd 0.73 (100 units, batch of 200): five standard errors of 64."""
+    signal = forward(stack("kaiming", "relu", seeds=range(64)))
+    last = np.log(signal[signal["layer"] == 50]["std"])
+    error_of_median = 1.2533 * 0.73 / math.sqrt(64)
+    assert abs(float(last.median()) - math.log(0.48)) < 5 * error_of_median
+    inside = last.between(math.log(0.23), math.log(1.0)).mean()
+    assert abs(inside - 0.68) < 5 * math.sqrt(0.68 * 0.32 / 64)
+    assert last.std() > 0.3  # it does spread: one network proves nothing
+
+
+def test_kaiming_keeps_gradients_too_and_lecun_does_not() -> None:
+    for init, expected in (("kaiming", 0.0), ("lecun", -49 * math.log(2) / 2)):
+        frame = stack(init, "relu", seeds=range(16))
+        pulled = frame[(frame["tensor"] == "activation") & (frame["direction"] == "backward") & (frame["layer"] == 1)]
+        # sd of ln rms over networks below 1.1
+        assert abs(float(np.log(pulled["rms"]).median()) - expected) < 5 * 1.2533 * 1.1 / 4 + 0.6
+
+
+@pytest.mark.parametrize("init", RULES)
+def test_a_member_equals_the_single_run(init: str) -> None:
+    """Bit for bit at 100 x 100, as the kernels do on a CPU."""
+    together = stack(init, depth=6, seeds=range(2, 6))
+    alone = stack(init, depth=6, seeds=[4])
+    mine = together[together["seed"] == 4].reset_index(drop=True)
+    pd.testing.assert_frame_equal(mine, alone, check_exact=True)
+
+
+def test_the_same_seed_gives_the_same_table() -> None:
+    pd.testing.assert_frame_equal(stack(depth=5, seeds=[1]), stack(depth=5, seeds=[1]), check_exact=True)
+    other = stack(depth=5, seeds=[2])
+    assert not other[NUMBERS].equals(stack(depth=5, seeds=[1])[NUMBERS])
+
+
+def test_a_deeper_stack_has_the_same_first_layers() -> None:
+    shallow, deep = (forward(stack(depth=depth, seeds=[0, 1])) for depth in (4, 9))
+    pd.testing.assert_frame_equal(
+        shallow.reset_index(drop=True), deep[deep["layer"] <= 4].reset_index(drop=True), check_exact=True
+    )
+
+
+def test_more_networks_than_a_group_holds() -> None:
+    frame = stack(depth=2, seeds=range(19))
+    assert sorted(frame["seed"].unique()) == list(range(19))
+    alone = stack(depth=2, seeds=[17])
+    pd.testing.assert_frame_equal(frame[frame["seed"] == 17].reset_index(drop=True), alone, check_exact=True)
+
+
+def test_rows_are_all_there() -> None:
+    frame = stack(depth=3, seeds=[0])
+    assert len(frame) == 1 + 3 * 4
+    assert (
+        set(frame["stage"]) == {"stack"} and set(frame["implementation"]) == {"scratch"} and set(frame["step"]) == {0}
+    )
+    layer_0 = frame[frame["layer"] == 0]
+    assert layer_0[["tensor", "direction"]].to_numpy().tolist() == [["activation", "forward"]]
+    top = frame[(frame["layer"] == 3) & (frame["tensor"] == "activation") & (frame["direction"] == "backward")]
+    assert float(top["rms"].iloc[0]) == pytest.approx(1, abs=5 / math.sqrt(2 * 200 * 100))  # unit Gaussian gradient
+    assert all(frame[name].dtype == np.int64 for name in COUNTS if name in frame)
+
+
+def test_relu_halves_the_second_moment_of_a_symmetric_preactivation() -> None:
+    frame = stack("lecun", "relu", depth=1, width=200, batch=500, seeds=range(8))
+    z, a = (forward(frame, tensor)["q"].to_numpy() for tensor in ("preactivation", "activation"))
+    layer_1 = a[8:]  # the first eight rows are the inputs
+    assert np.mean(layer_1 / z) == pytest.approx(0.5, abs=5 * 0.005)
+    zeros = forward(frame)[forward(frame)["layer"] == 1]["frac_zero"]
+    assert float(zeros.mean()) == pytest.approx(0.5, abs=5 * 0.006)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_format_runs_and_says_where_it_ends(dtype: str) -> None:
+    signal = forward(stack("naive", "linear", depth=50, seeds=[0], dtype=dtype, batch=50))
+    expected = {"float16": (4, 6), "bfloat16": (36, 40), "float32": (36, 40), "float64": None}[dtype]
+    found = first(signal, nonfinite(signal))
+    if expected is None:
+        assert not found
+    else:
+        assert expected[0] <= found[0] <= expected[1]
+
+
+def test_torch_default_goes_blind_though_its_pooled_std_lives_on() -> None:
+    signal = forward(stack("torch_default", "relu", seeds=range(4)))
+    last = signal[signal["layer"] == 50]
+    assert last["std"].between(0.02, 0.06).all()
+    assert (signal[signal["layer"] == 12]["std_within"] < 1e-4).all()
+    assert (last["cosine"] > 0.9999).all()
+
+
+def test_scaling_the_weights_scales_every_layer() -> None:
+    """A law of homogeneous stacks: gain k times, layer l's activations k^l times; exact for powers of two."""
+    base, twice = (forward(stack(rule("kaiming", gain=gain), depth=8, seeds=[0])) for gain in (1.0, 2.0))
+    ratio = twice["rms"].to_numpy() / base["rms"].to_numpy()
+    np.testing.assert_allclose(ratio, 2.0 ** base["layer"].to_numpy(), rtol=1e-12)
+
+
+def test_mistakes_are_one_line() -> None:
+    cases: list[tuple[dict[str, object], str]] = [
+        ({"depth": 0}, "depth=0"),
+        ({"width": 0}, "width"),
+        ({"activation": "rel"}, "relu"),
+        ({"dtype": "f32"}, "float32"),
+        ({"init": "he"}, "init=he"),
+        ({"device": "gpu"}, "auto"),
+    ]
+    for bad, text in cases:
+        with pytest.raises(UsageError, match=text):
+            stack(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_a_gpu_sees_the_same_networks() -> None:
+    cpu, gpu = (forward(stack(depth=10, seeds=range(4), device=device)) for device in ("cpu", "cuda"))
+    np.testing.assert_allclose(gpu["rms"], cpu["rms"], rtol=1e-5)  # ten layers of float32 rounding
+
+
+@pytest.mark.slow
+def test_kaiming_spread_over_a_thousand_networks() -> None:
+    signal = forward(stack("kaiming", "relu", seeds=range(1000)))
+    last = np.log(signal[signal["layer"] == 50]["std"])
+    assert abs(float(last.median()) - math.log(0.48)) < 5 * 1.2533 * 0.73 / math.sqrt(1000)
+    assert abs(last.between(math.log(0.23), math.log(1.0)).mean() - 0.68) < 5 * math.sqrt(0.68 * 0.32 / 1000) + 0.01

@@ -1,0 +1,211 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from initlab.errors import UsageError
+from initlab.scratch import mlp
+from initlab.signal.activations import ACTIVATIONS
+from initlab.signal.init import RULES
+from initlab.tasks import train as train_module
+from initlab.tasks.data import Data, load
+from initlab.tasks.train import OPTIMIZERS, Frames, train
+
+DIGITS = load("digits")
+LIMIT = {"float32": 1e-5, "float64": 1e-12}
+
+
+def gradients(frames: Frames) -> pd.DataFrame:
+    parity = frames["parity"]
+    return parity[parity["direction"] == "backward"]
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("init", RULES)
+def test_by_hand_equals_the_module_for_every_rule_and_activation(init: str, activation: str, dtype: str) -> None:
+    """Gradients of weights, biases, preactivations and activations, from equal parameters, at the default shape."""
+    frames = train(DIGITS, init, activation, steps=8, seeds=range(2), dtype=dtype)
+    found = gradients(frames)
+    assert len(found) == 8 * 2 * (2 + 1 + 2 + 2)
+    assert (found["n_nonfinite"] == 0).all()
+    assert found["relative_error"].max() <= LIMIT[dtype]
+    assert (frames["stats"]["direction"] == "backward").any()
+
+
+@pytest.mark.parametrize(("init", "activation"), [("kaiming", "relu"), ("kaiming", "tanh"), ("orthogonal", "linear")])
+def test_by_hand_equals_the_module_at_depth_50(init: str, activation: str) -> None:
+    """Where gradients are normal numbers and the net is not chaotic; in float32 a ReLU mask may flip later on."""
+    frames = train(DIGITS, init, activation, depth=50, width=100, steps=2, lr=0.001, seeds=[0, 1], dtype="float64")
+    assert gradients(frames)["relative_error"].max() <= LIMIT["float64"]
+    frames = train(DIGITS, init, activation, depth=50, width=100, steps=1, seeds=[0, 1])
+    assert gradients(frames)["relative_error"].max() <= LIMIT["float32"]
+
+
+def test_a_wrong_gradient_shows_in_the_parity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The opposite claim: a hand-written gradient that is off by 0.1 % is seen at once."""
+    right = mlp.lin_param_grads
+    monkeypatch.setattr(mlp, "lin_param_grads", lambda g, inp: (right(g, inp)[0] * 1.001, right(g, inp)[1]))
+    found = gradients(train(DIGITS, steps=2, seeds=[0]))
+    assert found[found["tensor"] == "weight"]["relative_error"].to_numpy() == pytest.approx(1e-3, rel=0.01)
+    assert found[found["tensor"] == "bias"]["relative_error"].max() <= LIMIT["float32"]
+
+
+def test_the_two_trainings_stay_together() -> None:
+    losses = train(DIGITS, steps=101)["losses"]
+    wide = losses.pivot(index=["seed", "step"], columns="implementation", values="loss")
+    apart = (wide["scratch"] - wide["module"]).abs() / wide["module"]
+    assert apart.max() <= 1e-4
+    start, end = wide.loc[(slice(None), 0), :].mean(), wide.loc[(slice(None), 100), :].mean()
+    assert (end < start / 4).all()  # and they learn: standing still together would prove nothing
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_moves_both_alike(optimizer: str) -> None:
+    frames = train(DIGITS, steps=4, lr=0.01, optimizer=optimizer, seeds=[0, 1], dtype="float64")
+    weights = frames["parity"][(frames["parity"]["tensor"] == "weight") & (frames["parity"]["direction"] == "forward")]
+    assert weights["relative_error"].max() <= 1e-9
+    updates = frames["stats"][frames["stats"]["tensor"] == "update"]
+    assert (updates["rms"] > 0).all()
+
+
+def test_an_update_is_the_change_of_the_weights() -> None:
+    """Plain SGD: update = -lr times the gradient, so its rms is lr times the gradient's."""
+    stats = train(DIGITS, steps=3, lr=0.05, seeds=[0, 1], dtype="float64")["stats"]
+    keys = ["implementation", "seed", "step", "layer"]
+    update = stats[stats["tensor"] == "update"].set_index(keys)["rms"]
+    gradient = stats[(stats["tensor"] == "weight") & (stats["direction"] == "backward")].set_index(keys)["rms"]
+    pd.testing.assert_series_equal(update, 0.05 * gradient, rtol=1e-9, check_names=False)
+
+
+def test_what_is_recorded() -> None:
+    stats = train(DIGITS, depth=2, steps=1, seeds=[0])["stats"]
+    for implementation in ("scratch", "module"):
+        mine = stats[stats["implementation"] == implementation]
+        layers = {
+            (tensor, direction): sorted(rows["layer"])
+            for (tensor, direction), rows in mine.groupby(["tensor", "direction"], observed=True)
+        }
+        both = {
+            (tensor, d): [1, 2, 3] for tensor in ("preactivation", "weight", "bias") for d in ("forward", "backward")
+        }
+        hidden = {("activation", d): [1, 2] for d in ("forward", "backward")}
+        assert layers == both | hidden | {("update", "forward"): [1, 2, 3]}
+    first = stats[(stats["tensor"] == "weight") & (stats["direction"] == "forward") & (stats["layer"] == 1)]
+    assert first["std"].to_numpy() == pytest.approx(math.sqrt(2 / 64), rel=5 / math.sqrt(2 * 64 * 50))
+
+
+def test_a_member_equals_the_single_run() -> None:
+    """Equal inputs give equal networks to 4 eps a layer, so the first losses agree so far; later steps carry it on."""
+    together, alone = train(DIGITS, steps=5, seeds=range(3, 6)), train(DIGITS, steps=5, seeds=[4])
+    a, b = (frames["losses"].query("seed == 4").sort_values(["implementation", "step"])["loss"].to_numpy()
+            for frames in (together, alone))  # fmt: skip
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+    stats = [frames["stats"].query("seed == 4 and step == 0 and layer == 1").reset_index(drop=True)
+             for frames in (together, alone)]  # fmt: skip
+    np.testing.assert_allclose(stats[0]["rms"], stats[1]["rms"], rtol=1e-6)
+
+
+def test_the_same_seed_gives_the_same_tables() -> None:
+    one, two = train(DIGITS, steps=3, seeds=[0, 1]), train(DIGITS, steps=3, seeds=[0, 1])
+    for name in one:
+        pd.testing.assert_frame_equal(one[name], two[name], check_exact=True)
+
+
+def test_recording_changes_nothing() -> None:
+    often, seldom = (train(DIGITS, steps=7, every=every, seeds=[0, 1]) for every in (1, 3))
+    pd.testing.assert_frame_equal(often["losses"], seldom["losses"], check_exact=True)
+    assert sorted(seldom["stats"]["step"].unique()) == [0, 3, 6]
+    kept = often["stats"][often["stats"]["step"].isin([0, 3, 6])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(kept, seldom["stats"], check_exact=True)
+
+
+def test_networks_see_their_own_batches_in_their_own_order() -> None:
+    """Two seeds from equal weights would differ; one epoch shows every row once."""
+    x = torch.arange(12.0).unsqueeze(1)
+    data = Data("count", x, torch.zeros(12), None)
+    seen = list(train_module._batches(data, "mse", 4, 6, [0, 1], torch.float32, torch.device("cpu")))
+    for member in (0, 1):
+        for epoch in (0, 1):
+            rows = torch.cat([xb[member] for xb, _ in seen[3 * epoch : 3 * epoch + 3]])
+            assert sorted(rows.flatten().tolist()) == list(range(12))
+    assert not torch.equal(seen[0][0][0], seen[0][0][1])
+    assert not torch.equal(seen[0][0][0], seen[3][0][0])
+
+
+def test_a_diverging_training_is_data() -> None:
+    frames = train(DIGITS, "naive", depth=50, width=100, steps=2, seeds=[0, 1])
+    assert not np.isfinite(frames["losses"]["loss"]).all()
+    assert (frames["parity"]["n_nonfinite"] > 0).any()
+    assert frames["parity"][frames["parity"]["n_nonfinite"] > 0]["relative_error"].isna().all()
+    assert (frames["stats"]["n_nan"] + frames["stats"]["n_inf"] > 0).any()
+
+
+def test_regression_of_the_label_and_of_a_teacher() -> None:
+    frames = train(DIGITS, loss="mse", lr=0.001, steps=60, seeds=[0, 1], dtype="float64")
+    assert frames["losses"]["accuracy"].isna().all()
+    by_step = frames["losses"].groupby("step")["loss"].mean()
+    assert by_step[59] < by_step[0] / 2
+    assert gradients(frames)["relative_error"].max() <= LIMIT["float64"]
+
+
+def test_interrupted_and_flushed() -> None:
+    """What was measured is handed over, also when the run is stopped in the middle of a step."""
+    kept: list[Frames] = []
+
+    class Stop(BaseException):
+        pass
+
+    original = train_module._Pair.step
+
+    def stopping(self: object, step: int, *rest: object) -> None:
+        if step == 3:
+            raise Stop
+        original(self, step, *rest)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module._Pair, "step", stopping)
+        with pytest.raises(Stop):
+            train(DIGITS, steps=10, seeds=[0], emit=kept.append)
+    assert sorted(pd.concat([part["losses"] for part in kept])["step"].unique()) == [0, 1, 2]
+
+
+def test_half_precision_trains() -> None:
+    for dtype in ("float16", "bfloat16"):
+        losses = train(DIGITS, steps=30, seeds=[0], dtype=dtype)["losses"]
+        assert losses["loss"].iloc[-1] < losses["loss"].iloc[0]
+
+
+def test_mistakes_are_one_line() -> None:
+    teacher = Data("teacher", torch.randn(20, 3), torch.randn(20), None)
+    cases: list[tuple[Data, dict[str, object], str]] = [
+        (DIGITS, {"loss": "mae"}, "train.loss=mae"),
+        (DIGITS, {"optimizer": "sdg"}, "did you mean sgd"),
+        (DIGITS, {"batch": 1798}, "1797 training rows"),
+        (DIGITS, {"steps": 0}, "train.steps=0"),
+        (DIGITS, {"lr": -0.1}, "train.lr"),
+        (DIGITS, {"lr": math.nan}, "finite"),
+        (teacher, {"loss": "cross_entropy", "batch": 5}, "no classes; use train.loss=mse"),
+    ]
+    for data, options, text in cases:
+        with pytest.raises(UsageError, match=text):
+            train(data, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_alike() -> None:
+    frames = train(DIGITS, steps=20, seeds=[0, 1], device="cuda")
+    assert gradients(frames)["relative_error"].median() <= LIMIT["float32"]
+    cpu = train(DIGITS, steps=20, seeds=[0, 1])
+    np.testing.assert_allclose(frames["losses"]["loss"], cpu["losses"]["loss"], rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_parity_over_the_whole_default_run() -> None:
+    for init in RULES:
+        frames = train(DIGITS, init)
+        assert gradients(frames)["relative_error"].quantile(0.999) <= LIMIT["float32"]
+        frames = train(DIGITS, init, dtype="float64")
+        assert gradients(frames)["relative_error"].max() <= LIMIT["float64"]

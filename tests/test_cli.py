@@ -1,0 +1,202 @@
+"""The command line as a user meets it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import initlab
+from initlab import jobs
+
+Lab = Callable[..., tuple[int, str, str]]
+QUICK = ("depth=5", "seeds=2", "train.steps=3", "plots=false")
+
+
+def runs(folder: Path = Path("outputs")) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("**/run.json"))
+
+
+def test_one_run_leaves_a_whole_folder_and_a_table(lab: Lab) -> None:
+    code, out, err = lab(*QUICK[:3])
+    assert code == 0, err
+    (folder,) = runs()
+    assert folder.parts[:2] == ("outputs", "config")
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"stats.parquet", "losses.parquet", "parity.parquet", "run.json", "initlab.log", ".hydra"}
+    assert {name for name in names if name.endswith(".png")} == {
+        "activation_std.png", "gradient_std.png", "training_activations.png", "gradient_norm.png", "loss.png",
+    }  # fmt: skip
+    header, row = out.splitlines()[:2]
+    assert header.split()[:2] == ["init", "activation"] and row.split()[:2] == ["kaiming", "relu"]
+    assert "gradient difference" in header and str(folder) in out
+    frame = initlab.read("outputs/**")
+    assert set(frame["stage"]) == {"stack", "train"} and set(frame["train_width"]) == {50} and set(frame["lr"]) == {0.1}
+    assert json.loads((folder / "run.json").read_text())["status"] == "done"
+
+
+def test_a_sweep_ends_in_one_table(lab: Lab) -> None:
+    code, out, _ = lab("-m", "init=naive,small,lecun,kaiming", "task=stack", "depth=50", "seeds=2", "plots=false")
+    assert code == 0
+    assert len(runs()) == 4
+    frame = initlab.read("outputs/**")
+    assert sorted(frame["init"].unique()) == ["kaiming", "lecun", "naive", "small"]
+    table = {line.split()[0]: line for line in out.splitlines() if line.split()[1:2] == ["relu"]}
+    assert "not finite from layer 45" in table["naive"] and "exactly 0 from layer 40" in table["small"]
+    assert "alive" in table["lecun"] and "alive" in table["kaiming"]
+
+
+def test_a_rule_of_ones_own_is_one_file(lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "init").mkdir(parents=True)
+    (tmp_path / "mine" / "init" / "half.yaml").write_text("name: kaiming\ngain: 0.5\ndistribution: uniform\n")
+    code, _, err = lab("-cd", "mine", "init=half", "task=stack", *QUICK)
+    assert code == 0, err
+    frame = initlab.read("outputs")
+    assert set(frame["init"]) == {"half"} and set(frame["gain"]) == {0.5} and set(frame["distribution"]) == {"uniform"}
+
+
+MISTAKES = {
+    "init=kaimng": "initlab: init=kaimng: must be one of kaiming, lecun, naive, orthogonal, small, torch_default, "
+    "xavier - did you mean kaiming?",
+    "dept=50": "initlab: dept: no such option - did you mean depth?; see --help",
+    "train.dept=50": "initlab: train.dept: no such option - did you mean train.depth?; see --help",
+    "+init.gian=3": "initlab: init.gian: no such option - did you mean init.gain?; see --help",
+    "depth=-1": "initlab: depth=-1: must be at least 1",
+    "depth=abc": "initlab: depth=abc: must be an integer",
+    "train.lr=abc": "initlab: train.lr=abc: must be a number",
+    "train.lr=nan": "initlab: train.lr=nan: must be finite",
+    "plots=maybe": "initlab: plots=maybe: must be true or false",
+    "depth=1,2": "initlab: depth=1,2: several values need a sweep; put -m before the options",
+    "--depth=3": "initlab: --depth=3: options have no dashes, write depth=3",
+    "depth": "initlab: depth: not an option; options are key=value, see --help",
+    "init.mode=fan": "initlab: init.mode=fan: must be one of constant, fan_avg, fan_in, fan_out - did you mean fan_in?",
+    "dtype=float31": "initlab: dtype=float31: must be one of bfloat16, float16, float32, float64 "
+    "- did you mean float32?",
+    "task=lb": "initlab: task=lb: must be one of lab, stack, train - did you mean lab?",
+    "train.loss=mae": "initlab: train.loss=mae: must be one of cross_entropy, mse - did you mean mse?",
+    "train.optimizer=adma": "initlab: train.optimizer=adma: must be one of adam, adamw, momentum, nesterov, rmsprop, "
+    "sgd - did you mean adam?",
+    "train.batch=9999": "initlab: train.batch=9999: data=digits has 1797 training rows; use at most as many",
+    "data=mnist": "initlab: data=mnist: no MNIST files in data.root=data/mnist; put train-images-idx3-ubyte and "
+    "train-labels-idx1-ubyte (or .gz, or mnist.npz) there, or say data.download=true",
+}
+
+
+@pytest.mark.parametrize(("word", "line"), MISTAKES.items())
+def test_a_mistake_is_one_line_and_leaves_nothing(lab: Lab, word: str, line: str) -> None:
+    code, out, err = lab(*QUICK, word)
+    assert (code, err) == (2, line + "\n")
+    assert "Traceback" not in out
+    assert not list(Path().glob("**/*.parquet")) and not runs()
+    assert not Path("outputs").exists() or not list(Path("outputs").iterdir())
+
+
+def test_mnist_without_network_is_one_line(lab: Lab) -> None:
+    code, _, err = lab("data=mnist", "data.download=true", "data.url=http://127.0.0.1:9", "data.root=x", *QUICK)
+    assert code == 2 and err.count("\n") == 1 and "cannot be fetched" in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_cuda_without_a_gpu_ends_at_once(lab: Lab) -> None:
+    code, _, err = lab("device=cuda", *QUICK)
+    assert code == 2 and err.count("\n") == 1 and "device=auto|cpu|cuda" in err
+
+
+def test_a_mistake_in_one_job_of_a_sweep(lab: Lab) -> None:
+    """The other jobs run; the exit code tells."""
+    code, out, err = lab("-m", "depth=-1,3", "task=stack", "seeds=1", "plots=false")
+    assert code == 2 and "depth=-1" in err
+    assert len(runs()) == 1 and "alive" in out
+    code, _, err = lab("-m", "init=kaimng,naive", *QUICK)
+    assert code == 2 and len(runs()) == 1  # found before the first job runs
+
+
+def test_a_fault_keeps_its_traceback_and_what_was_measured(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(jobs, "train", broken)
+    code, out, err = lab(*QUICK)
+    assert code == 1 and "a fault of ours" in out + err and "Traceback" in out + err
+    (folder,) = runs()
+    assert json.loads((folder / "run.json").read_text())["status"] == "failed"
+    with pytest.warns(UserWarning, match="failed"):
+        assert set(initlab.read("outputs")["stage"]) == {"stack"}
+
+
+def test_teacher_takes_mse_by_itself(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = lab("data=teacher", "task=train", *QUICK)
+    assert code == 0, err
+    assert set(initlab.read("outputs", table="losses")["train_loss"]) == {"mse"}
+    code, _, err = lab("data=teacher", "train.loss=cross_entropy", *QUICK)
+    assert code == 2 and "use train.loss=mse" in err
+
+
+def test_seeds_are_a_range(lab: Lab) -> None:
+    assert lab("seed=3", "seeds=2", "task=stack", "depth=2", "plots=false")[0] == 0
+    assert sorted(initlab.read("outputs")["seed"].unique()) == [3, 4]
+
+
+def test_the_same_command_gives_the_same_tables(lab: Lab) -> None:
+    for _ in range(2):
+        assert lab(*QUICK)[0] == 0
+    one, two = (initlab.read(folder).drop(columns="run") for folder in runs())
+    pd.testing.assert_frame_equal(one, two, check_exact=True)
+
+
+def test_help_shows_every_option(lab: Lab) -> None:
+    code, out, _ = lab("--help")
+    assert code == 0
+    for word in ("depth: 50", "train:", "lr: 0.1", "init=kaiming|lecun|naive", "data=digits|mnist|teacher"):
+        assert word in out
+
+
+def _fresh(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_import_and_help_are_light(words: list[str]) -> None:
+    """Neither torch nor pandas nor seaborn; CPU time under a second."""
+    act = (
+        "import runpy; runpy.run_module('initlab', run_name='__main__', alter_sys=True)" if words else "import initlab"
+    )
+    done = _fresh(
+        f"import sys, time\nsys.argv[1:] = {words}\ntry:\n    {act}\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'pandas', 'seaborn', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\nassert time.process_time() < 1, time.process_time()"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_keeps_what_it_measured(tmp_path: Path, number: int, code: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "initlab", "task=lab", "depth=3", "seeds=2", "train.steps=1000000", "plots=false"],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(initlab.__file__).parents[1])},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("outputs/**/parts/stats-*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in err
+    with pytest.warns(UserWarning, match="interrupted"):
+        frame = initlab.read(tmp_path / "outputs")
+    assert "stack" in set(frame["stage"])
+
+
+@pytest.mark.gpu
+def test_the_main_job_on_a_gpu(lab: Lab) -> None:
+    code, _, err = lab("init=kaiming", "device=cuda", "train.steps=20")
+    assert code == 0, err
+    assert set(initlab.read("outputs")["device"]) == {"cuda"}
