@@ -139,8 +139,12 @@ def _compiled(parameters: Gradients, activation: str, loss: str) -> Step:
     def once_per_shape(xb: Tensor, yb: Tensor) -> Result:
         if (xb.shape, xb.dtype) in seen:
             return step(xb, yb)
+        # Above its usual limit of 8 shapes the compiler would give up.
         with torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000):
-            result = step(xb, yb)
+            try:
+                result = step(xb, yb)
+            except Exception as error:  # a compiler that managed the trial may still fail here
+                raise UsageError(f"version=compiled: unavailable here: {_reason(error)}") from error
         seen.add((xb.shape, xb.dtype))
         return result
 
@@ -153,8 +157,15 @@ def why_not_compiled(device: str = "cpu") -> str | None:
     try:
         torch.compile(lambda x: x * 2 + 1, fullgraph=True)(torch.ones(3, device=device))
     except Exception as error:  # compilers fail in ways of their own, and none of them is our fault or the user's
-        return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return _reason(error)
     return None
+
+
+def _reason(error: Exception) -> str:
+    """What a compiler's error begins with, as one line; the first line alone often ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = next((k for k, line in enumerate(lines, start=1) if not line.endswith(":")), len(lines))
+    return " ".join(lines[:told]) or type(error).__name__
 
 
 def _aliases(parameters: Parameters) -> Gradients:
