@@ -6,7 +6,9 @@ the input gets no gradient. No row changes its arguments. All rows take the same
 cannot differ by a rounding; `compiled` alone may fuse them. Knows nothing of time: `task=backward` holds the watch.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -139,23 +141,32 @@ def _compiled(parameters: Gradients, activation: str, loss: str) -> Step:
     def once_per_shape(xb: Tensor, yb: Tensor) -> Result:
         if (xb.shape, xb.dtype) in seen:
             return step(xb, yb)
-        # Above its usual limit of 8 shapes the compiler would give up.
-        with torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000):
-            try:
+        try:
+            with _compiling():
                 result = step(xb, yb)
-            except Exception as error:  # a compiler that managed the trial may still fail here
-                raise UsageError(f"version=compiled: unavailable here: {_reason(error)}") from error
+        except Exception as error:  # a compiler that managed the trial may still fail here
+            raise UsageError(f"version=compiled: unavailable here: {_reason(error)}") from error
         seen.add((xb.shape, xb.dtype))
         return result
 
     return once_per_shape
 
 
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """As many shapes as are asked for: above 8 the compiler would give up. Its warnings are about torch's own code."""
+    limits = {"recompile_limit": 10_000, "accumulated_recompile_limit": 10_000}
+    with torch._dynamo.config.patch(limits), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 @lru_cache
 def why_not_compiled(device: str = "cpu") -> str | None:
     """One line on why torch.compile does not work on this machine, or None. Tried once, on one multiplication."""
     try:
-        torch.compile(lambda x: x * 2 + 1, fullgraph=True)(torch.ones(3, device=device))
+        with _compiling():
+            torch.compile(lambda x: x * 2 + 1, fullgraph=True)(torch.ones(3, device=device))
     except Exception as error:  # compilers fail in ways of their own, and none of them is our fault or the user's
         return _reason(error)
     return None
