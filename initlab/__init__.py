@@ -8,13 +8,19 @@ The map of the house. Imports run one way, downwards in this list never:
         init.py          the variance-scaling formula and its named rules; order-free random numbers
         stats.py         table of statistics that outlive the number format; tidy rows
     scratch/       the from-scratch network, in reading order
-        layers.py        forward and hand-written backward, neighbours on the page
+        layers.py        forward and hand-written backward, neighbours on the page; the same with `.g`
+        classes.py       layers that remember their call; LayerFunction
+        modules.py       the same rules as torch.autograd.Function and nn.Module
         mlp.py           the MLP by hand and its nn.Module twin
+        problem.py       what every version refuses before it starts
+        backward.py      every version of the backward pass behind one signature
+        agreement.py     equal up to rounding, or not
     tasks/         what can be run, a file each: plain arguments in, frames out; knows nothing of Hydra
         place.py         device and number format
         data.py          the batches: digits, MNIST from files, a teacher
         stack.py         a stack of layers, forward and backward
         train.py         two trainings side by side
+        explain.py       one backward pass, step by step: who sets which .g
     output/        what is kept and shown: takes frames, imports no task
         records.py       what a run folder holds; write and read
         summary.py       frames -> the short table and the findings in words
