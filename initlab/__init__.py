@@ -8,6 +8,7 @@ The map of the house. Imports run one way, downwards in this list never:
         init.py          the variance-scaling formula and its named rules; order-free random numbers
         stats.py         table of statistics that outlive the number format; tidy rows
     scratch/       the from-scratch network, in reading order
+        matmul.py        the matmul ladder
         layers.py        forward and hand-written backward, neighbours on the page; the same with `.g`
         classes.py       layers that remember their call; LayerFunction
         modules.py       the same rules as torch.autograd.Function and nn.Module
@@ -15,15 +16,21 @@ The map of the house. Imports run one way, downwards in this list never:
         problem.py       what every version refuses before it starts
         backward.py      every version of the backward pass behind one signature
         agreement.py     equal up to rounding, or not
+        graph.py         autograd's own graph, walked
     tasks/         what can be run, a file each: plain arguments in, frames out; knows nothing of Hydra
         place.py         device and number format
         data.py          the batches: digits, MNIST from files, a teacher
         stack.py         a stack of layers, forward and backward
         train.py         two trainings side by side
+        timing.py        a ladder timed fairly: warm-up, rotation, memory, equality in the same run
+        ladders.py       the matmul ladder and the backward ladder
+        graph.py         autograd's graph of a small model, as frames
         explain.py       one backward pass, step by step: who sets which .g
     output/        what is kept and shown: takes frames, imports no task
         records.py       what a run folder holds; write and read
         summary.py       frames -> the short table and the findings in words
+        expect.py        does a study's expected answer hold?
+        graphs.py        autograd's graph -> figure
         plots.py         frame -> figure
     config.py      the typed schema of conf/, and where conf/ is found
     launcher.py    what surrounds the jobs of a sweep

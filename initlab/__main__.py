@@ -41,6 +41,7 @@ def main() -> int:
     from initlab.config import CONF, HYDRA_MISTAKES, accepted, as_usage_error
     from initlab.launcher import Sweep
 
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler that counts memory warns about its own start
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     _mistakes.clear()

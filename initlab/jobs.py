@@ -19,9 +19,10 @@ from initlab.scratch.graph import frames_as_text
 from initlab.scratch.layers import LOSSES
 from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.init import Rule, rule
-from initlab.tasks.data import load
+from initlab.tasks.data import TEACHER_ROWS, load
+from initlab.tasks.explain import explain
 from initlab.tasks.graph import graph
-from initlab.tasks.ladders import matmul_ladder
+from initlab.tasks.ladders import backward_ladder, matmul_ladder
 from initlab.tasks.place import DTYPES, find_device
 from initlab.tasks.stack import stack
 from initlab.tasks.timing import agreement
@@ -66,6 +67,32 @@ def _matmul(config: Config, common: Mapping[str, Any]) -> Stage:
     return run
 
 
+def _backward(config: Config, common: Mapping[str, Any]) -> Stage:
+    """The book's regression: its 50,000 rows at once, and minibatches of `train.batch`."""
+    t = config.train
+    batches = sorted({t.batch, TEACHER_ROWS})
+
+    def run(recorder: Recorder) -> str:
+        place = {name: common[name] for name in ("activation", "dtype", "device", "progress")}
+        frame = backward_ladder(batches, t.depth, t.width, seed=config.seed, **place)
+        recorder.add({"timings": frame})
+        return f"{summary.timings_as_text(frame)}\n{agreement(frame, config.dtype)}"
+
+    return run
+
+
+def _explain(config: Config, common: Mapping[str, Any]) -> Stage:
+    t = config.train
+    place = {name: common[name] for name in ("init", "activation", "dtype", "device")}
+    explanation = explain(t.depth, t.width, t.batch, loss=t.loss, seed=config.seed, **place)
+
+    def run(recorder: Recorder) -> str:
+        recorder.add({"steps": explanation.steps, "rules": explanation.rules})
+        return explanation.text
+
+    return run
+
+
 def _graph(config: Config, common: Mapping[str, Any]) -> Stage:
     """Walks the graph at once: a model that cannot be built or run is a mistake of the user."""
     t, given = config.train, config.graph
@@ -92,7 +119,9 @@ TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
     "stack": (_stack,),
     "train": (_train,),
     "matmul": (_matmul,),
+    "backward": (_backward,),
     "graph": (_graph,),
+    "explain": (_explain,),
 }
 
 

@@ -80,7 +80,8 @@ MISTAKES = {
     "init.mode=fan": "initlab: init.mode=fan: must be one of constant, fan_avg, fan_in, fan_out - did you mean fan_in?",
     "dtype=float31": "initlab: dtype=float31: must be one of bfloat16, float16, float32, float64 "
     "- did you mean float32?",
-    "task=lb": "initlab: task=lb: must be one of graph, lab, matmul, stack, train - did you mean lab?",
+    "task=lb": "initlab: task=lb: must be one of backward, explain, graph, lab, matmul, stack, train "
+    "- did you mean lab?",
     "train.loss=mae": "initlab: train.loss=mae: must be one of cross_entropy, mse - did you mean mse?",
     "train.optimizer=adma": "initlab: train.optimizer=adma: must be one of adam, adamw, momentum, nesterov, rmsprop, "
     "sgd - did you mean adam?",
@@ -239,3 +240,20 @@ def test_the_ladder_and_the_graph_from_the_command_line(lab: Lab, monkeypatch: p
 def test_a_model_that_cannot_be_built_is_one_line(lab: Lab, words: tuple[str, ...], text: str) -> None:
     code, _, err = lab("task=graph", *words)
     assert code == 2 and text in err and err.count("\n") == 1
+
+
+def test_one_backward_pass_is_explained(lab: Lab) -> None:
+    code, out, err = lab("task=explain", "train.loss=mse", "train.depth=2", "train.batch=1")
+    assert code == 0, err
+    assert "Where does self.out.g come from?" in out and "Why inp.g in the loss?" in out
+    assert set(initlab.read("outputs/**", table="steps")["init"]) == {"kaiming"}
+
+
+def test_the_backward_ladder_from_the_command_line(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = {"rounds": 1, "seconds": 0.01, "inputs": 4, "versions": ["outer", "engine"]}
+    monkeypatch.setattr(jobs, "TEACHER_ROWS", 100)
+    monkeypatch.setattr(jobs, "backward_ladder", lambda *what, **how: ladders.backward_ladder(*what, **how, **quick))
+    code, out, err = lab("task=backward", "train.batch=7", "train.depth=2", "train.width=3")
+    assert code == 0, err
+    assert "nn.Linear" in out and "equal up to rounding" in out
+    assert set(initlab.read("outputs", table="timings")["shape"]) == {"7x4-3-3-1", "100x4-3-3-1"}

@@ -327,12 +327,17 @@ def timings(tables: Tables) -> Figure | None:
     if frame is None or not frame["median"].notna().any():
         return None
     ran = frame.dropna(subset=["median"]).rename(columns={"version": "label", "q25": "low", "q75": "high"})
-    figure, (ax,) = _figure(f"{ran['label'].nunique()} versions: {summary.crossing(frame)}")
-    _banded(ax, ran, "rows", marker="o")
-    ax.set_xscale("log")
-    _log_scale(ax, ran["median"])
-    ax.set_xlabel("rows")
-    ax.set_ylabel("seconds a call (median, 25-75 %)")
+    figure, (left, right) = _figure(f"{ran['label'].nunique()} versions: {summary.crossing(frame)}", 1, 2)
+    _banded(left, ran, "rows", marker="o")
+    left.legend().remove()
+    _banded(right, ran.assign(median=ran["ratio"], low=ran["ratio"], high=ran["ratio"]), "rows", marker="o")
+    right.axhline(1, color="0.45", linestyle="--", linewidth=1, zorder=1)
+    reference = ran[(ran["relative_error"] == 0) & (ran["ratio"] == 1)]["label"].iloc[-1:]
+    for ax, said in ((left, "seconds a call (median, 25-75 %)"), (right, f"ratio to {''.join(reference)}")):
+        ax.set_xscale("log")
+        _log_scale(ax, ran["median"])
+        ax.set_xlabel("rows")
+        ax.set_ylabel(said)
     return figure
 
 

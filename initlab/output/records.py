@@ -35,6 +35,8 @@ TABLES = {
     "timings": "a row per version and shape of a ladder",
     "nodes": "a row per node of autograd's graph",
     "edges": "a row per edge of autograd's graph",
+    "steps": "a row per `.g` that one backward pass sets, in order",
+    "rules": "the local rule of each layer and its derivative",
 }
 _OURS_BEFORE_A_RUN = {".hydra", "initlab.log", "multirun.yaml"}
 

@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import elu, leaky_relu
+from torch.nn.functional import gelu, leaky_relu, selu, silu
 
 from initlab.errors import UsageError, choose
 
@@ -90,19 +90,19 @@ ACTIVATIONS: dict[str, Activation] = {
         largest_slope=0.25,
     ),
     "gelu": Activation(  # z Phi(z), Hendrycks & Gimpel 2016; exact, not the tanh approximation
-        phi=lambda z: z * _normal_cdf(z),
+        phi=gelu,
         slope=lambda z: _normal_cdf(z) + z * _normal_pdf(z),
         module=nn.GELU,
         largest_slope=1.1289043,  # at z = sqrt(2)
     ),
     "silu": Activation(  # z sigmoid(z), Elfwing et al. 2017
-        phi=lambda z: z * torch.sigmoid(z),
+        phi=silu,
         slope=_silu_slope,
         module=nn.SiLU,
         largest_slope=1.0998393,  # at z = 2.3993573
     ),
     "selu": Activation(  # Klambauer et al. 2017
-        phi=lambda z: SELU_SCALE * elu(z, SELU_ALPHA),
+        phi=selu,
         slope=_selu_slope,
         module=nn.SELU,
         kinks=(0.0,),

@@ -31,6 +31,9 @@ MNIST_FILES = {
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 
 
+TEACHER_ROWS = 50_000  # as many as the book's training set
+
+
 @dataclass(frozen=True)
 class Data:
     """A training split: x (n, I) float32, y (n,) int64 classes or float32 values; `classes` None for regression."""
@@ -60,7 +63,7 @@ def _digits(root: Path, download: bool, url: str) -> Data:
 
 def _teacher(root: Path, download: bool, url: str) -> Data:
     """50,000 x 784 standard normal inputs, targets of a fixed random 784-50-1 ReLU network, standardized."""
-    n, fan_in, hidden = 50_000, 784, 50
+    n, fan_in, hidden = TEACHER_ROWS, 784, 50
     x = gaussian((n, fan_in), 0, "teacher input")
     w1, w2 = (
         gaussian(shape, 0, "teacher", layer) * math.sqrt(2 / shape[0])

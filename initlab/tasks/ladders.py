@@ -4,19 +4,26 @@ Knows the rungs' shapes and needs; how to time fairly is known to `timing`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 
 import pandas as pd
+import torch
 from torch import Tensor
 
-from initlab.errors import UsageError, choose
+from initlab.errors import UsageError, check, choose
+from initlab.scratch import mlp
+from initlab.scratch.backward import VERSIONS, Parameters, Result
+from initlab.scratch.layers import LOSSES
 from initlab.scratch.matmul import LADDER, Rung, Sizes
-from initlab.signal.init import gaussian
+from initlab.signal.activations import ACTIVATIONS
+from initlab.signal.init import draw, gaussian, rule
 from initlab.tasks.place import DTYPES, find_device
 from initlab.tasks.timing import check_timing, seconds_each, time_ladder
 
 BOOK_SHAPE: Sizes = (5, 784, 10)
+CLASSES = 10  # outputs under a loss over classes
 SHAPES: tuple[Sizes, ...] = tuple((rows, 784, 10) for rows in (1, 5, 50, 500, 5000))  # the book's among them
 
 
@@ -59,6 +66,90 @@ def matmul_ladder(
         )
         frames.append(frame.assign(rows=m))
     return pd.concat(frames, ignore_index=True)
+
+
+def backward_ladder(
+    batches: Sequence[int] = (64, 50_000),
+    depth: int = 1,
+    width: int = 50,
+    inputs: int = 784,
+    activation: str = "relu",
+    loss: str = "mse",
+    versions: Sequence[str] = tuple(VERSIONS),
+    dtype: str = "float32",
+    device: str = "cpu",
+    seed: int = 0,
+    memory_limit: float | None = None,
+    rounds: int = 15,
+    seconds: float = 0.3,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Every version of the backward pass at each batch: `time_ladder`'s columns, and `rows`, which is the batch.
+
+    The book's network, `inputs` -> `depth` times `width` -> 1 (10 classes under cross_entropy), kaiming weights, noise
+    as data. What is timed is one pass from given parameters to the loss and all gradients of the parameters. The
+    reference is `nn.Linear`, torch's own layers and autograd as everybody writes them: a ratio below 1 is faster.
+    """
+    place, number = find_device(device), choose(DTYPES, dtype, "dtype")
+    check_timing(versions, rounds, seconds)
+    check(train_depth=depth, train_width=width)
+    sizes = [inputs, *[width] * depth, CLASSES if choose(LOSSES, loss, "train.loss").classes else 1]
+    parameters = [
+        (w[0], b[0])
+        for layer, shape in enumerate(pairwise(sizes), start=1)
+        for w, b in [draw(rule("kaiming"), activation, shape, [seed], layer, number, place)]
+    ]
+    table = {name: choose(VERSIONS, name, "version") for name in versions}
+    missing = {name: reason for name, row in table.items() if (reason := row.unavailable(place.type))}
+    frames = []
+    for batch in batches:
+        xb, yb = _problem(batch, inputs, sizes[-1], seed)
+        xb, yb = xb.to(place, number), yb.to(place, number if yb.is_floating_point() else yb.dtype)
+        steps = {
+            name: partial(_missing if name in missing else row.bind(parameters, activation, loss), xb, yb)
+            for name, row in table.items()
+        }
+        steps["nn.Linear"] = partial(_plain_torch(parameters, activation, loss), xb, yb)
+        frame = time_ladder(
+            steps,
+            shape=f"{batch}x{'-'.join(map(str, sizes))}",
+            reference="nn.Linear",
+            skip={name: f"unavailable: {reason}" for name, reason in missing.items()},
+            needs={name: float(row.memory(sizes, batch, xb.element_size())) for name, row in table.items()},
+            memory_limit=memory_limit,
+            device=place.type,
+            rounds=rounds,
+            seconds=seconds,
+            progress=progress,
+        )
+        frames.append(frame.assign(rows=batch))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _problem(batch: int, inputs: int, outputs: int, seed: int) -> tuple[Tensor, Tensor]:
+    check(train_batch=batch)
+    noise = gaussian((batch,), seed, "target")
+    classes = torch.arange(batch).remainder(outputs)
+    return gaussian((batch, inputs), seed, "input"), noise if outputs == 1 else classes
+
+
+def _missing(xb: Tensor, yb: Tensor) -> None:
+    """Stands for a version that cannot run here; it is skipped, never called."""
+
+
+def _plain_torch(parameters: Parameters, activation: str, loss: str) -> Callable[[Tensor, Tensor], Result]:
+    """nn.Linear and torch's modules, `loss.backward()`; the gradients in our layout, w (I, O)."""
+    model = mlp.twin([(w.unsqueeze(0), b.unsqueeze(0)) for w, b in parameters], 0, ACTIVATIONS[activation])
+    objective = LOSSES[loss].module
+
+    def step(xb: Tensor, yb: Tensor) -> Result:
+        model.zero_grad(set_to_none=True)
+        value = objective(model(xb), yb)
+        value.backward()  # type: ignore[no-untyped-call]
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        return value.detach(), [(w.mT, b) for w, b in zip(grads[0::2], grads[1::2], strict=True)]
+
+    return step
 
 
 def _checked(shape: Sequence[int]) -> Sizes:

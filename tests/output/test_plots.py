@@ -101,10 +101,12 @@ def test_pngs_are_written_and_what_cannot_be_drawn_is_left_out(tmp_path: Path, k
 def test_a_ladder_is_drawn_over_its_sizes() -> None:
     table = pd.DataFrame(
         {"version": ["slow", "fast"] * 2, "shape": ["2x2"] * 2 + ["9x9"] * 2, "rows": [2, 2, 9, 9],
-         "median": [0.1, 0.001, float("nan"), 0.01], "q25": 0.001, "q75": 0.1}
+         "median": [0.1, 0.001, float("nan"), 0.01], "q25": 0.001, "q75": 0.1, "ratio": [100.0, 1.0, float("nan"), 1.0],
+         "relative_error": 0.0}
     )  # fmt: skip
     figure = plots.timings({"timings": table})
     assert figure is not None
     assert "fast is 100 times as fast as slow at 2x2" in figure.get_suptitle().replace("\n", " ")
-    assert figure.axes[0].get_xscale() == figure.axes[0].get_yscale() == "log"
+    assert all(ax.get_xscale() == ax.get_yscale() == "log" for ax in figure.axes)
+    assert "ratio to fast" in words(figure)
     assert plots.timings({"timings": table.assign(median=float("nan"))}) is None

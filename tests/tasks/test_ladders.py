@@ -1,10 +1,12 @@
 """The timed matmul ladder: every rung at every shape, nothing lost, and no assertion on a time."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
 from initlab.errors import UsageError
+from initlab.scratch.backward import VERSIONS
 from initlab.scratch.matmul import LADDER
 from initlab.tasks import ladders
 from initlab.tasks.ladders import BOOK_SHAPE, SHAPES, matmul_ladder
@@ -118,3 +120,29 @@ def test_the_compiled_rung_is_timed_and_never_holds_the_products():
     frame = matmul_ladder([BOOK_SHAPE], ["outer", "compiled", "matmul"], **QUICK).set_index("version")
     assert frame["note"]["compiled"] == ""
     assert frame["peak_bytes"]["compiled"] < frame["peak_bytes"]["outer"] / 10
+
+
+def test_the_backward_ladder_compares_every_version_with_torch() -> None:
+    frame = ladders.backward_ladder([3, 8], depth=2, width=5, inputs=4, rounds=1, seconds=0.01,
+                                    versions=[name for name in VERSIONS if name != "compiled"])  # fmt: skip
+    assert set(frame["rows"]) == {3, 8} and set(frame["shape"]) == {"3x4-5-5-1", "8x4-5-5-1"}
+    assert len(frame) == 2 * len(VERSIONS)
+    assert frame["relative_error"].max() < 1e-5 and (frame["median"] > 0).all()
+    assert "equal up to rounding" in agreement(frame)
+
+
+def test_a_version_that_needs_too_much_memory_is_named() -> None:
+    frame = ladders.backward_ladder([64], versions=["outer", "engine"], rounds=1, seconds=0.01, memory_limit=2e6)
+    notes = frame.set_index("version")["note"]
+    assert "needs" in notes["outer"] and notes["engine"] == ""
+    assert frame.set_index("version")["median"].isna()["outer"]
+
+
+def test_classes_and_mistakes_of_the_backward_ladder() -> None:
+    quick: dict[str, Any] = {"versions": ["engine"], "rounds": 1, "seconds": 0.01}
+    frame = ladders.backward_ladder([6], loss="cross_entropy", width=4, inputs=3, **quick)
+    assert frame["shape"].iloc[0] == "6x3-4-10" and frame["relative_error"].max() < 1e-5
+    for bad, text in (({"batches": [0]}, "train.batch=0"), ({"versions": ["engin"]}, "did you mean engine"),
+                      ({"loss": "mes"}, "did you mean mse"), ({"width": 0}, "train.width=0")):  # fmt: skip
+        with pytest.raises(UsageError, match=text):
+            ladders.backward_ladder(**{"versions": ["engine"], "batches": [2]} | bad)  # type: ignore[arg-type]
