@@ -16,12 +16,13 @@ The map of the house. Imports run one way, downwards in this list never:
         problem.py       what every version refuses before it starts
         backward.py      every version of the backward pass behind one signature
         agreement.py     equal up to rounding, or not
-        graph.py         autograd's own graph, walked
+        graph.py         autograd's own graph, walked; graph_text.py tells it as text
     tasks/         what can be run, a file each: plain arguments in, frames out; knows nothing of Hydra
         place.py         device and number format
         data.py          the batches: digits, MNIST from files, a teacher
         stack.py         a stack of layers, forward and backward
         train.py         two trainings side by side
+        memory.py        how much there is, how much a call holds at its peak
         timing.py        a ladder timed fairly: warm-up, rotation, memory, equality in the same run
         ladders.py       the matmul ladder and the backward ladder
         graph.py         autograd's graph of a small model, as frames
@@ -30,6 +31,7 @@ The map of the house. Imports run one way, downwards in this list never:
         records.py       what a run folder holds; write and read
         summary.py       frames -> the short table and the findings in words
         expect.py        does a study's expected answer hold?
+        axes.py          what figures are made of: bands, marks of death, ends of the number formats
         graphs.py        autograd's graph -> figure
         plots.py         frame -> figure
     config.py      the typed schema of conf/, and where conf/ is found

@@ -15,7 +15,7 @@ from initlab.output import records, summary
 from initlab.output.expect import Verdict
 from initlab.output.expect import judge as verdict
 from initlab.output.records import Recorder
-from initlab.scratch.graph import frames_as_text
+from initlab.scratch.graph_text import frames_as_text
 from initlab.scratch.layers import LOSSES
 from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.init import Rule, rule

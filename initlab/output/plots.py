@@ -3,10 +3,8 @@
 Layers stand in network order; a signal that died is marked where it died, since nan, inf and 0 cannot be drawn.
 """
 
-import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,103 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from initlab.output import summary
+from initlab.output.axes import banded, layer_axis, limits, log_scale, mark_deaths, sheet
 from initlab.output.graphs import draw_graph
 
 Tables = Mapping[str, pd.DataFrame]
 
-# dtype -> largest number, smallest normal number, smallest number
-LIMITS = {
-    "float16": (65504.0, 6.1e-5, 6.0e-8),
-    "bfloat16": (3.39e38, 1.18e-38, 9.2e-41),
-    "float32": (3.40e38, 1.18e-38, 1.4e-45),
-    "float64": (1.80e308, 2.2e-308, 4.9e-324),
-}
 BY_HAND = {"scratch": "by hand", "module": "nn.Module"}
 MANY_LAYERS = 8  # from here on a colour bar serves better than a legend
-
-
-def _figure(title: str, rows: int = 1, columns: int = 1, **settings: Any) -> tuple[Figure, list[Axes]]:
-    sns.set_theme(style="whitegrid", palette="colorblind", context="notebook")
-    figure = Figure(figsize=(5.5 * columns + 4, 2.6 * rows + 2.9), layout="constrained")
-    figure.suptitle("\n".join(textwrap.wrap(title, 52 * columns + 34)), fontsize=12)
-    axes = figure.subplots(rows, columns, squeeze=False, **settings)
-    return figure, list(axes.flat)
-
-
-def _banded(ax: Axes, band: pd.DataFrame, x: str, names: dict[str, str] | None = None, marker: str = "") -> None:
-    """A line of medians and a band from 16 to 84 % for every label, told apart by colour and by dashes."""
-    band = band.assign(label=band["label"].astype(str).map(lambda name: (names or {}).get(name, name)))
-    order = list(band["label"].unique())
-    colours = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
-    sns.lineplot(
-        data=band, x=x, y="median", hue="label", style="label", hue_order=order, style_order=order,
-        palette=colours, errorbar=None, ax=ax, marker=marker or None, markersize=6,
-    )  # fmt: skip
-    for label, rows in band.groupby("label"):
-        ax.fill_between(rows[x], rows["low"], rows["high"], color=colours[label], alpha=0.2, linewidth=0)
-    if len(order) > 3:
-        ax.legend(title=None, loc="upper left", bbox_to_anchor=(1.01, 1))
-    else:
-        ax.legend(title=None)
-
-
-def _log_scale(ax: Axes, values: pd.Series | np.ndarray) -> None:
-    """A log axis, unless there is nothing that it could show."""
-    seen = np.asarray(values, dtype=float)
-    if (seen[np.isfinite(seen)] > 0).any():
-        ax.set_yscale("log")
-
-
-def _layer_axis(ax: Axes) -> None:
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlabel("layer")
-
-
-def _limits(ax: Axes, dtypes: list[str]) -> None:
-    """Grey lines: 1, and the ends of the number formats where the curves come near them."""
-    low, high = ax.get_ylim()
-    ax.axhline(1, color="0.45", linestyle="--", linewidth=1, zorder=1)
-    for dtype in dtypes:
-        for value, name in zip(LIMITS[dtype], ("largest", "smallest normal", "smallest"), strict=True):
-            if low / 1e3 < value < high * 1e3 and (value > 1e4 or value < 1e-4):
-                ax.axhline(value, color="0.7", linestyle=":", linewidth=1.2, zorder=1)
-                ax.annotate(
-                    f"{name} {dtype}", (1, value), xycoords=("axes fraction", "data"), xytext=(-4, 3),
-                    textcoords="offset points", ha="right", fontsize=8, color="0.4",
-                )  # fmt: skip
-
-
-def _mark_deaths(ax: Axes, band: pd.DataFrame, died: pd.DataFrame, direction: str) -> None:
-    """A cross on the axis and a label at the layer from which a signal is not finite or exactly 0."""
-    order = list(band["label"].astype(str).unique())
-    colours = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
-    height = 0
-    for label in order:
-        mine = died[died["label"].astype(str) == label]
-        first = "min" if direction == "forward" else "max"
-        said = summary.fate(mine, first)
-        if said == "alive":
-            continue
-        column = "nonfinite" if "finite" in said else "zero"
-        layer, y = mine[column].agg(first), 0.04 + 0.075 * height
-        height += 1
-        ax.axvline(layer, color=colours[label], linestyle=":", linewidth=1.4)
-        ax.plot(
-            [layer],
-            [y],
-            marker="X",
-            markersize=9,
-            color=colours[label],
-            transform=ax.get_xaxis_transform(),
-            clip_on=False,
-        )
-        left = layer > ax.get_xlim()[1] / 2
-        name = f"{label}: " if len(order) > 1 else ""
-        ax.annotate(
-            name + said, (layer, y), xycoords=ax.get_xaxis_transform(), xytext=(-9 if left else 9, 0),
-            textcoords="offset points", ha="right" if left else "left", va="center", fontsize=9,
-            color=colours[label], bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.85},
-        )  # fmt: skip
 
 
 def _stack(tables: Tables, direction: str, what: str) -> Figure | None:
@@ -125,17 +33,17 @@ def _stack(tables: Tables, direction: str, what: str) -> Figure | None:
     if not len(signal):
         return None
     found = summary.end_of_signal(stats, direction)
-    figure, (ax,) = _figure(f"{what} through the stack. {summary.findings(found)}")
+    figure, (ax,) = sheet(f"{what} through the stack. {summary.findings(found)}")
     band = summary.band(signal, ["layer"], "std")
-    _banded(ax, band, "layer")
-    _log_scale(ax, band["median"])
+    banded(ax, band, "layer")
+    log_scale(ax, band["median"])
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, 0.1), max(high, 10))  # a curve that stays near 1 shall look like it
     ax.set_ylabel("std (median and 16-84 % of networks)")
-    _layer_axis(ax)
-    _limits(ax, sorted(signal["dtype"].astype(str).unique()) if "dtype" in signal else [])
+    layer_axis(ax)
+    limits(ax, sorted(signal["dtype"].astype(str).unique()) if "dtype" in signal else [])
     ax.set_xlim(band["layer"].min() - 0.5, band["layer"].max() + 0.5)
-    _mark_deaths(ax, band, summary.deaths(stats, direction), direction)
+    mark_deaths(ax, band, summary.deaths(stats, direction), direction)
     return figure
 
 
@@ -164,7 +72,7 @@ def training_activations(tables: Tables) -> Figure | None:
         return None
     label, layers = str(rows["label"].iloc[0]), sorted(rows["layer"].unique())
     by_layer = rows.assign(label=rows["layer"])
-    figure, axes = _figure("", 1, 2)
+    figure, axes = sheet("", 1, 2)
     ends = []
     for ax, statistic in zip(axes, ("mean", "std"), strict=True):
         band = summary.band(by_layer, ["step"], statistic)
@@ -188,7 +96,7 @@ def training_activations(tables: Tables) -> Figure | None:
             ax.legend(title="layer")
         ends.append(band)
     if len(layers) > MANY_LAYERS:
-        _log_scale(axes[1], ends[1]["median"])
+        log_scale(axes[1], ends[1]["median"])
         _layer_bar(figure, axes, len(layers))
     figure.suptitle(_training_title(label, ends[1], layers))
     return figure
@@ -225,7 +133,7 @@ def gradient_norm(tables: Tables) -> Figure | None:
     label = str(rows["label"].iloc[0])
     values = table.to_numpy()
     seen = values[np.isfinite(values) & (values > 0)]
-    figure, (ax,) = _figure(f"{label}: norm of the weight gradients, {_range(seen)}, median over networks")
+    figure, (ax,) = sheet(f"{label}: norm of the weight gradients, {_range(seen)}, median over networks")
     ax.set_facecolor("0.75")
     drawn = np.where(values > 0, values, np.nan)
     norm = LogNorm(seen.min(), seen.max() if seen.max() > seen.min() else 10 * seen.min()) if len(seen) else None
@@ -269,17 +177,17 @@ def loss(tables: Tables) -> Figure | None:
         f"{label}: loss {last['scratch']:.3g} by hand and {last['module']:.3g} by nn.Module "
         f"after {band['step'].max()} updates, at most {worst:.1g} apart"
     )
-    figure, (top, bottom) = _figure(title, 2, 1, sharex=True, height_ratios=[2, 1])
-    _banded(top, band, "step", BY_HAND)
+    figure, (top, bottom) = sheet(title, 2, 1, sharex=True, height_ratios=[2, 1])
+    banded(top, band, "step", BY_HAND)
     top.set_ylabel("loss")
     if (band["low"].dropna() > 0).all():
-        _log_scale(top, band["median"])
+        log_scale(top, band["median"])
     sns.lineplot(
         data=apart, x="step", y="largest", errorbar=None, color="0.25", ax=bottom, label="largest of the networks"
     )
     sns.scatterplot(data=apart, x="step", y="median", color="0.25", s=9, linewidth=0, ax=bottom, label="median")
     bottom.legend(fontsize=8)
-    _log_scale(bottom, apart["largest"])
+    log_scale(bottom, apart["largest"])
     bottom.set_ylabel("|difference| / loss")
     bottom.set_xlabel("training step")
     _mark_divergence(top, losses)
@@ -312,10 +220,10 @@ def compared_loss(tables: Tables) -> Figure | None:
     last = band[band["step"] == band["step"].max()]
     best = last.sort_values("median").iloc[0]
     said = f"{best['label']} {best['median']:.3g}" if np.isfinite(best["median"]) else "none is finite"
-    figure, (ax,) = _figure(f"Lowest loss after {best['step']} updates: {said}")
-    _banded(ax, band, "step")
+    figure, (ax,) = sheet(f"Lowest loss after {best['step']} updates: {said}")
+    banded(ax, band, "step")
     if (band["low"].dropna() > 0).all():
-        _log_scale(ax, band["median"])
+        log_scale(ax, band["median"])
     ax.set_ylabel("loss (median and 16-84 % of networks)")
     ax.set_xlabel("training step")
     return figure
@@ -327,15 +235,15 @@ def timings(tables: Tables) -> Figure | None:
     if frame is None or not frame["median"].notna().any():
         return None
     ran = frame.dropna(subset=["median"]).rename(columns={"version": "label", "q25": "low", "q75": "high"})
-    figure, (left, right) = _figure(f"{ran['label'].nunique()} versions: {summary.crossing(frame)}", 1, 2)
-    _banded(left, ran, "rows", marker="o")
+    figure, (left, right) = sheet(f"{ran['label'].nunique()} versions: {summary.crossing(frame)}", 1, 2)
+    banded(left, ran, "rows", marker="o")
     left.legend().remove()
-    _banded(right, ran.assign(median=ran["ratio"], low=ran["ratio"], high=ran["ratio"]), "rows", marker="o")
+    banded(right, ran.assign(median=ran["ratio"], low=ran["ratio"], high=ran["ratio"]), "rows", marker="o")
     right.axhline(1, color="0.45", linestyle="--", linewidth=1, zorder=1)
     reference = ran[(ran["relative_error"] == 0) & (ran["ratio"] == 1)]["label"].iloc[-1:]
     for ax, said in ((left, "seconds a call (median, 25-75 %)"), (right, f"ratio to {''.join(reference)}")):
         ax.set_xscale("log")
-        _log_scale(ax, ran["median"])
+        log_scale(ax, ran["median"])
         ax.set_xlabel("rows")
         ax.set_ylabel(said)
     return figure

@@ -252,4 +252,5 @@ def crossing(timings: pd.DataFrame) -> str:
     rows = ran[ran["shape"] == most.idxmax()].sort_values("median")
     fastest, slowest = rows.iloc[0], rows.iloc[-1]
     times = slowest["median"] / fastest["median"]
-    return f"{fastest['version']} is {times:,.3g} times as fast as {slowest['version']} at {fastest['shape']}"
+    said = f"{times:,.0f}" if times >= 100 else f"{times:.3g}"
+    return f"{fastest['version']} is {said} times as fast as {slowest['version']} at {fastest['shape']}"

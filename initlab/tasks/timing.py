@@ -7,12 +7,10 @@ On a CPU they run with the number of threads that torch is set to.
 
 import gc
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from tqdm import tqdm
 
 from initlab.errors import UsageError, choose
 from initlab.signal.stats import relative_error
+from initlab.tasks.memory import free_memory, peak_bytes, readable
 from initlab.tasks.place import DTYPES, find_device
 
 Call = Callable[[], Any]  # gives a tensor, or tuples and lists of them, nested
@@ -107,7 +106,7 @@ def time_ladder(
     rows = [_Version(name, call, (skip or {}).get(name, "")) for name, call in versions.items()]
     for row in rows:
         if not row.note and (needed := (needs or {}).get(row.name, 0)) > limit:
-            row.note = f"skipped: needs {_readable(needed)}, allowed are {_readable(limit)}"
+            row.note = f"skipped: needs {readable(needed)}, allowed are {readable(limit)}"
     with tqdm(total=len(rows) + rounds, desc=shape, unit="step", disable=None if progress else True) as bar:
         chosen = _prepare(rows, reference, place, bar)
         for row in rows:
@@ -214,63 +213,6 @@ def agreement(frame: pd.DataFrame, dtype: str = "float32") -> str:
     error, ulp, count = ran["relative_error"].max(), ran["ulp"].max(), ran["version"].nunique()
     numbers = f"relative error at most {error:.2g}, {ulp:.2g} units in the last place"
     return f"All {count} versions are equal up to rounding: {numbers}."
-
-
-# --- memory -------------------------------------------------------------------------------------------------------
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that can still be had on the device; inf where the system does not say."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return min(_available(), _left_in_container())
-
-
-def _readable(count: float) -> str:
-    """Bytes with a decimal prefix: 7.84 GB."""
-    power = min(4, max(0, int(math.log10(max(count, 1)) / 3))) if math.isfinite(count) else 0
-    return f"{count / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
-def _available() -> float:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return math.inf
-
-
-def _left_in_container() -> float:
-    """What control groups (version 2) leave of their limit."""
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        return math.inf if limit == "max" else float(limit) - float(used)
-    except OSError:
-        return math.inf
-
-
-def peak_bytes(call: Call, device: torch.device) -> float:
-    """Most bytes that an untimed call holds at once beyond what was held before.
-
-    On a GPU by the allocator's own count. On a CPU by the memory events of torch's profiler: every allocation of a
-    tensor, temporaries inside an operation included; not what Python objects or the scratch space of a library take.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        start = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return float(torch.cuda.max_memory_allocated(device) - start)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes to standard error
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        call()
-    results = profile.kineto_results
-    if results is None:
-        return math.nan
-    events = sorted((e.start_ns(), k, e.nbytes()) for k, e in enumerate(results.events()) if e.name() == "[memory]")
-    live = np.cumsum([0, *(size for *_, size in events)])
-    return float(live.max())
 
 
 # --- time ---------------------------------------------------------------------------------------------------------

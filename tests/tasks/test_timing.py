@@ -9,7 +9,8 @@ import torch
 
 from initlab.errors import UsageError
 from initlab.tasks import timing
-from initlab.tasks.timing import COLUMNS, agreement, differences, peak_bytes, time_ladder
+from initlab.tasks.memory import free_memory, peak_bytes
+from initlab.tasks.timing import COLUMNS, agreement, differences, time_ladder
 
 CPU = torch.device("cpu")
 QUICK = {"rounds": 3, "seconds": 1e-3}
@@ -239,7 +240,7 @@ def test_half_of_the_free_memory_is_the_limit(monkeypatch):
 
 
 def test_free_memory_is_a_number_of_bytes():
-    assert timing.free_memory(CPU) > 1e6
+    assert free_memory(CPU) > 1e6
 
 
 def test_the_profiler_leaves_standard_error_alone(capfd):
