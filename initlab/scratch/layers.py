@@ -21,8 +21,8 @@ from initlab.signal.activations import ACTIVATIONS, Activation
 
 
 def lin(inp: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """out = inp w + b."""
-    return inp @ w + b.unsqueeze(-2)
+    """out = inp w + b; for a single network in one call, the same that `nn.Linear` makes, so that both round alike."""
+    return torch.addmm(b, inp, w) if inp.ndim == 2 else inp @ w + b.unsqueeze(-2)
 
 
 def lin_param_grads(g: Tensor, inp: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,6 +72,33 @@ def twin_parameters(twins: Sequence[nn.Sequential]) -> Parameters:
     return _as_ensemble([[p.detach() for p in model.parameters()] for model in twins])
 
 
+def by_hand_at_twins(
+    twins: Sequence[nn.Sequential], xb: Tensor, yb: Tensor, activation: Activation, loss: Loss
+) -> Pass:
+    """The hand-written pass at the twins' own parameters, one network after the other, as one ensemble.
+
+    On the memory that torch holds, w (I, O) being a view of its (O, I): every forward product is then the very call
+    that `nn.Linear` makes, both passes see the same preactivations to the last bit, and no ReLU mask can differ by a
+    rounding. What is left to compare is the backward.
+    """
+    passes = []
+    for member, model in enumerate(twins):
+        values = [p.detach() for p in model.parameters()]
+        own = [(weight.mT, bias) for weight, bias in zip(values[0::2], values[1::2], strict=True)]
+        passes.append(forward_and_backward(own, xb[member], yb[member], activation, loss))
+    stacked = [
+        [torch.stack(same) for same in zip(*lists, strict=True)]
+        for lists in zip(
+            *((p.preactivations, p.activations, p.preactivation_grads, p.activation_grads) for p in passes), strict=True
+        )
+    ]
+    grads = [
+        (torch.stack([w for w, _ in same]), torch.stack([b for _, b in same]))
+        for same in zip(*(p.parameter_grads for p in passes), strict=True)
+    ]
+    return Pass(stacked[0], stacked[1], torch.stack([p.loss for p in passes]), stacked[2], stacked[3], grads)
+
+
 def _as_ensemble(members: Sequence[Sequence[Tensor]]) -> Parameters:
     """[[weight, bias, weight, bias, ...], ...] of torch's layout, a list per member, as [(w, b), ...]."""
     stacked = [torch.stack(same) for same in zip(*members, strict=True)]

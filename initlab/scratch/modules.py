@@ -83,7 +83,7 @@ class LinearLayer(nn.Module):
         self.w, self.b = nn.Parameter(w.detach()), nn.Parameter(b.detach())
 
     def forward(self, inp: Tensor) -> Tensor:
-        return inp @ self.w + self.b
+        return lin(inp, self.w, self.b)
 
 
 class ActLayer(nn.Module):

@@ -205,7 +205,7 @@ class _Pair:
 
         The forward rows of `weight` and `bias` compare two trainings that run on by themselves; all others one pass.
         """
-        hand = mlp.forward_and_backward(theirs, xb, yb, self.activation, self.loss)
+        hand = mlp.by_hand_at_twins(self.twins, xb, yb, self.activation, self.loss)
         backward = [
             [item for item in self._items("", step, seen, theirs) if item.key.direction == "backward"]
             for seen in (hand, module)

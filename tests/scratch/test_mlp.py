@@ -139,3 +139,29 @@ def test_twins_hold_the_same_weights(init: str) -> None:
     twins = [mlp.twin(parameters, member, ACTIVATIONS["relu"]) for member in range(2)]
     for (w, b), (w_twin, b_twin) in zip(parameters, mlp.twin_parameters(twins), strict=True):
         assert torch.equal(w, w_twin) and torch.equal(b, b_twin)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_at_the_twins_own_memory_both_forward_passes_are_one(activation: str, dtype: torch.dtype) -> None:
+    """Bit for bit, in shapes where another layout of the weights rounds otherwise: no ReLU mask can differ."""
+    generator = torch.Generator().manual_seed(1)
+    xb = torch.randn(2, 33, 50, generator=generator, dtype=dtype)
+    yb = torch.randint(10, (2, 33), generator=generator)
+    parameters = [
+        draw(rule("kaiming"), activation, shape, (0, 1), layer, dtype)
+        for layer, shape in enumerate(pairwise((50, 37, 41, 10)), start=1)
+    ]
+    twins = [mlp.twin(parameters, member, ACTIVATIONS[activation]) for member in range(2)]
+    loss = LOSSES["cross_entropy"]
+    hand = mlp.by_hand_at_twins(twins, xb, yb, ACTIVATIONS[activation], loss)
+    _, _, module = mlp.twin_forward_and_backward(twins, xb, yb, loss, watch=True)
+    assert module is not None
+    for ours, theirs in zip(
+        [*hand.preactivations, *hand.activations], [*module.preactivations, *module.activations], strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    limit = 1e-5 if dtype == torch.float32 else 1e-12
+    for pair, other in zip(hand.parameter_grads, module.parameter_grads, strict=True):
+        for ours, theirs in zip(pair, other, strict=True):
+            assert (ours - theirs).norm() <= limit * theirs.norm()

@@ -205,7 +205,7 @@ def test_a_gpu_trains_alike() -> None:
 @pytest.mark.slow
 def test_parity_over_the_whole_default_run() -> None:
     for init in RULES:
-        frames = train(DIGITS, init)
-        assert gradients(frames)["relative_error"].quantile(0.999) <= LIMIT["float32"]
-        frames = train(DIGITS, init, dtype="float64")
-        assert gradients(frames)["relative_error"].max() <= LIMIT["float64"]
+        for activation in ACTIVATIONS:
+            for dtype, limit in LIMIT.items():
+                frames = train(DIGITS, init, activation, dtype=dtype)
+                assert gradients(frames)["relative_error"].max() <= limit, (init, activation, dtype)
