@@ -94,6 +94,7 @@ def job(cfg: "DictConfig") -> None:
     from initlab import jobs
     from initlab.config import typed
     from initlab.output.records import discard
+    from initlab.tasks.memory import is_out_of_memory
 
     setting = HydraConfig.get()
     folder = Path(setting.runtime.output_dir)
@@ -107,6 +108,12 @@ def job(cfg: "DictConfig") -> None:
     try:
         said = prepared.run()
     except Exception as error:
+        if is_out_of_memory(error):
+            where = jobs.shown(folder)
+            _mistakes.append(
+                f"out of memory; make seeds, width, depth or batch smaller. What was measured is in {where}"
+            )
+            return
         log.exception("%s; what was measured is in %s", type(error).__name__, jobs.shown(folder))
         error.logged = True  # type: ignore[attr-defined]
         raise

@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra.utils
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -151,16 +152,24 @@ _WANTED = {
 }
 
 
+def _refuse_flags(message: str) -> NoReturn:
+    raise UsageError(f"{message}; see --help")
+
+
 def accepted(words: Sequence[str]) -> list[str]:
     """The command line as Hydra wants it.
 
-    `--depth=50` is a habit from elsewhere: say how it is written here. The arguments of `graph.model` are its own, not
+    `--depth=50` is a habit from elsewhere: say how it is written here, and put every other fault of a flag in one line
+    too. The arguments of `graph.model` are its own, not
     the schema's: they may be added without a `+`.
     """
     for word in words:
         bare = word.lstrip("-")
-        if word.startswith("--") and bare.split("=")[0] in set(option_names()):
+        if word.startswith("-") and bare.split("=")[0] in set(option_names()):
             raise UsageError(f"{word}: options have no dashes, write {bare if '=' in bare else bare + '=VALUE'}")
+    parser = get_args_parser()
+    parser.error = _refuse_flags  # type: ignore[method-assign]
+    parser.parse_args(list(words))
     return [f"++{word}" if word.startswith(("graph.model.", "graph.model=")) else word for word in words]
 
 

@@ -28,14 +28,19 @@ LOWEST: dict[str, float] = {
 }
 
 
+# A seed is kept as an integer of 64 bits; more threads than this no library starts.
+HIGHEST: dict[str, float] = {"seed": 2**62, "seeds": 2**31, "threads": 1024}
+
+
 class UsageError(ValueError):
     """A mistake of the user; its text is one line."""
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """' - did you mean X?', or nothing where nothing is near."""
-    match = get_close_matches(given, list(allowed), n=1, cutoff=0.5)
-    return f" - did you mean {match[0]}?" if match else ""
+    by_lower = {name.lower(): name for name in allowed}
+    match = get_close_matches(given.lower(), list(by_lower), n=1, cutoff=0.6)
+    return f" - did you mean {by_lower[match[0]]}?" if match else ""
 
 
 def not_one_of(what: str, given: object, allowed: Iterable[str]) -> UsageError:
@@ -58,3 +63,5 @@ def check(**options: float) -> None:
             raise UsageError(f"{option}={value}: must be finite")
         if value < LOWEST[option]:
             raise UsageError(f"{option}={value:g}: must be at least {LOWEST[option]:g}")
+        if value > HIGHEST.get(option, math.inf):
+            raise UsageError(f"{option}={value:g}: must be at most {HIGHEST[option]:g}")

@@ -18,7 +18,7 @@ from initlab.output.records import Recorder
 from initlab.scratch.graph_text import frames_as_text
 from initlab.scratch.layers import LOSSES
 from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.init import Rule, rule
+from initlab.signal.init import RULES, Rule, rule
 from initlab.tasks.data import TEACHER_ROWS, load
 from initlab.tasks.explain import explain
 from initlab.tasks.graph import graph
@@ -183,8 +183,12 @@ def _described(config: Config, scaling: Rule, choices: Mapping[str, str | None])
         "mode": scaling.mode,
         "distribution": scaling.distribution,
     }
-    chosen = {name: choices[name] for name in ("init", "activation", "data") if choices.get(name)}
-    return columns(config) | in_force | chosen
+    named = columns(config)
+    for group, table in (("init", RULES), ("activation", ACTIVATIONS)):
+        choice = choices.get(group)
+        if choice and choice not in table:  # a file of the user's own; `init.name=` chooses another row without one
+            named[group] = choice
+    return named | in_force
 
 
 def tables(folder: Path) -> dict[str, pd.DataFrame]:

@@ -76,6 +76,15 @@ MISTAKES = {
     "plots=maybe": "initlab: plots=maybe: must be true or false",
     "depth=1,2": "initlab: depth=1,2: several values need a sweep; put -m before the options",
     "--depth=3": "initlab: --depth=3: options have no dashes, write depth=3",
+    "-depth=3": "initlab: -depth=3: options have no dashes, write depth=3",
+    "--dept=3": "initlab: unrecognized arguments: --dept=3; see --help",
+    "-cn": "initlab: argument --config-name/-cn: expected one argument; see --help",
+    "init=null": "initlab: Config group override must be a string or a list. Got NoneType",
+    "hydra.run.dir=/dev/null/x": "initlab: [Errno 20] Not a directory: '/dev/null/x'",
+    "activation=ReLU": "initlab: activation=ReLU: must be one of gelu, leaky_relu, linear, relu, selu, sigmoid, silu, "
+    "tanh - did you mean relu?",
+    "seed=99999999999999999999": "initlab: seed=1e+20: must be at most 4.61169e+18",
+    "threads=100000": "initlab: threads=100000: must be at most 1024",
     "depth": "initlab: depth: not an option; options are key=value, see --help",
     "init.mode=fan": "initlab: init.mode=fan: must be one of constant, fan_avg, fan_in, fan_out - did you mean fan_in?",
     "dtype=float31": "initlab: dtype=float31: must be one of bfloat16, float16, float32, float64 "
@@ -257,3 +266,15 @@ def test_the_backward_ladder_from_the_command_line(lab: Lab, monkeypatch: pytest
     assert code == 0, err
     assert "nn.Linear" in out and "equal up to rounding" in out
     assert set(initlab.read("outputs", table="timings")["shape"]) == {"7x4-3-3-1", "100x4-3-3-1"}
+
+
+def test_a_row_named_without_its_file_is_the_row_in_the_tables(lab: Lab) -> None:
+    assert lab("init.name=naive", "activation.name=tanh", "task=stack", *QUICK)[0] == 0
+    frame = initlab.read("outputs")
+    assert set(frame["init"]) == {"naive"} and set(frame["activation"]) == {"tanh"} and set(frame["gain"]) == {1.0}
+
+
+def test_too_large_for_the_memory_is_one_line(lab: Lab) -> None:
+    code, _, err = lab(*QUICK, "width=99999999999")
+    assert code == 2 and err.startswith("initlab: out of memory; make seeds, width, depth or batch smaller")
+    assert err.count("\n") == 1

@@ -144,7 +144,6 @@ def read_idx(path: Path) -> np.ndarray:
 
 def _fetch(root: Path, url: str) -> None:
     """Download what is missing, once, and keep a file only if its md5 sum is right."""
-    root.mkdir(parents=True, exist_ok=True)
     for name, md5 in MNIST_FILES.items():
         if (root / name).is_file():
             continue
@@ -159,6 +158,7 @@ def _fetch(root: Path, url: str) -> None:
             ) from error
         if hashlib.md5(raw, usedforsecurity=False).hexdigest() != md5:
             raise UsageError(f"data=mnist: {source} has the wrong md5 sum; nothing was kept")
+        root.mkdir(parents=True, exist_ok=True)
         partial = root / (name + ".part")
         partial.write_bytes(raw)
         partial.replace(root / name)

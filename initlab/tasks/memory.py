@@ -61,3 +61,9 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> float:
     events = sorted((e.start_ns(), k, e.nbytes()) for k, e in enumerate(results.events()) if e.name() == "[memory]")
     live = np.cumsum([0, *(size for *_, size in events)])
     return float(live.max())
+
+
+def is_out_of_memory(fault: Exception) -> bool:
+    """On a CPU torch raises a plain RuntimeError, which only its text tells apart."""
+    texts = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+    return isinstance(fault, (torch.OutOfMemoryError, MemoryError)) or any(text in str(fault) for text in texts)

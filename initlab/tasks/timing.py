@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from initlab.errors import UsageError, choose
 from initlab.signal.stats import relative_error
-from initlab.tasks.memory import free_memory, peak_bytes, readable
+from initlab.tasks.memory import free_memory, is_out_of_memory, peak_bytes, readable
 from initlab.tasks.place import DTYPES, find_device
 
 Call = Callable[[], Any]  # gives a tensor, or tuples and lists of them, nested
@@ -145,16 +145,10 @@ def _first_call(row: _Version) -> list[Tensor] | None:
     except UsageError as fault:
         row.note = f"unavailable: {fault}"
     except (RuntimeError, MemoryError) as fault:
-        if not _is_out_of_memory(fault):
+        if not is_out_of_memory(fault):
             raise
         row.note = "ran out of memory"
     return None
-
-
-def _is_out_of_memory(fault: Exception) -> bool:
-    """On a CPU torch raises a plain RuntimeError, which only its text tells apart."""
-    texts = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
-    return isinstance(fault, (torch.OutOfMemoryError, MemoryError)) or any(text in str(fault) for text in texts)
 
 
 def _leaves(out: Any) -> Iterator[Tensor]:
