@@ -26,13 +26,17 @@ HELP = """initlab {version}: what happens to the numbers in a deep network under
   activation={activation}
   data={data}
 
-Tables, plots and logs go to outputs/. Hydra's own flags: --hydra-help. Every option with its default:
+Tables, plots and logs go to outputs/. Exit codes: 0 done, 1 a fault, 2 a mistake in the options, 4 an expectation
+failed, 130 and 143 stopped. Hydra's own flags: --hydra-help. Every option with its default:
 
 {config}"""
 
 
 def main() -> int:
     """Exit code: 0 done, 1 a fault inside a job, 2 the user's mistake, 4 an expectation failed, 130/143 stopped."""
+    if "--version" in sys.argv[1:]:
+        print(f"initlab {initlab.__version__}")
+        return 0
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return 0
@@ -57,6 +61,8 @@ def main() -> int:
         _mistakes.append(str(as_usage_error(error)))
     except KeyboardInterrupt:
         code = 130
+    except SystemExit as stop:
+        code = int(stop.code or 0)
     except Exception as error:
         if _started:
             if not getattr(error, "logged", False):
@@ -67,6 +73,8 @@ def main() -> int:
     folder = Sweep.close()
     if folder is not None:
         _after_sweep(folder, Sweep.expect, Sweep.plots)
+    if code in (130, 143) and _started:
+        print(f"initlab: stopped; what was measured is in {_started[-1]}", file=sys.stderr)
     for line in dict.fromkeys(_mistakes):
         print(f"initlab: {line}", file=sys.stderr)
     return code or (2 if _mistakes else 0) or (4 if _disappointed else 0)
@@ -83,6 +91,10 @@ def help_text() -> str:
     options = {group.name: "|".join(sorted(f.stem for f in group.glob("*.yaml"))) for group in CONF.iterdir()}
     text = (CONF / "config.yaml").read_text(encoding="utf-8")
     shown = text[text.index("task:") : text.index("\nhydra:")]
+    for group, name, about in (("init", "kaiming", "any rule"), ("data", "mnist", "data=mnist")):
+        lines = (CONF / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+        fields = [f"  {line}" for line in lines if not line.startswith(("#", "name"))]
+        shown += "\n".join(["", f"# What can be said of {about}", f"{group}:", *fields, ""])
     return HELP.format(version=initlab.__version__, config=shown, **options)
 
 
@@ -93,12 +105,17 @@ def job(cfg: "DictConfig") -> None:
 
     from initlab import jobs
     from initlab.config import typed
-    from initlab.output.records import discard
+    from initlab.output.records import discard, refuse_used
     from initlab.tasks.memory import is_out_of_memory
 
     setting = HydraConfig.get()
     folder = Path(setting.runtime.output_dir)
     _started.append(folder)
+    try:
+        refuse_used(folder)
+    except UsageError as error:
+        _mistakes.append(str(error))
+        return
     try:
         prepared = jobs.prepare(typed(cfg), dict(setting.runtime.choices), folder)
     except UsageError as error:
@@ -143,8 +160,9 @@ def _after_sweep(folder: Path, expectations: Sequence[Any], plots: bool) -> None
     from initlab import jobs
     from initlab.output.records import discard
 
-    discard(folder)
-    if any(folder.glob("*/run.json")):
+    if not any(folder.glob("*/run.json")):
+        discard(folder)
+    else:
         log.info(jobs.report(folder, jobs.draw(folder, compare=True) if plots else []))
         _judge(folder, expectations)
 

@@ -182,6 +182,7 @@ COLUMNS = {
     "gain_kind": "init.gain_kind",
     "mode": "init.mode",
     "distribution": "init.distribution",
+    "bias": "init.bias",
     "activation": "activation.name",
     "depth": "depth",
     "width": "width",
@@ -196,6 +197,7 @@ COLUMNS = {
     "lr": "train.lr",
     "optimizer": "train.optimizer",
     "train_loss": "train.loss",
+    "every": "every",
 }
 
 

@@ -29,7 +29,7 @@ LOWEST: dict[str, float] = {
 
 
 # A seed is kept as an integer of 64 bits; more threads than this no library starts.
-HIGHEST: dict[str, float] = {"seed": 2**62, "seeds": 2**31, "threads": 1024}
+HIGHEST: dict[str, float] = {"seed": 2**62, "seeds": 10**6, "threads": 1024}
 
 
 class UsageError(ValueError):

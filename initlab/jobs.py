@@ -1,7 +1,9 @@
 """One job: from a typed configuration to a run folder, its figures and what is printed. Knows nothing of Hydra."""
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,12 +184,15 @@ def _described(config: Config, scaling: Rule, choices: Mapping[str, str | None])
         "gain_kind": scaling.gain_kind,
         "mode": scaling.mode,
         "distribution": scaling.distribution,
+        "bias": scaling.bias,
     }
     named = columns(config)
     for group, table in (("init", RULES), ("activation", ACTIVATIONS)):
         choice = choices.get(group)
-        if choice and choice not in table:  # a file of the user's own; `init.name=` chooses another row without one
-            named[group] = choice
+        if (
+            isinstance(choice, str) and Path(choice).stem not in table
+        ):  # a file of the user's own; `init.name=` chooses another row without one
+            named[group] = Path(choice).stem
     return named | in_force
 
 
@@ -195,10 +200,9 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
     """What a run folder, or the folder of a sweep, has."""
     found = {}
     for name in records.TABLES:
-        try:
+        with suppress(UsageError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the report names the runs that are not done
             found[name] = records.read(folder, name)
-        except UsageError:
-            continue
     return found
 
 
@@ -223,6 +227,10 @@ def report(folder: Path, paths: Sequence[Path], said: Sequence[str] = ()) -> str
         lines.append(summary.as_text(summary.summarize(found["stats"], found.get("losses"), found.get("parity"))))
     below = Path() if (folder / "run.json").is_file() else Path("*")  # the folders of a sweep's jobs
     lines.append(f"tables: {shown(folder / below / '*.parquet')}")
+    for run in records.run_folders(folder):
+        status = records.about(run)["status"]
+        if status not in ("done", "running"):
+            lines.append(f"not done: {shown(run)} is {status}")
     if paths:
         lines.append(f"plots:  {shown(folder / '*.png')}")
     return "\n".join(lines)

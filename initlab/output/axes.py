@@ -29,6 +29,11 @@ def sheet(title: str, rows: int = 1, columns: int = 1, **settings: Any) -> tuple
     return figure, list(axes.flat)
 
 
+def few(values: pd.Series) -> str:
+    """A marker where a line would have too few points to be seen."""
+    return "o" if values.nunique() <= 3 else ""
+
+
 def banded(ax: Axes, band: pd.DataFrame, x: str, names: dict[str, str] | None = None, marker: str = "") -> None:
     """A line of medians and a band from 16 to 84 % for every label, told apart by colour and by dashes."""
     band = band.assign(label=band["label"].astype(str).map(lambda name: (names or {}).get(name, name)))
@@ -36,7 +41,7 @@ def banded(ax: Axes, band: pd.DataFrame, x: str, names: dict[str, str] | None = 
     colours = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
     sns.lineplot(
         data=band, x=x, y="median", hue="label", style="label", hue_order=order, style_order=order,
-        palette=colours, errorbar=None, ax=ax, marker=marker or None, markersize=6,
+        palette=colours, errorbar=None, ax=ax, marker=marker or few(band[x]) or None, markersize=6,
     )  # fmt: skip
     for label, rows in band.groupby("label"):
         ax.fill_between(rows[x], rows["low"], rows["high"], color=colours[label], alpha=0.2, linewidth=0)

@@ -34,7 +34,9 @@ def _stack(tables: Tables, direction: str, what: str) -> Figure | None:
         return None
     found = summary.end_of_signal(stats, direction)
     figure, (ax,) = sheet(f"{what} through the stack. {summary.findings(found)}")
-    band = summary.band(signal, ["layer"], "std")
+    # Beyond the format's end the finite entries that are left still have a std: the line ends where the signal does.
+    whole = signal["std"].where(signal["n_nan"] + signal["n_inf"] == 0)
+    band = summary.band(signal.assign(std=whole), ["layer"], "std")
     banded(ax, band, "layer")
     log_scale(ax, band["median"])
     low, high = ax.get_ylim()
@@ -175,7 +177,8 @@ def loss(tables: Tables) -> Figure | None:
     worst = apart["largest"].max()
     title = (
         f"{label}: loss {last['scratch']:.3g} by hand and {last['module']:.3g} by nn.Module "
-        f"after {band['step'].max()} updates, at most {worst:.1g} apart"
+        f"after {band['step'].max()} updates, relative difference at most {worst:.1g}"
+        f"{': the two trainings have parted' if worst > 0.01 else ''}"
     )
     figure, (top, bottom) = sheet(title, 2, 1, sharex=True, height_ratios=[2, 1])
     banded(top, band, "step", BY_HAND)
@@ -272,10 +275,8 @@ COMPARING: dict[str, Callable[[Tables], Figure | None]] = {
 
 def draw(tables: Tables, folder: Path, compare: bool = False) -> list[Path]:
     """Write every figure that the tables allow as PNG; their paths."""
-    labelled = {
-        name: frame.assign(label=summary.labels(frame)) if "implementation" in frame or name == "parity" else frame
-        for name, frame in tables.items()
-    }
+    measured = {name: frame for name, frame in tables.items() if name in ("stats", "losses", "parity")}
+    labelled = {**tables, **summary.labelled(measured)}
     paths = []
     for name, make in (COMPARING if compare else FIGURES).items():
         figure = make(labelled)

@@ -7,6 +7,7 @@ a temporary name and renamed, so a kill loses only what was not flushed. nan is 
 import glob
 import json
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -38,17 +39,34 @@ TABLES = {
     "steps": "a row per `.g` that one backward pass sets, in order",
     "rules": "the local rule of each layer and its derivative",
 }
-_OURS_BEFORE_A_RUN = {".hydra", "initlab.log", "multirun.yaml"}
+# What Hydra has written into a folder before its job begins.
+_BEFORE_A_RUN = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "initlab.log", "multirun.yaml")
+_STAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d+")
+
+
+def refuse_used(folder: Path) -> None:
+    """Two runs in one folder would mix their tables."""
+    if (folder / "run.json").exists() or any((folder / f"{name}.parquet").exists() for name in TABLES):
+        raise UsageError(f"{folder}: holds a run already; choose another hydra.run.dir")
 
 
 def discard(folder: Path) -> None:
-    """Remove the folder of a run or a sweep in which nothing was measured, and folders above it that are then empty."""
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= _OURS_BEFORE_A_RUN:
-        shutil.rmtree(folder)
-        for parent in list(folder.parents)[:2]:
-            if Path.cwd().resolve() not in parent.resolve().parents or any(parent.iterdir()):
+    """Take back what Hydra wrote into a folder in which nothing was measured.
+
+    Folders go only if they are empty then and bear the time stamp of ours; a folder that the user named stays.
+    """
+    for name in _BEFORE_A_RUN:
+        (folder / name).unlink(missing_ok=True)
+    here = Path.cwd().resolve()
+    stamped = any(_STAMP.fullmatch(path.name) for path in (folder, folder.parent))
+    for path in (folder / ".hydra", *([folder, *folder.parents[:3]] if stamped else [])):
+        if path.resolve() == here or path.resolve() in here.parents:
+            break
+        try:
+            path.rmdir()
+        except OSError:  # not empty, or never made
+            if path.name != ".hydra":
                 break
-            parent.rmdir()
 
 
 class Recorder:
@@ -163,27 +181,46 @@ def _parts(folder: Path, table: str) -> list[Path]:
 
 
 def run_folders(paths: str | Path | Iterable[str | Path]) -> Iterator[Path]:
-    """Folders with a run.json at or below the given paths or globs, sorted, each once."""
+    """Folders that hold a run, or what is left of one, at or below the given paths or globs; sorted, each once."""
     given = [paths] if isinstance(paths, str | Path) else list(paths)
-    matches = [Path(match) for path in given for match in glob.glob(str(path), recursive=True)]
-    below = (match.glob("**/run.json") if match.is_dir() else [match] for match in matches)
-    yield from sorted({path.parent for paths in below for path in paths if path.name == "run.json"})
+    found = set()
+    for path in given:
+        matches = [str(path)] if Path(path).is_dir() else glob.glob(str(path), recursive=True)
+        for match in map(Path, matches):
+            files = [match] if match.is_file() else [*match.rglob("run.json"), *match.rglob("*.parquet")]
+            ours = [file for file in files if file.suffix == ".parquet" or file.name == "run.json"]
+            found |= {file.parent.parent if file.parent.name == "parts" else file.parent for file in ours}
+    yield from sorted(found)
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """What run.json says, or a status that says that it cannot be read."""
+    try:
+        said = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return {"status": "without a status", **said}
+    except FileNotFoundError:
+        return {"status": "without a run.json"}
+    except (OSError, ValueError, TypeError) as error:
+        return {"status": f"of unknown status ({type(error).__name__} in run.json)"}
 
 
 def read_folder(folder: Path, table: str = "stats") -> pa.Table | None:
     """One table of one run, with the column `run`; of an unfinished run what it has. None where there is nothing."""
     whole = folder / f"{table}.parquet"
-    paths = [whole] if whole.is_file() else _parts(folder, table)
-    try:
-        tables = [pq.read_table(path) for path in paths]
-    except (OSError, pa.ArrowException) as error:
-        warnings.warn(f"{folder}: {table} cannot be read ({error})", stacklevel=3)
-        return None
+    tables = []
+    for path in [whole] if whole.is_file() else _parts(folder, table):
+        try:
+            tables.append(pq.read_table(path))
+        except (OSError, pa.ArrowException) as error:
+            warnings.warn(f"{path}: cannot be read ({error})", stacklevel=3)
     if not tables:
         return None
     joined = _joined(tables)
     run = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(joined), np.int32)), pa.array([str(folder)]))
     return joined.append_column("run", run)
+
+
+_HAVE_STATS = ("lab", "stack", "train")
 
 
 def read(paths: str | Path | Iterable[str | Path] = "outputs/**", table: str = "stats") -> pd.DataFrame:
@@ -194,11 +231,14 @@ def read(paths: str | Path | Iterable[str | Path] = "outputs/**", table: str = "
     choose(TABLES, table, "table")
     tables = []
     for folder in run_folders(paths):
-        status = json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"]
-        one = read_folder(folder, table)
-        if status != "done":
-            rows = 0 if one is None else len(one)
-            warnings.warn(f"{folder}: this run is {status}, not done; reading the {rows} rows it has", stacklevel=2)
+        said, one = about(folder), read_folder(folder, table)
+        rows = 0 if one is None else len(one)
+        if said["status"] != "done":
+            warnings.warn(
+                f"{folder}: this run is {said['status']}, not done; reading the {rows} rows it has", stacklevel=2
+            )
+        elif one is None and table == "stats" and said.get("columns", {}).get("task") in _HAVE_STATS:
+            warnings.warn(f"{folder}: this run is done, but its table {table} is missing", stacklevel=2)
         if one is not None:
             tables.append(one)
     if not tables:

@@ -12,11 +12,13 @@ import pandas as pd
 
 # Configuration columns that may tell runs apart, in the order in which they are named.
 TELLING = (
-    "init", "activation", "gain", "mode", "distribution", "depth", "width", "inputs", "batch", "dtype", "device",
-    "data", "train_depth", "train_width", "train_batch", "steps", "lr", "optimizer", "train_loss",
+    "init", "activation", "gain", "mode", "distribution", "bias", "depth", "width", "inputs", "batch", "dtype",
+    "device", "data", "train_depth", "train_width", "train_batch", "steps", "lr", "optimizer", "train_loss",
+    "every", "task",
 )  # fmt: skip
 ALWAYS = ("init", "activation")
-PARITY_LIMIT = {"float64": 1e-12, "float32": 1e-5}  # what the two backward passes are held to
+# What the two backward passes are held to at the default shape; the table says where it is passed.
+PARITY_LIMIT = {"float64": 1e-12, "float32": 1e-5}
 
 
 def telling_columns(frame: pd.DataFrame) -> list[str]:
@@ -29,7 +31,7 @@ def telling_columns(frame: pd.DataFrame) -> list[str]:
         networks = frame[[*found, "run", "seed"]].drop_duplicates()
         if networks.duplicated([*found, "seed"]).any():  # runs that differ in nothing that is named here
             found.append("run")
-    for derived in ("gain", "mode", "distribution", "inputs"):
+    for derived in ("gain", "mode", "distribution", "bias", "inputs"):
         if derived in found:
             others = [name for name in found if name != derived]
             if (frame.groupby(others, observed=True)[derived].nunique(dropna=False) <= 1).all():
@@ -46,6 +48,24 @@ def labels(frame: pd.DataFrame) -> pd.Categorical:
         codes,
         [", ".join(_named(name, value) for name, value in zip(names, row, strict=True)) for row in one.to_numpy()],
     )
+
+
+def labelled(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The tables with a column `label`, one label for a run in all of them.
+
+    Which columns tell runs apart is asked of all tables at once: a table that only some runs have says less.
+    """
+    if not tables or any("run" not in frame for frame in tables.values()):
+        return {name: frame.assign(label=labels(frame)) for name, frame in tables.items()}
+    kept = [frame[[c for c in (*TELLING, "run", "seed") if c in frame]].drop_duplicates() for frame in tables.values()]
+    every = pd.concat([frame.astype({"run": str}) for frame in kept], ignore_index=True).drop_duplicates()
+    every = every.assign(label=labels(every)).drop_duplicates("run")
+    of_run = dict(zip(every["run"], every["label"].astype(str), strict=True))
+    order = list(dict.fromkeys(of_run.values()))
+    return {
+        name: frame.assign(label=pd.Categorical(frame["run"].astype(str).map(of_run), order))
+        for name, frame in tables.items()
+    }
 
 
 def _named(name: str, value: object) -> str:
@@ -147,7 +167,9 @@ def summarize(stats: pd.DataFrame, losses: pd.DataFrame | None, parity: pd.DataF
     Mean and std of the last layer (median over seeds, 16-84 % of networks), the signal's fate, the last loss by hand
     and by nn.Module (median over seeds), how many networks diverged, the largest relative difference of a gradient.
     """
-    stats = stats.assign(label=labels(stats))
+    named = {"stats": stats, "losses": losses, "parity": parity}
+    tables = labelled({name: frame for name, frame in named.items() if frame is not None and len(frame)})
+    stats = tables["stats"]
     table = stats.drop_duplicates("label").set_index("label")[telling_columns(stats)].astype(object)
     signal = stack_signal(stats)
     if len(signal):
@@ -157,18 +179,19 @@ def summarize(stats: pd.DataFrame, losses: pd.DataFrame | None, parity: pd.DataF
         table["std"], table["std16"], table["std84"] = spread["median"], spread["low"], spread["high"]
         died = deaths(stats)
         table["signal"] = pd.Series({label: fate(rows) for label, rows in died.groupby("label", observed=True)})
-    if losses is not None and len(losses):
-        losses = losses.assign(label=labels(losses))
+    if "losses" in tables:
+        losses = tables["losses"]
         last = losses[losses["step"] == losses.groupby("label", observed=True)["step"].transform("max")]
         for name, implementation in (("by hand", "scratch"), ("nn.Module", "module")):
             rows = last[last["implementation"] == implementation]
             table[f"loss {name}"] = band(rows, ["step"], "loss").set_index("label")["median"]
         diverged = last[last["implementation"] == "scratch"].groupby("label", observed=True)["loss"]
         table["diverged"] = diverged.agg(lambda loss: f"{(~np.isfinite(loss)).sum()} of {len(loss)}")
-    if parity is not None and len(parity):
-        parity = parity.assign(label=labels(parity))
+    if "parity" in tables:
+        parity = tables["parity"]
         gradients = parity[parity["direction"] == "backward"].groupby("label", observed=True)
         table["gradient difference"] = gradients["relative_error"].max()
+        table["limit"] = gradients["dtype"].first().map(PARITY_LIMIT) if "dtype" in parity else np.nan
         table["not comparable"] = gradients["n_nonfinite"].agg(lambda n: float((n > 0).mean()))
     return table.reset_index(drop=True)
 
@@ -181,7 +204,7 @@ def as_text(table: pd.DataFrame) -> str:
 
 def _shown_columns(table: pd.DataFrame) -> list[str]:
     """Without the helpers, and without `diverged` where no network did."""
-    names = [name for name in table if name not in ("std16", "std84", "not comparable")]
+    names = [name for name in table if name not in ("std16", "std84", "not comparable", "limit")]
     if "std16" in table:
         names.insert(names.index("std") + 1, "16-84 % of networks")
     if "diverged" in names and not table["diverged"].dropna().str.match("[1-9]").any():
@@ -200,8 +223,10 @@ def _text(name: str, row: pd.Series) -> str:
         low, high = _number(row["std16"]), _number(row["std84"])
         return low if low == high else f"{low} to {high}"
     value = row[name]
-    if name == "gradient difference" and row["not comparable"]:
-        return f"{_number(value)} ({row['not comparable']:.0%} not finite)"
+    if name == "gradient difference":
+        above = f" (above {row['limit']:.0e})" if value > row["limit"] else ""
+        lost = f" ({row['not comparable']:.0%} not finite)" if row["not comparable"] else ""
+        return _number(value) + above + lost
     if name == "run":
         return Path(value).name
     return _number(value) if isinstance(value, float) else str(value)

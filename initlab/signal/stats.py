@@ -83,8 +83,11 @@ def _spread(wide: Tensor, finite: Tensor | None) -> dict[str, Tensor]:
     }
 
 
-def _cosine(wide: Tensor) -> Tensor:
+def _cosine(wide: Tensor, by_row: bool) -> Tensor:
     """Mean over pairs a != b of cos(x_a, x_b) = (|sum_a x_a/|x_a||^2 - k) / (k (k - 1)), k vectors of length > 0."""
+    if by_row:  # squares of float64 leave float64 also far below the tensor's largest entry
+        peak = wide.abs().amax(-1, keepdim=True)
+        wide = wide / torch.where(peak > 0, peak, 1)
     length = wide.square().sum(-1).sqrt()
     alive = length > 0
     inverse = torch.where(alive, 1 / length, 0)
@@ -103,17 +106,18 @@ def measure(x: Tensor, batched: bool = True) -> Tensor:
     if not _surely_finite(wide):
         finite = wide.isfinite()
         wide = torch.where(finite, wide, 0)
+    plain = wide
     unscale = torch.ones(x.shape[:-2], dtype=torch.float64, device=x.device)
     if x.dtype == torch.float64:  # its squares leave float64 beyond 1e154: divide by a power of two near the largest
         exponent = torch.frexp(wide.abs().amax((-2, -1))).exponent.clamp(-1000, 1000).double()
         wide, unscale = wide * torch.exp2(-exponent)[..., None, None], torch.exp2(exponent)
     found = {name: value * unscale for name, value in _spread(wide, finite).items()}
     found["q"] = found["rms"].square()
-    edges = (wide, wide) if finite is None else (torch.where(finite, wide, s * torch.inf) for s in (1, -1))
+    edges = (plain, plain) if finite is None else (torch.where(finite, plain, s * torch.inf) for s in (1, -1))
     low, high = edges
     empty = found["mean"].isnan()
-    found["min"] = torch.where(empty, torch.nan, low.amin((-2, -1)) * unscale)
-    found["max"] = torch.where(empty, torch.nan, high.amax((-2, -1)) * unscale)
+    found["min"] = torch.where(empty, torch.nan, low.amin((-2, -1)))
+    found["max"] = torch.where(empty, torch.nan, high.amax((-2, -1)))
     found["count"] = torch.full_like(unscale, x.shape[-2] * x.shape[-1])
     unit_zeros = (x == 0).sum(-2)
     zeros = unit_zeros.sum(-1).double()
@@ -125,7 +129,7 @@ def measure(x: Tensor, batched: bool = True) -> Tensor:
     undefined = torch.full_like(unscale, torch.nan)
     found["frac_saturated"] = undefined
     found["frac_dead"] = (unit_zeros == x.shape[-2]).double().mean(-1) if batched else undefined
-    found["cosine"] = _cosine(wide) if batched else undefined
+    found["cosine"] = _cosine(plain, x.dtype == torch.float64) if batched else undefined
     if not batched:
         found["std_within"] = undefined
     return torch.stack([found[name] for name in STATISTICS])

@@ -5,6 +5,7 @@ Inputs are standardized by the mean and std of the training split, pooled over i
 
 import gzip
 import hashlib
+import http.client
 import math
 import struct
 import urllib.error
@@ -85,10 +86,16 @@ def _mnist(root: Path, download: bool, url: str) -> Data:
             "(or .gz, or mnist.npz) there, or say data.download=true"
         )
     images, labels = found
+    if images.ndim not in (2, 3) or labels.ndim != 1 or not images.size or not labels.size:
+        raise UsageError(f"data=mnist: images of shape {images.shape} and labels of shape {labels.shape} are not MNIST")
+    if images.dtype.kind not in "buif" or labels.dtype.kind not in "uif" or not np.isfinite(images).all():
+        raise UsageError(
+            f"data=mnist: images ({images.dtype}) must be finite numbers, labels ({labels.dtype}) integers"
+        )
+    if (labels != labels.astype(np.int64)).any():
+        raise UsageError("data=mnist: labels must be whole numbers")
     if len(images) != len(labels):
         raise UsageError(f"data=mnist: {len(images)} images but {len(labels)} labels in data.root={root}")
-    if images.ndim < 2 or labels.ndim != 1 or not len(labels):
-        raise UsageError(f"data=mnist: images of shape {images.shape} and labels of shape {labels.shape} are not MNIST")
     if labels.min() < 0 or labels.max() > 9:
         raise UsageError(f"data=mnist: labels run from {labels.min()} to {labels.max()}, not from 0 to 9")
     return Data("mnist", _standardized(images), torch.from_numpy(labels.astype(np.int64)), 10)
@@ -108,7 +115,7 @@ def _mnist_pair(root: Path) -> tuple[np.ndarray, np.ndarray] | None:
     images, labels = paths
     if images and labels:
         return read_idx(images), read_idx(labels)
-    archives = sorted(root.glob("*.npz"))
+    archives = sorted(root.glob("*.npz"), key=lambda path: (path.name != "mnist.npz", path.name))
     return _read_npz(archives[0]) if archives else None
 
 
@@ -119,7 +126,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
             return stored["x_train"], stored["y_train"]
     except KeyError as error:
         raise UsageError(f"{path}: no array {error.args[0].split()[0]}; x_train and y_train are needed") from error
-    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, AttributeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise UsageError(f"{path}: not a readable .npz file ({error})") from error
 
 
@@ -129,8 +136,8 @@ def read_idx(path: Path) -> np.ndarray:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path}: cannot be read ({error})") from error
-    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
-        raise UsageError(f"{path}: not an IDX file of unsigned bytes")
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08" or not 1 <= raw[3] <= 3:
+        raise UsageError(f"{path}: not an IDX file of unsigned bytes in one to three dimensions")
     start = 4 + 4 * raw[3]
     if len(raw) < start:
         raise UsageError(f"{path}: cut short inside its header, {len(raw)} of {start} bytes")
@@ -151,14 +158,17 @@ def _fetch(root: Path, url: str) -> None:
         try:
             with urllib.request.urlopen(source, timeout=30) as answer:
                 raw = answer.read()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise UsageError(
                 f"data=mnist: {source} cannot be fetched ({reason}); set data.root= to a folder of files"
             ) from error
         if hashlib.md5(raw, usedforsecurity=False).hexdigest() != md5:
             raise UsageError(f"data=mnist: {source} has the wrong md5 sum; nothing was kept")
-        root.mkdir(parents=True, exist_ok=True)
-        partial = root / (name + ".part")
-        partial.write_bytes(raw)
-        partial.replace(root / name)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            partial = root / (name + ".part")
+            partial.write_bytes(raw)
+            partial.replace(root / name)
+        except OSError as error:
+            raise UsageError(f"data=mnist: data.root={root} cannot be written ({error.strerror})") from error

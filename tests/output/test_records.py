@@ -9,7 +9,7 @@ import pytest
 
 import initlab
 from initlab.errors import UsageError
-from initlab.output.records import Recorder, discard, read, run_folders
+from initlab.output.records import Recorder, discard, read, refuse_used, run_folders
 
 COLUMNS = {"init": "kaiming", "depth": 3, "gain": math.sqrt(2)}
 
@@ -85,7 +85,7 @@ def test_runs_are_joined_whatever_columns_they_have(tmp_path: Path) -> None:
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     write(tmp_path / "good", 1.0)
     (write(tmp_path / "bad", 2.0) / "stats.parquet").write_bytes(b"PAR1 cut short")
-    with pytest.warns(UserWarning, match="bad: stats cannot be read"):
+    with pytest.warns(UserWarning, match=r"bad.stats.parquet: cannot be read"):
         assert read(tmp_path)["std"].tolist() == [1]
 
 
@@ -98,12 +98,81 @@ def test_nothing_found_is_an_error(tmp_path: Path) -> None:
     assert initlab.read is read
 
 
-def test_discard_takes_only_what_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+STAMP = "2026-01-02_03-04-05.678901"
+
+
+def hydras(folder: Path) -> Path:
+    """A folder as Hydra leaves it before a job begins."""
+    (folder / ".hydra").mkdir(parents=True)
+    for name in (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "initlab.log"):
+        (folder / name).write_text("x")
+    return folder
+
+
+def test_discard_takes_back_what_was_made_for_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    empty = tmp_path / "config" / "now"
-    (empty / ".hydra").mkdir(parents=True)
-    discard(empty)
+    discard(hydras(tmp_path / "outputs" / "config" / STAMP))
     assert list(tmp_path.iterdir()) == []
-    full = write(tmp_path / "config" / "now", 1.0)
-    discard(full)
-    assert (full / "stats.parquet").exists()
+    discard(hydras(tmp_path / "outputs" / "config" / STAMP / "0"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_discard_never_takes_what_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of another name stays, the working folder too, and so does every file that is not Hydra's."""
+    monkeypatch.chdir(tmp_path)
+    discard(hydras(tmp_path / "own"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["own"]
+    work = tmp_path / STAMP
+    work.mkdir()
+    monkeypatch.chdir(work)
+    (hydras(work / "x") / "thesis.txt").write_text("years of work")
+    discard(work / "x")
+    assert [path.name for path in work.rglob("*")] == ["x", "thesis.txt"]
+    (work / "x" / "thesis.txt").unlink()
+    discard(work)
+    assert work.is_dir()
+
+
+def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
+    refuse_used(tmp_path)
+    with pytest.raises(UsageError, match="holds a run already"):
+        refuse_used(write(tmp_path / "a", 1.0))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", "\x00\xff"])
+def test_one_broken_run_json_does_not_hide_the_others(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "good", 1.0)
+    (write(tmp_path / "odd", 2.0) / "run.json").write_text(text, encoding="latin-1")
+    with pytest.warns(UserWarning, match="odd: this run is "):
+        assert sorted(read(tmp_path)["std"]) == [1, 2]
+
+
+def test_tables_without_a_run_json_are_read_and_named(tmp_path: Path) -> None:
+    (write(tmp_path / "a", 1.0) / "run.json").unlink()
+    with pytest.warns(UserWarning, match="without a run.json"):
+        assert read(tmp_path)["std"].tolist() == [1]
+
+
+def test_a_bad_part_does_not_take_the_good_ones_with_it(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, COLUMNS, "cpu")
+    recorder.__enter__()
+    for seed in range(3):
+        recorder.add({"stats": rows(seed, float(seed))})
+    (tmp_path / "parts" / "stats-00001.parquet").write_bytes(b"cut")
+    with (
+        pytest.warns(UserWarning, match="stats-00001.parquet: cannot be read"),
+        pytest.warns(UserWarning, match="reading the 2 rows"),
+    ):
+        assert read(tmp_path)["std"].tolist() == [0, 2]
+
+
+def test_a_done_run_that_lost_its_table_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "whole", 1.0, task="stack")
+    (write(tmp_path / "lost", 2.0, task="stack") / "stats.parquet").unlink()
+    with pytest.warns(UserWarning, match="lost: this run is done, but its table stats is missing"):
+        assert read(tmp_path)["std"].tolist() == [1]
+
+
+def test_brackets_in_a_path_are_letters(tmp_path: Path) -> None:
+    write(tmp_path / "br[1]" / "a*", 1.0)
+    assert read(tmp_path / "br[1]")["std"].tolist() == [1]

@@ -73,6 +73,24 @@ def test_runs_of_other_seeds_are_one_ensemble_and_repeated_runs_are_not() -> Non
     assert set(summary.labels(frame.assign(seed=0))) == {"a, relu, 0", "a, relu, 1"}
 
 
+def test_a_run_has_one_label_in_all_tables() -> None:
+    """Also where a table that only some runs have would say less."""
+    stats = pd.DataFrame(
+        {"init": "a", "activation": "relu", "task": ["stack", "lab"], "seed": 0, "run": ["x/0", "x/1"]}
+    )
+    labelled_tables = summary.labelled({"stats": stats, "losses": stats[stats["task"] == "lab"]})
+    assert labelled_tables["losses"]["label"].tolist() == ["a, relu, lab"]
+    assert labelled_tables["stats"]["label"].tolist() == ["a, relu, stack", "a, relu, lab"]
+
+
+def test_a_difference_above_the_limit_is_said() -> None:
+    frames = train(load("digits"), steps=2, seeds=[0])
+    tables = {name: frame.assign(init="kaiming", activation="relu", dtype="float32") for name, frame in frames.items()}
+    assert "above" not in summary.as_text(summary.summarize(tables["stats"], tables["losses"], tables["parity"]))
+    wrong = tables["parity"].assign(relative_error=3e-5)
+    assert "3e-05 (above 1e-05)" in summary.as_text(summary.summarize(tables["stats"], tables["losses"], wrong))
+
+
 def test_summary_of_a_whole_run() -> None:
     frames = train(load("digits"), steps=3, seeds=range(3))
     tables = {
