@@ -51,10 +51,11 @@ def banded(ax: Axes, band: pd.DataFrame, x: str, names: dict[str, str] | None = 
         ax.legend(title=None)
 
 
-def log_scale(ax: Axes, values: pd.Series | np.ndarray) -> None:
-    """A log axis, unless there is nothing that it could show."""
+def log_scale(ax: Axes, values: pd.Series | np.ndarray, least: float = 1.0) -> None:
+    """A log axis, unless there is nothing that it could show or less than the factor `least` between the values."""
     seen = np.asarray(values, dtype=float)
-    if (seen[np.isfinite(seen)] > 0).any():
+    seen = seen[np.isfinite(seen) & (seen > 0)]
+    if len(seen) and seen.max() >= least * seen.min():
         ax.set_yscale("log")
 
 

@@ -3,6 +3,7 @@
 Layers stand in network order; a signal that died is marked where it died, since nan, inf and 0 cannot be drawn.
 """
 
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from initlab.output import summary
-from initlab.output.axes import banded, layer_axis, limits, log_scale, mark_deaths, sheet
+from initlab.output.axes import banded, few, layer_axis, limits, log_scale, mark_deaths, sheet
 from initlab.output.graphs import draw_graph
 
 Tables = Mapping[str, pd.DataFrame]
@@ -88,6 +89,7 @@ def training_activations(tables: Tables) -> Figure | None:
             errorbar=None,
             ax=ax,
             legend=len(layers) <= MANY_LAYERS,
+            marker=few(band["step"]) or None,
         )
         for layer, line in band.groupby("label"):
             if len(layers) <= MANY_LAYERS:
@@ -100,7 +102,7 @@ def training_activations(tables: Tables) -> Figure | None:
     if len(layers) > MANY_LAYERS:
         log_scale(axes[1], ends[1]["median"])
         _layer_bar(figure, axes, len(layers))
-    figure.suptitle(_training_title(label, ends[1], layers))
+    figure.suptitle("\n".join(textwrap.wrap(_training_title(label, ends[1], layers), 130)), fontsize=12)
     return figure
 
 
@@ -138,7 +140,7 @@ def gradient_norm(tables: Tables) -> Figure | None:
     figure, (ax,) = sheet(f"{label}: norm of the weight gradients, {_range(seen)}, median over networks")
     ax.set_facecolor("0.75")
     drawn = np.where(values > 0, values, np.nan)
-    norm = LogNorm(seen.min(), seen.max() if seen.max() > seen.min() else 10 * seen.min()) if len(seen) else None
+    norm = LogNorm(seen.min(), max(seen.max(), 10 * seen.min())) if len(seen) else None  # at least a decade
     steps, layers = table.columns.to_numpy(), table.index.to_numpy()
     mesh = ax.pcolormesh(
         _edges(steps), _edges(layers), np.ma.masked_invalid(drawn), norm=norm, cmap="viridis", rasterized=True
@@ -184,7 +186,7 @@ def loss(tables: Tables) -> Figure | None:
     banded(top, band, "step", BY_HAND)
     top.set_ylabel("loss")
     if (band["low"].dropna() > 0).all():
-        log_scale(top, band["median"])
+        log_scale(top, band["median"], least=3)
     sns.lineplot(
         data=apart, x="step", y="largest", errorbar=None, color="0.25", ax=bottom, label="largest of the networks"
     )
