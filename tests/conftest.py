@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, one closeness helper, the command line in this process."""
+"""Shared by all tests: one thread, and the command line in this process."""
 
 import sys
 from collections.abc import Callable, Iterator

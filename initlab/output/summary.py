@@ -203,7 +203,7 @@ def as_text(table: pd.DataFrame) -> str:
 
 
 def _shown_columns(table: pd.DataFrame) -> list[str]:
-    """Without the helpers, and without `diverged` where no network did."""
+    """Without the columns that only serve others, and without `diverged` where no network did."""
     names = [name for name in table if name not in ("std16", "std84", "not comparable", "limit")]
     if "std16" in table:
         names.insert(names.index("std") + 1, "16-84 % of networks")
