@@ -1,4 +1,4 @@
-"""The roof: compose a configuration, run its task, record the tables, draw the figures, print the short table."""
+"""The roof: compose configurations, hand them to their jobs, turn what happened into lines and an exit code."""
 
 import logging
 import os
@@ -163,7 +163,7 @@ def _after_sweep(folder: Path, expectations: Sequence[Any], plots: bool) -> None
     if not any(folder.glob("*/run.json")):
         discard(folder)
     else:
-        log.info(jobs.report(folder, jobs.draw(folder, compare=True) if plots else []))
+        log.info(jobs.report(folder, plots=plots, compare=True))
         _judge(folder, expectations)
 
 

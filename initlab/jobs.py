@@ -63,8 +63,7 @@ def _matmul(config: Config, common: Mapping[str, Any]) -> Stage:
     def run(recorder: Recorder) -> str:
         place = {name: common[name] for name in ("dtype", "device", "progress")}
         frame = matmul_ladder(seed=config.seed, **place)
-        recorder.add({"timings": frame})
-        return f"{summary.timings_as_text(frame)}\n{agreement(frame, config.dtype)}"
+        return _timed(recorder, frame, config.dtype)
 
     return run
 
@@ -77,10 +76,14 @@ def _backward(config: Config, common: Mapping[str, Any]) -> Stage:
     def run(recorder: Recorder) -> str:
         place = {name: common[name] for name in ("activation", "dtype", "device", "progress")}
         frame = backward_ladder(batches, t.depth, t.width, seed=config.seed, **place)
-        recorder.add({"timings": frame})
-        return f"{summary.timings_as_text(frame)}\n{agreement(frame, config.dtype)}"
+        return _timed(recorder, frame, config.dtype)
 
     return run
+
+
+def _timed(recorder: Recorder, frame: pd.DataFrame, dtype: str) -> str:
+    recorder.add({"timings": frame})
+    return f"{summary.timings_as_text(frame)}\n{agreement(frame, dtype)}"
 
 
 def _explain(config: Config, common: Mapping[str, Any]) -> Stage:
@@ -140,8 +143,7 @@ class Job:
         """Measure, record, draw; what is to be printed."""
         with self.recorder:
             said = [stage(self.recorder) for stage in self.stages]
-        folder = self.recorder.folder
-        return report(folder, draw(folder) if self.plots else [], said)
+        return report(self.recorder.folder, said, self.plots)
 
 
 def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> Job:
@@ -189,10 +191,9 @@ def _described(config: Config, scaling: Rule, choices: Mapping[str, str | None])
     named = columns(config)
     for group, table in (("init", RULES), ("activation", ACTIVATIONS)):
         choice = choices.get(group)
-        if (
-            isinstance(choice, str) and Path(choice).stem not in table
-        ):  # a file of the user's own; `init.name=` chooses another row without one
-            named[group] = Path(choice).stem
+        own = Path(choice).stem if isinstance(choice, str) else ""
+        if own and own not in table:
+            named[group] = own  # a file of the user's own; `init.name=` chooses another row without one
     return named | in_force
 
 
@@ -206,22 +207,19 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
     return found
 
 
-def draw(folder: Path, compare: bool = False) -> list[Path]:
-    """The figures of a run folder, or those that compare the runs of a sweep."""
-    from initlab.output import plots  # seaborn takes a second to import
-
-    return plots.draw(tables(folder), folder, compare)
-
-
 def judge(folder: Path, expectations: Sequence[Mapping[str, Any]]) -> list[Verdict]:
     """What a study expects of the numbers in a folder."""
     found = tables(folder) if expectations else {}
     return [verdict(expectation, found) for expectation in expectations]
 
 
-def report(folder: Path, paths: Sequence[Path], said: Sequence[str] = ()) -> str:
-    """The short table, what the stages said, and where the rest is."""
+def report(folder: Path, said: Sequence[str] = (), plots: bool = True, compare: bool = False) -> str:
+    """Draw the figures of a run folder, or those that compare the runs of a sweep; what is to be printed.
+
+    That is what the stages said, the short table, and where the rest is.
+    """
     found = tables(folder)
+    paths = _draw(found, folder, compare) if plots else []
     lines = [text for text in said if text]
     if "stats" in found:
         lines.append(summary.as_text(summary.summarize(found["stats"], found.get("losses"), found.get("parity"))))
@@ -234,6 +232,12 @@ def report(folder: Path, paths: Sequence[Path], said: Sequence[str] = ()) -> str
     if paths:
         lines.append(f"plots:  {shown(folder / '*.png')}")
     return "\n".join(lines)
+
+
+def _draw(found: Mapping[str, pd.DataFrame], folder: Path, compare: bool) -> list[Path]:
+    from initlab.output import plots  # seaborn takes a second to import
+
+    return plots.draw(found, folder, compare)
 
 
 def shown(path: Path) -> str:
