@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from initlab.signal.accelerate import library
 from initlab.signal.octaves import histogram as histogram
 from initlab.signal.octaves import octaves as octaves
 from initlab.signal.units import FIELDS as FIELDS
@@ -32,16 +33,42 @@ _CANCELLED = 2.0**-8
 _CONSTANT = 1e-10
 
 
-def summarize(x: Tensor, batched: bool = True) -> Tensor:
+def summarize(x: Tensor, batched: bool = True, accelerated: bool = True) -> Tensor:
     """The row of (..., N, C) over its last two dimensions, (F, ...) in float64; never waits for a GPU.
 
     `batched` says that N counts inputs; else `within`, `dead`, `alive` and `resultant` have no meaning and are nan.
-    Of an empty tensor everything but the counts is nan.
+    Of an empty tensor everything but the counts is nan. `accelerated` false takes plain PyTorch in any case.
     """
     x = checked(x)
+    if accelerated and compiled(x):
+        return _compiled(x, batched, bins=False)[0]
     if x.device.type != "cpu" or x.numel() == 0 or x.shape[-1] > AT_ONCE:
         return safe_row(x, batched).fields
     return torch.from_numpy(_plain(x.reshape(-1, *x.shape[-2:]), batched)).view(-1, *x.shape[:-2])
+
+
+def summarize_and_count(x: Tensor, batched: bool = True, accelerated: bool = True) -> tuple[Tensor, Tensor]:
+    """The row (F, ...) and the histogram (..., 2, B) of a tensor; together they cost little more than the row."""
+    if accelerated and compiled(x):
+        return _compiled(x, batched, bins=True)
+    return summarize(x, batched, accelerated), histogram(x)
+
+
+def compiled(x: Tensor) -> bool:
+    """Whether the compiled passes take this tensor: float32 on a CPU, and a compiler was found."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and library() is not None
+
+
+def _compiled(x: Tensor, batched: bool, bins: bool) -> tuple[Tensor, Tensor]:
+    x, lead = x.detach().contiguous(), x.shape[:-2]
+    fields = np.empty((lead.numel(), len(FIELDS)))
+    low, high = octaves(x.dtype)
+    counts = torch.zeros((*lead, 2, high - low + 1) if bins else 0, dtype=torch.int32)
+    found = library()
+    assert found is not None
+    address = counts.data_ptr() if bins else None
+    found.describe_rows(x.data_ptr(), lead.numel(), *x.shape[-2:], int(batched), fields.ctypes.data, address)
+    return torch.from_numpy(fields.T.copy()).view(len(FIELDS), *lead), counts
 
 
 class _Sums(NamedTuple):

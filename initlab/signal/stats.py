@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from initlab.signal.moments import FIELDS, derive, histogram, octaves, summarize
+from initlab.signal.moments import FIELDS, derive, octaves, summarize, summarize_and_count
 
 # Order of the rows of a measured block, and the columns of the frame.
 STATISTICS: dict[str, str] = {
@@ -179,13 +179,14 @@ class Rows(Blocks):
         for group in _groups(items):
             keys = [item.key for item in group]
             x = torch.stack([item.values for item in group]) if len(group) > 1 else group[0].values[None]
-            fields = summarize(x, group[0].key.tensor in BATCHED)
+            batched = group[0].key.tensor in BATCHED
+            fields, counts = summarize_and_count(x, batched) if self._with_histograms else (summarize(x, batched), None)
             for k, item in enumerate(group):
                 if item.saturated is not None:
                     fields[_SATURATED, k] = item.saturated
             self.put(keys, fields)
-            if self._with_histograms:
-                self.put_histograms(keys, histogram(x), x.dtype)
+            if counts is not None:
+                self.put_histograms(keys, counts, x.dtype)
 
     def frame(self) -> pd.DataFrame:
         """Only a unit whose activation is always 0 is dead: the share of all other tensors is nan."""
@@ -193,9 +194,11 @@ class Rows(Blocks):
         activation = (frame["tensor"] == "activation") & (frame["direction"] == "forward")
         return frame.assign(frac_dead=frame["frac_dead"].where(activation))
 
-    def put_histograms(self, keys: Sequence[Key], counts: Tensor, dtype: torch.dtype) -> None:
-        """Counts (K, E, 2, B) of tensors of that dtype, as `histogram` makes them."""
-        self._histograms.put_counts(keys, counts, octaves(dtype)[0])
+    def put_histograms(
+        self, keys: Sequence[Key], counts: Tensor, dtype: torch.dtype, lowest: int | None = None
+    ) -> None:
+        """Counts (K, E, 2, B) of tensors of that dtype as `histogram` makes them, or from another lowest octave on."""
+        self._histograms.put_counts(keys, counts, octaves(dtype)[0] if lowest is None else lowest)
 
     def histograms(self) -> pd.DataFrame:
         """The table `histograms` of what was recorded so far; the collector of histograms is empty afterwards.
