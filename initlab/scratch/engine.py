@@ -100,13 +100,18 @@ class Network:
         biases = [(*self.lead, 1, o) if self.lead else (o,) for _, o in pairs]
         self.w, self.w_grad = Stack(weights, like, inner=True), Stack(weights, like, inner=True)
         self.b, self.b_grad, self.b_part = (Stack(biases, like) for _ in range(3))
-        for k, (w, b) in enumerate(parameters):
-            self.w[k].copy_(w.view_as(self.w[k]))
-            self.b[k].copy_(b.view_as(self.b[k]))
+        self.load(parameters)
         self.w_t = [w.mT for w in self.w.each]
         self.affine: Callable[..., Tensor] = torch.baddbmm if self.lead else torch.addmm
         self.product: Callable[..., Tensor] = torch.bmm if self.lead else torch.mm
+        self.out = parameters[-1][0]  # of the last step, (N, O) or (E, N, O)
         self._spaces: dict[tuple[int, bool], Space] = {}
+
+    def load(self, parameters: Parameters) -> None:
+        """Take over values, [(w (E, I, O), b (E, O)), ...], or without E for a single network."""
+        for k, (w, b) in enumerate(parameters):
+            self.w[k].copy_(w.view_as(self.w[k]))
+            self.b[k].copy_(b.view_as(self.b[k]))
 
     def space(self, rows: int, apart: bool = False) -> Space:
         """Memory for n rows, made once; a piece that is left over has its own."""
@@ -154,7 +159,8 @@ class Network:
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One update by gradient descent, no gradient of a weight ever held; the loss before it, () or (E,)."""
         s = self.space(x.shape[-2])
-        value, g = self.loss.both(self.forward(x, s), y)
+        self.out = self.forward(x, s)
+        value, g = self.loss.both(self.out, y)
         self.backward(g, s)
         self.bias_gradients(g, s, self.b_grad)
         self.weight_gradients(x, g, s, self.w, -self.lr)
@@ -210,6 +216,11 @@ class Engine:
             for part in self.slices
         ]
 
+    def load(self, parameters: Parameters) -> None:
+        """Take over values, [(w (E, I, O), b (E, O)), ...], or without E for a single network."""
+        for net, part in zip(self.networks, self.slices, strict=True):
+            net.load(parameters if self.count == 1 else [(w[part], b[part]) for w, b in parameters])
+
     @property
     def parameters(self) -> Parameters:
         """[(w (E, I, O), b (E, O)), ...], copied."""
@@ -222,6 +233,12 @@ class Engine:
             )
             for k in layers
         ]
+
+    @property
+    def out(self) -> Tensor:
+        """The outputs of the last step, (E, N, O)."""
+        found = [net.out if net.lead else net.out.unsqueeze(0) for net in self.networks]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def parts(self, *batches: Tensor) -> Iterator[list[Tensor]]:
         """What each of `networks` gets of tensors (E, ...)."""

@@ -110,6 +110,7 @@ class Apart:
         net = self.net
         s = net.space(x.shape[-2], apart=True)
         out = net.forward(x, s)
+        net.out = out
         value, g = net.loss.both(out, y)
         net.backward(g, s)
         net.bias_gradients(g, s, net.b_grad)
@@ -176,6 +177,7 @@ class Fused:
             inp = net.affine(b, inp, w, out=a)
             lib.relu_job(relu, rows, arena)
         out = net.affine(net.b[-1], inp, net.w[-1])
+        net.out = out
         value, g = net.loss.both(out, y)
         torch.sum(g, -2, keepdim=bool(net.lead), out=net.b_grad[-1])
         for values, job in ((out, todo.out), (g, todo.out_grad)):
