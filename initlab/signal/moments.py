@@ -64,10 +64,10 @@ def _plain(x: Tensor, batched: bool) -> Array:
     """
     narrow = x if x.dtype in (torch.float32, torch.float64) else x.float()  # exact, and what a processor is made for
     size = max(1, AT_ONCE // x[0].numel())
-    parts = [_sums(part, torch.finfo(x.dtype).tiny, batched) for part in torch.split(narrow, size)]
-    sums = parts[0] if len(parts) == 1 else _Sums(*map(np.concatenate, zip(*parts, strict=True)))
     fields = np.full((len(FIELDS), len(x)), np.nan)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # nan and inf are data
+        parts = [_sums(part, torch.finfo(x.dtype).tiny, batched) for part in torch.split(narrow, size)]
+        sums = parts[0] if len(parts) == 1 else _Sums(*map(np.concatenate, zip(*parts, strict=True)))
         good = _fill(fields, narrow, sums, batched)
     if not good.all():
         fields[:, ~good] = safe_row(x[torch.from_numpy(~good)], batched).fields.numpy()

@@ -169,7 +169,9 @@ def test_both_roads_count_the_same(case: str) -> None:
     )
 
 
-@pytest.mark.parametrize("case", ["relu", "collapsed", "float64", "half nan", "units' means a million stds"])
+@pytest.mark.parametrize(
+    "case", ["relu", "collapsed", "float64", "half nan", "with inf and a mean", "units' means a million stds"]
+)
 def test_tensors_larger_than_a_block_are_read_in_parts(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the batch, or of the ensemble; the last part is a shorter one."""
     x = (PLAIN | HARD)[case]
