@@ -16,8 +16,8 @@ from torch import Tensor
 
 from initlab.signal.octaves import histogram as histogram
 from initlab.signal.octaves import octaves as octaves
-from initlab.signal.units import FIELDS as FIELDS
 from initlab.signal.units import BLOCK, SAFE, checked, power_of_two, safe_row
+from initlab.signal.units import FIELDS as FIELDS
 from initlab.signal.units import Row as Row
 from initlab.signal.units import merge as merge
 from initlab.signal.units import row as row

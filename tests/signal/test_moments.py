@@ -381,6 +381,12 @@ def test_statistics_are_exact_as_far_as_float64_can_say_them(case: str) -> None:
     assert found["q"] == pytest.approx(float(second) if second < 10**308 else math.inf, rel=1e-12, abs=5e-324)
 
 
+def test_powers_of_two_are_exact() -> None:
+    exponents = range(-1022, 1024)
+    found = units.power_of_two(torch.tensor(exponents, dtype=F64)).tolist()
+    assert found == [math.ldexp(1.0, e) for e in exponents]
+
+
 def test_mistakes_are_said_in_one_line() -> None:
     with pytest.raises(UsageError, match=r"^dtype=int64: must be one of float16, bfloat16, float32, float64$"):
         summarize(torch.zeros(2, 3, dtype=torch.int64))
