@@ -25,10 +25,11 @@ from initlab.tasks.data import TEACHER_ROWS, load
 from initlab.tasks.explain import explain
 from initlab.tasks.graph import graph
 from initlab.tasks.ladders import backward_ladder, matmul_ladder
+from initlab.tasks.pair import OPTIMIZERS
 from initlab.tasks.place import DTYPES, find_device
 from initlab.tasks.stack import stack
 from initlab.tasks.timing import agreement
-from initlab.tasks.train import OPTIMIZERS, refuse_mismatch, train
+from initlab.tasks.train import refuse_mismatch, train
 
 Stage = Callable[[Recorder], str]  # measures, records, and says what is to be printed beside the short table
 

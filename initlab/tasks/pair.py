@@ -1,4 +1,4 @@
-"""The two trainings of `train`, a step at a time: an ensemble by hand and its `nn.Module` twins, and what is recorded."""
+"""The two trainings of `train`: an ensemble by hand and its `nn.Module` twins, a step at a time, and their records."""
 
 import time
 from collections.abc import Callable, Sequence
