@@ -56,6 +56,7 @@ class TrainConfig:
     lr: float = MISSING
     optimizer: str = MISSING
     loss: str = MISSING
+    modules: str = MISSING
 
 
 @dataclass
@@ -82,6 +83,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
     every: int = MISSING
+    histograms: bool = MISSING
     plots: bool = MISSING
     expect: list[Any] = field(default_factory=list)
 
@@ -197,6 +199,7 @@ COLUMNS = {
     "lr": "train.lr",
     "optimizer": "train.optimizer",
     "train_loss": "train.loss",
+    "modules": "train.modules",
     "every": "every",
 }
 

@@ -25,7 +25,7 @@ from initlab.tasks.data import TEACHER_ROWS, load
 from initlab.tasks.explain import explain
 from initlab.tasks.graph import graph
 from initlab.tasks.ladders import backward_ladder, matmul_ladder
-from initlab.tasks.pair import OPTIMIZERS
+from initlab.tasks.pair import MODULES, OPTIMIZERS
 from initlab.tasks.place import DTYPES, find_device
 from initlab.tasks.stack import stack
 from initlab.tasks.timing import agreement
@@ -54,7 +54,7 @@ def _train(config: Config, common: Mapping[str, Any]) -> Stage:
     refuse_mismatch(data, config.train.loss, config.train.batch)
 
     def run(recorder: Recorder) -> str:
-        train(data, **vars(config.train), every=config.every, emit=recorder.add, **common)
+        train(data, **vars(config.train), every=config.every, histograms=config.histograms, emit=recorder.add, **common)
         return ""
 
     return run
@@ -178,6 +178,7 @@ def _refuse(config: Config) -> None:
     choose(DTYPES, config.dtype, "dtype")
     choose(OPTIMIZERS, t.optimizer, "train.optimizer")
     choose(LOSSES, t.loss, "train.loss")
+    choose(MODULES, t.modules, "train.modules")
 
 
 def _described(config: Config, scaling: Rule, choices: Mapping[str, str | None]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from initlab.signal.activations import ACTIVATIONS, Activation
 
 CACHE_BYTES = 2**20  # of a core's second cache: rows beyond it go through in pieces
 FEWEST_ROWS = 256  # a piece is never smaller: matrix products want them
-JOINT_ENTRIES = 2**19  # products of more than so many multiplications are faster one by one than batched
+JOINT_ENTRIES = 2**24  # products of more multiplications run one after the other, smaller ones as one batch
 
 threshold_backward = torch.ops.aten.threshold_backward.grad_input
 

@@ -77,7 +77,9 @@ class Pair:
             self.hand = _ByPass(parameters, self.activation, self.loss, OPTIMIZERS[optimizer], lr, records)
         self.twins = [mlp.twin(parameters, member, self.activation) for member in range(len(parameters[0][0]))]
         self.at_once = (
-            mlp.Together(self.twins, self.loss) if choose(MODULES, modules, "modules") == MODULES["vmap"] else None
+            mlp.Together(self.twins, self.loss)
+            if choose(MODULES, modules, "train.modules") == MODULES["vmap"]
+            else None
         )
         self.by_torch = OPTIMIZERS[optimizer]([p for model in self.twins for p in model.parameters()], lr=lr)
 
