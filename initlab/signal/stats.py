@@ -241,7 +241,7 @@ class _Histograms(Blocks):
 
 def _trimmed(block: Tensor, lowest: int) -> Iterator[tuple[int, np.ndarray]]:
     """First octave and counts (2, octaves) of each histogram of (K, E, 2, B), the seed running fastest."""
-    for counts in block.cpu().numpy().astype(np.int64).reshape(-1, 2, block.shape[-1]):
+    for counts in block.cpu().numpy().astype(np.int64).reshape(block.shape[:-2].numel(), *block.shape[-2:]):
         first, end = _touched(counts)
         yield lowest + first if end else 0, counts[:, first:end]
 
