@@ -1,0 +1,251 @@
+"""What is watched inside an `nn.Module`, and the hooks that see it pass.
+
+A module with parameters of its own (Linear, Conv, LayerNorm, Embedding, LSTM, ...) gives preactivations, a leaf without
+(ReLU, Dropout, Flatten, ...) activations. Layers are numbered in the order in which the modules with parameters are
+first called; an activation has the number of the layer below it. Units are the channels of convolutions, pooling
+included, (N, C, H, W) -> (N H W, C), and the last dimension of everything else, (B, T, C) -> (B T, C).
+Knows nothing of steps and optimizers. The hooks change no value and leave nothing behind.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.hooks import RemovableHandle
+
+from initlab.errors import UsageError, nearest
+from initlab.signal.activations import ACTIVATIONS, Activation
+from initlab.signal.buffer import Buffer, Spot
+
+PARAMETRIZED = "parametrizations"
+FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_RELU = ACTIVATIONS["relu"]
+
+
+def _described(module: nn.Module) -> tuple[type, str]:
+    """What a module computes; whether in place makes no difference."""
+    return type(module), repr(module).replace(", inplace=True", "").replace("inplace=True", "")
+
+
+# A LeakyReLU of another slope and a GELU by tanh are none of the table's.
+_ROWS = {_described(row.module()): row for row in ACTIVATIONS.values()}
+
+
+class Watched:
+    """A module under its dotted name, its parameters and its number once it has one."""
+
+    def __init__(self, name: str, module: nn.Module, chosen: bool) -> None:
+        self.name, self.module, self.chosen = name, module, chosen
+        self.parameters = own_parameters(module)
+        self.activation = None if self.parameters else _ROWS.get(_described(module))
+        self.number = self.calls = 0
+        self.ran = False
+
+    def axis(self, ndim: int) -> int:
+        """Which dimension of its output counts units."""
+        if isinstance(self.module, _ConvNd):
+            return ndim - 1 - len(self.module.kernel_size)
+        if isinstance(self.module, (_NormBase, nn.GroupNorm)):
+            return min(1, ndim - 1)
+        return ndim - 1
+
+
+def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters that belong to the module itself, those behind its parametrizations (weight_norm, ...) included."""
+    found = list(module.named_parameters(recurse=False))
+    if PARAMETRIZED in module._modules:
+        hidden = module.get_submodule(PARAMETRIZED)
+        found += [(f"{PARAMETRIZED}.{name}", p) for name, p in hidden.named_parameters()]
+    return found
+
+
+def select(model: nn.Module, layers: str | Sequence[str]) -> list[Watched]:
+    """All modules that give rows, those chosen whose dotted name matches a glob; each glob must match something."""
+    named = {
+        name.removeprefix("_orig_mod."): module
+        for name, module in model.named_modules()
+        if PARAMETRIZED not in name.split(".") and (own_parameters(module) or not any(module.children()))
+    }
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            shown = ", ".join(list(named)[:8]) + (", ..." if len(named) > 8 else "")
+            raise UsageError(f"layers={pattern}: matches none of {shown}{nearest(pattern, named)}")
+    return [Watched(name, m, any(fnmatchcase(name, pattern) for pattern in patterns)) for name, m in named.items()]
+
+
+def tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a nested output that can be measured, each with its path: ("0", ...), ("1.hidden", ...)."""
+    if isinstance(output, Tensor):
+        if output.dtype in FORMATS and output.layout == torch.strided and output.numel():
+            yield path, output
+        return
+    parts: Any = ()
+    if isinstance(output, Mapping):
+        parts = output.items()
+    elif isinstance(output, (tuple, list)):
+        parts = enumerate(output)
+    elif is_dataclass(output):
+        parts = [(field.name, getattr(output, field.name)) for field in fields(output)]
+    for key, value in parts:
+        yield from tensors(value, f"{path}.{key}" if path else str(key))
+
+
+def as_batch(x: Tensor, axis: int) -> Tensor:
+    """(N, C) of any tensor, C its dimension `axis`; cut off from the graph."""
+    x = x.detach()
+    if x.ndim == 2 and axis == 1:
+        return x
+    if x.ndim < 2:
+        return x.reshape(1, -1)
+    return x.movedim(axis, -1).reshape(-1, x.shape[axis])
+
+
+class _Hook:
+    """A hook that its module's copies do not inherit: what is copied or pickled in its place does nothing."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._call(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return nothing
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _nothing, ()
+
+
+def nothing(*args: Any) -> None:
+    """What stands in a copy of a watched module where its hook was."""
+
+
+def _nothing() -> Callable[..., None]:
+    return nothing
+
+
+def _version(x: Tensor) -> int:
+    """How often x has been overwritten; torch does not count that in inference mode."""
+    return 0 if x.is_inference() else x._version
+
+
+class _Last(NamedTuple):
+    """The latest preactivation: the tensor, how often it had been overwritten, its values as (N, C), its row."""
+
+    x: Tensor
+    version: int
+    flat: Tensor
+    row: int
+
+    def is_input(self, args: tuple[Any, ...], overwritten: bool = False) -> bool:
+        """Whether a module was called with these very values, which it has perhaps overwritten itself since."""
+        if not args or args[0] is not self.x:
+            return False
+        return _version(self.x) == self.version + (overwritten and not self.x.is_inference())
+
+
+class Hooks:
+    """The hooks of one network: installed for a recorded step and removed after it.
+
+    With `training` only forward passes that autograd follows are seen: a validation between two steps is none of them.
+    """
+
+    def __init__(self, watched: list[Watched], buffer: Buffer, stage: str, training: bool) -> None:
+        self.watched, self._buffer, self._stage, self._training = watched, buffer, stage, training
+        self._numbered = self._below = self._below_axis = self._below_ndim = 0
+        self._last: _Last | None = None
+        self._modules: list[RemovableHandle] = []
+        self._graph: list[RemovableHandle] = []
+        self._spots: dict[tuple[str, str, int, int, str], Spot] = {}
+
+    def install(self) -> None:
+        for w in self.watched:
+            w.calls = 0
+            if w.parameters or w.chosen:
+                self._modules.append(w.module.register_forward_hook(_Hook(self._forward_hook(w))))
+            if w.activation is not None and not (w.chosen and w.activation is _RELU):
+                self._modules.append(w.module.register_forward_pre_hook(_Hook(self._input_hook(w.activation))))
+
+    def end_step(self) -> None:
+        """Forget the step's graph and count calls from 0 again."""
+        for handle in self._graph:
+            handle.remove()
+        self._graph.clear()
+        self._last = None
+        for w in self.watched:
+            w.calls = 0
+
+    def remove(self) -> None:
+        self.end_step()
+        for handle in self._modules:
+            handle.remove()
+        self._modules.clear()
+
+    def number(self, w: Watched) -> int:
+        """The layer of a module with parameters; one that was never called comes after those that were."""
+        if not w.number:
+            self._numbered += 1
+            w.number = self._numbered
+        return w.number
+
+    def on_gradient(self, x: Tensor, see: Callable[[Tensor], None]) -> None:
+        """`see` the gradient with respect to x in this step, before anything overwrites it."""
+        self._graph.append(x.register_hook(_Hook(see)))  # type: ignore[no-untyped-call]
+
+    def _forward_hook(self, w: Watched) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._training and not torch.is_grad_enabled():
+                return
+            w.ran = True
+            w.calls += 1
+            if w.parameters:
+                self._below = self.number(w)
+            for part, x in tensors(output):
+                if w.parameters:
+                    self._below_ndim, self._below_axis = x.ndim, w.axis(x.ndim)
+                if w.chosen:
+                    axis = self._below_axis if x.ndim == self._below_ndim else x.ndim - 1
+                    self._value(w, part, x, axis, args)
+
+        return hook
+
+    def _value(self, w: Watched, part: str, x: Tensor, axis: int, args: tuple[Any, ...]) -> None:
+        """A row for an output, and one for its gradient when that comes."""
+        tensor = "preactivation" if w.parameters else "activation"
+        flat = as_batch(x, axis)
+        row = self._buffer.put(self._spot(w, tensor, "forward", part), flat)
+        last = self._last
+        if w.parameters:
+            self._last = _Last(x, _version(x), flat, row)
+        elif w.activation is _RELU and last is not None and last.is_input(args, overwritten=x is last.x):
+            self._buffer.relu(last.row, row)
+        if x.requires_grad:
+            spot = self._spot(w, tensor, "backward", part)
+
+            def gradient(grad: Tensor) -> None:
+                self._buffer.put(spot, as_batch(grad, axis))
+
+            self.on_gradient(x, gradient)
+
+    def _input_hook(self, activation: Activation) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            last = self._last
+            if last is not None and last.is_input(args):
+                self._buffer.saturate(last.row, last.flat, activation)
+
+        return hook
+
+    def _spot(self, w: Watched, tensor: str, direction: str, part: str) -> Spot:
+        key = (w.name, direction, self._below, w.calls, part)
+        spot = self._spots.get(key)
+        if spot is None:
+            spot = Spot(self._stage, "module", self._below, tensor, direction, w.name, part, w.calls - 1)
+            self._spots[key] = spot
+        return spot

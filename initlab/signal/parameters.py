@@ -1,0 +1,88 @@
+"""The parameters of a watched network as rows: values, gradients and updates, those of one shape measured together.
+
+Knows nothing of steps: it is told when the values are those of the step and when the optimizer is done.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from initlab.signal.buffer import Buffer, Spot, stacks
+from initlab.signal.hooks import FORMATS, Hooks
+
+Before = list[tuple[list[int], Tensor]]
+
+
+def matrix(x: Tensor, leading: int = 0) -> Tensor:
+    """(..., O, rest) of a parameter of any shape behind `leading` dimensions; a bias (O,) is one row."""
+    own = x.shape[leading:]
+    return x.reshape(*x.shape[:leading], own[0] if len(own) > 1 else 1, -1)
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad.detach() if grad.layout == torch.strided else grad.detach().to_dense()
+
+
+class Parameters:
+    """The chosen parameters, each once: a shared one goes by the name under which it is met first."""
+
+    def __init__(self, hooks: Hooks, buffer: Buffer, stage: str) -> None:
+        self._hooks, self._buffer = hooks, buffer
+        self._all: list[nn.Parameter] = []
+        self._spots: list[Spot] = []
+        seen: set[int] = set()
+        for w in hooks.watched:
+            if w.parameters:
+                hooks.number(w)
+            for part, p in w.parameters if w.chosen else []:
+                if id(p) not in seen and p.dtype in FORMATS and p.numel() and not isinstance(p, UninitializedParameter):
+                    seen.add(id(p))
+                    self._all.append(p)
+                    tensor = "bias" if "bias" in part else "weight"
+                    self._spots.append(Spot(stage, "module", w.number, tensor, "forward", w.name, part))
+        kinds = [[k for k, spot in enumerate(self._spots) if spot.tensor == kind] for kind in ("weight", "bias")]
+        self._together = [[kind[k] for k in group] for kind in kinds for group in stacks(self._all[k] for k in kind)]
+
+    def values(self) -> Before:
+        """Rows of the values as they are; returns copies of the weights for `updates`."""
+        kept = []
+        for places in self._together:
+            stacked = torch.stack([self._all[place].detach() for place in places])
+            self._put(places, stacked, "forward")
+            if self._spots[places[0]].tensor == "weight":
+                kept.append((places, stacked))
+        return kept
+
+    def updates(self, before: Before) -> None:
+        """Rows of W_{k+1} - W_k, for weights."""
+        for places, old in before:
+            stacked = torch.stack([self._all[place].detach() for place in places]).sub_(old)
+            self._put(places, stacked, "forward", "update")
+
+    def gradients(self) -> None:
+        """Rows of `.grad` as it stands; parameters without one have none."""
+        for places in self._together:
+            found = [(place, g) for place in places if (g := self._all[place].grad) is not None]
+            if found:
+                stacked = torch.stack([_dense(g) for _, g in found])
+                self._put([place for place, _ in found], stacked, "backward")
+
+    def on_gradients(self) -> None:
+        """Rows of the gradients that the coming backward pass finds, whatever `.grad` holds."""
+        for p, spot in zip(self._all, self._spots, strict=True):
+            if p.requires_grad:
+                self._hooks.on_gradient(p, self._see(spot._replace(direction="backward")))
+
+    def _see(self, spot: Spot) -> Callable[[Tensor], None]:
+        def gradient(grad: Tensor) -> None:
+            self._buffer.put(spot, matrix(_dense(grad)))
+
+        return gradient
+
+    def _put(self, places: Sequence[int], stacked: Tensor, direction: str, tensor: str | None = None) -> None:
+        spots = [self._spots[place]._replace(direction=direction) for place in places]
+        if tensor is not None:
+            spots = [spot._replace(tensor=tensor) for spot in spots]
+        self._buffer.put_all(spots, matrix(stacked, 1))
