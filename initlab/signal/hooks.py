@@ -45,6 +45,7 @@ class Watched:
         self.activation = None if self.parameters else _ROWS.get(_described(module))
         self.number = self.calls = 0
         self.ran = False
+        self.spots: dict[tuple[int, int, str], tuple[Spot, Spot]] = {}
 
     def axis(self, ndim: int) -> int:
         """Which dimension of its output counts units."""
@@ -163,7 +164,6 @@ class Hooks:
         self._last: _Last | None = None
         self._modules: list[RemovableHandle] = []
         self._graph: list[RemovableHandle] = []
-        self._spots: dict[tuple[str, str, int, int, str], Spot] = {}
 
     def install(self) -> None:
         for w in self.watched:
@@ -206,31 +206,30 @@ class Hooks:
             w.ran = True
             w.calls += 1
             if w.parameters:
-                self._below = self.number(w)
+                self._below = w.number or self.number(w)
             for part, x in tensors(output):
+                ndim = x.ndim
                 if w.parameters:
-                    self._below_ndim, self._below_axis = x.ndim, w.axis(x.ndim)
+                    self._below_ndim, self._below_axis = ndim, w.axis(ndim)
                 if w.chosen:
-                    axis = self._below_axis if x.ndim == self._below_ndim else x.ndim - 1
-                    self._value(w, part, x, axis, args)
+                    self._value(w, part, x, self._below_axis if ndim == self._below_ndim else ndim - 1, args)
 
         return hook
 
     def _value(self, w: Watched, part: str, x: Tensor, axis: int, args: tuple[Any, ...]) -> None:
         """A row for an output, and one for its gradient when that comes."""
-        tensor = "preactivation" if w.parameters else "activation"
         flat = as_batch(x, axis)
-        row = self._buffer.put(self._spot(w, tensor, "forward", part), flat)
+        forward, backward = self._spots(w, part)
+        row = self._buffer.put(forward, flat)
         last = self._last
         if w.parameters:
             self._last = _Last(x, _version(x), flat, row)
         elif w.activation is _RELU and last is not None and last.is_input(args, overwritten=x is last.x):
             self._buffer.relu(last.row, row)
         if x.requires_grad:
-            spot = self._spot(w, tensor, "backward", part)
 
             def gradient(grad: Tensor) -> None:
-                self._buffer.put(spot, as_batch(grad, axis))
+                self._buffer.put(backward, as_batch(grad, axis))
 
             self.on_gradient(x, gradient)
 
@@ -242,10 +241,11 @@ class Hooks:
 
         return hook
 
-    def _spot(self, w: Watched, tensor: str, direction: str, part: str) -> Spot:
-        key = (w.name, direction, self._below, w.calls, part)
-        spot = self._spots.get(key)
-        if spot is None:
-            spot = Spot(self._stage, "module", self._below, tensor, direction, w.name, part, w.calls - 1)
-            self._spots[key] = spot
-        return spot
+    def _spots(self, w: Watched, part: str) -> tuple[Spot, Spot]:
+        """Where the values and the gradient of an output of this call belong."""
+        key = (self._below, w.calls, part)
+        if key not in w.spots:
+            tensor = "preactivation" if w.parameters else "activation"
+            forward = Spot(self._stage, "module", self._below, tensor, "forward", w.name, part, w.calls - 1)
+            w.spots[key] = (forward, forward._replace(direction="backward"))
+        return w.spots[key]

@@ -17,7 +17,7 @@ from torch import nn
 from initlab.errors import UsageError
 from initlab.signal.buffer import Buffer
 from initlab.signal.hooks import Hooks, Watched
-from initlab.signal.parameters import Before, Parameters
+from initlab.signal.parameters import Parameters
 
 
 class Loop:
@@ -36,7 +36,6 @@ class Loop:
         self._stage = "probe" if optimizer is None else "train"
         self._hooks = Hooks(watched, buffer, self._stage, training=optimizer is not None)
         self._parameters: Parameters | None = None
-        self._before: Before = []
         self._outer, self._uncompiled = ExitStack(), ExitStack()
         self._recording = self._running = self._recorded = False
         if optimizer is not None:
@@ -63,7 +62,6 @@ class Loop:
     def close(self) -> None:
         """Remove every hook, then close the step that is under way."""
         self._outer.close()
-        self._quit_step()
         self._uncompiled.close()
         self._hooks.remove()
         self._buffer.end_step(self.step)
@@ -89,13 +87,9 @@ class Loop:
             self._uncompiled.close()
         self._recording = due
 
-    def _quit_step(self) -> None:
-        self._before = []
-        self._hooks.end_step()
-
     def _end(self) -> None:
         if self._recording:
-            self._quit_step()
+            self._hooks.end_step()
             self._buffer.end_step(self.step)
         self.step += 1
 
@@ -108,7 +102,7 @@ class Loop:
     def _before_update(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._recording:
             self._recorded = True
-            self._before = self._all_parameters().values()
+            self._all_parameters().values()
             if not _has_closure(args, kwargs):
                 self._all_parameters().gradients()
 
@@ -116,7 +110,7 @@ class Loop:
         if self._recording:
             if _has_closure(args, kwargs):  # the gradients were found inside of step()
                 self._all_parameters().gradients()
-            self._all_parameters().updates(self._before)
+            self._all_parameters().updates()
         self._end()
         self._begin()
 

@@ -12,8 +12,6 @@ from torch.nn.parameter import UninitializedParameter
 from initlab.signal.buffer import Buffer, Spot, stacks
 from initlab.signal.hooks import FORMATS, Hooks
 
-Before = list[tuple[list[int], Tensor]]
-
 
 def matrix(x: Tensor, leading: int = 0) -> Tensor:
     """(..., O, rest) of a parameter of any shape behind `leading` dimensions; a bias (O,) is one row."""
@@ -23,6 +21,10 @@ def matrix(x: Tensor, leading: int = 0) -> Tensor:
 
 def _dense(grad: Tensor) -> Tensor:
     return grad.detach() if grad.layout == torch.strided else grad.detach().to_dense()
+
+
+def _kind(x: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return x.shape, x.dtype, x.device
 
 
 class Parameters:
@@ -44,29 +46,37 @@ class Parameters:
                     self._spots.append(Spot(stage, "module", w.number, tensor, "forward", w.name, part))
         kinds = [[k for k, spot in enumerate(self._spots) if spot.tensor == kind] for kind in ("weight", "bias")]
         self._together = [[kind[k] for k in group] for kind in kinds for group in stacks(self._all[k] for k in kind)]
+        # Memory that is used at every step: where the weights before an update stand, and what passes through.
+        self._before = [self._room(places) for places in self._together]
+        self._passing = {_kind(room): torch.empty_like(room) for room in self._before}
 
-    def values(self) -> Before:
-        """Rows of the values as they are; returns copies of the weights for `updates`."""
-        kept = []
-        for places in self._together:
-            stacked = torch.stack([self._all[place].detach() for place in places])
-            self._put(places, stacked, "forward")
-            if self._spots[places[0]].tensor == "weight":
-                kept.append((places, stacked))
-        return kept
+    def _room(self, places: list[int]) -> Tensor:
+        like = self._all[places[0]]
+        with torch.inference_mode(False):
+            return torch.empty((len(places), *like.shape), dtype=like.dtype, device=like.device)
 
-    def updates(self, before: Before) -> None:
+    @torch.no_grad()
+    def values(self) -> None:
+        """Rows of the values as they are, which are kept for `updates`."""
+        for places, room in zip(self._together, self._before, strict=True):
+            self._put(places, torch.stack([self._all[place] for place in places], out=room), "forward")
+
+    @torch.no_grad()
+    def updates(self) -> None:
         """Rows of W_{k+1} - W_k, for weights."""
-        for places, old in before:
-            stacked = torch.stack([self._all[place].detach() for place in places]).sub_(old)
-            self._put(places, stacked, "forward", "update")
+        for places, old in zip(self._together, self._before, strict=True):
+            if self._spots[places[0]].tensor == "weight":
+                new = torch.stack([self._all[place] for place in places], out=self._passing[_kind(old)])
+                self._put(places, new.sub_(old), "forward", "update")
 
+    @torch.no_grad()
     def gradients(self) -> None:
         """Rows of `.grad` as it stands; parameters without one have none."""
-        for places in self._together:
+        for places, before in zip(self._together, self._before, strict=True):
             found = [(place, g) for place in places if (g := self._all[place].grad) is not None]
             if found:
-                stacked = torch.stack([_dense(g) for _, g in found])
+                room = self._passing[_kind(before)] if len(found) == len(places) else None
+                stacked = torch.stack([_dense(g) for _, g in found], out=room)
                 self._put([place for place, _ in found], stacked, "backward")
 
     def on_gradients(self) -> None:
