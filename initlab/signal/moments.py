@@ -6,6 +6,7 @@ passes on a CPU, and hands over to the safe one every tensor whose sums do not s
 Knows nothing of networks, keys and frames. Legend: E ensemble, N batch, C units, F fields, S statistics.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -16,14 +17,17 @@ from torch import Tensor
 
 from initlab.signal.octaves import histogram as histogram
 from initlab.signal.octaves import octaves as octaves
-from initlab.signal.units import BLOCK, SAFE, checked, safe_row
 from initlab.signal.units import FIELDS as FIELDS
+from initlab.signal.units import SAFE, checked, safe_row
 from initlab.signal.units import Row as Row
 from initlab.signal.units import merge as merge
 from initlab.signal.units import row as row
 
 Array = NDArray[np.float64]
 
+_AT = {name: place for place, name in enumerate(FIELDS)}
+# Entries looked at together: with their squares, in float64, a processor's caches hold them.
+_AT_ONCE = 2**17
 # Rounding of plain sums grows by (plain / centred sum of squares): 2^8 leaves a digit and a half below 1e-12.
 _CANCELLED = 2.0**-8
 # Below this the units may be constant, and the batch variance inside them exactly 0: the safe road says so.
@@ -37,12 +41,9 @@ def summarize(x: Tensor, batched: bool = True) -> Tensor:
     Of an empty tensor everything but the counts is nan.
     """
     x = checked(x)
-    if x.device.type != "cpu" or x.numel() == 0 or x.shape[-1] > BLOCK["cpu"]:
+    if x.device.type != "cpu" or x.numel() == 0 or x.shape[-1] > _AT_ONCE:
         return safe_row(x, batched).fields
-    flat = x.reshape(-1, *x.shape[-2:])
-    size = max(1, BLOCK["cpu"] // flat[0].numel())
-    found = torch.cat([_plain(part, batched) for part in torch.split(flat, size)], -1)
-    return found.view(-1, *x.shape[:-2])
+    return torch.from_numpy(_plain(x.reshape(-1, *x.shape[-2:]), batched)).view(-1, *x.shape[:-2])
 
 
 class _Sums(NamedTuple):
@@ -57,75 +58,94 @@ class _Sums(NamedTuple):
     risky: Array  # vectors of float64 so small that their squares may have left it
 
 
-def _plain(x: Tensor, batched: bool) -> Tensor:
+def _plain(x: Tensor, batched: bool) -> Array:
     """The rows (F, E) of (E, N, C) on a CPU by plain sums, and by the safe road where these may not be trusted.
 
     They may where all entries are finite, no square leaves float64 and centring takes at most 255/256 of the sum of
     squares; where it takes more inside the units alone, these are centred in a second pass.
     """
-    tiny = torch.finfo(x.dtype).tiny
     narrow = x if x.dtype in (torch.float32, torch.float64) else x.float()  # exact, and what a processor is made for
-    size = max(1, BLOCK["cpu"] // (len(x) * x.shape[-1]))
-    parts = [_sums(part, tiny, batched) for part in torch.split(narrow, size, -2)]
-    sums = parts[0] if len(parts) == 1 else _Sums(*(sum(column) for column in zip(*parts, strict=True)))
+    size = max(1, _AT_ONCE // x[0].numel())
+    parts = [_sums(part, torch.finfo(x.dtype).tiny, batched) for part in torch.split(narrow, size)]
+    sums = parts[0] if len(parts) == 1 else _Sums(*map(np.concatenate, zip(*parts, strict=True)))
+    fields = np.full((len(FIELDS), len(x)), np.nan)
     with np.errstate(all="ignore"):
-        found, good = _fields(narrow, sums, batched)
-    fields = torch.from_numpy(np.stack([np.broadcast_to(found[name], len(x)) for name in FIELDS]))
+        good = _fill(fields, narrow, sums, batched)
     if not good.all():
-        rest = torch.from_numpy(~good)
-        fields[:, rest] = safe_row(x[rest], batched).fields
+        fields[:, ~good] = safe_row(x[torch.from_numpy(~good)], batched).fields.numpy()
     return fields
 
 
 def _sums(x: Tensor, tiny: float, batched: bool) -> _Sums:
-    """A few passes over what a processor's cache holds; counts are sums of ones, exact in float32 below 2^24."""
-    wide = x.double()
-    squares = (wide * wide).sum(-1)
+    """A few passes over what the cache holds; a single network that does not fit is read in parts of its batch."""
+    rows = _AT_ONCE // (len(x) * x.shape[-1])
+    if rows < x.shape[-2]:
+        parts = [_sums(part, tiny, batched) for part in torch.split(x, rows, -2)]
+        return _Sums(*(np.add.reduce(column) for column in zip(*parts, strict=True)))
+    wide, squares, flags = _KEPT.views(x.shape, x.dtype)
+    wide.copy_(x)
+    lengths = torch.mul(wide, wide, out=squares).sum(-1).numpy()
     unit = wide.sum(-2).numpy()
-    flags = torch.empty_like(x)
-    nonzero = torch.ne(x, 0, out=flags).sum((-2, -1)).double().numpy()
-    below = torch.abs(x, out=flags).lt_(tiny).sum((-2, -1)).double().numpy()
-    lengths = squares.numpy()
-    alive, heading = (lengths > 0).sum(-1), unit
-    risky = (lengths < 2.0 ** (-2 * SAFE)).sum(-1) if x.dtype == torch.float64 else np.zeros(len(x))
+    # Counts are sums of ones, exact in float32 below 2^24.
+    below = torch.abs(x, out=flags).lt_(tiny).sum((-2, -1)).numpy()
+    nonzero = torch.ne(x, 0, out=flags).sum((-2, -1)).numpy() if below.any() else np.full(len(x), float(x[0].numel()))
+    heading = unit
     if batched:
-        inverse = torch.where(squares > 0, squares.rsqrt(), 0)
-        heading = (inverse.unsqueeze(-2) @ wide).squeeze(-2).numpy()
-    return _Sums(lengths.sum(-1), unit, heading, alive, nonzero, below, risky)
+        inverse = np.divide(1, np.sqrt(lengths), out=np.zeros_like(lengths), where=lengths > 0)
+        heading = torch.bmm(torch.from_numpy(inverse).unsqueeze(-2), wide).squeeze(-2).numpy()
+    return _Sums(
+        second=lengths.sum(-1),
+        unit=unit,
+        heading=heading,
+        alive=np.count_nonzero(lengths, -1).astype(np.float64),
+        nonzero=nonzero.astype(np.float64),
+        below=below.astype(np.float64),
+        risky=(lengths < 2.0 ** (-2 * SAFE)).sum(-1) if x.dtype == torch.float64 else np.zeros(len(x)),
+    )
 
 
-def _fields(x: Tensor, sums: _Sums, batched: bool) -> tuple[dict[str, Array | float], NDArray[np.bool_]]:
-    """The fields of (E, N, C), and of which networks they may be trusted."""
+class _Kept(threading.local):
+    """Memory for a block, one for each thread: to give it back and be given it again costs more than the sums."""
+
+    def __init__(self) -> None:
+        with torch.inference_mode(False):  # else what is allocated inside that mode could not be written outside it
+            self._wide, self._squares = torch.empty(2, _AT_ONCE, dtype=torch.float64)
+        self._views: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+
+    def views(self, shape: torch.Size, dtype: torch.dtype) -> list[Tensor]:
+        """For the entries, for their squares, and for what takes the place of the squares, in the tensor's dtype."""
+        if (shape, dtype) not in self._views:
+            if len(self._views) == 64:
+                self._views.clear()
+            with torch.inference_mode(False):
+                memory = (self._wide, self._squares, self._squares.view(dtype))
+                self._views[shape, dtype] = [one[: shape.numel()].view(shape) for one in memory]
+        return self._views[shape, dtype]
+
+
+_KEPT = _Kept()
+
+
+def _fill(fields: Array, x: Tensor, sums: _Sums, batched: bool) -> NDArray[np.bool_]:
+    """Write the rows of (E, N, C); say of which networks they may be trusted."""
     n, c = x.shape[-2:]
-    low, high = (edge.double().numpy() for edge in (x.amin((-2, -1)), x.amax((-2, -1))))
+    low, high = (edge.numpy().astype(np.float64) for edge in (x.amin((-2, -1)), x.amax((-2, -1))))
     mean = sums.unit.sum(-1) / (n * c)
     m2 = sums.second - n * c * mean * mean
-    good = np.isfinite(sums.second) & (np.maximum(-low, high) < 2.0**SAFE) & (sums.risky == 0)
+    good: NDArray[np.bool_] = np.isfinite(sums.second) & (np.maximum(-low, high) < 2.0**SAFE) & (sums.risky == 0)
     good &= (m2 > _CANCELLED * sums.second) | (sums.second == 0)
     zeros = n * c - sums.nonzero
-    found = {
-        "count": float(n * c),
-        "n_nan": 0.0,
-        "n_inf": 0.0,
-        "n_subnormal": sums.below - zeros,
-        "n_zero": zeros,
-        "exponent": 0.0,
-        "mean": mean,
-        "m2": np.maximum(m2, 0),
-        "min": low,
-        "max": high,
-        "saturated": np.nan,
-    }
-    if not batched:
-        return found | dict.fromkeys(("within", "dead", "alive", "resultant"), np.nan), good
-    inside, sure = _inside(x, sums)
-    told = {
-        "within": inside / (n * c),
-        "dead": _dead(x, sums.unit, low),
-        "alive": sums.alive,
-        "resultant": np.square(sums.heading).sum(-1),
-    }
-    return found | told, good & sure
+    fields[: _AT["mean"]] = 0
+    fields[_AT["count"]] = n * c
+    fields[_AT["n_subnormal"]], fields[_AT["n_zero"]] = sums.below - zeros, zeros
+    fields[_AT["mean"]], fields[_AT["m2"]] = mean, m2
+    fields[_AT["min"]], fields[_AT["max"]] = low, high
+    if batched:
+        inside, sure = _inside(x, sums)
+        good &= sure
+        fields[_AT["within"]], fields[_AT["dead"]] = inside / (n * c), _dead(x, sums.unit, low)
+        fields[_AT["alive"]], fields[_AT["resultant"]] = sums.alive, np.square(sums.heading).sum(-1)
+    return good
 
 
 def _inside(x: Tensor, sums: _Sums) -> tuple[Array, NDArray[np.bool_]]:
@@ -135,8 +155,9 @@ def _inside(x: Tensor, sums: _Sums) -> tuple[Array, NDArray[np.bool_]]:
     cancelled = ~(inside > _CANCELLED * sums.second) & (sums.second > 0) & np.isfinite(sums.second)
     if cancelled.any():
         which = torch.from_numpy(cancelled)
-        centred = x[which] - torch.from_numpy(means)[which].unsqueeze(-2)
-        inside[cancelled] = centred.square_().sum((-2, -1)).numpy()
+        centre = torch.from_numpy(means)[which].unsqueeze(-2)
+        parts = torch.split(x[which], max(1, _AT_ONCE // (len(x) * x.shape[-1])), -2)
+        inside[cancelled] = sum((part - centre).square_().sum((-2, -1)).numpy() for part in parts)
     return inside, (inside > _CONSTANT * sums.second) | (sums.second == 0)
 
 
