@@ -17,9 +17,10 @@ from torch import Tensor
 from initlab.errors import UsageError
 from initlab.signal.activations import Activation
 from initlab.signal.moments import FIELDS, derive, summarize
-from initlab.signal.stats import BATCHED, BLOCK_ENTRIES, COUNTS, STATISTICS, saturated_share
+from initlab.signal.stats import BATCHED, COUNTS, STATISTICS, saturated_share
 
 FLUSH_SECONDS = 30.0
+GATHERED = 2**16  # entries of a block: as many as stay in the cache beside the network's own numbers
 _PLACE = {name: place for place, name in enumerate(FIELDS)}
 
 
@@ -53,7 +54,7 @@ class _Block:
 
 
 class Buffer:
-    """What was measured, (F, rows, E) on its device, and the words of the rows on the host.
+    """What was measured, (rows, F, E) on its device, and the words of the rows on the host.
 
     The room grows by doubling at the end of a step; what a step brings beyond it waits in blocks of its own. With
     `emit` the rows are handed over every `flush_steps` recorded steps or every 30 seconds, and are then forgotten here.
@@ -83,10 +84,10 @@ class Buffer:
     def put(self, spot: Spot, x: Tensor) -> int:
         """Take the values of (N, C) or (E, N, C) as they are now; returns the number of its row."""
         row = len(self._spots)
-        self._spots.append(spot)
-        size = BLOCK_ENTRIES // x.numel()
+        size = GATHERED // x.numel()
         if size < 2:
             self._store([row], x.unsqueeze(0), spot.tensor in BATCHED)
+            self._spots.append(spot)
             return row
         key = (x.shape, x.dtype, x.device, spot.tensor in BATCHED)
         block = self._blocks.get(key)
@@ -96,13 +97,14 @@ class Buffer:
             self._settle(block, key[-1])
         block.slots[len(block.rows)].copy_(x)
         block.rows.append(row)
+        self._spots.append(spot)
         return row
 
     def put_all(self, spots: Sequence[Spot], stacked: Tensor) -> None:
         """Measure tensors that lie together, (n, N, C) or (n, E, N, C), at once."""
         first = len(self._spots)
+        self._store(list(range(first, first + len(spots))), stacked, spots[0].tensor in BATCHED)
         self._spots += spots
-        self._store(list(range(first, len(self._spots))), stacked, spots[0].tensor in BATCHED)
 
     def share(self, row: int, saturated: Tensor) -> None:
         """The saturated share of a row, (E,) or one number."""
@@ -122,10 +124,14 @@ class Buffer:
         self._relus.append((row, activation_row))
 
     def _settle(self, block: _Block, batched: bool) -> None:
-        """Measure what waits in a block."""
+        """Measure what waits in a block; if that fails, its rows say that they count nothing."""
         rows, block.rows = block.rows, []
         marks, block.activations = block.activations, {}
-        self._store(rows, block.values[: len(rows)], batched)
+        try:
+            self._store(rows, block.values[: len(rows)], batched)
+        except BaseException:
+            self._keep(rows, _unmeasured(len(rows), len(self.seeds), block.values.device))
+            raise
         for activation in set(marks.values()):
             places = [place for place, found in marks.items() if found is activation]
             slope = activation.slope(torch.stack([block.slots[place] for place in places]))
@@ -139,9 +145,11 @@ class Buffer:
                     fields = summarize(values, batched)
             else:
                 fields = summarize(values, batched)
-        fields = fields.reshape(len(FIELDS), len(rows), -1)
-        if not self._spill and self._room is not None and self._used + len(rows) <= self._room.shape[1]:
-            self._room[:, self._used : self._used + len(rows)].copy_(fields)
+        self._keep(rows, fields.reshape(len(FIELDS), len(rows), -1).movedim(0, 1))
+
+    def _keep(self, rows: list[int], fields: Tensor) -> None:
+        if not self._spill and self._room is not None and self._used + len(rows) <= len(self._room):
+            self._room[self._used : self._used + len(rows)].copy_(fields)
             self._used += len(rows)
         else:
             self._spill.append(fields)
@@ -164,18 +172,18 @@ class Buffer:
 
     def _grow(self, coming: int) -> None:
         parts = self._parts()
-        have = self._used + sum(part.shape[1] for part in self._spill)
-        room = max(2 * (self._room.shape[1] if self._room is not None else 0), have + coming)
+        have = self._used + sum(len(part) for part in self._spill)
+        room = max(2 * (len(self._room) if self._room is not None else 0), have + coming)
         with torch.inference_mode(False):
-            grown = torch.empty((len(FIELDS), room, parts[0].shape[2]), dtype=torch.float64, device=parts[0].device)
+            grown = torch.empty((room, *parts[0].shape[1:]), dtype=torch.float64, device=parts[0].device)
         place = 0
         for part in parts:
-            grown[:, place : place + part.shape[1]].copy_(part)
-            place += part.shape[1]
+            grown[place : place + len(part)].copy_(part)
+            place += len(part)
         self._room, self._used, self._spill = grown, place, []
 
     def _parts(self) -> list[Tensor]:
-        return [*([] if self._room is None else [self._room[:, : self._used]]), *self._spill]
+        return [*([] if self._room is None else [self._room[: self._used]]), *self._spill]
 
     def flush(self) -> None:
         """Hand the rows to `emit` and forget them."""
@@ -205,8 +213,8 @@ class Buffer:
         if rows == 0:
             return torch.empty(len(FIELDS), 0, size, dtype=torch.float64)
         parts = self._parts()
-        found = torch.cat([part.to(parts[0].device) for part in parts], 1).cpu()
-        fields = found[:, torch.from_numpy(np.argsort(np.array(self._order)))[:rows]]
+        found = torch.cat([part.to(parts[0].device) for part in parts]).cpu()
+        fields = found[torch.from_numpy(np.argsort(np.array(self._order)))[:rows]].movedim(1, 0).contiguous()
         undead = [(spot.tensor, spot.direction) != ("activation", "forward") for spot in self._spots[:rows]]
         fields[_PLACE["dead"], torch.tensor(undead)] = torch.nan
         if self._shares:
@@ -220,6 +228,13 @@ class Buffer:
             seen = fields[_PLACE["n_zero"], phi] + fields[_PLACE["n_nan"], phi]
             fields[_PLACE["saturated"], z] = seen / fields[_PLACE["count"], phi]
         return fields
+
+
+def _unmeasured(rows: int, networks: int, device: torch.device) -> Tensor:
+    """(rows, F, E): no entry was counted, all else is nan."""
+    fields = torch.full((rows, len(FIELDS), networks), torch.nan, dtype=torch.float64, device=device)
+    fields[:, [_PLACE[name] for name in FIELDS if name in COUNTS]] = 0
+    return fields
 
 
 def _key_columns(
@@ -269,6 +284,6 @@ def stacks(tensors: Iterable[Tensor]) -> list[list[int]]:
         groups.setdefault((x.shape, x.dtype, x.device), []).append(place)
     found = []
     for (shape, _, _), places in groups.items():
-        size = max(1, BLOCK_ENTRIES // max(1, shape.numel()))
+        size = max(1, GATHERED // max(1, shape.numel()))
         found += [places[k : k + size] for k in range(0, len(places), size)]
     return found

@@ -107,7 +107,7 @@ def as_batch(x: Tensor, axis: int) -> Tensor:
     return x.movedim(axis, -1).reshape(-1, x.shape[axis])
 
 
-class _Hook:
+class Hook:
     """A hook that its module's copies do not inherit: what is copied or pickled in its place does nothing."""
 
     def __init__(self, call: Callable[..., None]) -> None:
@@ -169,9 +169,9 @@ class Hooks:
         for w in self.watched:
             w.calls = 0
             if w.parameters or w.chosen:
-                self._modules.append(w.module.register_forward_hook(_Hook(self._forward_hook(w))))
+                self._modules.append(w.module.register_forward_hook(Hook(self._forward_hook(w))))
             if w.activation is not None and not (w.chosen and w.activation is _RELU):
-                self._modules.append(w.module.register_forward_pre_hook(_Hook(self._input_hook(w.activation))))
+                self._modules.append(w.module.register_forward_pre_hook(Hook(self._input_hook(w.activation))))
 
     def end_step(self) -> None:
         """Forget the step's graph and count calls from 0 again."""
@@ -197,7 +197,7 @@ class Hooks:
 
     def on_gradient(self, x: Tensor, see: Callable[[Tensor], None]) -> None:
         """`see` the gradient with respect to x in this step, before anything overwrites it."""
-        self._graph.append(x.register_hook(_Hook(see)))  # type: ignore[no-untyped-call]
+        self._graph.append(x.register_hook(Hook(see)))  # type: ignore[no-untyped-call]
 
     def _forward_hook(self, w: Watched) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from initlab.errors import UsageError
 from initlab.signal.buffer import Buffer
-from initlab.signal.hooks import Hooks, Watched
+from initlab.signal.hooks import Hook, Hooks, Watched
 from initlab.signal.parameters import Parameters
 
 
@@ -49,8 +49,8 @@ class Loop:
             ]
         else:
             handles = [
-                self._model.register_forward_pre_hook(self._before_pass),
-                self._model.register_forward_hook(self._after_pass),
+                self._model.register_forward_pre_hook(Hook(self._before_pass)),
+                self._model.register_forward_hook(Hook(self._after_pass)),
             ]
             if self._model._compiled_call_impl is not None:  # then these two are compiled with it
                 self._outer.enter_context(torch.compiler.set_stance("force_eager"))
@@ -61,9 +61,9 @@ class Loop:
 
     def close(self) -> None:
         """Remove every hook, then close the step that is under way."""
-        self._outer.close()
-        self._uncompiled.close()
         self._hooks.remove()
+        self._uncompiled.close()
+        self._outer.close()
         self._buffer.end_step(self.step)
 
     def warn(self) -> None:

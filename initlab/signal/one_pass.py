@@ -78,7 +78,7 @@ def _backward(value: Tensor, sources: list[Tensor]) -> None:
 def _left_as_it_was(model: nn.Module, batch: list[Tensor]) -> Iterator[None]:
     """Buffers and torch's random numbers are restored."""
     kept = [
-        (module._buffers, name, buffer, buffer._version, buffer.clone())
+        (module._buffers, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -88,11 +88,9 @@ def _left_as_it_was(model: nn.Module, batch: list[Tensor]) -> Iterator[None]:
         try:
             yield
         finally:
-            with torch.no_grad():
-                for buffers, name, buffer, version, value in kept:
-                    buffers[name] = buffer
-                    if buffer._version != version:
-                        buffer.copy_(value)
+            for buffers, name, buffer, value in kept:
+                buffers[name] = buffer
+                buffer.data.copy_(value)  # a graph that waits for its backward pass does not take this for a change
 
 
 def _refuse_places(model: nn.Module, batch: list[Tensor]) -> None:
