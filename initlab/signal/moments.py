@@ -177,9 +177,9 @@ _DERIVED: dict[str, Callable[[Mapping[str, Tensor]], Tensor]] = {
     "n_subnormal": lambda f: f["n_subnormal"],
     "mean": lambda f: f["mean"] * f["scale"],
     "std": lambda f: (f["m2"] / f["finite"]).sqrt() * f["scale"],
-    "rms": lambda f: f["rms"],
-    "q": lambda f: f["rms"].square(),
-    "norm": lambda f: f["rms"] * f["finite"].sqrt(),
+    "rms": lambda f: f["root"] * f["scale"],
+    "q": lambda f: (f["root"] * f["scale"]).square(),
+    "norm": lambda f: f["root"] * f["finite"].sqrt() * f["scale"],
     "min": lambda f: f["min"],
     "max": lambda f: f["max"],
     "frac_zero": lambda f: f["n_zero"] / f["count"],
@@ -198,7 +198,7 @@ def derive(fields: Tensor) -> Tensor:
     named = dict(zip(FIELDS, fields, strict=True))
     named["finite"] = named["count"] - named["n_nan"] - named["n_inf"]
     named["scale"] = torch.exp2(named["exponent"])
-    named["rms"] = (named["m2"] / named["finite"] + named["mean"].square()).sqrt() * named["scale"]
+    named["root"] = (named["m2"] / named["finite"] + named["mean"].square()).sqrt()
     return torch.stack([rule(named) for rule in _DERIVED.values()])
 
 
