@@ -252,7 +252,8 @@ def test_after_an_exception_every_hook_is_gone(where: str, alone: bool, monkeypa
             optimizer.zero_grad()
     monkeypatch.undo()
     assert hooks(model, optimizer) == 0
-    assert {0, 1} <= set(p.frame()["step"])
+    measured = {0} if alone and where == "hook" else {0, 1}  # without an optimizer step 1 ends inside of step 2's pass
+    assert measured <= set(p.frame()["step"])
     rows = len(p.frame())
     if where not in ("backward", "forward", "hook"):
         cross_entropy(out, y).backward()  # the graph of the step that failed has forgotten the probe too
