@@ -20,7 +20,7 @@ from initlab.signal.moments import FIELDS, derive, summarize
 from initlab.signal.stats import BATCHED, COUNTS, STATISTICS, saturated_share
 
 FLUSH_SECONDS = 30.0
-GATHERED = 2**16  # entries of a block: as many as stay in the cache beside the network's own numbers
+GATHERED = 2**18  # entries of a block that a processor's cache holds
 _PLACE = {name: place for place, name in enumerate(FIELDS)}
 
 
@@ -139,12 +139,11 @@ class Buffer:
             self._shares.append(([rows[place] for place in places], share))
 
     def _store(self, rows: list[int], values: Tensor, batched: bool) -> None:
-        with torch.no_grad():
-            if torch.is_autocast_enabled(values.device.type):
-                with torch.autocast(values.device.type, enabled=False):
-                    fields = summarize(values, batched)
-            else:
+        if torch.is_autocast_enabled(values.device.type):
+            with torch.autocast(values.device.type, enabled=False):
                 fields = summarize(values, batched)
+        else:
+            fields = summarize(values, batched)
         self._keep(rows, fields.reshape(len(FIELDS), len(rows), -1).movedim(0, 1))
 
     def _keep(self, rows: list[int], fields: Tensor) -> None:

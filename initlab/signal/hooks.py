@@ -23,7 +23,7 @@ from initlab.signal.activations import ACTIVATIONS, Activation
 from initlab.signal.buffer import Buffer, Spot
 
 PARAMETRIZED = "parametrizations"
-FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FORMATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _RELU = ACTIVATIONS["relu"]
 
 
@@ -43,17 +43,15 @@ class Watched:
         self.name, self.module, self.chosen = name, module, chosen
         self.parameters = own_parameters(module)
         self.activation = None if self.parameters else _ROWS.get(_described(module))
+        self._second = isinstance(module, (_NormBase, nn.GroupNorm))
+        self._from_end = 1 + (len(module.kernel_size) if isinstance(module, _ConvNd) else 0)
         self.number = self.calls = 0
         self.ran = False
         self.spots: dict[tuple[int, int, str], tuple[Spot, Spot]] = {}
 
     def axis(self, ndim: int) -> int:
         """Which dimension of its output counts units."""
-        if isinstance(self.module, _ConvNd):
-            return ndim - 1 - len(self.module.kernel_size)
-        if isinstance(self.module, (_NormBase, nn.GroupNorm)):
-            return min(1, ndim - 1)
-        return ndim - 1
+        return min(1, ndim - 1) if self._second else ndim - self._from_end
 
 
 def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -80,10 +78,15 @@ def select(model: nn.Module, layers: str | Sequence[str]) -> list[Watched]:
     return [Watched(name, m, any(fnmatchcase(name, pattern) for pattern in patterns)) for name, m in named.items()]
 
 
+def measurable(x: Tensor) -> bool:
+    """Whether its entries are numbers of a known format that lie in memory one by one; there may be none."""
+    return x.dtype in FORMATS and x.layout is torch.strided and x.numel() > 0
+
+
 def tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors of a nested output that can be measured, each with its path: ("0", ...), ("1.hidden", ...)."""
     if isinstance(output, Tensor):
-        if output.dtype in FORMATS and output.layout == torch.strided and output.numel():
+        if measurable(output):
             yield path, output
         return
     parts: Any = ()
@@ -100,9 +103,10 @@ def tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 def as_batch(x: Tensor, axis: int) -> Tensor:
     """(N, C) of any tensor, C its dimension `axis`; cut off from the graph."""
     x = x.detach()
-    if x.ndim == 2 and axis == 1:
+    ndim = x.ndim
+    if ndim == 2 and axis == 1:
         return x
-    if x.ndim < 2:
+    if ndim < 2:
         return x.reshape(1, -1)
     return x.movedim(axis, -1).reshape(-1, x.shape[axis])
 
@@ -197,7 +201,7 @@ class Hooks:
 
     def on_gradient(self, x: Tensor, see: Callable[[Tensor], None]) -> None:
         """`see` the gradient with respect to x in this step, before anything overwrites it."""
-        self._graph.append(x.register_hook(Hook(see)))  # type: ignore[no-untyped-call]
+        self._graph.append(x.register_hook(see))  # type: ignore[no-untyped-call]
 
     def _forward_hook(self, w: Watched) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -207,7 +211,8 @@ class Hooks:
             w.calls += 1
             if w.parameters:
                 self._below = w.number or self.number(w)
-            for part, x in tensors(output):
+            found = (("", output),) if type(output) is Tensor and measurable(output) else tensors(output)
+            for part, x in found:
                 ndim = x.ndim
                 if w.parameters:
                     self._below_ndim, self._below_axis = ndim, w.axis(ndim)
@@ -226,6 +231,7 @@ class Hooks:
             self._last = _Last(x, _version(x), flat, row)
         elif w.activation is _RELU and last is not None and last.is_input(args, overwritten=x is last.x):
             self._buffer.relu(last.row, row)
+            self._last = None  # its memory is free as early as without us
         if x.requires_grad:
 
             def gradient(grad: Tensor) -> None:

@@ -45,6 +45,8 @@ class Parameters:
                     tensor = "bias" if "bias" in part else "weight"
                     self._spots.append(Spot(stage, "module", w.number, tensor, "forward", w.name, part))
         kinds = [[k for k, spot in enumerate(self._spots) if spot.tensor == kind] for kind in ("weight", "bias")]
+        self._gradient_spots = [spot._replace(direction="backward") for spot in self._spots]
+        self._update_spots = [spot._replace(tensor="update") for spot in self._spots]
         self._together = [[kind[k] for k in group] for kind in kinds for group in stacks(self._all[k] for k in kind)]
         # Memory that is used at every step: where the weights before an update stand, and what passes through.
         self._before = [self._room(places) for places in self._together]
@@ -59,7 +61,7 @@ class Parameters:
     def values(self) -> None:
         """Rows of the values as they are, which are kept for `updates`."""
         for places, room in zip(self._together, self._before, strict=True):
-            self._put(places, torch.stack([self._all[place] for place in places], out=room), "forward")
+            self._put(places, torch.stack([self._all[place] for place in places], out=room), self._spots)
 
     @torch.no_grad()
     def updates(self) -> None:
@@ -67,7 +69,7 @@ class Parameters:
         for places, old in zip(self._together, self._before, strict=True):
             if self._spots[places[0]].tensor == "weight":
                 new = torch.stack([self._all[place] for place in places], out=self._passing[_kind(old)])
-                self._put(places, new.sub_(old), "forward", "update")
+                self._put(places, new.sub_(old), self._update_spots)
 
     @torch.no_grad()
     def gradients(self) -> None:
@@ -77,13 +79,13 @@ class Parameters:
             if found:
                 room = self._passing[_kind(before)] if len(found) == len(places) else None
                 stacked = torch.stack([_dense(g) for _, g in found], out=room)
-                self._put([place for place, _ in found], stacked, "backward")
+                self._put([place for place, _ in found], stacked, self._gradient_spots)
 
     def on_gradients(self) -> None:
         """Rows of the gradients that the coming backward pass finds, whatever `.grad` holds."""
-        for p, spot in zip(self._all, self._spots, strict=True):
+        for p, spot in zip(self._all, self._gradient_spots, strict=True):
             if p.requires_grad:
-                self._hooks.on_gradient(p, self._see(spot._replace(direction="backward")))
+                self._hooks.on_gradient(p, self._see(spot))
 
     def _see(self, spot: Spot) -> Callable[[Tensor], None]:
         def gradient(grad: Tensor) -> None:
@@ -91,8 +93,5 @@ class Parameters:
 
         return gradient
 
-    def _put(self, places: Sequence[int], stacked: Tensor, direction: str, tensor: str | None = None) -> None:
-        spots = [self._spots[place]._replace(direction=direction) for place in places]
-        if tensor is not None:
-            spots = [spot._replace(tensor=tensor) for spot in spots]
-        self._buffer.put_all(spots, matrix(stacked, 1))
+    def _put(self, places: Sequence[int], stacked: Tensor, spots: list[Spot]) -> None:
+        self._buffer.put_all([spots[place] for place in places], matrix(stacked, 1))
