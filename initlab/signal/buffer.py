@@ -7,7 +7,6 @@ Knows nothing of modules and of hooks. Legend: E ensemble, N batch, C units, F f
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,25 +15,14 @@ from torch import Tensor
 
 from initlab.errors import UsageError
 from initlab.signal.activations import Activation
-from initlab.signal.moments import FIELDS, derive, summarize
-from initlab.signal.stats import BATCHED, COUNTS, STATISTICS, saturated_share
+from initlab.signal.moments import FIELDS, derive, histogram, summarize
+from initlab.signal.stats import BATCHED, COUNTS, STATISTICS, Key, Rows, saturated_share
+from initlab.signal.tidy import WORDS, Spot, key_columns, update_ratio
 
 FLUSH_SECONDS = 30.0
 GATHERED = 2**18  # entries of a block that a processor's cache holds
+TOGETHER = 64  # tensors of a block at most: beyond, handing each over costs more than measuring it
 _PLACE = {name: place for place, name in enumerate(FIELDS)}
-
-
-class Spot(NamedTuple):
-    """Which tensor of a network a row is about, whatever the step; the words stand in the README's glossary."""
-
-    stage: str
-    implementation: str
-    layer: int
-    tensor: str
-    direction: str
-    name: str = ""  # dotted name of the module
-    part: str = ""  # name of the parameter, or the path in a module's nested output
-    call: int = 0  # how often the module had been called in this step
 
 
 class _Block:
@@ -61,7 +49,11 @@ class Buffer:
     """
 
     def __init__(
-        self, seeds: Sequence[int], emit: Callable[[pd.DataFrame], None] | None = None, flush_steps: int = 100
+        self,
+        seeds: Sequence[int],
+        emit: Callable[[pd.DataFrame], None] | None = None,
+        flush_steps: int = 100,
+        histograms: bool = False,
     ) -> None:
         if flush_steps < 1:
             raise UsageError(f"flush_steps={flush_steps}: must be at least 1")
@@ -69,6 +61,9 @@ class Buffer:
         self._emit, self._flush_steps = emit, flush_steps
         self._room: Tensor | None = None
         self._blocks: dict[tuple[torch.Size, torch.dtype, torch.device, bool], _Block] = {}
+        self._octaves = Rows(seeds, histograms) if histograms else None
+        self._histograms: list[pd.DataFrame] = []
+        self._open_histograms: list[pd.DataFrame] = []
         self._clear()
 
     def _clear(self) -> None:
@@ -84,7 +79,7 @@ class Buffer:
     def put(self, spot: Spot, x: Tensor) -> int:
         """Take the values of (N, C) or (E, N, C) as they are now; returns the number of its row."""
         row = len(self._spots)
-        size = GATHERED // x.numel()
+        size = min(GATHERED // x.numel(), TOGETHER)
         if size < 2:
             self._store([row], x.unsqueeze(0), spot.tensor in BATCHED)
             self._spots.append(spot)
@@ -145,6 +140,11 @@ class Buffer:
         else:
             fields = summarize(values, batched)
         self._keep(rows, fields.reshape(len(FIELDS), len(rows), -1).movedim(0, 1))
+        if self._octaves is not None:
+            counts = histogram(values)
+            # The words come later: until then a histogram goes by the number of its row.
+            keys = [Key("", "", 0, row, "", "") for row in rows]
+            self._octaves.put_histograms(keys, counts.reshape(len(rows), -1, *counts.shape[-2:]), values.dtype)
 
     def _keep(self, rows: list[int], fields: Tensor) -> None:
         if not self._spill and self._room is not None and self._used + len(rows) <= len(self._room):
@@ -156,9 +156,11 @@ class Buffer:
 
     def end_step(self, step: int) -> None:
         """Close a step: measure what waits, make room for one more step like this one, hand over what is due."""
+        self._blocks = {
+            key: block for key, block in self._blocks.items() if block.rows
+        }  # other shapes may never return
         for key, block in self._blocks.items():
-            if block.rows:
-                self._settle(block, key[-1])
+            self._settle(block, key[-1])
         before = self._steps[-1][1] if self._steps else 0
         if len(self._spots) == before:
             return
@@ -187,24 +189,52 @@ class Buffer:
     def flush(self) -> None:
         """Hand the rows to `emit` and forget them."""
         if self._emit is not None and self._steps:
-            frame = self.frame()
+            if self._octaves is not None:
+                self._name_histograms()
+            self._emit(self.frame())
             self._clear()
-            self._emit(frame)
 
     def frame(self) -> pd.DataFrame:
         """The rows of closed steps: the columns of the table `stats`, and `name`, `part`, `call`, `update_ratio`."""
-        rows = self._steps[-1][1] if self._steps else 0
+        rows = self._closed
         values = derive(self._fields(rows)).numpy()
-        marks = np.array([end for _, end in self._steps], dtype=np.int64)
-        steps = np.repeat(np.array([step for step, _ in self._steps], dtype=np.int64), np.diff(marks, prepend=0))
-        codes: dict[Spot, int] = {}
-        code = np.array([codes.setdefault(spot, len(codes)) for spot in self._spots[:rows]], dtype=np.int64)
-        columns = _key_columns(list(codes), code, steps, self.seeds)
+        spots, code, steps = self._words(np.arange(rows))
+        columns = key_columns(spots, code, steps, self.seeds)
         for name, column in zip(STATISTICS, values, strict=True):
             columns[name] = column.reshape(-1).astype(np.int64) if name in COUNTS else column.reshape(-1)
         rms = values[list(STATISTICS).index("rms")]
-        columns["update_ratio"] = _update_ratio(list(codes), code, steps, rms).reshape(-1)
+        columns["update_ratio"] = update_ratio(spots, code, steps, rms).reshape(-1)
         return pd.DataFrame(columns)
+
+    @property
+    def _closed(self) -> int:
+        """Rows of closed steps."""
+        return self._steps[-1][1] if self._steps else 0
+
+    def _words(self, rows: np.ndarray) -> tuple[list[Spot], np.ndarray, np.ndarray]:
+        """Spots that occur, which of them each row has, and its step."""
+        steps, ends = np.array(self._steps, dtype=np.int64).reshape(-1, 2).T
+        codes: dict[Spot, int] = {}
+        code = np.array([codes.setdefault(self._spots[row], len(codes)) for row in rows.tolist()], dtype=np.int64)
+        return list(codes), code, steps[np.searchsorted(ends, rows, side="right")]
+
+    def histograms(self) -> pd.DataFrame:
+        """The table `histograms` of what was closed since it was last asked for, with `name`, `part` and `call`."""
+        self._name_histograms()
+        found, self._histograms = self._histograms, []
+        return pd.concat(found, ignore_index=True).astype(dict.fromkeys(WORDS, "category"))
+
+    def _name_histograms(self) -> None:
+        """Give the histograms their words while the rows are here; those of an open step wait."""
+        if self._octaves is None:
+            raise UsageError("histograms: none were recorded; ask for them with histograms=True")
+        found = pd.concat([*self._open_histograms, self._octaves.histograms()])
+        found = found.sort_values("layer", kind="stable", ignore_index=True)
+        closed = found["layer"] < self._closed
+        self._open_histograms, found = [found[~closed]], found[closed]
+        rows = found["layer"].to_numpy()[:: len(self.seeds)]
+        columns = pd.DataFrame(key_columns(*self._words(rows), self.seeds), index=found.index)
+        self._histograms.append(pd.concat([columns, found[["first", "positive", "negative"]]], axis=1))
 
     def _fields(self, rows: int) -> Tensor:
         """(F, rows, E) on the host, in the order in which the tensors came."""
@@ -234,46 +264,6 @@ def _unmeasured(rows: int, networks: int, device: torch.device) -> Tensor:
     fields = torch.full((rows, len(FIELDS), networks), torch.nan, dtype=torch.float64, device=device)
     fields[:, [_PLACE[name] for name in FIELDS if name in COUNTS]] = 0
     return fields
-
-
-def _key_columns(
-    spots: list[Spot], code: np.ndarray, steps: np.ndarray, seeds: Sequence[int]
-) -> dict[str, np.ndarray | pd.Categorical]:
-    """The words of the rows, a column each in the order of the table; the seed runs fastest."""
-    repeated = np.repeat(code, len(seeds))
-    columns: dict[str, np.ndarray | pd.Categorical] = {}
-    for name in ("stage", "implementation", "seed", "step", "layer", "tensor", "direction", "name", "part", "call"):
-        if name == "seed":
-            columns[name] = np.tile(np.asarray(seeds, dtype=np.int64), len(code))
-        elif name == "step":
-            columns[name] = np.repeat(steps, len(seeds))
-        elif name in ("layer", "call"):
-            columns[name] = np.array([getattr(spot, name) for spot in spots], dtype=np.int64)[repeated]
-        else:
-            codes, found = pd.factorize(np.array([getattr(spot, name) for spot in spots], dtype=object))
-            columns[name] = pd.Categorical.from_codes(codes[repeated], list(found))
-    return columns
-
-
-def _update_ratio(spots: list[Spot], code: np.ndarray, steps: np.ndarray, rms: np.ndarray) -> np.ndarray:
-    """rms(update) / rms(weight) of the same step on rows of updates, nan elsewhere, (rows, E)."""
-    ratio = np.full(rms.shape, np.nan)
-    weights = {
-        spot: place for place, spot in enumerate(spots) if (spot.tensor, spot.direction) == ("weight", "forward")
-    }
-    partner = {
-        place: weights[spot._replace(tensor="weight")]
-        for place, spot in enumerate(spots)
-        if spot.tensor == "update" and spot._replace(tensor="weight") in weights
-    }
-    chosen = np.flatnonzero(np.isin(code, list(weights.values())))
-    row_of = dict(zip(zip(steps[chosen].tolist(), code[chosen].tolist(), strict=True), chosen.tolist(), strict=True))
-    for row in np.flatnonzero(np.isin(code, list(partner))).tolist():
-        weight = row_of.get((int(steps[row]), partner[int(code[row])]))
-        if weight is not None:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                ratio[row] = rms[row] / rms[weight]
-    return ratio
 
 
 def stacks(tensors: Iterable[Tensor]) -> list[list[int]]:

@@ -20,7 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from initlab.errors import UsageError, nearest
 from initlab.signal.activations import ACTIVATIONS, Activation
-from initlab.signal.buffer import Buffer, Spot
+from initlab.signal.buffer import Buffer
+from initlab.signal.tidy import Spot
 
 PARAMETRIZED = "parametrizations"
 FORMATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))

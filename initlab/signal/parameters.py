@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from initlab.signal.buffer import Buffer, Spot, stacks
+from initlab.signal.buffer import Buffer, stacks
 from initlab.signal.hooks import FORMATS, Hooks
+from initlab.signal.tidy import Spot
 
 
 def matrix(x: Tensor, leading: int = 0) -> Tensor:

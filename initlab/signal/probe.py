@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from initlab.errors import UsageError, check
-from initlab.signal.buffer import Buffer, Spot
+from initlab.signal.buffer import Buffer
 from initlab.signal.hooks import select
 from initlab.signal.loop import Loop
 from initlab.signal.one_pass import one_pass
 from initlab.signal.stats import Key
+from initlab.signal.tidy import Spot
 
 Emit = Callable[[pd.DataFrame], None]
 
@@ -106,6 +107,10 @@ class Probe:
         """Columns of the table `stats`, and `name`, `part`, `call`, `update_ratio`; what `emit` has got is left out."""
         return self._buffer.frame()
 
+    def histograms(self) -> pd.DataFrame:
+        """The table `histograms` of the steps closed since it was last asked for (in `emit`, those of the frame)."""
+        return self._buffer.histograms()
+
 
 @overload
 def probe(
@@ -120,6 +125,7 @@ def probe(
     seeds: int | Sequence[int] = 0,
     emit: Emit | None = None,
     flush_steps: int = 100,
+    histograms: bool = False,
 ) -> Probe: ...
 
 
@@ -147,6 +153,7 @@ def probe(
     seeds: int | Sequence[int] = 0,
     emit: Emit | None = None,
     flush_steps: int = 100,
+    histograms: bool = False,
 ) -> pd.DataFrame | Probe:
     """Rows of one forward and backward pass on x; without x a context manager around a loop of one's own.
 
@@ -158,13 +165,17 @@ def probe(
     optimizer gets them; updates) or, without an optimizer, with the next forward pass (stage `probe`, no updates). With
     an optimizer, passes under `no_grad` are left out. `layers`: globs on dotted names. `seeds` only labels the rows,
     one for each network of an ensemble. `emit` takes a frame every `flush_steps` recorded steps or 30 seconds.
+    `histograms` counts entries by sign and octave too: `p.histograms()`.
 
     Outputs and gradients are bit for bit those of the unwatched model, but for compiled models, whose recorded steps
     run uncompiled, and for torch's fused inference paths of attention, which give way to any hook.
     """
     patterns = [layers] if isinstance(layers, str) else list(layers)
-    buffer = Buffer([seeds] if isinstance(seeds, int) else list(seeds), emit, flush_steps)
-    _refuse(model, x, y, loss, optimizer, every, buffer)
+    buffer = Buffer([seeds] if isinstance(seeds, int) else list(seeds), emit, flush_steps, histograms)
+    check(every=every)
+    if x is not None and (optimizer is not None or every != 1 or emit is not None or histograms):
+        raise UsageError("probe: x makes one pass and no loop: leave optimizer, every, emit and histograms out")
+    _refuse(model, x, y, loss, optimizer, buffer)
     sink = Sink(buffer, every, patterns)
     if not isinstance(model, nn.Module):
         return Probe(buffer, model, sink)
@@ -175,9 +186,8 @@ def probe(
     return buffer.frame()
 
 
-def _refuse(model: object, x: object, y: object, loss: object, optimizer: object, every: int, buffer: Buffer) -> None:
+def _refuse(model: object, x: object, y: object, loss: object, optimizer: object, buffer: Buffer) -> None:
     """What does not go together, in one line each."""
-    check(every=every)
     if not isinstance(model, nn.Module):
         if not isinstance(model, Watchable) or isinstance(model, type):
             raise UsageError(f"model={type(model).__name__}: must be an nn.Module, or offer watch(sink)")
@@ -187,5 +197,3 @@ def _refuse(model: object, x: object, y: object, loss: object, optimizer: object
         raise UsageError(f"seeds: {len(buffer.seeds)} given; an nn.Module is one network and has one")
     if x is None and (y is not None or loss is not None):
         raise UsageError("probe: y or loss without x: give the batch too, or in a loop none of them")
-    if x is not None and (optimizer is not None or every != 1):
-        raise UsageError("probe: with x there is one pass and no step: leave optimizer and every out")

@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import initlab
+from initlab.errors import UsageError
 from initlab.signal import buffer as buffer_module
 from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.moments import derive, summarize
@@ -489,6 +492,39 @@ def test_rows_are_handed_over_and_none_twice(monkeypatch: pytest.MonkeyPatch) ->
     assert len(parts) == 5
 
 
+def test_histograms_have_the_words_of_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By octave, of closed steps only, each handed over once; and they count what the rows count."""
+    monkeypatch.setattr(buffer_module, "GATHERED", 1)
+    torch.manual_seed(0)
+    model, frames, parts = mlp(nn.ReLU()), [], []
+    x, y = batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def emit(frame: pd.DataFrame) -> None:
+        frames.append(frame)
+        parts.append(p.histograms())
+
+    with initlab.probe(model, optimizer=optimizer, histograms=True, emit=emit, flush_steps=2) as p:
+        for step in range(3):
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            if step == 0:
+                assert p.histograms().empty  # and what was counted is not lost
+            optimizer.step()
+    assert len(frames) == 2 and p.histograms().empty
+    for frame, part in zip(frames, parts, strict=True):
+        words = [*KEYS, "name", "part", "call"]
+        pd.testing.assert_frame_equal(frame[words].astype(str), part[words].astype(str))
+        counted = [
+            int(sum(positive) + sum(negative)) for positive, negative in zip(part.positive, part.negative, strict=True)
+        ]
+        assert counted == [round(n * (1 - zeros)) for n, zeros in zip(frame["count"], frame["frac_zero"], strict=True)]
+        assert (part["first"] + part["positive"].map(len) > np.log2(frame["max"].abs())).all()
+        assert (2.0 ** part["first"] <= frame[["min", "max"]].abs().max(axis=1)).all()
+    with pytest.raises(UsageError, match="none were recorded"):
+        initlab.probe(model).histograms()
+
+
 @pytest.mark.parametrize("gathered", [1, 40, 2**16])
 def test_how_tensors_are_gathered_changes_nothing(gathered: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One by one, a few or all of a shape together: the same rows in the same order."""
@@ -499,6 +535,23 @@ def test_how_tensors_are_gathered_changes_nothing(gathered: int, monkeypatch: py
         torch.manual_seed(0)
         frames.append(initlab.probe(mlp(nn.Tanh(), 5), x, y, cross_entropy))
     pd.testing.assert_frame_equal(*frames, rtol=1e-12, atol=1e-15)
+
+
+def test_the_room_grows_between_steps_and_shapes_do_not_pile_up() -> None:
+    """By doubling, so seldom; and a network fed with ever new lengths keeps memory for the last one alone."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh())
+    rooms, blocks = [], []
+    with initlab.probe(model) as p:
+        for step in range(40):
+            rooms.append(p._buffer._room)
+            with torch.no_grad():
+                model(torch.ones(step + 1, 5))
+            blocks.append(len(p._buffer._blocks))
+    sizes = [0 if room is None else len(room) for room in rooms]
+    assert len(set(sizes)) <= 7 and sizes[-1] < 2 * len(p.frame()) + 8
+    assert all(later == earlier or later >= 2 * earlier for earlier, later in pairwise(sizes))
+    assert max(blocks) <= 2
+    assert list(p.frame().query("name == '1'")["count"]) == [4 * (step + 1) for step in range(40)]
 
 
 class ByHand:

@@ -220,7 +220,7 @@ def test_an_optimizer_that_lives_in_the_backward_pass_is_not_woken() -> None:
     assert model.weight.isfinite().all()
 
 
-@pytest.mark.parametrize("where", ["loop", "forward", "backward", "hook", "keyboard"])
+@pytest.mark.parametrize("where", ["loop", "forward", "backward", "hook", "block", "keyboard"])
 @pytest.mark.parametrize("alone", [True, False], ids=["passes", "optimizer"])
 def test_after_an_exception_every_hook_is_gone(where: str, alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what closed steps have measured is there."""
@@ -238,9 +238,9 @@ def test_after_an_exception_every_hook_is_gone(where: str, alone: bool, monkeypa
         for step, (x, y) in enumerate(batches(3)):
             if step == 2 and where == "forward":
                 model[4].forward = broken  # type: ignore[method-assign]
-            if step == 2 and where == "hook":
+            if step == 2 and where in ("hook", "block"):  # at once, or when what was gathered is measured
                 monkeypatch.setattr(buffer_module, "summarize", broken)
-                monkeypatch.setattr(buffer_module, "GATHERED", 1)
+                monkeypatch.setattr(buffer_module, "GATHERED", 1 if where == "hook" else 2**18)
             out = model(x)
             if step == 2 and where == "backward":
                 out.register_hook(broken)
@@ -252,10 +252,12 @@ def test_after_an_exception_every_hook_is_gone(where: str, alone: bool, monkeypa
             optimizer.zero_grad()
     monkeypatch.undo()
     assert hooks(model, optimizer) == 0
-    measured = {0} if alone and where == "hook" else {0, 1}  # without an optimizer step 1 ends inside of step 2's pass
+    measured = (
+        {0} if alone and where in ("hook", "block") else {0, 1}
+    )  # without an optimizer step 1 ends inside of step 2's pass
     assert measured <= set(p.frame()["step"])
     rows = len(p.frame())
-    if where not in ("backward", "forward", "hook"):
+    if where not in ("backward", "forward", "hook", "block"):
         cross_entropy(out, y).backward()  # the graph of the step that failed has forgotten the probe too
     assert len(p.frame()) == rows
 
@@ -386,7 +388,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "seeds": (lambda m: initlab.probe(m, BATCH, seeds=[1, 2]), "seeds: 2 given; an nn.Module is one network"),
     "both": (
         lambda m: initlab.probe(m, BATCH, optimizer=torch.optim.SGD(m.parameters())),
-        "with x there is one pass and no step",
+        "x makes one pass and no loop",
     ),
     "no optimizer": (lambda m: initlab.probe(m, optimizer=0.1), "optimizer=float: must be a torch.optim.Optimizer"),
     "foreign": (
