@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from initlab.errors import UsageError
 from initlab.signal import moments, units
+from initlab.signal import octaves as octaves_module
 from initlab.signal.moments import FIELDS, Row, derive, histogram, merge, octaves, row, summarize
 from initlab.signal.stats import STATISTICS
 
@@ -168,15 +169,18 @@ def test_both_roads_count_the_same(case: str) -> None:
     )
 
 
-@pytest.mark.parametrize("case", ["relu", "collapsed", "float64", "half nan", "units' means a million stds"])
+@pytest.mark.parametrize(
+    "case", ["relu", "collapsed", "float64", "half nan", "with inf and a mean", "units' means a million stds"]
+)
 def test_tensors_larger_than_a_block_are_read_in_parts(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the batch, or of the ensemble; the last part is a shorter one."""
     x = (PLAIN | HARD)[case]
-    monkeypatch.setattr(moments, "_AT_ONCE", 5 * x.shape[1])
+    monkeypatch.setattr(moments, "AT_ONCE", 5 * x.shape[1])
     monkeypatch.setitem(units.BLOCK, "cpu", 5 * x.shape[1])
+    monkeypatch.setattr(units, "_FEWEST", 1)
     for road in ROADS.values():
         agree(named(road(x)), exact(x))
-    monkeypatch.setattr(moments, "_AT_ONCE", 2 * x.numel())
+    monkeypatch.setattr(moments, "AT_ONCE", 2 * x.numel())
     whole = summarize(torch.stack([x, x, x]))
     for k in range(3):
         torch.testing.assert_close(whole[:, k], summarize(x), rtol=1e-13, atol=0, equal_nan=True)
@@ -252,6 +256,15 @@ def counted(x: Tensor) -> Tensor:
 def test_histograms_are_exact(case: str) -> None:
     x = (PLAIN | HARD)[case][..., :64]
     assert torch.equal(histogram(x), counted(x))
+
+
+def test_histograms_of_tensors_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut through a network, or between networks; the last part is a shorter one."""
+    x = torch.stack([PLAIN["relu"], PLAIN["collapsed"].abs(), PLAIN["relu"] * -3e-42])
+    true = torch.stack([counted(one) for one in x])
+    for size in (7, x[0].numel() + 1, 2 * x[0].numel()):
+        monkeypatch.setattr(octaves_module, "AT_ONCE", size)
+        assert torch.equal(histogram(x), true)
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
@@ -366,6 +379,12 @@ def test_statistics_are_exact_as_far_as_float64_can_say_them(case: str) -> None:
             root = float(decimal(square).sqrt())
             assert found[name] == pytest.approx(root, rel=1e-12, abs=5e-324)
     assert found["q"] == pytest.approx(float(second) if second < 10**308 else math.inf, rel=1e-12, abs=5e-324)
+
+
+def test_powers_of_two_are_exact() -> None:
+    exponents = range(-1022, 1024)
+    found = units.power_of_two(torch.tensor(exponents, dtype=F64)).tolist()
+    assert found == [math.ldexp(1.0, e) for e in exponents]
 
 
 def test_mistakes_are_said_in_one_line() -> None:
