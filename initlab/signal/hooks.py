@@ -10,10 +10,12 @@ Knows nothing of steps and optimizers. The hooks change no value and leave nothi
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
@@ -48,7 +50,7 @@ class Watched:
         self._from_end = 1 + (len(module.kernel_size) if isinstance(module, _ConvNd) else 0)
         self.number = self.calls = 0
         self.ran = False
-        self.spots: dict[tuple[int, int, str], tuple[Spot, Spot]] = {}
+        self.places: dict[tuple[int, int, str, int], tuple[Spot, Callable[[Tensor], None]]] = {}
 
     def axis(self, ndim: int) -> int:
         """Which dimension of its output counts units."""
@@ -112,15 +114,8 @@ def as_batch(x: Tensor, axis: int) -> Tensor:
     return x.movedim(axis, -1).reshape(-1, x.shape[axis])
 
 
-class Hook:
+class Hook(partial[None]):
     """A hook that its module's copies do not inherit: what is copied or pickled in its place does nothing."""
-
-    def __init__(self, call: Callable[..., None]) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._call(*args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return nothing
@@ -174,9 +169,9 @@ class Hooks:
         for w in self.watched:
             w.calls = 0
             if w.parameters or w.chosen:
-                self._modules.append(w.module.register_forward_hook(Hook(self._forward_hook(w))))
+                self._modules.append(w.module.register_forward_hook(Hook(self._after, w)))
             if w.activation is not None and not (w.chosen and w.activation is _RELU):
-                self._modules.append(w.module.register_forward_pre_hook(Hook(self._input_hook(w.activation))))
+                self._modules.append(w.module.register_forward_pre_hook(Hook(self._before, w.activation)))
 
     def end_step(self) -> None:
         """Forget the step's graph and count calls from 0 again."""
@@ -204,29 +199,27 @@ class Hooks:
         """`see` the gradient with respect to x in this step, before anything overwrites it."""
         self._graph.append(x.register_hook(see))  # type: ignore[no-untyped-call]
 
-    def _forward_hook(self, w: Watched) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._training and not torch.is_grad_enabled():
-                return
-            w.ran = True
-            w.calls += 1
+    def _after(self, w: Watched, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A forward hook: number the layer, and take what comes out of it."""
+        if is_compiling() or (self._training and not torch.is_grad_enabled()):
+            return
+        w.ran = True
+        w.calls += 1
+        if w.parameters:
+            self._below = w.number or self.number(w)
+        found = (("", output),) if type(output) is Tensor and measurable(output) else tensors(output)
+        for part, x in found:
+            ndim = x.ndim
             if w.parameters:
-                self._below = w.number or self.number(w)
-            found = (("", output),) if type(output) is Tensor and measurable(output) else tensors(output)
-            for part, x in found:
-                ndim = x.ndim
-                if w.parameters:
-                    self._below_ndim, self._below_axis = ndim, w.axis(ndim)
-                if w.chosen:
-                    self._value(w, part, x, self._below_axis if ndim == self._below_ndim else ndim - 1, args)
-
-        return hook
+                self._below_ndim, self._below_axis = ndim, w.axis(ndim)
+            if w.chosen:
+                self._value(w, part, x, self._below_axis if ndim == self._below_ndim else ndim - 1, args)
 
     def _value(self, w: Watched, part: str, x: Tensor, axis: int, args: tuple[Any, ...]) -> None:
         """A row for an output, and one for its gradient when that comes."""
         flat = as_batch(x, axis)
-        forward, backward = self._spots(w, part)
-        row = self._buffer.put(forward, flat)
+        spot, gradient = self._places(w, part, axis)
+        row = self._buffer.put(spot, flat)
         last = self._last
         if w.parameters:
             self._last = _Last(x, _version(x), flat, row)
@@ -234,25 +227,22 @@ class Hooks:
             self._buffer.relu(last.row, row)
             self._last = None  # its memory is free as early as without us
         if x.requires_grad:
-
-            def gradient(grad: Tensor) -> None:
-                self._buffer.put(backward, as_batch(grad, axis))
-
             self.on_gradient(x, gradient)
 
-    def _input_hook(self, activation: Activation) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            last = self._last
-            if last is not None and last.is_input(args):
-                self._buffer.saturate(last.row, last.flat, activation)
+    def _gradient(self, spot: Spot, axis: int, grad: Tensor) -> None:
+        self._buffer.put(spot, as_batch(grad, axis))
 
-        return hook
+    def _before(self, activation: Activation, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook: the preactivation that an activation is about to see, perhaps to overwrite."""
+        last = self._last
+        if not is_compiling() and last is not None and last.is_input(args):
+            self._buffer.saturate(last.row, last.flat, activation)
 
-    def _spots(self, w: Watched, part: str) -> tuple[Spot, Spot]:
-        """Where the values and the gradient of an output of this call belong."""
-        key = (self._below, w.calls, part)
-        if key not in w.spots:
+    def _places(self, w: Watched, part: str, axis: int) -> tuple[Spot, Callable[[Tensor], None]]:
+        """Where the values of an output of this call belong, and what takes its gradient."""
+        key = (self._below, w.calls, part, axis)
+        if key not in w.places:
             tensor = "preactivation" if w.parameters else "activation"
-            forward = Spot(self._stage, "module", self._below, tensor, "forward", w.name, part, w.calls - 1)
-            w.spots[key] = (forward, forward._replace(direction="backward"))
-        return w.spots[key]
+            spot = Spot(self._stage, "module", self._below, tensor, "forward", w.name, part, w.calls - 1)
+            w.places[key] = (spot, partial(self._gradient, spot._replace(direction="backward"), axis))
+        return w.places[key]
