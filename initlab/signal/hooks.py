@@ -4,6 +4,8 @@ A module with parameters of its own (Linear, Conv, LayerNorm, Embedding, LSTM, .
 (ReLU, Dropout, Flatten, ...) activations. Layers are numbered in the order in which the modules with parameters are
 first called; an activation has the number of the layer below it. Units are the channels of convolutions, pooling
 included, (N, C, H, W) -> (N H W, C), and the last dimension of everything else, (B, T, C) -> (B T, C).
+A module that is called again in a step gives further rows, numbered by `call`; so does a pass that activation
+checkpointing computes anew, and a second backward pass through one graph.
 Knows nothing of steps and optimizers. The hooks change no value and leave nothing behind.
 """
 
@@ -74,6 +76,8 @@ def select(model: nn.Module, layers: str | Sequence[str]) -> list[Watched]:
         if PARAMETRIZED not in name.split(".") and (own_parameters(module) or not any(module.children()))
     }
     patterns = [layers] if isinstance(layers, str) else list(layers)
+    if not patterns:
+        raise UsageError("layers: empty; give at least one glob, such as layers='*'")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in named):
             shown = ", ".join(list(named)[:8]) + (", ..." if len(named) > 8 else "")
@@ -165,9 +169,9 @@ class Hooks:
         self._modules: list[RemovableHandle] = []
         self._graph: list[RemovableHandle] = []
 
-    def install(self) -> None:
+    def install(self, model: nn.Module) -> None:
+        self._modules.append(model.register_forward_pre_hook(Hook(self._from_the_input)))
         for w in self.watched:
-            w.calls = 0
             if w.parameters or w.chosen:
                 self._modules.append(w.module.register_forward_hook(Hook(self._after, w)))
             if w.activation is not None and not (w.chosen and w.activation is _RELU):
@@ -178,9 +182,14 @@ class Hooks:
         for handle in self._graph:
             handle.remove()
         self._graph.clear()
-        self._last = None
+        self._from_the_input()
         for w in self.watched:
             w.calls = 0
+
+    def _from_the_input(self, *_: Any) -> None:
+        """A pass begins: below what comes now there is no layer."""
+        self._below = self._below_axis = self._below_ndim = 0
+        self._last = None
 
     def remove(self) -> None:
         self.end_step()

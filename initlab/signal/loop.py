@@ -81,7 +81,7 @@ class Loop:
         if due and not self._recording:
             if "torch._dynamo" in sys.modules:
                 self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
-            self._hooks.install()
+            self._hooks.install(self._model)
         elif self._recording and not due:
             self._hooks.remove()
             self._uncompiled.close()
@@ -96,7 +96,7 @@ class Loop:
     def _all_parameters(self) -> Parameters:
         """Found late: lazy modules have theirs, and layers their numbers, only after a forward pass."""
         if self._parameters is None:
-            self._parameters = Parameters(self._hooks, self._buffer, self._stage)
+            self._parameters = Parameters(self._hooks, self._buffer, self._stage, self._optimizer is not None)
         return self._parameters
 
     def _before_update(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

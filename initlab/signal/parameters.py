@@ -24,15 +24,14 @@ def _dense(grad: Tensor) -> Tensor:
     return grad.detach() if grad.layout == torch.strided else grad.detach().to_dense()
 
 
-def _kind(x: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return x.shape, x.dtype, x.device
-
-
 class Parameters:
-    """The chosen parameters, each once: a shared one goes by the name under which it is met first."""
+    """The chosen parameters, each once: a shared one goes by the name under which it is met first.
 
-    def __init__(self, hooks: Hooks, buffer: Buffer, stage: str) -> None:
-        self._hooks, self._buffer = hooks, buffer
+    With `updates` the weights before an update are kept in memory of their own.
+    """
+
+    def __init__(self, hooks: Hooks, buffer: Buffer, stage: str, updates: bool) -> None:
+        self._hooks, self._buffer, self._with_updates = hooks, buffer, updates
         self._all: list[nn.Parameter] = []
         self._spots: list[Spot] = []
         seen: set[int] = set()
@@ -49,38 +48,47 @@ class Parameters:
         self._gradient_spots = [spot._replace(direction="backward") for spot in self._spots]
         self._update_spots = [spot._replace(tensor="update") for spot in self._spots]
         self._together = [[kind[k] for k in group] for kind in kinds for group in stacks(self._all[k] for k in kind)]
-        # Memory that is used at every step: where the weights before an update stand, and what passes through.
-        self._before = [self._room(places) for places in self._together]
-        self._passing = {_kind(room): torch.empty_like(room) for room in self._before}
-
-    def _room(self, places: list[int]) -> Tensor:
-        like = self._all[places[0]]
-        with torch.inference_mode(False):
-            return torch.empty((len(places), *like.shape), dtype=like.dtype, device=like.device)
+        self._rooms: dict[tuple[int, str], Tensor] = {}  # memory that is used again at every step
 
     @torch.no_grad()
     def values(self) -> None:
-        """Rows of the values as they are, which are kept for `updates`."""
-        for places, room in zip(self._together, self._before, strict=True):
-            self._put(places, torch.stack([self._all[place] for place in places], out=room), self._spots)
+        """Rows of the values as they are."""
+        for k, places in enumerate(self._together):
+            found = [self._all[place] for place in places]
+            kept = self._with_updates and self._spots[places[0]].tensor == "weight"
+            self._put(places, self._stack(k, found, "before" if kept else ""), self._spots)
 
     @torch.no_grad()
     def updates(self) -> None:
-        """Rows of W_{k+1} - W_k, for weights."""
-        for places, old in zip(self._together, self._before, strict=True):
-            if self._spots[places[0]].tensor == "weight":
-                new = torch.stack([self._all[place] for place in places], out=self._passing[_kind(old)])
-                self._put(places, new.sub_(old), self._update_spots)
+        """Rows of W_{k+1} - W_k, for weights; W_k is what `values` has seen."""
+        for k, places in enumerate(self._together):
+            if (k, "before") in self._rooms:
+                stacked = self._rooms[k, "before"]
+                for place, old in zip(places, stacked.unbind(), strict=True):
+                    torch.sub(self._all[place], old, out=old)
+                self._put(places, stacked, self._update_spots)
 
     @torch.no_grad()
     def gradients(self) -> None:
         """Rows of `.grad` as it stands; parameters without one have none."""
-        for places, before in zip(self._together, self._before, strict=True):
-            found = [(place, g) for place in places if (g := self._all[place].grad) is not None]
+        for k, places in enumerate(self._together):
+            found = {place: _dense(g) for place in places if (g := self._all[place].grad) is not None}
             if found:
-                room = self._passing[_kind(before)] if len(found) == len(places) else None
-                stacked = torch.stack([_dense(g) for _, g in found], out=room)
-                self._put([place for place, _ in found], stacked, self._gradient_spots)
+                room = "" if len(found) == len(places) else None
+                self._put(list(found), self._stack(k, list(found.values()), room), self._gradient_spots)
+
+    def _stack(self, group: int, found: Sequence[Tensor], use: str | None) -> Tensor:
+        """(n, ...) of tensors of one shape, in the group's memory for that use; one that is only looked at stays."""
+        if len(found) == 1 and not use:
+            return found[0].detach().unsqueeze(0)
+        if use is None:
+            return torch.stack(list(found))
+        if (group, use) not in self._rooms:
+            with torch.inference_mode(False):
+                like = found[0]
+                room = torch.empty((len(found), *like.shape), dtype=like.dtype, device=like.device)
+            self._rooms[group, use] = room
+        return torch.stack(list(found), out=self._rooms[group, use])
 
     def on_gradients(self) -> None:
         """Rows of the gradients that the coming backward pass finds, whatever `.grad` holds."""

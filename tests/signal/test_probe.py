@@ -275,6 +275,20 @@ def test_one_activation_behind_every_layer_belongs_to_each() -> None:
     assert list(zip(rows["layer"], rows["call"], rows["count"], strict=True)) == [(1, 0, 64), (2, 1, 96)]
 
 
+def test_what_comes_before_the_first_layer_has_number_0_in_every_pass() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(5, 4), nn.ReLU())
+    x = batch()[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with initlab.probe(model, optimizer=optimizer) as p:
+        for _ in range(2):
+            for _ in range(2):
+                sum_of_squares(model(x)).backward()
+            optimizer.step()
+    rows = p.frame()
+    assert set(rows.loc[rows["name"] == "0", "layer"]) == {0} and len(rows[rows["name"] == "0"]) == 4
+    assert set(rows.loc[rows["name"] == "2", "layer"]) == {1}
+
+
 def test_shared_weights_have_one_row() -> None:
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False))
     model[2].weight = model[0].weight

@@ -382,6 +382,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
         lambda m: initlab.probe(m, BATCH, layers=["0", "encodr.*"]),
         r"layers=encodr.\*: matches none of 0, 1, encoder",
     ),
+    "no glob": (lambda m: initlab.probe(m, BATCH, layers=[]), "layers: empty; give at least one glob"),
     "near layer": (lambda m: initlab.probe(m, BATCH, layers="encodr"), r"did you mean encoder\?"),
     "every": (lambda m: initlab.probe(m, every=0), "every=0: must be at least 1"),
     "flush": (lambda m: initlab.probe(m, flush_steps=0), "flush_steps=0: must be at least 1"),
