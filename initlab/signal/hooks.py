@@ -4,8 +4,8 @@ A module with parameters of its own (Linear, Conv, LayerNorm, Embedding, LSTM, .
 (ReLU, Dropout, Flatten, ...) activations. Layers are numbered in the order in which the modules with parameters are
 first called; an activation has the number of the layer below it. Units are the channels of convolutions, pooling
 included, (N, C, H, W) -> (N H W, C), and the last dimension of everything else, (B, T, C) -> (B T, C).
-A module that is called again in a step gives further rows, numbered by `call`; so does a pass that activation
-checkpointing computes anew, and a second backward pass through one graph.
+A module that is called again in a step gives further rows, numbered by `call`, and so does what activation
+checkpointing computes anew; a second backward pass through one graph gives its backward rows a second time.
 Knows nothing of steps and optimizers. The hooks change no value and leave nothing behind.
 """
 
@@ -170,7 +170,7 @@ class Hooks:
         self._graph: list[RemovableHandle] = []
 
     def install(self, model: nn.Module) -> None:
-        self._modules.append(model.register_forward_pre_hook(Hook(self._from_the_input)))
+        self._modules.append(model.register_forward_pre_hook(Hook(self.begin_pass)))
         for w in self.watched:
             if w.parameters or w.chosen:
                 self._modules.append(w.module.register_forward_hook(Hook(self._after, w)))
@@ -182,12 +182,18 @@ class Hooks:
         for handle in self._graph:
             handle.remove()
         self._graph.clear()
-        self._from_the_input()
+        self._last = None
         for w in self.watched:
             w.calls = 0
 
-    def _from_the_input(self, *_: Any) -> None:
+    def begin_pass(self, *_: Any) -> None:
         """A pass begins: below what comes now there is no layer."""
+        if is_compiling():
+            return
+        if torch._C._is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+            raise UsageError(
+                "probe: inside torch.func (vmap, grad, ...) or a trace nothing can be measured: call the model"
+            )
         self._below = self._below_axis = self._below_ndim = 0
         self._last = None
 

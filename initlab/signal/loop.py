@@ -66,15 +66,15 @@ class Loop:
         self._outer.close()
         self._buffer.end_step(self.step)
 
-    def warn(self) -> None:
+    def warn(self, depth: int) -> None:
         """Name what was chosen and never seen: a selection that looks right and yields nothing."""
         idle = [w.name or type(w.module).__name__ for w in self._hooks.watched if w.chosen and not w.ran]
         if idle and self._recorded:
             names = ", ".join(idle[:8]) + (f" and {len(idle) - 8} more" if len(idle) > 8 else "")
             text = f"probe: never called in a recorded step: {names}; only their parameters have rows"
-            warnings.warn(text, UserWarning, stacklevel=3)
+            warnings.warn(text, UserWarning, stacklevel=depth)
         elif not self._recorded:
-            warnings.warn("probe: the model was never called while it was watched", UserWarning, stacklevel=3)
+            warnings.warn("probe: the model was never called while it was watched", UserWarning, stacklevel=depth)
 
     def _begin(self) -> None:
         due = self.step % self._every == 0
@@ -115,13 +115,17 @@ class Loop:
         self._begin()
 
     def _before_pass(self, model: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         if self._running:
             self._end()
         self._running = True
         self._begin()
+        if self._recording:  # a hook that is installed inside of a pass misses its beginning
+            self._hooks.begin_pass()
 
     def _after_pass(self, model: nn.Module, args: Any, output: Any) -> None:
-        if self._recording:
+        if self._recording and not torch.compiler.is_compiling():
             self._recorded = True
             self._all_parameters().values()
             if torch.is_grad_enabled():

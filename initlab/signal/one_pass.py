@@ -33,7 +33,7 @@ def one_pass(loop: Loop, model: nn.Module, x: Any, y: Any, loss: Callable[..., T
                 _backward(_value(loss, out, y), [*model.parameters(), *batch])
         finally:
             loop.close()
-    loop.warn()
+    loop.warn(4)
 
 
 def _all_tensors(x: Any) -> Iterator[Tensor]:

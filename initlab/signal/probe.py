@@ -101,7 +101,7 @@ class Probe:
         finally:
             self._buffer.flush()
         if kind is None and isinstance(self._network, Loop):
-            self._network.warn()
+            self._network.warn(3)
 
     def frame(self) -> pd.DataFrame:
         """Columns of the table `stats`, and `name`, `part`, `call`, `update_ratio`; what `emit` has got is left out."""

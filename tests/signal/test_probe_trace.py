@@ -410,6 +410,20 @@ def test_mistakes_are_one_line_and_leave_no_hook(mistake: str) -> None:
     assert hooks(model) == 0
 
 
+@pytest.mark.parametrize("alone", [True, False], ids=["passes", "optimizer"])
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.jacrev])
+def test_inside_a_transform_there_is_nothing_to_measure(transform: Callable[..., object], alone: bool) -> None:
+    model = MODELS["mlp"]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def inside() -> None:
+        with initlab.probe(model, optimizer=None if alone else optimizer):
+            transform(model)(BATCH)
+
+    assert refused(inside).startswith("probe: inside torch.func (vmap, grad, ...)")
+    assert hooks(model, optimizer) == 0
+
+
 def test_a_mistake_of_the_loop_is_the_loops() -> None:
     """Inside `with` nothing is reworded: the exception is the one that the user's own code raises."""
     model = MODELS["mlp"]()
