@@ -65,6 +65,8 @@ class Loop:
         self._uncompiled.close()
         self._outer.close()
         self._buffer.end_step(self.step)
+        self.step += self._running  # a probe that is opened again goes on counting
+        self._recording = self._running = False
 
     def warn(self, depth: int) -> None:
         """Name what was chosen and never seen: a selection that looks right and yields nothing."""

@@ -440,6 +440,21 @@ def test_a_probe_opens_once_at_a_time() -> None:
     assert hooks(model) == 0 and len(p.frame())
 
 
+@pytest.mark.parametrize("alone", [True, False], ids=["passes", "optimizer"])
+def test_a_probe_that_is_opened_again_goes_on_counting(alone: bool) -> None:
+    model = MODELS["mlp"]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    p = initlab.probe(model, optimizer=None if alone else optimizer, every=2)
+    for _ in range(2):
+        with p:
+            for x, y in batches(3):
+                cross_entropy(model(x), y).backward()
+                optimizer.step()
+    rows = p.frame()
+    assert rows.groupby("step").size().nunique() == 1 and list(rows["step"].unique()) == [0, 2, 4]
+    assert hooks(model, optimizer) == 0
+
+
 def test_modules_that_never_run_are_named() -> None:
     model = nn.ModuleDict({"used": nn.Linear(6, 2), "idle": nn.Linear(6, 2)})
     model.forward = lambda x: model["used"](x)  # type: ignore[method-assign]
