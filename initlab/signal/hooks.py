@@ -109,7 +109,8 @@ def tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def as_batch(x: Tensor, axis: int) -> Tensor:
     """(N, C) of any tensor, C its dimension `axis`; cut off from the graph."""
-    x = x.detach()
+    if x.requires_grad:
+        x = x.detach()
     ndim = x.ndim
     if ndim == 2 and axis == 1:
         return x

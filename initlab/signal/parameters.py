@@ -21,7 +21,7 @@ def matrix(x: Tensor, leading: int = 0) -> Tensor:
 
 
 def _dense(grad: Tensor) -> Tensor:
-    return grad.detach() if grad.layout == torch.strided else grad.detach().to_dense()
+    return grad if grad.layout == torch.strided else grad.to_dense()
 
 
 class Parameters:
@@ -80,7 +80,7 @@ class Parameters:
     def _stack(self, group: int, found: Sequence[Tensor], use: str | None) -> Tensor:
         """(n, ...) of tensors of one shape, in the group's memory for that use; one that is only looked at stays."""
         if len(found) == 1 and not use:
-            return found[0].detach().unsqueeze(0)
+            return found[0].unsqueeze(0)
         if use is None:
             return torch.stack(list(found))
         if (group, use) not in self._rooms:
@@ -98,7 +98,7 @@ class Parameters:
 
     def _see(self, spot: Spot) -> Callable[[Tensor], None]:
         def gradient(grad: Tensor) -> None:
-            self._buffer.put(spot, matrix(_dense(grad)))
+            self._buffer.put(spot, matrix(_dense(grad.detach())))
 
         return gradient
 
