@@ -51,9 +51,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from initlab.output.records import read as read
     from initlab.signal.activations import gain as gain
+    from initlab.signal.probe import probe as probe
 
 # Public name -> where it is defined. Loaded on first use: `import initlab` alone is cheap.
-_PUBLIC = {"read": "initlab.output.records", "gain": "initlab.signal.activations"}
+_PUBLIC = {"read": "initlab.output.records", "gain": "initlab.signal.activations", "probe": "initlab.signal.probe"}
 
 
 def __getattr__(name: str) -> Any:
