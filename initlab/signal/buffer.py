@@ -1,12 +1,14 @@
 """Rows on their device: tensors in, a tidy frame out, and nothing waits for the device until the frame is asked for.
 
-Small tensors of one shape are gathered into a block that a processor's cache holds and measured together; they are
-copied when they are handed over, so that what is overwritten afterwards has been seen. Large ones are measured at once.
+Where the compiled pass can be had a tensor is measured where it lies, when it is handed over. Else small tensors of one
+shape are gathered into a block that a processor's cache holds and measured together; they are copied when they are
+handed over, so that what is overwritten afterwards has been seen. Large ones are measured at once.
 Knows nothing of modules and of hooks. Legend: E ensemble, N batch, C units, F fields, S statistics.
 """
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from ctypes import CDLL
 
 import numpy as np
 import pandas as pd
@@ -14,13 +16,15 @@ import torch
 from torch import Tensor
 
 from initlab.errors import UsageError
+from initlab.signal.accelerate import library
 from initlab.signal.activations import Activation
-from initlab.signal.moments import FIELDS, derive, histogram, summarize
+from initlab.signal.moments import FIELDS, derive, octaves, summarize, summarize_and_count
 from initlab.signal.stats import BATCHED, COUNTS, STATISTICS, Key, Rows, saturated_share
 from initlab.signal.tidy import WORDS, Spot, key_columns, update_ratio
 
 FLUSH_SECONDS = 30.0
 GATHERED = 2**18  # entries of a block that a processor's cache holds
+FIRST_ROWS = 256
 TOGETHER = 64  # tensors of a block at most: beyond, handing each over costs more than measuring it
 _PLACE = {name: place for place, name in enumerate(FIELDS)}
 
@@ -39,6 +43,37 @@ class _Block:
     @property
     def full(self) -> bool:
         return len(self.rows) == len(self.slots)
+
+
+class _Counting:
+    """Histograms that the compiled pass writes, a block of rows at a time."""
+
+    def __init__(self, octaves_of: Rows) -> None:
+        self._octaves = octaves_of
+        low, high = octaves(torch.float32)
+        with torch.inference_mode(False):
+            self._counts = torch.zeros((TOGETHER, 1, 2, high - low + 1), dtype=torch.int32)
+        self._bytes = self._counts.stride(0) * self._counts.element_size()
+        self._rows: list[int] = []
+
+    def next(self, row: int) -> int:
+        """Where the counts of that row go."""
+        if len(self._rows) == TOGETHER:
+            self.settle()
+        self._rows.append(row)
+        return self._counts.data_ptr() + (len(self._rows) - 1) * self._bytes
+
+    def settle(self) -> None:
+        if self._rows:
+            used = self._counts[: len(self._rows)]
+            self._octaves.put_histograms(_numbered(self._rows), used, torch.float32)
+            used.zero_()
+            self._rows = []
+
+
+def _numbered(rows: list[int]) -> list[Key]:
+    """The words come later: until then a histogram goes by the number of its row."""
+    return [Key("", "", 0, row, "", "") for row in rows]
 
 
 class Buffer:
@@ -64,6 +99,8 @@ class Buffer:
         self._octaves = Rows(seeds, histograms) if histograms else None
         self._histograms: list[pd.DataFrame] = []
         self._open_histograms: list[pd.DataFrame] = []
+        self._compiled = library() if len(self.seeds) == 1 else None
+        self._counting = _Counting(self._octaves) if self._octaves is not None else None
         self._clear()
 
     def _clear(self) -> None:
@@ -79,6 +116,16 @@ class Buffer:
     def put(self, spot: Spot, x: Tensor) -> int:
         """Take the values of (N, C) or (E, N, C) as they are now; returns the number of its row."""
         row = len(self._spots)
+        if (
+            self._compiled is not None
+            and x.dtype is torch.float32
+            and x.is_cpu
+            and x.is_contiguous()
+            and not self._spill
+        ):
+            self._describe(self._compiled, row, x, spot.tensor in BATCHED)
+            self._spots.append(spot)
+            return row
         size = min(GATHERED // x.numel(), TOGETHER)
         if size < 2:
             self._store([row], x.unsqueeze(0), spot.tensor in BATCHED)
@@ -94,6 +141,18 @@ class Buffer:
         block.rows.append(row)
         self._spots.append(spot)
         return row
+
+    def _describe(self, compiled: CDLL, row: int, x: Tensor, batched: bool) -> None:
+        """Let the compiled pass read x where it lies and write its row, and its counts, where they stay."""
+        if self._room is None or self._used == len(self._room):
+            self._grow(FIRST_ROWS)
+        room = self._room
+        assert room is not None
+        address = room.data_ptr() + self._used * room.stride(0) * room.element_size()
+        counts = self._counting.next(row) if self._counting is not None else None
+        compiled.describe_rows(x.data_ptr(), 1, x.shape[-2], x.shape[-1], batched, address, counts)
+        self._used += 1
+        self._order.append(row)
 
     def put_all(self, spots: Sequence[Spot], stacked: Tensor) -> None:
         """Measure tensors that lie together, (n, N, C) or (n, E, N, C), at once."""
@@ -134,17 +193,17 @@ class Buffer:
             self._shares.append(([rows[place] for place in places], share))
 
     def _store(self, rows: list[int], values: Tensor, batched: bool) -> None:
-        if torch.is_autocast_enabled(values.device.type):
-            with torch.autocast(values.device.type, enabled=False):
+        counts = None
+        with torch.autocast(values.device.type, enabled=False):
+            if self._octaves is None:
                 fields = summarize(values, batched)
-        else:
-            fields = summarize(values, batched)
+            else:
+                fields, counts = summarize_and_count(values, batched)
         self._keep(rows, fields.reshape(len(FIELDS), len(rows), -1).movedim(0, 1))
-        if self._octaves is not None:
-            counts = histogram(values)
-            # The words come later: until then a histogram goes by the number of its row.
-            keys = [Key("", "", 0, row, "", "") for row in rows]
-            self._octaves.put_histograms(keys, counts.reshape(len(rows), -1, *counts.shape[-2:]), values.dtype)
+        if self._octaves is not None and counts is not None:
+            self._octaves.put_histograms(
+                _numbered(rows), counts.reshape(len(rows), -1, *counts.shape[-2:]), values.dtype
+            )
 
     def _keep(self, rows: list[int], fields: Tensor) -> None:
         if not self._spill and self._room is not None and self._used + len(rows) <= len(self._room):
@@ -175,8 +234,9 @@ class Buffer:
         parts = self._parts()
         have = self._used + sum(len(part) for part in self._spill)
         room = max(2 * (len(self._room) if self._room is not None else 0), have + coming)
+        device = parts[0].device if parts else torch.device("cpu")
         with torch.inference_mode(False):
-            grown = torch.empty((room, *parts[0].shape[1:]), dtype=torch.float64, device=parts[0].device)
+            grown = torch.empty((room, len(FIELDS), len(self.seeds)), dtype=torch.float64, device=device)
         place = 0
         for part in parts:
             grown[place : place + len(part)].copy_(part)
@@ -226,8 +286,9 @@ class Buffer:
 
     def _name_histograms(self) -> None:
         """Give the histograms their words while the rows are here; those of an open step wait."""
-        if self._octaves is None:
+        if self._octaves is None or self._counting is None:
             raise UsageError("histograms: none were recorded; ask for them with histograms=True")
+        self._counting.settle()
         found = pd.concat([*self._open_histograms, self._octaves.histograms()])
         found = found.sort_values("layer", kind="stable", ignore_index=True)
         closed = found["layer"] < self._closed
