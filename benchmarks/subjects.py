@@ -161,7 +161,7 @@ def forward_only(
 
     def emit(part: Any) -> None:
         nonlocal count
-        count += part if isinstance(part, int) else len(part)
+        count += part if isinstance(part, int) else sum(map(len, part.values()))
 
     wanted = options(stack, accelerated=accelerated)
     try:
