@@ -86,7 +86,7 @@ def main(words: Sequence[str]) -> int:
 
 def title(source: Path | None) -> str:
     where = source.stem if source else machine.machine_class()
-    return f"Everything recorded, against nothing recorded ({where})"
+    return f"What initlab takes, beside what others take ({where})"
 
 
 def judge(outcome: Outcome, path: Path) -> int:

@@ -21,8 +21,8 @@ FLUSH_ROWS = 4096  # few enough to be no memory to speak of
 class Recording:
     """Collects rows and hands them over when there are many; `flushed` counts those that it handed over."""
 
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self.rows, self.flushed = Rows(seeds), 0
+    def __init__(self, seeds: Sequence[int], **options: bool) -> None:
+        self.rows, self.flushed = Rows(seeds, **options), 0
 
     def add(self, items: list[Item]) -> None:
         self.rows.add(items)
@@ -75,10 +75,10 @@ class Engine:
 
 
 def stack_rows(
-    x: Tensor, layers: Iterator[tuple[Tensor, Tensor | None]], activation: str, seeds: Sequence[int]
+    x: Tensor, layers: Iterator[tuple[Tensor, Tensor | None]], activation: str, seeds: Sequence[int], **options: bool
 ) -> Recording:
     """Forward rows of a stack whose weights (E, I, O) and biases (E, O) come one layer at a time; x (E, N, I)."""
-    record, phi = Recording(seeds), ACTIVATIONS[activation]
+    record, phi = Recording(seeds, **options), ACTIVATIONS[activation]
     record.add([Item(_stack_key(0, "activation"), x)])
     for layer, (w, b) in enumerate(layers, start=1):
         z = x @ w if b is None else lin(x, w, b)

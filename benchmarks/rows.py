@@ -36,7 +36,7 @@ VARIANTS: dict[str, str] = {
     "accelerated": "everything, with the accelerated pass",
     "plain": "plain PyTorch; a step or a stack without histograms",
     "nohist": "accelerated, without histograms",
-    "every10": "accelerated, every 10th step recorded",
+    "every10": "every 10th step recorded, by the fastest pass there is",
     "width100": "a network of width 100",
     "width1000": "a network of width 1000",
 }
@@ -128,6 +128,13 @@ class Row:
         return self.ratio >= self.bar if self.higher_is_better else self.ratio <= self.bar
 
 
+def place(row: Row) -> tuple[bool, int]:
+    """Where a row stands: peers last, else in the order of IDS, and what continues an id just behind it."""
+    family = row.id.split(".peer.")[0]
+    found = [k for k, name in enumerate(IDS) if family == name or family.startswith(f"{name}.")]
+    return row.is_peer, max(found, default=next((k for k, n in enumerate(IDS) if n.startswith(family)), len(IDS)))
+
+
 class Missing(NamedTuple):
     """What was asked for and not measured, with its reason."""
 
@@ -165,8 +172,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     """Add rows to a file: those measured again replace what stood there, the others stay."""
     kept = {row.key: row for row in (read(path) if path.exists() else [])}
     kept.update((row.key, row) for row in rows)
-    order = {name: place for place, name in enumerate(IDS)}
-    ordered = sorted(kept.values(), key=lambda row: (order.get(row.id, len(order)), *row.key))
+    ordered = sorted(kept.values(), key=lambda row: (place(row), *row.key))
     lines = ",\n".join(json.dumps(asdict(rounded(row)), allow_nan=False) for row in ordered)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")

@@ -18,7 +18,7 @@ IMPORT = ["-c", "import torch, hydra"]
 def group(setting: Setting) -> Outcome:
     """Rounds of all three in turn; the run minus the import is taken within a round."""
     outcome = Outcome()
-    rounds = min(setting.rounds, 7)
+    rounds = min(setting.rounds, 5)
     with tempfile.TemporaryDirectory() as folder:
         try:
             spent = [

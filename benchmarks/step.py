@@ -38,14 +38,20 @@ def _by_hand(name: str, net: Net) -> tuple[Builds, list[Asked]]:
             asked.append(Asked("step.deep.cost", record, watched, hand))
     if name == "deep":
         now_and_then = f"{name} by hand, every {EVERY}th step"
-        builds[now_and_then] = partial(subjects.hand_step, net, record="accelerated", every=EVERY)
+        builds[now_and_then] = lambda: subjects.fastest(
+            lambda fast: subjects.hand_step(net, record="accelerated" if fast else "plain_histograms", every=EVERY)
+        )
         asked.append(Asked("step.deep.full", "every10", now_and_then, module))
         asked.append(Asked("step.deep.cost", "every10", now_and_then, hand))
     return builds, asked
 
 
 def _probed(builds: Builds, asked: list[Asked]) -> None:
-    for variant, accelerated, every in (("accelerated", True, 1), ("plain", False, 1), ("every10", True, EVERY)):
+    for variant, build in (
+        ("accelerated", lambda: subjects.probe_step(DEEP, True)),
+        ("plain", lambda: subjects.probe_step(DEEP, False)),
+        ("every10", lambda: subjects.fastest(lambda fast: subjects.probe_step(DEEP, fast, EVERY))),
+    ):
         name = f"deep module probed, {variant}"
-        builds[name] = partial(subjects.probe_step, DEEP, accelerated, every)
+        builds[name] = build
         asked.append(Asked("step.module.full", variant, name, "deep module"))

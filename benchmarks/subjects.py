@@ -25,6 +25,7 @@ from initlab.tasks.stack import stack
 
 ENGINE = "initlab.scratch.engine"
 REPLAY = "initlab.tasks.replay"
+NETWORKS = "initlab.tasks.networks"  # with it, a stack may hold networks of several rules
 BACKWARD = "engine"  # the row of the backward ladder that initlab trains with
 
 # What is recorded at a step: name -> options of a Recording.
@@ -96,10 +97,15 @@ def _recording(module: Any, engine: Any, record: str | None, seeds: Sequence[int
             return module.Recording(engine, **RECORDINGS[record])
         except UsageError as reason:
             raise NotAvailable(str(reason)) from None
-    wanted = [name for name, value in RECORDINGS[record].items() if value]
-    if wanted:
-        raise NotAvailable(f"{ENGINE} is not there; its parts record without {' and '.join(wanted)}")
-    return parts.Recording(seeds)
+    return parts.Recording(seeds, **options(Rows, **RECORDINGS[record]))
+
+
+def fastest(build: Callable[[bool], Contestant]) -> Contestant:
+    """The contestant with the accelerated pass, or where there is none with the plain one."""
+    try:
+        return build(True)
+    except NotAvailable:
+        return build(False)
 
 
 def _every(recorded: Callable[[], Any], bare_step: Callable[[], Any], every: int) -> Any:
@@ -117,6 +123,8 @@ def probe_step(net: Net, accelerated: bool, every: int = 1) -> Contestant:
     optimizer = bare.sgd(model)
     xb, yb = batch(net)
     wanted = options(initlab.probe, accelerated=accelerated)
+    if "emit" in inspect.signature(initlab.probe).parameters:
+        wanted["emit"] = len  # rows are handed over on the way, as in a long training
     context = initlab.probe(model, optimizer=optimizer, every=every, **wanted)
     context.__enter__()
     step = bare.step_of(model, optimizer, xb[0], yb[0])
@@ -137,13 +145,11 @@ def backward_pass(net: Net) -> Contestant:
 def watched_stack(weights: Sequence[Tensor], x: Tensor, accelerated: bool) -> Contestant:
     """A stack over weights drawn before, every statistic of every layer but no histogram; gives the collector."""
     wanted = options(Rows, accelerated=accelerated)
-    if wanted:
-        raise NotAvailable(f"rows take {', '.join(wanted)}: the benchmark does not know how yet")
 
     def layers() -> Iterator[tuple[Tensor, None]]:
         return ((w, None) for w in weights)
 
-    return Contestant(lambda: parts.stack_rows(x, layers(), "relu", [0]))
+    return Contestant(lambda: parts.stack_rows(x, layers(), "relu", [0], **wanted))
 
 
 def forward_only(
@@ -183,8 +189,18 @@ def four_scalings(accelerated: bool) -> Contestant:
         (Rule(gain=1.0), "linear"),
         (Rule(), "relu"),
     ]
-    options(stack, accelerated=accelerated)
-    return Contestant(lambda: [forward_only(*attempt, accelerated=accelerated) for attempt in attempts])
+    wanted = options(stack, accelerated=accelerated)
+    if module_named(NETWORKS) is None:
+        return Contestant(lambda: [forward_only(*attempt, accelerated=accelerated) for attempt in attempts])
+
+    def shared() -> list[int]:
+        """Attempts with one activation in one program, from one draw of the random numbers."""
+        linear = [init for init, activation in attempts if activation == "linear"]
+        several: Any = stack
+        rows = several(linear, "linear", seeds=[0] * len(linear), backward=False, **wanted)
+        return [len(rows) // len(linear)] * len(linear) + [forward_only(*attempts[-1], accelerated=accelerated)]
+
+    return Contestant(shared)
 
 
 def stack_networks(count: int, accelerated: bool, device: str = "cpu") -> Contestant:
