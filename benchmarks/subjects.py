@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import initlab
 from benchmarks import bare, parts
@@ -19,6 +20,7 @@ from benchmarks.nets import LR, Net, batch, parameters
 from benchmarks.race import Contestant, NotAvailable
 from initlab.errors import UsageError
 from initlab.scratch.backward import VERSIONS
+from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.init import Rule, rule
 from initlab.signal.stats import Rows
 from initlab.tasks.stack import stack
@@ -143,13 +145,42 @@ def backward_pass(net: Net) -> Contestant:
 
 
 def watched_stack(weights: Sequence[Tensor], x: Tensor, accelerated: bool) -> Contestant:
-    """A stack over weights drawn before, every statistic of every layer but no histogram; gives the collector."""
+    """A stack over weights drawn before, every statistic of every layer but no histogram.
+
+    A call gives what makes the frame of its rows: a run makes one frame of many passes, so none is made here.
+    """
     wanted = options(Rows, accelerated=accelerated)
+    if module_named(NETWORKS) is not None:
+        return Contestant(_own_pass(weights, x))
 
     def layers() -> Iterator[tuple[Tensor, None]]:
         return ((w, None) for w in weights)
 
-    return Contestant(lambda: parts.stack_rows(x, layers(), "relu", [0], **wanted))
+    return Contestant(lambda: parts.stack_rows(x, layers(), "relu", [0], **wanted).rows.frame)
+
+
+def _own_pass(weights: Sequence[Tensor], x: Tensor) -> Callable[[], Callable[[], Any]]:
+    """The pass that `stack` itself makes, over these weights instead of its own."""
+    module, networks = module_named(stack.__module__), module_named(NETWORKS)
+    shape = networks.Shape(len(weights), x.shape[-1], x.shape[-1], x.shape[-2])
+    nets = networks.Networks([rule("kaiming")], "relu", shape, [0], x.dtype, x.device)
+    nets.weights = lambda layer, who=None: (weights[layer - 1], None)
+    nets.gaussian = lambda units, what: x
+    silent = tqdm(disable=True)
+
+    def run() -> Callable[[], Any]:
+        frames: list[Any] = []
+        record = module._Record(nets, None, lambda part: frames.append(part["stats"]), False)
+        flush, record.flush = record.flush, lambda: None
+        module._Pass(nets, ACTIVATIONS["relu"], record, False, silent).run()
+
+        def frame() -> Any:
+            flush()
+            return frames[0]
+
+        return frame
+
+    return run
 
 
 def forward_only(

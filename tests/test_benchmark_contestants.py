@@ -178,7 +178,7 @@ def test_a_stack_is_the_same_watched_and_unwatched():
     weights, x = nets.stack_weights(16, depth=6), nets.stack_input(16, batch=20)
     last = bare.stack_pass(weights, x).call()
     looks = {name: build(weights, x).call() for name, build in peers.STACK.items()}
-    rows = subjects.watched_stack(weights, x, accelerated=False).call().rows.frame()
+    rows = subjects.watched_stack(weights, x, accelerated=False).call()()
     own = rows[(rows["tensor"] == "activation") & (rows["layer"] == 6)].iloc[0]
     population = math.sqrt((last.numel() - 1) / last.numel())
     assert own["std"] == pytest.approx(float(last.std()) * population, rel=ROUNDING)
@@ -324,7 +324,6 @@ def test_the_probe_is_entered_once_and_left_again(monkeypatch):
 
 
 def test_without_a_probe_nothing_is_probed(monkeypatch):
-    monkeypatch.delattr(initlab, "probe", raising=False)
     monkeypatch.setattr(subjects, "initlab", SimpleNamespace())
     with pytest.raises(NotAvailable, match=r"initlab\.probe is not there"):
         subjects.probe_step(SMALL, accelerated=False)
