@@ -37,10 +37,10 @@ def _step(width: int, setting: Setting) -> Outcome:
     builds: Builds = {
         full: partial(subjects.replayed, net, "accelerated"),
         replay: partial(subjects.replayed, net, None),
-        eager: partial(bare.module_step, net, device="cuda"),
     }
     asked = [Asked("gpu.step.cost", f"width{width}", full, replay)]
     if width == 100:
+        builds[eager] = partial(bare.module_step, net, device="cuda")
         asked.append(Asked("gpu.step.full", "accelerated", full, eager))
     return run(builds, asked, setting)
 

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.rows import Missing, Row, quartiles
-from initlab.tasks.rounds import Clock, Runner, calibrate, round_ratios, run_rounds, seconds_each, share_rounds, wall
+from initlab.tasks.rounds import Clock, Runner, calibrate, round_ratios, run_rounds, share_rounds, wall
 
-LONG_SECONDS = 1.0  # such a call is its own warm-up: its first run tells how long it takes
 WARM_SECONDS = 0.05  # a shorter call runs once unwatched first, so that its own data are in the cache
 
 
@@ -110,9 +109,8 @@ def _timed(contestants: Mapping[str, Contestant], setting: Setting) -> dict[str,
     place = torch.device(setting.device)
     runners = {name: Runner(contestant.call) for name, contestant in contestants.items()}
     for runner in runners.values():
-        runner.seconds = seconds_each(runner.call, 1, place, setting.clock)
-        if runner.seconds < LONG_SECONDS:
-            calibrate(runner, place, setting.clock)
+        runner.call()  # the first call may compile, capture or allocate
+        calibrate(runner, place, setting.clock)
     share_rounds(list(runners.values()), setting.rounds, setting.seconds)
     run_rounds(list(runners.values()), place, setting.clock, warm=WARM_SECONDS)
     return runners

@@ -30,6 +30,8 @@ REPLAY = "initlab.tasks.replay"
 NETWORKS = "initlab.tasks.networks"  # with it, a stack may hold networks of several rules
 BACKWARD = "engine"  # the row of the backward ladder that initlab trains with
 
+CAPTURE_AFTER = 3  # steps before a graph is captured
+
 # What is recorded at a step: name -> options of a Recording.
 RECORDINGS: dict[str, dict[str, bool]] = {
     "accelerated": {"histograms": True, "accelerated": True},
@@ -250,7 +252,9 @@ def replayed(net: Net, record: str | None) -> Contestant:
     module = module_named(REPLAY)
     if module is None or module_named(ENGINE) is None:
         raise NotAvailable(f"{REPLAY} or {ENGINE} is not there")
-    step = module.captured(hand_call(net, record=record, device="cuda"))
+    step = module.captured(hand_call(net, record=record, device="cuda"), torch.device("cuda"), warmup=CAPTURE_AFTER)
+    for _ in range(CAPTURE_AFTER + 1):
+        step()
     return Contestant(step)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import initlab
-from benchmarks import backward, bare, ensemble, memory, nets, parts, peers, startup, step, subjects
+from benchmarks import backward, bare, ensemble, gpu, memory, nets, parts, peers, startup, step, subjects
 from benchmarks import stack as stack_group
 from benchmarks.nets import Net
 from benchmarks.race import Asked, Contestant, NotAvailable, Outcome, Setting
@@ -223,8 +223,9 @@ def asked(monkeypatch):
         assert all({question.over, question.under} <= set(builds) for question in questions)
         return Outcome()
 
-    for module in (step, stack_group, ensemble, backward):
+    for module in (step, stack_group, ensemble, backward, gpu):
         monkeypatch.setattr(module, "run", collect)
+    monkeypatch.setattr(subjects, "require_gpu", lambda: None)
     monkeypatch.setattr(backward, "peak_bytes", lambda call, device: 2.0**20)
     monkeypatch.setattr(backward, "LARGE", nets.LARGE._replace(batch=10))
     return SimpleNamespace(questions=found, builds=built)
@@ -238,8 +239,9 @@ def asked(monkeypatch):
         (stack_group.chapter, "chapter"),
         (ensemble.group, "ensemble"),
         (backward.group, "backward"),
+        (gpu.group, "gpu"),
     ],
-    ids=["step", "stack", "chapter", "ensemble", "backward"],
+    ids=["step", "stack", "chapter", "ensemble", "backward", "gpu"],
 )
 def test_a_group_asks_for_all_of_its_ids_once(asked, group, prefix):
     group(Setting())
