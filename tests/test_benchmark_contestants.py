@@ -241,7 +241,7 @@ def asked(monkeypatch):
         (backward.group, "backward"),
         (gpu.group, "gpu"),
     ],
-    ids=["step", "stack", "chapter", "ensemble", "backward", "gpu"],
+    ids=["step", "stack", "chapter", "ensemble", "backward", "replay"],
 )
 def test_a_group_asks_for_all_of_its_ids_once(asked, group, prefix):
     group(Setting())
