@@ -36,7 +36,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> Outcome:
-    """Run the groups at each number of threads, saying on standard error where it stands."""
+    """Run the groups at each number of threads; what a group has measured is in the file before the next begins."""
     outcome = Outcome()
     default = ["gpu"] if options.device == "cuda" else [name for name in GROUPS if name != "gpu"]
     for threads in options.threads:
@@ -46,7 +46,10 @@ def measure(options: argparse.Namespace) -> Outcome:
             setting = setting._replace(rounds=QUICK_ROUNDS, seconds=QUICK_SECONDS, quick=True)
         for name in dict.fromkeys(options.groups or default):
             begun = time.monotonic()
-            outcome.add(GROUPS[name](setting))
+            found = GROUPS[name](setting)
+            outcome.add(found)
+            if options.json is not None:
+                rows.write(options.json, found.rows)
             print(f"{name}, {threads} threads: {time.monotonic() - begun:.0f} s", file=sys.stderr)
     return outcome
 
@@ -66,6 +69,8 @@ def check(options: argparse.Namespace) -> None:
 def main(words: Sequence[str]) -> int:
     options = arguments(words)
     check(options)
+    if options.json is not None and not options.json.name:
+        options.json = RESULTS / f"{machine.machine_class(options.device)}.json"
     if options.source:
         outcome = Outcome(rows.read(options.source))
     else:
@@ -73,9 +78,7 @@ def main(words: Sequence[str]) -> int:
         outcome = measure(options)
     print("\n".join(["", *report.lines(outcome), "", *report.glossary(row.id for row in outcome.rows)]))
     if options.json is not None and not options.source:
-        path = options.json if options.json.name else RESULTS / f"{machine.machine_class(options.device)}.json"
-        rows.write(path, outcome.rows)
-        print(f"\nResults added to {path}.")
+        print(f"\nResults added to {options.json}.")
     if options.plot:
         from benchmarks.draw import save
 

@@ -278,6 +278,16 @@ def test_results_go_to_the_file_and_come_back_without_measuring(fixed, tmp_path,
     assert len(fixed) == 1 and (tmp_path / "a.png").stat().st_size > 1000
 
 
+def test_a_run_that_is_stopped_has_written_what_it_measured(fixed, tmp_path, monkeypatch):
+    def stopped(setting):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(GROUPS, "step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["stack", "step", "--json", str(tmp_path / "a.json")])
+    assert rows.read(tmp_path / "a.json") == [result()]
+
+
 def test_the_guard_ends_with_1_and_names_what_became_worse(fixed, tmp_path, capsys):
     path = tmp_path / "a.json"
     rows.write(path, [result(ratio=1.0)])
