@@ -27,7 +27,8 @@ from initlab.tasks.stack import stack
 
 ENGINE = "initlab.scratch.engine"
 REPLAY = "initlab.tasks.replay"
-NETWORKS = "initlab.tasks.networks"  # with it, a stack may hold networks of several rules
+NETWORKS = "initlab.tasks.networks"  # with it, a stack's own pass can be had over other weights
+CURVES = "initlab.tasks.curves"  # every gain of a homogeneous stack from one run
 BACKWARD = "engine"  # the row of the backward ladder that initlab trains with
 
 CAPTURE_AFTER = 3  # steps before a graph is captured
@@ -223,14 +224,14 @@ def four_scalings(accelerated: bool) -> Contestant:
         (Rule(), "relu"),
     ]
     wanted = options(stack, accelerated=accelerated)
-    if module_named(NETWORKS) is None:
+    curves = module_named(CURVES)
+    if curves is None:
         return Contestant(lambda: [forward_only(*attempt, accelerated=accelerated) for attempt in attempts])
 
     def shared() -> list[int]:
-        """Attempts with one activation in one program, from one draw of the random numbers."""
+        """The attempts without an activation are one run, and factors."""
         linear = [init for init, activation in attempts if activation == "linear"]
-        several: Any = stack
-        rows = several(linear, "linear", seeds=[0] * len(linear), backward=False, **wanted)
+        rows = curves.gain_curves(linear, "linear", seeds=[0], backward=False, **wanted)
         return [len(rows) // len(linear)] * len(linear) + [forward_only(*attempts[-1], accelerated=accelerated)]
 
     return Contestant(shared)

@@ -195,6 +195,10 @@ def test_the_chapters_four_attempts_end_as_the_chapter_says():
     assert 0.1 < fitting < 10 and 0.1 < kaiming < 10
 
 
+def test_our_four_scalings_are_a_row_for_each_tensor_of_each_attempt():
+    assert subjects.four_scalings(accelerated=False).call() == [1 + 2 * 50] * 4
+
+
 @pytest.mark.parametrize("networks", [1, 3])
 def test_a_forward_only_stack_counts_a_row_for_each_tensor_and_network(networks):
     given = {"depth": 5, "width": 8, "rows": 10, "seeds": range(networks)}
