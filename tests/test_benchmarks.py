@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import benchmarks
 from benchmarks import __main__ as command
 from benchmarks import child, guard, machine, memory, race, report, rows, subjects
+from benchmarks.draw import figure
 from benchmarks.groups import GROUPS
 from benchmarks.race import Asked, Contestant, NotAvailable, Outcome, Setting
 from benchmarks.rows import BARS, IDS, UNITS, VARIANTS, Missing, Row, at, quartiles
@@ -324,6 +325,39 @@ def test_a_comparison_with_nothing_in_common_is_refused(fixed, tmp_path):
 def test_every_line_of_the_report_is_one_line():
     lines = list(report.lines(Outcome([result("stack.nets", 2.6)], [Missing("a", "b", "c")], {"x": 0.5})))
     assert all("\n" not in line for line in lines) and any("500 ms" in line for line in lines)
+
+
+# --- the figure -------------------------------------------------------------------------------------------------------
+
+
+def drawn_at(ax, label):
+    """Where a line of the figure has its round mark."""
+    y = [text.get_text() for text in ax.get_yticklabels()].index(label)
+    return [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o" and list(line.get_ydata()) == [y]]
+
+
+def test_the_figure_has_a_line_for_each_result_and_peers_on_their_rivals_line():
+    given = [
+        result("stack.nets", 2.0, threads=2, variant="accelerated"),
+        result("step.deep.full", 0.8, variant="accelerated"),
+        result("step.deep.full", 0.9),
+        result("step.deep.peer.course", 2.2),
+        result("memory.stack", 1.0, unit="MiB"),
+        result("backward.50000.peer.module.memory", 30.0, unit="MiB"),
+    ]
+    ratios, shares = figure(given, "title").axes
+    labels = [text.get_text() for text in ratios.get_yticklabels()]
+    assert labels == ["step.deep.full", "step.deep.full, plain PyTorch", "stack.nets (time), 2 threads"]
+    assert drawn_at(ratios, "stack.nets (time), 2 threads") == [0.5]
+    assert drawn_at(ratios, "step.deep.full, plain PyTorch") == [0.9]
+    peers = [line for line in ratios.lines if line.get_marker() == "s" and len(line.get_xdata())]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in peers] == [(2.2, 0)]
+    assert drawn_at(shares, "memory.stack: 1 of 2 MiB") == [0.5]
+
+
+def test_nothing_to_draw_is_one_line():
+    with pytest.raises(UsageError, match="nothing to draw"):
+        figure([result("startup.help", 0.5, unit="s")], "title")
 
 
 # --- the machine and fresh processes ----------------------------------------------------------------------------------
