@@ -39,7 +39,10 @@ def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
 
 
 def lin(x: Scaled, w: Tensor, b: Tensor | None = None) -> Scaled:
-    """x w + b; w (..., I, O), b (..., O). What the smaller of both adds below 2^-1074 of the larger is lost."""
+    """x w + b; w (..., I, O), b (..., O) of any number format.
+
+    Of the smaller of both terms, what lies below the last digit of the larger is lost, as in any sum.
+    """
     product = scaled(x.mantissa @ w.double(), x.exponent)
     if b is None:
         return product
@@ -69,6 +72,8 @@ def act(z: Scaled, row: Activation) -> Scaled:
     An activation that is not 0 at 0 is bounded, and is read off s itself. One that is bounded and 0 at 0, as tanh,
     is right up to |z| = 2^500.
     """
+    if row.homogeneous:
+        return scaled(row.phi(z.mantissa), z.exponent)
     near = _near(z)
     value = row.phi(near)
     if row.phi(torch.zeros((), dtype=torch.float64)) != 0:
@@ -78,14 +83,14 @@ def act(z: Scaled, row: Activation) -> Scaled:
 
 def pull_back(g: Scaled, z: Scaled, row: Activation) -> Scaled:
     """g phi'(z), by the activation's own rule."""
-    return scaled(row.pull_back(g.mantissa, _near(z)), g.exponent)
+    return scaled(row.pull_back(g.mantissa, z.mantissa if row.homogeneous else _near(z)), g.exponent)
 
 
 def log2_moments(x: Scaled) -> Tensor:
     """log2 of the rms and of the pooled std over the last two dimensions, (2, ...); -inf where they are 0."""
-    mean = x.mantissa.mean((-2, -1), keepdim=True)
+    wide, sides = x.mantissa, (-2, -1)
+    mean = wide.mean(sides, keepdim=True)
     # A rounded mean may leave the range of the entries; inside it equal entries have a variance of exactly 0.
-    mean = mean.clamp(x.mantissa.amin((-2, -1), keepdim=True), x.mantissa.amax((-2, -1), keepdim=True))
-    variance = (x.mantissa - mean).square().mean((-2, -1))
-    second = x.mantissa.square().mean((-2, -1))
+    mean = mean.clamp(wide.amin(sides, keepdim=True), wide.amax(sides, keepdim=True))
+    variance, second = (wide - mean).square().mean(sides), wide.square().mean(sides)
     return torch.stack([second, variance]).log2() / 2 + x.exponent
