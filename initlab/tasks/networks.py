@@ -67,6 +67,12 @@ def plan(shape: Shape, networks: int, dtype: torch.dtype, device: torch.device, 
     return Plan(together, keep_weights, float(together * (preactivations + weights * keep_weights)))
 
 
+def kept_as_text(planned: Plan) -> str:
+    """What a backward pass keeps, in words."""
+    weights = "preactivations and weights" if planned.keep_weights else "preactivations, and draws weights twice"
+    return f"the stack's backward pass keeps {readable(planned.kept)}: {weights}, {planned.networks} networks at a time"
+
+
 def rules_of(init: str | Rule | Sequence[str | Rule], networks: int) -> list[Rule]:
     """A rule for each network."""
     given = [init] * networks if isinstance(init, str | Rule) else list(init)

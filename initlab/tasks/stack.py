@@ -82,7 +82,7 @@ def _in_chunks(run: Callable[[slice], None], networks: int, planned: Plan, shape
             if not is_out_of_memory(fault):
                 raise
             if size == 1:
-                raise UsageError(f"{shape.said()}: not enough memory for one network alone; make it smaller") from fault
+                raise UsageError(f"{shape.said()}: not enough memory for one network; make it smaller") from fault
             size //= 2
 
 

@@ -234,8 +234,8 @@ def test_memory_of_a_forward_pass_does_not_grow_with_depth() -> None:
             lambda: stack("naive", depth=depth, seeds=[0], backward=backward, emit=lambda frames: None), place
         )
 
-    short, long = peak(10, False), peak(60, False)
-    assert long - short < 2**20
+    short, long = peak(60, False), peak(90, False)  # dead in both: who follows it takes some memory too
+    assert long - short < 2**18
     assert peak(60, True) - short > 50 * 100 * 200 * 4  # the preactivations
 
 
@@ -275,7 +275,7 @@ def test_networks_are_halved_where_memory_ends(monkeypatch: pytest.MonkeyPatch) 
     same(by_network(stack(depth=3, seeds=range(8))), by_network(usual))
     assert tried == [8, 4, 2, 2, 2, 2]
     most = 0
-    with pytest.raises(UsageError, match="not enough memory for one network alone"):
+    with pytest.raises(UsageError, match="not enough memory for one network"):
         stack(depth=3, seeds=range(8))
 
 
