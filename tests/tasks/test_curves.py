@@ -42,7 +42,7 @@ def test_and_every_gradient(activation: str) -> None:
         direct = stack(init, activation, **size)
         assert furthest(found[found["init"] == init], direct) < LIMIT
     naive = found[(found["init"] == "naive") & (found["direction"] == "backward")]
-    assert naive["log2_rms_true"].max() > 60  # the derived curves are not all the same one
+    assert naive["log2_rms_true"].max() > 40  # the derived curves are not all the same one
 
 
 def test_only_one_of_those_that_share_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
