@@ -6,7 +6,6 @@ passes on a CPU, and hands over to the safe one every tensor whose sums do not s
 Knows nothing of networks, keys and frames. Legend: E ensemble, N batch, C units, F fields, S statistics.
 """
 
-import threading
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -22,12 +21,11 @@ from initlab.signal.units import SAFE, checked, safe_row
 from initlab.signal.units import Row as Row
 from initlab.signal.units import merge as merge
 from initlab.signal.units import row as row
+from initlab.signal.workspace import AT_ONCE, workspace
 
 Array = NDArray[np.float64]
 
 _AT = {name: place for place, name in enumerate(FIELDS)}
-# Entries looked at together: with their squares, in float64, a processor's caches hold them.
-_AT_ONCE = 2**17
 # Rounding of plain sums grows by (plain / centred sum of squares): 2^8 leaves a digit and a half below 1e-12.
 _CANCELLED = 2.0**-8
 # Below this the units may be constant, and the batch variance inside them exactly 0: the safe road says so.
@@ -41,7 +39,7 @@ def summarize(x: Tensor, batched: bool = True) -> Tensor:
     Of an empty tensor everything but the counts is nan.
     """
     x = checked(x)
-    if x.device.type != "cpu" or x.numel() == 0 or x.shape[-1] > _AT_ONCE:
+    if x.device.type != "cpu" or x.numel() == 0 or x.shape[-1] > AT_ONCE:
         return safe_row(x, batched).fields
     return torch.from_numpy(_plain(x.reshape(-1, *x.shape[-2:]), batched)).view(-1, *x.shape[:-2])
 
@@ -65,7 +63,7 @@ def _plain(x: Tensor, batched: bool) -> Array:
     squares; where it takes more inside the units alone, these are centred in a second pass.
     """
     narrow = x if x.dtype in (torch.float32, torch.float64) else x.float()  # exact, and what a processor is made for
-    size = max(1, _AT_ONCE // x[0].numel())
+    size = max(1, AT_ONCE // x[0].numel())
     parts = [_sums(part, torch.finfo(x.dtype).tiny, batched) for part in torch.split(narrow, size)]
     sums = parts[0] if len(parts) == 1 else _Sums(*map(np.concatenate, zip(*parts, strict=True)))
     fields = np.full((len(FIELDS), len(x)), np.nan)
@@ -78,11 +76,12 @@ def _plain(x: Tensor, batched: bool) -> Array:
 
 def _sums(x: Tensor, tiny: float, batched: bool) -> _Sums:
     """A few passes over what the cache holds; a single network that does not fit is read in parts of its batch."""
-    rows = _AT_ONCE // (len(x) * x.shape[-1])
+    rows = AT_ONCE // (len(x) * x.shape[-1])
     if rows < x.shape[-2]:
         parts = [_sums(part, tiny, batched) for part in torch.split(x, rows, -2)]
         return _Sums(*(np.add.reduce(column) for column in zip(*parts, strict=True)))
-    wide, squares, flags = _KEPT.views(x.shape, x.dtype)
+    wide, squares = workspace(x.shape, torch.float64)
+    _, flags = workspace(x.shape, x.dtype)  # in the place of the squares, when these are summed
     wide.copy_(x)
     lengths = torch.mul(wide, wide, out=squares).sum(-1).numpy()
     unit = wide.sum(-2).numpy()
@@ -102,28 +101,6 @@ def _sums(x: Tensor, tiny: float, batched: bool) -> _Sums:
         below=below.astype(np.float64),
         risky=(lengths < 2.0 ** (-2 * SAFE)).sum(-1) if x.dtype == torch.float64 else np.zeros(len(x)),
     )
-
-
-class _Kept(threading.local):
-    """Memory for a block, one for each thread: to give it back and be given it again costs more than the sums."""
-
-    def __init__(self) -> None:
-        with torch.inference_mode(False):  # else what is allocated inside that mode could not be written outside it
-            self._wide, self._squares = torch.empty(2, _AT_ONCE, dtype=torch.float64)
-        self._views: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
-
-    def views(self, shape: torch.Size, dtype: torch.dtype) -> list[Tensor]:
-        """For the entries, for their squares, and for what takes the place of the squares, in the tensor's dtype."""
-        if (shape, dtype) not in self._views:
-            if len(self._views) == 64:
-                self._views.clear()
-            with torch.inference_mode(False):
-                memory = (self._wide, self._squares, self._squares.view(dtype))
-                self._views[shape, dtype] = [one[: shape.numel()].view(shape) for one in memory]
-        return self._views[shape, dtype]
-
-
-_KEPT = _Kept()
 
 
 def _fill(fields: Array, x: Tensor, sums: _Sums, batched: bool) -> NDArray[np.bool_]:
@@ -156,7 +133,7 @@ def _inside(x: Tensor, sums: _Sums) -> tuple[Array, NDArray[np.bool_]]:
     if cancelled.any():
         which = torch.from_numpy(cancelled)
         centre = torch.from_numpy(means)[which].unsqueeze(-2)
-        parts = torch.split(x[which], max(1, _AT_ONCE // (len(x) * x.shape[-1])), -2)
+        parts = torch.split(x[which], max(1, AT_ONCE // (len(x) * x.shape[-1])), -2)
         inside[cancelled] = sum((part - centre).square_().sum((-2, -1)).numpy() for part in parts)
     return inside, (inside > _CONSTANT * sums.second) | (sums.second == 0)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from initlab.errors import UsageError
+from initlab.signal.workspace import AT_ONCE, ones, workspace
 
 # Octaves floor(log2 |x|) from the smallest subnormal number to the largest finite one.
 _OCTAVES = {
@@ -33,23 +34,35 @@ def histogram(x: Tensor) -> Tensor:
     lowest, highest = octaves(x.dtype)
     lead = x.shape[:-2]
     flat = x.detach().reshape(lead.numel(), x.shape[-2:].numel())
-    counts = _counts(flat.double())  # where the subnormal numbers of the smaller formats are normal
+    counts = _counts(flat)
     if x.dtype == torch.float64:
-        # Those of float64 are counted after multiplication by a power of two that makes them normal, and put back.
+        # Its subnormal numbers are counted after multiplication by a power of two that makes them normal, and put back.
         lift = 2 * _MANTISSA
         lifted = _counts(torch.where(flat.abs() < torch.finfo(x.dtype).tiny, flat * 2.0**lift, 0))
-        shift = lowest + _BIAS + lift
-        counts = torch.cat([lifted[..., shift : lift + 1], counts[..., 1:-1]], -1)
-    else:
+        counts = torch.cat([lifted[..., lowest + _BIAS + lift : lift + 1], counts[..., 1:-1]], -1)
+    else:  # in float64 the subnormal numbers of the smaller formats are normal
         counts = counts[..., lowest + _BIAS : highest + _BIAS + 1]
-    return counts.flip(-2).reshape(*lead, 2, highest - lowest + 1)
+    return counts.flip(-2).reshape(*lead, 2, highest - lowest + 1).int()
 
 
-def _counts(wide: Tensor) -> Tensor:
-    """Entries of (E, n) by the sign and exponent bits of float64: (E, 2, 2048), negative numbers first."""
-    members = len(wide)
-    place = wide.view(torch.int64) >> _MANTISSA  # -2048 to 2047: the sign bit makes it negative
-    place += (2 * _EXPONENTS * torch.arange(members, device=wide.device) + _EXPONENTS)[:, None]
-    counts = torch.zeros(members * 2 * _EXPONENTS, dtype=torch.int32, device=wide.device)
-    counts.scatter_add_(0, place.reshape(-1), torch.ones(place.numel(), dtype=torch.int32, device=wide.device))
-    return counts.view(members, 2, _EXPONENTS)
+def _counts(flat: Tensor) -> Tensor:
+    """Entries of (E, n) by the sign and the exponent bits of float64: int64 (E, 2, 2048), negative numbers first."""
+    counts = torch.zeros(len(flat), 2 * _EXPONENTS, dtype=torch.int64, device=flat.device)
+    offsets = torch.arange(_EXPONENTS, counts.numel(), 2 * _EXPONENTS, device=flat.device)[:, None]
+    if flat.device.type != "cpu":
+        _count(flat.double().clone(), offsets, counts, torch.ones(flat.numel(), dtype=torch.int64, device=flat.device))
+        return counts.view(-1, 2, _EXPONENTS)
+    members = max(1, AT_ONCE // max(1, flat.shape[-1]))
+    for some, mine in zip(torch.split(flat, members), torch.split(counts, members), strict=True):
+        for block in torch.split(some, AT_ONCE, -1):
+            wide, _ = workspace(block.shape, torch.float64)
+            _count(wide.copy_(block), offsets[: len(block)], mine, ones()[: block.numel()])
+    return counts.view(-1, 2, _EXPONENTS)
+
+
+def _count(wide: Tensor, offsets: Tensor, counts: Tensor, each: Tensor) -> None:
+    """Add the entries of (E, n) to counts (E, 4096); `wide` is written over."""
+    place = wide.view(torch.int64)
+    place >>= _MANTISSA  # -2048 to 2047: the sign bit makes it negative
+    place += offsets
+    counts.view(-1).scatter_add_(0, place.view(-1), each)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from initlab.errors import UsageError
 from initlab.signal import moments, units
+from initlab.signal import octaves as octaves_module
 from initlab.signal.moments import FIELDS, Row, derive, histogram, merge, octaves, row, summarize
 from initlab.signal.stats import STATISTICS
 
@@ -172,11 +173,11 @@ def test_both_roads_count_the_same(case: str) -> None:
 def test_tensors_larger_than_a_block_are_read_in_parts(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the batch, or of the ensemble; the last part is a shorter one."""
     x = (PLAIN | HARD)[case]
-    monkeypatch.setattr(moments, "_AT_ONCE", 5 * x.shape[1])
+    monkeypatch.setattr(moments, "AT_ONCE", 5 * x.shape[1])
     monkeypatch.setitem(units.BLOCK, "cpu", 5 * x.shape[1])
     for road in ROADS.values():
         agree(named(road(x)), exact(x))
-    monkeypatch.setattr(moments, "_AT_ONCE", 2 * x.numel())
+    monkeypatch.setattr(moments, "AT_ONCE", 2 * x.numel())
     whole = summarize(torch.stack([x, x, x]))
     for k in range(3):
         torch.testing.assert_close(whole[:, k], summarize(x), rtol=1e-13, atol=0, equal_nan=True)
@@ -252,6 +253,15 @@ def counted(x: Tensor) -> Tensor:
 def test_histograms_are_exact(case: str) -> None:
     x = (PLAIN | HARD)[case][..., :64]
     assert torch.equal(histogram(x), counted(x))
+
+
+def test_histograms_of_tensors_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut through a network, or between networks; the last part is a shorter one."""
+    x = torch.stack([PLAIN["relu"], PLAIN["collapsed"].abs(), PLAIN["relu"] * -3e-42])
+    true = torch.stack([counted(one) for one in x])
+    for size in (7, x[0].numel() + 1, 2 * x[0].numel()):
+        monkeypatch.setattr(octaves_module, "AT_ONCE", size)
+        assert torch.equal(histogram(x), true)
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
