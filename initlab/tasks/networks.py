@@ -45,7 +45,7 @@ class Plan(NamedTuple):
 
 
 def plan(shape: Shape, networks: int, dtype: torch.dtype, device: torch.device, backward: bool = True) -> Plan:
-    """As many networks as half of the free memory holds, on a CPU no more than its cache does.
+    """As many networks as half of the free memory holds, the rest is for those that leave; on a CPU what a cache holds.
 
     A backward pass keeps L N O preactivations of every network; its weights too if they fit, else they are drawn a
     second time, which costs about one more matmul per layer. Without it nothing that is kept grows with depth. Refused:
@@ -89,14 +89,13 @@ def name_of(init: str | Rule) -> str:
     return next((name for name, row in RULES.items() if row == init), own)
 
 
-def multiply(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
-    """x w of each network, (E, N, I) and (E, I, O). On a CPU one by one: as fast, and rounded as a single run is."""
+def multiply(x: Tensor, w: Tensor, out: Tensor) -> None:
+    """out = x w, (E, N, I) and (E, I, O). On a CPU one network after another: as fast, and rounded as in a single run."""
     if x.device.type != "cpu":
-        return torch.bmm(x, w, out=out)
-    out = x.new_empty(*x.shape[:-1], w.shape[-1]) if out is None else out
-    for one, weight, result in zip(x, w, out, strict=True):
+        torch.bmm(x, w, out=out)
+        return
+    for one, weight, result in zip(x.unbind(), w.unbind(), out.unbind(), strict=True):
         torch.mm(one, weight, out=result)
-    return out
 
 
 class Networks:

@@ -104,7 +104,7 @@ class _Record:
         self._nets, self._names, self._deliver, self._streams = nets, names, deliver, streams
         self._blocks = Blocks(nets.seeds, _KEYS, [*STATISTICS, *beyond.NUMBERS])
         self._window: list[tuple[list[Key], Tensor]] = []
-        self._since = time.monotonic()
+        self._since, self._relu = time.monotonic(), nets.activation == "relu"
         self.inside = torch.ones(len(nets), dtype=torch.bool, device=nets.device)
         self.delivered = False
 
@@ -115,8 +115,12 @@ class _Record:
     def close(self, layers: int, follow: Callable[[Tensor, Tensor], None]) -> None:
         """End a window of so many layers; `follow` corrects what has left the range, see `Companion.forward`."""
         keys = [key for some, _ in self._window for key in some]
-        found = derive(torch.cat([fields for _, fields in self._window], 1))
+        fields = torch.cat([fields for _, fields in self._window], 1)
         self._window = []
+        if self._relu and keys[-1].direction == "forward":  # saturated is what comes out as 0, or as nan
+            z, out = fields[:, -2 * layers :: 2], fields[:, 1 - 2 * layers :: 2]
+            z[_SATURATED] = (out[_N_ZERO] + out[_N_NAN]) / out[_COUNT]
+        found = derive(fields)
         found[_DEAD, [k for k, key in enumerate(keys) if key[-2:] != ("activation", "forward")]] = torch.nan
         true, rows = beyond.read_off(found), 2 * layers
         kept = beyond.inside(found, self._nets.dtype)[-rows:]
@@ -200,13 +204,10 @@ class _Pass:
         """out = phi(z), and what there is to say of both, (F, 2, E)."""
         if self.phi is ACTIVATIONS["relu"]:
             torch.clamp_min(z, 0, out=out)
-            fields = summarize(self.pair)
-            saturated = (fields[_N_ZERO, 1] + fields[_N_NAN, 1]) / fields[_COUNT, 1]
-        else:
-            out.copy_(self.phi.phi(z))
-            fields = summarize(self.pair)
-            saturated = saturated_share(self.phi.slope(z), self.phi.largest_slope)
-        fields[_SATURATED, 0] = saturated
+            return summarize(self.pair)
+        out.copy_(self.phi.phi(z))
+        fields = summarize(self.pair)
+        fields[_SATURATED, 0] = saturated_share(self.phi.slope(z), self.phi.largest_slope)
         return fields
 
     def backward(self) -> None:
