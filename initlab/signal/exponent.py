@@ -17,7 +17,10 @@ _FAR = 500
 
 
 class Scaled(NamedTuple):
-    """mantissa * 2^exponent: float64 (..., N, C) with a largest magnitude near 1 unless it is 0, and (...)."""
+    """mantissa * 2^exponent: float64 (..., N, C) with a largest magnitude near 1 unless it is 0, and (...).
+
+    Any mantissa is right; one near 1 keeps products and squares inside float64, and every linear map sees to it.
+    """
 
     mantissa: Tensor
     exponent: Tensor
@@ -73,7 +76,7 @@ def act(z: Scaled, row: Activation) -> Scaled:
     is right up to |z| = 2^500.
     """
     if row.homogeneous:
-        return scaled(row.phi(z.mantissa), z.exponent)
+        return Scaled(row.phi(z.mantissa), z.exponent)
     near = _near(z)
     value = row.phi(near)
     if row.phi(torch.zeros((), dtype=torch.float64)) != 0:
@@ -83,7 +86,9 @@ def act(z: Scaled, row: Activation) -> Scaled:
 
 def pull_back(g: Scaled, z: Scaled, row: Activation) -> Scaled:
     """g phi'(z), by the activation's own rule."""
-    return scaled(row.pull_back(g.mantissa, z.mantissa if row.homogeneous else _near(z)), g.exponent)
+    if row.homogeneous:
+        return Scaled(row.pull_back(g.mantissa, z.mantissa), g.exponent)
+    return scaled(row.pull_back(g.mantissa, _near(z)), g.exponent)
 
 
 def log2_moments(x: Scaled) -> Tensor:

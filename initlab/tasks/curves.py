@@ -11,17 +11,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from initlab.errors import choose
 from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.exponent import log2_moments, scaled
 from initlab.signal.init import RULES, Rule, draw
+from initlab.signal.moments import FIELDS, summarize
 from initlab.tasks.beyond import NUMBERS
 from initlab.tasks.networks import Shape, name_of, rules_of
 from initlab.tasks.place import DTYPES
 from initlab.tasks.stack import stack
 
 SCALINGS = ("naive", "small", "lecun", "xavier", "kaiming")
+_COUNT, _MEAN, _M2 = (list(FIELDS).index(name) for name in ("count", "mean", "m2"))  # between them are counts
 KEYS = ["stage", "implementation", "seed", "step", "layer", "tensor", "direction"]
 
 
@@ -40,7 +43,7 @@ def gain_curves(
     run: one of those that share their random numbers, the one nearest to kaiming, and all that share theirs with none
     or have another kind of activation. A derived curve is the directly measured one to 1e-6 forward; backward too, but
     where the other rounding of a weight moves a preactivation over a kink. `how` goes to `stack`: seeds, dtype,
-    device, backward, progress.
+    device, backward, progress. Only what rms and std need is measured.
     """
     shape = Shape(depth, width, width if inputs is None else inputs, batch)
     rules, names = rules_of(inits, len(inits)), [name_of(one) for one in inits]
@@ -55,14 +58,40 @@ def gain_curves(
     ]
     for k in nearest:
         bases.setdefault(families[k], k)
+    how["producer"] = summarize if number == torch.float64 else _sizes
     runs = {k: stack(rules[k], activation, **shape._asdict(), **how)[[*KEYS, *NUMBERS]] for k in bases.values()}
-    found = []
-    for k, one in enumerate(rules):
-        base = bases[families[k]]
-        curve = runs[base] if base == k else _moved(runs[base], np.subtract(scales[k], scales[base]), depth)
-        label = {"init": names[k], "gain": one.gain_for(activation), "derived_from": "" if base == k else names[base]}
-        found.append(curve.assign(**label))
-    return pd.concat(found, ignore_index=True)
+    rows = next(iter(runs.values()))[KEYS]  # the same for all
+    ran_by = [bases[family] for family in families]
+    curves = [
+        runs[base][[*NUMBERS]].to_numpy() + (0.0 if base == k else _shift(rows, scales[k], scales[base], depth))
+        for k, base in enumerate(ran_by)  # whoever ran itself may have a scale that is no finite number
+    ]
+    sources = ["" if base == k else names[base] for k, base in enumerate(ran_by)]
+    return pd.concat([rows] * len(rules), ignore_index=True).assign(
+        init=_repeated(names, len(rows)),
+        gain=np.repeat([one.gain_for(activation) for one in rules], len(rows)),
+        derived_from=_repeated(sources, len(rows)),
+        **dict(zip(NUMBERS, np.concatenate(curves).T, strict=True)),
+    )
+
+
+def _repeated(words: Sequence[str], times: int) -> pd.Categorical:
+    codes, found = pd.factorize(np.array(words, dtype=object))
+    return pd.Categorical.from_codes(np.repeat(codes, times), list(found))
+
+
+def _sizes(x: Tensor) -> Tensor:
+    """The row of (..., N, C) as far as rms and std need it; squares must not leave float64.
+
+    Nothing is counted: an entry that is not finite shows in the mean.
+    """
+    wide, sides = x.to(torch.float64, copy=True), (-2, -1)
+    row = wide.new_full((len(FIELDS), *x.shape[:-2]), torch.nan)
+    row[:_MEAN] = 0.0
+    row[_COUNT] = wide.shape[-2] * wide.shape[-1]
+    mean = wide.mean(sides, keepdim=True)
+    row[_MEAN], row[_M2] = mean[..., 0, 0], torch.linalg.vector_norm(wide.sub_(mean), dim=sides).square()
+    return row
 
 
 def _scales(one: Rule, activation: str, shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
@@ -80,10 +109,9 @@ def _family(one: Rule, scales: tuple[float, float], alone: int) -> object:
     return alone if one.bias or not np.isfinite(scales).all() else one.distribution
 
 
-def _moved(rows: pd.DataFrame, factors: np.ndarray, depth: int) -> pd.DataFrame:
-    """Rows times 2^factors: forward one factor per layer up to their own, backward one per layer above it."""
-    first, other = factors
+def _shift(rows: pd.DataFrame, ours: tuple[float, float], theirs: tuple[float, float], depth: int) -> np.ndarray:
+    """What other scales of the weights add to log2 of each row, (rows, 1): forward up to its layer, backward above."""
+    first, other = np.subtract(ours, theirs)
     layer = rows["layer"].to_numpy()
     forward = np.where(layer == 0, 0.0, first + (layer - 1) * other)
-    shift = np.where(rows["direction"] == "forward", forward, (depth - layer) * other)
-    return rows.assign(**{name: rows[name] + shift for name in NUMBERS})
+    return np.where(rows["direction"] == "forward", forward, (depth - layer) * other)[:, None]

@@ -90,7 +90,7 @@ def name_of(init: str | Rule) -> str:
 
 
 def multiply(x: Tensor, w: Tensor, out: Tensor) -> None:
-    """out = x w, (E, N, I) and (E, I, O). On a CPU one network after another: as fast, and rounded as in a single run."""
+    """out = x w, (E, N, I) and (E, I, O); on a CPU one network after another: as fast, and rounded as when alone."""
     if x.device.type != "cpu":
         torch.bmm(x, w, out=out)
         return
