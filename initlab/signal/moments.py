@@ -71,6 +71,29 @@ def _compiled(x: Tensor, batched: bool, bins: bool) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(fields.T.copy()).view(len(FIELDS), *lead), counts
 
 
+def relu_in_place(z: Tensor) -> Tensor:
+    """max(z, 0) into (E, N, C) itself, and the rows (F, 2, E) of what it was and of what it is; for `compiled` tensors.
+
+    `saturated` of the first is the share that ReLU does not let through, nan included.
+    """
+    return _passed("relu_job", z)
+
+
+def mask_in_place(g: Tensor, z: Tensor) -> Tensor:
+    """ReLU's backward: 0 into g (E, N, C) where z <= 0; rows (F, 2, E) of g before and after; for `compiled` tensors."""
+    return _passed("mask_job", g, z, torch.empty(g.shape[0], g.shape[-1]))
+
+
+def _passed(name: str, x: Tensor, other: Tensor | None = None, sums: Tensor | None = None) -> Tensor:
+    found = library()
+    assert found is not None and x.is_contiguous() and (other is None or other.is_contiguous())
+    rows = np.empty((2, len(x), len(FIELDS)))
+    addresses = [0 if t is None else t.data_ptr() for t in (x, other, sums)]
+    job = np.array([*addresses, *x.shape, 0, len(x), 0], dtype=np.int64)
+    getattr(found, name)(job.ctypes.data, rows.ctypes.data, None)
+    return torch.from_numpy(rows).movedim(-1, 0)
+
+
 class _Sums(NamedTuple):
     """What plain sums say of (E, N, C), each (E,) but for those over the batch, (E, C); those of its parts add up."""
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from initlab.errors import UsageError, check, choose
 from initlab.signal.activations import ACTIVATIONS, Activation
 from initlab.signal.init import Rule
-from initlab.signal.moments import FIELDS, derive, summarize
+from initlab.signal.moments import FIELDS, compiled, derive, mask_in_place, relu_in_place, summarize
 from initlab.signal.stats import STATISTICS, Blocks, Key, saturated_share
 from initlab.tasks import beyond
 from initlab.tasks.beyond import Companion
@@ -161,6 +161,7 @@ class _Pass:
         shape = nets.shape
         self.companion = Companion(nets, phi)
         self.pair = torch.empty(2, len(nets), shape.batch, shape.width, dtype=nets.dtype, device=nets.device)
+        self.fused = phi is ACTIVATIONS["relu"] and producer is summarize and compiled(self.pair)
         self.passed = self.pair.new_empty(shape.depth if backward else 0, *self.pair.shape[1:])
 
     def run(self) -> None:
@@ -195,13 +196,14 @@ class _Pass:
     def _up(self, layer: int, x: Tensor) -> Tensor:
         """z = x w + b and phi(z), measured; z is kept if a backward pass will come."""
         w, b = self.nets.weights(layer)
-        z, out = self.pair[0], self.pair[1]
+        # Fused with its statistics ReLU overwrites z, and layers take turns in the two halves.
+        z, out = (self.pair[layer % 2],) * 2 if self.fused else (self.pair[0], self.pair[1])
         multiply(x, w, out=z)
         if b is not None:
             z += b.unsqueeze(-2)
-        fields = self._activate(z, out)
         if len(self.passed):
             self.passed[layer - 1] = z
+        fields = relu_in_place(z) if self.fused else self._activate(z, out)
         self.record.add([_key(layer, tensor, "forward") for tensor in ("preactivation", "activation")], fields)
         return out
 
@@ -216,26 +218,37 @@ class _Pass:
         return fields
 
     def backward(self) -> None:
-        self.pair[0] = self.nets.gaussian(self.nets.shape.width, "gradient")
-        for window in _windows(range(self.nets.shape.depth, 0, -1)):
-            start = self.pair[0].clone()
+        depth = self.nets.shape.depth
+        self._gradient(depth).copy_(self.nets.gaussian(self.nets.shape.width, "gradient"))
+        for window in _windows(range(depth, 0, -1)):
+            start = self._gradient(window[0]).clone()
             for layer in window:
                 self._down(layer)
                 self.bar.update(len(self.nets))
             self.record.close(len(window), lambda *rows, w=window, x=start: self._follow_down(w, x, *rows))
 
+    def _gradient(self, layer: int) -> Tensor:
+        """Where dL/da of a layer stands."""
+        return self.pair[layer % 2 if self.fused else 0]
+
     def _down(self, layer: int) -> None:
         """dL/dz = dL/da phi'(z), measured, and dL/da = dL/dz w^T of the layer below."""
-        g, z_grad = self.pair
-        z = self.passed[layer - 1]
-        if self.phi is ACTIVATIONS["relu"]:  # autograd's own kernel, eight times as fast as a mask
-            torch.ops.aten.threshold_backward.grad_input(g, z, 0, grad_input=z_grad)
+        g, z = self._gradient(layer), self.passed[layer - 1]
+        if self.fused:
+            z_grad, fields = g, mask_in_place(g, z)
         else:
-            z_grad.copy_(self.phi.pull_back(g, z))
-        keys = [_key(layer, tensor, "backward") for tensor in ("activation", "preactivation")]
-        self.record.add(keys, self.producer(self.pair))
+            z_grad = self.pair[1]
+            self._pull_back(g, z, z_grad)
+            fields = self.producer(self.pair)
+        self.record.add([_key(layer, tensor, "backward") for tensor in ("activation", "preactivation")], fields)
         if layer > 1:
-            multiply(z_grad, self.nets.weights(layer)[0].mT, out=g)
+            multiply(z_grad, self.nets.weights(layer)[0].mT, out=self._gradient(layer - 1))
+
+    def _pull_back(self, g: Tensor, z: Tensor, out: Tensor) -> None:
+        if self.phi is ACTIVATIONS["relu"]:  # autograd's own kernel, eight times as fast as a mask
+            torch.ops.aten.threshold_backward.grad_input(g, z, 0, grad_input=out)
+        else:
+            out.copy_(self.phi.pull_back(g, z))
 
     def _follow_down(self, layers: Sequence[int], start: Tensor, true: Tensor, inside: Tensor) -> None:
         self.companion.backward(layers, start, true, inside, lambda layer: self.passed[layer - 1])
