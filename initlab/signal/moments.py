@@ -80,7 +80,7 @@ def relu_in_place(z: Tensor) -> Tensor:
 
 
 def mask_in_place(g: Tensor, z: Tensor) -> Tensor:
-    """ReLU's backward: 0 into g (E, N, C) where z <= 0; rows (F, 2, E) of g before and after; for `compiled` tensors."""
+    """ReLU's backward: 0 into g (E, N, C) where z <= 0; rows (F, 2, E) of g before and after. For `compiled` g."""
     return _passed("mask_job", g, z, torch.empty(g.shape[0], g.shape[-1]))
 
 
