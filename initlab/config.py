@@ -78,6 +78,7 @@ class Config:
     seeds: int = MISSING
     dtype: str = MISSING
     device: str = MISSING
+    generator: str = MISSING
     threads: int = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
@@ -189,6 +190,7 @@ COLUMNS = {
     "inputs": "inputs",
     "batch": "batch",
     "dtype": "dtype",
+    "generator": "generator",
     "data": "data.name",
     "train_depth": "train.depth",
     "train_width": "train.width",

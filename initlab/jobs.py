@@ -20,7 +20,7 @@ from initlab.output.records import Recorder
 from initlab.scratch.graph_text import frames_as_text
 from initlab.scratch.layers import LOSSES
 from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.init import RULES, Rule, rule
+from initlab.signal.init import GENERATORS, RULES, Rule, rule
 from initlab.tasks.data import TEACHER_ROWS, load
 from initlab.tasks.explain import explain
 from initlab.tasks.graph import graph
@@ -160,6 +160,7 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
         "seeds": seeds(config),
         "dtype": config.dtype,
         "device": device,
+        "generator": config.generator,
         "progress": True,
     }
     described = _described(config, scaling, choices) | {"device": device}
@@ -175,6 +176,7 @@ def _refuse(config: Config) -> None:
     check(train_batch=t.batch, train_steps=t.steps, train_lr=t.lr)
     choose(ACTIVATIONS, config.activation.name, "activation")
     choose(DTYPES, config.dtype, "dtype")
+    choose(GENERATORS, config.generator, "generator")
     choose(OPTIMIZERS, t.optimizer, "train.optimizer")
     choose(LOSSES, t.loss, "train.loss")
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from initlab.errors import check, choose
 from initlab.scratch.layers import lin, lin_inp_grad
 from initlab.signal.activations import ACTIVATIONS, Activation
-from initlab.signal.init import Rule, draw, gaussian, rule
+from initlab.signal.init import GENERATORS, Rule, draw, rule
 from initlab.signal.stats import Item, Key, Rows, saturated_share
 from initlab.tasks.place import DTYPES, chunks, find_device
 
@@ -25,6 +25,7 @@ def stack(
     seeds: Sequence[int] = range(8),
     dtype: str = "float32",
     device: str = "cpu",
+    generator: str = "torch",
     progress: bool = False,
 ) -> pd.DataFrame:
     """The `stats` rows of the stage `stack`: every layer's preactivation and activation, forward and backward.
@@ -41,7 +42,7 @@ def stack(
     frames = []
     with tqdm(total=2 * depth * len(groups), desc="stack", unit="layer", disable=None if progress else True) as bar:
         for group in groups:
-            layers = _Layers(scaling, name, inputs, width, group, number, place)
+            layers = _Layers(scaling, name, inputs, width, group, number, place, generator)
             rows = Rows(group)
             passed = _forward(layers, phi, depth, batch, rows, bar)
             _backward(layers, phi, passed, rows, bar)
@@ -61,16 +62,18 @@ class _Layers:
         seeds: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
+        generator: str,
     ) -> None:
         self.scaling, self.activation, self.inputs, self.width = scaling, activation, inputs, width
-        self.seeds, self.dtype, self.device = seeds, dtype, device
+        self.seeds, self.dtype, self.device, self.generator = seeds, dtype, device, generator
 
     def draw(self, layer: int) -> tuple[Tensor, Tensor]:
         shape = (self.inputs if layer == 1 else self.width, self.width)
-        return draw(self.scaling, self.activation, shape, self.seeds, layer, self.dtype, self.device)
+        return draw(self.scaling, self.activation, shape, self.seeds, layer, self.dtype, self.device, self.generator)
 
     def gaussian(self, batch: int, units: int, what: str) -> Tensor:
-        drawn = torch.stack([gaussian((batch, units), seed, what) for seed in self.seeds])
+        source = choose(GENERATORS, self.generator, "generator")
+        drawn = source.gaussian((batch, units), self.seeds, what, 0, self.device)
         return drawn.to(self.device, self.dtype)
 
 

@@ -50,6 +50,7 @@ def train(
     dtype: str = "float32",
     device: str = "cpu",
     every: int = 1,
+    generator: str = "torch",
     emit: Callable[[Frames], None] | None = None,
     progress: bool = False,
 ) -> Frames:
@@ -71,7 +72,7 @@ def train(
     with tqdm(total=steps * len(groups), desc="train", unit="step", disable=None if progress else True) as bar:
         for group in groups:
             parameters = [
-                draw(scaling, activation, shape, group, layer, number, place)
+                draw(scaling, activation, shape, group, layer, number, place, generator)
                 for layer, shape in enumerate(pairwise(sizes), start=1)
             ]
             pair = _Pair(parameters, ACTIVATIONS[activation], LOSSES[loss], OPTIMIZERS[optimizer], lr)
