@@ -13,6 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from initlab.signal.moments import derive, summarize
+
 # Order of the rows of a measured block, and the columns of the frame.
 STATISTICS: dict[str, str] = {
     "count": "entries, finite or not",
@@ -60,79 +62,13 @@ def saturated_share(slope: Tensor, largest: float) -> Tensor:
     return (slope.abs() < SATURATED * largest).double().mean((-2, -1))
 
 
-def _spread(wide: Tensor, finite: Tensor | None) -> dict[str, Tensor]:
-    """Moments by the law of total variance: M2 = sum of M2 inside the units + spread of the units' means."""
-    n = wide.new_tensor(wide.shape[-2])
-    unit_n = n.expand(wide.shape[:-2] + wide.shape[-1:]) if finite is None else finite.sum(-2).double()
-    unit_mean = torch.nan_to_num(wide.sum(-2) / unit_n)
-    centered = wide - unit_mean.unsqueeze(-2)
-    if finite is not None:
-        centered *= finite
-    unit_m2 = centered.square_().sum(-2)
-    total = unit_n.sum(-1)
-    mean = (unit_n * unit_mean).sum(-1) / total
-    variance = (unit_m2.sum(-1) + (unit_n * (unit_mean - mean.unsqueeze(-1)).square()).sum(-1)) / total
-    rms = (variance + mean.square()).sqrt()
-    within = (unit_m2 / unit_n).nanmean(-1)
-    return {
-        "mean": mean,
-        "std": variance.sqrt(),
-        "rms": rms,
-        "norm": rms * total.sqrt(),
-        "std_within": within.sqrt(),
-    }
-
-
-def _cosine(wide: Tensor, by_row: bool) -> Tensor:
-    """Mean over pairs a != b of cos(x_a, x_b) = (|sum_a x_a/|x_a||^2 - k) / (k (k - 1)), k vectors of length > 0."""
-    if by_row:  # squares of float64 leave float64 also far below the tensor's largest entry
-        peak = wide.abs().amax(-1, keepdim=True)
-        wide = wide / torch.where(peak > 0, peak, 1)
-    length = wide.square().sum(-1).sqrt()
-    alive = length > 0
-    inverse = torch.where(alive, 1 / length, 0)
-    k = alive.sum(-1).double()
-    resultant = (inverse.unsqueeze(-2) @ wide).square().sum((-2, -1))
-    return torch.where(k > 1, ((resultant - k) / (k * (k - 1))).clamp(-1, 1), torch.nan)
-
-
 def measure(x: Tensor, batched: bool = True) -> Tensor:
     """All statistics of (..., N, C) over its last two dimensions: float64 of shape (S, ...), in order of STATISTICS.
 
     `batched` says that N counts inputs, so that `frac_dead`, `std_within` and `cosine` have a meaning; else they are
-    nan. `frac_saturated` is nan here: it needs phi'. On a CPU a tensor that is finite throughout takes a shorter road.
+    nan. `frac_saturated` is nan here: it needs phi'.
     """
-    wide, finite = x.double(), None
-    if not _surely_finite(wide):
-        finite = wide.isfinite()
-        wide = torch.where(finite, wide, 0)
-    plain = wide
-    unscale = torch.ones(x.shape[:-2], dtype=torch.float64, device=x.device)
-    if x.dtype == torch.float64:  # its squares leave float64 beyond 1e154: divide by a power of two near the largest
-        exponent = torch.frexp(wide.abs().amax((-2, -1))).exponent.clamp(-1000, 1000).double()
-        wide, unscale = wide * torch.exp2(-exponent)[..., None, None], torch.exp2(exponent)
-    found = {name: value * unscale for name, value in _spread(wide, finite).items()}
-    found["q"] = found["rms"].square()
-    edges = (plain, plain) if finite is None else (torch.where(finite, plain, s * torch.inf) for s in (1, -1))
-    low, high = edges
-    empty = found["mean"].isnan()
-    found["min"] = torch.where(empty, torch.nan, low.amin((-2, -1)))
-    found["max"] = torch.where(empty, torch.nan, high.amax((-2, -1)))
-    found["count"] = torch.full_like(unscale, x.shape[-2] * x.shape[-1])
-    unit_zeros = (x == 0).sum(-2)
-    zeros = unit_zeros.sum(-1).double()
-    found["frac_zero"] = zeros / found["count"]
-    found["n_subnormal"] = (x.abs() < torch.finfo(x.dtype).tiny).sum((-2, -1)).double() - zeros
-    none = torch.zeros_like(unscale)
-    found["n_nan"] = none if finite is None else x.isnan().sum((-2, -1)).double()
-    found["n_inf"] = none if finite is None else x.isinf().sum((-2, -1)).double()
-    undefined = torch.full_like(unscale, torch.nan)
-    found["frac_saturated"] = undefined
-    found["frac_dead"] = (unit_zeros == x.shape[-2]).double().mean(-1) if batched else undefined
-    found["cosine"] = _cosine(plain, x.dtype == torch.float64) if batched else undefined
-    if not batched:
-        found["std_within"] = undefined
-    return torch.stack([found[name] for name in STATISTICS])
+    return derive(summarize(x, batched))
 
 
 def relative_error(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
