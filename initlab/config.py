@@ -79,6 +79,7 @@ class Config:
     dtype: str = MISSING
     device: str = MISSING
     generator: str = MISSING
+    matmul: str = MISSING
     threads: int = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
@@ -191,6 +192,7 @@ COLUMNS = {
     "batch": "batch",
     "dtype": "dtype",
     "generator": "generator",
+    "matmul": "matmul",
     "data": "data.name",
     "train_depth": "train.depth",
     "train_width": "train.width",

@@ -25,7 +25,7 @@ from initlab.tasks.data import TEACHER_ROWS, load
 from initlab.tasks.explain import explain
 from initlab.tasks.graph import graph
 from initlab.tasks.ladders import backward_ladder, matmul_ladder
-from initlab.tasks.place import DTYPES, find_device
+from initlab.tasks.place import DTYPES, MATMULS, find_device, set_matmul
 from initlab.tasks.stack import stack
 from initlab.tasks.timing import agreement
 from initlab.tasks.train import OPTIMIZERS, refuse_mismatch, train
@@ -151,6 +151,7 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     stages = choose(TASKS, config.task, "task")
     _refuse(config)
     torch.set_num_threads(config.threads)
+    set_matmul(config.matmul)
     i = config.init
     scaling = rule(i.name, gain=i.gain, gain_kind=i.gain_kind, mode=i.mode, distribution=i.distribution, bias=i.bias)
     device = find_device(config.device).type
@@ -177,6 +178,7 @@ def _refuse(config: Config) -> None:
     choose(ACTIVATIONS, config.activation.name, "activation")
     choose(DTYPES, config.dtype, "dtype")
     choose(GENERATORS, config.generator, "generator")
+    choose(MATMULS, config.matmul, "matmul")
     choose(OPTIMIZERS, t.optimizer, "train.optimizer")
     choose(LOSSES, t.loss, "train.loss")
 
