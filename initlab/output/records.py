@@ -31,6 +31,7 @@ from initlab.errors import UsageError, choose
 SCHEMA_VERSION = 1
 TABLES = {
     "stats": "a row per stage, implementation, seed, step, layer, tensor and direction",
+    "histograms": "entries by sign and octave, for the rows of `stats`; lists of counts from the octave `first` on",
     "losses": "loss and accuracy per implementation, seed and step",
     "parity": "relative error of the hand-written tensors against the module's",
     "timings": "a row per version and shape of a ladder",

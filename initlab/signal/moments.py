@@ -1,193 +1,149 @@
 """One row of numbers about a tensor, from which its statistics derive and which merges with the rows of other shards.
 
-A tensor is (..., N, C), a row (F, ...) of float64 in the order of FIELDS. Sums that could leave float64 carry a power
-of two, so a row is right over the whole range of every number format; `derive` turns it into the named statistics.
-A histogram counts entries by sign and octave, from the bits of the numbers, and needs no range.
-Knows nothing of networks, keys and frames. Legend: N batch, C units, F fields, S statistics, B octaves.
+The door of the row format: FIELDS, `summarize` and `derive`, `row` and `merge` (units.py), `histogram` (octaves.py).
+Two roads lead to a row: the safe one is right whatever the entries are; the plain one takes sums of squares in a few
+passes on a CPU, and hands over to the safe one every tensor whose sums do not show that they may be trusted.
+Knows nothing of networks, keys and frames. Legend: E ensemble, N batch, C units, F fields, S statistics.
 """
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from initlab.errors import UsageError
+from initlab.signal.octaves import histogram as histogram
+from initlab.signal.octaves import octaves as octaves
+from initlab.signal.units import FIELDS as FIELDS
+from initlab.signal.units import SAFE, checked, safe_row
+from initlab.signal.units import Row as Row
+from initlab.signal.units import merge as merge
+from initlab.signal.units import row as row
+from initlab.signal.workspace import AT_ONCE, workspace
 
-# A finite entry is one that is neither nan nor inf; e is the field `exponent`.
-FIELDS: dict[str, str] = {
-    "count": "entries, finite or not",
-    "n_nan": "entries that are nan",
-    "n_inf": "entries that are inf or -inf",
-    "n_subnormal": "entries smaller than the dtype's smallest normal number, zero not counted",
-    "n_zero": "entries that are exactly 0",
-    "exponent": "e: sums below are of entries times 2^-e; 0 wherever their squares cannot leave float64",
-    "mean": "mean of the finite entries, times 2^-e",
-    "m2": "sum of their squared distances from the mean, times 2^-2e",
-    "min": "smallest finite entry",
-    "max": "largest finite entry",
-    "within": "variance over the batch inside a unit, mean over the units, times 2^-2e",
-    "dead": "share of units that are 0 in the whole batch",
-    "alive": "the batch's vectors of length > 0",
-    "resultant": "|sum over those vectors of x_a / |x_a||^2",
-    "saturated": "share of entries where phi' is small; nan unless told",
-}
-# Octaves floor(log2 |x|) from the smallest subnormal number to the largest finite one.
-_OCTAVES = {
-    torch.float16: (-24, 15),
-    torch.bfloat16: (-133, 127),
-    torch.float32: (-149, 127),
-    torch.float64: (-1074, 1023),
-}
-# Between these powers of two float64 holds the squares of a tensor's entries, of their differences and their sums.
-_SAFE = 400
+Array = NDArray[np.float64]
 
-
-class Row(NamedTuple):
-    """A row, and what has to be kept of each unit (..., C) for rows of shards to merge.
-
-    A unit's mean is the unevaluated sum pivot + offset: means that are 1e6 times the std keep all digits of the std.
-    """
-
-    fields: Tensor
-    finite: Tensor  # entries of the unit that are neither nan nor inf
-    pivot: Tensor  # times 2^-e, as the next two
-    offset: Tensor
-    m2: Tensor
-    nonzero: Tensor  # entries that are not exactly 0
-    heading: Tensor  # sum of the batch's vectors, each divided by its length
-    histogram: Tensor  # (..., 2, B)
-
-
-def octaves(dtype: torch.dtype) -> tuple[int, int]:
-    """Lowest and highest octave of a number format."""
-    if dtype not in _OCTAVES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in _OCTAVES)
-        raise UsageError(f"dtype={str(dtype).removeprefix('torch.')}: must be one of {names}")
-    return _OCTAVES[dtype]
+_AT = {name: place for place, name in enumerate(FIELDS)}
+# Rounding of plain sums grows by (plain / centred sum of squares): 2^8 leaves a digit and a half below 1e-12.
+_CANCELLED = 2.0**-8
+# Below this the units may be constant, and the batch variance inside them exactly 0: the safe road says so.
+_CONSTANT = 1e-10
 
 
 def summarize(x: Tensor, batched: bool = True) -> Tensor:
     """The row of (..., N, C) over its last two dimensions, (F, ...) in float64; never waits for a GPU.
 
     `batched` says that N counts inputs; else `within`, `dead`, `alive` and `resultant` have no meaning and are nan.
+    Of an empty tensor everything but the counts is nan.
     """
-    octaves(x.dtype)
-    return _units(x.detach(), batched).fields
+    x = checked(x)
+    if x.device.type != "cpu" or x.numel() == 0 or x.shape[-1] > AT_ONCE:
+        return safe_row(x, batched).fields
+    return torch.from_numpy(_plain(x.reshape(-1, *x.shape[-2:]), batched)).view(-1, *x.shape[:-2])
 
 
-def row(x: Tensor, batched: bool = True) -> Row:
-    """The row of (..., N, C) with the parts that `merge` needs."""
-    octaves(x.dtype)
-    return _units(x.detach(), batched)._replace(histogram=histogram(x))
+class _Sums(NamedTuple):
+    """What plain sums say of (E, N, C), each (E,) but for those over the batch, (E, C); those of its parts add up."""
+
+    second: Array  # sum of squares
+    unit: Array  # (E, C)
+    heading: Array  # (E, C), sum of the vectors divided by their lengths
+    alive: Array
+    nonzero: Array
+    below: Array  # entries smaller than the smallest normal number, zeros among them
+    risky: Array  # vectors of float64 so small that their squares may have left it
 
 
-def histogram(x: Tensor) -> Tensor:
-    """Entries of (..., N, C) by sign (0: positive) and octave, int32 (..., 2, B); zeros, nan and inf are in no bin."""
-    lowest, highest = octaves(x.dtype)
-    size = highest - lowest + 1
-    bits, octave = _bits_and_octave(x.detach())
-    group = torch.arange(x.shape[:-2].numel(), device=x.device).reshape(x.shape[:-2])[..., None, None]
-    # One bin more than there are octaves takes what has none.
-    place = torch.where((octave >= lowest) & (octave <= highest), octave - lowest, size)
-    place = place + (size + 1) * (2 * group + (bits < 0))
-    counts = torch.zeros(x.shape[:-2].numel() * 2 * (size + 1), dtype=torch.int32, device=x.device)
-    counts.scatter_add_(0, place.flatten(), torch.ones_like(place, dtype=torch.int32).flatten())
-    return counts.view(*x.shape[:-2], 2, size + 1)[..., :size]
+def _plain(x: Tensor, batched: bool) -> Array:
+    """The rows (F, E) of (E, N, C) on a CPU by plain sums, and by the safe road where these may not be trusted.
+
+    They may where all entries are finite, no square leaves float64 and centring takes at most 255/256 of the sum of
+    squares; where it takes more inside the units alone, these are centred in a second pass.
+    """
+    narrow = x if x.dtype in (torch.float32, torch.float64) else x.float()  # exact, and what a processor is made for
+    size = max(1, AT_ONCE // x[0].numel())
+    parts = [_sums(part, torch.finfo(x.dtype).tiny, batched) for part in torch.split(narrow, size)]
+    sums = parts[0] if len(parts) == 1 else _Sums(*map(np.concatenate, zip(*parts, strict=True)))
+    fields = np.full((len(FIELDS), len(x)), np.nan)
+    with np.errstate(all="ignore"):
+        good = _fill(fields, narrow, sums, batched)
+    if not good.all():
+        fields[:, ~good] = safe_row(x[torch.from_numpy(~good)], batched).fields.numpy()
+    return fields
 
 
-def _bits_and_octave(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Bits of the numbers in float64, and floor(log2 |x|): the exponent, or the mantissa's where that is all."""
-    bits = x.double().view(torch.int64)
-    exponent = (bits >> 52) & 0x7FF
-    mantissa = bits & 0xFFFFFFFFFFFFF
-    small = (mantissa.double().view(torch.int64) >> 52) - 1023 - 1074
-    return bits, torch.where(exponent == 0, torch.where(mantissa == 0, -2000, small), exponent - 1023)
+def _sums(x: Tensor, tiny: float, batched: bool) -> _Sums:
+    """A few passes over what the cache holds; a single network that does not fit is read in parts of its batch."""
+    rows = AT_ONCE // (len(x) * x.shape[-1])
+    if rows < x.shape[-2]:
+        parts = [_sums(part, tiny, batched) for part in torch.split(x, rows, -2)]
+        return _Sums(*(np.add.reduce(column) for column in zip(*parts, strict=True)))
+    wide, squares = workspace(x.shape, torch.float64)
+    _, flags = workspace(x.shape, x.dtype)  # in the place of the squares, when these are summed
+    wide.copy_(x)
+    lengths = torch.mul(wide, wide, out=squares).sum(-1).numpy()
+    unit = wide.sum(-2).numpy()
+    # Counts are sums of ones, exact in float32 below 2^24.
+    below = torch.abs(x, out=flags).lt_(tiny).sum((-2, -1)).numpy()
+    nonzero = torch.ne(x, 0, out=flags).sum((-2, -1)).numpy() if below.any() else np.full(len(x), float(x[0].numel()))
+    heading = unit
+    if batched:
+        inverse = np.divide(1, np.sqrt(lengths), out=np.zeros_like(lengths), where=lengths > 0)
+        heading = torch.bmm(torch.from_numpy(inverse).unsqueeze(-2), wide).squeeze(-2).numpy()
+    return _Sums(
+        second=lengths.sum(-1),
+        unit=unit,
+        heading=heading,
+        alive=np.count_nonzero(lengths, -1).astype(np.float64),
+        nonzero=nonzero.astype(np.float64),
+        below=below.astype(np.float64),
+        risky=(lengths < 2.0 ** (-2 * SAFE)).sum(-1) if x.dtype == torch.float64 else np.zeros(len(x)),
+    )
 
 
-def _exponent(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
-    """e of a tensor whose finite entries lie between low and high: a matter of its largest magnitude alone."""
-    if dtype != torch.float64:
-        return torch.zeros_like(low)
-    peak = torch.nan_to_num(torch.maximum(low.abs(), high.abs()))
-    exponent = torch.frexp(peak).exponent.clamp(-1000, 1000).double()
-    return torch.where((exponent.abs() <= _SAFE) | (peak == 0), 0, exponent)
-
-
-def _units(x: Tensor, batched: bool) -> Row:
-    """The safe road, right whatever the entries are: everything by unit, twice centred; its histogram is empty."""
+def _fill(fields: Array, x: Tensor, sums: _Sums, batched: bool) -> NDArray[np.bool_]:
+    """Write the rows of (E, N, C); say of which networks they may be trusted."""
     n, c = x.shape[-2:]
-    wide, finite = x.double(), x.isfinite()
-    unit_low = torch.where(finite, wide, torch.inf).amin(-2)
-    unit_high = torch.where(finite, wide, -torch.inf).amax(-2)
-    wide = torch.where(finite, wide, 0)
-    heading, alive = _heading(wide, x.dtype == torch.float64)
-    count = finite.sum(-2).double()
-    low, high = unit_low.amin(-1), unit_high.amax(-1)
-    low, high = (torch.where(edge.isinf(), torch.nan, edge) for edge in (low, high))
-    e = _exponent(low, high, x.dtype)
-    down = torch.exp2(-e)[..., None]
-    wide = wide * down[..., None]
-    pivot = torch.nan_to_num(wide.sum(-2) / count)
-    # A rounded mean may leave the range of the entries; inside it a constant unit has a variance of exactly 0.
-    pivot = torch.where(count > 0, pivot.clamp(unit_low * down, unit_high * down), 0)
-    centred = (wide - pivot[..., None, :]) * finite
-    offset = torch.nan_to_num(centred.sum(-2) / count)
-    m2 = ((centred - offset[..., None, :]) * finite).square_().sum(-2)
-    nonzero = (x != 0).sum(-2).double()
-    zeros = n * c - nonzero.sum(-1)
-    tiny = (x.abs() < torch.finfo(x.dtype).tiny).sum((-2, -1)) - zeros
-    n_nan, n_inf = x.isnan().sum((-2, -1)).double(), x.isinf().sum((-2, -1)).double()
-    told = {
-        "count": torch.full_like(e, n * c),
-        "n_nan": n_nan,
-        "n_inf": n_inf,
-        "n_subnormal": tiny,
-        "n_zero": zeros,
-        "exponent": e,
-        "min": low,
-        "max": high,
-        "alive": alive,
-        "saturated": torch.full_like(e, torch.nan),
-    }
-    if not batched:
-        told["alive"], heading = torch.full_like(e, torch.nan), torch.full_like(heading, torch.nan)
-    parts = Row(e, count, pivot, offset, m2, nonzero, heading, x.new_zeros(0))
-    return parts._replace(fields=_fields(told, parts))
+    low, high = (edge.numpy().astype(np.float64) for edge in (x.amin((-2, -1)), x.amax((-2, -1))))
+    mean = sums.unit.sum(-1) / (n * c)
+    m2 = sums.second - n * c * mean * mean
+    good: NDArray[np.bool_] = np.isfinite(sums.second) & (np.maximum(-low, high) < 2.0**SAFE) & (sums.risky == 0)
+    good &= (m2 > _CANCELLED * sums.second) | (sums.second == 0)
+    zeros = n * c - sums.nonzero
+    fields[: _AT["mean"]] = 0
+    fields[_AT["count"]] = n * c
+    fields[_AT["n_subnormal"]], fields[_AT["n_zero"]] = sums.below - zeros, zeros
+    fields[_AT["mean"]], fields[_AT["m2"]] = mean, m2
+    fields[_AT["min"]], fields[_AT["max"]] = low, high
+    if batched:
+        inside, sure = _inside(x, sums)
+        good &= sure
+        fields[_AT["within"]], fields[_AT["dead"]] = inside / (n * c), _dead(x, sums.unit, low)
+        fields[_AT["alive"]], fields[_AT["resultant"]] = sums.alive, np.square(sums.heading).sum(-1)
+    return good
 
 
-def _heading(wide: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
-    """sum_a x_a / |x_a| of (..., N, C), and over how many vectors of length > 0."""
-    if by_row:  # vectors of float64 may each need a power of two of their own
-        peak = wide.abs().amax(-1, keepdim=True)
-        wide = wide / torch.where(peak > 0, peak, 1)
-    length = wide.square().sum(-1).sqrt()
-    alive = length > 0
-    inverse = torch.where(alive, 1 / length, 0)
-    return (inverse.unsqueeze(-2) @ wide).squeeze(-2), alive.sum(-1).double()
+def _inside(x: Tensor, sums: _Sums) -> tuple[Array, NDArray[np.bool_]]:
+    """Sum of squared distances from the unit's mean over the batch and the units (E,), and where it may be trusted."""
+    means = sums.unit / x.shape[-2]
+    inside = sums.second - x.shape[-2] * np.square(means).sum(-1)
+    cancelled = ~(inside > _CANCELLED * sums.second) & (sums.second > 0) & np.isfinite(sums.second)
+    if cancelled.any():
+        which = torch.from_numpy(cancelled)
+        centre = torch.from_numpy(means)[which].unsqueeze(-2)
+        parts = torch.split(x[which], max(1, AT_ONCE // (len(x) * x.shape[-1])), -2)
+        inside[cancelled] = sum((part - centre).square_().sum((-2, -1)).numpy() for part in parts)
+    return inside, (inside > _CONSTANT * sums.second) | (sums.second == 0)
 
 
-def _fields(told: dict[str, Tensor], parts: Row) -> Tensor:
-    """The row: what was counted, and what the units say together.
-
-    By the law of total variance: M2 = sum of the units' M2 + spread of their means, these taken from a common pivot.
-    """
-    n = parts.finite.sum(-1)
-    pivot = torch.nan_to_num((parts.finite * parts.pivot).sum(-1) / n)
-    away = (parts.pivot - pivot[..., None]) + parts.offset
-    shift = (parts.finite * away).sum(-1) / n
-    spread = (parts.finite * (away - shift[..., None]).square()).sum(-1)
-    batched = told["alive"] >= 0
-    within = (parts.m2 / parts.finite).nanmean(-1)
-    dead = (parts.nonzero == 0).double().mean(-1)
-    found = told | {
-        "mean": pivot + shift,
-        "m2": torch.where(n > 0, parts.m2.sum(-1) + spread, torch.nan),
-        "within": torch.where(batched, within, torch.nan),
-        "dead": torch.where(batched, dead, torch.nan),
-        "resultant": parts.heading.square().sum(-1),
-    }
-    return torch.stack([found[name].double() for name in FIELDS])
+def _dead(x: Tensor, unit: Array, low: Array) -> Array:
+    """Share of units that are 0 in the whole batch: their sums are 0, and tell it where no entry is negative."""
+    silent: NDArray[np.bool_] = unit == 0
+    if (silent.any(-1) & (low < 0)).any():
+        silent &= ~(x != 0).any(-2).numpy()
+    return np.asarray(silent.mean(-1), np.float64)
 
 
 # Statistic -> how it comes from a row; the order is that of signal/stats.py.
@@ -198,9 +154,9 @@ _DERIVED: dict[str, Callable[[Mapping[str, Tensor]], Tensor]] = {
     "n_subnormal": lambda f: f["n_subnormal"],
     "mean": lambda f: f["mean"] * f["scale"],
     "std": lambda f: (f["m2"] / f["finite"]).sqrt() * f["scale"],
-    "rms": lambda f: f["rms"],
-    "q": lambda f: f["rms"].square(),
-    "norm": lambda f: f["rms"] * f["finite"].sqrt(),
+    "rms": lambda f: f["root"] * f["scale"],
+    "q": lambda f: (f["root"] * f["scale"]).square(),
+    "norm": lambda f: f["root"] * f["finite"].sqrt() * f["scale"],
     "min": lambda f: f["min"],
     "max": lambda f: f["max"],
     "frac_zero": lambda f: f["n_zero"] / f["count"],
@@ -219,7 +175,7 @@ def derive(fields: Tensor) -> Tensor:
     named = dict(zip(FIELDS, fields, strict=True))
     named["finite"] = named["count"] - named["n_nan"] - named["n_inf"]
     named["scale"] = torch.exp2(named["exponent"])
-    named["rms"] = (named["m2"] / named["finite"] + named["mean"].square()).sqrt() * named["scale"]
+    named["root"] = (named["m2"] / named["finite"] + named["mean"].square()).sqrt()
     return torch.stack([rule(named) for rule in _DERIVED.values()])
 
 

@@ -1,19 +1,19 @@
 """What is said about a tensor: a table of statistics that outlive the number format, as tidy rows.
 
-Moments are population moments over the finite entries, accumulated in float64 (float64 tensors after division by a
-power of two), so that a float32 tensor of 1e30 or 1e-40 has a finite, non-zero rms. With no finite entry they are nan.
-Knows nothing of networks: it is handed tensors and keys. Legend: E ensemble, N batch, C units.
+Moments are population moments over the finite entries, derived from rows of float64 that carry a power of two
+(moments.py), so that a float32 tensor of 1e30 or 1e-40 has a finite, non-zero rms. With no finite entry they are nan.
+Knows nothing of networks: it is handed tensors and keys. Legend: E ensemble, N batch, C units, K keys, F fields.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from initlab.signal.moments import derive, summarize
+from initlab.signal.moments import FIELDS, derive, histogram, octaves, summarize
 
 # Order of the rows of a measured block, and the columns of the frame.
 STATISTICS: dict[str, str] = {
@@ -96,7 +96,7 @@ def _surely_finite(wide: Tensor) -> bool:
 
 BLOCK_ENTRIES = 2**18
 BATCHED = ("preactivation", "activation")
-_SATURATED_ROW, _DEAD_ROW = list(STATISTICS).index("frac_saturated"), list(STATISTICS).index("frac_dead")
+_SATURATED = list(FIELDS).index("saturated")
 
 
 def _groups(items: Iterable[Item]) -> list[list[Item]]:
@@ -112,10 +112,20 @@ def _groups(items: Iterable[Item]) -> list[list[Item]]:
 
 
 class Blocks:
-    """Measured numbers on their device, (len(names), keys, E) at a time; nothing is copied before `frame`."""
+    """Measured numbers on their device, (numbers, K, E) at a time; nothing is copied before `frame`.
 
-    def __init__(self, seeds: Sequence[int], key_names: Sequence[str], names: Sequence[str]) -> None:
+    `finish` makes the named numbers (len(names), K, E) of what was put; without it they are put as they are.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        key_names: Sequence[str],
+        names: Sequence[str],
+        finish: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.seeds, self.key_names, self.names = list(seeds), tuple(key_names), tuple(names)
+        self._finish = finish
         self._keys: list[Key] = []
         self._blocks: list[Tensor] = []
 
@@ -131,11 +141,17 @@ class Blocks:
         keys, blocks = self._keys, self._blocks
         self._keys, self._blocks = [], []
         shape = (len(self.names), len(keys) * len(self.seeds))
-        values = torch.cat(blocks, 1).cpu().numpy().reshape(shape) if blocks else np.empty(shape)
-        columns = {name: self._key_column(name, keys) for name in self.key_names}
+        values = np.empty(shape)
+        if blocks:
+            whole = torch.cat(blocks, 1)
+            values = (self._finish(whole) if self._finish else whole).cpu().numpy().reshape(shape)
+        columns = self._key_columns(keys)
         for name, row in zip(self.names, values, strict=True):
             columns[name] = row.astype(np.int64) if name in COUNTS else row
         return pd.DataFrame(columns)
+
+    def _key_columns(self, keys: Sequence[Key]) -> dict[str, np.ndarray | pd.Categorical]:
+        return {name: self._key_column(name, keys) for name in self.key_names}
 
     def _key_column(self, name: str, keys: Sequence[Key]) -> np.ndarray | pd.Categorical:
         """One key column; the seed runs fastest."""
@@ -149,21 +165,86 @@ class Blocks:
 
 
 class Rows(Blocks):
-    """The table `stats`. Tensors of one shape are measured together: a step costs a few operations for each shape."""
+    """The table `stats`. Tensors of one shape are measured together: a step costs a few operations for each shape.
 
-    def __init__(self, seeds: Sequence[int]) -> None:
+    What is put are the fields of rows, (F, K, E), by whatever means they were found; statistics are derived in `frame`.
+    """
+
+    def __init__(self, seeds: Sequence[int], histograms: bool = False) -> None:
         names = ("stage", "implementation", "seed", "step", "layer", "tensor", "direction")
-        super().__init__(seeds, names, list(STATISTICS))
+        super().__init__(seeds, names, list(STATISTICS), derive)
+        self._with_histograms, self._histograms = histograms, _Histograms(seeds, names, ())
 
     def add(self, items: Iterable[Item]) -> None:
         for group in _groups(items):
-            block = measure(torch.stack([item.values for item in group]), group[0].key.tensor in BATCHED)
+            keys = [item.key for item in group]
+            x = torch.stack([item.values for item in group]) if len(group) > 1 else group[0].values[None]
+            fields = summarize(x, group[0].key.tensor in BATCHED)
             for k, item in enumerate(group):
                 if item.saturated is not None:
-                    block[_SATURATED_ROW, k] = item.saturated
-                if item.key[-2:] != ("activation", "forward"):
-                    block[_DEAD_ROW, k] = torch.nan
-            self.put([item.key for item in group], block)
+                    fields[_SATURATED, k] = item.saturated
+            self.put(keys, fields)
+            if self._with_histograms:
+                self.put_histograms(keys, histogram(x), x.dtype)
+
+    def frame(self) -> pd.DataFrame:
+        """Only a unit whose activation is always 0 is dead: the share of all other tensors is nan."""
+        frame = super().frame()
+        activation = (frame["tensor"] == "activation") & (frame["direction"] == "forward")
+        return frame.assign(frac_dead=frame["frac_dead"].where(activation))
+
+    def put_histograms(self, keys: Sequence[Key], counts: Tensor, dtype: torch.dtype) -> None:
+        """Counts (K, E, 2, B) of tensors of that dtype, as `histogram` makes them."""
+        self._histograms.put_counts(keys, counts, octaves(dtype)[0])
+
+    def histograms(self) -> pd.DataFrame:
+        """The table `histograms` of what was recorded so far; the collector of histograms is empty afterwards.
+
+        After the keys: `first`, the octave of the first bin, and `positive` and `negative`, the counts of entries from
+        that octave on, as long as each other and without empty bins at either end. With no entry in any bin `first`
+        is 0 and the lists are empty.
+        """
+        return self._histograms.frame()
+
+
+class _Histograms(Blocks):
+    """Histograms on their device, (K, E, 2, B) at a time; on a CPU without the octaves that a block does not touch."""
+
+    def __init__(self, seeds: Sequence[int], key_names: Sequence[str], names: Sequence[str]) -> None:
+        super().__init__(seeds, key_names, names)
+        self._lowest: list[int] = []
+
+    def put_counts(self, keys: Sequence[Key], counts: Tensor, lowest: int) -> None:
+        first, end = 0, counts.shape[-1]
+        if counts.device.type == "cpu":
+            first, end = _touched(counts.numpy())
+        self._lowest.append(lowest + first)
+        self.put(keys, counts[..., first:end].clone())
+
+    def frame(self) -> pd.DataFrame:
+        keys, blocks, lowest = self._keys, self._blocks, self._lowest
+        self._keys, self._blocks, self._lowest = [], [], []
+        rows = [row for block, low in zip(blocks, lowest, strict=True) for row in _trimmed(block, low)]
+        columns: dict[str, Any] = self._key_columns(keys)
+        columns["first"] = np.array([first for first, _ in rows], dtype=np.int64)
+        for sign, name in enumerate(("positive", "negative")):
+            columns[name] = np.empty(len(rows), dtype=object)
+            for place, (_, counts) in enumerate(rows):  # one by one: numpy makes a matrix of lists of one length
+                columns[name][place] = counts[sign]
+        return pd.DataFrame(columns)
+
+
+def _trimmed(block: Tensor, lowest: int) -> Iterator[tuple[int, np.ndarray]]:
+    """First octave and counts (2, octaves) of each histogram of (K, E, 2, B), the seed running fastest."""
+    for counts in block.cpu().numpy().astype(np.int64).reshape(-1, 2, block.shape[-1]):
+        first, end = _touched(counts)
+        yield lowest + first if end else 0, counts[:, first:end]
+
+
+def _touched(counts: np.ndarray) -> tuple[int, int]:
+    """First bin of (..., B) that has an entry, and the one after the last; 0, 0 where there is none."""
+    places = np.flatnonzero(counts.any(tuple(range(counts.ndim - 1))))
+    return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
 
 
 class Differences(Blocks):

@@ -44,6 +44,23 @@ def test_nan_inf_and_subnormal_numbers_survive_as_values(tmp_path: Path) -> None
     np.testing.assert_array_equal(read(folder)["std"], [math.nan, math.inf, 5e-324])
 
 
+def test_lists_of_counts_survive(tmp_path: Path) -> None:
+    """Of one length and of several, empty ones too; a part without rows does not spoil the others."""
+    counts = [[1, 0, 2], [3, 4, 5], []]
+    for name in ("a", "b"):
+        with Recorder(tmp_path / name, COLUMNS, "cpu") as recorder:
+            for part in (counts, counts[2:], counts[:1], []):
+                positive = np.empty(len(part), dtype=object)
+                for k, values in enumerate(part):
+                    positive[k] = np.array(values, dtype=np.int64)
+                tensor = pd.Categorical(["weight"] * len(part))
+                recorder.add({"histograms": pd.DataFrame({"tensor": tensor, "first": -3, "positive": positive})})
+    assert str(pq.read_schema(tmp_path / "a" / "histograms.parquet").field("positive").type) == "list<element: int64>"
+    frame = read(tmp_path, "histograms")
+    assert [values.tolist() for values in frame["positive"]] == [*counts, [], counts[0]] * 2
+    assert set(frame["init"]) == {"kaiming"} and set(frame["tensor"]) == {"weight"}
+
+
 def test_what_was_measured_outlives_a_fault(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), Recorder(tmp_path, COLUMNS, "cpu") as recorder:
         recorder.add({"stats": rows(0, 1.0)})
