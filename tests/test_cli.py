@@ -278,3 +278,15 @@ def test_too_large_for_the_memory_is_one_line(lab: Lab) -> None:
     code, _, err = lab(*QUICK, "width=99999999999")
     assert code == 2 and err.startswith("initlab: out of memory; make seeds, width, depth or batch smaller")
     assert err.count("\n") == 1
+
+
+def test_who_draws_and_how_a_gpu_multiplies_are_options_and_columns(lab: Lab) -> None:
+    assert lab("task=stack", *QUICK)[0] == 0
+    assert lab("task=stack", "generator=philox", *QUICK)[0] == 0
+    frame = initlab.read("outputs")
+    assert set(frame["generator"]) == {"torch", "philox"} and set(frame["matmul"]) == {"ieee"}
+    inputs = frame[frame["layer"] == 0].groupby("generator")["rms"].unique()
+    assert not set(inputs["torch"]) & set(inputs["philox"])
+    for word, allowed in (("generator=numpy", "philox, torch"), ("matmul=tf23", "ieee, tf32 - did you mean tf32?")):
+        code, _, err = lab(word, *QUICK)
+        assert code == 2 and err == f"initlab: {word}: must be one of {allowed}\n"
