@@ -1,6 +1,7 @@
 """Philox against its published answers, and the laws that random numbers by position must keep."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -87,6 +88,28 @@ def test_a_gpu_draws_the_same_integers_and_the_same_numbers_to_one_rounding(shap
     there, here = (gaussian(shape, seeds, "weight", 1, device).cpu() for device in ("cuda", "cpu"))
     torch.testing.assert_close(there, here, rtol=2 * torch.finfo(torch.float32).eps, atol=1e-15)  # cos near its zeros
     assert float((there != here).double().mean()) < 1e-3
+
+
+HERE = pytest.mark.skipif(
+    not (philox.TRITON and os.environ.get("TRITON_INTERPRET") == "1"),
+    reason="needs Triton, and TRITON_INTERPRET=1 on a CPU",
+)
+THERE = [pytest.mark.gpu, pytest.mark.skipif(not philox.TRITON, reason="Triton is not installed")]
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=HERE), pytest.param("cuda", marks=THERE)])
+@pytest.mark.parametrize("shape", [(100, 100), (7, 5), (1, 1), (3,), (0, 4), (784, 10)])
+def test_one_pass_makes_the_same_numbers(shape, device):
+    from initlab.signal import triton_philox
+
+    seeds = [0, 3, 2**62]
+    keys = [key(seed, "weight", 1) for seed in seeds]
+    assert any(k >= 2**63 for k in [*keys, key(5, "bias", 2), key(1, "bias", 2)])  # the sign bit is a bit
+    even, normal = (triton_philox.draw(keys, shape, torch.device(device), law).cpu() for law in (False, True))
+    assert torch.equal(even, uniform(shape, seeds, "weight", 1))
+    reference = gaussian(shape, seeds, "weight", 1)
+    torch.testing.assert_close(normal, reference, rtol=2 * torch.finfo(torch.float32).eps, atol=1e-15)
+    assert int((normal != reference).sum()) <= 1e-3 * reference.numel()
 
 
 def normal_cdf(x):
