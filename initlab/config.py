@@ -74,6 +74,7 @@ class Config:
     width: int = MISSING
     batch: int = MISSING
     inputs: int | None = None
+    backward: bool = MISSING
     seed: int = MISSING
     seeds: int = MISSING
     dtype: str = MISSING

@@ -25,6 +25,7 @@ from initlab.tasks.data import TEACHER_ROWS, load
 from initlab.tasks.explain import explain
 from initlab.tasks.graph import graph
 from initlab.tasks.ladders import backward_ladder, matmul_ladder
+from initlab.tasks.networks import Shape, kept_as_text, plan
 from initlab.tasks.place import DTYPES, MATMULS, find_device, set_matmul
 from initlab.tasks.stack import stack
 from initlab.tasks.timing import agreement
@@ -33,16 +34,20 @@ from initlab.tasks.train import OPTIMIZERS, refuse_mismatch, train
 Stage = Callable[[Recorder], str]  # measures, records, and says what is to be printed beside the short table
 
 
+WORTH_SAYING = 2**30  # bytes
+
+
 def _stack(config: Config, common: Mapping[str, Any]) -> Stage:
+    """Plans the memory at once: a network that does not fit alone is a mistake of the user."""
+    inputs = config.width if config.inputs is None else config.inputs
+    check(inputs=inputs)
+    shape = Shape(config.depth, config.width, inputs, config.batch)
+    number, place = DTYPES[config.dtype], find_device(config.device)
+    planned = plan(shape, config.seeds, number, place, config.backward)
+
     def run(recorder: Recorder) -> str:
-        shape: dict[str, Any] = {
-            "depth": config.depth,
-            "width": config.width,
-            "inputs": config.inputs,
-            "batch": config.batch,
-        }
-        recorder.add({"stats": stack(**shape, **common)})
-        return ""
+        stack(**shape._asdict(), backward=config.backward, emit=recorder.add, **common)
+        return kept_as_text(planned) if planned.kept > WORTH_SAYING else ""
 
     return run
 

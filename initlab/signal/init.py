@@ -45,6 +45,10 @@ class Rule:
         """The gain in force, dimensionless."""
         return activations.gain(activation, self.gain_kind) if self.gain is None else self.gain
 
+    def std_for(self, activation: str, shape: tuple[int, int]) -> float:
+        """Standard deviation of weights (I, O): the gain in force / sqrt(fan)."""
+        return self.gain_for(activation) / math.sqrt(MODES[self.mode](*shape))
+
 
 # What the variance of a weight is divided by.
 MODES: dict[str, Callable[[int, int], float]] = {
@@ -178,7 +182,7 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """Weights (E, I, O) and biases (E, O) of one layer for an ensemble, a network per seed."""
     fan_in, fan_out = shape
-    std = rule.gain_for(activation) / math.sqrt(MODES[rule.mode](fan_in, fan_out))
+    std = rule.std_for(activation, shape)
     source = choose(GENERATORS, generator, "generator")
     weights = DISTRIBUTIONS[rule.distribution](shape, std, Weights(source, seeds, layer, device))
     biases = torch.zeros(len(seeds), fan_out)

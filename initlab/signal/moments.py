@@ -16,8 +16,8 @@ from torch import Tensor
 
 from initlab.signal.octaves import histogram as histogram
 from initlab.signal.octaves import octaves as octaves
+from initlab.signal.units import BLOCK, SAFE, checked, power_of_two, safe_row
 from initlab.signal.units import FIELDS as FIELDS
-from initlab.signal.units import SAFE, checked, safe_row
 from initlab.signal.units import Row as Row
 from initlab.signal.units import merge as merge
 from initlab.signal.units import row as row
@@ -64,13 +64,14 @@ def _plain(x: Tensor, batched: bool) -> Array:
     """
     narrow = x if x.dtype in (torch.float32, torch.float64) else x.float()  # exact, and what a processor is made for
     size = max(1, AT_ONCE // x[0].numel())
-    parts = [_sums(part, torch.finfo(x.dtype).tiny, batched) for part in torch.split(narrow, size)]
-    sums = parts[0] if len(parts) == 1 else _Sums(*map(np.concatenate, zip(*parts, strict=True)))
     fields = np.full((len(FIELDS), len(x)), np.nan)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # nan and inf are data
+        parts = [_sums(part, torch.finfo(x.dtype).tiny, batched) for part in torch.split(narrow, size)]
+        sums = parts[0] if len(parts) == 1 else _Sums(*map(np.concatenate, zip(*parts, strict=True)))
         good = _fill(fields, narrow, sums, batched)
     if not good.all():
-        fields[:, ~good] = safe_row(x[torch.from_numpy(~good)], batched).fields.numpy()
+        rest = torch.split(x[torch.from_numpy(~good)], max(1, BLOCK["cpu"] // x[0].numel()))
+        fields[:, ~good] = np.concatenate([safe_row(part, batched).fields.numpy() for part in rest], -1)
     return fields
 
 
@@ -170,11 +171,13 @@ _DERIVED: dict[str, Callable[[Mapping[str, Tensor]], Tensor]] = {
 def derive(fields: Tensor) -> Tensor:
     """The statistics (S, ...) of rows (F, ...), in the order of STATISTICS in signal/stats.py.
 
-    std = sqrt(m2 / n) 2^e, rms = sqrt(m2 / n + mean^2) 2^e, n finite entries; q = rms^2 leaves float64 beyond 1e154.
+    std = sqrt(m2 / n) 2^e, rms = sqrt(m2 / n + mean^2) 2^e, n finite entries. All are as exact as the row as long as
+    float64 can say them: q = rms^2 is inf beyond an rms of 1e154 and 0 below 1e-162. The cosine is a difference: its
+    error is a rounding of the larger of itself and 1 / (k - 1), what k vectors reach that cancel.
     """
     named = dict(zip(FIELDS, fields, strict=True))
     named["finite"] = named["count"] - named["n_nan"] - named["n_inf"]
-    named["scale"] = torch.exp2(named["exponent"])
+    named["scale"] = power_of_two(named["exponent"])
     named["root"] = (named["m2"] / named["finite"] + named["mean"].square()).sqrt()
     return torch.stack([rule(named) for rule in _DERIVED.values()])
 

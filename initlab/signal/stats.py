@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from initlab.signal.moments import FIELDS, derive, histogram, octaves, summarize
+from initlab.signal.units import BLOCK
+from initlab.signal.workspace import AT_ONCE
 
 # Order of the rows of a measured block, and the columns of the frame.
 STATISTICS: dict[str, str] = {
@@ -94,19 +96,19 @@ def _surely_finite(wide: Tensor) -> bool:
     return wide.device.type == "cpu" and bool(wide.sum().isfinite())
 
 
-BLOCK_ENTRIES = 2**18
 BATCHED = ("preactivation", "activation")
 _SATURATED = list(FIELDS).index("saturated")
 
 
 def _groups(items: Iterable[Item]) -> list[list[Item]]:
-    """Items of one shape together, as many as make a block that a processor's cache holds."""
+    """Items of one shape together, as many as are looked at together."""
     groups: dict[Hashable, list[Item]] = {}
     for item in items:
         groups.setdefault((item.values.shape, item.values.dtype, item.key.tensor in BATCHED), []).append(item)
     found = []
     for group in groups.values():
-        size = max(1, BLOCK_ENTRIES // max(1, group[0].values.numel()))
+        first = group[0].values
+        size = max(1, (AT_ONCE if first.device.type == "cpu" else BLOCK["cuda"]) // max(1, first.numel()))
         found += [group[k : k + size] for k in range(0, len(group), size)]
     return found
 

@@ -36,7 +36,8 @@ FIELDS: dict[str, str] = {
 # Between 2^-400 and 2^400 float64 holds squares of entries, of their differences from a mean, and sums of them.
 SAFE = 400
 # Entries looked at together: what a processor's cache holds in float64; on a GPU what bounds the working memory.
-BLOCK = {"cpu": 2**17, "cuda": 2**26}
+BLOCK = {"cpu": 2**17, "cuda": 2**24}
+_FEWEST = 16
 
 
 class Row(NamedTuple):
@@ -65,8 +66,8 @@ def merge(a: Row, b: Row) -> Row:
     """The row of two shards of one tensor, split over the batch.
 
     Chan's formula for each unit: delta = mean_b - mean_a, n = n_a + n_b, mean = mean_a + delta n_b / n,
-    M2 = M2_a + M2_b + delta^2 n_a n_b / n (Chan, Golub and LeVeque 1983, eq. 2.1). Counts, min, max and histogram are
-    exact.
+    M2 = M2_a + M2_b + delta^2 n_a n_b / n (Chan, Golub and LeVeque, The American Statistician 37, 1983). Counts, min,
+    max and histogram are exact.
     """
     if a.heading.shape != b.heading.shape or a.histogram.shape != b.histogram.shape:
         shapes = [f"{tuple(r.heading.shape)} units and {r.histogram.shape[-1]} octaves" for r in (a, b)]
@@ -110,16 +111,25 @@ def _exponent(low: Tensor, high: Tensor) -> Tensor:
     return torch.where((exponent.abs() <= SAFE) | (peak == 0), 0, exponent)
 
 
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^e of integers -1022 to 1023, from the bits: exact on every device."""
+    return ((exponent.long() + 1023) << 52).view(torch.float64)
+
+
 def _rescaled(one: Row, exponent: Tensor) -> Row:
     """With the exponent of the whole, which only a shard of zeros can exceed."""
-    down = torch.exp2((one.fields[list(FIELDS).index("exponent")] - exponent).clamp(max=0))[..., None]
+    own = one.fields[list(FIELDS).index("exponent")]
+    down = power_of_two((own - exponent).clamp(-1022, 0))[..., None]
     return one._replace(pivot=one.pivot * down, offset=one.offset * down, m2=one.m2 * down * down)
 
 
 def safe_row(x: Tensor, batched: bool) -> Row:
-    """The safe road; its histogram is left empty. What exceeds a block is cut along the batch and merged."""
+    """The safe road; its histogram is left empty.
+
+    What exceeds a block is cut along the batch and merged, but not into vectors so few that merging costs more.
+    """
     size = BLOCK.get(x.device.type, BLOCK["cuda"]) // max(1, x.shape[:-2].numel() * x.shape[-1])
-    return reduce(merge, [_by_unit(part, batched) for part in torch.split(x, max(1, size), -2)])
+    return reduce(merge, [_by_unit(part, batched) for part in torch.split(x, max(_FEWEST, size), -2)])
 
 
 def _by_unit(x: Tensor, batched: bool) -> Row:
@@ -136,7 +146,7 @@ def _by_unit(x: Tensor, batched: bool) -> Row:
     if not batched:
         heading, alive = torch.full_like(heading, torch.nan), torch.full_like(alive, torch.nan)
     e = _exponent(low, high)
-    down = torch.exp2(-e)[..., None]
+    down = power_of_two(-e)[..., None]
     wide *= down[..., None]
     # A rounded mean may leave the range of the entries; inside it a constant unit has a variance of exactly 0.
     pivot = (wide.sum(-2) / finite).clamp(unit_low * down, unit_high * down)

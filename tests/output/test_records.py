@@ -36,6 +36,15 @@ def test_a_finished_run_holds_whole_tables_and_says_so(tmp_path: Path) -> None:
     assert set(frame["init"]) == {"kaiming"} and set(frame["depth"]) == {3} and set(frame["run"]) == {str(folder)}
 
 
+def test_networks_that_differ_say_so_row_by_row(tmp_path: Path) -> None:
+    with Recorder(tmp_path, COLUMNS, "cpu") as recorder:
+        recorder.add({"stats": rows(0, 1.0).assign(init=pd.Categorical(["naive"]), gain=1.0)})
+        recorder.add({"stats": rows(1, 1.0)})
+    frame = read(tmp_path)
+    assert frame["init"].tolist() == ["naive", "kaiming"] and frame["gain"].tolist() == [1.0, math.sqrt(2)]
+    assert frame["depth"].tolist() == [3, 3]
+
+
 def test_nan_inf_and_subnormal_numbers_survive_as_values(tmp_path: Path) -> None:
     """nan must not become null, or a dead layer would drop out of every average."""
     folder = write(tmp_path / "a", math.nan, math.inf, 5e-324)

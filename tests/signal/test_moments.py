@@ -169,12 +169,15 @@ def test_both_roads_count_the_same(case: str) -> None:
     )
 
 
-@pytest.mark.parametrize("case", ["relu", "collapsed", "float64", "half nan", "units' means a million stds"])
+@pytest.mark.parametrize(
+    "case", ["relu", "collapsed", "float64", "half nan", "with inf and a mean", "units' means a million stds"]
+)
 def test_tensors_larger_than_a_block_are_read_in_parts(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the batch, or of the ensemble; the last part is a shorter one."""
     x = (PLAIN | HARD)[case]
     monkeypatch.setattr(moments, "AT_ONCE", 5 * x.shape[1])
     monkeypatch.setitem(units.BLOCK, "cpu", 5 * x.shape[1])
+    monkeypatch.setattr(units, "_FEWEST", 1)
     for road in ROADS.values():
         agree(named(road(x)), exact(x))
     monkeypatch.setattr(moments, "AT_ONCE", 2 * x.numel())
@@ -376,6 +379,12 @@ def test_statistics_are_exact_as_far_as_float64_can_say_them(case: str) -> None:
             root = float(decimal(square).sqrt())
             assert found[name] == pytest.approx(root, rel=1e-12, abs=5e-324)
     assert found["q"] == pytest.approx(float(second) if second < 10**308 else math.inf, rel=1e-12, abs=5e-324)
+
+
+def test_powers_of_two_are_exact() -> None:
+    exponents = range(-1022, 1024)
+    found = units.power_of_two(torch.tensor(exponents, dtype=F64)).tolist()
+    assert found == [math.ldexp(1.0, e) for e in exponents]
 
 
 def test_mistakes_are_said_in_one_line() -> None:
