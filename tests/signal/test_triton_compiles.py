@@ -9,7 +9,6 @@ from initlab.signal import fused_triton as fused
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::UserWarning"),  # Triton's, about its own coming defaults
     pytest.mark.skipif(not fused.TRITON, reason="Triton is not installed"),
     pytest.mark.skipif(
         os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled under TRITON_INTERPRET=1"
