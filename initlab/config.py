@@ -80,6 +80,8 @@ class Config:
     seeds: int = MISSING
     dtype: str = MISSING
     device: str = MISSING
+    generator: str = MISSING
+    matmul: str = MISSING
     threads: int = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
@@ -192,6 +194,8 @@ COLUMNS = {
     "inputs": "inputs",
     "batch": "batch",
     "dtype": "dtype",
+    "generator": "generator",
+    "matmul": "matmul",
     "data": "data.name",
     "train_depth": "train.depth",
     "train_width": "train.width",

@@ -20,14 +20,14 @@ from initlab.output.records import Recorder
 from initlab.scratch.graph_text import frames_as_text
 from initlab.scratch.layers import LOSSES
 from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.init import RULES, Rule, rule
+from initlab.signal.init import GENERATORS, RULES, Rule, rule
 from initlab.tasks.data import TEACHER_ROWS, load
 from initlab.tasks.explain import explain
 from initlab.tasks.graph import graph
 from initlab.tasks.ladders import backward_ladder, matmul_ladder
 from initlab.tasks.networks import Shape, kept_as_text, plan
 from initlab.tasks.pair import MODULES, OPTIMIZERS
-from initlab.tasks.place import DTYPES, find_device
+from initlab.tasks.place import DTYPES, MATMULS, find_device, set_matmul
 from initlab.tasks.stack import stack
 from initlab.tasks.timing import agreement
 from initlab.tasks.train import refuse_mismatch, train
@@ -157,6 +157,7 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     stages = choose(TASKS, config.task, "task")
     _refuse(config)
     torch.set_num_threads(config.threads)
+    set_matmul(config.matmul)
     i = config.init
     scaling = rule(i.name, gain=i.gain, gain_kind=i.gain_kind, mode=i.mode, distribution=i.distribution, bias=i.bias)
     device = find_device(config.device).type
@@ -166,6 +167,7 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
         "seeds": seeds(config),
         "dtype": config.dtype,
         "device": device,
+        "generator": config.generator,
         "progress": True,
     }
     described = _described(config, scaling, choices) | {"device": device}
@@ -181,6 +183,8 @@ def _refuse(config: Config) -> None:
     check(train_batch=t.batch, train_steps=t.steps, train_lr=t.lr)
     choose(ACTIVATIONS, config.activation.name, "activation")
     choose(DTYPES, config.dtype, "dtype")
+    choose(GENERATORS, config.generator, "generator")
+    choose(MATMULS, config.matmul, "matmul")
     choose(OPTIMIZERS, t.optimizer, "train.optimizer")
     choose(LOSSES, t.loss, "train.loss")
     choose(MODULES, t.modules, "train.modules")

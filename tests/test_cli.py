@@ -293,3 +293,15 @@ def test_training_rows_have_no_true_logarithm(lab: Lab) -> None:
     assert lab(*QUICK)[0] == 0
     frame = initlab.read("outputs")
     assert (frame["log2_rms_true"].isna() == (frame["stage"] == "train")).all() and "train" in set(frame["stage"])
+
+
+def test_who_draws_and_how_a_gpu_multiplies_are_options_and_columns(lab: Lab) -> None:
+    assert lab("task=stack", *QUICK)[0] == 0
+    assert lab("task=stack", "generator=philox", *QUICK)[0] == 0
+    frame = initlab.read("outputs")
+    assert set(frame["generator"]) == {"torch", "philox"} and set(frame["matmul"]) == {"ieee"}
+    inputs = frame[frame["layer"] == 0].groupby("generator")["rms"].unique()
+    assert not set(inputs["torch"]) & set(inputs["philox"])
+    for word, allowed in (("generator=numpy", "philox, torch"), ("matmul=tf23", "ieee, tf32 - did you mean tf32?")):
+        code, _, err = lab(word, *QUICK)
+        assert code == 2 and err == f"initlab: {word}: must be one of {allowed}\n"

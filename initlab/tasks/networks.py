@@ -12,8 +12,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from initlab.errors import UsageError
-from initlab.signal.init import RULES, Rule, draw, gaussian, rule
+from initlab.errors import UsageError, choose
+from initlab.signal.init import GENERATORS, RULES, Rule, draw, rule
 from initlab.tasks.memory import free_memory, readable
 
 CACHED = 8  # networks whose tensors stay in a processor's cache
@@ -110,9 +110,12 @@ class Networks:
         dtype: torch.dtype,
         device: torch.device,
         keep_weights: bool = False,
+        generator: str = "torch",
     ) -> None:
         self.rules, self.activation, self.shape, self.seeds = rules, activation, shape, seeds
         self.dtype, self.device, self.keep_weights = dtype, device, keep_weights
+        choose(GENERATORS, generator, "generator")
+        self.generator = generator
         self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def __len__(self) -> int:
@@ -142,7 +145,8 @@ class Networks:
     def _draw(
         self, one: Rule, seeds: Sequence[int], layer: int, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
-        return draw(one, self.activation, self.shape.of(layer), seeds, layer, dtype or self.dtype, self.device)
+        shape, number = self.shape.of(layer), dtype or self.dtype
+        return draw(one, self.activation, shape, seeds, layer, number, self.device, self.generator)
 
     def _scaled(self, layer: int, rules: Sequence[Rule], seeds: Sequence[int]) -> Tensor:
         """Networks of one seed share their Gaussian numbers: drawn once, and scaled by each network's own std."""
@@ -153,7 +157,8 @@ class Networks:
 
     def gaussian(self, units: int, what: str) -> Tensor:
         """Unit Gaussian numbers (E, N, units); networks of one seed have the same."""
-        drawn = torch.stack([gaussian((self.shape.batch, units), seed, what) for seed in self.seeds])
+        source = GENERATORS[self.generator]
+        drawn = source.gaussian((self.shape.batch, units), self.seeds, what, 0, self.device)
         return drawn.to(self.device, self.dtype)
 
     def columns(self, frame: pd.DataFrame, inits: pd.Categorical) -> pd.DataFrame:

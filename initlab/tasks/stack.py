@@ -36,6 +36,7 @@ def stack(
     seeds: Sequence[int] = range(8),
     dtype: str = "float32",
     device: str = "cpu",
+    generator: str = "torch",
     backward: bool = True,
     emit: Callable[[Frames], None] | None = None,
     progress: bool = False,
@@ -66,7 +67,8 @@ def stack(
     with tqdm(total=total, desc="stack", unit="layer", disable=None if progress else True) as bar:
 
         def run(chunk: slice) -> None:
-            nets = Networks(rules[chunk], activation, shape, seeds[chunk], number, place, planned.keep_weights)
+            kept = planned.keep_weights
+            nets = Networks(rules[chunk], activation, shape, seeds[chunk], number, place, kept, generator)
             record = _Record(nets, None if names is None else names[chunk], emit or collected.append, emit is not None)
             _Pass(nets, phi, record, producer, backward, bar).run()
 

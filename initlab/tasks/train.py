@@ -34,6 +34,7 @@ def train(
     device: str = "cpu",
     every: int = 1,
     histograms: bool = False,
+    generator: str = "torch",
     emit: Callable[[Frames], None] | None = None,
     progress: bool = False,
 ) -> Frames:
@@ -55,7 +56,7 @@ def train(
     with tqdm(total=steps * len(groups), desc="train", unit="step", disable=None if progress else True) as bar:
         for group in groups:
             parameters = [
-                draw(scaling, activation, shape, group, layer, number, place)
+                draw(scaling, activation, shape, group, layer, number, place, generator)
                 for layer, shape in enumerate(pairwise(sizes), start=1)
             ]
             records = Records(group, deliver, histograms)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from initlab.errors import UsageError
-from initlab.signal.init import RULES, rule
+from initlab.signal.init import GENERATORS, RULES, rule
 from initlab.signal.stats import COUNTS, STATISTICS
 from initlab.tasks import networks
 from initlab.tasks import stack as stacking
@@ -308,3 +308,23 @@ def test_kaiming_spread_over_a_thousand_networks() -> None:
     last = np.log(signal[signal["layer"] == 50]["std"])
     assert abs(float(last.median()) - math.log(0.48)) < 5 * 1.2533 * 0.73 / math.sqrt(1000)
     assert abs(last.between(math.log(0.23), math.log(1.0)).mean() - 0.68) < 5 * math.sqrt(0.68 * 0.32 / 1000) + 0.01
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_whoever_draws_a_network_of_an_ensemble_is_the_single_network(generator: str) -> None:
+    together = stack(depth=5, width=20, batch=30, seeds=[3, 0, 8], generator=generator)
+    for seed in (0, 8):
+        alone = stack(depth=5, width=20, batch=30, seeds=[seed], generator=generator)
+        mine = together[together["seed"] == seed].reset_index(drop=True)
+        pd.testing.assert_frame_equal(mine[NUMBERS], alone[NUMBERS], rtol=1e-12)
+
+
+def test_the_generator_draws_weights_and_inputs() -> None:
+    by_torch, by_philox = (
+        forward(stack(depth=1, seeds=[0], generator=name), "activation")["rms"].tolist() for name in GENERATORS
+    )
+    for layer in (0, 1):
+        assert by_torch[layer] != by_philox[layer]
+        assert by_torch[layer] == pytest.approx(by_philox[layer], rel=0.3)  # one law
+    with pytest.raises(UsageError, match="generator=mersenne: must be one of philox, torch"):
+        stack(generator="mersenne")
