@@ -12,6 +12,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -32,9 +34,27 @@ _ARGUMENTS = {
 JOB = ("x", "other", "unit_sums", "e", "n", "c", "first", "second", "third")  # columns of a job, int64 each
 
 
-@lru_cache
+_plain = 0  # how many `plain()` are open
+
+
 def library() -> ctypes.CDLL | None:
     """The compiled passes, or None on a machine that cannot build them; why not is logged, once."""
+    return None if _plain else _found()
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Inside, everything takes the plain road."""
+    global _plain
+    _plain += 1
+    try:
+        yield
+    finally:
+        _plain -= 1
+
+
+@lru_cache
+def _found() -> ctypes.CDLL | None:
     if os.environ.get(SWITCH) == "0":
         return None
     try:

@@ -156,9 +156,9 @@ def test_the_update_leaves_three_rows(kind: str, lr: float, page: tuple[np.ndarr
 def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> Iterator[pytest.MonkeyPatch]:
     """An empty cache of compiled passes, and the loaded one back afterwards."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library.cache_clear()
+    accelerate._found.cache_clear()
     yield monkeypatch
-    library.cache_clear()
+    accelerate._found.cache_clear()
 
 
 def test_without_a_compiler_it_is_said_once(afresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -178,6 +178,13 @@ def test_a_compiler_that_fails(afresh: pytest.MonkeyPatch, caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING):
         assert library() is None
     assert len(caplog.records) == 1 and "slower" in caplog.text
+
+
+@needs_compiler
+def test_plain_takes_the_plain_road() -> None:
+    with accelerate.plain():
+        assert library() is None
+    assert library() is not None
 
 
 def test_the_switch(afresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
