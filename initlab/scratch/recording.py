@@ -1,243 +1,30 @@
-"""What a recorded step of the engine leaves behind: a row for every tensor of every layer, and its histogram.
+"""Recorded steps of an engine: a row for every tensor of every layer at every step, collected as tables.
 
-Rows go into memory that is allocated once for a few steps; nothing in a step waits for a device. A ReLU network in
-float32 on a CPU takes its statistics where the compiled passes make a ReLU, its mask or an update; any other keeps its
-tensors apart and describes them afterwards, shape by shape.
-Legend: E ensemble, N batch, I fan_in, O fan_out, C units, F fields, B octaves.
+The rows are the same whoever writes them (pens.py, launched.py); they wait on a page (page.py) to be handed over.
 """
 
-from collections.abc import Sequence
-from itertools import product
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from initlab.scratch.engine import Engine, Network, Stack
-from initlab.signal.accelerate import JOB, expanded, library
-from initlab.signal.moments import FIELDS, octaves, summarize, summarize_and_count
-from initlab.signal.stats import Key, Rows, saturated_share
-
-PAGE_STEPS = 8
-_SATURATED = list(FIELDS).index("saturated")
-_BIAS_UPDATE = "bias update"  # the compiled pass makes its row on the way; the tables have the weights' alone
-
-
-class Slot(NamedTuple):
-    """Which tensor of a step a row is about."""
-
-    layer: int
-    tensor: str
-    direction: str
+from initlab.scratch.engine import Engine, Network
+from initlab.scratch.launched import Launched, works
+from initlab.scratch.page import PAGE_STEPS, Page
+from initlab.scratch.pens import Apart, Fused, Pen
+from initlab.signal import fused_triton
+from initlab.signal.accelerate import library
+from initlab.signal.stats import Rows
 
 
-def slots(layers: int) -> list[Slot]:
-    """All tensors of a network of so many layers; the last has a preactivation and no activation."""
-    both, all_layers = ("forward", "backward"), range(1, layers + 1)
-    found = [Slot(*key) for key in product(all_layers, ("preactivation",), both)]
-    found += [Slot(*key) for key in product(range(1, layers), ("activation",), both)]
-    found += [Slot(*key) for key in product(all_layers, ("weight", "bias"), both)]
-    found += [Slot(layer, "update", "forward") for layer in all_layers]
-    return found + [Slot(layer, _BIAS_UPDATE, "forward") for layer in all_layers]
-
-
-class Page:
-    """The rows of a few steps: `fields` (steps, slots, E, F), and histograms, as runs of counts or with all octaves."""
-
-    def __init__(self, layers: int, count: int, like: Tensor, histograms: bool, accelerated: bool) -> None:
-        self.accelerated = accelerated
-        self.slots = slots(layers)
-        self.place = {slot: k for k, slot in enumerate(self.slots)}
-        shape = (PAGE_STEPS, len(self.slots), count)
-        self.fields = torch.full((*shape, len(FIELDS)), torch.nan, dtype=torch.float64, device=like.device)
-        self.histograms, self.dtype = histograms, like.dtype
-        self.octaves = octaves(like.dtype)[1] - octaves(like.dtype)[0] + 1
-        self.dense: Tensor | None = None
-        self.starts = np.zeros(shape, dtype=np.int64)
-        # Room for the worst case, of which only what is written becomes memory.
-        self.runs = np.empty(self.starts.size * (2 + 2 * self.octaves) if histograms else 0, dtype=np.int32)
-        self.arena = np.array([self.runs.ctypes.data, 0, 0], dtype=np.int64)
-
-    def open(self, at: int) -> tuple[int, int | None]:
-        """Addresses of a step's rows and of the arena for its histograms, for the compiled passes."""
-        self.arena[2] = self.starts.ctypes.data + at * self.starts.strides[0]
-        step = self.fields.stride(0) * self.fields.element_size()
-        return self.fields.data_ptr() + at * step, self.arena.ctypes.data if self.histograms else None
-
-    def write(self, at: int, places: Sequence[int], first: int, values: Tensor, batched: bool) -> None:
-        """The rows and histograms of (K, E, N, C), a place for each K, networks from `first` on."""
-        until = first + values.shape[1]
-        if self.histograms:
-            fields, counts = summarize_and_count(values, batched, self.accelerated)
-        else:
-            fields = summarize(values, batched, self.accelerated)
-        self.fields[at, places, first:until] = fields.movedim(0, -1)
-        if self.histograms:
-            if self.dense is None:
-                size = (*self.starts.shape, 2, self.octaves)
-                self.dense = torch.zeros(size, dtype=torch.int32, device=values.device)
-            self.dense[at, places, first:until] = counts
-
-    def empty(self, steps: Sequence[int], rows: Rows, implementation: str) -> None:
-        """Hand over what was written for these steps; the page is empty afterwards."""
-        told = [k for k, slot in enumerate(self.slots) if slot.tensor != _BIAS_UPDATE]
-        keys = [Key("train", implementation, step, *self.slots[k]) for step in steps for k in told]
-        fields = self.fields[: len(steps), told]
-        rows.put(keys, fields.movedim(-1, 0).flatten(1, 2).clone())
-        if self.dense is not None:
-            rows.put_histograms(keys, self.dense[: len(steps), told].flatten(0, 1), self.dtype)
-        elif self.histograms:
-            counts, lowest = expanded(self.runs, self.starts[: len(steps), told])
-            rows.put_histograms(keys, torch.from_numpy(counts).flatten(0, 1), self.dtype, lowest)
-        self.arena[1] = 0
-
-
-class Pen(Protocol):
-    """How a network's step is written down."""
-
-    def step(self, x: Tensor, y: Tensor, at: int) -> Tensor:
-        """One update; the rows at position `at` of the page; the loss before it."""
-
-
-class Apart:
-    """Any activation, number format and device: tensors are kept apart and described afterwards, shape by shape."""
-
-    def __init__(self, net: Network, page: Page, first: int) -> None:
-        self.net, self.page, self.first = net, page, first
-
-    def step(self, x: Tensor, y: Tensor, at: int) -> Tensor:
-        net = self.net
-        s = net.space(x.shape[-2], apart=True)
-        out = net.forward(x, s)
-        net.out = out
-        value, g = net.loss.both(out, y)
-        net.backward(g, s)
-        net.bias_gradients(g, s, net.b_grad)
-        net.weight_gradients(x, g, s, net.w_grad, keep=0.0)
-        for stack, tensor, direction in (
-            (s.z, "preactivation", "forward"),
-            (s.a, "activation", "forward"),
-            (s.a_grad, "activation", "backward"),
-            (s.g, "preactivation", "backward"),
-        ):
-            self._write(at, stack, tensor, direction, batched=True)
-        for values, direction in ((out, "forward"), (g, "backward")):
-            self._write_run(at, values[None], len(net.w) - 1, "preactivation", direction, batched=True)
-        self._saturation(at, s.z)
-        self._update(at, net.w, net.w_grad, "weight", "update")
-        self._update(at, net.b, net.b_grad, "bias", _BIAS_UPDATE)
-        return value
-
-    def _update(self, at: int, values: Stack, grads: Stack, tensor: str, change: str) -> None:
-        self._write(at, values, tensor, "forward", batched=False)
-        self._write(at, grads, tensor, "backward", batched=False)
-        for run, block, grad in zip(values.runs, values.whole, grads.whole, strict=True):
-            before = block.clone()
-            block.sub_(grad, alpha=self.net.lr)
-            self._write_run(at, block - before, run.start, change, "forward", batched=False)
-
-    def _write(self, at: int, stack: Stack, tensor: str, direction: str, batched: bool) -> None:
-        for run, block in zip(stack.runs, stack.whole, strict=True):
-            self._write_run(at, block, run.start, tensor, direction, batched)
-
-    def _write_run(self, at: int, block: Tensor, start: int, tensor: str, direction: str, batched: bool) -> None:
-        """(K, ...) of the layers from `start` + 1 on, as (K, E, N, C); a bias is (1, O)."""
-        places = [self.page.place[Slot(start + k + 1, tensor, direction)] for k in range(len(block))]
-        shape = (len(block), self.net.count, -1 if batched or block.shape[-1] == 1 else 1, block.shape[-1])
-        values = block.reshape(shape) if batched else block.reshape(len(block), self.net.count, 1, -1)
-        self.page.write(at, places, self.first, values, batched)
-
-    def _saturation(self, at: int, z: Stack) -> None:
-        row, until = self.net.activation, self.first + self.net.count
-        for run, block in zip(z.runs, z.whole, strict=True):
-            share = saturated_share(row.slope(block), row.largest_slope).reshape(len(block), self.net.count)
-            places = [self.page.place[Slot(k + 1, "preactivation", "forward")] for k in range(run.start, run.stop)]
-            self.page.fields[at, places, self.first : until, _SATURATED] = share
-
-
-class Fused:
-    """A ReLU network in float32 on a CPU: the compiled passes take the statistics of what they have at hand."""
-
-    def __init__(self, net: Network, page: Page, first: int) -> None:
-        found = library()
-        assert found is not None
-        self.net, self.page, self.first, self.lib = net, page, first, found
-        by_shape = {w.shape: torch.empty_like(w) for w in net.w.each}
-        self.grads = [by_shape[w.shape] for w in net.w.each]  # one at a time is ever needed
-        self._weights = self._updates(net.w.each, self.grads, "weight", "update")
-        self._biases = self._updates(net.b.each, net.b_grad.each, "bias", _BIAS_UPDATE)
-        self._prepared: dict[int, _Addresses] = {}
-
-    def step(self, x: Tensor, y: Tensor, at: int) -> Tensor:
-        net, lib, todo = self.net, self.lib, self._addresses(x.shape[-2])
-        rows, arena = self.page.open(at)
-        inp = x
-        for w, b, a, relu in todo.up:
-            inp = net.affine(b, inp, w, out=a)
-            lib.relu_job(relu, rows, arena)
-        out = net.affine(net.b[-1], inp, net.w[-1])
-        net.out = out
-        value, g = net.loss.both(out, y)
-        torch.sum(g, -2, keepdim=bool(net.lead), out=net.b_grad[-1])
-        for values, job in ((out, todo.out), (g, todo.out_grad)):
-            job[0] = values.data_ptr()
-            lib.describe_job(job.ctypes.data, rows, arena)
-        for w_t, inp_t, grad, update, below, mask in todo.down:
-            net.product(g, w_t, out=below)
-            net.product(inp_t, g, out=grad)
-            lib.update_jobs(update, 1, net.lr, rows, arena)
-            lib.mask_job(mask, rows, arena)
-            g = below
-        net.product(x.mT, g, out=self.grads[0])
-        lib.update_jobs(self._weights.ctypes.data, 1, net.lr, rows, arena)
-        lib.update_jobs(self._biases.ctypes.data, len(self._biases), net.lr, rows, arena)
-        return value
-
-    def _row(self, layer: int, tensor: str, direction: str) -> int:
-        return self.page.place[Slot(layer, tensor, direction)] * self.page.fields.shape[2] + self.first
-
-    def _updates(self, values: Sequence[Tensor], grads: Sequence[Tensor], tensor: str, change: str) -> np.ndarray:
-        jobs = []
-        for layer, (w, g) in enumerate(zip(values, grads, strict=True), start=1):
-            places = [self._row(layer, tensor, way) for way in ("forward", "backward")]
-            shape = [self.net.count, 1, w.numel() // self.net.count]
-            jobs.append([w.data_ptr(), g.data_ptr(), 0, *shape, *places, self._row(layer, change, "forward")])
-        return np.array(jobs, dtype=np.int64)
-
-    def _addresses(self, rows: int) -> "_Addresses":
-        if rows not in self._prepared:
-            self._prepared[rows] = _Addresses(self, rows)
-        return self._prepared[rows]
-
-
-class _Addresses:
-    """What a step of so many rows calls, in order: tensors, and the addresses of the jobs of the compiled passes."""
-
-    def __init__(self, pen: Fused, rows: int) -> None:
-        net, s, hidden = pen.net, pen.net.space(rows), range(len(pen.net.w) - 1)
-        self.jobs = np.zeros((2, len(hidden), len(JOB)), dtype=np.int64)
-        relu, mask = ([int(job.ctypes.data) for job in jobs] for jobs in self.jobs)
-        updates = [int(job.ctypes.data) for job in pen._weights]
-        # Two gradients are alive at a time: layers of one width take turns in two pieces of memory.
-        turns = {(a.shape, k): torch.empty_like(a) for a in s.a.each for k in (0, 1)}
-        grads = [turns[s.a[k].shape, k % 2] for k in hidden]
-        for k in hidden:
-            shape = [net.count, rows, net.sizes[k + 1]]
-            z, z_grad = (pen._row(k + 1, "preactivation", way) for way in ("forward", "backward"))
-            a, a_grad = (pen._row(k + 1, "activation", way) for way in ("forward", "backward"))
-            self.jobs[0, k] = [s.a[k].data_ptr(), 0, 0, *shape, z, a, 0]
-            sums = net.b_grad[k].data_ptr()
-            self.jobs[1, k] = [grads[k].data_ptr(), s.a[k].data_ptr(), sums, *shape, a_grad, z_grad, 0]
-        self.up = [(net.w[k], net.b[k], s.a[k], relu[k]) for k in hidden]
-        self.down = [
-            (net.w_t[k + 1], s.a_t[k], pen.grads[k + 1], updates[k + 1], grads[k], mask[k]) for k in reversed(hidden)
-        ]
-        shape = [net.count, rows, net.sizes[-1]]
-        self.out, self.out_grad = (
-            np.array([0, 0, 0, *shape, pen._row(len(net.w), "preactivation", way), 0, 0], dtype=np.int64)
-            for way in ("forward", "backward")
-        )
+def pen_for(net: Network) -> Callable[[Network, Page, int], Pen]:
+    """The fastest way to write the rows of a network that this machine has."""
+    w = net.w[0]
+    if net.in_place and w.device.type == "cpu" and w.dtype == torch.float32 and library() is not None:
+        return Fused
+    if net.in_place and w.dtype in fused_triton.DTYPES and w.device.type == "cuda" and works(w.device):
+        return Launched
+    return Apart
 
 
 class Recording:
@@ -252,14 +39,7 @@ class Recording:
         self.engine, self.rows, self.name = engine, rows, name
         first = engine.networks[0].w[0]
         self.page = Page(len(engine.networks[0].w), engine.count, first, histograms, accelerated)
-        fused = (
-            accelerated
-            and engine.networks[0].in_place
-            and first.dtype == torch.float32
-            and first.device.type == "cpu"
-            and library() is not None
-        )
-        kind = Fused if fused else Apart
+        kind = pen_for(engine.networks[0]) if accelerated else Apart
         self.pens: list[Pen] = [
             kind(net, self.page, part.start) for net, part in zip(engine.networks, engine.slices, strict=True)
         ]

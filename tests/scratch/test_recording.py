@@ -14,7 +14,9 @@ from initlab.scratch import mlp
 from initlab.scratch.engine import Engine
 from initlab.scratch.layers import LOSSES
 from initlab.scratch.mlp import Parameters
-from initlab.scratch.recording import PAGE_STEPS, Apart, Fused, Recording
+from initlab.scratch.page import PAGE_STEPS
+from initlab.scratch.pens import Apart, Fused
+from initlab.scratch.recording import Recording
 from initlab.signal.accelerate import library
 from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.moments import histogram
