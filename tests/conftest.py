@@ -18,9 +18,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread_and_one_seed() -> Iterator[None]:
     """Small matrices on busy cores run many times slower with two threads than with one."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # a test that fails once in a thousand runs says nothing when it does
     yield
 
 

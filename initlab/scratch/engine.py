@@ -77,13 +77,26 @@ class Space:
         self.a_t = [a.mT for a in self.a.each]
         self.up = list(zip(net.w.each, net.b.each, self.z.each, self.a.each, strict=False))
         self.down = list(zip(net.w_t[1:], self.a_grad.each, self.g.each, self.a.each, self.z.each, strict=True))[::-1]
-        # Of a run of layers: inputs transposed and gradients, whose batched product is the run's weight gradient.
-        self.products = [
-            (self.a.between(r.start - 1, r.stop - 1).flatten(0, -3).mT, self.g.between(r.start, r.stop).flatten(0, -3))
-            if r.stop - r.start > 1
-            else None
-            for r in net.w.runs
-        ]
+        self.updates, self.sums = self._products(net.w), self._products(net.w_grad)
+        self.bias_sums, self.bias_parts = self._sums(net.b_grad), self._sums(net.b_part)
+
+    def _sums(self, to: Stack) -> list[tuple[Tensor | None, Tensor]]:
+        """Gradients of a run of hidden layers and where their sums over the batch go; None: the loss's."""
+        runs_of = zip(self.g.runs, self.g.whole, strict=True)
+        return [*((block, to.between(run.start, run.stop)) for run, block in runs_of), (None, to[-1])]
+
+    def _products(self, to: Stack) -> list[tuple[Callable[..., Tensor], Tensor | None, Tensor | None]]:
+        """How dL/dW of a run of layers is added to `to`: inputs transposed, gradients; None: the data's, the loss's."""
+        found: list[tuple[Callable[..., Tensor], Tensor | None, Tensor | None]] = []
+        for run, block in zip(to.runs, to.whole, strict=True):
+            if run.stop - run.start > 1:
+                inputs, grads = self.a.between(run.start - 1, run.stop - 1), self.g.between(run.start, run.stop)
+                found.append((block.flatten(0, -3).baddbmm_, inputs.flatten(0, -3).mT, grads.flatten(0, -3)))
+            else:
+                k, target = run.start, to[run.start]
+                add = target.addmm_ if target.ndim == 2 else target.baddbmm_
+                found.append((add, self.a_t[k - 1] if k else None, self.g[k] if k < len(self.g) else None))
+        return found
 
 
 class Network:
@@ -138,23 +151,15 @@ class Network:
                 z_grad.copy_(self.activation.pull_back(a_grad, z))
             g = z_grad
 
-    def weight_gradients(
-        self, x: Tensor, g: Tensor, s: Space, to: Stack, factor: float = 1.0, keep: float = 1.0
-    ) -> None:
-        """to = keep * to + factor * dL/dW, a run of layers in one product."""
-        for run, block, product in zip(to.runs, to.whole, s.products, strict=True):
-            if product is None:
-                k = run.start
-                inp_t, grad = s.a_t[k - 1] if k else x.mT, s.g[k] if k < len(s.g) else g
-                self.affine(to[k], inp_t, grad, beta=keep, alpha=factor, out=to[k])
-            else:
-                torch.baddbmm(flat := block.flatten(0, -3), *product, beta=keep, alpha=factor, out=flat)
+    def weight_gradients(self, x: Tensor, g: Tensor, s: Space, keep: float = 0.0) -> None:
+        """w_grad = keep * w_grad + dL/dW, a run of layers in one product."""
+        for add, inp_t, grad in s.sums:
+            add(x.mT if inp_t is None else inp_t, g if grad is None else grad, beta=keep)
 
-    def bias_gradients(self, g: Tensor, s: Space, to: Stack) -> None:
-        """to = dL/db, sums over the batch."""
-        for run, block in zip(s.g.runs, s.g.whole, strict=True):
-            torch.sum(block, -2, keepdim=bool(self.lead), out=to.between(run.start, run.stop))
-        torch.sum(g, -2, keepdim=bool(self.lead), out=to[-1])
+    def bias_gradients(self, g: Tensor, sums: list[tuple[Tensor | None, Tensor]]) -> None:
+        """dL/db, sums over the batch, of all layers."""
+        for grad, out in sums:
+            torch.sum(g if grad is None else grad, -2, keepdim=bool(self.lead), out=out)
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One update by gradient descent, no gradient of a weight ever held; the loss before it, () or (E,)."""
@@ -162,8 +167,9 @@ class Network:
         self.out = self.forward(x, s)
         value, g = self.loss.both(self.out, y)
         self.backward(g, s)
-        self.bias_gradients(g, s, self.b_grad)
-        self.weight_gradients(x, g, s, self.w, -self.lr)
+        self.bias_gradients(g, s.bias_sums)
+        for add, inp_t, grad in s.updates:
+            add(x.mT if inp_t is None else inp_t, g if grad is None else grad, alpha=-self.lr)
         for block, grad in zip(self.b.whole, self.b_grad.whole, strict=True):
             block.sub_(grad, alpha=self.lr)
         return value
@@ -179,12 +185,11 @@ class Network:
             if share < 1:
                 g.mul_(share)
             self.backward(g, s)
-            sums = self.b_grad if not keep else self.b_part
-            self.bias_gradients(g, s, sums)
+            self.bias_gradients(g, s.bias_parts if keep else s.bias_sums)
             if keep:
-                for block, more in zip(self.b_grad.whole, sums.whole, strict=True):
+                for block, more in zip(self.b_grad.whole, self.b_part.whole, strict=True):
                     block.add_(more)
-            self.weight_gradients(part, g, s, self.w_grad, keep=keep)
+            self.weight_gradients(part, g, s, keep=keep)
             total, keep = total + value * share, 1.0
         return total
 
@@ -247,6 +252,8 @@ class Engine:
 
     def step(self, xb: Tensor, yb: Tensor) -> Tensor:
         """One update of every network; the losses before it, (E,). xb (E, N, I), yb (E, N)."""
+        if self.count == 1:
+            return self.networks[0].step(xb[0], yb[0]).unsqueeze(0)
         return torch.cat([n.step(*part).reshape(-1) for n, part in zip(self.networks, self.parts(xb, yb), strict=True)])
 
     def gradients(self, xb: Tensor, yb: Tensor) -> tuple[Tensor, Parameters]:

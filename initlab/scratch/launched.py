@@ -61,8 +61,8 @@ class Launched:
         self._hand_over(at, s.a, "a", "activation", "forward")
         self._hand_over(at, s.g, "da", "activation", "backward")
         self._hand_over(at, s.g, "dz", "preactivation", "backward")
-        net.bias_gradients(g, s, net.b_grad)
-        net.weight_gradients(x, g, s, net.w_grad, keep=0.0)
+        net.bias_gradients(g, s.bias_sums)
+        net.weight_gradients(x, g, s)
         self._update(at, net.w, net.w_grad, "weight", "update")
         self._update(at, net.b, net.b_grad, "bias", BIAS_UPDATE)
         return value

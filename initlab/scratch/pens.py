@@ -41,8 +41,8 @@ class Apart:
         net.out = out
         value, g = net.loss.both(out, y)
         net.backward(g, s)
-        net.bias_gradients(g, s, net.b_grad)
-        net.weight_gradients(x, g, s, net.w_grad, keep=0.0)
+        net.bias_gradients(g, s.bias_sums)
+        net.weight_gradients(x, g, s)
         for stack, tensor, direction in (
             (s.z, "preactivation", "forward"),
             (s.a, "activation", "forward"),
