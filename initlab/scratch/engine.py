@@ -145,8 +145,8 @@ class Network:
         """From dL/dout the gradients of all preactivations, left in `s.g`."""
         for w_t, a_grad, z_grad, a, z in s.down:
             self.product(g, w_t, out=a_grad)
-            if a_grad is z_grad:
-                threshold_backward(a_grad, a, 0, grad_input=a_grad)
+            if self.in_place:
+                threshold_backward(a_grad, a, 0, grad_input=z_grad)
             else:
                 z_grad.copy_(self.activation.pull_back(a_grad, z))
             g = z_grad

@@ -72,7 +72,7 @@ class Apart:
     def _write_run(self, at: int, block: Tensor, start: int, tensor: str, direction: str, batched: bool) -> None:
         """(K, ...) of the layers from `start` + 1 on, as (K, E, N, C); a bias is (1, O)."""
         places = self.page.rows_of(range(start + 1, start + 1 + len(block)), tensor, direction)
-        rows = block.shape[-2] if batched else 1
+        rows = block.shape[-2] if block.ndim > 2 else 1
         self.page.write(at, places, self.first, block.reshape(len(block), self.net.count, rows, -1), batched)
 
     def _saturation(self, at: int, z: Stack) -> None:

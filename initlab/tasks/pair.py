@@ -1,15 +1,16 @@
 """The two trainings of `train`: an ensemble by hand and its `nn.Module` twins, a step at a time, and their records."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from initlab.errors import choose
+from initlab.errors import UsageError, choose
 from initlab.scratch import mlp
 from initlab.scratch.engine import Engine
 from initlab.scratch.layers import LOSSES, Loss
@@ -38,7 +39,14 @@ FLUSH_SECONDS, FLUSH_ROWS = 30.0, 200_000
 class Records:
     """What has been measured and not yet handed over."""
 
-    def __init__(self, seeds: Sequence[int], deliver: Callable[[Frames], None], histograms: bool) -> None:
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        deliver: Callable[[Frames], None],
+        histograms: bool,
+        columns: Mapping[str, pd.Categorical | np.ndarray] | None = None,
+    ) -> None:
+        self._columns = columns or {}  # what differs between the networks, one value for each
         self.rows, self.parity, self.histograms = Rows(seeds, histograms), Differences(seeds), histograms
         self.losses = Blocks(seeds, ("implementation", "seed", "step"), ("loss", "accuracy"))
         self._deliver, self._since = deliver, time.monotonic()
@@ -51,8 +59,20 @@ class Records:
             frames = {"losses": self.losses.frame(), "parity": self.parity.frame()}
             if self.histograms:
                 frames["histograms"] = self.rows.histograms()
-            self._deliver({"stats": self.rows.frame()} | frames)
+            found = {"stats": self.rows.frame()} | frames
+            self._deliver({name: self._told(frame) for name, frame in found.items()})
         self._since = time.monotonic()
+
+    def _told(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The frame, in which networks run fastest, with the columns in which they differ."""
+        return frame.assign(**{name: _repeated(each, len(frame)) for name, each in self._columns.items()})
+
+
+def _repeated(each: pd.Categorical | np.ndarray, rows: int) -> pd.Categorical | np.ndarray:
+    times = rows // len(each)
+    if isinstance(each, pd.Categorical):
+        return pd.Categorical.from_codes(np.tile(each.codes, times), each.categories)
+    return np.tile(each, times)
 
 
 class Pair:
@@ -64,7 +84,7 @@ class Pair:
         activation: str,
         loss: str,
         optimizer: str,
-        lr: float,
+        lr: float | Sequence[float],
         batch: int,
         records: Records,
         modules: str = "one_by_one",
@@ -73,6 +93,8 @@ class Pair:
         self.hand: _Hand
         if optimizer == "sgd":
             self.hand = _ByEngine(Engine(parameters, activation, loss, lr, batch), records)
+        elif not isinstance(lr, int | float):
+            raise UsageError(f"train.optimizer={optimizer}: a learning rate for each network needs sgd")
         else:
             self.hand = _ByPass(parameters, self.activation, self.loss, OPTIMIZERS[optimizer], lr, records)
         self.twins = [mlp.twin(parameters, member, self.activation) for member in range(len(parameters[0][0]))]
@@ -81,7 +103,9 @@ class Pair:
             if choose(MODULES, modules, "train.modules") == MODULES["vmap"]
             else None
         )
-        self.by_torch = OPTIMIZERS[optimizer]([p for model in self.twins for p in model.parameters()], lr=lr)
+        rates = [lr] * len(self.twins) if isinstance(lr, int | float) else lr
+        groups = [{"params": list(model.parameters()), "lr": r} for model, r in zip(self.twins, rates, strict=True)]
+        self.by_torch = OPTIMIZERS[optimizer](groups, lr=rates[0])
 
     def step(self, step: int, xb: Tensor, yb: Tensor, record: bool) -> None:
         """One update of both, measured if `record`."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -11,21 +12,22 @@ from tqdm import tqdm
 from initlab.errors import UsageError, check, choose
 from initlab.scratch.layers import LOSSES
 from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.init import Rule, draw, permutation, rule
+from initlab.signal.init import Rule, draw, permutation
 from initlab.tasks.data import Data
+from initlab.tasks.networks import name_of, rules_of
 from initlab.tasks.pair import OPTIMIZERS, Frames, Pair, Records
 from initlab.tasks.place import DTYPES, chunks, find_device
 
 
 def train(
     data: Data,
-    init: str | Rule = "kaiming",
+    init: str | Rule | Sequence[str | Rule] = "kaiming",
     activation: str = "relu",
     depth: int = 1,
     width: int = 50,
     batch: int = 64,
     steps: int = 200,
-    lr: float = 0.1,
+    lr: float | Sequence[float] = 0.1,
     optimizer: str = "sgd",
     loss: str = "cross_entropy",
     modules: str = "one_by_one",
@@ -40,27 +42,31 @@ def train(
 ) -> Frames:
     """The tables `stats`, `losses`, `parity` and, if wanted, `histograms` of `depth` hidden layers, a network per seed.
 
+    `init` and `lr` are those of all networks, or a sequence with one for each, which then stand in columns.
+
     Step k stands for the values and gradients after k updates; the row `update` is W_{k+1} - W_k. With `emit` the rows
     are handed over every 30 seconds and at the end, also when the run is interrupted, and nothing is returned.
     """
-    check(train_depth=depth, train_width=width, train_batch=batch, train_steps=steps, train_lr=lr, every=every)
+    check(train_depth=depth, train_width=width, train_batch=batch, train_steps=steps, every=every)
+    rules, rates = rules_of(init, len(seeds)), _rates(lr, len(seeds))
     refuse_mismatch(data, loss, batch)
     collected: list[Frames] = []
     deliver = collected.append if emit is None else emit
     place = find_device(device)
-    scaling = rule(init) if isinstance(init, str) else init
     sizes = [data.x.shape[1], *[width] * depth, data.classes if LOSSES[loss].classes and data.classes else 1]
     number, groups = choose(DTYPES, dtype, "dtype"), list(chunks(seeds, place))
     choose(ACTIVATIONS, activation, "activation")
     choose(OPTIMIZERS, optimizer, "train.optimizer")
     with tqdm(total=steps * len(groups), desc="train", unit="step", disable=None if progress else True) as bar:
-        for group in groups:
+        for start, group in zip(range(0, len(seeds), len(groups[0])), groups, strict=True):
+            part = slice(start, start + len(group))
             parameters = [
-                draw(scaling, activation, shape, group, layer, number, place, generator)
+                _drawn(rules[part], activation, shape, group, layer, number, place, generator)
                 for layer, shape in enumerate(pairwise(sizes), start=1)
             ]
-            records = Records(group, deliver, histograms)
-            pair = Pair(parameters, activation, loss, optimizer, lr, batch, records, modules)
+            records = Records(group, deliver, histograms, _differing(init, rules, lr, rates, activation, part))
+            given = lr if isinstance(lr, int | float) else rates[part]
+            pair = Pair(parameters, activation, loss, optimizer, given, batch, records, modules)
             try:
                 for step, (xb, yb) in enumerate(_batches(data, loss, batch, steps, group, number, place)):
                     pair.step(step, xb, yb, record=step % every == 0)
@@ -71,6 +77,56 @@ def train(
                 pair.flush()
     names = collected[0] if collected else ()
     return {name: pd.concat([part[name] for part in collected], ignore_index=True) for name in names}
+
+
+def _rates(lr: float | Sequence[float], networks: int) -> list[float]:
+    rates = [float(lr)] * networks if isinstance(lr, int | float) else [float(rate) for rate in lr]
+    if len(rates) != networks:
+        raise UsageError(
+            f"train.lr: {len(rates)} learning rates for {networks} networks; give one, or one for each seed"
+        )
+    for rate in rates:
+        check(train_lr=rate)
+    return rates
+
+
+def _drawn(
+    rules: Sequence[Rule],
+    activation: str,
+    shape: tuple[int, int],
+    seeds: Sequence[int],
+    layer: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: str,
+) -> tuple[Tensor, Tensor]:
+    """Weights (E, I, O) and biases (E, O) of a layer, each network by its own rule."""
+    if all(one == rules[0] for one in rules):
+        return draw(rules[0], activation, shape, seeds, layer, dtype, device, generator)
+    drawn = [
+        draw(one, activation, shape, [seed], layer, dtype, device, generator)
+        for one, seed in zip(rules, seeds, strict=True)
+    ]
+    return torch.cat([w for w, _ in drawn]), torch.cat([b for _, b in drawn])
+
+
+def _differing(
+    init: str | Rule | Sequence[str | Rule],
+    rules: Sequence[Rule],
+    lr: float | Sequence[float],
+    rates: Sequence[float],
+    activation: str,
+    part: slice,
+) -> dict[str, pd.Categorical | np.ndarray]:
+    """The columns in which the networks of an ensemble differ, a value for each."""
+    found: dict[str, pd.Categorical | np.ndarray] = {}
+    if not isinstance(init, str | Rule):
+        names = pd.Categorical([name_of(one) for one in init])
+        found["init"] = names[part]
+        found["gain"] = np.array([one.gain_for(activation) for one in rules[part]])
+    if not isinstance(lr, int | float):
+        found["lr"] = np.array(rates[part])
+    return found
 
 
 def refuse_mismatch(data: Data, loss: str, batch: int) -> None:

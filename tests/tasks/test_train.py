@@ -235,3 +235,21 @@ def test_histograms_are_kept_if_wanted() -> None:
     assert len(frames["histograms"]) == len(frames["stats"])
     assert set(frames["histograms"]["implementation"]) == {"scratch", "module"}
     assert "histograms" not in train(DIGITS, steps=1, seeds=[0])
+
+
+def test_networks_may_differ_in_rule_and_learning_rate() -> None:
+    """Each row says whose it is, and every network trains as it does alone: rounding of a batched product."""
+    inits, rates, seeds = ["lecun", "kaiming", "kaiming"], [0.1, 0.1, 0.3], [0, 0, 5]
+    together = train(DIGITS, inits, steps=4, lr=rates, seeds=seeds)
+    for init, rate, seed in zip(inits, rates, seeds, strict=True):
+        alone = train(DIGITS, init, steps=4, lr=rate, seeds=[seed])["losses"]
+        found = together["losses"]
+        own = found[(found["init"] == init) & (found["lr"] == rate) & (found["seed"] == seed)]
+        torch.testing.assert_close(
+            torch.tensor(own["loss"].to_numpy()), torch.tensor(alone["loss"].to_numpy()), rtol=1e-5, atol=0
+        )
+    assert set(together["stats"]["init"]) == {"lecun", "kaiming"} and "gain" in together["parity"]
+    with pytest.raises(UsageError, match="2 learning rates for 3 networks"):
+        train(DIGITS, steps=1, lr=[0.1, 0.2], seeds=seeds)
+    with pytest.raises(UsageError, match="needs sgd"):
+        train(DIGITS, steps=1, lr=rates, seeds=seeds, optimizer="adam")
