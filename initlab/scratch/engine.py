@@ -9,6 +9,7 @@ Legend: E ensemble, N batch, I fan_in, O fan_out, L hidden layers; layer l is po
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from initlab.scratch.mlp import Parameters
 from initlab.signal.activations import ACTIVATIONS, Activation
 
 CACHE_BYTES = 2**20  # of a core's second cache: rows beyond it go through in pieces
-FEWEST_ROWS = 256  # a piece is never smaller: matrix products want them
+FEWEST_ROWS = 1024  # a piece is never smaller: matrix products want them
 JOINT_ENTRIES = 2**24  # products of more multiplications run one after the other, smaller ones as one batch
 
 threshold_backward = torch.ops.aten.threshold_backward.grad_input
@@ -66,6 +67,22 @@ class Stack:
         return block[start - run.start : stop - run.start]
 
 
+class Product(NamedTuple):
+    """A weight gradient: `add(left, right)` of inp^T and g, or of g^T and inp in the first layer; None where that is
+    the data or the loss's own gradient."""
+
+    add: Callable[..., Tensor]
+    left: Tensor | None
+    right: Tensor | None
+    first: bool = False
+
+    def __call__(self, x: Tensor, g: Tensor, **scales: float) -> None:
+        if self.first:
+            self.add(g.mT if self.left is None else self.left, x, **scales)
+        else:
+            self.add(self.left, g if self.right is None else self.right, **scales)
+
+
 class Space:
     """What a pass over n rows writes, hidden layers only: activations `a` and dL/dz `g`; apart from them, if wanted,
     preactivations `z` and dL/da `a_grad`, which otherwise are overwritten."""
@@ -85,17 +102,22 @@ class Space:
         runs_of = zip(self.g.runs, self.g.whole, strict=True)
         return [*((block, to.between(run.start, run.stop)) for run, block in runs_of), (None, to[-1])]
 
-    def _products(self, to: Stack) -> list[tuple[Callable[..., Tensor], Tensor | None, Tensor | None]]:
-        """How dL/dW of a run of layers is added to `to`: inputs transposed, gradients; None: the data's, the loss's."""
-        found: list[tuple[Callable[..., Tensor], Tensor | None, Tensor | None]] = []
+    def _products(self, to: Stack) -> list[Product]:
+        """How dL/dW of a run of layers is added to `to`."""
+        found = []
         for run, block in zip(to.runs, to.whole, strict=True):
+            k, memory = run.start, block.flatten(0, -3)
+            grad = self.g[k] if k < len(self.g) else None
             if run.stop - run.start > 1:
                 inputs, grads = self.a.between(run.start - 1, run.stop - 1), self.g.between(run.start, run.stop)
-                found.append((block.flatten(0, -3).baddbmm_, inputs.flatten(0, -3).mT, grads.flatten(0, -3)))
+                found.append(Product(memory.baddbmm_, inputs.flatten(0, -3).mT, grads.flatten(0, -3)))
+                continue
+            memory = memory if to[k].ndim == 3 else memory[0]
+            add = memory.addmm_ if memory.ndim == 2 else memory.baddbmm_
+            if k == 0:
+                found.append(Product(add, None if grad is None else grad.mT, None, first=True))
             else:
-                k, target = run.start, to[run.start]
-                add = target.addmm_ if target.ndim == 2 else target.baddbmm_
-                found.append((add, self.a_t[k - 1] if k else None, self.g[k] if k < len(self.g) else None))
+                found.append(Product(add, self.a_t[k - 1], grad))
         return found
 
 
@@ -109,9 +131,12 @@ class Network:
         self.lead: tuple[int, ...] = () if self.count == 1 else (self.count,)
         self.sizes = [w.shape[-2] for w, _ in parameters] + [parameters[-1][0].shape[-1]]
         pairs, like = list(pairwise(self.sizes)), parameters[0][0]
-        weights = [(*self.lead, i, o) for i, o in pairs]
+        # The first layer's lie as torch's do, (O, I): where I is large and O small its gradient is faster that way.
+        weights = [(*self.lead, *(pair if k else pair[::-1])) for k, pair in enumerate(pairs)]
         biases = [(*self.lead, 1, o) if self.lead else (o,) for _, o in pairs]
         self.w, self.w_grad = Stack(weights, like, inner=True), Stack(weights, like, inner=True)
+        for stack in (self.w, self.w_grad):
+            stack.each[0] = stack.each[0].mT
         self.b, self.b_grad, self.b_part = (Stack(biases, like) for _ in range(3))
         self.load(parameters)
         self.w_t = [w.mT for w in self.w.each]
@@ -153,8 +178,8 @@ class Network:
 
     def weight_gradients(self, x: Tensor, g: Tensor, s: Space, keep: float = 0.0) -> None:
         """w_grad = keep * w_grad + dL/dW, a run of layers in one product."""
-        for add, inp_t, grad in s.sums:
-            add(x.mT if inp_t is None else inp_t, g if grad is None else grad, beta=keep)
+        for product in s.sums:
+            product(x, g, beta=keep)
 
     def bias_gradients(self, g: Tensor, sums: list[tuple[Tensor | None, Tensor]]) -> None:
         """dL/db, sums over the batch, of all layers."""
@@ -168,8 +193,8 @@ class Network:
         value, g = self.loss.both(self.out, y)
         self.backward(g, s)
         self.bias_gradients(g, s.bias_sums)
-        for add, inp_t, grad in s.updates:
-            add(x.mT if inp_t is None else inp_t, g if grad is None else grad, alpha=-self.lr)
+        for product in s.updates:
+            product(x, g, alpha=-self.lr)
         for block, grad in zip(self.b.whole, self.b_grad.whole, strict=True):
             block.sub_(grad, alpha=self.lr)
         return value
