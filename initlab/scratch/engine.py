@@ -68,19 +68,22 @@ class Stack:
 
 
 class Product(NamedTuple):
-    """A weight gradient: `add(left, right)` of inp^T and g, or of g^T and inp in the first layer; None where that is
-    the data or the loss's own gradient."""
+    """A weight gradient, `add(inp^T, g)`, or across `add(g^T, inp)`; None is the loss's gradient, in the first layer
+    the data too."""
 
     add: Callable[..., Tensor]
     left: Tensor | None
     right: Tensor | None
     first: bool = False
+    across: bool = False
 
     def __call__(self, x: Tensor, g: Tensor, **scales: float) -> None:
-        if self.first:
+        if not self.first:
+            self.add(self.left, g if self.right is None else self.right, **scales)
+        elif self.across:
             self.add(g.mT if self.left is None else self.left, x, **scales)
         else:
-            self.add(self.left, g if self.right is None else self.right, **scales)
+            self.add(x.mT, g if self.left is None else self.left, **scales)
 
 
 class Space:
@@ -106,18 +109,19 @@ class Space:
         """How dL/dW of a run of layers is added to `to`."""
         found = []
         for run, block in zip(to.runs, to.whole, strict=True):
-            k, memory = run.start, block.flatten(0, -3)
+            k = run.start
             grad = self.g[k] if k < len(self.g) else None
             if run.stop - run.start > 1:
                 inputs, grads = self.a.between(run.start - 1, run.stop - 1), self.g.between(run.start, run.stop)
-                found.append(Product(memory.baddbmm_, inputs.flatten(0, -3).mT, grads.flatten(0, -3)))
+                found.append(Product(block.flatten(0, -3).baddbmm_, inputs.flatten(0, -3).mT, grads.flatten(0, -3)))
                 continue
-            memory = memory if to[k].ndim == 3 else memory[0]
-            add = memory.addmm_ if memory.ndim == 2 else memory.baddbmm_
-            if k == 0:
-                found.append(Product(add, None if grad is None else grad.mT, None, first=True))
-            else:
+            across = not to[k].is_contiguous()
+            target = to[k].mT if across else to[k]
+            add = target.addmm_ if target.ndim == 2 else target.baddbmm_
+            if k:
                 found.append(Product(add, self.a_t[k - 1], grad))
+            else:
+                found.append(Product(add, grad if grad is None or not across else grad.mT, None, True, across))
         return found
 
 
@@ -131,12 +135,12 @@ class Network:
         self.lead: tuple[int, ...] = () if self.count == 1 else (self.count,)
         self.sizes = [w.shape[-2] for w, _ in parameters] + [parameters[-1][0].shape[-1]]
         pairs, like = list(pairwise(self.sizes)), parameters[0][0]
-        # The first layer's lie as torch's do, (O, I): where I is large and O small its gradient is faster that way.
-        weights = [(*self.lead, *(pair if k else pair[::-1])) for k, pair in enumerate(pairs)]
+        weights = [(*self.lead, i, o) for i, o in pairs]
         biases = [(*self.lead, 1, o) if self.lead else (o,) for _, o in pairs]
         self.w, self.w_grad = Stack(weights, like, inner=True), Stack(weights, like, inner=True)
-        for stack in (self.w, self.w_grad):
-            stack.each[0] = stack.each[0].mT
+        # The first layer's gradient lies as torch's does, (O, I): where I is large it is found faster that way.
+        self.w_grad.each[0] = like.new_zeros(*self.lead, *pairs[0][::-1]).mT
+        self.w_grad.whole[0] = self.w_grad.each[0].unsqueeze(0)
         self.b, self.b_grad, self.b_part = (Stack(biases, like) for _ in range(3))
         self.load(parameters)
         self.w_t = [w.mT for w in self.w.each]

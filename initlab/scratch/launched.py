@@ -104,7 +104,7 @@ class Launched:
     def _update(self, at: int, values: Stack, grads: Stack, tensor: str, change: str) -> None:
         """Three rows of each parameter: what it was, its gradient, what changed."""
         for run, (part, block, grad) in enumerate(zip(values.runs, values.whole, grads.whole, strict=True)):
-            w, g = (t.view(len(block), self.net.count, 1, -1) for t in (block, grad))
+            w, g = (t.reshape(len(block), self.net.count, 1, -1) for t in (block, grad))
             before, gradient, moved, after = (
                 self._room(f"{tensor} {name}", run, w, batched=False) for name in ("w", "g", "u", "new")
             )

@@ -91,7 +91,7 @@ class Fused:
         assert found is not None
         self.net, self.page, self.first, self.lib = net, page, first, found
         by_shape = {w.shape: torch.empty_like(w) for w in net.w.each[1:]}  # one of a shape is ever needed
-        self.grads = [torch.empty_like(net.w.whole[0][0]), *(by_shape[w.shape] for w in net.w.each[1:])]
+        self.grads = [torch.empty_like(net.w[0]), *(by_shape[w.shape] for w in net.w.each[1:])]
         self._weights = self._updates(net.w.each, self.grads, "weight", "update")
         self._biases = self._updates(net.b.each, net.b_grad.each, "bias", BIAS_UPDATE)
         self._prepared: dict[int, _Addresses] = {}
@@ -116,7 +116,7 @@ class Fused:
             lib.update_jobs(update, 1, net.lr, rows, arena)
             lib.mask_job(mask, rows, arena)
             g = below
-        net.product(g.mT, x, out=self.grads[0])
+        net.product(x.mT, g, out=self.grads[0])
         lib.update_jobs(self._weights.ctypes.data, 1, net.lr, rows, arena)
         lib.update_jobs(self._biases.ctypes.data, len(self._biases), net.lr, rows, arena)
         return value
