@@ -1,7 +1,6 @@
 """Where the tensors live, in which number format, and how a GPU multiplies them."""
 
 import warnings
-from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -31,13 +30,6 @@ def find_device(name: str) -> torch.device:
             "device=cuda: torch sees no CUDA GPU here; use device=cpu or device=auto (device=auto|cpu|cuda)"
         )
     return torch.device("cuda" if found and name != "cpu" else "cpu")
-
-
-def chunks(seeds: Sequence[int], device: torch.device) -> Iterator[Sequence[int]]:
-    """Networks that run together: 8 stay in a processor's cache, a GPU wants more. Results do not depend on it."""
-    size = 8 if device.type == "cpu" else 256
-    for start in range(0, len(seeds), size):
-        yield seeds[start : start + size]
 
 
 def set_matmul(name: str) -> None:

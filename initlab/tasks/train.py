@@ -14,9 +14,10 @@ from initlab.scratch.layers import LOSSES
 from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.init import Rule, draw, permutation
 from initlab.tasks.data import Data
-from initlab.tasks.networks import name_of, rules_of
+from initlab.tasks.memory import free_memory, readable
+from initlab.tasks.networks import CACHED, name_of, rules_of
 from initlab.tasks.pair import OPTIMIZERS, Frames, Pair, Records
-from initlab.tasks.place import DTYPES, chunks, find_device
+from initlab.tasks.place import DTYPES, find_device
 
 
 def train(
@@ -54,11 +55,13 @@ def train(
     deliver = collected.append if emit is None else emit
     place = find_device(device)
     sizes = [data.x.shape[1], *[width] * depth, data.classes if LOSSES[loss].classes and data.classes else 1]
-    number, groups = choose(DTYPES, dtype, "dtype"), list(chunks(seeds, place))
+    number = choose(DTYPES, dtype, "dtype")
+    together = _together(sizes, batch, len(seeds), number, place)
+    groups = [seeds[start : start + together] for start in range(0, len(seeds), together)]
     choose(ACTIVATIONS, activation, "activation")
     choose(OPTIMIZERS, optimizer, "train.optimizer")
     with tqdm(total=steps * len(groups), desc="train", unit="step", disable=None if progress else True) as bar:
-        for start, group in zip(range(0, len(seeds), len(groups[0])), groups, strict=True):
+        for start, group in zip(range(0, len(seeds), together), groups, strict=True):
             part = slice(start, start + len(group))
             parameters = [
                 _drawn(rules[part], activation, shape, group, layer, number, place, generator)
@@ -77,6 +80,24 @@ def train(
                 pair.flush()
     names = collected[0] if collected else ()
     return {name: pd.concat([part[name] for part in collected], ignore_index=True) for name in names}
+
+
+def _together(sizes: Sequence[int], batch: int, networks: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many networks run together: on a CPU what a cache holds, on a GPU all that half of the free memory holds.
+
+    Counted are twelve copies of the parameters (two trainings with gradients, updates and an optimizer's state) and of
+    every layer's values (forward and backward, twice, and their float64). Refused: one network that does not fit.
+    """
+    parameters = sum(i * o + o for i, o in pairwise(sizes))
+    needed = 12.0 * dtype.itemsize * (parameters + batch * sum(sizes))
+    free = free_memory(device)
+    if needed > free:
+        raise UsageError(
+            f"train.depth={len(sizes) - 2} train.width={sizes[1]} train.batch={batch}: one network works on about "
+            f"{readable(needed)} and {readable(free)} are free; make it smaller"
+        )
+    most = min(networks, CACHED) if device.type == "cpu" else networks
+    return max(1, int(min(most, free / 2 / needed)))
 
 
 def _rates(lr: float | Sequence[float], networks: int) -> list[float]:

@@ -253,3 +253,20 @@ def test_networks_may_differ_in_rule_and_learning_rate() -> None:
         train(DIGITS, steps=1, lr=[0.1, 0.2], seeds=seeds)
     with pytest.raises(UsageError, match="needs sgd"):
         train(DIGITS, steps=1, lr=rates, seeds=seeds, optimizer="adam")
+
+
+def test_what_does_not_fit_into_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "free_memory", lambda device: 1e5)
+    with pytest.raises(UsageError, match=r"train.depth=1 train.width=50 train.batch=64: .* 100 kB are free"):
+        train(DIGITS, steps=1, seeds=[0])
+    monkeypatch.setattr(train_module, "free_memory", lambda device: 2e6)  # room for one at a time
+    few = train(DIGITS, steps=2, seeds=[0, 1, 2])
+    monkeypatch.undo()
+    torch.testing.assert_close(
+        *(
+            torch.tensor(frames["losses"].sort_values(["implementation", "seed", "step"])["loss"].to_numpy())
+            for frames in (few, train(DIGITS, steps=2, seeds=[0, 1, 2]))
+        ),
+        rtol=1e-6,
+        atol=0,
+    )
