@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from initlab.signal.accelerate import JOB
 from initlab.signal.buffer import Buffer, stacks
-from initlab.signal.hooks import FORMATS, Hooks
+from initlab.signal.hooks import Hooks
+from initlab.signal.seats import in_reach, jobs
 from initlab.signal.tidy import Spot
+from initlab.signal.watched import FORMATS
 
 
 def matrix(x: Tensor, leading: int = 0) -> Tensor:
@@ -49,10 +52,14 @@ class Parameters:
         self._update_spots = [spot._replace(tensor="update") for spot in self._spots]
         self._together = [[kind[k] for k in group] for kind in kinds for group in stacks(self._all[k] for k in kind)]
         self._rooms: dict[tuple[int, str], Tensor] = {}  # memory that is used again at every step
+        order = [place for places in self._together for place in places]
+        self._addressed = _Addressed([self._all[k] for k in order], [self._spots[k] for k in order], buffer, updates)
 
     @torch.no_grad()
     def values(self) -> None:
         """Rows of the values as they are."""
+        if self._addressed.values():
+            return
         for k, places in enumerate(self._together):
             found = [self._all[place] for place in places]
             kept = self._with_updates and self._spots[places[0]].tensor == "weight"
@@ -61,6 +68,8 @@ class Parameters:
     @torch.no_grad()
     def updates(self) -> None:
         """Rows of W_{k+1} - W_k, for weights; W_k is what `values` has seen."""
+        if self._addressed.updates():
+            return
         for k, places in enumerate(self._together):
             if (k, "before") in self._rooms:
                 stacked = self._rooms[k, "before"]
@@ -71,6 +80,8 @@ class Parameters:
     @torch.no_grad()
     def gradients(self) -> None:
         """Rows of `.grad` as it stands; parameters without one have none."""
+        if self._addressed.gradients():
+            return
         for k, places in enumerate(self._together):
             found = {place: _dense(g) for place in places if (g := self._all[place].grad) is not None}
             if found:
@@ -104,3 +115,66 @@ class Parameters:
 
     def _put(self, places: Sequence[int], stacked: Tensor, spots: list[Spot]) -> None:
         self._buffer.put_all([spots[place] for place in places], matrix(stacked, 1))
+
+
+class _Addressed:
+    """Parameters that the compiled pass reads where they lie, all in one call; it keeps the weights on its way."""
+
+    def __init__(self, parameters: list[nn.Parameter], spots: list[Spot], buffer: Buffer, updates: bool) -> None:
+        self._buffer, self._all, self._spots = buffer, parameters, spots
+        self._keeping = False
+        self._shapes = [p.shape for p in parameters]
+        self._kept: dict[int, Tensor] = {}
+        self._weights = [k for k, spot in enumerate(spots) if updates and spot.tensor == "weight"]
+        self._possible = bool(parameters) and all(map(in_reach, parameters))
+        self._codes = [buffer.code(spot) for spot in spots]
+        self._gradient_codes = [buffer.code(spot._replace(direction="backward")) for spot in spots]
+        self._update_codes = [buffer.code(spots[k]._replace(tensor="update")) for k in self._weights]
+        if self._possible:
+            with torch.inference_mode(False):
+                for k in self._weights:
+                    self._kept[k] = torch.empty_like(parameters[k], requires_grad=False)
+        self._value_jobs, self._gradient_jobs = jobs(parameters, self._kept), jobs(parameters, {})
+        self._update_jobs = jobs([parameters[k] for k in self._weights], dict(enumerate(self._kept.values())))
+
+    def values(self) -> bool:
+        """Whether the values could be read, and the weights kept."""
+        found = _addresses(self._all, self._shapes) if self._possible else None
+        self._keeping = found is not None and self._buffer.take_jobs(self._value_jobs, found, self._codes)
+        return self._keeping
+
+    def updates(self) -> bool:
+        """Whether the weights were kept; what their updates are is measured then."""
+        if not self._keeping or not self._weights:
+            return self._keeping
+        found = _addresses([self._all[k] for k in self._weights], [self._shapes[k] for k in self._weights])
+        if found is None or not self._buffer.take_jobs(self._update_jobs, found, self._update_codes, change=True):
+            for k in self._weights:  # an optimizer that puts another kind of tensor in the parameter's place
+                change = torch.sub(self._all[k], self._kept[k])
+                self._buffer.put(self._spots[k]._replace(tensor="update"), matrix(change))
+        return True
+
+    def gradients(self) -> bool:
+        """Whether the gradients could be read."""
+        if not self._possible:
+            return False
+        grads = [_dense(p.grad) for p in self._all if p.grad is not None]  # alive until they have been read
+        if len(grads) == len(self._all):
+            work, codes, shapes = self._gradient_jobs, self._gradient_codes, self._shapes
+        else:
+            there = [k for k, p in enumerate(self._all) if p.grad is not None]
+            work = self._gradient_jobs[there]
+            work[:, JOB.index("first")] = range(len(there))
+            codes, shapes = [self._gradient_codes[k] for k in there], [self._shapes[k] for k in there]
+        found = _addresses(grads, shapes)
+        return found is not None and self._buffer.take_jobs(work, found, codes)
+
+
+def _addresses(found: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[int] | None:
+    """None where a tensor is not of its shape or not in reach."""
+    addresses = []
+    for x, shape in zip(found, shapes, strict=True):
+        if x.shape != shape or not in_reach(x):
+            return None
+        addresses.append(x.data_ptr())
+    return addresses

@@ -22,11 +22,11 @@ from torch.optim import Optimizer
 
 from initlab.errors import UsageError, check
 from initlab.signal.buffer import Buffer
-from initlab.signal.hooks import select
 from initlab.signal.loop import Loop
 from initlab.signal.one_pass import one_pass
 from initlab.signal.stats import Key
 from initlab.signal.tidy import Spot
+from initlab.signal.watched import select
 
 Emit = Callable[[pd.DataFrame], None]
 
