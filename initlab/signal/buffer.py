@@ -18,7 +18,7 @@ from initlab.errors import UsageError
 from initlab.signal.accelerate import library
 from initlab.signal.activations import Activation
 from initlab.signal.moments import FIELDS, derive, summarize, summarize_and_count
-from initlab.signal.seats import ROW, Counts, Pen, Seat, aim, in_reach, numbered
+from initlab.signal.seats import ROW, Counts, Seat, aim, in_reach, numbered
 from initlab.signal.stats import BATCHED, COUNTS, STATISTICS, Rows, saturated_share
 from initlab.signal.tidy import WORDS, Spot, key_columns, update_ratio
 
@@ -70,7 +70,9 @@ class Buffer:
         self._open_histograms: list[pd.DataFrame] = []
         passes = library() if len(self.seeds) == 1 else None
         self._counts = Counts(self._octaves) if self._octaves is not None and passes is not None else None
-        self._pen = Pen(passes, self._counts) if passes is not None else None
+        self._passes = passes
+        if passes is not None:
+            self._describe, self._foresee = passes.describe_job, passes.foresee_job
         self._codes: dict[Spot, int] = {}
         self._clear()
 
@@ -87,12 +89,12 @@ class Buffer:
 
     def _aim(self) -> None:
         """Find out how many rows the compiled pass may write, and where."""
-        room = self._room if self._pen is not None and not self._spill else None
+        room = self._room if self._passes is not None and not self._spill else None
         self._limit, self._base = (len(room), room.data_ptr()) if room is not None and room.is_cpu else (0, 0)
 
     def _reserve(self, rows: int) -> bool:
         """Make room for rows of the compiled pass; False where the room lies elsewhere or rows wait beside it."""
-        if self._pen is None or self._spill or (self._room is not None and not self._room.is_cpu):
+        if self._passes is None or self._spill or (self._room is not None and not self._room.is_cpu):
             return False
         if self._used + rows > self._limit:
             self._grow(max(rows, FIRST_ROWS))
@@ -100,7 +102,7 @@ class Buffer:
 
     def seat(self, spot: Spot, shape: torch.Size) -> Seat | None:
         """What `take` wants to know of a tensor beforehand; None where there is no compiled pass."""
-        return Seat(self.code(spot), spot, shape) if self._pen is not None else None
+        return Seat(self.code(spot), spot, shape) if self._passes is not None else None
 
     def code(self, spot: Spot) -> int:
         """The number that a spot has here."""
@@ -111,15 +113,15 @@ class Buffer:
 
         With `foresee` it finds the row of max(x, 0) too, which `foreseen` puts behind this one if it comes true.
         """
-        pen = self._pen
-        if pen is None or (self._used + foresee >= self._limit and not self._reserve(2)):
+        used = self._used
+        if used + foresee >= self._limit and not self._reserve(2):
             return -1
         spots = self._spots
         row = len(spots)
         seat.job[0] = x.data_ptr()
-        arena = None if pen.counts is None else pen.counts.next([row])
-        (pen.foresee if foresee else pen.describe)(seat.address, self._base + self._used * ROW, arena)
-        self._used += 1
+        arena = None if self._counts is None else self._counts.next([row])
+        (self._foresee if foresee else self._describe)(seat.address, self._base + used * ROW, arena)
+        self._used = used + 1
         self._order.append(row)
         spots.append(seat.code)
         return row
@@ -142,12 +144,13 @@ class Buffer:
 
     def take_jobs(self, jobs: np.ndarray, addresses: Sequence[int], codes: Sequence[int], change: bool = False) -> bool:
         """Rows of tensors without a batch at these addresses, `in_reach` all of them; False if that cannot be."""
-        pen, rows = self._pen, range(len(self._spots), len(self._spots) + len(codes))
-        if pen is None or not self._reserve(len(codes)):
+        rows = range(len(self._spots), len(self._spots) + len(codes))
+        if self._passes is None or not self._reserve(len(codes)):
             return False
         aim(jobs, addresses)
-        arena = None if pen.counts is None else pen.counts.next(rows)
-        (pen.change if change else pen.entries)(jobs.ctypes.data, len(jobs), self._base + self._used * ROW, arena)
+        arena = None if self._counts is None else self._counts.next(rows)
+        work = self._passes.change_jobs if change else self._passes.entries_jobs
+        work(jobs.ctypes.data, len(jobs), self._base + self._used * ROW, arena)
         self._used += len(rows)
         self._order += rows
         self._spots += codes
@@ -155,7 +158,7 @@ class Buffer:
 
     def put(self, spot: Spot, x: Tensor) -> int:
         """Take the values of (N, C) or (E, N, C) as they are now; returns the number of its row."""
-        if self._pen is not None and in_reach(x):
+        if self._passes is not None and in_reach(x):
             row = self._take_alone(spot, x)
             if row >= 0:
                 return row

@@ -6,6 +6,7 @@ activation checkpointing computes anew; a second backward pass through one graph
 What is watched: watched.py. Knows nothing of steps and optimizers. The hooks change no value and leave nothing behind.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from initlab.signal.tidy import Spot
 from initlab.signal.watched import RELU, Layer, Place, Watched, as_batch, measurable, tensors
 
 _INPUT = Layer(0, 0, 0)  # below the first layer
+_OURS = -1  # torch numbers its hooks from 0
 
 
 class Hook(partial[None]):
@@ -80,6 +82,7 @@ class Hooks:
         self._layer, self._last = _INPUT, _Last()
         self._modules: list[RemovableHandle] = []
         self._graph: list[RemovableHandle] = []
+        self._seen: list[OrderedDict[int, partial[None]]] = []  # the hooks of tensors that had none
 
     def install(self, model: nn.Module) -> None:
         self._modules.append(model.register_forward_pre_hook(Hook(self.begin_pass)))
@@ -93,7 +96,10 @@ class Hooks:
         """Forget the step's graph and count calls from 0 again."""
         for handle in self._graph:
             handle.remove()
+        for seen in self._seen:
+            seen.pop(_OURS, None)
         self._graph.clear()
+        self._seen.clear()
         self._last.x = None
         for w in self.watched:
             w.calls = 0
@@ -148,30 +154,43 @@ class Hooks:
 
     def _again(self, w: Watched, place: Place, module: nn.Module, args: tuple[Any, ...], x: Any) -> bool:
         """The short road for a tensor that has come from here before; False where something is different now."""
-        if type(x) is not Tensor or x.shape != place.shape or not x.requires_grad or not in_reach(x):
+        node = x.grad_fn if type(x) is Tensor else None
+        if node is None or x.shape != place.shape or not in_reach(x):
             return False
         buffer, last = self._buffer, self._last
         if w.parameters:
             row = buffer.take(place.seat, x, place.before_relu)
             if row < 0:
                 return False
-            last.keep(x, place, row, place.before_relu)
+            last.x, last.version, last.place, last.row, last.foresaw = x, x._version, place, row, place.before_relu
             place.before_relu = False
             self._layer = place.layer
         elif place.layer != self._layer:
             return False
         elif w.activation is RELU and last.is_input(args, x is last.x):
-            plain = len(module._forward_hooks) == 1 and not _global_forward_hooks and "forward" not in module.__dict__
-            if not (last.foresaw and plain and buffer.foreseen(place.seat, last.row)):
-                row = buffer.take(place.seat, x)
-                if row < 0:
-                    return False
-                buffer.relu(last.row, row)
-            last.place.before_relu = plain and buffer.foresees
-            last.x = None  # its memory is free as early as without us
+            if not self._relu(place, module, x):
+                return False
         elif buffer.take(place.seat, x) < 0:
             return False
-        self.on_gradient(x, place.see)
+        if x._backward_hooks is None:  # `register_hook` without its handle
+            seen = x._backward_hooks = OrderedDict([(_OURS, place.see)])
+            node._register_hook_dict(x)
+            self._seen.append(seen)
+        else:
+            self.on_gradient(x, place.see)
+        return True
+
+    def _relu(self, place: Place, module: nn.Module, x: Tensor) -> bool:
+        """The row of a ReLU's output: perhaps it is there already."""
+        buffer, last = self._buffer, self._last
+        plain = len(module._forward_hooks) == 1 and not _global_forward_hooks and "forward" not in module.__dict__
+        if not (last.foresaw and plain and buffer.foreseen(place.seat, last.row)):
+            row = buffer.take(place.seat, x)
+            if row < 0:
+                return False
+            buffer.relu(last.row, row)
+        last.place.before_relu = plain and buffer.foresees
+        last.x = None  # its memory is free as early as without us
         return True
 
     def _value(self, w: Watched, place: Place, x: Tensor, args: tuple[Any, ...]) -> None:
@@ -187,7 +206,8 @@ class Hooks:
             self.on_gradient(x, place.see)
 
     def _gradient(self, place: Place, grad: Tensor) -> None:
-        if grad.shape != place.shape or not in_reach(grad) or self._buffer.take(place.back_seat, grad) < 0:
+        in_place = grad.shape == place.shape and in_reach(grad) and self._buffer.take(place.back_seat, grad) >= 0
+        if not in_place:
             self._buffer.put(place.back_spot, as_batch(grad, place.axis))
 
     def _before(self, activation: Activation, module: nn.Module, args: tuple[Any, ...]) -> None:

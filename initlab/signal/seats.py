@@ -3,8 +3,7 @@
 For float32 on a CPU that lies in memory without gaps. Knows nothing of modules and of the order of rows.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from ctypes import CDLL
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -90,14 +89,3 @@ class Counts:
 def numbered(rows: Sequence[int]) -> list[Key]:
     """The words come later: until then a histogram goes by the number of its row."""
     return [Key("", "", 0, row, "", "") for row in rows]
-
-
-class Pen:
-    """Calls the compiled passes on seats and jobs; rows go to an address, histograms to an arena."""
-
-    def __init__(self, passes: CDLL, counts: Counts | None) -> None:
-        self.counts = counts
-        self.describe: Callable[[int, int, int | None], None] = passes.describe_job
-        self.foresee: Callable[[int, int, int | None], None] = passes.foresee_job
-        self.entries: Callable[[int, int, int, int | None], None] = passes.entries_jobs
-        self.change: Callable[[int, int, int, int | None], None] = passes.change_jobs
