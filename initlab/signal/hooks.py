@@ -6,7 +6,6 @@ activation checkpointing computes anew; a second backward pass through one graph
 What is watched: watched.py. Knows nothing of steps and optimizers. The hooks change no value and leave nothing behind.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -51,6 +50,10 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
+class _Seen(dict[int, partial[None]]):
+    """The hooks of a tensor, as torch keeps them: it wants to refer to them weakly."""
+
+
 class _Last:
     """The latest preactivation: the tensor, how often it had been overwritten, where it belongs, its row."""
 
@@ -82,7 +85,7 @@ class Hooks:
         self._layer, self._last = _INPUT, _Last()
         self._modules: list[RemovableHandle] = []
         self._graph: list[RemovableHandle] = []
-        self._seen: list[OrderedDict[int, partial[None]]] = []  # the hooks of tensors that had none
+        self._seen: list[_Seen] = []  # the hooks of tensors that had none
 
     def install(self, model: nn.Module) -> None:
         self._modules.append(model.register_forward_pre_hook(Hook(self.begin_pass)))
@@ -173,7 +176,7 @@ class Hooks:
         elif buffer.take(place.seat, x) < 0:
             return False
         if x._backward_hooks is None:  # `register_hook` without its handle
-            seen = x._backward_hooks = OrderedDict([(_OURS, place.see)])
+            seen = x._backward_hooks = _Seen(((_OURS, place.see),))
             node._register_hook_dict(x)
             self._seen.append(seen)
         else:

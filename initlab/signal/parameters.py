@@ -123,7 +123,7 @@ class _Addressed:
     def __init__(self, parameters: list[nn.Parameter], spots: list[Spot], buffer: Buffer, updates: bool) -> None:
         self._buffer, self._all, self._spots = buffer, parameters, spots
         self._keeping = False
-        self._shapes = [p.shape for p in parameters]
+        self._sizes = [p.numel() for p in parameters]
         self._kept: dict[int, Tensor] = {}
         self._weights = [k for k, spot in enumerate(spots) if updates and spot.tensor == "weight"]
         self._possible = bool(parameters) and all(map(in_reach, parameters))
@@ -139,7 +139,7 @@ class _Addressed:
 
     def values(self) -> bool:
         """Whether the values could be read, and the weights kept."""
-        found = _addresses(self._all, self._shapes) if self._possible else None
+        found = _addresses(self._all, self._sizes) if self._possible else None
         self._keeping = found is not None and self._buffer.take_jobs(self._value_jobs, found, self._codes)
         return self._keeping
 
@@ -147,7 +147,7 @@ class _Addressed:
         """Whether the weights were kept; what their updates are is measured then."""
         if not self._keeping or not self._weights:
             return self._keeping
-        found = _addresses([self._all[k] for k in self._weights], [self._shapes[k] for k in self._weights])
+        found = _addresses([self._all[k] for k in self._weights], [self._sizes[k] for k in self._weights])
         if found is None or not self._buffer.take_jobs(self._update_jobs, found, self._update_codes, change=True):
             for k in self._weights:  # an optimizer that puts another kind of tensor in the parameter's place
                 change = torch.sub(self._all[k], self._kept[k])
@@ -158,23 +158,23 @@ class _Addressed:
         """Whether the gradients could be read."""
         if not self._possible:
             return False
-        grads = [_dense(p.grad) for p in self._all if p.grad is not None]  # alive until they have been read
-        if len(grads) == len(self._all):
-            work, codes, shapes = self._gradient_jobs, self._gradient_codes, self._shapes
-        else:
-            there = [k for k, p in enumerate(self._all) if p.grad is not None]
-            work = self._gradient_jobs[there]
-            work[:, JOB.index("first")] = range(len(there))
-            codes, shapes = [self._gradient_codes[k] for k in there], [self._shapes[k] for k in there]
-        found = _addresses(grads, shapes)
-        return found is not None and self._buffer.take_jobs(work, found, codes)
+        grads = [p.grad for p in self._all]
+        there = [k for k, grad in enumerate(grads) if grad is not None]
+        found = _addresses([grad for grad in grads if grad is not None], [self._sizes[k] for k in there])
+        if found is None:
+            return False
+        if len(there) == len(grads):
+            return self._buffer.take_jobs(self._gradient_jobs, found, self._gradient_codes)
+        some = self._gradient_jobs[there]
+        some[:, JOB.index("first")] = range(len(there))
+        return self._buffer.take_jobs(some, found, [self._gradient_codes[k] for k in there])
 
 
-def _addresses(found: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[int] | None:
-    """None where a tensor is not of its shape or not in reach."""
-    addresses = []
-    for x, shape in zip(found, shapes, strict=True):
-        if x.shape != shape or not in_reach(x):
-            return None
-        addresses.append(x.data_ptr())
-    return addresses
+def _addresses(found: Sequence[Tensor], sizes: Sequence[int]) -> list[int] | None:
+    """None where a tensor is not of its size or not in reach."""
+    addresses = [
+        x.data_ptr()
+        for x, size in zip(found, sizes, strict=True)
+        if x.layout is torch.strided and x.numel() == size and in_reach(x)
+    ]
+    return addresses if len(addresses) == len(found) else None
