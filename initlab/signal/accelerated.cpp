@@ -267,6 +267,16 @@ inline void invert_lengths(double *lengths, long many, Sums &s) {
 }
 
 template <int V> inline double total(D<V> x) { double t = 0; for (int k = 0; k < V; k++) t += x[k]; return t; }
+#ifdef __AVX512F__
+// By halves: one after the other, the lanes of every vector would wait for each other.
+template <> inline double total<4>(D<4> x) {
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128((__m256d)x), _mm256_extractf128_pd((__m256d)x, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+template <> inline double total<8>(D<8> x) {
+    return total<4>((D<4>)_mm256_add_pd(_mm512_castpd512_pd256((__m512d)x), _mm512_extractf64x4_pd((__m512d)x, 1)));
+}
+#endif
 template <int V> inline D<V> positive(D<V> x) { return x > 0 ? x : D<V>{}; }
 
 void describe(const float *x, long n, long c, bool batched, double *row) {
