@@ -1,6 +1,7 @@
 """Rows on their device: tensors in, a tidy frame out, and nothing waits for the device until the frame is asked for.
 
-Where the compiled pass can be had a tensor is measured where it lies, when it is handed over. Else small tensors of one
+Where the compiled pass can be had a tensor is measured where it lies, when it is handed over; it goes by its address
+(seats.py), and what the rows are about is written elsewhere (ledger.py). Else small tensors of one
 shape are gathered into a block that a processor's cache holds and measured together; they are copied when they are
 handed over, so that what is overwritten afterwards has been seen. Large ones are measured at once.
 Knows nothing of modules and of hooks. Legend: E ensemble, N batch, C units, F fields, S statistics.
@@ -17,6 +18,7 @@ from torch import Tensor
 from initlab.errors import UsageError
 from initlab.signal.accelerate import library
 from initlab.signal.activations import Activation
+from initlab.signal.ledger import Ledger
 from initlab.signal.moments import FIELDS, derive, summarize, summarize_and_count
 from initlab.signal.seats import ROW, Counts, Seat, aim, in_reach, numbered
 from initlab.signal.stats import BATCHED, COUNTS, STATISTICS, Rows, saturated_share
@@ -73,17 +75,14 @@ class Buffer:
         self._passes = passes
         if passes is not None:
             self._describe, self._foresee = passes.describe_job, passes.foresee_job
-        self._codes: dict[Spot, int] = {}
+        self._ledger = Ledger()
+        self.code, self._spots, self._order = self._ledger.code, self._ledger.spots, self._ledger.order
         self._clear()
 
     def _clear(self) -> None:
         self._used = 0
-        self._spots: list[int] = []  # of each row, by the number that its spot has in `_codes`
-        self._steps: list[tuple[int, int]] = []  # a step, and the first row after it
-        self._order: list[int] = []  # the row that stands at each place of the room, then of the spill
+        self._ledger.clear()
         self._spill: list[Tensor] = []
-        self._shares: list[tuple[list[int], Tensor]] = []
-        self._relus: tuple[list[int], list[int]] = ([], [])
         self._since = time.monotonic()
         self._aim()
 
@@ -103,10 +102,6 @@ class Buffer:
     def seat(self, spot: Spot, shape: torch.Size) -> Seat | None:
         """What `take` wants to know of a tensor beforehand; None where there is no compiled pass."""
         return Seat(self.code(spot), spot, shape) if self._passes is not None else None
-
-    def code(self, spot: Spot) -> int:
-        """The number that a spot has here."""
-        return self._codes.setdefault(spot, len(self._codes))
 
     def take(self, seat: Seat, x: Tensor, foresee: bool = False) -> int:
         """Let the compiled pass read a tensor of the seat's shape `in_reach` where it lies; the row's number, or -1.
@@ -194,7 +189,7 @@ class Buffer:
 
     def share(self, row: int, saturated: Tensor) -> None:
         """The saturated share of a row, (E,) or one number."""
-        self._shares.append(([row], saturated.reshape(1, -1)))
+        self._ledger.shares.append(([row], saturated.reshape(1, -1)))
 
     def saturate(self, row: int, z: Tensor, activation: Activation) -> None:
         """The row of preactivations z is saturated where phi' is small; found with its block, if that still waits."""
@@ -207,8 +202,8 @@ class Buffer:
 
     def relu(self, row: int, activation_row: int) -> None:
         """The row of preactivations is saturated where its ReLU, measured too, is 0 or nan: nothing to compute."""
-        self._relus[0].append(row)
-        self._relus[1].append(activation_row)
+        self._ledger.relus[0].append(row)
+        self._ledger.relus[1].append(activation_row)
 
     def _settle(self, block: _Block, batched: bool) -> None:
         """Measure what waits in a block; if that fails, its rows say that they count nothing."""
@@ -223,7 +218,7 @@ class Buffer:
             places = [place for place, found in marks.items() if found is activation]
             slope = activation.slope(torch.stack([block.slots[place] for place in places]))
             share = saturated_share(slope, activation.largest_slope).reshape(len(places), -1)
-            self._shares.append(([rows[place] for place in places], share))
+            self._ledger.shares.append(([rows[place] for place in places], share))
 
     def _store(self, rows: list[int], values: Tensor, batched: bool) -> None:
         counts = None
@@ -254,12 +249,12 @@ class Buffer:
         }  # other shapes may never return
         for key, block in self._blocks.items():
             self._settle(block, key[-1])
-        before = self._steps[-1][1] if self._steps else 0
+        before = self._ledger.steps[-1][1] if self._ledger.steps else 0
         if len(self._spots) == before:
             return
-        self._steps.append((step, len(self._spots)))
+        self._ledger.steps.append((step, len(self._spots)))
         late = time.monotonic() - self._since > FLUSH_SECONDS
-        if self._emit is not None and (late or len(self._steps) >= self._flush_steps):
+        if self._emit is not None and (late or len(self._ledger.steps) >= self._flush_steps):
             self.flush()
         elif self._spill:
             self._grow(len(self._spots) - before)
@@ -283,7 +278,7 @@ class Buffer:
 
     def flush(self) -> None:
         """Hand the rows to `emit` and forget them."""
-        if self._emit is not None and self._steps:
+        if self._emit is not None and self._ledger.steps:
             if self._octaves is not None:
                 self._name_histograms()
             self._emit(self.frame())
@@ -291,9 +286,9 @@ class Buffer:
 
     def frame(self) -> pd.DataFrame:
         """The rows of closed steps: the columns of the table `stats`, and `name`, `part`, `call`, `update_ratio`."""
-        rows = self._closed
+        rows = self._ledger.closed
         values = derive(self._fields(rows)).numpy()
-        spots, code, steps = self._words(np.arange(rows))
+        spots, code, steps = self._ledger.words(np.arange(rows))
         columns = key_columns(spots, code, steps, self.seeds)
         for name, column in zip(STATISTICS, values, strict=True):
             columns[name] = column.reshape(-1).astype(np.int64) if name in COUNTS else column.reshape(-1)
@@ -301,22 +296,12 @@ class Buffer:
         columns["update_ratio"] = update_ratio(spots, code, steps, rms).reshape(-1)
         return pd.DataFrame(columns)
 
-    @property
-    def _closed(self) -> int:
-        """Rows of closed steps."""
-        return self._steps[-1][1] if self._steps else 0
-
-    def _words(self, rows: np.ndarray) -> tuple[list[Spot], np.ndarray, np.ndarray]:
-        """Spots that occur, in the order in which they do, which of them each row has, and its step."""
-        steps, ends = np.array(self._steps, dtype=np.int64).reshape(-1, 2).T
-        spots = list(self._codes)
-        code = np.array(self._spots, dtype=np.int64)[rows]
-        first = np.full(len(spots), len(code))
-        first[code[::-1]] = np.arange(len(code))[::-1]
-        occur = np.argsort(first, kind="stable")[: np.count_nonzero(first < len(code))]
-        new = np.zeros(len(spots), dtype=np.int64)
-        new[occur] = np.arange(len(occur))
-        return [spots[k] for k in occur.tolist()], new[code], steps[np.searchsorted(ends, rows, side="right")]
+    def _fields(self, rows: int) -> Tensor:
+        """(F, rows, E) on the host, in the order in which the tensors came."""
+        if rows == 0:
+            return torch.empty(len(FIELDS), 0, len(self.seeds), dtype=torch.float64)
+        parts = self._parts()
+        return self._ledger.fields(torch.cat([part.to(parts[0].device) for part in parts]).cpu(), rows)
 
     def histograms(self) -> pd.DataFrame:
         """The table `histograms` of what was closed since it was last asked for, with `name`, `part` and `call`."""
@@ -332,36 +317,11 @@ class Buffer:
             self._counts.settle()
         found = pd.concat([*self._open_histograms, self._octaves.histograms()])
         found = found.sort_values("layer", kind="stable", ignore_index=True)
-        closed = found["layer"] < self._closed
+        closed = found["layer"] < self._ledger.closed
         self._open_histograms, found = [found[~closed]], found[closed]
         rows = found["layer"].to_numpy()[:: len(self.seeds)]
-        columns = pd.DataFrame(key_columns(*self._words(rows), self.seeds), index=found.index)
+        columns = pd.DataFrame(key_columns(*self._ledger.words(rows), self.seeds), index=found.index)
         self._histograms.append(pd.concat([columns, found[["first", "positive", "negative"]]], axis=1))
-
-    def _fields(self, rows: int) -> Tensor:
-        """(F, rows, E) on the host, in the order in which the tensors came."""
-        size = len(self.seeds)
-        if rows == 0:
-            return torch.empty(len(FIELDS), 0, size, dtype=torch.float64)
-        parts = self._parts()
-        found = torch.cat([part.to(parts[0].device) for part in parts]).cpu()
-        order = np.array(self._order)
-        if not np.array_equal(order, np.arange(len(order))):
-            found = found[torch.from_numpy(np.argsort(order))]
-        fields = found[:rows].movedim(1, 0).contiguous()
-        alive = np.array([(spot.tensor, spot.direction) != ("activation", "forward") for spot in self._codes])
-        fields[_PLACE["dead"], torch.from_numpy(alive[self._spots[:rows]])] = torch.nan
-        if self._shares:
-            at = [row for places, _ in self._shares for row in places]
-            share = torch.cat([share.double().expand(-1, size) for _, share in self._shares]).cpu()
-            kept = [place for place, row in enumerate(at) if row < rows]
-            fields[_PLACE["saturated"], torch.tensor(at, dtype=torch.int64)[kept]] = share[kept]
-        z, phi = torch.from_numpy(np.array(self._relus, dtype=np.int64))
-        z, phi = z[phi < rows], phi[phi < rows]
-        if len(z):
-            seen = fields[_PLACE["n_zero"], phi] + fields[_PLACE["n_nan"], phi]
-            fields[_PLACE["saturated"], z] = seen / fields[_PLACE["count"], phi]
-        return fields
 
 
 def _unmeasured(rows: int, networks: int, device: torch.device) -> Tensor:

@@ -6,8 +6,8 @@
         for x, y in batches: ...
     rows = p.frame()
 
-What is measured and how it is numbered: hooks.py; what a step is: loop.py. A network written by hand has no modules: it
-offers `watch(sink)` and hands its tensors over itself. Knows nothing of tasks and of what the rows mean.
+What is measured: watched.py; how it is numbered: hooks.py; what a step is: loop.py. A network written by hand has no
+modules: it offers `watch(sink)` and hands its tensors over itself. Knows nothing of tasks and of what the rows mean.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import initlab
 from initlab.signal import seats
@@ -51,6 +52,21 @@ def of_ones(relu: nn.Module, z: Tensor) -> Tensor:
     return relu(z.add_(1))
 
 
+class Half(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x / 2
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return grad / 2
+
+
+class Halved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Half.apply(x)
+
+
 def transposed(m: Steps, x: Tensor, step: int) -> Tensor:
     """The weight moves to other memory, with gaps, in the middle of the training."""
     if step == 2:
@@ -84,6 +100,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "with gaps": lambda: Steps(lambda m, x, k: m.relu(m.first(x).t().contiguous().t())),
     "other memory": lambda: Steps(transposed),
     "dead and nan": lambda: Steps(spoilt),
+    "a rule of one's own": lambda: nn.Sequential(nn.Linear(6, 9), nn.ReLU(), Halved(), nn.Linear(9, 3)),
+    "computed anew": lambda: Steps(lambda m, x, k: checkpoint(nn.Sequential(m.first, m.relu), x, use_reentrant=False)),
     "unused": lambda: Steps(lambda m, x, k: m.relu(m.first(x)) if k != 1 else m.other(x.repeat(1, 2)[:, :9])),
 }
 
