@@ -1,10 +1,10 @@
 """Rows on their device: tensors in, a tidy frame out, and nothing waits for the device until the frame is asked for.
 
-Where the compiled pass can be had a tensor is measured where it lies, when it is handed over; it goes by its address
-(seats.py), and what the rows are about is written elsewhere (ledger.py). Else small tensors of one
-shape are gathered into a block that a processor's cache holds and measured together; they are copied when they are
-handed over, so that what is overwritten afterwards has been seen. Large ones are measured at once.
-Knows nothing of modules and of hooks. Legend: E ensemble, N batch, C units, F fields, S statistics.
+Where the compiled pass can be had a tensor is measured where it lies, when it is handed over: seats.py. Else small
+tensors of one shape are gathered into a block that a processor's cache holds and measured together; they are copied
+when they are handed over, so that what is overwritten afterwards has been seen. Large ones are measured at once.
+What the rows are about: ledger.py. Knows nothing of modules and of hooks.
+Legend: E ensemble, N batch, C units, F fields, S statistics.
 """
 
 import time

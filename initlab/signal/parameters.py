@@ -55,21 +55,25 @@ class Parameters:
         order = [place for places in self._together for place in places]
         self._addressed = _Addressed([self._all[k] for k in order], [self._spots[k] for k in order], buffer, updates)
 
-    @torch.no_grad()
     def values(self) -> None:
         """Rows of the values as they are."""
-        if self._addressed.values():
-            return
+        if not self._addressed.values():
+            self._stacked_values()
+
+    @torch.no_grad()
+    def _stacked_values(self) -> None:
         for k, places in enumerate(self._together):
             found = [self._all[place] for place in places]
             kept = self._with_updates and self._spots[places[0]].tensor == "weight"
             self._put(places, self._stack(k, found, "before" if kept else ""), self._spots)
 
-    @torch.no_grad()
     def updates(self) -> None:
         """Rows of W_{k+1} - W_k, for weights; W_k is what `values` has seen."""
-        if self._addressed.updates():
-            return
+        if not self._addressed.updates():
+            self._stacked_updates()
+
+    @torch.no_grad()
+    def _stacked_updates(self) -> None:
         for k, places in enumerate(self._together):
             if (k, "before") in self._rooms:
                 stacked = self._rooms[k, "before"]
@@ -77,11 +81,13 @@ class Parameters:
                     torch.sub(self._all[place], old, out=old)
                 self._put(places, stacked, self._update_spots)
 
-    @torch.no_grad()
     def gradients(self) -> None:
         """Rows of `.grad` as it stands; parameters without one have none."""
-        if self._addressed.gradients():
-            return
+        if not self._addressed.gradients():
+            self._stacked_gradients()
+
+    @torch.no_grad()
+    def _stacked_gradients(self) -> None:
         for k, places in enumerate(self._together):
             found = {place: _dense(g) for place in places if (g := self._all[place].grad) is not None}
             if found:
@@ -150,7 +156,7 @@ class _Addressed:
         found = _addresses([self._all[k] for k in self._weights], [self._sizes[k] for k in self._weights])
         if found is None or not self._buffer.take_jobs(self._update_jobs, found, self._update_codes, change=True):
             for k in self._weights:  # an optimizer that puts another kind of tensor in the parameter's place
-                change = torch.sub(self._all[k], self._kept[k])
+                change = self._all[k].detach() - self._kept[k]
                 self._buffer.put(self._spots[k]._replace(tensor="update"), matrix(change))
         return True
 

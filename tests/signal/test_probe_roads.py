@@ -174,6 +174,30 @@ def test_gradients_that_are_not_dense_or_not_there() -> None:
     assert list(gradients["count"][:1]) == [28]
 
 
+class Turning(torch.optim.SGD):
+    """Puts the new weights where they have gaps."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p.data = (p.data - 0.1 * p.grad).t().contiguous().t()
+
+
+def test_an_optimizer_that_moves_the_weights() -> None:
+    frames = []
+    for road in (nullcontext, plain):
+        torch.manual_seed(0)
+        model = deep()
+        optimizer = Turning(model.parameters(), lr=0.1)
+        with road(), initlab.probe(model, optimizer=optimizer) as p:
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(torch.randn(12, 6)).square().sum().backward()
+                optimizer.step()
+        frames.append(p.frame())
+    pd.testing.assert_frame_equal(*frames, rtol=1e-12, atol=1e-12)
+    assert (frames[0]["tensor"] == "update").sum() == 9
+
+
 def test_a_users_own_hook_on_a_watched_tensor_stays_and_ours_goes() -> None:
     torch.manual_seed(0)
     model, seen, outs = deep(), [], []
