@@ -27,6 +27,9 @@ _POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _ARGUMENTS = {
     "describe_rows": [_POINTER, *[_SIZE] * 3, ctypes.c_int, *[_POINTER] * 2],
     "describe_job": [_POINTER] * 3,
+    "foresee_job": [_POINTER] * 3,
+    "entries_jobs": [_POINTER, _SIZE, *[_POINTER] * 2],
+    "change_jobs": [_POINTER, _SIZE, *[_POINTER] * 2],
     "relu_job": [_POINTER] * 3,
     "mask_job": [_POINTER] * 3,
     "update_jobs": [_POINTER, _SIZE, _FLOAT, *[_POINTER] * 2],

@@ -133,8 +133,9 @@ bool quick(const Sums &s, const float *x, long n, long c, bool batched, double *
     const double count = (double)n * c, mean = s.sum / count, m2 = s.squares - s.sum * mean;
     const double unit_m2 = s.squares - s.unit_squares / n;
     row[COUNT] = count; row[EXPONENT] = 0; row[SATURATED] = NOTHING;
-    if (!std::isfinite(s.squares) || !(m2 > CANCELLED * s.squares)) return false;
-    if (batched && !(unit_m2 > CANCELLED * s.squares)) return false;
+    if (!std::isfinite(s.squares)) return false;
+    if (s.squares > 0 && !(m2 > CANCELLED * s.squares)) return false;  // without squares all entries are 0
+    if (s.squares > 0 && batched && !(unit_m2 > CANCELLED * s.squares)) return false;
     row[NANS] = row[INFS] = row[SUBNORMALS] = 0; row[ZEROS] = s.zeros < 0 ? 0 : s.zeros;
     if (s.least < TINY) count_small(x, (long)count, row);
     row[MEAN] = mean; row[M2] = m2; row[LOW] = s.low; row[HIGH] = s.high;
@@ -266,6 +267,16 @@ inline void invert_lengths(double *lengths, long many, Sums &s) {
 }
 
 template <int V> inline double total(D<V> x) { double t = 0; for (int k = 0; k < V; k++) t += x[k]; return t; }
+#ifdef __AVX512F__
+// By halves: one after the other, the lanes of every vector would wait for each other.
+template <> inline double total<4>(D<4> x) {
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128((__m256d)x), _mm256_extractf128_pd((__m256d)x, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+template <> inline double total<8>(D<8> x) {
+    return total<4>((D<4>)_mm256_add_pd(_mm512_castpd512_pd256((__m512d)x), _mm512_extractf64x4_pd((__m512d)x, 1)));
+}
+#endif
 template <int V> inline D<V> positive(D<V> x) { return x > 0 ? x : D<V>{}; }
 
 void describe(const float *x, long n, long c, bool batched, double *row) {
@@ -404,6 +415,20 @@ template <int V>
     lw.pour(sw); lg.pour(sg); lu.pour(su);
 }
 
+// The sums of x, which is copied to `kept`.
+template <int V> [[gnu::noinline]] void keep(const float *__restrict x, float *__restrict kept, long from, long to, Sums &s) {
+    Lane<V> lane;
+    for (long j = from; j < to; j += V) { const F<V> f = load<V>(x + j); lane.entries(f); store<V>(kept + j, f); }
+    lane.pour(s);
+}
+
+// The sums of x - old.
+template <int V> [[gnu::noinline]] void change(const float *x, const float *old, long from, long to, Sums &s) {
+    Lane<V> lane;
+    for (long j = from; j < to; j += V) lane.entries(load<V>(x + j) - load<V>(old + j));
+    lane.pour(s);
+}
+
 }  // namespace
 
 extern "C" {
@@ -468,6 +493,59 @@ void describe_job(const Job *job, double *rows, Arena *arena) {
         const float *x = job->x + k * job->n * job->c;
         describe(x, job->n, job->c, true, page.row(job->first, k));
         page.count(x, job->n * job->c, job->first, k);
+    }
+}
+
+// x at `first`, and at `second` the row of max(x, 0), which is not made.
+void foresee_job(const Job *job, double *rows, Arena *arena) {
+    const Page page{rows, arena};
+    const int64_t n = job->n, c = job->c;
+    const float *z = job->x;
+    for (int64_t k = 0; k < job->e; k++, z += n * c) {
+        double *row_z = page.row(job->first, k), *row_a = page.row(job->second, k);
+        Sums whole, part;
+        describe_both(z, Above(), n, c, whole, part, nullptr);
+        if (!quick(whole, z, n, c, true, row_z)) careful(z, n, c, true, row_z);
+        page.count(z, n * c, job->first, k, job->second);
+        int32_t zeros = 0;
+        for (int64_t j = 0; j < n * c; j++) zeros += z[j] <= 0;
+        part.zeros = zeros;
+        if (part.least >= TINY && quick(part, z, n, c, true, row_a)) continue;
+        std::vector<float> a(z, z + n * c);  // small numbers and nan are looked for where they would be
+        for (float &v : a) v = v <= 0 ? 0.0f : v;
+        if (!quick(part, a.data(), n, c, true, row_a)) careful(a.data(), n, c, true, row_a);
+    }
+}
+
+// Tensors without a batch, n = 1: x at `first`; where `other` is given x is kept there.
+void entries_jobs(const Job *job, int64_t jobs, double *rows, Arena *arena) {
+    const Page page{rows, arena};
+    for (; jobs > 0; jobs--, job++) {
+        const int64_t n = job->c;
+        double *row = page.row(job->first, 0);
+        if (job->other) {
+            Sums s;
+            keep<8>(job->x, job->other, 0, n & ~7L, s);
+            keep<1>(job->x, job->other, n & ~7L, n, s);
+            if (!quick(s, job->x, n, 1, false, row)) careful(job->x, n, 1, false, row);
+        } else describe(job->x, n, 1, false, row);
+        page.count(job->x, n, job->first, 0);
+    }
+}
+
+// What has become of x since it was kept in `other`, which is worth nothing afterwards: x - other, at `first`.
+void change_jobs(const Job *job, int64_t jobs, double *rows, Arena *arena) {
+    const Page page{rows, arena};
+    for (; jobs > 0; jobs--, job++) {
+        const int64_t n = job->c;
+        double *row = page.row(job->first, 0);
+        Sums s;
+        change<8>(job->x, job->other, 0, n & ~7L, s);
+        change<1>(job->x, job->other, n & ~7L, n, s);
+        if (!arena && s.least >= TINY && quick(s, job->other, n, 1, false, row)) continue;
+        for (int64_t j = 0; j < n; j++) job->other[j] = job->x[j] - job->other[j];
+        if (!quick(s, job->other, n, 1, false, row)) careful(job->other, n, 1, false, row);
+        page.count(job->other, n, job->first, 0);
     }
 }
 

@@ -1,14 +1,14 @@
 """Rows on their device: tensors in, a tidy frame out, and nothing waits for the device until the frame is asked for.
 
-Where the compiled pass can be had a tensor is measured where it lies, when it is handed over. Else small tensors of one
-shape are gathered into a block that a processor's cache holds and measured together; they are copied when they are
-handed over, so that what is overwritten afterwards has been seen. Large ones are measured at once.
-Knows nothing of modules and of hooks. Legend: E ensemble, N batch, C units, F fields, S statistics.
+Where the compiled pass can be had a tensor is measured where it lies, when it is handed over: seats.py. Else small
+tensors of one shape are gathered into a block that a processor's cache holds and measured together; they are copied
+when they are handed over, so that what is overwritten afterwards has been seen. Large ones are measured at once.
+What the rows are about: ledger.py. Knows nothing of modules and of hooks.
+Legend: E ensemble, N batch, C units, F fields, S statistics.
 """
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from ctypes import CDLL
 
 import numpy as np
 import pandas as pd
@@ -18,8 +18,10 @@ from torch import Tensor
 from initlab.errors import UsageError
 from initlab.signal.accelerate import library
 from initlab.signal.activations import Activation
-from initlab.signal.moments import FIELDS, derive, octaves, summarize, summarize_and_count
-from initlab.signal.stats import BATCHED, COUNTS, STATISTICS, Key, Rows, saturated_share
+from initlab.signal.ledger import Ledger
+from initlab.signal.moments import FIELDS, derive, summarize, summarize_and_count
+from initlab.signal.seats import ROW, Counts, Seat, aim, in_reach, numbered
+from initlab.signal.stats import BATCHED, COUNTS, STATISTICS, Rows, saturated_share
 from initlab.signal.tidy import WORDS, Spot, key_columns, update_ratio
 
 FLUSH_SECONDS = 30.0
@@ -45,37 +47,6 @@ class _Block:
         return len(self.rows) == len(self.slots)
 
 
-class _Counting:
-    """Histograms that the compiled pass writes, a block of rows at a time."""
-
-    def __init__(self, octaves_of: Rows) -> None:
-        self._octaves = octaves_of
-        low, high = octaves(torch.float32)
-        with torch.inference_mode(False):
-            self._counts = torch.zeros((TOGETHER, 1, 2, high - low + 1), dtype=torch.int32)
-        self._bytes = self._counts.stride(0) * self._counts.element_size()
-        self._rows: list[int] = []
-
-    def next(self, row: int) -> int:
-        """Where the counts of that row go."""
-        if len(self._rows) == TOGETHER:
-            self.settle()
-        self._rows.append(row)
-        return self._counts.data_ptr() + (len(self._rows) - 1) * self._bytes
-
-    def settle(self) -> None:
-        if self._rows:
-            used = self._counts[: len(self._rows)]
-            self._octaves.put_histograms(_numbered(self._rows), used, torch.float32)
-            used.zero_()
-            self._rows = []
-
-
-def _numbered(rows: list[int]) -> list[Key]:
-    """The words come later: until then a histogram goes by the number of its row."""
-    return [Key("", "", 0, row, "", "") for row in rows]
-
-
 class Buffer:
     """What was measured, (rows, F, E) on its device, and the words of the rows on the host.
 
@@ -99,37 +70,98 @@ class Buffer:
         self._octaves = Rows(seeds, histograms) if histograms else None
         self._histograms: list[pd.DataFrame] = []
         self._open_histograms: list[pd.DataFrame] = []
-        self._compiled = library() if len(self.seeds) == 1 else None
-        self._counting = _Counting(self._octaves) if self._octaves is not None else None
+        passes = library() if len(self.seeds) == 1 else None
+        self._counts = Counts(self._octaves) if self._octaves is not None and passes is not None else None
+        self._passes = passes
+        if passes is not None:
+            self._describe, self._foresee = passes.describe_job, passes.foresee_job
+        self._ledger = Ledger()
+        self.code, self._spots, self._order = self._ledger.code, self._ledger.spots, self._ledger.order
         self._clear()
 
     def _clear(self) -> None:
         self._used = 0
-        self._spots: list[Spot] = []
-        self._steps: list[tuple[int, int]] = []  # a step, and the first row after it
-        self._order: list[int] = []  # the row that stands at each place of the room, then of the spill
+        self._ledger.clear()
         self._spill: list[Tensor] = []
-        self._shares: list[tuple[list[int], Tensor]] = []
-        self._relus: list[tuple[int, int]] = []
         self._since = time.monotonic()
+        self._aim()
+
+    def _aim(self) -> None:
+        """Find out how many rows the compiled pass may write, and where."""
+        room = self._room if self._passes is not None and not self._spill else None
+        self._limit, self._base = (len(room), room.data_ptr()) if room is not None and room.is_cpu else (0, 0)
+
+    def _reserve(self, rows: int) -> bool:
+        """Make room for rows of the compiled pass; False where the room lies elsewhere or rows wait beside it."""
+        if self._passes is None or self._spill or (self._room is not None and not self._room.is_cpu):
+            return False
+        if self._used + rows > self._limit:
+            self._grow(max(rows, FIRST_ROWS))
+        return True
+
+    def seat(self, spot: Spot, shape: torch.Size) -> Seat | None:
+        """What `take` wants to know of a tensor beforehand; None where there is no compiled pass."""
+        return Seat(self.code(spot), spot, shape) if self._passes is not None else None
+
+    def take(self, seat: Seat, x: Tensor, foresee: bool = False) -> int:
+        """Let the compiled pass read a tensor of the seat's shape `in_reach` where it lies; the row's number, or -1.
+
+        With `foresee` it finds the row of max(x, 0) too, which `foreseen` puts behind this one if it comes true.
+        """
+        used = self._used
+        if used + foresee >= self._limit and not self._reserve(2):
+            return -1
+        spots = self._spots
+        row = len(spots)
+        seat.job[0] = x.data_ptr()
+        arena = None if self._counts is None else self._counts.next([row])
+        (self._foresee if foresee else self._describe)(seat.address, self._base + used * ROW, arena)
+        self._used = used + 1
+        self._order.append(row)
+        spots.append(seat.code)
+        return row
+
+    @property
+    def foresees(self) -> bool:
+        """Whether `take` can foresee: not while it counts octaves."""
+        return self._counts is None
+
+    def foreseen(self, seat: Seat, row: int) -> bool:
+        """Keep the activation's row, which the row taken last has foreseen; False if others were taken since."""
+        spots = self._spots
+        if len(spots) != row + 1:
+            return False
+        self._used += 1
+        self._order.append(row + 1)
+        spots.append(seat.code)
+        self.relu(row, row + 1)
+        return True
+
+    def take_jobs(self, jobs: np.ndarray, addresses: Sequence[int], codes: Sequence[int], change: bool = False) -> bool:
+        """Rows of tensors without a batch at these addresses, `in_reach` all of them; False if that cannot be."""
+        rows = range(len(self._spots), len(self._spots) + len(codes))
+        if self._passes is None or not self._reserve(len(codes)):
+            return False
+        aim(jobs, addresses)
+        arena = None if self._counts is None else self._counts.next(rows)
+        work = self._passes.change_jobs if change else self._passes.entries_jobs
+        work(jobs.ctypes.data, len(jobs), self._base + self._used * ROW, arena)
+        self._used += len(rows)
+        self._order += rows
+        self._spots += codes
+        return True
 
     def put(self, spot: Spot, x: Tensor) -> int:
         """Take the values of (N, C) or (E, N, C) as they are now; returns the number of its row."""
+        if self._passes is not None and in_reach(x):
+            row = self._take_alone(spot, x)
+            if row >= 0:
+                return row
         row = len(self._spots)
-        if (
-            self._compiled is not None
-            and x.dtype is torch.float32
-            and x.is_cpu
-            and x.is_contiguous()
-            and not self._spill
-        ):
-            self._describe(self._compiled, row, x, spot.tensor in BATCHED)
-            self._spots.append(spot)
-            return row
         size = min(GATHERED // x.numel(), TOGETHER)
         if size < 2:
             self._store([row], x.unsqueeze(0), spot.tensor in BATCHED)
-            self._spots.append(spot)
+            self._spots.append(self.code(spot))
             return row
         key = (x.shape, x.dtype, x.device, spot.tensor in BATCHED)
         block = self._blocks.get(key)
@@ -139,30 +171,25 @@ class Buffer:
             self._settle(block, key[-1])
         block.slots[len(block.rows)].copy_(x)
         block.rows.append(row)
-        self._spots.append(spot)
+        self._spots.append(self.code(spot))
         return row
 
-    def _describe(self, compiled: CDLL, row: int, x: Tensor, batched: bool) -> None:
-        """Let the compiled pass read x where it lies and write its row, and its counts, where they stay."""
-        if self._room is None or self._used == len(self._room):
-            self._grow(FIRST_ROWS)
-        room = self._room
-        assert room is not None
-        address = room.data_ptr() + self._used * room.stride(0) * room.element_size()
-        counts = self._counting.next(row) if self._counting is not None else None
-        compiled.describe_rows(x.data_ptr(), 1, x.shape[-2], x.shape[-1], batched, address, counts)
-        self._used += 1
-        self._order.append(row)
+    def _take_alone(self, spot: Spot, x: Tensor) -> int:
+        seat = Seat(self.code(spot), spot, x.shape)
+        if seat.batched:
+            return self.take(seat, x)
+        row = len(self._spots)
+        return row if self.take_jobs(seat.job[None], [x.data_ptr()], [seat.code]) else -1
 
     def put_all(self, spots: Sequence[Spot], stacked: Tensor) -> None:
         """Measure tensors that lie together, (n, N, C) or (n, E, N, C), at once."""
         first = len(self._spots)
         self._store(list(range(first, first + len(spots))), stacked, spots[0].tensor in BATCHED)
-        self._spots += spots
+        self._spots += [self.code(spot) for spot in spots]
 
     def share(self, row: int, saturated: Tensor) -> None:
         """The saturated share of a row, (E,) or one number."""
-        self._shares.append(([row], saturated.reshape(1, -1)))
+        self._ledger.shares.append(([row], saturated.reshape(1, -1)))
 
     def saturate(self, row: int, z: Tensor, activation: Activation) -> None:
         """The row of preactivations z is saturated where phi' is small; found with its block, if that still waits."""
@@ -175,7 +202,8 @@ class Buffer:
 
     def relu(self, row: int, activation_row: int) -> None:
         """The row of preactivations is saturated where its ReLU, measured too, is 0 or nan: nothing to compute."""
-        self._relus.append((row, activation_row))
+        self._ledger.relus[0].append(row)
+        self._ledger.relus[1].append(activation_row)
 
     def _settle(self, block: _Block, batched: bool) -> None:
         """Measure what waits in a block; if that fails, its rows say that they count nothing."""
@@ -190,7 +218,7 @@ class Buffer:
             places = [place for place, found in marks.items() if found is activation]
             slope = activation.slope(torch.stack([block.slots[place] for place in places]))
             share = saturated_share(slope, activation.largest_slope).reshape(len(places), -1)
-            self._shares.append(([rows[place] for place in places], share))
+            self._ledger.shares.append(([rows[place] for place in places], share))
 
     def _store(self, rows: list[int], values: Tensor, batched: bool) -> None:
         counts = None
@@ -202,7 +230,7 @@ class Buffer:
         self._keep(rows, fields.reshape(len(FIELDS), len(rows), -1).movedim(0, 1))
         if self._octaves is not None and counts is not None:
             self._octaves.put_histograms(
-                _numbered(rows), counts.reshape(len(rows), -1, *counts.shape[-2:]), values.dtype
+                numbered(rows), counts.reshape(len(rows), -1, *counts.shape[-2:]), values.dtype
             )
 
     def _keep(self, rows: list[int], fields: Tensor) -> None:
@@ -211,6 +239,7 @@ class Buffer:
             self._used += len(rows)
         else:
             self._spill.append(fields)
+            self._aim()
         self._order += rows
 
     def end_step(self, step: int) -> None:
@@ -220,12 +249,12 @@ class Buffer:
         }  # other shapes may never return
         for key, block in self._blocks.items():
             self._settle(block, key[-1])
-        before = self._steps[-1][1] if self._steps else 0
+        before = self._ledger.steps[-1][1] if self._ledger.steps else 0
         if len(self._spots) == before:
             return
-        self._steps.append((step, len(self._spots)))
+        self._ledger.steps.append((step, len(self._spots)))
         late = time.monotonic() - self._since > FLUSH_SECONDS
-        if self._emit is not None and (late or len(self._steps) >= self._flush_steps):
+        if self._emit is not None and (late or len(self._ledger.steps) >= self._flush_steps):
             self.flush()
         elif self._spill:
             self._grow(len(self._spots) - before)
@@ -242,13 +271,14 @@ class Buffer:
             grown[place : place + len(part)].copy_(part)
             place += len(part)
         self._room, self._used, self._spill = grown, place, []
+        self._aim()
 
     def _parts(self) -> list[Tensor]:
         return [*([] if self._room is None else [self._room[: self._used]]), *self._spill]
 
     def flush(self) -> None:
         """Hand the rows to `emit` and forget them."""
-        if self._emit is not None and self._steps:
+        if self._emit is not None and self._ledger.steps:
             if self._octaves is not None:
                 self._name_histograms()
             self._emit(self.frame())
@@ -256,9 +286,9 @@ class Buffer:
 
     def frame(self) -> pd.DataFrame:
         """The rows of closed steps: the columns of the table `stats`, and `name`, `part`, `call`, `update_ratio`."""
-        rows = self._closed
+        rows = self._ledger.closed
         values = derive(self._fields(rows)).numpy()
-        spots, code, steps = self._words(np.arange(rows))
+        spots, code, steps = self._ledger.words(np.arange(rows))
         columns = key_columns(spots, code, steps, self.seeds)
         for name, column in zip(STATISTICS, values, strict=True):
             columns[name] = column.reshape(-1).astype(np.int64) if name in COUNTS else column.reshape(-1)
@@ -266,17 +296,12 @@ class Buffer:
         columns["update_ratio"] = update_ratio(spots, code, steps, rms).reshape(-1)
         return pd.DataFrame(columns)
 
-    @property
-    def _closed(self) -> int:
-        """Rows of closed steps."""
-        return self._steps[-1][1] if self._steps else 0
-
-    def _words(self, rows: np.ndarray) -> tuple[list[Spot], np.ndarray, np.ndarray]:
-        """Spots that occur, which of them each row has, and its step."""
-        steps, ends = np.array(self._steps, dtype=np.int64).reshape(-1, 2).T
-        codes: dict[Spot, int] = {}
-        code = np.array([codes.setdefault(self._spots[row], len(codes)) for row in rows.tolist()], dtype=np.int64)
-        return list(codes), code, steps[np.searchsorted(ends, rows, side="right")]
+    def _fields(self, rows: int) -> Tensor:
+        """(F, rows, E) on the host, in the order in which the tensors came."""
+        if rows == 0:
+            return torch.empty(len(FIELDS), 0, len(self.seeds), dtype=torch.float64)
+        parts = self._parts()
+        return self._ledger.fields(torch.cat([part.to(parts[0].device) for part in parts]).cpu(), rows)
 
     def histograms(self) -> pd.DataFrame:
         """The table `histograms` of what was closed since it was last asked for, with `name`, `part` and `call`."""
@@ -286,38 +311,17 @@ class Buffer:
 
     def _name_histograms(self) -> None:
         """Give the histograms their words while the rows are here; those of an open step wait."""
-        if self._octaves is None or self._counting is None:
+        if self._octaves is None:
             raise UsageError("histograms: none were recorded; ask for them with histograms=True")
-        self._counting.settle()
+        if self._counts is not None:
+            self._counts.settle()
         found = pd.concat([*self._open_histograms, self._octaves.histograms()])
         found = found.sort_values("layer", kind="stable", ignore_index=True)
-        closed = found["layer"] < self._closed
+        closed = found["layer"] < self._ledger.closed
         self._open_histograms, found = [found[~closed]], found[closed]
         rows = found["layer"].to_numpy()[:: len(self.seeds)]
-        columns = pd.DataFrame(key_columns(*self._words(rows), self.seeds), index=found.index)
+        columns = pd.DataFrame(key_columns(*self._ledger.words(rows), self.seeds), index=found.index)
         self._histograms.append(pd.concat([columns, found[["first", "positive", "negative"]]], axis=1))
-
-    def _fields(self, rows: int) -> Tensor:
-        """(F, rows, E) on the host, in the order in which the tensors came."""
-        size = len(self.seeds)
-        if rows == 0:
-            return torch.empty(len(FIELDS), 0, size, dtype=torch.float64)
-        parts = self._parts()
-        found = torch.cat([part.to(parts[0].device) for part in parts]).cpu()
-        fields = found[torch.from_numpy(np.argsort(np.array(self._order)))[:rows]].movedim(1, 0).contiguous()
-        undead = [(spot.tensor, spot.direction) != ("activation", "forward") for spot in self._spots[:rows]]
-        fields[_PLACE["dead"], torch.tensor(undead)] = torch.nan
-        if self._shares:
-            at = [row for places, _ in self._shares for row in places]
-            share = torch.cat([share.double().expand(-1, size) for _, share in self._shares]).cpu()
-            kept = [place for place, row in enumerate(at) if row < rows]
-            fields[_PLACE["saturated"], torch.tensor(at, dtype=torch.int64)[kept]] = share[kept]
-        kept_relus = [pair for pair in self._relus if max(pair) < rows]
-        if kept_relus:
-            z, phi = torch.tensor(kept_relus).T
-            seen = fields[_PLACE["n_zero"], phi] + fields[_PLACE["n_nan"], phi]
-            fields[_PLACE["saturated"], z] = seen / fields[_PLACE["count"], phi]
-        return fields
 
 
 def _unmeasured(rows: int, networks: int, device: torch.device) -> Tensor:

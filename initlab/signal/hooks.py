@@ -1,122 +1,30 @@
-"""What is watched inside an `nn.Module`, and the hooks that see it pass.
+"""The hooks that see the tensors of an `nn.Module` pass: numbered, handed to the buffer, and forgotten.
 
-A module with parameters of its own (Linear, Conv, LayerNorm, Embedding, LSTM, ...) gives preactivations, a leaf without
-(ReLU, Dropout, Flatten, ...) activations. Layers are numbered in the order in which the modules with parameters are
-first called; an activation has the number of the layer below it. Units are the channels of convolutions, pooling
-included, (N, C, H, W) -> (N H W, C), and the last dimension of everything else, (B, T, C) -> (B T, C).
-A module that is called again in a step gives further rows, numbered by `call`, and so does what activation
-checkpointing computes anew; a second backward pass through one graph gives its backward rows a second time.
-Knows nothing of steps and optimizers. The hooks change no value and leave nothing behind.
+Layers are numbered in the order in which the modules with parameters are first called; an activation has the number of
+the layer below it. A module that is called again in a step gives further rows, numbered by `call`, and so does what
+activation checkpointing computes anew; a second backward pass through one graph gives its backward rows a second time.
+What is watched: watched.py. Knows nothing of steps and optimizers. The hooks change no value and leave nothing behind.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 
-from initlab.errors import UsageError, nearest
-from initlab.signal.activations import ACTIVATIONS, Activation
+from initlab.errors import UsageError
+from initlab.signal.activations import Activation
 from initlab.signal.buffer import Buffer
+from initlab.signal.seats import in_reach
 from initlab.signal.tidy import Spot
+from initlab.signal.watched import RELU, Layer, Place, Watched, as_batch, measurable, tensors
 
-PARAMETRIZED = "parametrizations"
-FORMATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
-_RELU = ACTIVATIONS["relu"]
-
-
-def _described(module: nn.Module) -> tuple[type, str]:
-    """What a module computes; whether in place makes no difference."""
-    return type(module), repr(module).replace(", inplace=True", "").replace("inplace=True", "")
-
-
-# A LeakyReLU of another slope and a GELU by tanh are none of the table's.
-_ROWS = {_described(row.module()): row for row in ACTIVATIONS.values()}
-
-
-class Watched:
-    """A module under its dotted name, its parameters and its number once it has one."""
-
-    def __init__(self, name: str, module: nn.Module, chosen: bool) -> None:
-        self.name, self.module, self.chosen = name, module, chosen
-        self.parameters = own_parameters(module)
-        self.activation = None if self.parameters else _ROWS.get(_described(module))
-        self._second = isinstance(module, (_NormBase, nn.GroupNorm))
-        self._from_end = 1 + (len(module.kernel_size) if isinstance(module, _ConvNd) else 0)
-        self.number = self.calls = 0
-        self.ran = False
-        self.places: dict[tuple[int, int, str, int], tuple[Spot, Callable[[Tensor], None]]] = {}
-
-    def axis(self, ndim: int) -> int:
-        """Which dimension of its output counts units."""
-        return min(1, ndim - 1) if self._second else ndim - self._from_end
-
-
-def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Parameters that belong to the module itself, those behind its parametrizations (weight_norm, ...) included."""
-    found = list(module.named_parameters(recurse=False))
-    if PARAMETRIZED in module._modules:
-        hidden = module.get_submodule(PARAMETRIZED)
-        found += [(f"{PARAMETRIZED}.{name}", p) for name, p in hidden.named_parameters()]
-    return found
-
-
-def select(model: nn.Module, layers: str | Sequence[str]) -> list[Watched]:
-    """All modules that give rows, those chosen whose dotted name matches a glob; each glob must match something."""
-    named = {
-        name.removeprefix("_orig_mod."): module
-        for name, module in model.named_modules()
-        if PARAMETRIZED not in name.split(".") and (own_parameters(module) or not any(module.children()))
-    }
-    patterns = [layers] if isinstance(layers, str) else list(layers)
-    if not patterns:
-        raise UsageError("layers: empty; give at least one glob, such as layers='*'")
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in named):
-            shown = ", ".join(list(named)[:8]) + (", ..." if len(named) > 8 else "")
-            raise UsageError(f"layers={pattern}: matches none of {shown}{nearest(pattern, named)}")
-    return [Watched(name, m, any(fnmatchcase(name, pattern) for pattern in patterns)) for name, m in named.items()]
-
-
-def measurable(x: Tensor) -> bool:
-    """Whether its entries are numbers of a known format that lie in memory one by one; there may be none."""
-    return x.dtype in FORMATS and x.layout is torch.strided and x.numel() > 0
-
-
-def tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a nested output that can be measured, each with its path: ("0", ...), ("1.hidden", ...)."""
-    if isinstance(output, Tensor):
-        if measurable(output):
-            yield path, output
-        return
-    parts: Any = ()
-    if isinstance(output, Mapping):
-        parts = output.items()
-    elif isinstance(output, (tuple, list)):
-        parts = enumerate(output)
-    elif is_dataclass(output):
-        parts = [(field.name, getattr(output, field.name)) for field in fields(output)]
-    for key, value in parts:
-        yield from tensors(value, f"{path}.{key}" if path else str(key))
-
-
-def as_batch(x: Tensor, axis: int) -> Tensor:
-    """(N, C) of any tensor, C its dimension `axis`; cut off from the graph."""
-    if x.requires_grad:
-        x = x.detach()
-    ndim = x.ndim
-    if ndim == 2 and axis == 1:
-        return x
-    if ndim < 2:
-        return x.reshape(1, -1)
-    return x.movedim(axis, -1).reshape(-1, x.shape[axis])
+_INPUT = Layer(0, 0, 0)  # below the first layer
+_OURS = -1  # torch numbers its hooks from 0
 
 
 class Hook(partial[None]):
@@ -142,19 +50,27 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-class _Last(NamedTuple):
-    """The latest preactivation: the tensor, how often it had been overwritten, its values as (N, C), its row."""
+class _Seen(dict[int, partial[None]]):
+    """The hooks of a tensor, as torch keeps them: it wants to refer to them weakly."""
 
-    x: Tensor
-    version: int
-    flat: Tensor
-    row: int
+
+class _Last:
+    """The latest preactivation: the tensor, how often it had been overwritten, where it belongs, its row."""
+
+    __slots__ = ("foresaw", "place", "row", "version", "x")
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+
+    def keep(self, x: Tensor, place: Place, row: int, foresaw: bool) -> None:
+        self.x, self.version, self.place, self.row, self.foresaw = x, _version(x), place, row, foresaw
 
     def is_input(self, args: tuple[Any, ...], overwritten: bool = False) -> bool:
         """Whether a module was called with these very values, which it has perhaps overwritten itself since."""
-        if not args or args[0] is not self.x:
+        x = self.x
+        if x is None or not args or args[0] is not x:
             return False
-        return _version(self.x) == self.version + (overwritten and not self.x.is_inference())
+        return _version(x) == self.version + (overwritten and not x.is_inference())
 
 
 class Hooks:
@@ -165,25 +81,29 @@ class Hooks:
 
     def __init__(self, watched: list[Watched], buffer: Buffer, stage: str, training: bool) -> None:
         self.watched, self._buffer, self._stage, self._training = watched, buffer, stage, training
-        self._numbered = self._below = self._below_axis = self._below_ndim = 0
-        self._last: _Last | None = None
+        self._numbered = 0
+        self._layer, self._last = _INPUT, _Last()
         self._modules: list[RemovableHandle] = []
         self._graph: list[RemovableHandle] = []
+        self._seen: list[_Seen] = []  # the hooks of tensors that had none
 
     def install(self, model: nn.Module) -> None:
         self._modules.append(model.register_forward_pre_hook(Hook(self.begin_pass)))
         for w in self.watched:
             if w.parameters or w.chosen:
                 self._modules.append(w.module.register_forward_hook(Hook(self._after, w)))
-            if w.activation is not None and not (w.chosen and w.activation is _RELU):
+            if w.activation is not None and not (w.chosen and w.activation is RELU):
                 self._modules.append(w.module.register_forward_pre_hook(Hook(self._before, w.activation)))
 
     def end_step(self) -> None:
         """Forget the step's graph and count calls from 0 again."""
         for handle in self._graph:
             handle.remove()
+        for seen in self._seen:
+            seen.pop(_OURS, None)
         self._graph.clear()
-        self._last = None
+        self._seen.clear()
+        self._last.x = None
         for w in self.watched:
             w.calls = 0
 
@@ -195,8 +115,7 @@ class Hooks:
             raise UsageError(
                 "probe: inside torch.func (vmap, grad, ...) or a trace nothing can be measured: call the model"
             )
-        self._below = self._below_axis = self._below_ndim = 0
-        self._last = None
+        self._layer, self._last.x = _INPUT, None
 
     def remove(self) -> None:
         self.end_step()
@@ -221,44 +140,90 @@ class Hooks:
             return
         w.ran = True
         w.calls += 1
+        if len(w.direct) >= w.calls and self._again(w, w.direct[w.calls - 1], module, args, output):
+            return
         if w.parameters:
-            self._below = w.number or self.number(w)
+            self._layer = self._layer._replace(number=self.number(w))
         found = (("", output),) if type(output) is Tensor and measurable(output) else tensors(output)
         for part, x in found:
             ndim = x.ndim
             if w.parameters:
-                self._below_ndim, self._below_axis = ndim, w.axis(ndim)
+                self._layer = Layer(self._layer.number, w.axis(ndim), ndim)
             if w.chosen:
-                self._value(w, part, x, self._below_axis if ndim == self._below_ndim else ndim - 1, args)
+                place = self._place(w, part, self._layer.axis if ndim == self._layer.ndim else ndim - 1)
+                self._value(w, place, x, args)
+                if x is output and len(w.direct) >= w.calls - 1 and place.sit(self._buffer, x.shape, self._layer):
+                    w.direct[w.calls - 1 : w.calls] = [place]
 
-    def _value(self, w: Watched, part: str, x: Tensor, axis: int, args: tuple[Any, ...]) -> None:
+    def _again(self, w: Watched, place: Place, module: nn.Module, args: tuple[Any, ...], x: Any) -> bool:
+        """The short road for a tensor that has come from here before; False where something is different now."""
+        node = x.grad_fn if type(x) is Tensor else None
+        if node is None or x.shape != place.shape or not in_reach(x):
+            return False
+        buffer, last = self._buffer, self._last
+        if w.parameters:
+            row = buffer.take(place.seat, x, place.before_relu)
+            if row < 0:
+                return False
+            last.x, last.version, last.place, last.row, last.foresaw = x, x._version, place, row, place.before_relu
+            place.before_relu = False
+            self._layer = place.layer
+        elif place.layer != self._layer:
+            return False
+        elif w.activation is RELU and last.is_input(args, x is last.x):
+            if not self._relu(place, module, x):
+                return False
+        elif buffer.take(place.seat, x) < 0:
+            return False
+        if x._backward_hooks is None:  # `register_hook` without its handle
+            seen = x._backward_hooks = _Seen(((_OURS, place.see),))
+            node._register_hook_dict(x)
+            self._seen.append(seen)
+        else:
+            self.on_gradient(x, place.see)
+        return True
+
+    def _relu(self, place: Place, module: nn.Module, x: Tensor) -> bool:
+        """The row of a ReLU's output: perhaps it is there already."""
+        buffer, last = self._buffer, self._last
+        plain = len(module._forward_hooks) == 1 and not _global_forward_hooks and "forward" not in module.__dict__
+        if not (last.foresaw and plain and buffer.foreseen(place.seat, last.row)):
+            row = buffer.take(place.seat, x)
+            if row < 0:
+                return False
+            buffer.relu(last.row, row)
+        last.place.before_relu = plain and buffer.foresees
+        last.x = None  # its memory is free as early as without us
+        return True
+
+    def _value(self, w: Watched, place: Place, x: Tensor, args: tuple[Any, ...]) -> None:
         """A row for an output, and one for its gradient when that comes."""
-        flat = as_batch(x, axis)
-        spot, gradient = self._places(w, part, axis)
-        row = self._buffer.put(spot, flat)
+        row = self._buffer.put(place.spot, as_batch(x, place.axis))
         last = self._last
         if w.parameters:
-            self._last = _Last(x, _version(x), flat, row)
-        elif w.activation is _RELU and last is not None and last.is_input(args, overwritten=x is last.x):
+            last.keep(x, place, row, False)
+        elif w.activation is RELU and last.is_input(args, x is last.x):
             self._buffer.relu(last.row, row)
-            self._last = None  # its memory is free as early as without us
+            last.x = None  # its memory is free as early as without us
         if x.requires_grad:
-            self.on_gradient(x, gradient)
+            self.on_gradient(x, place.see)
 
-    def _gradient(self, spot: Spot, axis: int, grad: Tensor) -> None:
-        self._buffer.put(spot, as_batch(grad, axis))
+    def _gradient(self, place: Place, grad: Tensor) -> None:
+        in_place = grad.shape == place.shape and in_reach(grad) and self._buffer.take(place.back_seat, grad) >= 0
+        if not in_place:
+            self._buffer.put(place.back_spot, as_batch(grad, place.axis))
 
     def _before(self, activation: Activation, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook: the preactivation that an activation is about to see, perhaps to overwrite."""
         last = self._last
-        if not is_compiling() and last is not None and last.is_input(args):
-            self._buffer.saturate(last.row, last.flat, activation)
+        if not is_compiling() and last.x is not None and last.is_input(args):
+            self._buffer.saturate(last.row, as_batch(last.x, last.place.axis), activation)
 
-    def _places(self, w: Watched, part: str, axis: int) -> tuple[Spot, Callable[[Tensor], None]]:
+    def _place(self, w: Watched, part: str, axis: int) -> Place:
         """Where the values of an output of this call belong, and what takes its gradient."""
-        key = (self._below, w.calls, part, axis)
+        key = (self._layer.number, w.calls, part, axis)
         if key not in w.places:
             tensor = "preactivation" if w.parameters else "activation"
-            spot = Spot(self._stage, "module", self._below, tensor, "forward", w.name, part, w.calls - 1)
-            w.places[key] = (spot, partial(self._gradient, spot._replace(direction="backward"), axis))
+            spot = Spot(self._stage, "module", self._layer.number, tensor, "forward", w.name, part, w.calls - 1)
+            w.places[key] = Place(spot, axis, self._layer, self._gradient)
         return w.places[key]

@@ -16,8 +16,9 @@ from torch import nn
 
 from initlab.errors import UsageError
 from initlab.signal.buffer import Buffer
-from initlab.signal.hooks import Hook, Hooks, Watched
+from initlab.signal.hooks import Hook, Hooks
 from initlab.signal.parameters import Parameters
+from initlab.signal.watched import Watched
 
 
 class Loop:

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from initlab.signal.accelerate import JOB
 from initlab.signal.buffer import Buffer, stacks
-from initlab.signal.hooks import FORMATS, Hooks
+from initlab.signal.hooks import Hooks
+from initlab.signal.seats import in_reach, jobs
 from initlab.signal.tidy import Spot
+from initlab.signal.watched import FORMATS
 
 
 def matrix(x: Tensor, leading: int = 0) -> Tensor:
@@ -49,18 +52,28 @@ class Parameters:
         self._update_spots = [spot._replace(tensor="update") for spot in self._spots]
         self._together = [[kind[k] for k in group] for kind in kinds for group in stacks(self._all[k] for k in kind)]
         self._rooms: dict[tuple[int, str], Tensor] = {}  # memory that is used again at every step
+        order = [place for places in self._together for place in places]
+        self._addressed = _Addressed([self._all[k] for k in order], [self._spots[k] for k in order], buffer, updates)
 
-    @torch.no_grad()
     def values(self) -> None:
         """Rows of the values as they are."""
+        if not self._addressed.values():
+            self._stacked_values()
+
+    @torch.no_grad()
+    def _stacked_values(self) -> None:
         for k, places in enumerate(self._together):
             found = [self._all[place] for place in places]
             kept = self._with_updates and self._spots[places[0]].tensor == "weight"
             self._put(places, self._stack(k, found, "before" if kept else ""), self._spots)
 
-    @torch.no_grad()
     def updates(self) -> None:
         """Rows of W_{k+1} - W_k, for weights; W_k is what `values` has seen."""
+        if not self._addressed.updates():
+            self._stacked_updates()
+
+    @torch.no_grad()
+    def _stacked_updates(self) -> None:
         for k, places in enumerate(self._together):
             if (k, "before") in self._rooms:
                 stacked = self._rooms[k, "before"]
@@ -68,9 +81,13 @@ class Parameters:
                     torch.sub(self._all[place], old, out=old)
                 self._put(places, stacked, self._update_spots)
 
-    @torch.no_grad()
     def gradients(self) -> None:
         """Rows of `.grad` as it stands; parameters without one have none."""
+        if not self._addressed.gradients():
+            self._stacked_gradients()
+
+    @torch.no_grad()
+    def _stacked_gradients(self) -> None:
         for k, places in enumerate(self._together):
             found = {place: _dense(g) for place in places if (g := self._all[place].grad) is not None}
             if found:
@@ -104,3 +121,66 @@ class Parameters:
 
     def _put(self, places: Sequence[int], stacked: Tensor, spots: list[Spot]) -> None:
         self._buffer.put_all([spots[place] for place in places], matrix(stacked, 1))
+
+
+class _Addressed:
+    """Parameters that the compiled pass reads where they lie, all in one call; it keeps the weights on its way."""
+
+    def __init__(self, parameters: list[nn.Parameter], spots: list[Spot], buffer: Buffer, updates: bool) -> None:
+        self._buffer, self._all, self._spots = buffer, parameters, spots
+        self._keeping = False
+        self._sizes = [p.numel() for p in parameters]
+        self._kept: dict[int, Tensor] = {}
+        self._weights = [k for k, spot in enumerate(spots) if updates and spot.tensor == "weight"]
+        self._possible = bool(parameters) and all(map(in_reach, parameters))
+        self._codes = [buffer.code(spot) for spot in spots]
+        self._gradient_codes = [buffer.code(spot._replace(direction="backward")) for spot in spots]
+        self._update_codes = [buffer.code(spots[k]._replace(tensor="update")) for k in self._weights]
+        if self._possible:
+            with torch.inference_mode(False):
+                for k in self._weights:
+                    self._kept[k] = torch.empty_like(parameters[k], requires_grad=False)
+        self._value_jobs, self._gradient_jobs = jobs(parameters, self._kept), jobs(parameters, {})
+        self._update_jobs = jobs([parameters[k] for k in self._weights], dict(enumerate(self._kept.values())))
+
+    def values(self) -> bool:
+        """Whether the values could be read, and the weights kept."""
+        found = _addresses(self._all, self._sizes) if self._possible else None
+        self._keeping = found is not None and self._buffer.take_jobs(self._value_jobs, found, self._codes)
+        return self._keeping
+
+    def updates(self) -> bool:
+        """Whether the weights were kept; what their updates are is measured then."""
+        if not self._keeping or not self._weights:
+            return self._keeping
+        found = _addresses([self._all[k] for k in self._weights], [self._sizes[k] for k in self._weights])
+        if found is None or not self._buffer.take_jobs(self._update_jobs, found, self._update_codes, change=True):
+            for k in self._weights:  # an optimizer that puts another kind of tensor in the parameter's place
+                change = self._all[k].detach() - self._kept[k]
+                self._buffer.put(self._spots[k]._replace(tensor="update"), matrix(change))
+        return True
+
+    def gradients(self) -> bool:
+        """Whether the gradients could be read."""
+        if not self._possible:
+            return False
+        grads = [p.grad for p in self._all]
+        there = [k for k, grad in enumerate(grads) if grad is not None]
+        found = _addresses([grad for grad in grads if grad is not None], [self._sizes[k] for k in there])
+        if found is None:
+            return False
+        if len(there) == len(grads):
+            return self._buffer.take_jobs(self._gradient_jobs, found, self._gradient_codes)
+        some = self._gradient_jobs[there]
+        some[:, JOB.index("first")] = range(len(there))
+        return self._buffer.take_jobs(some, found, [self._gradient_codes[k] for k in there])
+
+
+def _addresses(found: Sequence[Tensor], sizes: Sequence[int]) -> list[int] | None:
+    """None where a tensor is not of its size or not in reach."""
+    addresses = [
+        x.data_ptr()
+        for x, size in zip(found, sizes, strict=True)
+        if x.layout is torch.strided and x.numel() == size and in_reach(x)
+    ]
+    return addresses if len(addresses) == len(found) else None

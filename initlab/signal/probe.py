@@ -6,8 +6,8 @@
         for x, y in batches: ...
     rows = p.frame()
 
-What is measured and how it is numbered: hooks.py; what a step is: loop.py. A network written by hand has no modules: it
-offers `watch(sink)` and hands its tensors over itself. Knows nothing of tasks and of what the rows mean.
+What is measured: watched.py; how it is numbered: hooks.py; what a step is: loop.py. A network written by hand has no
+modules: it offers `watch(sink)` and hands its tensors over itself. Knows nothing of tasks and of what the rows mean.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,11 +22,11 @@ from torch.optim import Optimizer
 
 from initlab.errors import UsageError, check
 from initlab.signal.buffer import Buffer
-from initlab.signal.hooks import select
 from initlab.signal.loop import Loop
 from initlab.signal.one_pass import one_pass
 from initlab.signal.stats import Key
 from initlab.signal.tidy import Spot
+from initlab.signal.watched import select
 
 Emit = Callable[[pd.DataFrame], None]
 

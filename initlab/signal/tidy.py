@@ -55,11 +55,16 @@ def update_ratio(spots: list[Spot], code: np.ndarray, steps: np.ndarray, rms: np
         for place, spot in enumerate(spots)
         if spot.tensor == "update" and spot._replace(tensor="weight") in weights
     }
-    chosen = np.flatnonzero(np.isin(code, list(weights.values())))
-    row_of = dict(zip(zip(steps[chosen].tolist(), code[chosen].tolist(), strict=True), chosen.tolist(), strict=True))
-    for row in np.flatnonzero(np.isin(code, list(partner))).tolist():
-        weight = row_of.get((int(steps[row]), partner[int(code[row])]))
-        if weight is not None:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                ratio[row] = rms[row] / rms[weight]
+    partner_of = np.full(len(spots) + 1, -1)
+    partner_of[list(partner)] = list(partner.values())
+    keys = np.unique(steps, return_inverse=True)[1] * len(spots)
+    weight = np.flatnonzero(np.isin(code, list(weights.values())))
+    update = np.flatnonzero(partner_of[code] >= 0)
+    if len(weight) and len(update):
+        order = np.argsort((keys + code)[weight], kind="stable")
+        found, sought = (keys + code)[weight][order], (keys + partner_of[code])[update]
+        at = np.searchsorted(found, sought, side="right") - 1  # of several the last
+        met = (at >= 0) & (found[at] == sought)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio[update[met]] = rms[update[met]] / rms[weight[order[at[met]]]]
     return ratio

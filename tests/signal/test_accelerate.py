@@ -122,6 +122,51 @@ def test_relu_leaves_both_rows(kind: str, page: tuple[np.ndarray, ...]) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_a_relu_will_make_is_foreseen(kind: str, page: tuple[np.ndarray, ...]) -> None:
+    """Both rows, and the tensor is left alone."""
+    rows, runs, starts, arena = page
+    z = spoilt(kind, (2, 50, 21))
+    before = z.clone()
+    library().foresee_job(job(z, places=(0, 2, 0)), rows.ctypes.data, arena.ctypes.data)  # type: ignore[union-attr]
+    assert torch.equal(z.view(torch.int32), before.view(torch.int32))
+    for place, x in ((0, z), (1, z.relu())):
+        agree(torch.from_numpy(rows[place].T), summarize(x, accelerated=False))
+        assert torch.equal(counts_of(runs, starts[place], x), histogram(x))
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("counted", [True, False])
+def test_entries_are_kept_and_what_becomes_of_them_is_told(
+    kind: str, counted: bool, page: tuple[np.ndarray, ...]
+) -> None:
+    rows, runs, starts, arena = page
+    at = arena.ctypes.data if counted else None
+    x, other = spoilt(kind, (1, 1, 211)), torch.randn(1, 1, 70)
+    kept = [torch.zeros_like(x), torch.zeros_like(other)]
+    before = [x.clone(), other.clone()]
+
+    def work() -> int:
+        found = [[a.data_ptr(), b.data_ptr(), 0, 1, 1, a.numel(), 2 * k, 0, 0] for k, (a, b) in enumerate(tensors)]
+        _kept.append(np.array(found, dtype=np.int64))
+        return int(_kept[-1].ctypes.data)
+
+    tensors = list(zip((x, other), kept, strict=True))
+    library().entries_jobs(work(), 2, rows.ctypes.data, at)  # type: ignore[union-attr]
+    for place, (old, copy) in enumerate(zip(before, kept, strict=True)):
+        assert torch.equal(old.view(torch.int32), copy.view(torch.int32))
+        agree(torch.from_numpy(rows[place, :1].T), summarize(old, batched=False, accelerated=False))
+    other += 0.5
+    x[..., ::2] += 1e-3
+    library().change_jobs(work(), 2, rows.ctypes.data, at)  # type: ignore[union-attr]
+    for place, (new, old) in enumerate(zip((x, other), before, strict=True)):
+        agree(torch.from_numpy(rows[place, :1].T), summarize(new - old, batched=False, accelerated=False))
+        if counted:
+            assert torch.equal(counts_of(runs, starts[place, :1], new), histogram(new - old).view(1, 2, -1))
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_mask_leaves_both_rows_and_the_gradient_of_the_bias(kind: str, page: tuple[np.ndarray, ...]) -> None:
     rows, runs, starts, arena = page
     g, a, sums = spoilt(kind, (2, 50, 21)), torch.randn(2, 50, 21).relu(), torch.zeros(2, 21)
