@@ -15,8 +15,11 @@ The map of the house. Imports run one way, downwards in this list never:
         moments.py       the door of the row format: summarize, derive
         fused_triton.py  the same row on a GPU; triton_kernels.py, triton_merge.py: its programs
         stats.py         table of statistics that outlive the number format; tidy rows
-        buffer.py        rows on their device until a frame is asked for; tidy.py names them
-        hooks.py         what of an nn.Module is watched, and the hooks that see it; parameters.py: weights, updates
+        seats.py         tensors by address, for the compiled passes
+        ledger.py        what rows are about: words, steps; tidy.py makes columns of them
+        buffer.py        rows on their device until a frame is asked for
+        watched.py       which modules give rows, and what counts units
+        hooks.py         the hooks that see their tensors; parameters.py: weights, gradients, updates
         loop.py          which steps of a user's loop are recorded; one_pass.py: one pass that leaves no trace
         probe.py         watches any nn.Module or hand-written network and yields tidy rows
     scratch/       the from-scratch network, in reading order
