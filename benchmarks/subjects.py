@@ -171,7 +171,7 @@ def backward_pass(net: Net) -> Contestant:
 def watched_stack(weights: Sequence[Tensor], x: Tensor, accelerated: bool) -> Contestant:
     """The forward pass that `stack` makes, over weights (1, O, O) drawn before: every statistic but no histogram.
 
-    A call gives what makes the frame of its rows: a run makes one frame of many passes, so none is made here.
+    A call gives the statistics (S + 2, K, 1) of its rows: a run makes one frame of many passes, so none is made here.
     """
     available(accelerated)
     shape = Shape(len(weights), x.shape[-1], x.shape[-1], x.shape[-2])
@@ -179,10 +179,10 @@ def watched_stack(weights: Sequence[Tensor], x: Tensor, accelerated: bool) -> Co
     nets.given, nets.input = weights, x
     silent, phi = tqdm(disable=True), ACTIVATIONS["relu"]
 
-    def forward() -> Callable[[], Any]:
+    def forward() -> Tensor:
         record = stacks._Record(nets, None, lambda part: None, False)
         stacks._Pass(nets, phi, record, summarize, False, silent).forward()
-        return record._blocks.frame
+        return stacks._finished(torch.cat(record._blocks._blocks, 1))
 
     return Contestant(road(accelerated, forward))
 

@@ -17,7 +17,7 @@ from initlab.errors import choose
 from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.exponent import log2_moments, scaled
 from initlab.signal.init import RULES, Rule, draw
-from initlab.signal.moments import FIELDS, summarize
+from initlab.signal.moments import FIELDS, compiled, summarize
 from initlab.tasks.beyond import NUMBERS
 from initlab.tasks.networks import Shape, name_of, rules_of
 from initlab.tasks.place import DTYPES
@@ -58,7 +58,9 @@ def gain_curves(
     ]
     for k in nearest:
         bases.setdefault(families[k], k)
-    how["producer"] = summarize if number == torch.float64 else _sizes
+    on_cpu = how.get("device", "cpu") == "cpu"
+    compiles = on_cpu and compiled(torch.empty(1, 1, dtype=number))  # then whole rows cost less than these
+    how["producer"] = summarize if number == torch.float64 or compiles else _sizes
     runs = {k: stack(rules[k], activation, **shape._asdict(), **how)[[*KEYS, *NUMBERS]] for k in bases.values()}
     rows = next(iter(runs.values()))[KEYS]  # the same for all
     ran_by = [bases[family] for family in families]
