@@ -14,7 +14,6 @@ From the figure down to the watch:
     peers.py       how others watch a network, written as they write it
     bare.py        the same work unwatched: what everything is divided by
     subjects.py    initlab's side; the one file that knows how initlab is called
-    parts.py       the step and the stack from initlab's functions, where it has no faster road
     child.py       fresh processes and what they take
     nets.py        the networks, their weights and batches
     race.py        contestants in rotated rounds -> ratios with quartiles

@@ -1,4 +1,4 @@
-"""Ensembles: many networks trained in one program against one nn.Module after the other."""
+"""Ensembles: many networks trained in one program against one nn.Module after the other, bare and recorded."""
 
 from functools import partial
 
@@ -13,15 +13,19 @@ def group(setting: Setting) -> Outcome:
     outcome = Outcome()
     for name, (net, count) in ENSEMBLES.items():
         seeds, loop, vmap = range(count), f"{name} x{count}, modules in turn", f"{name} x{count}, vmap"
-        builds: Builds = {loop: partial(bare.loop_over_modules, net, seeds), vmap: partial(peers.vmap_step, net, seeds)}
-        asked = [Asked(f"ensemble.{name}.peer.vmap", "plain", vmap, loop)]
-        for record, suffix, variant in (
-            ("accelerated", "", "accelerated"),
-            ("plain", "", "plain"),
-            (None, ".bare", "plain"),
-        ):
-            ours = f"{name} x{count}, by hand, {record or 'bare'}"
-            builds[ours] = partial(subjects.hand_step, net, seeds, record)
-            asked.append(Asked(f"ensemble.{name}{suffix}", variant, ours, loop))
+        ours = f"{name} x{count}, by hand"
+        builds: Builds = {
+            loop: partial(bare.loop_over_modules, net, seeds),
+            vmap: partial(peers.vmap_step, net, seeds),
+            ours: partial(subjects.bare_step, net, seeds),
+        }
+        asked = [
+            Asked(f"ensemble.{name}", "plain", ours, loop),
+            Asked(f"ensemble.{name}.peer.vmap", "plain", vmap, loop),
+        ]
+        for record in ("accelerated", "nohist", "plain"):
+            recorded = f"{ours}, {record}"
+            builds[recorded] = partial(subjects.recorded_step, net, record, seeds)
+            asked.append(Asked(f"ensemble.{name}.full", record, recorded, loop))
         outcome.add(run(builds, asked, setting))
     return outcome

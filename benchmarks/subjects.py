@@ -1,13 +1,11 @@
 """initlab's side of every race: the one file that knows how initlab is called.
 
-Where this initlab lacks what is asked for, `NotAvailable` says what; where it lacks only the faster road, `parts` takes
-the slower one to the same rows.
+Where the machine lacks what a contestant needs, a compiler or a GPU, `NotAvailable` says so. A plain contestant takes
+the plain road in every call: accelerated ones run between its calls.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,25 +13,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 import initlab
-from benchmarks import bare, parts
+from benchmarks import bare
 from benchmarks.nets import LR, Net, batch, parameters
 from benchmarks.race import Contestant, NotAvailable
-from initlab.errors import UsageError
-from initlab.scratch.backward import VERSIONS
+from initlab.scratch.backward import VERSIONS, Step
+from initlab.scratch.engine import Engine
+from initlab.scratch.recording import Recording
+from initlab.signal.accelerate import library, plain
 from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.init import Rule, rule
+from initlab.signal.moments import summarize
 from initlab.signal.stats import Rows
-from initlab.tasks.stack import stack
+from initlab.tasks import stack as stacks
+from initlab.tasks.curves import gain_curves
+from initlab.tasks.networks import Networks, Shape
+from initlab.tasks.replay import captured
 
-ENGINE = "initlab.scratch.engine"
-REPLAY = "initlab.tasks.replay"
-NETWORKS = "initlab.tasks.networks"  # with it, a stack's own pass can be had over other weights
-CURVES = "initlab.tasks.curves"  # every gain of a homogeneous stack from one run
-BACKWARD = "engine"  # the row of the backward ladder that initlab trains with
-
+BACKWARD = "fast"  # the row of the backward ladder that initlab trains with
+TABLE_STEPS = 50  # recorded steps of which tables are made at once; a training makes them of more
 CAPTURE_AFTER = 3  # steps before a graph is captured
 
-# What is recorded at a step: name -> options of a Recording.
+# What is recorded at a step: variant -> options of a Recording.
 RECORDINGS: dict[str, dict[str, bool]] = {
     "accelerated": {"histograms": True, "accelerated": True},
     "nohist": {"histograms": False, "accelerated": True},
@@ -42,75 +42,87 @@ RECORDINGS: dict[str, dict[str, bool]] = {
 }
 
 
-def options(function: Callable[..., Any], **wanted: Any) -> dict[str, Any]:
-    """What is asked of the function; not available where it has no option of that name, unless False is asked."""
-    known = inspect.signature(function).parameters
-    for name, value in wanted.items():
-        if name not in known and value is not False:
-            raise NotAvailable(f"{function.__module__}.{function.__qualname__} has no option `{name}`")
-    return {name: value for name, value in wanted.items() if name in known}
+def available(accelerated: bool) -> bool:
+    """What was asked for; not available where the compiled passes are wanted and cannot be had."""
+    if accelerated and library() is None:
+        raise NotAvailable("the compiled passes cannot be had: no compiler, or switched off")
+    return accelerated
 
 
-def module_named(name: str) -> Any:
-    """The module, or None where this initlab has none of that name."""
-    return import_module(name) if find_spec(name) else None
+def fastest() -> str:
+    """The variant with everything by the fastest road of this machine."""
+    return "accelerated" if library() is not None else "plain_histograms"
+
+
+def road(accelerated: bool, call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call, on the plain road if it is not accelerated."""
+
+    def on_it() -> Any:
+        with nullcontext() if accelerated else plain():
+            return call()
+
+    return on_it
 
 
 # --- a training step ---------------------------------------------------------------------------------------------
 
 
-def hand_step(
-    net: Net, seeds: Sequence[int] = (0,), record: str | None = None, every: int = 1, device: str = "cpu"
-) -> Contestant:
+class Hand:
+    """The hand-written network with its batch: `bare` is a step, `recorded` one that leaves its rows behind.
+
+    The pages of recorded steps are handed over as in a training; the rows are let go once there are many.
+    """
+
+    def __init__(
+        self, net: Net, seeds: Sequence[int] = (0,), record: str = "plain", device: str = "cpu", keep: bool = False
+    ) -> None:
+        self.seeds, self.options, self.keep = seeds, RECORDINGS[record], keep
+        available(self.options["accelerated"] and device == "cpu")
+        self.batch, self.steps = batch(net, seeds, device), 0
+        self.engine = Engine(parameters(net, seeds, device), "relu", "cross_entropy", LR, net.batch)
+        how = self.options
+        self.recording = Recording(self.engine, self._rows(), how["histograms"], how["accelerated"])
+
+    def _rows(self) -> Rows:
+        return Rows(self.seeds, histograms=self.options["histograms"])
+
+    def bare(self) -> Tensor:
+        return self.engine.step(*self.batch)
+
+    def recorded(self) -> Tensor:
+        if not self.keep and self.steps % TABLE_STEPS == 0:
+            self.recording.rows = self._rows()
+        self.steps += 1
+        return self.recording.step(*self.batch, self.steps - 1)
+
+    def tables(self) -> list[Any]:
+        """What was recorded since the last time, as frames."""
+        self.recording.flush()
+        rows = self.recording.rows
+        return [rows.frame(), rows.histograms()] if self.options["histograms"] else [rows.frame()]
+
+
+def bare_step(net: Net, seeds: Sequence[int] = (0,)) -> Contestant:
+    """A step of the hand-written network; gives the losses (E,)."""
+    return Contestant(Hand(net, seeds).bare)
+
+
+def recorded_step(net: Net, record: str, seeds: Sequence[int] = (0,), every: int = 1) -> Contestant:
     """`every` steps of the hand-written network, the first of them recorded; gives the losses (E,) of the last."""
-    step = hand_call(net, seeds, record, device)
-    bare_step = step if record is None else hand_call_of(step)
-    return Contestant(lambda: _every(step, bare_step, every), every)
+    hand = Hand(net, seeds, record)
+    return Contestant(lambda: _every(hand.recorded, hand.bare, every), every)
 
 
-class HandStep:
-    """A step of the hand-written network, recorded or not, on its own weights and batch."""
+def tabled_step(net: Net, record: str) -> Contestant:
+    """As many recorded steps as tables are made of, and the tables; gives these."""
+    hand = Hand(net, record=record, keep=True)
 
-    def __init__(self, engine: Any, recording: Any, xb: Tensor, yb: Tensor) -> None:
-        self.engine, self.recording, self.xb, self.yb = engine, recording, xb, yb
+    def steps() -> list[Any]:
+        for _ in range(TABLE_STEPS):
+            hand.recorded()
+        return hand.tables()
 
-    def __call__(self) -> Tensor:
-        losses: Tensor = self.engine.step(self.xb, self.yb, self.recording)
-        return losses
-
-
-def hand_call(net: Net, seeds: Sequence[int] = (0,), record: str | None = None, device: str = "cpu") -> HandStep:
-    own, (xb, yb) = parameters(net, seeds, device), batch(net, seeds, device)
-    module = module_named(ENGINE)
-    if module is None:
-        engine: Any = parts.Engine(own, "relu", "cross_entropy", LR)
-    else:
-        engine = module.Engine(own, activation="relu", loss="cross_entropy", lr=LR, batch=net.batch)
-    return HandStep(engine, _recording(module, engine, record, seeds), xb, yb)
-
-
-def hand_call_of(step: HandStep) -> HandStep:
-    """The same network, a step that records nothing."""
-    return HandStep(step.engine, None, step.xb, step.yb)
-
-
-def _recording(module: Any, engine: Any, record: str | None, seeds: Sequence[int]) -> Any:
-    if record is None:
-        return None
-    if module is not None:
-        try:
-            return module.Recording(engine, **RECORDINGS[record])
-        except UsageError as reason:
-            raise NotAvailable(str(reason)) from None
-    return parts.Recording(seeds, **options(Rows, **RECORDINGS[record]))
-
-
-def fastest(build: Callable[[bool], Contestant]) -> Contestant:
-    """The contestant with the accelerated pass, or where there is none with the plain one."""
-    try:
-        return build(True)
-    except NotAvailable:
-        return build(False)
+    return Contestant(steps, TABLE_STEPS)
 
 
 def _every(recorded: Callable[[], Any], bare_step: Callable[[], Any], every: int) -> Any:
@@ -120,70 +132,80 @@ def _every(recorded: Callable[[], Any], bare_step: Callable[[], Any], every: int
     return out
 
 
-def probe_step(net: Net, accelerated: bool, every: int = 1) -> Contestant:
-    """`every` steps of nn.Module + SGD under the probe, one of them recorded."""
-    if not hasattr(initlab, "probe"):
-        raise NotAvailable("initlab.probe is not there")
+def probed_step(net: Net, record: str, every: int = 1, tables: bool = False) -> Contestant:
+    """`every` steps of nn.Module + SGD under the probe, one of them recorded; gives the loss of the last.
+
+    The probe makes its frame of the last TABLE_STEPS recorded steps by itself; with `tables` a call holds just one.
+    """
+    histograms, accelerated = RECORDINGS[record]["histograms"], available(RECORDINGS[record]["accelerated"])
     model = bare.module(net)
     optimizer = bare.sgd(model)
     xb, yb = batch(net)
-    wanted = options(initlab.probe, accelerated=accelerated)
-    if "emit" in inspect.signature(initlab.probe).parameters:
-        wanted["emit"] = len  # rows are handed over on the way, as in a long training
-    context = initlab.probe(model, optimizer=optimizer, every=every, **wanted)
+
+    def emit(frame: Any) -> None:
+        if histograms:
+            context.histograms()
+
+    with nullcontext() if accelerated else plain():
+        context = initlab.probe(
+            model, optimizer=optimizer, every=every, emit=emit, flush_steps=TABLE_STEPS, histograms=histograms
+        )
     context.__enter__()
     step = bare.step_of(model, optimizer, xb[0], yb[0])
-    return Contestant(lambda: _every(step, step, every), every, lambda: context.__exit__(None, None, None))
+    work = every * TABLE_STEPS if tables else every
+    call = road(accelerated, lambda: _every(step, step, work))
+    return Contestant(call, work, lambda: context.__exit__(None, None, None))
 
 
 def backward_pass(net: Net) -> Contestant:
     """Loss and gradients of one pass by hand, from a single network's parameters."""
-    own = [(w[0], b[0]) for w, b in parameters(net)]
-    xb, yb = batch(net)
-    step = VERSIONS[BACKWARD].bind(own, "relu", "mse")
+    step, (xb, yb) = _bound(net), batch(net)
     return Contestant(lambda: step(xb[0], yb[0]))
+
+
+def first_backward_pass(net: Net) -> Contestant:
+    """The same with a network of its own for each call, which holds what it has allocated once."""
+    xb, yb = batch(net)
+    return Contestant(lambda: _bound(net)(xb[0], yb[0]))
+
+
+def _bound(net: Net) -> Step:
+    return VERSIONS[BACKWARD].bind([(w[0], b[0]) for w, b in parameters(net)], "relu", "mse")
 
 
 # --- a stack ---------------------------------------------------------------------------------------------------------
 
 
 def watched_stack(weights: Sequence[Tensor], x: Tensor, accelerated: bool) -> Contestant:
-    """A stack over weights drawn before, every statistic of every layer but no histogram.
+    """The forward pass that `stack` makes, over weights (1, O, O) drawn before: every statistic but no histogram.
 
-    A call gives what makes the frame of its rows: a run makes one frame of many passes, so none is made here.
+    A call gives the statistics (S + 2, K, 1) of its rows: a run makes one frame of many passes, so none is made here.
     """
-    wanted = options(Rows, accelerated=accelerated)
-    if module_named(NETWORKS) is not None:
-        return Contestant(_own_pass(weights, x))
+    available(accelerated)
+    shape = Shape(len(weights), x.shape[-1], x.shape[-1], x.shape[-2])
+    nets = _Drawn([rule("kaiming")], "relu", shape, [0], x.dtype, x.device)
+    nets.given, nets.input = weights, x
+    silent, phi = tqdm(disable=True), ACTIVATIONS["relu"]
 
-    def layers() -> Iterator[tuple[Tensor, None]]:
-        return ((w, None) for w in weights)
+    def forward() -> Tensor:
+        record = stacks._Record(nets, None, lambda part: None, False)
+        stacks._Pass(nets, phi, record, summarize, False, silent).forward()
+        return stacks._finished(torch.cat(record._blocks._blocks, 1))
 
-    return Contestant(lambda: parts.stack_rows(x, layers(), "relu", [0], **wanted).rows.frame)
+    return Contestant(road(accelerated, forward))
 
 
-def _own_pass(weights: Sequence[Tensor], x: Tensor) -> Callable[[], Callable[[], Any]]:
-    """The pass that `stack` itself makes, over these weights instead of its own."""
-    module, networks = module_named(stack.__module__), module_named(NETWORKS)
-    shape = networks.Shape(len(weights), x.shape[-1], x.shape[-1], x.shape[-2])
-    nets = networks.Networks([rule("kaiming")], "relu", shape, [0], x.dtype, x.device)
-    nets.weights = lambda layer, who=None: (weights[layer - 1], None)
-    nets.gaussian = lambda units, what: x
-    silent = tqdm(disable=True)
+class _Drawn(Networks):
+    """A network whose weights and input are there."""
 
-    def run() -> Callable[[], Any]:
-        frames: list[Any] = []
-        record = module._Record(nets, None, lambda part: frames.append(part["stats"]), False)
-        flush, record.flush = record.flush, lambda: None
-        module._Pass(nets, ACTIVATIONS["relu"], record, False, silent).run()
+    given: Sequence[Tensor]
+    input: Tensor
 
-        def frame() -> Any:
-            flush()
-            return frames[0]
+    def weights(self, layer: int, who: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
+        return self.given[layer - 1], None
 
-        return frame
-
-    return run
+    def gaussian(self, units: int, what: str) -> Tensor:
+        return self.input
 
 
 def forward_only(
@@ -193,56 +215,39 @@ def forward_only(
     width: int = 100,
     rows: int = 200,
     seeds: Sequence[int] = (0,),
-    accelerated: bool = False,
     device: str = "cpu",
 ) -> int:
     """Draw, stack and measure the forward pass alone; the rows are counted and let go."""
     count = 0
 
-    def emit(part: Any) -> None:
+    def emit(part: stacks.Frames) -> None:
         nonlocal count
-        count += part if isinstance(part, int) else sum(map(len, part.values()))
+        count += len(part["stats"])
 
-    wanted = options(stack, accelerated=accelerated)
-    try:
-        wanted |= options(stack, backward=None, emit=emit) | {"backward": False}
-    except NotAvailable:
-        if device != "cpu":
-            raise
-        parts.forward_only(rule(init) if isinstance(init, str) else init, activation, depth, width, rows, seeds, emit)
-        return count
-    frame = stack(init, activation, depth, width, batch=rows, seeds=seeds, device=device, **wanted)
-    return count if frame is None else max(count, len(frame))
+    stacks.stack(init, activation, depth, width, None, rows, seeds, device=device, backward=False, emit=emit)
+    return count
+
+
+# The chapter's four attempts, as rules.
+LINEAR = (Rule(gain=1.0, mode="constant"), Rule(gain=0.01, mode="constant"), Rule(gain=1.0))
+RELU = Rule()
 
 
 def four_scalings(accelerated: bool) -> Contestant:
-    """The chapter's four attempts; gives the number of rows of each."""
-    attempts = [
-        (Rule(gain=1.0, mode="constant"), "linear"),
-        (Rule(gain=0.01, mode="constant"), "linear"),
-        (Rule(gain=1.0), "linear"),
-        (Rule(), "relu"),
-    ]
-    wanted = options(stack, accelerated=accelerated)
-    curves = module_named(CURVES)
-    if curves is None:
-        return Contestant(lambda: [forward_only(*attempt, accelerated=accelerated) for attempt in attempts])
+    """The chapter's four attempts, those without an activation as one run and factors; gives the rows of each."""
+    available(accelerated)
 
-    def shared() -> list[int]:
-        """The attempts without an activation are one run, and factors."""
-        linear = [init for init, activation in attempts if activation == "linear"]
-        rows = curves.gain_curves(linear, "linear", seeds=[0], backward=False, **wanted)
-        return [len(rows) // len(linear)] * len(linear) + [forward_only(*attempts[-1], accelerated=accelerated)]
+    def four() -> list[int]:
+        curves = gain_curves(LINEAR, "linear", seeds=[0], backward=False)
+        return [len(curves) // len(LINEAR)] * len(LINEAR) + [forward_only(RELU)]
 
-    return Contestant(shared)
+    return Contestant(road(accelerated, four))
 
 
 def stack_networks(count: int, accelerated: bool, device: str = "cpu") -> Contestant:
-    """`count` networks drawn, stacked and measured."""
-    options(stack, accelerated=accelerated)
-    return Contestant(
-        lambda: forward_only("kaiming", seeds=range(count), accelerated=accelerated, device=device), count
-    )
+    """`count` networks drawn, stacked and measured; gives the number of rows."""
+    available(accelerated and device == "cpu")
+    return Contestant(road(accelerated, lambda: forward_only("kaiming", seeds=range(count), device=device)), count)
 
 
 # --- a GPU -----------------------------------------------------------------------------------------------------------
@@ -250,10 +255,8 @@ def stack_networks(count: int, accelerated: bool, device: str = "cpu") -> Contes
 
 def replayed(net: Net, record: str | None) -> Contestant:
     """A step of the hand-written network captured as a CUDA graph and replayed."""
-    module = module_named(REPLAY)
-    if module is None or module_named(ENGINE) is None:
-        raise NotAvailable(f"{REPLAY} or {ENGINE} is not there")
-    step = module.captured(hand_call(net, record=record, device="cuda"), torch.device("cuda"), warmup=CAPTURE_AFTER)
+    hand = Hand(net, record=record or "plain", device="cuda", keep=True)
+    step = captured(hand.bare if record is None else hand.recorded, torch.device("cuda"), warmup=CAPTURE_AFTER)
     for _ in range(CAPTURE_AFTER + 1):
         step()
     return Contestant(step)

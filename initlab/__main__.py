@@ -1,5 +1,6 @@
 """The roof: compose configurations, hand them to their jobs, turn what happened into lines and an exit code."""
 
+import gc
 import logging
 import os
 import signal
@@ -40,6 +41,14 @@ def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return 0
+    gc.disable()  # until all is imported: a collection looks at every object of torch and finds nothing to free
+    try:
+        return _run()
+    finally:
+        gc.enable()
+
+
+def _run() -> int:
     import hydra
 
     from initlab.config import CONF, HYDRA_MISTAKES, accepted, as_usage_error
@@ -108,6 +117,9 @@ def job(cfg: "DictConfig") -> None:
     from initlab.output.records import discard, refuse_used
     from initlab.tasks.memory import is_out_of_memory
 
+    if not gc.isenabled():  # the first job of this process; later ones leave garbage that must not be kept
+        gc.freeze()  # what was imported stays, and no collection need look at it again
+        gc.enable()
     setting = HydraConfig.get()
     folder = Path(setting.runtime.output_dir)
     _started.append(folder)

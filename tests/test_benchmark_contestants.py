@@ -1,22 +1,35 @@
 """What is raced against each other computes the same: the same losses, steps and statistics. Nothing is timed."""
 
 import math
+import re
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import initlab
-from benchmarks import backward, bare, ensemble, gpu, memory, nets, parts, peers, startup, step, subjects
+from benchmarks import backward, bare, ensemble, gpu, memory, nets, peers, startup, step, subjects
 from benchmarks import stack as stack_group
 from benchmarks.nets import Net
 from benchmarks.race import Asked, Contestant, NotAvailable, Outcome, Setting
 from benchmarks.rows import IDS, VARIANTS
+from initlab.scratch import recording
+from initlab.signal import accelerate, buffer, moments
 from initlab.signal.init import rule
+from initlab.signal.probe import Probe
 from initlab.signal.stats import STATISTICS
+from initlab.tasks.beyond import NUMBERS
 
 SMALL = Net(12, 3, 8, 4, 16)
+
+
+def available(record):
+    """The recording's name, where this machine can run it."""
+    if subjects.RECORDINGS[record]["accelerated"] and subjects.library() is None:
+        pytest.skip("no compiler")
+    return record
+
+
 SEEDS = range(3)
 ROUNDING = 1e-5  # float32 sums of at most some hundred terms, in another order
 
@@ -49,21 +62,23 @@ def layers_in_float64(net=SMALL):
 
 
 def test_by_hand_and_module_give_the_same_losses_step_after_step(fast):
-    module, hand = bare.module_step(SMALL).call, subjects.hand_step(SMALL).call
+    module, hand = bare.module_step(SMALL).call, subjects.bare_step(SMALL).call
     theirs, ours = ([float(call()) for _ in range(5)] for call in (module, hand))
     assert close(ours, theirs) and theirs[4] < theirs[0]
 
 
-def test_recording_changes_no_step(fast):
-    bare_step, watched = (subjects.hand_step(SMALL, record=record).call for record in (None, "plain"))
-    assert [float(bare_step()) for _ in range(5)] == [float(watched()) for _ in range(5)]
+@pytest.mark.parametrize("record", subjects.RECORDINGS)
+def test_recording_changes_no_step(fast, record):
+    bare_step, watched = subjects.bare_step(SMALL).call, subjects.recorded_step(SMALL, available(record)).call
+    steps = range(subjects.TABLE_STEPS + 10)  # more than are kept
+    assert close([float(watched()) for _ in steps], [float(bare_step()) for _ in steps])
 
 
 def test_ten_steps_are_ten_steps_and_one_of_them_is_recorded(fast):
-    one, ten = subjects.hand_step(SMALL), subjects.hand_step(SMALL, record="plain", every=10)
+    one, ten = subjects.bare_step(SMALL), subjects.recorded_step(SMALL, "plain", every=10)
     for _ in range(9):
         one.call()
-    assert float(one.call()) == float(ten.call()) and (one.work, ten.work) == (1, 10)
+    assert close(float(one.call()), float(ten.call())) and (one.work, ten.work) == (1, 10)
 
 
 def test_the_same_seed_is_the_same_network_for_every_contestant():
@@ -137,14 +152,14 @@ def test_the_courses_hooks_are_gone_when_its_race_is_over(monkeypatch):
     assert not any(layer._forward_hooks for layer in made[0])
 
 
-def test_recorded_rows_are_complete():
+@pytest.mark.parametrize("record", subjects.RECORDINGS)
+def test_recorded_rows_are_complete(record):
     """Every layer, both directions: values and gradients of z, a, w and b, and the update of every weight matrix."""
-    run = subjects.hand_call(SMALL, record="plain")
-    if not isinstance(run.recording, parts.Recording):
-        pytest.skip("the engine's own recording is tested where it lives")
-    run()
-    frame = run.recording.rows.frame()
-    counts = frame.groupby(["tensor", "direction"], observed=True).size().to_dict()
+    contestant = subjects.tabled_step(SMALL, available(record))
+    contestant.call()
+    frame, *histograms = contestant.call()  # the tables of these steps, not of those before
+    assert sorted(set(frame["step"])) == list(range(subjects.TABLE_STEPS, 2 * subjects.TABLE_STEPS))
+    counts = frame[frame["step"] == 60].groupby(["tensor", "direction"], observed=True).size().to_dict()
     both = {(t, d): n for t, n in (("preactivation", 4), ("activation", 3), ("weight", 4), ("bias", 4)) for d in
             ("forward", "backward")}  # fmt: skip
     assert counts == both | {("update", "forward"): 4}
@@ -152,17 +167,28 @@ def test_recorded_rows_are_complete():
     update = frame[(frame["tensor"] == "update") & (frame["layer"] == 2)]["rms"].iloc[0]
     grad = frame[(frame["tensor"] == "weight") & (frame["layer"] == 2) & (frame["direction"] == "backward")]
     assert update == pytest.approx(nets.LR * grad["rms"].iloc[0], rel=0.05)  # w' - w is rounded to eps |w|
+    assert [len(table) for table in histograms] == [len(frame)] * subjects.RECORDINGS[record]["histograms"]
+
+
+def test_rows_are_let_go_before_they_are_many():
+    hand = subjects.Hand(SMALL)
+    held = []
+    for _ in range(3 * subjects.TABLE_STEPS):
+        hand.recorded()
+        held.append(len(hand.recording.rows))
+    assert 0 < max(held) <= (8 + 6 + 16 + 4) * subjects.TABLE_STEPS  # of z, a, parameters, updates
 
 
 # --- ensembles, backward, stacks --------------------------------------------------------------------------------------
 
 
-def test_three_ways_to_train_an_ensemble_give_the_same_losses(fast):
+def test_four_ways_to_train_an_ensemble_give_the_same_losses(fast):
     loop = bare.loop_over_modules(SMALL, SEEDS).call
-    vmap, hand = peers.vmap_step(SMALL, SEEDS).call, subjects.hand_step(SMALL, SEEDS).call
+    vmap, hand = peers.vmap_step(SMALL, SEEDS).call, subjects.bare_step(SMALL, SEEDS).call
+    watched = subjects.recorded_step(SMALL, "plain", SEEDS).call
     for _ in range(3):
         expected = [float(loss) for loss in loop()]
-        assert close(vmap(), expected) and close(hand(), expected)
+        assert close(vmap(), expected) and close(hand(), expected) and close(watched(), expected)
     assert len(set(expected)) == len(SEEDS)
 
 
@@ -174,18 +200,20 @@ def test_one_backward_pass_by_hand_and_by_module():
         assert close(w, weight.mT) and close(b, bias)
 
 
-def test_a_stack_is_the_same_watched_and_unwatched():
+@pytest.mark.parametrize("accelerated", [True, False], ids=["accelerated", "plain"])
+def test_a_stack_is_the_same_watched_and_unwatched(accelerated):
     weights, x = nets.stack_weights(16, depth=6), nets.stack_input(16, batch=20)
     last = bare.stack_pass(weights, x).call()
     looks = {name: build(weights, x).call() for name, build in peers.STACK.items()}
-    rows = subjects.watched_stack(weights, x, accelerated=False).call()()
-    own = rows[(rows["tensor"] == "activation") & (rows["layer"] == 6)].iloc[0]
+    available("accelerated" if accelerated else "plain")
+    rows = subjects.watched_stack(weights, x, accelerated).call()
+    own = dict(zip([*STATISTICS, *NUMBERS], rows[:, -1, 0].tolist(), strict=True))
     population = math.sqrt((last.numel() - 1) / last.numel())
     assert own["std"] == pytest.approx(float(last.std()) * population, rel=ROUNDING)
     assert looks["chapter"][-1] == pytest.approx((float(last.mean()), float(last.std())), rel=ROUNDING)
     assert float(looks["std_mean"][-1][0]) == looks["chapter"][-1][1] == looks["makemore"][-1][1]
     assert {len(seen) for seen in looks.values()} == {6}
-    assert len(rows) == 1 + 2 * 6
+    assert rows.shape == (len(own), 1 + 2 * 6, 1)
 
 
 def test_the_chapters_four_attempts_end_as_the_chapter_says():
@@ -206,11 +234,50 @@ def test_a_forward_only_stack_counts_a_row_for_each_tensor_and_network(networks)
     assert subjects.forward_only(rule("naive"), "linear", **given) == networks * (1 + 2 * 5)
 
 
-def test_rows_are_handed_over_on_the_way(monkeypatch):
-    monkeypatch.setattr(parts, "FLUSH_ROWS", 4)
-    counted = []
-    parts.forward_only(rule("kaiming"), "relu", 5, 8, 10, range(2), counted.append)
-    assert counted == [2 * (1 + 2 * 5)]
+@pytest.fixture
+def roads(monkeypatch):
+    """Whether the compiled passes could be had each time that somebody looked for them."""
+    found, own = [], subjects.library
+
+    def looked():
+        found.append(not accelerate._plain)
+        return own()
+
+    for module in (moments, recording, buffer):
+        monkeypatch.setattr(module, "library", looked)
+    return found
+
+
+PLAIN = {
+    "stack": lambda: subjects.watched_stack(nets.stack_weights(16, 6), nets.stack_input(16, 20), False),
+    "networks": lambda: subjects.stack_networks(2, False),
+    "scalings": lambda: subjects.four_scalings(False),
+    "probe": lambda: subjects.probed_step(SMALL, "plain"),
+}
+
+
+@pytest.mark.parametrize("build", PLAIN.values(), ids=PLAIN)
+def test_a_plain_contestant_takes_the_plain_road_and_leaves_the_other_open(roads, build):
+    contestant = build()
+    contestant.call()
+    contestant.close()
+    assert roads and not any(roads)
+    moments.summarize(torch.ones(1, 2, 2))
+    assert roads[-1]
+
+
+def test_without_a_compiler_nothing_is_accelerated(monkeypatch):
+    monkeypatch.setattr(subjects, "library", lambda: None)
+    for build in (
+        partial(subjects.recorded_step, SMALL, "accelerated"),
+        partial(subjects.probed_step, SMALL, "nohist"),
+        partial(subjects.stack_networks, 2, True),
+        partial(subjects.four_scalings, True),
+        partial(subjects.watched_stack, [], torch.ones(1, 2, 2), True),
+    ):
+        with pytest.raises(NotAvailable, match="no compiler"):
+            build()
+    assert subjects.RECORDINGS[subjects.fastest()] == {"histograms": True, "accelerated": False}
 
 
 # --- what is asked of the races ---------------------------------------------------------------------------------------
@@ -248,7 +315,7 @@ def asked(monkeypatch):
     ids=["step", "stack", "chapter", "ensemble", "backward", "replay"],
 )
 def test_a_group_asks_for_all_of_its_ids_once(asked, group, prefix):
-    group(Setting())
+    group(Setting(quick=True))
     names = [(question.id, question.variant) for question in asked.questions]
     assert len(set(names)) == len(names)
     assert {name for name in IDS if name.startswith(prefix)} <= {name for name, _ in names}
@@ -264,6 +331,8 @@ def test_bare_steps_are_what_steps_are_divided_by(asked):
         "step.deep.full", "accelerated", "deep by hand, accelerated", "deep module"
     )
     assert by_id["step.deep.cost", "every10"].under == "deep by hand"
+    assert {variant for name, variant in by_id if name == "step.deep.cost"} == {"accelerated", "nohist", "every10"}
+    assert {variant for name, variant in by_id if name == "step.deep.full"} == {"accelerated", "nohist", "plain"}
     assert by_id["step.module.full", "every10"].under == "deep module"
     assert {f"step.{net}.peer.{peer}" for net in ("deep", "book") for peer in peers.STEP} <= {name for name, _ in by_id}
 
@@ -275,7 +344,7 @@ def test_networks_per_second_divide_the_loop_by_ours(asked):
 
 
 def test_memory_is_counted_in_mib(asked):
-    outcome = backward.group(Setting())
+    outcome = backward.group(Setting(quick=True))
     assert [(row.id, row.ratio, row.unit) for row in outcome.rows] == [
         ("backward.50000.memory", 1.0, "MiB"),
         ("backward.50000.peer.module.memory", 1.0, "MiB"),
@@ -284,8 +353,19 @@ def test_memory_is_counted_in_mib(asked):
 
 def test_outer_products_that_do_not_fit_are_left_out(monkeypatch):
     monkeypatch.setattr(backward, "free_memory", lambda device: 1e9)
-    with pytest.raises(NotAvailable, match=r"needs 7\.8\d GB, half of the free memory is 500 MB"):
-        backward._ladder("outer", quick=False)
+    outcome = Outcome()
+    backward._outer(outcome, Setting())
+    assert not outcome.rows and outcome.missing[0][:2] == ("backward.50000.peer.outer", "plain")
+    assert re.match(r"needs 7\.8\d GB, half of the free memory is 500 MB", outcome.missing[0].reason)
+
+
+def test_outer_products_are_timed_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(backward, "_ladder", lambda version: Contestant(lambda: calls.append(version)))
+    monkeypatch.setattr(backward, "seconds_each", lambda call, times, device, clock: call() or 3.0 * times)
+    outcome = Outcome(seconds={"50000 module": 0.5})
+    backward._outer(outcome, Setting())
+    assert calls == ["outer"] and (outcome.rows[0].ratio, outcome.rows[0].q25) == (6.0, 6.0)
 
 
 def test_startup_subtracts_the_import_of_the_same_round(monkeypatch):
@@ -307,32 +387,19 @@ def test_depth_is_charged_with_what_it_adds(monkeypatch):
     assert (slower.id, slower.ratio, slower.unit) == ("memory.stack.time", 1.5, "ratio")
 
 
-def test_the_probe_is_entered_once_and_left_again(monkeypatch):
-    log = []
-
-    class Context:
-        def __enter__(self):
-            log.append("in")
-
-        def __exit__(self, *fault):
-            log.append("out")
-
-    def probe(model, optimizer=None, every=1, accelerated=False):
-        log.append((every, accelerated))
-        return Context()
-
-    monkeypatch.setattr(initlab, "probe", probe, raising=False)
-    contestant = subjects.probe_step(SMALL, accelerated=True, every=10)
-    contestant.call()
-    assert contestant.work == 10
+def test_the_probe_records_what_was_asked_and_is_gone_afterwards(monkeypatch, fast):
+    made, frames = [], []
+    own = bare.module
+    monkeypatch.setattr(bare, "module", lambda *words: made.append(own(*words)) or made[-1])
+    monkeypatch.setattr(Probe, "histograms", lambda self: frames.append("histograms"))
+    monkeypatch.setattr(subjects, "TABLE_STEPS", 3)
+    contestant = subjects.probed_step(SMALL, "plain_histograms", every=10, tables=True)
+    first = float(contestant.call())
+    assert contestant.work == 30 and frames == ["histograms"]
+    module = bare.module_step(SMALL).call
+    assert close(first, [float(module()) for _ in range(30)][-1])
     contestant.close()
-    assert log == [(10, True), "in", "out"]
-
-
-def test_without_a_probe_nothing_is_probed(monkeypatch):
-    monkeypatch.setattr(subjects, "initlab", SimpleNamespace())
-    with pytest.raises(NotAvailable, match=r"initlab\.probe is not there"):
-        subjects.probe_step(SMALL, accelerated=False)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in made[0].modules())
 
 
 def test_a_contestant_does_one_unit_of_work_unless_it_says_more():

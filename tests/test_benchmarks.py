@@ -402,16 +402,6 @@ def test_peak_memory_sees_what_was_held_and_let_go():
     assert still < 1024 and 60 * 1024 <= grown <= 70 * 1024
 
 
-def test_an_option_that_is_not_there_is_not_available_unless_it_is_off():
-    def function(known=1):
-        return known
-
-    assert subjects.options(function, known=2) == {"known": 2}
-    assert subjects.options(function, unknown=False) == {}
-    with pytest.raises(NotAvailable, match="no option `unknown`"):
-        subjects.options(function, unknown=True)
-
-
 def test_a_group_without_its_machine_says_so(monkeypatch):
     monkeypatch.setattr(subjects.torch.cuda, "is_available", lambda: False)
     outcome = GROUPS["gpu"](Setting())

@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import gc
 import json
 import os
 import signal
@@ -41,6 +42,23 @@ def test_one_run_leaves_a_whole_folder_and_a_table(lab: Lab) -> None:
     frame = initlab.read("outputs/**")
     assert set(frame["stage"]) == {"stack", "train"} and set(frame["train_width"]) == {50} and set(frame["lr"]) == {0.1}
     assert json.loads((folder / "run.json").read_text())["status"] == "done"
+
+
+def test_garbage_is_collected_in_jobs_and_afterwards(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While torch is imported nothing is; what is there before the second job of a sweep is not kept for ever."""
+    seen = []
+    own = jobs.prepare
+
+    def watched(*given: object) -> jobs.Job:
+        seen.append((gc.isenabled(), gc.get_freeze_count()))
+        return own(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(jobs, "prepare", watched)
+    assert lab("-m", "depth=2,3", "task=stack", "plots=false", "seeds=1")[0] == 0
+    (first, kept), (second, kept_then) = seen
+    assert first and second and 0 < kept_then <= kept
+    assert lab("depht=2")[0] == 2 and gc.isenabled()
+    gc.unfreeze()
 
 
 def test_a_sweep_ends_in_one_table(lab: Lab) -> None:

@@ -6,7 +6,7 @@ passes on a CPU, and hands over to the safe one every tensor whose sums do not s
 Knows nothing of networks, keys and frames. Legend: E ensemble, N batch, C units, F fields, S statistics.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -71,27 +71,44 @@ def _compiled(x: Tensor, batched: bool, bins: bool) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(fields.T.copy()).view(len(FIELDS), *lead), counts
 
 
-def relu_in_place(z: Tensor) -> Tensor:
-    """max(z, 0) into (E, N, C) itself, and the rows (F, 2, E) of what it was and of what it is; for `compiled` tensors.
+class InPlace:
+    """ReLU and its mask written into tensors (E, N, C) that take turns, with the rows of what they were and became.
 
-    `saturated` of the first is the share that ReLU does not let through, nan included.
+    `tensors` is (turns, E, N, C), contiguous and for the `compiled` passes. The rows of `calls` calls at most stand in
+    one piece of memory until they are taken.
     """
-    return _passed("relu_job", z)
 
+    def __init__(self, tensors: Tensor, calls: int) -> None:
+        found = library()
+        assert found is not None and tensors.is_contiguous()
+        e, n, c = tensors.shape[1:]
+        self._relu, self._mask = found.relu_job, found.mask_job
+        self._held = tensors, torch.empty(e, c)  # what the addresses below point to
+        jobs = [[t.data_ptr(), 0, self._held[1].data_ptr(), e, n, c, 0, e, 0] for t in tensors]
+        self._jobs, self._rows = np.array(jobs, dtype=np.int64), np.empty((calls, 2, e, len(FIELDS)))
+        self._job = [int(job.ctypes.data) for job in self._jobs]
+        self._start, self._used = int(self._rows.ctypes.data), 0
 
-def mask_in_place(g: Tensor, z: Tensor) -> Tensor:
-    """ReLU's backward: 0 into g (E, N, C) where z <= 0; rows (F, 2, E) of g before and after. For `compiled` g."""
-    return _passed("mask_job", g, z, torch.empty(g.shape[0], g.shape[-1]))
+    def _next(self) -> int:
+        if self._used == len(self._rows):
+            raise RuntimeError(f"{self._used} calls were made: take their rows first")
+        self._used += 1
+        return self._start + (self._used - 1) * self._rows.strides[0]
 
+    def relu(self, turn: int) -> None:
+        """max(z, 0) into the tensor of that turn; `saturated` of z is the share that does not come through, nan too."""
+        self._relu(self._job[turn], self._next(), None)
 
-def _passed(name: str, x: Tensor, other: Tensor | None = None, sums: Tensor | None = None) -> Tensor:
-    found = library()
-    assert found is not None and x.is_contiguous() and (other is None or other.is_contiguous())
-    rows = np.empty((2, len(x), len(FIELDS)))
-    addresses = [0 if t is None else t.data_ptr() for t in (x, other, sums)]
-    job = np.array([*addresses, *x.shape, 0, len(x), 0], dtype=np.int64)
-    getattr(found, name)(job.ctypes.data, rows.ctypes.data, None)
-    return torch.from_numpy(rows).movedim(-1, 0)
+    def mask(self, turn: int, z: Tensor) -> None:
+        """ReLU's backward: 0 into the tensor of that turn where z <= 0; z contiguous (E, N, C)."""
+        self._jobs[turn, 1] = z.data_ptr()
+        self._mask(self._job[turn], self._next(), None)
+
+    def take(self) -> Tensor:
+        """Rows (F, 2 calls, E): of each call the one before and the one after."""
+        rows = torch.from_numpy(self._rows[: self._used].copy()).flatten(0, 1).movedim(-1, 0)
+        self._used = 0
+        return rows
 
 
 class _Sums(NamedTuple):
@@ -218,8 +235,8 @@ _DERIVED: dict[str, Callable[[Mapping[str, Tensor]], Tensor]] = {
 }
 
 
-def derive(fields: Tensor) -> Tensor:
-    """The statistics (S, ...) of rows (F, ...), in the order of STATISTICS in signal/stats.py.
+def derive(fields: Tensor, names: Iterable[str] = _DERIVED) -> Tensor:
+    """The statistics (S, ...) of rows (F, ...), in the order of STATISTICS in signal/stats.py, or those that are named.
 
     std = sqrt(m2 / n) 2^e, rms = sqrt(m2 / n + mean^2) 2^e, n finite entries. All are as exact as the row as long as
     float64 can say them: q = rms^2 is inf beyond an rms of 1e154 and 0 below 1e-162. The cosine is a difference: its
@@ -229,7 +246,7 @@ def derive(fields: Tensor) -> Tensor:
     named["finite"] = named["count"] - named["n_nan"] - named["n_inf"]
     named["scale"] = power_of_two(named["exponent"])
     named["root"] = (named["m2"] / named["finite"] + named["mean"].square()).sqrt()
-    return torch.stack([rule(named) for rule in _DERIVED.values()])
+    return torch.stack([_DERIVED[name](named) for name in names])
 
 
 def _cosine(resultant: Tensor, k: Tensor) -> Tensor:

@@ -15,24 +15,22 @@ from torch import Tensor
 from initlab.signal import exponent
 from initlab.signal.activations import ACTIVATIONS, Activation
 from initlab.signal.exponent import Scaled, log2_moments, scaled
-from initlab.signal.stats import STATISTICS
+from initlab.signal.moments import derive
 from initlab.tasks.networks import Networks
 
 NUMBERS = ("log2_rms_true", "log2_std_true")
 # Subnormal numbers lose tiny * eps / 2 each; at an rms of 16 tiny that is a sixteenth of what rounding loses anyway.
 GUARD = 16
-_ROW = {name: k for k, name in enumerate(STATISTICS)}
 
 
-def inside(statistics: Tensor, dtype: torch.dtype) -> Tensor:
-    """Whether tensors lie inside the range of their dtype: all finite, rms at least 16 tiny. (S, ...) -> (...)."""
-    finite = statistics[_ROW["n_nan"]] + statistics[_ROW["n_inf"]] == 0
-    return finite & (statistics[_ROW["rms"]] >= GUARD * torch.finfo(dtype).tiny)
+def read_off(fields: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of rows (F, ...): log2 of rms and std (2, ...) of what the dtype holds, and whether that is the truth, (...).
 
-
-def read_off(statistics: Tensor) -> Tensor:
-    """log2 of rms and std (2, ...) of what the dtype holds, (S, ...): the truth inside its range."""
-    return torch.stack([statistics[_ROW["rms"]], statistics[_ROW["std"]]]).log2()
+    It is inside the range of the dtype: where all entries are finite and their rms is at least 16 tiny.
+    """
+    statistics = derive(fields, ("rms", "std", "n_nan", "n_inf"))
+    rms, _, n_nan, n_inf = statistics
+    return statistics[:2].log2(), (n_nan + n_inf == 0) & (rms >= GUARD * torch.finfo(dtype).tiny)
 
 
 class Companion:

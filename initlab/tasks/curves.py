@@ -17,7 +17,7 @@ from initlab.errors import choose
 from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.exponent import log2_moments, scaled
 from initlab.signal.init import RULES, Rule, draw
-from initlab.signal.moments import FIELDS, summarize
+from initlab.signal.moments import FIELDS, compiled, summarize
 from initlab.tasks.beyond import NUMBERS
 from initlab.tasks.networks import Shape, name_of, rules_of
 from initlab.tasks.place import DTYPES
@@ -58,21 +58,30 @@ def gain_curves(
     ]
     for k in nearest:
         bases.setdefault(families[k], k)
-    how["producer"] = summarize if number == torch.float64 else _sizes
-    runs = {k: stack(rules[k], activation, **shape._asdict(), **how)[[*KEYS, *NUMBERS]] for k in bases.values()}
-    rows = next(iter(runs.values()))[KEYS]  # the same for all
+    on_cpu = how.get("device", "cpu") == "cpu"
+    compiles = on_cpu and compiled(torch.empty(1, 1, dtype=number))  # then whole rows cost less than these
+    how["producer"] = summarize if number == torch.float64 or compiles else _sizes
+    runs = {k: stack(rules[k], activation, **shape._asdict(), **how) for k in bases.values()}
+    rows = next(iter(runs.values()))  # all have the same keys
+    logs = {k: np.stack([frame[name].to_numpy() for name in NUMBERS]) for k, frame in runs.items()}
     ran_by = [bases[family] for family in families]
     curves = [
-        runs[base][[*NUMBERS]].to_numpy() + (0.0 if base == k else _shift(rows, scales[k], scales[base], depth))
+        logs[base] + (0.0 if base == k else _shift(rows, scales[k], scales[base], depth))
         for k, base in enumerate(ran_by)  # whoever ran itself may have a scale that is no finite number
     ]
     sources = ["" if base == k else names[base] for k, base in enumerate(ran_by)]
-    return pd.concat([rows] * len(rules), ignore_index=True).assign(
-        init=_repeated(names, len(rows)),
-        gain=np.repeat([one.gain_for(activation) for one in rules], len(rows)),
-        derived_from=_repeated(sources, len(rows)),
-        **dict(zip(NUMBERS, np.concatenate(curves).T, strict=True)),
-    )
+    columns = {name: _tiled(rows[name], len(rules)) for name in KEYS} | {
+        "init": _repeated(names, len(rows)),
+        "gain": np.repeat([one.gain_for(activation) for one in rules], len(rows)),
+        "derived_from": _repeated(sources, len(rows)),
+    }
+    return pd.DataFrame(columns | dict(zip(NUMBERS, np.concatenate(curves, 1), strict=True)))
+
+
+def _tiled(column: pd.Series, times: int) -> np.ndarray | pd.Categorical:
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return pd.Categorical.from_codes(np.tile(column.cat.codes, times), dtype=column.dtype)
+    return np.tile(column.to_numpy(), times)
 
 
 def _repeated(words: Sequence[str], times: int) -> pd.Categorical:
@@ -110,8 +119,8 @@ def _family(one: Rule, scales: tuple[float, float], alone: int) -> object:
 
 
 def _shift(rows: pd.DataFrame, ours: tuple[float, float], theirs: tuple[float, float], depth: int) -> np.ndarray:
-    """What other scales of the weights add to log2 of each row, (rows, 1): forward up to its layer, backward above."""
+    """What other scales of the weights add to log2 of each row, (rows,): forward up to its layer, backward above."""
     first, other = np.subtract(ours, theirs)
     layer = rows["layer"].to_numpy()
     forward = np.where(layer == 0, 0.0, first + (layer - 1) * other)
-    return np.where(rows["direction"] == "forward", forward, (depth - layer) * other)[:, None]
+    return np.where(rows["direction"] == "forward", forward, (depth - layer) * other)

@@ -89,12 +89,23 @@ def name_of(init: str | Rule) -> str:
     return next((name for name, row in RULES.items() if row == init), own)
 
 
-def multiply(x: Tensor, w: Tensor, out: Tensor) -> None:
-    """out = x w, (E, N, I) and (E, I, O); on a CPU one network after another: as fast, and rounded as when alone."""
-    if x.device.type != "cpu":
-        torch.bmm(x, w, out=out)
+class Signal(NamedTuple):
+    """What passes through a layer, (E, N, O), and the same memory network by network: views are made once."""
+
+    whole: Tensor
+    each: tuple[Tensor, ...]
+
+
+def signal(x: Tensor) -> Signal:
+    return Signal(x, x.unbind())
+
+
+def multiply(x: Signal, w: Tensor, out: Signal) -> None:
+    """out = x w, w (E, I, O); on a CPU one network after another: as fast, and rounded as when alone."""
+    if w.device.type != "cpu":
+        torch.bmm(x.whole, w, out=out.whole)
         return
-    for one, weight, result in zip(x.unbind(), w.unbind(), out.unbind(), strict=True):
+    for one, weight, result in zip(x.each, w.unbind(), out.each, strict=True):
         torch.mm(one, weight, out=result)
 
 

@@ -1,7 +1,8 @@
 """A stack of L layers: a unit-Gaussian batch pushed through, a unit-Gaussian gradient pulled back down."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import pandas as pd
 import torch
@@ -11,12 +12,12 @@ from tqdm import tqdm
 from initlab.errors import UsageError, check, choose
 from initlab.signal.activations import ACTIVATIONS, Activation
 from initlab.signal.init import Rule
-from initlab.signal.moments import FIELDS, compiled, derive, mask_in_place, relu_in_place, summarize
+from initlab.signal.moments import FIELDS, InPlace, compiled, derive, summarize
 from initlab.signal.stats import STATISTICS, Blocks, Key, saturated_share
 from initlab.tasks import beyond
 from initlab.tasks.beyond import Companion
 from initlab.tasks.memory import is_out_of_memory
-from initlab.tasks.networks import Networks, Plan, Shape, multiply, name_of, plan, rules_of
+from initlab.tasks.networks import Networks, Plan, Shape, Signal, multiply, name_of, plan, rules_of, signal
 from initlab.tasks.place import DTYPES, find_device
 
 Frames = dict[str, pd.DataFrame]
@@ -91,13 +92,22 @@ def _in_chunks(run: Callable[[slice], None], networks: int, planned: Plan, shape
             size //= 2
 
 
-def _key(layer: int, tensor: str, direction: str) -> Key:
-    return Key("stack", "scratch", 0, layer, tensor, direction)
+def _keys(layers: Iterable[int], direction: str) -> list[Key]:
+    """Two tensors a layer, in the order of travel."""
+    tensors = ("preactivation", "activation") if direction == "forward" else ("activation", "preactivation")
+    return [Key("stack", "scratch", 0, layer, tensor, direction) for layer in layers for tensor in tensors]
 
 
 _KEYS = ("stage", "implementation", "seed", "step", "layer", "tensor", "direction")
-_DEAD, _SATURATED = list(STATISTICS).index("frac_dead"), list(FIELDS).index("saturated")
-_N_NAN, _N_ZERO, _COUNT = (list(FIELDS).index(name) for name in ("n_nan", "n_zero", "count"))
+_INPUT = Key("stack", "scratch", 0, 0, "activation", "forward")
+_DEAD, _SATURATED, _N_NAN, _N_ZERO, _COUNT = (
+    list(FIELDS).index(name) for name in ("dead", "saturated", "n_nan", "n_zero", "count")
+)
+
+
+def _finished(whole: Tensor) -> Tensor:
+    """Rows and the true numbers, (F + 2, K, E), as statistics and the true numbers."""
+    return torch.cat([derive(whole[: len(FIELDS)]), whole[len(FIELDS) :]])
 
 
 class _Record:
@@ -107,33 +117,38 @@ class _Record:
         self, nets: Networks, names: pd.Categorical | None, deliver: Callable[[Frames], None], streams: bool
     ) -> None:
         self._nets, self._names, self._deliver, self._streams = nets, names, deliver, streams
-        self._blocks = Blocks(nets.seeds, _KEYS, [*STATISTICS, *beyond.NUMBERS])
-        self._window: list[tuple[list[Key], Tensor]] = []
+        self._blocks = Blocks(nets.seeds, _KEYS, [*STATISTICS, *beyond.NUMBERS], _finished)
+        self._window: list[Tensor] = []
         self._since, self._relu = time.monotonic(), nets.activation == "relu"
-        self.inside = torch.ones(len(nets), dtype=torch.bool, device=nets.device)
         self.delivered = False
+        self.start(torch.ones(len(nets), dtype=torch.bool, device=nets.device))
 
-    def add(self, keys: list[Key], fields: Tensor) -> None:
+    def start(self, inside: Tensor) -> None:
+        """Which networks (E,) are inside the range of their number format so far."""
+        self.inside, self.all_inside = inside, bool(inside.all())
+
+    def add(self, fields: Tensor) -> None:
         """Rows (F, keys, E) in the order of FIELDS."""
-        self._window.append((keys, fields))
+        self._window.append(fields)
 
-    def close(self, layers: int, follow: Callable[[Tensor, Tensor], None]) -> None:
-        """End a window of so many layers; `follow` corrects what has left the range, see `Companion.forward`."""
-        keys = [key for some, _ in self._window for key in some]
-        fields = torch.cat([fields for _, fields in self._window], 1)
+    def close(self, keys: Sequence[Key], follow: Callable[[Tensor, Tensor], None]) -> None:
+        """End a window with these keys; `follow` corrects what has left the range, see `Companion.forward`."""
+        fields = self._window[0] if len(self._window) == 1 else torch.cat(self._window, 1)
         self._window = []
-        if self._relu and keys[-1].direction == "forward":  # saturated is what comes out as 0, or as nan
-            z, out = fields[:, -2 * layers :: 2], fields[:, 1 - 2 * layers :: 2]
-            z[_SATURATED] = (out[_N_ZERO] + out[_N_NAN]) / out[_COUNT]
-        found = derive(fields)
-        found[_DEAD, [k for k, key in enumerate(keys) if key[-2:] != ("activation", "forward")]] = torch.nan
-        true, rows = beyond.read_off(found), 2 * layers
-        kept = beyond.inside(found, self._nets.dtype)[-rows:]
-        kept = torch.cat([self.inside[None], kept]).cumprod(0).bool()
-        self.inside = kept[-1]
-        if not bool(self.inside.all()):
+        rows = len(keys) - len(keys) % 2  # the input stands before the pairs of the layers
+        if keys[-1].direction == "backward":
+            fields[_DEAD] = torch.nan
+        else:
+            z, out = fields[:, -rows::2], fields[:, 1 - rows :: 2]
+            z[_DEAD] = torch.nan
+            if self._relu:  # saturated is what comes out as 0, or as nan
+                z[_SATURATED] = (out[_N_ZERO] + out[_N_NAN]) / out[_COUNT]
+        true, kept = beyond.read_off(fields, self._nets.dtype)
+        if not self.all_inside or not bool(kept[-rows:].all()):
+            kept = torch.cat([self.inside[None], kept[-rows:]]).cumprod(0).bool()
+            self.start(kept[-1])
             follow(true[:, -rows:], kept[1:])
-        self._blocks.put(keys, torch.cat([found, true]))
+        self._blocks.put(keys, torch.cat([fields, true]))
         late = time.monotonic() - self._since > FLUSH_SECONDS
         if self._streams and (late or len(self._blocks) >= FLUSH_ROWS):
             self.flush()
@@ -153,25 +168,30 @@ class _Pass:
     """A chunk of networks on its way up and down.
 
     One buffer holds a layer's preactivation and activation, or their gradients, side by side: they are measured in one
-    call, and the next layer overwrites them.
+    call, and the next layer overwrites them. Where both are the same, or the one becomes the other under the compiled
+    pass, a layer has one half of the buffer and the next layer the other.
     """
 
     def __init__(
         self, nets: Networks, phi: Activation, record: _Record, producer: Producer, backward: bool, bar: tqdm
     ) -> None:
         self.nets, self.phi, self.record, self.producer, self.bar = nets, phi, record, producer, bar
-        shape = nets.shape
+        shape, self.keeps = nets.shape, backward
         self.companion = Companion(nets, phi)
         self.pair = torch.empty(2, len(nets), shape.batch, shape.width, dtype=nets.dtype, device=nets.device)
-        self.fused = phi is ACTIVATIONS["relu"] and producer is summarize and compiled(self.pair)
+        self.half = [signal(half) for half in self.pair]
+        fused = phi is ACTIVATIONS["relu"] and producer is summarize and compiled(self.pair)
+        self.fused = InPlace(self.pair, WINDOW) if fused else None
+        self.linear = phi is ACTIVATIONS["linear"]
+        self.in_turn = fused or self.linear
         self.passed = self.pair.new_empty(shape.depth if backward else 0, *self.pair.shape[1:])
 
     def run(self) -> None:
         """The whole way. What was measured is handed over however it ends, unless the chunk can be tried again."""
         try:
             self.forward()
-            if len(self.passed):
-                self.record.inside = self.companion.turn()
+            if self.keeps:
+                self.record.start(self.companion.turn())
                 self.backward()
         except BaseException as fault:
             short = isinstance(fault, Exception) and is_out_of_memory(fault)
@@ -186,27 +206,35 @@ class _Pass:
         self.record.flush()
 
     def forward(self) -> None:
-        x = self.nets.gaussian(self.nets.shape.inputs, "input")
-        self.record.add([_key(0, "activation", "forward")], self.producer(x)[:, None])
+        x = signal(self.nets.gaussian(self.nets.shape.inputs, "input"))
+        self.record.add(self.producer(x.whole)[:, None])
         for window in _windows(range(1, self.nets.shape.depth + 1)):
-            start = x.clone()
+            start = x.whole.clone()
             for layer in window:
                 x = self._up(layer, x)
                 self.bar.update(len(self.nets))
-            self.record.close(len(window), lambda *rows, w=window, x=start: self.companion.forward(w, x, *rows))
+            keys = [_INPUT] * (window[0] == 1) + _keys(window, "forward")
+            self._close(keys, partial(self.companion.forward, window, start))
 
-    def _up(self, layer: int, x: Tensor) -> Tensor:
+    def _close(self, keys: Sequence[Key], follow: Callable[[Tensor, Tensor], None]) -> None:
+        if self.fused:
+            self.record.add(self.fused.take())
+        self.record.close(keys, follow)
+
+    def _up(self, layer: int, x: Signal) -> Signal:
         """z = x w + b and phi(z), measured; z is kept if a backward pass will come."""
         w, b = self.nets.weights(layer)
-        # Fused with its statistics ReLU overwrites z, and layers take turns in the two halves.
-        z, out = (self.pair[layer % 2],) * 2 if self.fused else (self.pair[0], self.pair[1])
+        turn = layer % 2
+        z, out = (self.half[turn],) * 2 if self.in_turn else self.half
         multiply(x, w, out=z)
         if b is not None:
-            z += b.unsqueeze(-2)
-        if len(self.passed):
-            self.passed[layer - 1] = z
-        fields = relu_in_place(z) if self.fused else self._activate(z, out)
-        self.record.add([_key(layer, tensor, "forward") for tensor in ("preactivation", "activation")], fields)
+            z.whole.add_(b.unsqueeze(-2))
+        if self.keeps:
+            self.passed[layer - 1] = z.whole
+        if self.fused:
+            self.fused.relu(turn)
+        else:
+            self.record.add(self._activate(z.whole, out.whole))
         return out
 
     def _activate(self, z: Tensor, out: Tensor) -> Tensor:
@@ -214,35 +242,45 @@ class _Pass:
         if self.phi is ACTIVATIONS["relu"]:
             torch.clamp_min(z, 0, out=out)
             return self.producer(self.pair)
+        if self.linear:
+            fields = self._twice(z)
+            fields[_SATURATED, 0] = 0.0
+            return fields
         out.copy_(self.phi.phi(z))
         fields = self.producer(self.pair)
         fields[_SATURATED, 0] = saturated_share(self.phi.slope(z), self.phi.largest_slope)
         return fields
 
+    def _twice(self, x: Tensor) -> Tensor:
+        """What there is to say of preactivation and activation that are one tensor, (F, 2, E)."""
+        return self.producer(x)[:, None].repeat(1, 2, 1)
+
     def backward(self) -> None:
         depth = self.nets.shape.depth
-        self._gradient(depth).copy_(self.nets.gaussian(self.nets.shape.width, "gradient"))
+        self._gradient(depth).whole.copy_(self.nets.gaussian(self.nets.shape.width, "gradient"))
         for window in _windows(range(depth, 0, -1)):
-            start = self._gradient(window[0]).clone()
+            start = self._gradient(window[0]).whole.clone()
             for layer in window:
                 self._down(layer)
                 self.bar.update(len(self.nets))
-            self.record.close(len(window), lambda *rows, w=window, x=start: self._follow_down(w, x, *rows))
+            follow = partial(self.companion.backward, window, start, passed=lambda layer: self.passed[layer - 1])
+            self._close(_keys(window, "backward"), follow)
 
-    def _gradient(self, layer: int) -> Tensor:
+    def _gradient(self, layer: int) -> Signal:
         """Where dL/da of a layer stands."""
-        return self.pair[layer % 2 if self.fused else 0]
+        return self.half[layer % 2 if self.in_turn else 0]
 
     def _down(self, layer: int) -> None:
         """dL/dz = dL/da phi'(z), measured, and dL/da = dL/dz w^T of the layer below."""
         g, z = self._gradient(layer), self.passed[layer - 1]
+        z_grad = g if self.in_turn else self.half[1]
         if self.fused:
-            z_grad, fields = g, mask_in_place(g, z)
+            self.fused.mask(layer % 2, z)
+        elif self.linear:
+            self.record.add(self._twice(g.whole))
         else:
-            z_grad = self.pair[1]
-            self._pull_back(g, z, z_grad)
-            fields = self.producer(self.pair)
-        self.record.add([_key(layer, tensor, "backward") for tensor in ("activation", "preactivation")], fields)
+            self._pull_back(g.whole, z, z_grad.whole)
+            self.record.add(self.producer(self.pair))
         if layer > 1:
             multiply(z_grad, self.nets.weights(layer)[0].mT, out=self._gradient(layer - 1))
 
@@ -251,6 +289,3 @@ class _Pass:
             torch.ops.aten.threshold_backward.grad_input(g, z, 0, grad_input=out)
         else:
             out.copy_(self.phi.pull_back(g, z))
-
-    def _follow_down(self, layers: Sequence[int], start: Tensor, true: Tensor, inside: Tensor) -> None:
-        self.companion.backward(layers, start, true, inside, lambda layer: self.passed[layer - 1])

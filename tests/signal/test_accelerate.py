@@ -10,7 +10,7 @@ from torch import Tensor
 
 from initlab.signal import accelerate
 from initlab.signal.accelerate import JOB, expanded, library
-from initlab.signal.moments import FIELDS, histogram, summarize, summarize_and_count
+from initlab.signal.moments import FIELDS, InPlace, histogram, summarize, summarize_and_count
 
 needs_compiler = pytest.mark.skipif(library() is None, reason="no working C++ compiler")
 COUNTED = ("count", "n_nan", "n_inf", "n_subnormal", "n_zero", "exponent", "min", "max", "dead", "alive")
@@ -195,6 +195,40 @@ def test_the_update_leaves_three_rows(kind: str, lr: float, page: tuple[np.ndarr
     for place, x in enumerate((before, g, w - before)):
         agree(torch.from_numpy(rows[place].T), summarize(x, batched=False, accelerated=False))
         assert torch.equal(counts_of(runs, starts[place], x), histogram(x))
+
+
+@needs_compiler
+def test_in_place_leaves_the_rows_of_what_was_and_what_became() -> None:
+    """Two tensors take turns; what is taken are the rows of the calls since the last time, in their order."""
+    zs, gs = (spoilt(kind, (3, 2, 17, 13)) for kind in ("plain", "nan"))
+    pair = torch.empty(2, 2, 17, 13)
+    in_place = InPlace(pair, 3)
+    for step, z in enumerate(zs):
+        pair[step % 2] = z
+        in_place.relu(step % 2)
+        assert torch.equal(pair[step % 2], z.clamp_min(0))
+    rows = in_place.take()
+    for step, z in enumerate(zs):
+        before = summarize(z)
+        before[list(FIELDS).index("saturated")] = (z <= 0).double().mean((-2, -1))
+        agree(rows[:, 2 * step], before)
+        agree(rows[:, 2 * step + 1], summarize(z.clamp_min(0)))
+    pair[1] = gs[0]
+    in_place.mask(1, zs[0])
+    expected = torch.where(zs[0] > 0, gs[0], 0)
+    torch.testing.assert_close(pair[1], expected, rtol=0, atol=0, equal_nan=True)
+    (before, after) = in_place.take().unbind(1)
+    agree(before, summarize(gs[0]))
+    agree(after, summarize(expected))
+    assert in_place.take().shape == (len(FIELDS), 0, 2)
+
+
+@needs_compiler
+def test_in_place_never_overwrites_rows_that_were_not_taken() -> None:
+    in_place = InPlace(torch.ones(1, 1, 2, 2), 1)
+    in_place.relu(0)
+    with pytest.raises(RuntimeError, match="take their rows first"):
+        in_place.relu(0)
 
 
 @pytest.fixture
