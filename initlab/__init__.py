@@ -42,6 +42,7 @@ The map of the house. Imports run one way, downwards in this list never:
         networks.py      the networks of one program: rules, draws, how many fit
         beyond.py        networks followed beyond their number format
         stack.py         a stack of layers, forward and backward
+        chunks.py        an ensemble in chunks: a chunk to each processor, fewer networks where memory is short
         curves.py        every gain of a homogeneous stack from one run
         pair.py          an ensemble by hand and its nn.Module twins, a step at a time, and their records
         train.py         two trainings side by side

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from threading import Lock
 
 import pandas as pd
 import torch
@@ -16,8 +17,9 @@ from initlab.signal.moments import FIELDS, InPlace, compiled, derive, summarize
 from initlab.signal.stats import STATISTICS, Blocks, Key, saturated_share
 from initlab.tasks import beyond
 from initlab.tasks.beyond import Companion
+from initlab.tasks.chunks import in_chunks
 from initlab.tasks.memory import is_out_of_memory
-from initlab.tasks.networks import Networks, Plan, Shape, Signal, multiply, name_of, plan, rules_of, signal
+from initlab.tasks.networks import Networks, Shape, Signal, multiply, name_of, plan, rules_of, signal
 from initlab.tasks.place import DTYPES, find_device
 
 Frames = dict[str, pd.DataFrame]
@@ -55,6 +57,7 @@ def stack(
 
     Without `backward` nothing that is kept grows with depth, else what `networks.plan` says. With `emit` rows are
     handed over every 1000 rows or 30 seconds and at the end of each chunk of networks, and the frame returned is empty.
+    On a CPU each of torch's threads takes a chunk of its own: small matrices gain nothing from sharing one.
     `producer` measures: (..., N, C) -> rows (F, ...) of `moments.FIELDS`, nan where it does not look.
     """
     shape = Shape(depth, width, width if inputs is None else inputs, batch)
@@ -63,33 +66,27 @@ def stack(
     names = None if isinstance(init, str | Rule) else pd.Categorical([name_of(one) for one in init])
     place, number = find_device(device), choose(DTYPES, dtype, "dtype")
     planned = plan(shape, len(seeds), number, place, backward)
-    collected: list[Frames] = []
+    collected: dict[int, list[Frames]] = {}
+    delivering = Lock()
+
+    def hand_over(frames: Frames) -> None:
+        assert emit is not None
+        with delivering:
+            emit(frames)
+
     total = len(seeds) * depth * (2 if backward else 1)
     with tqdm(total=total, desc="stack", unit="layer", disable=None if progress else True) as bar:
 
         def run(chunk: slice) -> None:
             kept = planned.keep_weights
             nets = Networks(rules[chunk], activation, shape, seeds[chunk], number, place, kept, generator)
-            record = _Record(nets, None if names is None else names[chunk], emit or collected.append, emit is not None)
+            deliver = collected.setdefault(chunk.start, []).append if emit is None else hand_over
+            record = _Record(nets, None if names is None else names[chunk], deliver, emit is not None)
             _Pass(nets, phi, record, producer, backward, bar).run()
 
-        _in_chunks(run, len(seeds), planned, shape)
-    return pd.concat([part["stats"] for part in collected], ignore_index=True) if collected else pd.DataFrame()
-
-
-def _in_chunks(run: Callable[[slice], None], networks: int, planned: Plan, shape: Shape) -> None:
-    """All networks, as many at a time as planned; half as many where memory turns out to be short."""
-    start, size = 0, planned.networks
-    while start < networks:
-        try:
-            run(slice(start, start + size))
-            start += size
-        except (RuntimeError, MemoryError) as fault:
-            if not is_out_of_memory(fault):
-                raise
-            if size == 1:
-                raise UsageError(f"{shape.said()}: not enough memory for one network; make it smaller") from fault
-            size //= 2
+        in_chunks(run, len(seeds), planned, shape, torch.get_num_threads() if place.type == "cpu" else 1)
+    parts = [part["stats"] for start in sorted(collected) for part in collected[start]]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def _keys(layers: Iterable[int], direction: str) -> list[Key]:

@@ -273,7 +273,7 @@ def test_networks_are_halved_where_memory_ends(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(stacking._Pass, "run", short)
     most = 3
     same(by_network(stack(depth=3, seeds=range(8))), by_network(usual))
-    assert tried == [8, 4, 2, 2, 2, 2]
+    assert tried == [8, 4, 2, 2, 4, 2, 2]
     most = 0
     with pytest.raises(UsageError, match="not enough memory for one network"):
         stack(depth=3, seeds=range(8))
@@ -328,3 +328,24 @@ def test_the_generator_draws_weights_and_inputs() -> None:
         assert by_torch[layer] == pytest.approx(by_philox[layer], rel=0.3)  # one law
     with pytest.raises(UsageError, match="generator=mersenne: must be one of philox, torch"):
         stack(generator="mersenne")
+
+
+def test_threads_take_chunks_and_change_nothing() -> None:
+    """Every network is computed by one thread, so that two threads give the very table that one gives."""
+    one = stack(depth=6, width=20, seeds=range(5))
+    torch.set_num_threads(2)
+    two = stack(depth=6, width=20, seeds=range(5))
+    streamed: list[pd.DataFrame] = []
+    stack(depth=6, width=20, seeds=range(5), emit=lambda frames: streamed.append(frames["stats"]))
+    assert torch.get_num_threads() == 2
+    keys = ["seed", "direction", "layer", "tensor"]
+    both = [frame.sort_values(keys, ignore_index=True) for frame in (one, two, pd.concat(streamed))]
+    pd.testing.assert_frame_equal(both[0], both[1], check_exact=True, check_categorical=False)
+    pd.testing.assert_frame_equal(both[0], both[2], check_exact=True, check_categorical=False)
+
+
+def test_a_fault_in_one_chunk_ends_all() -> None:
+    torch.set_num_threads(2)
+    with pytest.raises(ZeroDivisionError):
+        stack(depth=3, width=8, seeds=range(6), emit=lambda frames: 1 / 0)
+    assert torch.get_num_threads() == 2
