@@ -21,6 +21,7 @@ from initlab.signal.activations import ACTIVATIONS, Activation
 
 CACHE_BYTES = 2**20  # of a core's second cache: rows beyond it go through in pieces
 FEWEST_ROWS = 1024  # a piece is never smaller: matrix products want them
+KEPT_SPACES = 4  # batch sizes whose memory is kept
 JOINT_ENTRIES = 2**24  # products of more multiplications run one after the other, smaller ones as one batch
 
 threshold_backward = torch.ops.aten.threshold_backward.grad_input
@@ -159,6 +160,8 @@ class Network:
         """Memory for n rows, made once; a piece that is left over has its own."""
         key = (rows, apart or not self.in_place)
         if key not in self._spaces:
+            for old in list(self._spaces)[: 1 - KEPT_SPACES]:
+                del self._spaces[old]
             self._spaces[key] = Space(self, *key)
         return self._spaces[key]
 
@@ -240,7 +243,7 @@ class Engine:
     ) -> None:
         row, objective = choose(ACTIVATIONS, activation, "activation"), choose(LOSSES, loss, "loss")
         self.count = count = len(parameters[0][0])
-        rates = [float(lr)] * count if isinstance(lr, int | float) else [float(rate) for rate in lr]
+        rates = [float(rate) for rate in lr] if isinstance(lr, Sequence) else [float(lr)] * count
         if len(rates) != count:
             raise UsageError(f"lr: {len(rates)} learning rates for {count} networks; give one, or one for each")
         joint = len(set(rates)) == 1 and batch * max(w.shape[-1] * w.shape[-2] for w, _ in parameters) <= JOINT_ENTRIES

@@ -4,7 +4,8 @@ Knows which tensors a network has and nothing of how they are made. Legend: E en
 B octaves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from initlab.signal.accelerate import expanded
 from initlab.signal.moments import FIELDS, octaves, summarize, summarize_and_count
 from initlab.signal.stats import Key, Rows
 
-PAGE_STEPS = 8
+PAGE_STEPS, PAGE_BYTES = 8, 2**26  # steps of a page at most, and what its histograms may take with all octaves
 BIAS_UPDATE = "bias update"  # the compiled pass makes its row on the way; the tables have the weights' alone
 
 
@@ -41,25 +42,41 @@ def slots(layers: int) -> list[Slot]:
 class Page:
     """The rows of a few steps: `fields` (steps, slots, E, F), and histograms, as runs of counts or with all octaves."""
 
-    def __init__(self, layers: int, count: int, like: Tensor, histograms: bool, accelerated: bool) -> None:
-        self.accelerated = accelerated
+    def __init__(
+        self, layers: int, count: int, like: Tensor, histograms: bool, accelerated: bool = True, in_runs: bool = False
+    ) -> None:
+        self.accelerated, self.in_runs = accelerated, in_runs
         self.slots = slots(layers)
         self.place = {slot: k for k, slot in enumerate(self.slots)}
-        shape = (PAGE_STEPS, len(self.slots), count)
+        self.octaves = octaves(like.dtype)[1] - octaves(like.dtype)[0] + 1
+        dense = 8 * self.octaves * len(self.slots) * count if histograms and not in_runs else 1
+        self.steps = max(1, min(PAGE_STEPS, PAGE_BYTES // dense))
+        shape = (self.steps, len(self.slots), count)
         self.fields = torch.full((*shape, len(FIELDS)), torch.nan, dtype=torch.float64, device=like.device)
         self.histograms, self.dtype = histograms, like.dtype
-        self.octaves = octaves(like.dtype)[1] - octaves(like.dtype)[0] + 1
         self.dense: Tensor | None = None
         self.starts = np.zeros(shape, dtype=np.int64)
         # Room for the worst case, of which only what is written becomes memory.
-        self.runs = np.empty(self.starts.size * (2 + 2 * self.octaves) if histograms else 0, dtype=np.int32)
+        worst = self.starts.size * (2 + 2 * self.octaves) if histograms and in_runs else 0
+        self.runs = np.empty(worst, dtype=np.int32)
         self.arena = np.array([self.runs.ctypes.data, 0, 0], dtype=np.int64)
 
     def open(self, at: int) -> tuple[int, int | None]:
         """Addresses of a step's rows and of the arena for its histograms, for the compiled passes."""
+        assert self.in_runs and 0 <= at < self.steps, "the compiled passes would write beyond the page"
         self.arena[2] = self.starts.ctypes.data + at * self.starts.strides[0]
         step = self.fields.stride(0) * self.fields.element_size()
         return self.fields.data_ptr() + at * step, self.arena.ctypes.data if self.histograms else None
+
+    @contextmanager
+    def step(self, at: int) -> Iterator[int]:
+        """The writing of one step; what an interrupted one has put into the arena is forgotten."""
+        used = int(self.arena[1])
+        try:
+            yield at
+        except BaseException:
+            self.arena[1] = used
+            raise
 
     def rows_of(self, layers: range, tensor: str, direction: str) -> slice:
         """The places of a tensor of successive layers: they lie at equal distances."""

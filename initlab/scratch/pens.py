@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from initlab.scratch.engine import Network, Stack
+from initlab.scratch.engine import KEPT_SPACES, Network, Stack
 from initlab.scratch.page import BIAS_UPDATE, Page, Slot
 from initlab.signal.accelerate import JOB, library
 from initlab.signal.moments import FIELDS
@@ -134,6 +134,8 @@ class Fused:
 
     def _addresses(self, rows: int) -> "_Addresses":
         if rows not in self._prepared:
+            if len(self._prepared) == KEPT_SPACES:
+                self._prepared.clear()
             self._prepared[rows] = _Addresses(self, rows)
         return self._prepared[rows]
 

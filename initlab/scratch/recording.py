@@ -10,7 +10,7 @@ from torch import Tensor
 
 from initlab.scratch.engine import Engine, Network
 from initlab.scratch.launched import Launched, works
-from initlab.scratch.page import PAGE_STEPS, Page
+from initlab.scratch.page import Page
 from initlab.scratch.pens import Apart, Fused, Pen
 from initlab.signal import fused_triton
 from initlab.signal.accelerate import library
@@ -38,8 +38,9 @@ class Recording:
     ) -> None:
         self.engine, self.rows, self.name = engine, rows, name
         first = engine.networks[0].w[0]
-        self.page = Page(len(engine.networks[0].w), engine.count, first, histograms, accelerated)
         kind = pen_for(engine.networks[0]) if accelerated else Apart
+        layers = len(engine.networks[0].w)
+        self.page = Page(layers, engine.count, first, histograms, accelerated, in_runs=kind is Fused)
         self.pens: list[Pen] = [
             kind(net, self.page, part.start) for net, part in zip(engine.networks, engine.slices, strict=True)
         ]
@@ -47,12 +48,12 @@ class Recording:
 
     def step(self, xb: Tensor, yb: Tensor, step: int) -> Tensor:
         """One update of every network, recorded as that step; the losses before it, (E,)."""
-        at = len(self._steps)
-        self._steps.append(step)
-        parts = zip(self.pens, self.engine.parts(xb, yb), strict=True)
-        losses = torch.cat([pen.step(x, y, at).reshape(-1) for pen, (x, y) in parts])
-        if len(self._steps) == PAGE_STEPS:
+        if len(self._steps) == self.page.steps:
             self.flush()
+        with self.page.step(len(self._steps)) as at:
+            parts = zip(self.pens, self.engine.parts(xb, yb), strict=True)
+            losses = torch.cat([pen.step(x, y, at).reshape(-1) for pen, (x, y) in parts])
+        self._steps.append(step)  # whole: a step that was interrupted leaves no row
         return losses
 
     def flush(self) -> None:

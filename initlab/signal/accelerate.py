@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -62,7 +63,7 @@ def _found() -> ctypes.CDLL | None:
         return None
     try:
         return _loaded(_built())
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
         logging.getLogger(__name__).warning("statistics in plain PyTorch, slower: %s", _reason(error))
         return None
 
@@ -84,34 +85,60 @@ def expanded(runs: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _reason(error: Exception) -> str:
-    said = getattr(error, "stderr", None) or str(error)
-    lines = [line for line in said.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line), lines[0] if lines else type(error).__name__)
+    if isinstance(error, subprocess.CalledProcessError):
+        said = next((line for line in error.stderr.splitlines() if "error" in line), f"exit status {error.returncode}")
+        return f"{error.cmd[0]} cannot build them ({said.strip()}); set CXX to another C++ compiler"
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _built() -> Path:
     """Path of the library, compiled if this source has not yet been for this compiler and processor."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    given = os.environ.get("CXX", "").strip()
+    compiler = given or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
         raise OSError("no C++ compiler found (c++, g++, clang++ or $CXX)")
+    words = [compiler] if Path(compiler).is_file() else shlex.split(compiler)
+    if shutil.which(words[0]) is None:
+        raise OSError(f"CXX={given}: no such program")
     built = _cache() / f"accelerated-{_fingerprint(compiler)}.so"
-    if not built.is_file():
+    proof = built.with_suffix(".blake2b")
+    if not _is_whole(built, proof):
         with tempfile.TemporaryDirectory(dir=built.parent) as folder:
             own = Path(folder) / built.name
-            command = [*compiler.split(), *FLAGS, "-o", str(own), str(SOURCE)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-            own.replace(built)  # whole or not at all, whoever else is building
+            command = [*words, *FLAGS, "-o", str(own), str(SOURCE)]
+            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=300)
+            own.with_suffix(".blake2b").write_text(_digest(own))
+            own.replace(built)
+            own.with_suffix(".blake2b").replace(proof)
     return built
 
 
+def _digest(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def _is_whole(built: Path, proof: Path) -> bool:
+    """Whether it is there, ours, and as it was built: loading half a library would end the process."""
+    return all(path.is_file() and _is_ours(path) for path in (built, proof)) and proof.read_text() == _digest(built)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether nobody else could have put it there."""
+    if not hasattr(os, "getuid"):
+        return True
+    found = path.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
 def _cache() -> Path:
+    """A folder that only the user writes to, his cache or one for this process."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "initlab"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK) and _is_ours(folder):
             return folder
-    except OSError:
-        pass  # a home that cannot be written to
+    except (OSError, RuntimeError):
+        pass  # no home, or one that cannot be written to
     return Path(tempfile.mkdtemp(prefix="initlab-"))
 
 

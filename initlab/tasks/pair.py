@@ -93,7 +93,7 @@ class Pair:
         self.hand: _Hand
         if optimizer == "sgd":
             self.hand = _ByEngine(Engine(parameters, activation, loss, lr, batch), records)
-        elif not isinstance(lr, int | float):
+        elif isinstance(lr, Sequence):
             raise UsageError(f"train.optimizer={optimizer}: a learning rate for each network needs sgd")
         else:
             self.hand = _ByPass(parameters, self.activation, self.loss, OPTIMIZERS[optimizer], lr, records)
@@ -103,7 +103,7 @@ class Pair:
             if choose(MODULES, modules, "train.modules") == MODULES["vmap"]
             else None
         )
-        rates = [lr] * len(self.twins) if isinstance(lr, int | float) else lr
+        rates = lr if isinstance(lr, Sequence) else [lr] * len(self.twins)
         groups = [{"params": list(model.parameters()), "lr": r} for model, r in zip(self.twins, rates, strict=True)]
         self.by_torch = OPTIMIZERS[optimizer](groups, lr=rates[0])
 

@@ -68,7 +68,7 @@ def train(
                 for layer, shape in enumerate(pairwise(sizes), start=1)
             ]
             records = Records(group, deliver, histograms, _differing(init, rules, lr, rates, activation, part))
-            given = lr if isinstance(lr, int | float) else rates[part]
+            given = rates[part] if isinstance(lr, Sequence) else lr
             pair = Pair(parameters, activation, loss, optimizer, given, batch, records, modules)
             try:
                 for step, (xb, yb) in enumerate(_batches(data, loss, batch, steps, group, number, place)):
@@ -101,7 +101,7 @@ def _together(sizes: Sequence[int], batch: int, networks: int, dtype: torch.dtyp
 
 
 def _rates(lr: float | Sequence[float], networks: int) -> list[float]:
-    rates = [float(lr)] * networks if isinstance(lr, int | float) else [float(rate) for rate in lr]
+    rates = [float(rate) for rate in lr] if isinstance(lr, Sequence) else [float(lr)] * networks
     if len(rates) != networks:
         raise UsageError(
             f"train.lr: {len(rates)} learning rates for {networks} networks; give one, or one for each seed"
@@ -145,7 +145,7 @@ def _differing(
         names = pd.Categorical([name_of(one) for one in init])
         found["init"] = names[part]
         found["gain"] = np.array([one.gain_for(activation) for one in rules[part]])
-    if not isinstance(lr, int | float):
+    if isinstance(lr, Sequence):
         found["lr"] = np.array(rates[part])
     return found
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from initlab.errors import UsageError
 from initlab.scratch import engine as fast
 from initlab.scratch import mlp
-from initlab.scratch.engine import Engine
+from initlab.scratch.engine import KEPT_SPACES, Engine
 from initlab.scratch.layers import LOSSES
 from initlab.scratch.mlp import Parameters
 from initlab.scratch.page import PAGE_STEPS
@@ -199,3 +200,37 @@ def test_a_bare_step_takes_four_operations_a_layer() -> None:
     few, many = ([name for name in operations(depth, None) if name not in VIEWS] for depth in (10, 60))
     assert len(many) - len(few) <= 4.5 * 50
     assert len(many) <= 4.5 * 60
+
+
+@pytest.mark.parametrize("accelerated", PENS)
+@pytest.mark.parametrize("stopped", [0, PAGE_STEPS - 1, PAGE_STEPS + 1])
+def test_a_step_that_was_interrupted_leaves_no_row(accelerated: bool, stopped: int) -> None:
+    """Also where the page was about to be full, and the recording can go on."""
+    parameters, (x, y) = drawn(2), batch_of(2)
+    rows = Rows([0, 1], histograms=True)
+    recording = Recording(Engine(parameters, batch=12), rows, accelerated=accelerated)
+    for step in range(2 * PAGE_STEPS):
+        if step == stopped:
+            with pytest.raises(UsageError):
+                recording.step(x, y[:, :-1], step)
+        else:
+            recording.step(x, y, step)
+    recording.flush()
+    frame, histograms = rows.frame(), rows.histograms()
+    kept = [step for step in range(2 * PAGE_STEPS) if step != stopped]
+    assert sorted(frame["step"].unique()) == kept and len(frame) % len(kept) == 0
+    assert (frame["count"] > 0).all() and frame["rms"].notna().all()
+    assert all(
+        min(min(p), min(n)) >= 0 for p, n in zip(histograms["positive"], histograms["negative"], strict=True) if len(p)
+    )
+
+
+def test_batch_sizes_that_change_keep_no_memory() -> None:
+    engine = Engine(drawn(1), batch=12)
+    recording = Recording(engine, Rows([0]))
+    for n in range(2, 40):
+        x, y = torch.randn(1, n, SIZES[0]), torch.randint(SIZES[-1], (1, n))
+        recording.step(x, y, n)
+        engine.step(x, y)
+    assert len(engine.networks[0]._spaces) <= KEPT_SPACES
+    assert len(getattr(recording.pens[0], "_prepared", {})) <= KEPT_SPACES

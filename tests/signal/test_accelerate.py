@@ -256,7 +256,7 @@ def test_a_compiler_that_fails(afresh: pytest.MonkeyPatch, caplog: pytest.LogCap
     afresh.setenv("CXX", "false")
     with caplog.at_level(logging.WARNING):
         assert library() is None
-    assert len(caplog.records) == 1 and "slower" in caplog.text
+    assert len(caplog.records) == 1 and "set CXX to another C++ compiler" in caplog.text
 
 
 @needs_compiler
@@ -269,3 +269,40 @@ def test_plain_takes_the_plain_road() -> None:
 def test_the_switch(afresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     afresh.setenv(accelerate.SWITCH, "0")
     assert library() is None and not caplog.records
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(1, 10**6), (50_000, 1), (50_000, 10), (3000, 7)], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 3.0, 10.0, 30.0])
+def test_many_terms_and_a_mean_above_the_std(shape: tuple[int, int], mean: float) -> None:
+    """Whole numbers: their sums and squares are exact in float64, so is the reference."""
+    x = torch.randn(*shape).mul(1000).add(1000 * mean).round()
+    wide, n = x.double(), x.numel()
+    exact = (wide.square().sum() - wide.sum().square() / n) / n
+    for batched in (True, False):
+        row = dict(zip(FIELDS, summarize(x, batched), strict=True))
+        assert abs(row["m2"] / n - exact) <= 1e-12 * exact
+        if batched:
+            inside = (wide - wide.mean(-2, keepdim=True)).square().mean()
+            assert abs(row["within"] - inside) <= 1e-12 * inside
+
+
+@needs_compiler
+def test_a_broken_or_foreign_library_is_built_again(afresh: pytest.MonkeyPatch) -> None:
+    assert library() is not None
+    folder = accelerate._cache()
+    (built,) = folder.glob("*.so")
+    half = built.read_bytes()[:1000]
+    built.unlink()  # the one that is loaded stays what it is
+    built.write_bytes(half)
+    accelerate._found.cache_clear()
+    assert library() is not None and built.stat().st_size > 1000
+    folder.chmod(0o777)
+    assert accelerate._cache() != folder
+    folder.chmod(0o700)
+
+
+def test_a_compiler_that_is_not_there_is_named(afresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    afresh.setenv("CXX", "no-such-compiler -O1")
+    assert library() is None
+    assert "CXX=no-such-compiler -O1: no such program" in caplog.text
