@@ -17,7 +17,7 @@ from initlab.signal.accelerate import expanded
 from initlab.signal.moments import FIELDS, octaves, summarize, summarize_and_count
 from initlab.signal.stats import Key, Rows
 
-PAGE_STEPS, PAGE_BYTES = 8, 2**26  # steps of a page at most, and what its histograms may take with all octaves
+PAGE_STEPS, PAGE_BYTES = 64, 2**24  # steps of a page at most, and what its rows, or its histograms, may take
 BIAS_UPDATE = "bias update"  # the compiled pass makes its row on the way; the tables have the weights' alone
 
 
@@ -49,16 +49,16 @@ class Page:
         self.slots = slots(layers)
         self.place = {slot: k for k, slot in enumerate(self.slots)}
         self.octaves = octaves(like.dtype)[1] - octaves(like.dtype)[0] + 1
-        dense = 8 * self.octaves * len(self.slots) * count if histograms and not in_runs else 1
-        self.steps = max(1, min(PAGE_STEPS, PAGE_BYTES // dense))
+        a_row = max(8 * len(FIELDS), 8 * self.octaves if histograms and not in_runs else 0)
+        self.steps = max(1, min(PAGE_STEPS, PAGE_BYTES // (a_row * len(self.slots) * count)))
         shape = (self.steps, len(self.slots), count)
         self.fields = torch.full((*shape, len(FIELDS)), torch.nan, dtype=torch.float64, device=like.device)
         self.histograms, self.dtype = histograms, like.dtype
         self.dense: Tensor | None = None
         self.starts = np.zeros(shape, dtype=np.int64)
-        # Room for the worst case, of which only what is written becomes memory.
-        worst = self.starts.size * (2 + 2 * self.octaves) if histograms and in_runs else 0
-        self.runs = np.empty(worst, dtype=np.int32)
+        # Before every step there is room for the most that it can write; as a rule it writes a tenth of that.
+        self._most = len(self.slots) * count * (2 + 2 * self.octaves) if histograms and in_runs else 0
+        self.runs = np.empty(max(2 * self._most, min(PAGE_BYTES // 4, self._most * self.steps)), dtype=np.int32)
         self.arena = np.array([self.runs.ctypes.data, 0, 0], dtype=np.int64)
 
     def open(self, at: int) -> tuple[int, int | None]:
@@ -67,6 +67,10 @@ class Page:
         self.arena[2] = self.starts.ctypes.data + at * self.starts.strides[0]
         step = self.fields.stride(0) * self.fields.element_size()
         return self.fields.data_ptr() + at * step, self.arena.ctypes.data if self.histograms else None
+
+    def full(self, written: int) -> bool:
+        """Whether there is no room for another step."""
+        return written == self.steps or int(self.arena[1]) + self._most > len(self.runs)
 
     @contextmanager
     def step(self, at: int) -> Iterator[int]:

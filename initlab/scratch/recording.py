@@ -48,7 +48,7 @@ class Recording:
 
     def step(self, xb: Tensor, yb: Tensor, step: int) -> Tensor:
         """One update of every network, recorded as that step; the losses before it, (E,)."""
-        if len(self._steps) == self.page.steps:
+        if self.page.full(len(self._steps)):
             self.flush()
         with self.page.step(len(self._steps)) as at:
             parts = zip(self.pens, self.engine.parts(xb, yb), strict=True)

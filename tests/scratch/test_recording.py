@@ -11,11 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from initlab.errors import UsageError
 from initlab.scratch import engine as fast
-from initlab.scratch import mlp
+from initlab.scratch import mlp, page
 from initlab.scratch.engine import KEPT_SPACES, Engine
 from initlab.scratch.layers import LOSSES
 from initlab.scratch.mlp import Parameters
-from initlab.scratch.page import PAGE_STEPS
 from initlab.scratch.pens import Apart, Fused
 from initlab.scratch.recording import Recording
 from initlab.signal.accelerate import library
@@ -139,7 +138,7 @@ def test_steps_keep_their_numbers_over_several_pages() -> None:
     parameters, (x, y) = drawn(1), batch_of(1)
     engine, rows = Engine(parameters, batch=12), Rows([7])
     recording = Recording(engine, rows, histograms=False)
-    steps = list(range(0, 10 * (PAGE_STEPS + 3), 10))
+    steps = list(range(0, 10 * (recording.page.steps + 3), 10))
     for step in steps:
         recording.step(x, y, step)
     recording.flush()
@@ -203,13 +202,16 @@ def test_a_bare_step_takes_four_operations_a_layer() -> None:
 
 
 @pytest.mark.parametrize("accelerated", PENS)
-@pytest.mark.parametrize("stopped", [0, PAGE_STEPS - 1, PAGE_STEPS + 1])
-def test_a_step_that_was_interrupted_leaves_no_row(accelerated: bool, stopped: int) -> None:
+@pytest.mark.parametrize("stopped", [0, 3, 4, 5])
+def test_a_step_that_was_interrupted_leaves_no_row(
+    accelerated: bool, stopped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where the page was about to be full, and the recording can go on."""
+    monkeypatch.setattr(page, "PAGE_STEPS", 4)
     parameters, (x, y) = drawn(2), batch_of(2)
     rows = Rows([0, 1], histograms=True)
     recording = Recording(Engine(parameters, batch=12), rows, accelerated=accelerated)
-    for step in range(2 * PAGE_STEPS):
+    for step in range(10):
         if step == stopped:
             with pytest.raises(UsageError):
                 recording.step(x, y[:, :-1], step)
@@ -217,7 +219,7 @@ def test_a_step_that_was_interrupted_leaves_no_row(accelerated: bool, stopped: i
             recording.step(x, y, step)
     recording.flush()
     frame, histograms = rows.frame(), rows.histograms()
-    kept = [step for step in range(2 * PAGE_STEPS) if step != stopped]
+    kept = [step for step in range(10) if step != stopped]
     assert sorted(frame["step"].unique()) == kept and len(frame) % len(kept) == 0
     assert (frame["count"] > 0).all() and frame["rms"].notna().all()
     assert all(
@@ -234,3 +236,22 @@ def test_batch_sizes_that_change_keep_no_memory() -> None:
         engine.step(x, y)
     assert len(engine.networks[0]._spaces) <= KEPT_SPACES
     assert len(getattr(recording.pens[0], "_prepared", {})) <= KEPT_SPACES
+
+
+@needs_compiler
+def test_a_page_of_histograms_is_handed_over_before_it_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "PAGE_BYTES", 2**16)
+    parameters, (x, y) = drawn(2), batch_of(2)
+    rows, one = Rows([0, 1], histograms=True), Rows([0, 1], histograms=True)
+    recording = Recording(Engine(parameters, batch=12), rows)
+    for step in range(30):
+        recording.step(x, y, step)
+        assert int(recording.page.arena[1]) <= len(recording.page.runs)
+    recording.flush()
+    monkeypatch.undo()
+    usual = Recording(Engine(parameters, batch=12), one)
+    for step in range(30):
+        usual.step(x, y, step)
+    usual.flush()
+    for a, b in ((rows.frame(), one.frame()), (rows.histograms(), one.histograms())):
+        pd.testing.assert_frame_equal(a, b, check_exact=True, check_categorical=False)
