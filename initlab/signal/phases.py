@@ -7,7 +7,8 @@ moment q0 = 1 runs into; GELU and its kin have others. Infinite width: see `fini
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -74,7 +75,7 @@ def phase_plane(activation: Given, sw2: Sequence[float], sb2: Sequence[float]) -
     chi = chi_1.clone()
     if bool(chaotic.any()):
         chi[chaotic] = s[chaotic] * _in_octaves(
-            lambda r, x, y: maps.slope_overlap(r, x, y, FINE), row, q[chaotic], c[chaotic]
+            partial(maps.slope_overlap, per_panel=FINE), row, q[chaotic], c[chaotic]
         )
     found = {"sw2": s, "sb2": b, "q": q, "c": c, "slope": slope, "chi_1": chi_1, "chi": chi}
     frame = pd.DataFrame({name: values.numpy() for name, values in found.items()})
@@ -129,7 +130,7 @@ def _table(row: Activation) -> tuple[Tensor, Tensor, Tensor]:
 def _in_octaves(f: Callable[[Activation, Tensor, Tensor], Tensor], row: Activation, q: Tensor, c: Tensor) -> Tensor:
     """f(row, q, c) where neighbours in q share their panels, which get finer with q."""
     order = q.argsort()
-    parts = [f(row, q[part], c[part]) for part in order.split(256)]
+    parts = [f(row, q[part], c[part]) for part in torch.split(order, 256)]
     return torch.empty_like(q).scatter_(0, order, torch.cat(parts))
 
 
@@ -213,9 +214,7 @@ def _correlation_fixed_point(row: Activation, q: Tensor, s: Tensor, b: Tensor) -
         for _ in range(steps):
             part = open_.nonzero().flatten()
             rest = _residual(row, q[part], s[part], b[part], c[part], per_panel)
-            slope = 1 - s[part] * _in_octaves(
-                lambda r, x, y, n=per_panel: maps.slope_overlap(r, x, y, n), row, q[part], c[part]
-            )
+            slope = 1 - s[part] * _in_octaves(partial(maps.slope_overlap, per_panel=per_panel), row, q[part], c[part])
             step = torch.where(slope > 0, -rest / slope, 0.0)
             c[part] = (c[part] + step).clamp(0, 1)
             open_[part] = step.abs() > enough
@@ -225,7 +224,7 @@ def _correlation_fixed_point(row: Activation, q: Tensor, s: Tensor, b: Tensor) -
 
 
 def _residual(row: Activation, q: Tensor, s: Tensor, b: Tensor, c: Tensor, per_panel: int) -> Tensor:
-    image = s * _in_octaves(lambda r, x, y: maps.overlap(r, x, y, per_panel), row, q, c) + b
+    image = s * _in_octaves(partial(maps.overlap, per_panel=per_panel), row, q, c) + b
     return c - image / q
 
 
@@ -273,7 +272,7 @@ def half_stable(activation: Given) -> tuple[float, float, float]:
         return float(maps.growth(row, at) / maps.slope_moment(row, at)) - 1
 
     values = [excess(x) for x in inner.tolist()]
-    for k, (left, right) in enumerate(zip(values, values[1:], strict=False)):
+    for k, (left, right) in enumerate(pairwise(values)):
         if left * right < 0 and min(abs(left), abs(right)) > 1e-12:
             root = _bisected(excess, float(inner[k]), float(inner[k + 1]))
             at = torch.tensor([root], dtype=torch.float64)

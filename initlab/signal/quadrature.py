@@ -62,7 +62,8 @@ def gaussian_means(f: Callable[[Tensor, Tensor], Tensor], q: Tensor, kinks: tupl
     if any(kinks):  # edges that move with q: one by one
         found = [_means(f, one, tuple(k / math.sqrt(float(one)) for k in kinks)) for one in q.reshape(-1, 1)]
         return torch.cat(found).reshape(q.shape)
-    return torch.cat([_means(f, part, ()) for part in q.reshape(-1).split(1024)]).reshape(q.shape)
+    parts = torch.split(q.reshape(-1), 1024)
+    return torch.cat([_means(f, part, ()) for part in parts]).reshape(q.shape)
 
 
 def _means(f: Callable[[Tensor, Tensor], Tensor], q: Tensor, kinks: tuple[float, ...]) -> Tensor:
@@ -80,14 +81,13 @@ def pair_mean(
     of s have their edges where z1 or z2 meets a kink, so that a correlation of nearly 1, whose kinks nearly coincide,
     costs no accuracy. Error below 1e-10 for the table of activations.
     """
-    wide = torch.broadcast_tensors(*(torch.as_tensor(x, dtype=torch.float64) for x in (q, c)))
-    flat_q, flat_c = (x.reshape(-1) for x in wide)
+    one, other = torch.as_tensor(q, dtype=torch.float64), torch.as_tensor(c, dtype=torch.float64)
+    shape = torch.broadcast_shapes(one.shape, other.shape)
+    flat_q, flat_c = one.expand(shape).reshape(-1), other.expand(shape).reshape(-1)
     fine = _octaves(float(flat_q.max()))
     step = max(1, CHUNK // _plane_points(fine, kinks, per_panel))
-    parts = []
-    for k in range(0, len(flat_q), step):
-        parts.append(_plane(f, flat_q[k : k + step], flat_c[k : k + step], kinks, per_panel))
-    return torch.cat(parts).reshape(wide[0].shape)
+    pieces = [slice(k, k + step) for k in range(0, len(flat_q), step)]
+    return torch.cat([_plane(f, flat_q[p], flat_c[p], kinks, per_panel) for p in pieces]).reshape(shape)
 
 
 def _centres(kinks: tuple[float, ...]) -> tuple[float, ...]:
@@ -100,12 +100,18 @@ def _plane_points(octaves: int, kinks: tuple[float, ...], per_panel: int) -> int
     return (4 + octaves + n * (n - 1) // 2) * (7 + 2 * n * (1 + 2 * octaves)) * per_panel**2
 
 
-def _panels(edges: Tensor, per_panel: int) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre nodes between sorted edges (..., P) and weights with the normal density: (..., (P - 1) n)."""
-    nodes, weights = (torch.from_numpy(x) for x in _legendre(per_panel))
-    half, middle = edges.diff(dim=-1).unsqueeze(-1) / 2, (edges[..., 1:] + edges[..., :-1]).unsqueeze(-1) / 2
-    u = (middle + half * nodes).flatten(-2)
-    return u, (half * weights).flatten(-2) * torch.exp(-u * u / 2) / math.sqrt(2 * math.pi)
+def panels(edges: np.ndarray, per_panel: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Legendre nodes between sorted edges (..., P) and their weights, no density: (..., (P - 1) n)."""
+    nodes, weights = _legendre(per_panel)
+    half, middle = np.diff(edges)[..., None] / 2, (edges[..., 1:] + edges[..., :-1])[..., None] / 2
+    shape = (*edges.shape[:-1], -1)
+    return (middle + half * nodes).reshape(shape), (half * weights).reshape(shape)
+
+
+def _normal(edges: Tensor, per_panel: int) -> tuple[Tensor, Tensor]:
+    """`panels` with the normal density in the weights."""
+    u, lengths = (torch.from_numpy(x) for x in panels(edges.numpy(), per_panel))
+    return u, lengths * torch.exp(-u * u / 2) / math.sqrt(2 * math.pi)
 
 
 def _plane(f: Function, q: Tensor, c: Tensor, kinks: tuple[float, ...], per_panel: int) -> Tensor:
@@ -120,13 +126,13 @@ def _plane(f: Function, q: Tensor, c: Tensor, kinks: tuple[float, ...], per_pane
     opposed = float((b / a)[a > 0].max()) if bool((a > 0).any()) else 0.0  # near c = -1 the outer scale is a / b
     nearing = 2.0 ** -torch.arange(1, 1 + max(octaves, _octaves(opposed**2)), dtype=torch.float64)
     regular = torch.cat([torch.arange(0, PAIR_REACH + 1, 3, dtype=torch.float64), nearing]).expand(len(q), -1)
-    d, d_weights = _panels(torch.cat([regular, *meetings], -1).clamp(max=PAIR_REACH).sort(-1).values, per_panel)
+    d, d_weights = _normal(torch.cat([regular, *meetings], -1).clamp(max=PAIR_REACH).sort(-1).values, per_panel)
     crossings = [(k / (root + tiny) + sign * b * d) / (a + tiny) for k in places for sign in (1, -1)]
     around = torch.cat([torch.zeros(1, dtype=torch.float64), halving, -halving])
     moving = (torch.stack(crossings, -1).unsqueeze(-1) + around / (a + tiny)[..., None, None]).flatten(-2)
     fixed = torch.arange(-PAIR_REACH, PAIR_REACH + 1, 3, dtype=torch.float64).expand(*d.shape, -1)
     edges = torch.cat([fixed, moving], -1).clamp(-PAIR_REACH, PAIR_REACH).sort(-1).values
-    s, s_weights = _panels(edges, per_panel)
+    s, s_weights = _normal(edges, per_panel)
     along, across = a.unsqueeze(-1) * s, (b * d).unsqueeze(-1)
     scale = root.unsqueeze(-1)
     product = f(scale * (along + across)) * f(scale * (along - across))

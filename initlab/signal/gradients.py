@@ -1,0 +1,169 @@
+"""Finite width for any activation, backward: the law of a gradient on its way down, and a stack's laws altogether.
+
+A layer multiplies the gradient by phi'(z) and by the weights' transpose, taken as independent of the forward pass (exact
+at infinite width, good to order 1/n else). The state is again ln T and ln W; it depends on the forward states
+that it has come through, which are correlated from layer to layer, so it is carried as
+    (ln T, ln W) = P (y - E y) + rest,    y the forward state of the same layer, the rest independent of it.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from initlab.signal.activations import Activation
+from initlab.signal.closure import Layer, Step, forward, kept, share_of_units
+from initlab.signal.laws import CERTAIN, Array, Law, gaussian_batch, ln, ln_cov, regression, relative_to, symmetric, total
+from initlab.signal.units import COARSE, FINE, closed
+
+
+class Stack(NamedTuple):
+    """Laws by layer; of the activations the first is the input's, else index 0 is layer 1."""
+
+    activations: list[Law]
+    preactivations: list[Law]
+    activation_gradients: list[Law]
+    preactivation_gradients: list[Law]
+
+
+class _Back(NamedTuple):
+    """State of a gradient: centre, and its dependence on the forward state."""
+
+    mean: Array
+    pair: float
+    by_state: Array  # P
+    rest: Array
+
+
+def laws(
+    row: Activation,
+    layers: Sequence[Layer],
+    batch: int,
+    q0: float = 1.0,
+    c0: float = 0.0,
+    fixed_input: bool = False,
+    infinite: bool = False,
+) -> Stack:
+    """Laws of all tensors; the gradient at the top is unit Gaussian and independent for every input.
+
+    `fixed_input`: the input is one batch of second moment q0 and mean cosine c0, else drawn anew for each network.
+    `infinite`: the limit in which all widths grow together.
+    """
+    first = math.inf if infinite else layers[0].fan_in
+    state = gaussian_batch(first, batch, q0, c0, exact=fixed_input)
+    activations, preactivations, steps = [symmetric(state, first)], [], []
+    for layer in layers:
+        width = math.inf if infinite else layer.fan_out
+        z, x, step = forward(row, layer, activations[-1], batch, FINE if infinite else COARSE, width)
+        preactivations.append(z)
+        activations.append(x)
+        steps.append(step)
+    above, below = _down(row, steps, batch)
+    return Stack(activations, preactivations, above, below)
+
+
+def _down(row: Activation, steps: list[Step], batch: int) -> tuple[list[Law], list[Law]]:
+    top = gaussian_batch(math.inf, batch)
+    n = steps[-1].width
+    back, remain = _Back(top.mean, 0.0 if top.alone else 1 / n, np.zeros((2, 2)), np.zeros((2, 2))), 1.0
+    above, below = [], []
+    for step in reversed(steps):
+        cov = back.by_state @ np.nan_to_num(_next_cov(step)) @ back.by_state.T + back.rest
+        above.append(_seen(Law(back.mean, CERTAIN if step.state.certain else cov, pair=back.pair), batch, step.width, remain))
+        law, back = _backward(row, step, back, remain)
+        below.append(law)
+        remain = kept(step.layer.fan_out, step.layer.fan_in, step.layer.orthogonal)
+    return above[::-1], below[::-1]
+
+
+def _next_cov(step: Step) -> Array:
+    """Covariance of the forward state above a layer, by its dependence on the one below."""
+    return step.jacobian @ step.state.cov @ step.jacobian.T + step.noise
+
+
+def _seen(law: Law, batch: int, n: float, remain: float) -> Law:
+    """The gradient at an activation, as n Gaussian units show it."""
+    wobble = 0.0 if law.alone else 2 * (1 / (batch - 1) + law.pair) / n
+    shift, noise = ln_cov(remain * np.diag([2 / n, wobble])[None])
+    found = Law(law.mean + shift[0], law.cov + noise[0], shares={"frac_zero": (0.0, 0.0)}, pair=law.pair)
+    return symmetric(found, n)
+
+
+def _parts(step: Step, t: float, w: float) -> tuple[Array, Array]:
+    """One unit's T and W given m: parts without and with the square of the gradient's mean over the batch, (2, G, M)."""
+    u, batch = step.units, step.batch
+    k1, k2 = u.slope**2, u.slope2
+    a, b = w * (k2 - k1) / batch, t * (k2 - k1 - u.slope_along**2) / batch
+    return np.stack([a, k2 * w - a]), np.stack([k1 * t + b, (k2 - k1) * t - b])
+
+
+def _unit(step: Step, back: _Back, t: float, w: float, remain: float) -> tuple[Array, Array, Array, Array]:
+    """Means (G, 2) and covariance of one unit's T and W of dL/dz; the parts given m."""
+    u, batch = step.units, step.batch
+    free, squared = _parts(step, t, w)
+    both = free + squared
+    means = u.over_m(both).T
+    cov = np.einsum("igm,jgm->gij", both * u.weights, both) - means[:, :, None] * means[:, None]
+    cov += 2 * np.einsum("igm,jgm->gij", squared * u.weights, squared)
+    k1, k2 = u.slope**2, u.slope2
+    a, b = w * (k2 - k1), t * (k2 - k1 - u.slope_along**2)
+    cov[:, 0, 0] += u.over_m(4 * k1 * t * (a + 3 * b) / batch + 2 * (a * a + 2 * a * b + 3 * b * b) / batch**2)
+    if w > 0:
+        fourth = 3 * u.slope4 - k2**2 * (w * w + 6 * w * t + 3 * t * t)
+        cov[:, 1, 1] += np.maximum(u.over_m(fourth), 0) / batch + 2 * back.pair * w * w * u.over_m(k2**2)
+    if remain < 1:
+        linear = u.over_m(squared)
+        cov -= (1 - remain) * 2 * np.einsum("ig,jg->gij", linear, linear)
+        cov[:, 1, 1] -= (1 - remain) * 2 * u.over_m(k2) ** 2 * w * w * (1 / batch + back.pair)
+        diagonal = np.einsum("gii->gi", cov)
+        diagonal[:] = np.maximum(diagonal, 0)
+    return means, cov / step.width, both, free
+
+
+def _backward(row: Activation, step: Step, back: _Back, remain: float) -> tuple[Law, _Back]:
+    """Law of dL/dz and the state of the gradient at the activation below."""
+    u, width = step.units, step.width
+    ln_q = np.logaddexp(*back.mean)
+    t, w = np.exp(back.mean - ln_q).tolist()
+    means, cov, both, _ = _unit(step, back, t, w, remain)
+    shift, noise = ln_cov(relative_to(means, cov))
+    with np.errstate(divide="ignore"):
+        values = np.log(np.maximum(means, 0)) + ln_q + shift
+    mean, _, own = total(values, noise, step.weights)
+    by_state, rest = _carried(step, back, values, means, own, both, t, w)
+    cov_all = by_state @ np.nan_to_num(step.state.cov) @ by_state.T + rest
+    share = share_of_units(u.probability(closed(row)), u, step.weights, width)
+    pair = _pair(step, back, means, cov, t, w, remain)
+    law = Law(mean, CERTAIN if step.state.certain else cov_all, shares={"frac_zero": share}, pair=pair)
+    return symmetric(law, width), _Back(mean + ln(step.layer.weight * step.layer.fan_out), pair, by_state, rest)
+
+
+def _pair(step: Step, back: _Back, means: Array, cov: Array, t: float, w: float, remain: float) -> float:
+    """By how much the product of two inputs' gradients differs from that of the average two, over W^2."""
+    if w == 0:
+        return 0.0
+    u = step.units
+    k1, k2 = u.slope**2, u.slope2
+    scatter = u.over_m(k2**2)[0] * (1 + 2 * t * t + 2 * back.pair * w * w) + 3 * t * t * u.over_m(k1**2)[0]
+    scatter -= 2 * u.over_m(k2 * k1)[0] * (t + 2 * t * t) + (1 - remain) * (u.over_m(k1)[0] * w) ** 2
+    size = means[0, 1] ** 2 + cov[0, 1, 1]
+    return float(((u.over_m(k1)[0] * w) ** 2 * back.pair + max(0.0, scatter) / step.width) / size)
+
+
+def _carried(
+    step: Step, back: _Back, values: Array, means: Array, own: Array, both: Array, t: float, w: float
+) -> tuple[Array, Array]:
+    """How the new state depends on the forward state below, and the covariance of the rest."""
+    u = step.units
+    direct = regression(values, step.nodes, step.weights, step.state.alone)
+    by_t, by_w = (u.over_m(sum(_parts(step, *share)))[:, 0] for share in ((t, 0.0), (0.0, w)))
+    size = np.where(means[0] > 0, means[0], 1)
+    by_back = np.stack([by_t, by_w], -1) / size[:, None]
+    above = by_back @ back.by_state
+    forward_size = np.where(step.means[0, :2] > 0, step.means[0, :2], 1)
+    off_forward = step.given[:2, 0] / forward_size[:, None] - (step.means[0, :2] > 0)[:, None]
+    off_back = both[:, 0] / size[:, None] - (means[0] > 0)[:, None]
+    cross = (off_forward * u.weights[0]) @ off_back.T / step.width
+    rest = above @ step.noise @ above.T + own + above @ cross + (above @ cross).T + by_back @ back.rest @ by_back.T
+    return above @ step.jacobian + direct, rest
