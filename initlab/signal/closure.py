@@ -55,6 +55,8 @@ class Step(NamedTuple):
     given: Array  # the same given m, (3, G, M)
     jacobian: Array  # of the next state by this one
     noise: Array  # that this layer's units add to it
+    next_single: float  # spread of the inputs' squared lengths above
+    length_noise: float  # what of it this layer's units have added
 
 
 def kept(fan_in: float, fan_out: float, orthogonal: bool) -> float:
@@ -73,26 +75,32 @@ def forward(row: Activation, layer: Layer, state: Law, batch: int, grid: Grid, w
     damped = np.exp(np.logaddexp(nodes[:, 0], nodes[:, 1]) + grow - ln_q)  # share of q that is not the biases'
     u = units(row, ln_t, ln_w, share, grid)
     remain = kept(layer.fan_in, layer.fan_out, layer.orthogonal)
-    means, cov, given = _unit(u, batch)
+    means, cov, given = _unit(u, batch, uneven(state.single, batch))
     if not state.alone:
-        means[:, 1] += np.maximum(u.bend * state.single * damped * u.inside[:, 0] / 8, -0.9 * means[:, 1])
         cov[:, 1, 1] += state.pair / 2 * u.over_m(u.curve**2)
     cov = _without_second_chaos(cov, u, given, remain, batch, state.pair) / width
     shift, noise = ln_cov(relative_to(means[:, :2], cov[:, :2, :2]))
+    apart, shrink, new = _apart(u, ln_q, means, cov, state, remain, damped, width, batch)
     with np.errstate(divide="ignore"):
-        ln_m = np.log(np.maximum(means[:, :2], 0)) + u.ln_scale[:, None] + shift
+        ln_m = np.log(np.maximum(means[:, :2], 0)) + u.ln_scale[:, None] + shift + shrink
     mean, both, own = total(ln_m, noise, weights)
     law = Law(mean, both * np.nan if state.certain else both)
-    x = replace(_activation(row, law, means, cov, u, weights, batch, width), **_apart(u, ln_q, means, cov, state, remain, damped, width))
+    x = replace(_activation(row, law, means, cov, u, weights, batch, width), **apart)
     z = _preactivation(row, np.stack([ln_t, ln_w], -1), weights, share, state, damped, remain, u, batch, width)
     jacobian = regression(ln_m, nodes, weights, state.alone)
-    return z, x, Step(layer, batch, width, u, nodes, weights, state, means, given, jacobian, own)
+    return z, x, Step(layer, batch, width, u, nodes, weights, state, means, given, jacobian, own, x.single, new)
 
 
-def _unit(u: Units, batch: int) -> tuple[Array, Array, Array]:
+def uneven(single: float, batch: int) -> float:
+    """So many times fewer inputs are as good, if lengths squared have this relative variance: B sum K^2 / (sum K)^2."""
+    return batch * (1 + single) / (batch + single)
+
+
+def _unit(u: Units, batch: int, worse: float) -> tuple[Array, Array, Array]:
     """Mean (G, 3) and covariance (G, 3, 3) of one unit's squared batch mean, batch variance and batch mean.
 
     Also the part of each given m, (3, G, M). The e_a add up to 0, so what is linear in them drops out of averages.
+    `worse`: so many times fewer inputs of one length would average as well.
     """
     t = (u.variance - u.along**2) / batch
     given = np.stack([u.mean**2 + t, u.variance - t, u.mean])
@@ -102,7 +110,7 @@ def _unit(u: Units, batch: int) -> tuple[Array, Array, Array]:
     along = (u.third - u.along_square * u.along) / batch
     inside = {
         (0, 0): 4 * u.mean**2 * t + 2 * t**2,
-        (1, 1): np.maximum(u.fourth - u.variance**2 - u.along_square**2, 0) / batch,
+        (1, 1): np.maximum(u.fourth - u.variance**2 - u.along_square**2, 0) * worse / batch,
         (2, 2): t,
         (0, 1): 2 * u.mean * along,
         (0, 2): 2 * u.mean * t,
@@ -184,18 +192,35 @@ def _activation(
 
 
 def _apart(
-    u: Units, ln_q: Array, means: Array, cov: Array, state: Law, remain: float, damped: Array, width: float
-) -> dict[str, float]:
-    """By how much single pairs and single inputs of the next state differ from the average ones."""
+    u: Units,
+    ln_q: Array,
+    means: Array,
+    cov: Array,
+    state: Law,
+    remain: float,
+    damped: Array,
+    width: float,
+    batch: int,
+) -> tuple[dict[str, float], Array, float]:
+    """By how much single pairs and single inputs of the next state differ from the average ones.
+
+    Also what lengths do to ln T and ln W at each node, (G, 2): a convex map of q gains or loses by their spread, and
+    the part of the layer's noise that is in the lengths is no longer in the directions.
+    """
     if state.alone:
-        return {"pair": 0.0, "single": 0.0}
-    t, w = means[0, :2]
-    inside = u.inside[0, 0]
-    slope = u.over_m(u.slope**2)[0] * np.exp(ln_q - u.ln_scale)[0] * inside
-    noise = max(0.0, u.over_m(u.variance**2)[0] - (1 - remain) * slope**2)
-    grown = 1 + cov[0, 1, 1] / w**2
-    fourth = u.over_m(u.fourth + 4 * u.third * u.mean + 6 * u.variance * u.mean**2 + u.mean**4)[0]
-    square = u.over_m((u.variance + u.mean**2) ** 2)[0]
-    lengths = max(0.0, fourth - square - (1 - remain) / 2 * u.tilt[0] ** 2 * (1 - (1 - inside) ** 2))
-    single = (u.tilt[0] / 2) ** 2 * state.single * damped[0] * inside + lengths / width
-    return {"pair": (slope**2 * state.pair + noise / width) / w**2 / grown, "single": single / ((t + w) * w)}
+        return {"pair": 0.0, "single": 0.0}, np.zeros((len(means), 2)), 0.0
+    t, w = means[:, 0], means[:, 1]
+    inside = u.inside[:, 0]
+    slope = u.over_m(u.slope**2)[0] * np.exp(ln_q - u.ln_scale)[0] * inside[0]
+    noise = max(0.0, u.over_m(u.variance**2)[0] - (1 - remain) * slope**2) + slope**2 * state.pair * remain
+    pair = (slope**2 * state.pair + noise / width) / (w[0] ** 2 + cov[0, 1, 1])
+    fourth = u.over_m(u.fourth + 4 * u.third * u.mean + 6 * u.variance * u.mean**2 + u.mean**4)
+    square = u.over_m((u.variance + u.mean**2) ** 2)
+    lengths = np.maximum(fourth - square - (1 - remain) / 2 * u.tilt**2 * (1 - (1 - inside) ** 2), 0)
+    new = lengths / (width * (t + w) ** 2)
+    before = state.single * damped**2
+    single = (1 + (u.tilt[0] / 2) ** 2 * before[0]) * (1 + new[0]) - 1
+    common = np.maximum(t - w / (batch - 1), 0) * new / 4
+    bent = np.log1p(np.maximum(u.bend * before / 8, -0.5))
+    shrink = np.stack([bent + np.log1p(common / t), bent + np.log1p(-np.minimum(common / w, 0.5))], -1)
+    return {"pair": float(pair), "single": float(single)}, shrink, float(np.log1p(new[0]))

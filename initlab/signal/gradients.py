@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from initlab.signal.activations import Activation
-from initlab.signal.closure import Layer, Step, forward, kept, share_of_units
+from initlab.signal.closure import Layer, Step, forward, kept, share_of_units, uneven
 from initlab.signal.laws import CERTAIN, Array, Law, gaussian_batch, ln, ln_cov, regression, relative_to, symmetric, total
 from initlab.signal.units import COARSE, FINE, closed
 
@@ -34,6 +34,7 @@ class _Back(NamedTuple):
     pair: float
     by_state: Array  # P
     rest: Array
+    single: tuple[float, float] = (0.0, 0.0)  # one input's ln|g|^2 about the average: by its ln|x|^2, and the rest
 
 
 def laws(
@@ -101,6 +102,8 @@ def _parts(step: Step, t: float, w: float) -> tuple[Array, Array]:
 def _unit(step: Step, back: _Back, t: float, w: float, remain: float) -> tuple[Array, Array, Array, Array]:
     """Means (G, 2) and covariance of one unit's T and W of dL/dz; the parts given m."""
     u, batch = step.units, step.batch
+    lengths = math.expm1(min(50.0, back.single[0] ** 2 * math.log1p(step.next_single) + back.single[1]))
+    worse = uneven(lengths, batch)
     free, squared = _parts(step, t, w)
     both = free + squared
     means = u.over_m(both).T
@@ -111,7 +114,7 @@ def _unit(step: Step, back: _Back, t: float, w: float, remain: float) -> tuple[A
     cov[:, 0, 0] += u.over_m(4 * k1 * t * (a + 3 * b) / batch + 2 * (a * a + 2 * a * b + 3 * b * b) / batch**2)
     if w > 0:
         fourth = 3 * u.slope4 - k2**2 * (w * w + 6 * w * t + 3 * t * t)
-        cov[:, 1, 1] += np.maximum(u.over_m(fourth), 0) / batch + 2 * back.pair * w * w * u.over_m(k2**2)
+        cov[:, 1, 1] += np.maximum(u.over_m(fourth), 0) * worse / batch + 2 * back.pair * w * w * u.over_m(k2**2)
     if remain < 1:
         linear = u.over_m(squared)
         cov -= (1 - remain) * 2 * np.einsum("ig,jg->gij", linear, linear)
@@ -132,11 +135,12 @@ def _backward(row: Activation, step: Step, back: _Back, remain: float) -> tuple[
         values = np.log(np.maximum(means, 0)) + ln_q + shift
     mean, _, own = total(values, noise, step.weights)
     by_state, rest = _carried(step, back, values, means, own, both, t, w)
+    single = _single(step, back, means, cov, t, w)
     cov_all = by_state @ np.nan_to_num(step.state.cov) @ by_state.T + rest
     share = share_of_units(u.probability(closed(row)), u, step.weights, width)
     pair = _pair(step, back, means, cov, t, w, remain)
     law = Law(mean, CERTAIN if step.state.certain else cov_all, shares={"frac_zero": share}, pair=pair)
-    return symmetric(law, width), _Back(mean + ln(step.layer.weight * step.layer.fan_out), pair, by_state, rest)
+    return symmetric(law, width), _Back(mean + ln(step.layer.weight * step.layer.fan_out), pair, by_state, rest, single)
 
 
 def _pair(step: Step, back: _Back, means: Array, cov: Array, t: float, w: float, remain: float) -> float:
@@ -146,9 +150,24 @@ def _pair(step: Step, back: _Back, means: Array, cov: Array, t: float, w: float,
     u = step.units
     k1, k2 = u.slope**2, u.slope2
     scatter = u.over_m(k2**2)[0] * (1 + 2 * t * t + 2 * back.pair * w * w) + 3 * t * t * u.over_m(k1**2)[0]
-    scatter -= 2 * u.over_m(k2 * k1)[0] * (t + 2 * t * t) + (1 - remain) * (u.over_m(k1)[0] * w) ** 2
+    scatter -= back.pair * (u.over_m(k1)[0] * w) ** 2 + 2 * u.over_m(k2 * k1)[0] * (t + 2 * t * t) + (1 - remain) * (u.over_m(k1)[0] * w) ** 2
     size = means[0, 1] ** 2 + cov[0, 1, 1]
     return float(((u.over_m(k1)[0] * w) ** 2 * back.pair + max(0.0, scatter) / step.width) / size)
+
+
+def _single(step: Step, back: _Back, means: Array, cov: Array, t: float, w: float) -> tuple[float, float]:
+    """The same recursion for one input's own part: elasticity by its ln|x|^2 below, and variance of the rest."""
+    if w == 0:
+        return 0.0, 0.0
+    u = step.units
+    k2 = u.over_m(u.slope2)[0]
+    pairs = u.over_m(u.slope2**2)[0] * (1 + 2 * t * t + 2 * back.pair * w * w)
+    own = max(0.0, 3 * u.over_m(u.slope4)[0] - pairs) / (k2**2 * step.width)
+    square = u.variance[0] + u.mean[0] ** 2
+    cross = (u.slope_square[0] - (square * u.slope2[0] * u.weights[0]).sum()) / (k2 * step.width)
+    elasticity, rest = back.single
+    rest += math.log1p(own) + elasticity**2 * step.length_noise + 2 * elasticity * cross
+    return elasticity * u.tilt[0] / 2 + u.slope_tilt[0] / (2 * k2), max(0.0, rest)
 
 
 def _carried(

@@ -21,8 +21,8 @@ class Law:
     """ln T and ln W jointly normal, the rest beside it.
 
     `ln_var` is ln of the pooled variance; the pooled mean is exp(ln q / 2) (centre + spread xi), xi standard normal;
-    `shares` are fractions. `pair`: variance of one pair's product about the average pair, over W^2; `single`: variance
-    of one input's length about the average input, over q W.
+    `shares` are fractions. Inputs differ in squared length by the relative variance `single`; T and W are those of
+    inputs of one length, `reported` has the lengths in. `pair`: variance of a pair's product about the average, over W^2.
     """
 
     mean: Array  # (2,)
@@ -67,6 +67,21 @@ class Law:
     def certain(self) -> bool:
         """Whether nothing fluctuates, as at infinite width."""
         return bool(np.isnan(self.cov[0, 0]))
+
+    def reported(self, batch: int) -> "Law":
+        """The same law with T and W as they are measured.
+
+        Inputs of different lengths: a share `single`/4 of what they have in common is then variance inside the batch.
+        """
+        if self.alone or self.certain or self.single == 0:
+            return self
+        nodes, weights = self.nodes()
+        common = self.single / 4 * np.maximum(-np.expm1(nodes[:, 1] - nodes[:, 0]) / (batch - 1) + (batch - 2) / (batch - 1), 0)
+        common = np.minimum(common, 0.9)
+        ln_w = np.logaddexp(nodes[:, 1], np.log(np.maximum(common, 1e-300)) + nodes[:, 0])
+        values = np.stack([nodes[:, 0] + np.log1p(-common), ln_w], -1)
+        mean, cov, _ = total(values, np.zeros((len(nodes), 2, 2)), weights)
+        return replace(self, mean=mean, cov=cov)
 
     def ln_second_moment(self) -> Moments:
         """ln(T + W)."""
@@ -171,4 +186,4 @@ def gaussian_batch(n: float, batch: int, q0: float = 1.0, c0: float = 0.0, exact
         return Law(mean, CERTAIN if math.isinf(n) else np.zeros((2, 2)))
     shift, cov = ln_cov(np.diag([2 / n, 2 / (n * max(1, batch - 1)) if inside > 0 else 0.0])[None])
     some = batch > 1
-    return Law(mean + shift[0], cov[0], pair=some / n, single=some * 2 * (1 + c0) / n)
+    return Law(mean + shift[0], cov[0], pair=some / n, single=some * 2 * (1 - c0**2) / n)

@@ -46,7 +46,8 @@ class Units:
 
     mean, variance, third, fourth: central moments of phi. along, along_square, curve: E[phi e], E[(phi - mean)^2 e],
     E[(phi - mean)^2 (e^2 - 1)]. slope, slope2, slope4, slope_along: E[phi'], E[phi'^2], E[phi'^4], E[phi' e].
-    tilt, bend: E[phi^2 (u^2 - 1)], E[phi^2 (u^4 - 6 u^2 + 3)] over everything, u the preactivation in units of sqrt(q).
+    Over everything, (G,), u the preactivation in units of sqrt(q): tilt, bend, slope_tilt, slope_square are
+    E[phi^2 (u^2 - 1)], E[phi^2 (u^4 - 6 u^2 + 3)], E[phi'^2 (u^2 - 1)], E[phi^2 phi'^2].
     """
 
     m: Array
@@ -67,6 +68,8 @@ class Units:
     slope_along: Array
     tilt: Array
     bend: Array
+    slope_tilt: Array
+    slope_square: Array
 
     def over_m(self, f: Array) -> Array:
         """E over m, (..., G, M) -> (..., G)."""
@@ -133,6 +136,8 @@ def _moments(f: Array, p: Array, u: Array, e: Array, weights: Array, m_weights: 
         "slope_along": _mean(p, weighted),
         "tilt": (_mean(u2 - 1, squares) * m_weights).sum(-1),
         "bend": (_mean(u2 * (u2 - 6) + 3, squares) * m_weights).sum(-1),
+        "slope_tilt": (_mean(u2 - 1, p2 * weights) * m_weights).sum(-1),
+        "slope_square": (_mean(p2, squares) * m_weights).sum(-1),
     }
 
 
