@@ -18,6 +18,7 @@ from initlab.signal.laws import (
     Array,
     Law,
     Moments,
+    lengths,
     ln,
     ln_cov,
     ln_noise,
@@ -75,7 +76,7 @@ def forward(row: Activation, layer: Layer, state: Law, batch: int, grid: Grid, w
     damped = np.exp(np.logaddexp(nodes[:, 0], nodes[:, 1]) + grow - ln_q)  # share of q that is not the biases'
     u = units(row, ln_t, ln_w, share, grid)
     remain = kept(layer.fan_in, layer.fan_out, layer.orthogonal)
-    means, cov, given = _unit(u, batch, uneven(state.single, batch))
+    means, cov, given = _unit(u, batch, uneven(state.single, batch), math.isinf(width))
     if not state.alone:
         cov[:, 1, 1] += state.pair / 2 * u.over_m(u.curve**2)
     cov = _without_second_chaos(cov, u, given, remain, batch, state.pair) / width
@@ -96,7 +97,7 @@ def uneven(single: float, batch: int) -> float:
     return batch * (1 + single) / (batch + single)
 
 
-def _unit(u: Units, batch: int, worse: float) -> tuple[Array, Array, Array]:
+def _unit(u: Units, batch: int, worse: float, means_only: bool) -> tuple[Array, Array, Array]:
     """Mean (G, 3) and covariance (G, 3, 3) of one unit's squared batch mean, batch variance and batch mean.
 
     Also the part of each given m, (3, G, M). The e_a add up to 0, so what is linear in them drops out of averages.
@@ -105,6 +106,8 @@ def _unit(u: Units, batch: int, worse: float) -> tuple[Array, Array, Array]:
     t = (u.variance - u.along**2) / batch
     given = np.stack([u.mean**2 + t, u.variance - t, u.mean])
     means = u.over_m(given).T
+    if means_only:
+        return means, np.zeros((len(means), 3, 3)), given
     off = given - means.T[..., None]
     cov = np.einsum("igm,jgm->gij", off * u.weights, off)
     along = (u.third - u.along_square * u.along) / batch
@@ -207,7 +210,7 @@ def _apart(
     Also what lengths do to ln T and ln W at each node, (G, 2): a convex map of q gains or loses by their spread, and
     the part of the layer's noise that is in the lengths is no longer in the directions.
     """
-    if state.alone:
+    if state.alone or math.isinf(width):
         return {"pair": 0.0, "single": 0.0}, np.zeros((len(means), 2)), 0.0
     t, w = means[:, 0], means[:, 1]
     inside = u.inside[:, 0]
@@ -216,11 +219,11 @@ def _apart(
     pair = (slope**2 * state.pair + noise / width) / (w[0] ** 2 + cov[0, 1, 1])
     fourth = u.over_m(u.fourth + 4 * u.third * u.mean + 6 * u.variance * u.mean**2 + u.mean**4)
     square = u.over_m((u.variance + u.mean**2) ** 2)
-    lengths = np.maximum(fourth - square - (1 - remain) / 2 * u.tilt**2 * (1 - (1 - inside) ** 2), 0)
-    new = lengths / (width * (t + w) ** 2)
+    own = np.maximum(fourth - square - (1 - remain) / 2 * u.tilt**2 * (1 - (1 - inside) ** 2), 0)
+    new = own / (width * (t + w) ** 2)
     before = state.single * damped**2
     single = (1 + (u.tilt[0] / 2) ** 2 * before[0]) * (1 + new[0]) - 1
-    common = np.maximum(t - w / (batch - 1), 0) * new / 4
+    common = np.maximum(t - w / (batch - 1), 0) * lengths(new)
     bent = np.log1p(np.maximum(u.bend * before / 8, -0.5))
     shrink = np.stack([bent + np.log1p(common / t), bent + np.log1p(-np.minimum(common / w, 0.5))], -1)
     return {"pair": float(pair), "single": float(single)}, shrink, float(np.log1p(new[0]))

@@ -107,6 +107,8 @@ def _unit(step: Step, back: _Back, t: float, w: float, remain: float) -> tuple[A
     free, squared = _parts(step, t, w)
     both = free + squared
     means = u.over_m(both).T
+    if math.isinf(step.width):
+        return means, np.zeros((len(means), 2, 2)), both, free
     cov = np.einsum("igm,jgm->gij", both * u.weights, both) - means[:, :, None] * means[:, None]
     cov += 2 * np.einsum("igm,jgm->gij", squared * u.weights, squared)
     k1, k2 = u.slope**2, u.slope2
@@ -145,7 +147,7 @@ def _backward(row: Activation, step: Step, back: _Back, remain: float) -> tuple[
 
 def _pair(step: Step, back: _Back, means: Array, cov: Array, t: float, w: float, remain: float) -> float:
     """By how much the product of two inputs' gradients differs from that of the average two, over W^2."""
-    if w == 0:
+    if w == 0 or math.isinf(step.width):
         return 0.0
     u = step.units
     k1, k2 = u.slope**2, u.slope2
@@ -157,7 +159,7 @@ def _pair(step: Step, back: _Back, means: Array, cov: Array, t: float, w: float,
 
 def _single(step: Step, back: _Back, means: Array, cov: Array, t: float, w: float) -> tuple[float, float]:
     """The same recursion for one input's own part: elasticity by its ln|x|^2 below, and variance of the rest."""
-    if w == 0:
+    if w == 0 or math.isinf(step.width):
         return 0.0, 0.0
     u = step.units
     k2 = u.over_m(u.slope2)[0]
@@ -174,6 +176,8 @@ def _carried(
     step: Step, back: _Back, values: Array, means: Array, own: Array, both: Array, t: float, w: float
 ) -> tuple[Array, Array]:
     """How the new state depends on the forward state below, and the covariance of the rest."""
+    if math.isinf(step.width):
+        return np.zeros((2, 2)), np.zeros((2, 2))
     u = step.units
     direct = regression(values, step.nodes, step.weights, step.state.alone)
     by_t, by_w = (u.over_m(sum(_parts(step, *share)))[:, 0] for share in ((t, 0.0), (0.0, w)))

@@ -54,11 +54,20 @@ class Law:
         dims = 1 if self.alone else 2
         if self.certain:
             return self.mean[None], np.ones(1)
-        size, axes = np.linalg.eigh(self.cov[:dims, :dims])
-        steps = math.sqrt(3) * (axes * np.sqrt(np.maximum(size, 1e-10))).T
-        nodes = np.tile(self.mean, (2 * dims + 1, 1))
-        nodes[1 : dims + 1, :dims] += steps
-        nodes[dims + 1 :, :dims] -= steps
+        (a, b), (_, c) = self.cov.tolist()
+        first = math.sqrt(max(a, 1e-10))
+        low = b / first
+        step = math.sqrt(3)
+        nodes = np.empty((2 * dims + 1, 2))
+        nodes[:] = self.mean
+        nodes[1, 0] += step * first
+        nodes[dims + 1, 0] -= step * first
+        if dims == 2:  # Cholesky's factor by hand: this runs at every layer
+            last = math.sqrt(max(c - low * low, 1e-10))
+            nodes[1, 1] += step * low
+            nodes[3, 1] -= step * low
+            nodes[2, 1] += step * last
+            nodes[4, 1] -= step * last
         weights = np.full(2 * dims + 1, 1 / 6)
         weights[0] = 1 - dims / 3
         return nodes, weights
@@ -71,16 +80,18 @@ class Law:
     def reported(self, batch: int) -> "Law":
         """The same law with T and W as they are measured.
 
-        Inputs of different lengths: a share `single`/4 of what they have in common is then variance inside the batch.
+        Of what inputs of different lengths have in common, the variance of their lengths is variance inside the batch.
         """
         if self.alone or self.certain or self.single == 0:
             return self
         nodes, weights = self.nodes()
-        common = self.single / 4 * np.maximum(-np.expm1(nodes[:, 1] - nodes[:, 0]) / (batch - 1) + (batch - 2) / (batch - 1), 0)
-        common = np.minimum(common, 0.9)
+        alike = np.maximum(1 - np.exp(nodes[:, 1] - nodes[:, 0]) / (batch - 1), 0)  # of T, what pairs have in common
+        common = alike * lengths(self.single)
         ln_w = np.logaddexp(nodes[:, 1], np.log(np.maximum(common, 1e-300)) + nodes[:, 0])
-        values = np.stack([nodes[:, 0] + np.log1p(-common), ln_w], -1)
-        mean, cov, _ = total(values, np.zeros((len(nodes), 2, 2)), weights)
+        share = np.exp(np.log(np.maximum(common, 1e-300)) + nodes[:, 0] - ln_w)
+        noise = np.zeros((len(nodes), 2, 2))
+        noise[:, 1, 1] = share**2 * (2 / (batch - 1) + self.single**2 / 3)  # the last term is fitted, on ReLU stacks
+        mean, cov, _ = total(np.stack([nodes[:, 0] + np.log1p(-common), ln_w], -1), noise, weights)
         return replace(self, mean=mean, cov=cov)
 
     def ln_second_moment(self) -> Moments:
@@ -89,6 +100,11 @@ class Law:
             return self.ln_q, 0.0
         nodes, weights = self.nodes()
         return spread(np.logaddexp(nodes[:, 0], nodes[:, 1]), weights)
+
+
+def lengths(single: float | Array) -> Array:
+    """Var |x| / E |x|^2 for lognormal |x|^2 of this relative variance; a quarter of it while small."""
+    return np.asarray(1 - (1 + np.asarray(single)) ** -0.25)
 
 
 CERTAIN = np.full((2, 2), np.nan)
@@ -107,11 +123,13 @@ def spread(values: Array, weights: Array, noise: Array | float = 0.0) -> Moments
     return float(mean), math.sqrt(max(0.0, weights @ ((values - mean) ** 2 + noise)))
 
 
+_UP_TO_8 = np.arange(8.0)
+
+
 def digamma(x: Array) -> Array:
     """psi(x), x > 0, absolute error below 1e-13: recurrence to x >= 8, then the asymptotic series."""
-    shifted, total = x + 8, np.zeros_like(x)
-    for k in range(8):
-        total += 1 / (x + k)
+    shifted = x + 8
+    total = (1 / (x[..., None] + _UP_TO_8)).sum(-1)
     r = 1 / shifted**2
     series = r * (1 / 12 - r * (1 / 120 - r * (1 / 252 - r * (1 / 240 - r * (1 / 132 - r * 691 / 32760)))))
     return np.log(shifted) - 0.5 / shifted - series - total
@@ -119,9 +137,8 @@ def digamma(x: Array) -> Array:
 
 def trigamma(x: Array) -> Array:
     """psi'(x), x > 0, likewise."""
-    shifted, total = x + 8, np.zeros_like(x)
-    for k in range(8):
-        total += 1 / (x + k) ** 2
+    shifted = x + 8
+    total = (1 / (x[..., None] + _UP_TO_8) ** 2).sum(-1)
     r = 1 / shifted**2
     series = r * (1 / 6 - r * (1 / 30 - r * (1 / 42 - r * (1 / 30 - r * (5 / 66 - r * 691 / 2730)))))
     return 1 / shifted + r / 2 + series / shifted + total
@@ -162,7 +179,7 @@ def regression(values: Array, nodes: Array, weights: Array, alone: bool) -> Arra
     """Slopes of the values by the state, (2, 2), over its whole law."""
     slopes, dims = np.zeros((2, 2)), 1 if alone else 2
     if len(nodes) > 1:
-        off = (nodes - nodes[0])[:, :dims]  # the first node is the centre
+        off = nodes[:, :dims] - nodes[0, :dims]  # the first node is the centre
         alive = np.where(np.isfinite(values), values, 0)
         slopes[:, :dims] = ((alive - weights @ alive) * weights[:, None]).T @ off @ np.linalg.inv((off.T * weights) @ off)
     return slopes

@@ -37,7 +37,7 @@ class Grid(NamedTuple):
 
 
 COARSE = Grid(width=3.0, reach=6.0, nodes=6, halvings=3)  # 1e-5, for what fluctuates
-FINE = Grid(width=3.0, reach=9.0, nodes=12, halvings=14)  # 1e-9, for the limit of infinite width
+FINE = Grid(width=3.0, reach=7.5, nodes=10, halvings=12)  # 1e-9, for the limit of infinite width
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,330 @@
+"""What theory predicts for a stack: every layer, every statistic, at infinite width and with bands at a finite one.
+
+The names are those of the measured table. A stack as `tasks.stack` measures it: a unit-Gaussian batch in, a
+unit-Gaussian gradient at the top. Knows rules, activations and laws; no networks are built but in simulated laws.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from initlab.errors import UsageError, check
+from initlab.signal.activations import ACTIVATIONS, Activation
+from initlab.signal.bands import IN_LN, Band, bands, means, scaled, simulated
+from initlab.signal.closure import Layer
+from initlab.signal.custom import Given, as_activation, name_of, numerical
+from initlab.signal.finite_width import linear_batch, linear_one_input, lognormal, relu_one_input
+from initlab.signal.gradients import Stack, laws
+from initlab.signal.gram_chain import simulate
+from initlab.signal.init import MODES, Rule, rule
+from initlab.signal.laws import Law, Moments
+
+METHODS = {
+    "auto": "closed laws while the sum of 1/width is below 1, simulation beyond if it is cheap",
+    "closed": "exact laws where there are some, else the lognormal closure",
+    "simulation": "networks drawn from the exact law of the stack",
+}
+SPREAD = 1.0  # sum of 1/width up to which `auto` trusts the closure
+BUDGET = 4e10  # multiplications that `auto` spends on a simulation
+NETWORKS = (100, 1000)  # fewest and most networks of a simulation that chooses for itself
+
+
+class _Case(NamedTuple):
+    """What is asked, checked."""
+
+    rule: Rule
+    row: Activation
+    layers: tuple[Layer, ...]
+    batch: int
+    q0: float
+    c0: float
+    fixed_input: bool
+
+    @property
+    def widths(self) -> list[int]:
+        return [self.layers[0].fan_in, *(layer.fan_out for layer in self.layers)]
+
+
+def predict(
+    init: str | Rule = "kaiming",
+    activation: Given = "relu",
+    depth: int = 50,
+    width: int = 100,
+    dtype: str = "float32",
+    **options: Any,
+) -> pd.DataFrame:
+    """One row per layer, tensor and direction; statistics under their measured names are those of infinite width.
+
+    `ln_q`, `ln_rms`, `ln_std`, `ln_std_within`, `ln_norm`: the same in ln, where nothing overflows. For each of them
+    `ln_..._mean` and `ln_..._sd` over seeds at the width given. `band_low`, `band_high` (2.3 and 97.7 %) and
+    `band68_low`, `band68_high` (16 and 84 %) are of `std`; `predict_bands` has those of all. `method` says where the
+    finite-width numbers come from, `slope` whether phi' was given or differentiated numerically. Arithmetic is exact:
+    `dtype` is kept as a column; where a format ends is `formats.limits`' business. Options: see `predict_bands`.
+    """
+    long = predict_bands(init, activation, depth, width, **options)
+    keys = ["layer", "tensor", "direction"]
+    wide = long.pivot(index=keys, columns="statistic", values="predicted")
+    chosen = long[long["scale"] == "ln"]
+    for column, name in (("ln_predicted", "ln_{}"), ("mean", "ln_{}_mean"), ("sd", "ln_{}_sd")):
+        part = chosen.pivot(index=keys, columns="statistic", values=column)
+        wide = wide.join(part.rename(columns=lambda s, name=name: name.format(s)))
+    of_std = long[long["statistic"] == "std"].set_index(keys)
+    wide = wide.join(of_std[["band68_low", "band68_high", "band_low", "band_high", "method", "slope"]])
+    return wide.reset_index().assign(dtype=dtype).rename_axis(columns=None)
+
+
+def predict_bands(
+    init: str | Rule = "kaiming",
+    activation: Given = "relu",
+    depth: int = 50,
+    width: int = 100,
+    *,
+    widths: Sequence[int] | None = None,
+    inputs: int | None = None,
+    batch: int = 200,
+    q0: float = 1.0,
+    c0: float = 0.0,
+    fixed_input: bool = False,
+    sb2: float = 0.0,
+    method: str = "auto",
+    networks: int | None = None,
+    seed: int = 0,
+    **rule_fields: Any,
+) -> pd.DataFrame:
+    """One row per layer, tensor, direction and statistic, with the fields of `bands.Band`, `method` and `slope`.
+
+    `widths` gives every layer's units and replaces depth and width; `inputs` the input's. The input has second moment
+    q0 and mean cosine c0, is drawn for each network or, if `fixed_input`, is one batch of just these moments. `sb2` adds
+    normal biases of this variance. `mode`, `gain`, `gain_kind`, `distribution` and `bias` replace the rule's own.
+    `method`: auto, closed or simulation, the last with so many `networks` and this `seed`.
+    """
+    case = _case(init, activation, depth, width, widths, inputs, batch, q0, c0, fixed_input, sb2, rule_fields)
+    if method not in METHODS:
+        raise UsageError(f"method={method}: must be one of {', '.join(METHODS)}")
+    if networks is not None and networks < 2:
+        raise UsageError(f"networks={networks}: must be at least 2")
+    if method == "simulation" or (method == "auto" and _should_simulate(case)):
+        rows = list(_simulated(case, networks or _affordable(case), seed))
+    else:
+        rows = list(_closed(case))
+    frame = pd.DataFrame([(*key, *band, said) for key, band, said in rows], columns=_COLUMNS)
+    return frame.assign(
+        activation=name_of(activation), slope="numerical derivative" if numerical(case.row) else "given"
+    )
+
+
+def stack_laws(
+    init: str | Rule, activation: Given, depth: int, width: int, **options: Any
+) -> tuple[list[Law], list[int], int]:
+    """Laws of the preactivations, their widths, and the batch, for options as in `predict_bands`."""
+    names = ("widths", "inputs", "batch", "q0", "c0", "fixed_input", "sb2")
+    own = {"widths": None, "inputs": None, "batch": 200, "q0": 1.0, "c0": 0.0, "fixed_input": False, "sb2": 0.0}
+    fields = {name: value for name, value in options.items() if name not in (*names, "method")}
+    given = {**own, **{name: value for name, value in options.items() if name in names}}
+    case = _case(init, activation, depth, width, *(given[name] for name in names), fields)
+    return finite_laws(case).preactivations, case.widths[1:], case.batch
+
+
+_COLUMNS = ["layer", "tensor", "direction", *Band._fields, "method"]
+_Row = tuple[tuple[int, str, str], Band, str]
+
+
+def _case(
+    init: str | Rule,
+    activation: Given,
+    depth: int,
+    width: int,
+    widths: Sequence[int] | None,
+    inputs: int | None,
+    batch: int,
+    q0: float,
+    c0: float,
+    fixed_input: bool,
+    sb2: float,
+    rule_fields: Mapping[str, Any],
+) -> _Case:
+    row = as_activation(activation)
+    scaling = _rule(init, rule_fields)
+    units = list(widths) if widths is not None else [width] * depth
+    check(depth=len(units) if widths is not None else depth, batch=batch)
+    for n in [*units, *([] if inputs is None else [inputs])]:
+        check(width=n)
+    for name, value in (("q0", q0), ("sb2", sb2)):
+        if not 0 <= value < math.inf:
+            raise UsageError(f"{name}={value:g}: a second moment must be a finite number, at least 0")
+    if q0 == 0:
+        raise UsageError("q0=0: an input of zeros has nothing to say; it must be positive")
+    if not 0 <= c0 < 1:
+        raise UsageError(f"c0={c0:g}: the inputs' mean cosine must be at least 0 and below 1")
+    layers = _layers(scaling, row, [units[0] if inputs is None else inputs, *units], sb2)
+    return _Case(scaling, row, layers, int(batch), float(q0), float(c0), fixed_input)
+
+
+def _rule(init: str | Rule, fields: Mapping[str, Any]) -> Rule:
+    allowed = ("gain", "mode", "distribution", "bias", "gain_kind")
+    for name in fields:
+        if name not in allowed:
+            raise UsageError(f"{name}: no such option of a prediction; a rule has {', '.join(allowed)}")
+    if isinstance(init, str):
+        return rule(init, **fields)
+    given = {name: getattr(init, name) for name in allowed}
+    return Rule(**{**given, **{name: value for name, value in fields.items() if value is not None}})
+
+
+def _layers(scaling: Rule, row: Activation, widths: Sequence[int], sb2: float) -> tuple[Layer, ...]:
+    gain = scaling.gain_for(row)
+    found = []
+    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+        weight = gain**2 / MODES[scaling.mode](fan_in, fan_out)
+        orthogonal = scaling.distribution == "orthogonal"
+        if orthogonal:  # an isometry's rows are as long as its columns are many
+            weight *= fan_in / max(fan_in, fan_out)
+        found.append(Layer(fan_in, fan_out, weight, sb2, scaling.bias**2 / (3 * fan_in), orthogonal))
+    return tuple(found)
+
+
+# --- closed laws -----------------------------------------------------------------------------------------------------
+
+
+def _tensors(stack: Stack, widths: Sequence[int]) -> Iterator[tuple[tuple[int, str, str], Law, int]]:
+    """Every tensor of a stack with its key and its number of units, in the order of the measured table."""
+    yield (0, "activation", "forward"), stack.activations[0], widths[0]
+    for layer in range(1, len(widths)):
+        n = widths[layer]
+        yield (layer, "preactivation", "forward"), stack.preactivations[layer - 1], n
+        yield (layer, "activation", "forward"), stack.activations[layer], n
+        yield (layer, "activation", "backward"), stack.activation_gradients[layer - 1], n
+        yield (layer, "preactivation", "backward"), stack.preactivation_gradients[layer - 1], n
+
+
+@lru_cache(maxsize=32)
+def _infinite(case: _Case) -> Stack:
+    return laws(case.row, case.layers, case.batch, case.q0, case.c0, case.fixed_input, infinite=True)
+
+
+@lru_cache(maxsize=32)
+def finite_laws(case: _Case) -> Stack:
+    """The laws at finite width."""
+    return laws(case.row, case.layers, case.batch, case.q0, case.c0, case.fixed_input)
+
+
+def _closed(case: _Case) -> Iterator[_Row]:
+    better = _exact(case)
+    finite = list(_tensors(finite_laws(case), case.widths))
+    limits = [limit for _, limit, _ in _tensors(_infinite(case), case.widths)]
+    seconds = [better[key][0] if key in better else law.ln_second_moment() for key, law, _ in finite]
+    pooled = means([law for _, law, _ in finite], limits, seconds)
+    for (key, law, n), limit, second, mean in zip(finite, limits, seconds, pooled, strict=True):
+        said = better[key][1] if key in better else "log-delta"
+        for band in (*bands(law, limit, case.batch, n, second), mean):
+            yield key, band, said if band.statistic in IN_LN and band.statistic != "std_within" else "log-delta"
+    yield from _parameters(case)
+
+
+def _exact(case: _Case) -> dict[tuple[int, str, str], tuple[Moments, str]]:
+    """Laws of ln q that are known better: linear stacks, and ReLU with one input; normal weights and no biases."""
+    plain = not any(layer.orthogonal or layer.bias or layer.uniform_bias for layer in case.layers)
+    if not plain or case.c0 or case.fixed_input:
+        return {}
+    limits = {key: law.ln_q for key, law, _ in _tensors(_infinite(case), case.widths)}
+    widths, alone = case.widths, case.batch == 1
+    linear, relu = (case.row is ACTIVATIONS[name] for name in ("linear", "relu"))
+    found: dict[tuple[int, str, str], tuple[Moments, str]] = {}
+    if linear and not alone:
+        for layer, relative in enumerate(linear_batch(widths, case.batch)):
+            for tensor in ("activation", "preactivation") if layer else ("activation",):
+                mean, sd = lognormal(float(relative))
+                key = (layer, tensor, "forward")
+                found[key] = (limits[key] + mean, sd), "linear-batch"
+    elif alone and (linear or relu):
+        of = linear_one_input if linear else relu_one_input
+        start = linear_one_input([1, widths[0]])
+        for layer in range(1, len(widths)):
+            for tensor, last in (("activation", of), ("preactivation", linear_one_input)):
+                parts = [start, of(widths[:layer]), last(widths[layer - 1 : layer + 1])]
+                key = (layer, tensor, "forward")
+                law = limits[key] + sum(m for m, _ in parts), math.sqrt(sum(s * s for _, s in parts))
+                found[key] = law, "exact-linear" if linear else "exact-relu"
+    return found
+
+
+def _parameters(case: _Case) -> Iterator[_Row]:
+    """Weights and biases themselves, and the gradients of the sum over the batch with respect to them."""
+    infinite, finite = _infinite(case), finite_laws(case)
+    for k, layer in enumerate(case.layers):
+        count = layer.fan_in * layer.fan_out
+        noise = 0.0 if layer.orthogonal else _fourth(case.rule) / count
+        size = math.log(layer.weight) if layer.weight else -math.inf
+        for band in scaled(size, size - noise / 2, math.sqrt(noise), count):
+            yield (k + 1, "weight", "forward"), band, "log-delta"
+        bias = layer.bias + layer.uniform_bias
+        if bias:
+            spread = math.sqrt((2 if layer.bias else 0.8) / layer.fan_out)
+            for band in scaled(math.log(bias), math.log(bias) - spread**2 / 2, spread, layer.fan_out):
+                yield (k + 1, "bias", "forward"), band, "log-delta"
+        limits = _parameter_gradients(infinite.activations[k], infinite.preactivation_gradients[k], case.batch)
+        found = _parameter_gradients(finite.activations[k], finite.preactivation_gradients[k], case.batch)
+        for tensor, limit, law, n in (("weight", limits[0], found[0], count), ("bias", limits[1], found[1], layer.fan_out)):
+            for band in scaled(limit[0], *law, n):
+                yield (k + 1, tensor, "backward"), band, "log-delta"
+
+
+def _fourth(scaling: Rule) -> float:
+    """E w^4 / (E w^2)^2 - 1 of a weight."""
+    return {"uniform": 0.8, "truncated_normal": 1.0634}.get(scaling.distribution, 2.0)
+
+
+def _parameter_gradients(x: Law, d: Law, batch: int) -> tuple[Moments, Moments]:
+    """ln q of dL/dW and of dL/db, L summed over the batch.
+
+    ||dW||^2 = sum_ab (x_a . x_b)(d_a . d_b): B^2 T_x T_d from what inputs have in common, B W_x W_d from the rest.
+    """
+    rest = (x.mean[1] + d.mean[1]) - (0 if x.alone else math.log(batch - 1))
+    centre = 2 * math.log(batch) + float(_sum(x.mean[0] + d.mean[0], rest))
+    spreads = [0.0 if law.certain else law.ln_second_moment()[1] ** 2 for law in (x, d)]
+    own = 0.0 if d.certain else math.sqrt(max(0.0, d.cov[0, 0]))
+    return (centre, math.sqrt(sum(spreads))), (2 * math.log(batch) + float(d.mean[0]), own)
+
+
+def _sum(a: float, b: float) -> float:
+    high = max(a, b)
+    return high if high == -math.inf else high + math.log(math.exp(a - high) + math.exp(b - high))
+
+
+# --- simulated laws --------------------------------------------------------------------------------------------------
+
+
+def _cost(case: _Case) -> float:
+    """Multiplications of one network, forward and backward, statistics included."""
+    return sum(
+        case.batch * (layer.fan_in + layer.fan_out) * (20 + 2 * min(layer.fan_in, 2 * case.batch)) for layer in case.layers
+    )
+
+
+def _affordable(case: _Case) -> int:
+    return int(min(NETWORKS[1], max(NETWORKS[0], BUDGET / _cost(case))))
+
+
+def _should_simulate(case: _Case) -> bool:
+    """Where the closure fails: depth beyond the widths, or a second moment that spreads and is not merely scaled."""
+    if case.fixed_input or NETWORKS[0] * _cost(case) > BUDGET:
+        return False
+    if sum(1 / layer.fan_out for layer in case.layers) > SPREAD:
+        return not (case.batch == 1 and (case.row is ACTIVATIONS["linear"] or case.row is ACTIVATIONS["relu"]))
+    return False
+
+
+def _simulated(case: _Case, networks: int, seed: int) -> Iterator[_Row]:
+    limits: dict[tuple[int, str, str], dict[str, tuple[float, float]]] = {}
+    for key, law, n in _tensors(_infinite(case), case.widths):
+        limits[key] = {band.statistic: (band.predicted, band.ln_predicted) for band in bands(law, law, case.batch, n)}
+    found = simulate(
+        case.row, case.layers, case.batch, networks, case.q0, case.c0, case.rule.distribution, seed
+    )
+    for key, block in found.items():
+        for band in simulated(block, limits[key]):
+            yield key, band, "simulation"
+    yield from _parameters(case)
