@@ -11,11 +11,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from initlab.signal.laws import Law, Moments
+from initlab.signal.laws import Law, Moments, ln_noise
 from initlab.signal.stats import STATISTICS
 from initlab.signal.units import normal_cdf
 
 NARROW, WIDE = 0.9944579, 1.9953933  # standard deviations to 16 and 84 %, 2.3 and 97.7 %
+ROUNDING = 1e-12  # of a measured cosine, which is all that is left to vary where all inputs have become one
 QUANTILES = (0.023, 0.16, 0.5, 0.84, 0.977)
 IN_LN = ("q", "rms", "std", "std_within", "norm")
 IN_ORDER = ("q", "rms", "mean", "std", "std_within", "norm", "cosine", "frac_zero", "frac_dead", "frac_saturated")
@@ -46,7 +47,10 @@ def exp(x: float) -> float:
 
 
 def bands(law: Law, infinite: Law, batch: int, n: int, second: Moments | None = None) -> list[Band]:
-    """All statistics of a tensor (batch, n) but the pooled mean, for which see `means`; `second` replaces the law of ln q where a better one is known."""
+    """All statistics of a tensor (batch, n) but the pooled mean, for which see `means`.
+
+    `second` replaces the law of ln q where a better one is known.
+    """
     own, limit_q = law.ln_second_moment(), infinite.ln_second_moment()
     given = second or own
     shift = given[0] - own[0]
@@ -90,8 +94,11 @@ def _cosine(law: Law, infinite: Law, batch: int) -> Band:
         return (batch * r - 1) / (batch - 1)
 
     centre = float(law.mean[0] - law.mean[1])
-    sd = _root(law.cov[0, 0] + law.cov[1, 1] - 2 * law.cov[0, 1])
-    points = [cosine(centre + k * sd) for k in (0, -NARROW, NARROW, -WIDE, WIDE)]
+    var = law.cov[0, 0] + law.cov[1, 1] - 2 * law.cov[0, 1]
+    if centre < math.log(3 / batch):  # inputs have nothing in common: B r is a chi-square of as many terms as 1/pair
+        var = min(float(var), float(ln_noise(np.array(2 * law.pair / (1 + law.pair)))[1]))
+    sd = _root(var)
+    points = [cosine(centre + k * sd) + k * ROUNDING for k in (0, -NARROW, NARROW, -WIDE, WIDE)]
     limit = cosine(float(infinite.mean[0] - infinite.mean[1]))
     width = (points[2] - points[1]) / (2 * NARROW)
     return Band("cosine", "linear", limit, _ln(limit), points[0], width, *points)
@@ -133,7 +140,7 @@ def _mixture_quantile(q: float, factor: np.ndarray, centre: np.ndarray, spread: 
         middle = (low + high) / 2
         below = normal_cdf((middle[:, None] / factor - centre[:, None]) / spread[:, None]) @ _WEIGHTS
         low, high = np.where(below < q, middle, low), np.where(below < q, high, middle)
-    return (low + high) / 2
+    return np.asarray((low + high) / 2)
 
 
 def _share(name: str, moments: Moments, limit: float) -> Band:

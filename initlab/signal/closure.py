@@ -86,7 +86,8 @@ def forward(row: Activation, layer: Layer, state: Law, batch: int, grid: Grid, w
         ln_m = np.log(np.maximum(means[:, :2], 0)) + u.ln_scale[:, None] + shift + shrink
     mean, both, own = total(ln_m, noise, weights)
     law = Law(mean, both * np.nan if state.certain else both)
-    x = replace(_activation(row, law, means, cov, u, weights, batch, width), **apart)
+    x = _activation(row, law, means, cov, u, weights, batch, width)
+    x = replace(x, pair=apart[0], single=apart[1])
     z = _preactivation(row, np.stack([ln_t, ln_w], -1), weights, share, state, damped, remain, u, batch, width)
     jacobian = regression(ln_m, nodes, weights, state.alone)
     return z, x, Step(layer, batch, width, u, nodes, weights, state, means, given, jacobian, own, x.single, new)
@@ -132,9 +133,14 @@ def _without_second_chaos(cov: Array, u: Units, given: Array, remain: float, bat
     quadratic = u.over_m(given * (u.m**2 - 1))  # (3, G)
     less = cov - (1 - remain) / 2 * np.einsum("ig,jg->gij", quadratic, quadratic)
     less[:, 1, 1] -= (1 - remain) / 2 * u.tilt**2 * u.inside[:, 0] ** 2 * (1 / batch + pair)
-    diagonal = np.einsum("gii->gi", less)
-    diagonal[:] = np.maximum(diagonal, 0)
-    return less
+    return possible(less)
+
+
+def possible(cov: Array) -> Array:
+    """The nearest thing to these matrices that two variables at a time can have: no variance below 0."""
+    root = np.sqrt(np.maximum(np.einsum("gii->gi", cov), 0))
+    bound = root[:, :, None] * root[:, None]
+    return np.clip(cov, -bound, bound)
 
 
 def _preactivation(
@@ -157,17 +163,34 @@ def _preactivation(
     mean, both, _ = total(ln_m + shift, noise, weights)
     shares = {
         "frac_zero": (0.0, 0.0),
-        "frac_saturated": share_of_units(u.probability(saturated(row)), u, weights, width),
+        "frac_saturated": share_of_units(saturated(row), u, weights, width, batch, state.single),
     }
-    law = Law(mean, both * np.nan if state.certain else both, shares=shares, pair=state.pair)
+    law = Law(
+        mean,
+        both * np.nan if state.certain else both,
+        shares=shares,
+        pair=state.pair + remain * (1 + state.pair) / width,
+    )
     return symmetric(replace(law, single=float(state.single * damped[0])), width)
 
 
-def share_of_units(given: Array, u: Units, weights: Array, n: float) -> Moments:
-    """Share of n units' entries of which something is true with this probability given m, (G, M)."""
-    mean = u.over_m(given)
-    noise = np.maximum(u.over_m(given**2) - mean**2, 0) / n
-    return spread(mean, weights, noise)
+def share_of_units(
+    intervals: tuple[tuple[float, float], ...], u: Units, weights: Array, n: float, batch: int, single: float
+) -> Moments:
+    """Share of the entries of n units that lie in these intervals.
+
+    Entries of one unit differ given m, less what averages out since the e_a add up to 0; and inputs differ in length.
+    """
+    p, along = u.probability(intervals)
+    mean = u.over_m(p)
+    own = np.maximum(u.over_m(p * (1 - p) - along**2), 0) * uneven(single, batch) / batch
+    noise = (np.maximum(u.over_m(p**2) - mean**2, 0) + own) / n
+    by_length = np.zeros(len(mean))
+    for edges, sign in zip(zip(*intervals, strict=True), (1, -1), strict=False):
+        for edge in edges:
+            x = np.clip(edge / u.scale[:, 0], -40, 40)
+            by_length += sign * x * np.exp(-x * x / 2) / math.sqrt(8 * math.pi)
+    return spread(mean, weights, noise + single * by_length**2 / batch)
 
 
 def _activation(
@@ -183,10 +206,9 @@ def _activation(
     of_ratio = np.stack([-pooled / (2 * safe), -pooled / (2 * safe), np.ones_like(pooled)], -1)
     wobble = np.maximum(np.einsum("gi,gij,gj->g", of_ratio, cov, of_ratio), 0) / safe
     centre, sd = spread(pooled / np.sqrt(safe), weights, wobble)
-    off = u.probability(zeros(row))
-    dead = spread(u.over_m(off**batch), weights)
+    dead = spread(u.over_m(u.probability(zeros(row))[0] ** batch), weights)
     shares = {
-        "frac_zero": share_of_units(off, u, weights, width),
+        "frac_zero": share_of_units(zeros(row), u, weights, width, batch, law.single),
         "frac_dead": (dead[0], math.sqrt(dead[1] ** 2 + dead[0] * (1 - dead[0]) / width)),
     }
     with np.errstate(divide="ignore"):
@@ -204,14 +226,14 @@ def _apart(
     damped: Array,
     width: float,
     batch: int,
-) -> tuple[dict[str, float], Array, float]:
+) -> tuple[tuple[float, float], Array, float]:
     """By how much single pairs and single inputs of the next state differ from the average ones.
 
     Also what lengths do to ln T and ln W at each node, (G, 2): a convex map of q gains or loses by their spread, and
     the part of the layer's noise that is in the lengths is no longer in the directions.
     """
     if state.alone or math.isinf(width):
-        return {"pair": 0.0, "single": 0.0}, np.zeros((len(means), 2)), 0.0
+        return (0.0, 0.0), np.zeros((len(means), 2)), 0.0
     t, w = means[:, 0], means[:, 1]
     inside = u.inside[:, 0]
     slope = u.over_m(u.slope**2)[0] * np.exp(ln_q - u.ln_scale)[0] * inside[0]
@@ -224,6 +246,8 @@ def _apart(
     before = state.single * damped**2
     single = (1 + (u.tilt[0] / 2) ** 2 * before[0]) * (1 + new[0]) - 1
     common = np.maximum(t - w / (batch - 1), 0) * lengths(new)
-    bent = np.log1p(np.maximum(u.bend * before / 8, -0.5))
+    bent = np.log1p(
+        np.maximum(u.bend * (before - (1 - remain) * 2 / width) / 8, -0.5)
+    )  # an isometry's z has one length
     shrink = np.stack([bent + np.log1p(common / t), bent + np.log1p(-np.minimum(common / w, 0.5))], -1)
-    return {"pair": float(pair), "single": float(single)}, shrink, float(np.log1p(new[0]))
+    return (float(pair), float(single)), shrink, float(np.log1p(new[0]))

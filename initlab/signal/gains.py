@@ -21,8 +21,8 @@ WHY_TORCH = {
     "tanh": "5/3 is older than the theory and answers to no promise: gradients grow by chi_1 a layer",
     "sigmoid": "1, as if sigmoid were linear: its slope is at most 1/4, so gradients vanish",
     "selu": "3/4 was set by experiment, for self-normalization 1 is right; near the chi gain in effect",
-    "gelu": "torch has none",
-    "silu": "torch has none",
+    "gelu": "torch has none; the fixed point of rms repels: take the biases of phases.half_stable too",
+    "silu": "torch has none; the fixed point of rms repels: take the biases of phases.half_stable too",
 }
 
 

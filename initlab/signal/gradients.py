@@ -1,8 +1,8 @@
 """Finite width for any activation, backward: the law of a gradient on its way down, and a stack's laws altogether.
 
-A layer multiplies the gradient by phi'(z) and by the weights' transpose, taken as independent of the forward pass (exact
-at infinite width, good to order 1/n else). The state is again ln T and ln W; it depends on the forward states
-that it has come through, which are correlated from layer to layer, so it is carried as
+A layer multiplies the gradient by phi'(z) and by the weights' transpose, taken as independent of the forward pass
+(exact at infinite width). The state is again ln T and ln W; it depends on the forward states that it has come through,
+which are correlated from layer to layer, so it is carried as
     (ln T, ln W) = P (y - E y) + rest,    y the forward state of the same layer, the rest independent of it.
 """
 
@@ -13,8 +13,19 @@ from typing import NamedTuple
 import numpy as np
 
 from initlab.signal.activations import Activation
-from initlab.signal.closure import Layer, Step, forward, kept, share_of_units, uneven
-from initlab.signal.laws import CERTAIN, Array, Law, gaussian_batch, ln, ln_cov, regression, relative_to, symmetric, total
+from initlab.signal.closure import Layer, Step, forward, kept, possible, share_of_units, uneven
+from initlab.signal.laws import (
+    CERTAIN,
+    Array,
+    Law,
+    gaussian_batch,
+    ln,
+    ln_cov,
+    regression,
+    relative_to,
+    symmetric,
+    total,
+)
 from initlab.signal.units import COARSE, FINE, closed
 
 
@@ -71,7 +82,9 @@ def _down(row: Activation, steps: list[Step], batch: int) -> tuple[list[Law], li
     above, below = [], []
     for step in reversed(steps):
         cov = back.by_state @ np.nan_to_num(_next_cov(step)) @ back.by_state.T + back.rest
-        above.append(_seen(Law(back.mean, CERTAIN if step.state.certain else cov, pair=back.pair), batch, step.width, remain))
+        above.append(
+            _seen(Law(back.mean, CERTAIN if step.state.certain else cov, pair=back.pair), batch, step.width, remain)
+        )
         law, back = _backward(row, step, back, remain)
         below.append(law)
         remain = kept(step.layer.fan_out, step.layer.fan_in, step.layer.orthogonal)
@@ -87,12 +100,17 @@ def _seen(law: Law, batch: int, n: float, remain: float) -> Law:
     """The gradient at an activation, as n Gaussian units show it."""
     wobble = 0.0 if law.alone else 2 * (1 / (batch - 1) + law.pair) / n
     shift, noise = ln_cov(remain * np.diag([2 / n, wobble])[None])
-    found = Law(law.mean + shift[0], law.cov + noise[0], shares={"frac_zero": (0.0, 0.0)}, pair=law.pair)
+    found = Law(
+        law.mean + shift[0],
+        law.cov + noise[0],
+        shares={"frac_zero": (0.0, 0.0)},
+        pair=law.pair + remain * (1 + law.pair) / n,
+    )
     return symmetric(found, n)
 
 
 def _parts(step: Step, t: float, w: float) -> tuple[Array, Array]:
-    """One unit's T and W given m: parts without and with the square of the gradient's mean over the batch, (2, G, M)."""
+    """One unit's T and W given m, (2, G, M): parts without and with the squared mean of the gradient."""
     u, batch = step.units, step.batch
     k1, k2 = u.slope**2, u.slope2
     a, b = w * (k2 - k1) / batch, t * (k2 - k1 - u.slope_along**2) / batch
@@ -121,8 +139,7 @@ def _unit(step: Step, back: _Back, t: float, w: float, remain: float) -> tuple[A
         linear = u.over_m(squared)
         cov -= (1 - remain) * 2 * np.einsum("ig,jg->gij", linear, linear)
         cov[:, 1, 1] -= (1 - remain) * 2 * u.over_m(k2) ** 2 * w * w * (1 / batch + back.pair)
-        diagonal = np.einsum("gii->gi", cov)
-        diagonal[:] = np.maximum(diagonal, 0)
+        cov = possible(cov)
     return means, cov / step.width, both, free
 
 
@@ -137,9 +154,9 @@ def _backward(row: Activation, step: Step, back: _Back, remain: float) -> tuple[
         values = np.log(np.maximum(means, 0)) + ln_q + shift
     mean, _, own = total(values, noise, step.weights)
     by_state, rest = _carried(step, back, values, means, own, both, t, w)
-    single = _single(step, back, means, cov, t, w)
+    single = _single(step, back, t, w, remain)
     cov_all = by_state @ np.nan_to_num(step.state.cov) @ by_state.T + rest
-    share = share_of_units(u.probability(closed(row)), u, step.weights, width)
+    share = share_of_units(closed(row), u, step.weights, width, step.batch, step.state.single)
     pair = _pair(step, back, means, cov, t, w, remain)
     law = Law(mean, CERTAIN if step.state.certain else cov_all, shares={"frac_zero": share}, pair=pair)
     return symmetric(law, width), _Back(mean + ln(step.layer.weight * step.layer.fan_out), pair, by_state, rest, single)
@@ -152,19 +169,24 @@ def _pair(step: Step, back: _Back, means: Array, cov: Array, t: float, w: float,
     u = step.units
     k1, k2 = u.slope**2, u.slope2
     scatter = u.over_m(k2**2)[0] * (1 + 2 * t * t + 2 * back.pair * w * w) + 3 * t * t * u.over_m(k1**2)[0]
-    scatter -= back.pair * (u.over_m(k1)[0] * w) ** 2 + 2 * u.over_m(k2 * k1)[0] * (t + 2 * t * t) + (1 - remain) * (u.over_m(k1)[0] * w) ** 2
+    scatter -= (
+        back.pair * (u.over_m(k1)[0] * w) ** 2
+        + 2 * u.over_m(k2 * k1)[0] * (t + 2 * t * t)
+        + (1 - remain) * (u.over_m(k1)[0] * w) ** 2
+    )
     size = means[0, 1] ** 2 + cov[0, 1, 1]
     return float(((u.over_m(k1)[0] * w) ** 2 * back.pair + max(0.0, scatter) / step.width) / size)
 
 
-def _single(step: Step, back: _Back, means: Array, cov: Array, t: float, w: float) -> tuple[float, float]:
+def _single(step: Step, back: _Back, t: float, w: float, remain: float) -> tuple[float, float]:
     """The same recursion for one input's own part: elasticity by its ln|x|^2 below, and variance of the rest."""
     if w == 0 or math.isinf(step.width):
         return 0.0, 0.0
     u = step.units
     k2 = u.over_m(u.slope2)[0]
     pairs = u.over_m(u.slope2**2)[0] * (1 + 2 * t * t + 2 * back.pair * w * w)
-    own = max(0.0, 3 * u.over_m(u.slope4)[0] - pairs) / (k2**2 * step.width)
+    quadratic = (1 - remain) * 2 * k2**2 * (1 - t * t)
+    own = max(0.0, 3 * u.over_m(u.slope4)[0] - pairs - quadratic) / (k2**2 * step.width)
     square = u.variance[0] + u.mean[0] ** 2
     cross = (u.slope_square[0] - (square * u.slope2[0] * u.weights[0]).sum()) / (k2 * step.width)
     elasticity, rest = back.single
@@ -180,7 +202,7 @@ def _carried(
         return np.zeros((2, 2)), np.zeros((2, 2))
     u = step.units
     direct = regression(values, step.nodes, step.weights, step.state.alone)
-    by_t, by_w = (u.over_m(sum(_parts(step, *share)))[:, 0] for share in ((t, 0.0), (0.0, w)))
+    by_t, by_w = (u.over_m(np.add(*_parts(step, *share)))[:, 0] for share in ((t, 0.0), (0.0, w)))
     size = np.where(means[0] > 0, means[0], 1)
     by_back = np.stack([by_t, by_w], -1) / size[:, None]
     above = by_back @ back.by_state

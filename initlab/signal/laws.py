@@ -22,7 +22,7 @@ class Law:
 
     `ln_var` is ln of the pooled variance; the pooled mean is exp(ln q / 2) (centre + spread xi), xi standard normal;
     `shares` are fractions. Inputs differ in squared length by the relative variance `single`; T and W are those of
-    inputs of one length, `reported` has the lengths in. `pair`: variance of a pair's product about the average, over W^2.
+    inputs of one length, `reported` has the lengths in. `pair`: variance of a pair's product, over W^2.
     """
 
     mean: Array  # (2,)
@@ -120,7 +120,7 @@ def spread(values: Array, weights: Array, noise: Array | float = 0.0) -> Moments
     if not np.isfinite(values).all():
         return float(values[0]), math.nan
     mean = weights @ values
-    return float(mean), math.sqrt(max(0.0, weights @ ((values - mean) ** 2 + noise)))
+    return float(mean), math.sqrt(max(0.0, float(weights @ ((values - mean) ** 2 + noise))))
 
 
 _UP_TO_8 = np.arange(8.0)
@@ -132,7 +132,7 @@ def digamma(x: Array) -> Array:
     total = (1 / (x[..., None] + _UP_TO_8)).sum(-1)
     r = 1 / shifted**2
     series = r * (1 / 12 - r * (1 / 120 - r * (1 / 252 - r * (1 / 240 - r * (1 / 132 - r * 691 / 32760)))))
-    return np.log(shifted) - 0.5 / shifted - series - total
+    return np.asarray(np.log(shifted) - 0.5 / shifted - series - total)
 
 
 def trigamma(x: Array) -> Array:
@@ -141,11 +141,11 @@ def trigamma(x: Array) -> Array:
     total = (1 / (x[..., None] + _UP_TO_8) ** 2).sum(-1)
     r = 1 / shifted**2
     series = r * (1 / 6 - r * (1 / 30 - r * (1 / 42 - r * (1 / 30 - r * (5 / 66 - r * 691 / 2730)))))
-    return 1 / shifted + r / 2 + series / shifted + total
+    return np.asarray(1 / shifted + r / 2 + series / shifted + total)
 
 
 def ln_noise(relative: Array) -> tuple[Array, Array]:
-    """Mean and variance of ln X for X of mean 1 and this variance, as if a gamma variable (a mean of squares is one)."""
+    """Mean and variance of ln X for X of mean 1 and this variance, as if a gamma variable (means of squares are)."""
     small = np.clip(relative, 1e-300, 1e6)
     shape = 1 / np.maximum(small, 1e-5)
     wide = small < 1e-5
@@ -181,7 +181,9 @@ def regression(values: Array, nodes: Array, weights: Array, alone: bool) -> Arra
     if len(nodes) > 1:
         off = nodes[:, :dims] - nodes[0, :dims]  # the first node is the centre
         alive = np.where(np.isfinite(values), values, 0)
-        slopes[:, :dims] = ((alive - weights @ alive) * weights[:, None]).T @ off @ np.linalg.inv((off.T * weights) @ off)
+        slopes[:, :dims] = (
+            ((alive - weights @ alive) * weights[:, None]).T @ off @ np.linalg.inv((off.T * weights) @ off)
+        )
     return slopes
 
 

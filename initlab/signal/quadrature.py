@@ -82,8 +82,9 @@ def pair_mean(
     costs no accuracy. Error below 1e-10 for the table of activations.
     """
     one, other = torch.as_tensor(q, dtype=torch.float64), torch.as_tensor(c, dtype=torch.float64)
-    shape = torch.broadcast_shapes(one.shape, other.shape)
-    flat_q, flat_c = one.expand(shape).reshape(-1), other.expand(shape).reshape(-1)
+    both = torch.stack([one + 0 * other, other + 0 * one])
+    shape = both.shape[1:]
+    flat_q, flat_c = both.reshape(2, -1)
     fine = _octaves(float(flat_q.max()))
     step = max(1, CHUNK // _plane_points(fine, kinks, per_panel))
     pieces = [slice(k, k + step) for k in range(0, len(flat_q), step)]

@@ -5,11 +5,13 @@ unit-Gaussian gradient at the top. Knows rules, activations and laws; no network
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
 
 from initlab.errors import UsageError, check
 from initlab.signal.activations import ACTIVATIONS, Activation
@@ -21,13 +23,15 @@ from initlab.signal.gradients import Stack, laws
 from initlab.signal.gram_chain import simulate
 from initlab.signal.init import MODES, Rule, rule
 from initlab.signal.laws import Law, Moments
+from initlab.signal.maps import growth, moment
 
 METHODS = {
-    "auto": "closed laws while the sum of 1/width is below 1, simulation beyond if it is cheap",
+    "auto": "closed laws where they hold, simulation elsewhere if it costs seconds; `method` says what was done",
     "closed": "exact laws where there are some, else the lognormal closure",
     "simulation": "networks drawn from the exact law of the stack",
 }
 SPREAD = 1.0  # sum of 1/width up to which `auto` trusts the closure
+WANDERS = 0.3  # standard deviation of ln q over networks up to which an activation with a scale is trusted too
 BUDGET = 4e10  # multiplications that `auto` spends on a simulation
 NETWORKS = (100, 1000)  # fewest and most networks of a simulation that chooses for itself
 
@@ -97,8 +101,8 @@ def predict_bands(
     """One row per layer, tensor, direction and statistic, with the fields of `bands.Band`, `method` and `slope`.
 
     `widths` gives every layer's units and replaces depth and width; `inputs` the input's. The input has second moment
-    q0 and mean cosine c0, is drawn for each network or, if `fixed_input`, is one batch of just these moments. `sb2` adds
-    normal biases of this variance. `mode`, `gain`, `gain_kind`, `distribution` and `bias` replace the rule's own.
+    q0 and mean cosine c0, is drawn for each network or, if `fixed_input`, is one batch of just these moments. `sb2`
+    adds normal biases of this variance. `mode`, `gain`, `gain_kind`, `distribution` and `bias` replace the rule's own.
     `method`: auto, closed or simulation, the last with so many `networks` and this `seed`.
     """
     case = _case(init, activation, depth, width, widths, inputs, batch, q0, c0, fixed_input, sb2, rule_fields)
@@ -106,10 +110,11 @@ def predict_bands(
         raise UsageError(f"method={method}: must be one of {', '.join(METHODS)}")
     if networks is not None and networks < 2:
         raise UsageError(f"networks={networks}: must be at least 2")
-    if method == "simulation" or (method == "auto" and _should_simulate(case)):
-        rows = list(_simulated(case, networks or _affordable(case), seed))
+    shaky = method != "simulation" and not trusted(case)
+    if method == "simulation" or (method == "auto" and shaky and _affordable(case)):
+        rows = list(_simulated(case, networks or _affordable(case) or NETWORKS[0], seed))
     else:
-        rows = list(_closed(case))
+        rows = list(_closed(case, "log-delta, outside its range" if shaky else "log-delta"))
     frame = pd.DataFrame([(*key, *band, said) for key, band, said in rows], columns=_COLUMNS)
     return frame.assign(
         activation=name_of(activation), slope="numerical derivative" if numerical(case.row) else "given"
@@ -124,7 +129,7 @@ def stack_laws(
     own = {"widths": None, "inputs": None, "batch": 200, "q0": 1.0, "c0": 0.0, "fixed_input": False, "sb2": 0.0}
     fields = {name: value for name, value in options.items() if name not in (*names, "method")}
     given = {**own, **{name: value for name, value in options.items() if name in names}}
-    case = _case(init, activation, depth, width, *(given[name] for name in names), fields)
+    case = _case(init, activation, depth, width, rule_fields=fields, **given)
     return finite_laws(case).preactivations, case.widths[1:], case.batch
 
 
@@ -177,7 +182,7 @@ def _rule(init: str | Rule, fields: Mapping[str, Any]) -> Rule:
 def _layers(scaling: Rule, row: Activation, widths: Sequence[int], sb2: float) -> tuple[Layer, ...]:
     gain = scaling.gain_for(row)
     found = []
-    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+    for fan_in, fan_out in pairwise(widths):
         weight = gain**2 / MODES[scaling.mode](fan_in, fan_out)
         orthogonal = scaling.distribution == "orthogonal"
         if orthogonal:  # an isometry's rows are as long as its columns are many
@@ -211,16 +216,16 @@ def finite_laws(case: _Case) -> Stack:
     return laws(case.row, case.layers, case.batch, case.q0, case.c0, case.fixed_input)
 
 
-def _closed(case: _Case) -> Iterator[_Row]:
+def _closed(case: _Case, otherwise: str) -> Iterator[_Row]:
     better = _exact(case)
     finite = list(_tensors(finite_laws(case), case.widths))
     limits = [limit for _, limit, _ in _tensors(_infinite(case), case.widths)]
     seconds = [better[key][0] if key in better else law.ln_second_moment() for key, law, _ in finite]
     pooled = means([law for _, law, _ in finite], limits, seconds)
     for (key, law, n), limit, second, mean in zip(finite, limits, seconds, pooled, strict=True):
-        said = better[key][1] if key in better else "log-delta"
+        said = better[key][1] if key in better else otherwise
         for band in (*bands(law, limit, case.batch, n, second), mean):
-            yield key, band, said if band.statistic in IN_LN and band.statistic != "std_within" else "log-delta"
+            yield key, band, said if band.statistic in IN_LN and band.statistic != "std_within" else otherwise
     yield from _parameters(case)
 
 
@@ -267,7 +272,10 @@ def _parameters(case: _Case) -> Iterator[_Row]:
                 yield (k + 1, "bias", "forward"), band, "log-delta"
         limits = _parameter_gradients(infinite.activations[k], infinite.preactivation_gradients[k], case.batch)
         found = _parameter_gradients(finite.activations[k], finite.preactivation_gradients[k], case.batch)
-        for tensor, limit, law, n in (("weight", limits[0], found[0], count), ("bias", limits[1], found[1], layer.fan_out)):
+        for tensor, limit, law, n in (
+            ("weight", limits[0], found[0], count),
+            ("bias", limits[1], found[1], layer.fan_out),
+        ):
             for band in scaled(limit[0], *law, n):
                 yield (k + 1, tensor, "backward"), band, "log-delta"
 
@@ -300,30 +308,33 @@ def _sum(a: float, b: float) -> float:
 def _cost(case: _Case) -> float:
     """Multiplications of one network, forward and backward, statistics included."""
     return sum(
-        case.batch * (layer.fan_in + layer.fan_out) * (20 + 2 * min(layer.fan_in, 2 * case.batch)) for layer in case.layers
+        case.batch * (layer.fan_in + layer.fan_out) * (20 + 2 * min(layer.fan_in, 2 * case.batch))
+        for layer in case.layers
     )
 
 
 def _affordable(case: _Case) -> int:
-    return int(min(NETWORKS[1], max(NETWORKS[0], BUDGET / _cost(case))))
+    """How many networks the budget allows; 0 if they are too few to be of use or the chain does not know the input."""
+    networks = int(min(NETWORKS[1], BUDGET / _cost(case)))
+    return networks if networks >= NETWORKS[0] and not case.fixed_input else 0
 
 
-def _should_simulate(case: _Case) -> bool:
-    """Where the closure fails: depth beyond the widths, or a second moment that spreads and is not merely scaled."""
-    if case.fixed_input or NETWORKS[0] * _cost(case) > BUDGET:
-        return False
+def trusted(case: _Case) -> bool:
+    """Whether the closure holds: more width than depth, and no second moment wandering over phi's curved parts."""
+    if case.batch == 1 and case.row in (ACTIVATIONS["linear"], ACTIVATIONS["relu"]):
+        return True
     if sum(1 / layer.fan_out for layer in case.layers) > SPREAD:
-        return not (case.batch == 1 and (case.row is ACTIVATIONS["linear"] or case.row is ACTIVATIONS["relu"]))
-    return False
+        return False
+    at = torch.tensor([0.01, 1.0, 100.0], dtype=torch.float64)
+    scale_free = bool((2 * growth(case.row, at) * at / moment(case.row, at) - 2).abs().max() < 1e-9)
+    return scale_free or all(law.ln_second_moment()[1] < WANDERS for law in finite_laws(case).activations)
 
 
 def _simulated(case: _Case, networks: int, seed: int) -> Iterator[_Row]:
     limits: dict[tuple[int, str, str], dict[str, tuple[float, float]]] = {}
     for key, law, n in _tensors(_infinite(case), case.widths):
         limits[key] = {band.statistic: (band.predicted, band.ln_predicted) for band in bands(law, law, case.batch, n)}
-    found = simulate(
-        case.row, case.layers, case.batch, networks, case.q0, case.c0, case.rule.distribution, seed
-    )
+    found = simulate(case.row, case.layers, case.batch, networks, case.q0, case.c0, case.rule.distribution, seed)
     for key, block in found.items():
         for band in simulated(block, limits[key]):
             yield key, band, "simulation"

@@ -73,19 +73,21 @@ class Units:
 
     def over_m(self, f: Array) -> Array:
         """E over m, (..., G, M) -> (..., G)."""
-        return (f * self.weights).sum(-1)
+        return np.asarray((f * self.weights).sum(-1))
 
-    def probability(self, intervals: tuple[tuple[float, float], ...]) -> Array:
-        """P(z in one of the intervals), given m."""
+    def probability(self, intervals: tuple[tuple[float, float], ...]) -> tuple[Array, Array]:
+        """P(z in one of the intervals) given m, and the mean of e there, both (G, M)."""
         root_w, centre = np.sqrt(self.inside) + 1e-150, np.sqrt(1 - self.inside) * self.m
-        found = np.zeros_like(self.m)
+        found, along = np.zeros_like(self.m), np.zeros_like(self.m)
         for low, high in intervals:
-            found += normal_cdf((high / self.scale - centre) / root_w) - normal_cdf((low / self.scale - centre) / root_w)
-        return found
+            first, last = ((edge / self.scale - centre) / root_w for edge in (low, high))
+            found += normal_cdf(last) - normal_cdf(first)
+            along += np.exp(-np.minimum(first**2, 1e3) / 2) - np.exp(-np.minimum(last**2, 1e3) / 2)
+        return found, along / math.sqrt(2 * math.pi)
 
 
 def normal_cdf(x: Array) -> Array:
-    return torch.special.ndtr(torch.from_numpy(np.ascontiguousarray(x))).numpy()
+    return np.asarray(torch.special.ndtr(torch.from_numpy(np.ascontiguousarray(x))))
 
 
 def units(row: Activation, ln_t: Array, ln_w: Array, uniform: Array, grid: Grid = COARSE) -> Units:
@@ -114,7 +116,7 @@ def units(row: Activation, ln_t: Array, ln_w: Array, uniform: Array, grid: Grid 
 
 
 def _mean(x: Array, weights: Array) -> Array:
-    return np.einsum("gmu,gmu->gm", x, weights)
+    return np.asarray(np.einsum("gmu,gmu->gm", x, weights))
 
 
 def _moments(f: Array, p: Array, u: Array, e: Array, weights: Array, m_weights: Array) -> dict[str, Array]:
@@ -146,8 +148,8 @@ def _degree(row: Activation, clipped: Array, half: Array) -> Array:
     if (clipped == half).all():
         return np.zeros_like(half)
     at = torch.from_numpy(np.exp(clipped))
-    one, two = (sum(row.phi(sign * k * at).abs() for sign in (1, -1)) for k in (1, 2))
-    return ((two / one).log() / math.log(2)).round().numpy()  # type: ignore[operator, union-attr, no-any-return]
+    one, two = (row.phi(k * at).abs() + row.phi(-k * at).abs() for k in (1, 2))
+    return np.asarray(((two / one).log() / math.log(2)).round())
 
 
 def _outer(
