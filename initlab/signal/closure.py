@@ -132,7 +132,7 @@ def _without_second_chaos(cov: Array, u: Units, given: Array, remain: float, bat
         return cov
     quadratic = u.over_m(given * (u.m**2 - 1))  # (3, G)
     less = cov - (1 - remain) / 2 * np.einsum("ig,jg->gij", quadratic, quadratic)
-    less[:, 1, 1] -= (1 - remain) / 2 * u.tilt**2 * u.inside[:, 0] ** 2 * (1 / batch + pair)
+    less[:, 1, 1] -= (1 - remain) / 2 * u.over_m(u.curve) ** 2 * (1 / batch + pair)
     return possible(less)
 
 

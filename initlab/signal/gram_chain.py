@@ -137,12 +137,13 @@ def _through(chain: _Chain, layer: Layer, x: Tensor) -> tuple[Tensor, tuple[Tens
 def _back(chain: _Chain, layer: Layer, d: Tensor, passed: tuple[Tensor, Tensor] | Tensor) -> Tensor:
     """d W^T, the part of W that no input has seen drawn now."""
     if isinstance(passed, Tensor):
-        return d @ passed.mT
+        through: Tensor = d @ passed.mT
+        return through
     basis, seen = passed
     if d.shape[-2] < layer.fan_out:
         mixing = torch.linalg.qr(d.mT).R.mT  # d = mixing times an orthonormal frame, which the fresh W does not notice
         fresh = mixing @ chain.normal(mixing.shape[-1], layer.fan_in) * layer.weight**0.5
     else:
         fresh = d @ (chain.normal(layer.fan_out, layer.fan_in) * layer.weight**0.5)
-    inside: Tensor = (d @ seen.mT - fresh @ basis) @ basis.mT
-    return inside + fresh
+    both: Tensor = fresh + (d @ seen.mT - fresh @ basis) @ basis.mT
+    return both

@@ -5,23 +5,22 @@ unit-Gaussian gradient at the top. Knows rules, activations and laws; no network
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
 
-from initlab.errors import UsageError, check
-from initlab.signal.activations import ACTIVATIONS, Activation
+from initlab.errors import UsageError
+from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.bands import IN_LN, Band, bands, means, scaled, simulated
-from initlab.signal.closure import Layer
-from initlab.signal.custom import Given, as_activation, name_of, numerical
+from initlab.signal.case import Case, case_of
+from initlab.signal.custom import Given, name_of, numerical
 from initlab.signal.finite_width import linear_batch, linear_one_input, lognormal, relu_one_input
 from initlab.signal.gradients import Stack, laws
 from initlab.signal.gram_chain import simulate
-from initlab.signal.init import MODES, Rule, rule
+from initlab.signal.init import Rule
 from initlab.signal.laws import Law, Moments
 from initlab.signal.maps import growth, moment
 
@@ -34,22 +33,6 @@ SPREAD = 1.0  # sum of 1/width up to which `auto` trusts the closure
 WANDERS = 0.3  # standard deviation of ln q over networks up to which an activation with a scale is trusted too
 BUDGET = 4e10  # multiplications that `auto` spends on a simulation
 NETWORKS = (100, 1000)  # fewest and most networks of a simulation that chooses for itself
-
-
-class _Case(NamedTuple):
-    """What is asked, checked."""
-
-    rule: Rule
-    row: Activation
-    layers: tuple[Layer, ...]
-    batch: int
-    q0: float
-    c0: float
-    fixed_input: bool
-
-    @property
-    def widths(self) -> list[int]:
-        return [self.layers[0].fan_in, *(layer.fan_out for layer in self.layers)]
 
 
 def predict(
@@ -105,7 +88,7 @@ def predict_bands(
     adds normal biases of this variance. `mode`, `gain`, `gain_kind`, `distribution` and `bias` replace the rule's own.
     `method`: auto, closed or simulation, the last with so many `networks` and this `seed`.
     """
-    case = _case(init, activation, depth, width, widths, inputs, batch, q0, c0, fixed_input, sb2, rule_fields)
+    case = case_of(init, activation, depth, width, widths, inputs, batch, q0, c0, fixed_input, sb2, rule_fields)
     if method not in METHODS:
         raise UsageError(f"method={method}: must be one of {', '.join(METHODS)}")
     if networks is not None and networks < 2:
@@ -129,66 +112,12 @@ def stack_laws(
     own = {"widths": None, "inputs": None, "batch": 200, "q0": 1.0, "c0": 0.0, "fixed_input": False, "sb2": 0.0}
     fields = {name: value for name, value in options.items() if name not in (*names, "method")}
     given = {**own, **{name: value for name, value in options.items() if name in names}}
-    case = _case(init, activation, depth, width, rule_fields=fields, **given)
+    case = case_of(init, activation, depth, width, rule_fields=fields, **given)
     return finite_laws(case).preactivations, case.widths[1:], case.batch
 
 
 _COLUMNS = ["layer", "tensor", "direction", *Band._fields, "method"]
 _Row = tuple[tuple[int, str, str], Band, str]
-
-
-def _case(
-    init: str | Rule,
-    activation: Given,
-    depth: int,
-    width: int,
-    widths: Sequence[int] | None,
-    inputs: int | None,
-    batch: int,
-    q0: float,
-    c0: float,
-    fixed_input: bool,
-    sb2: float,
-    rule_fields: Mapping[str, Any],
-) -> _Case:
-    row = as_activation(activation)
-    scaling = _rule(init, rule_fields)
-    units = list(widths) if widths is not None else [width] * depth
-    check(depth=len(units) if widths is not None else depth, batch=batch)
-    for n in [*units, *([] if inputs is None else [inputs])]:
-        check(width=n)
-    for name, value in (("q0", q0), ("sb2", sb2)):
-        if not 0 <= value < math.inf:
-            raise UsageError(f"{name}={value:g}: a second moment must be a finite number, at least 0")
-    if q0 == 0:
-        raise UsageError("q0=0: an input of zeros has nothing to say; it must be positive")
-    if not 0 <= c0 < 1:
-        raise UsageError(f"c0={c0:g}: the inputs' mean cosine must be at least 0 and below 1")
-    layers = _layers(scaling, row, [units[0] if inputs is None else inputs, *units], sb2)
-    return _Case(scaling, row, layers, int(batch), float(q0), float(c0), fixed_input)
-
-
-def _rule(init: str | Rule, fields: Mapping[str, Any]) -> Rule:
-    allowed = ("gain", "mode", "distribution", "bias", "gain_kind")
-    for name in fields:
-        if name not in allowed:
-            raise UsageError(f"{name}: no such option of a prediction; a rule has {', '.join(allowed)}")
-    if isinstance(init, str):
-        return rule(init, **fields)
-    given = {name: getattr(init, name) for name in allowed}
-    return Rule(**{**given, **{name: value for name, value in fields.items() if value is not None}})
-
-
-def _layers(scaling: Rule, row: Activation, widths: Sequence[int], sb2: float) -> tuple[Layer, ...]:
-    gain = scaling.gain_for(row)
-    found = []
-    for fan_in, fan_out in pairwise(widths):
-        weight = gain**2 / MODES[scaling.mode](fan_in, fan_out)
-        orthogonal = scaling.distribution == "orthogonal"
-        if orthogonal:  # an isometry's rows are as long as its columns are many
-            weight *= fan_in / max(fan_in, fan_out)
-        found.append(Layer(fan_in, fan_out, weight, sb2, scaling.bias**2 / (3 * fan_in), orthogonal))
-    return tuple(found)
 
 
 # --- closed laws -----------------------------------------------------------------------------------------------------
@@ -206,17 +135,17 @@ def _tensors(stack: Stack, widths: Sequence[int]) -> Iterator[tuple[tuple[int, s
 
 
 @lru_cache(maxsize=32)
-def _infinite(case: _Case) -> Stack:
+def _infinite(case: Case) -> Stack:
     return laws(case.row, case.layers, case.batch, case.q0, case.c0, case.fixed_input, infinite=True)
 
 
 @lru_cache(maxsize=32)
-def finite_laws(case: _Case) -> Stack:
+def finite_laws(case: Case) -> Stack:
     """The laws at finite width."""
     return laws(case.row, case.layers, case.batch, case.q0, case.c0, case.fixed_input)
 
 
-def _closed(case: _Case, otherwise: str) -> Iterator[_Row]:
+def _closed(case: Case, otherwise: str) -> Iterator[_Row]:
     better = _exact(case)
     finite = list(_tensors(finite_laws(case), case.widths))
     limits = [limit for _, limit, _ in _tensors(_infinite(case), case.widths)]
@@ -229,7 +158,7 @@ def _closed(case: _Case, otherwise: str) -> Iterator[_Row]:
     yield from _parameters(case)
 
 
-def _exact(case: _Case) -> dict[tuple[int, str, str], tuple[Moments, str]]:
+def _exact(case: Case) -> dict[tuple[int, str, str], tuple[Moments, str]]:
     """Laws of ln q that are known better: linear stacks, and ReLU with one input; normal weights and no biases."""
     plain = not any(layer.orthogonal or layer.bias or layer.uniform_bias for layer in case.layers)
     if not plain or case.c0 or case.fixed_input:
@@ -256,7 +185,7 @@ def _exact(case: _Case) -> dict[tuple[int, str, str], tuple[Moments, str]]:
     return found
 
 
-def _parameters(case: _Case) -> Iterator[_Row]:
+def _parameters(case: Case) -> Iterator[_Row]:
     """Weights and biases themselves, and the gradients of the sum over the batch with respect to them."""
     infinite, finite = _infinite(case), finite_laws(case)
     for k, layer in enumerate(case.layers):
@@ -305,7 +234,7 @@ def _sum(a: float, b: float) -> float:
 # --- simulated laws --------------------------------------------------------------------------------------------------
 
 
-def _cost(case: _Case) -> float:
+def _cost(case: Case) -> float:
     """Multiplications of one network, forward and backward, statistics included."""
     return sum(
         case.batch * (layer.fan_in + layer.fan_out) * (20 + 2 * min(layer.fan_in, 2 * case.batch))
@@ -313,13 +242,13 @@ def _cost(case: _Case) -> float:
     )
 
 
-def _affordable(case: _Case) -> int:
+def _affordable(case: Case) -> int:
     """How many networks the budget allows; 0 if they are too few to be of use or the chain does not know the input."""
     networks = int(min(NETWORKS[1], BUDGET / _cost(case)))
     return networks if networks >= NETWORKS[0] and not case.fixed_input else 0
 
 
-def trusted(case: _Case) -> bool:
+def trusted(case: Case) -> bool:
     """Whether the closure holds: more width than depth, and no second moment wandering over phi's curved parts."""
     if case.batch == 1 and case.row in (ACTIVATIONS["linear"], ACTIVATIONS["relu"]):
         return True
@@ -330,7 +259,7 @@ def trusted(case: _Case) -> bool:
     return scale_free or all(law.ln_second_moment()[1] < WANDERS for law in finite_laws(case).activations)
 
 
-def _simulated(case: _Case, networks: int, seed: int) -> Iterator[_Row]:
+def _simulated(case: Case, networks: int, seed: int) -> Iterator[_Row]:
     limits: dict[tuple[int, str, str], dict[str, tuple[float, float]]] = {}
     for key, law, n in _tensors(_infinite(case), case.widths):
         limits[key] = {band.statistic: (band.predicted, band.ln_predicted) for band in bands(law, law, case.batch, n)}
