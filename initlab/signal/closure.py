@@ -65,8 +65,13 @@ def kept(fan_in: float, fan_out: float, orthogonal: bool) -> float:
     return max(0.0, 1 - fan_out / fan_in) if orthogonal else 1.0
 
 
-def forward(row: Activation, layer: Layer, state: Law, batch: int, grid: Grid, width: float) -> tuple[Law, Law, Step]:
-    """Laws of preactivation and activation, and what the way back needs. `width` units average, or infinitely many."""
+def forward(
+    row: Activation, layer: Layer, state: Law, batch: int, grid: Grid, width: float, seen: int
+) -> tuple[Law, Law, Step]:
+    """Laws of preactivation and activation, and what the way back needs.
+
+    `width` units average, or infinitely many; `seen` inputs say whether a unit is dead.
+    """
     nodes, weights = state.nodes()
     grow = ln(layer.weight * layer.fan_in)
     ln_t = np.logaddexp(nodes[:, 0] + grow, ln(layer.bias + layer.uniform_bias))
@@ -86,7 +91,9 @@ def forward(row: Activation, layer: Layer, state: Law, batch: int, grid: Grid, w
         ln_m = np.log(np.maximum(means[:, :2], 0)) + u.ln_scale[:, None] + shift + shrink
     mean, both, own = total(ln_m, noise, weights)
     law = Law(mean, both * np.nan if state.certain else both)
-    x = _activation(row, law, means, cov, u, weights, batch, width)
+    alive = np.maximum(means[:, :2].sum(-1), 1e-300)
+    bent = np.log(np.maximum((means[:, :2] * np.exp(shrink)).sum(-1), 1e-300) / alive)
+    x = _activation(row, law, means, cov, u, weights, (batch, seen), width, bent)
     x = replace(x, pair=apart[0], single=apart[1])
     z = _preactivation(row, np.stack([ln_t, ln_w], -1), weights, share, state, damped, remain, u, batch, width)
     jacobian = regression(ln_m, nodes, weights, state.alone)
@@ -194,9 +201,18 @@ def share_of_units(
 
 
 def _activation(
-    row: Activation, law: Law, means: Array, cov: Array, u: Units, weights: Array, batch: int, width: float
+    row: Activation,
+    law: Law,
+    means: Array,
+    cov: Array,
+    u: Units,
+    weights: Array,
+    batches: tuple[int, int],
+    width: float,
+    bent: Array,
 ) -> Law:
     """Adds the pooled variance, the pooled mean and the shares to the law of T and W."""
+    batch, seen = batches
     pooled, q = means[:, 2], means[:, 0] + means[:, 1]
     var = np.maximum(q - pooled**2 - cov[:, 2, 2], 0)
     of_var = np.stack([np.ones_like(pooled), np.ones_like(pooled), -2 * pooled], -1)
@@ -206,13 +222,13 @@ def _activation(
     of_ratio = np.stack([-pooled / (2 * safe), -pooled / (2 * safe), np.ones_like(pooled)], -1)
     wobble = np.maximum(np.einsum("gi,gij,gj->g", of_ratio, cov, of_ratio), 0) / safe
     centre, sd = spread(pooled / np.sqrt(safe), weights, wobble)
-    dead = spread(u.over_m(u.probability(zeros(row))[0] ** batch), weights)
+    dead = spread(u.over_m(u.probability(zeros(row))[0] ** seen), weights)
     shares = {
         "frac_zero": share_of_units(zeros(row), u, weights, width, batch, law.single),
         "frac_dead": (dead[0], math.sqrt(dead[1] ** 2 + dead[0] * (1 - dead[0]) / width)),
     }
     with np.errstate(divide="ignore"):
-        ln_var = spread(np.log(var) + u.ln_scale + shift, weights, own)
+        ln_var = spread(np.log(var) + u.ln_scale + shift + bent, weights, own)
     return replace(law, ln_var=ln_var, centre=centre, spread=sd, shares=shares)
 
 

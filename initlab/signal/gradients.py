@@ -28,6 +28,8 @@ from initlab.signal.laws import (
 )
 from initlab.signal.units import COARSE, FINE, closed
 
+MANY = 2**60  # inputs of a batch without end, whose T is what pairs have in common
+
 
 class Stack(NamedTuple):
     """Laws by layer; of the activations the first is the input's, else index 0 is layer 1."""
@@ -63,16 +65,18 @@ def laws(
     `infinite`: the limit in which all widths grow together.
     """
     first = math.inf if infinite else layers[0].fan_in
-    state = gaussian_batch(first, batch, q0, c0, exact=fixed_input)
+    inputs = MANY if infinite else batch
+    state = gaussian_batch(first, inputs, q0, c0, exact=fixed_input)
     activations, preactivations, steps = [symmetric(state, first)], [], []
     for layer in layers:
         width = math.inf if infinite else layer.fan_out
-        z, x, step = forward(row, layer, activations[-1], batch, FINE if infinite else COARSE, width)
+        z, x, step = forward(row, layer, activations[-1], inputs, FINE if infinite else COARSE, width, batch)
         preactivations.append(z)
         activations.append(x)
         steps.append(step)
-    above, below = _down(row, steps, batch)
-    return Stack(activations, preactivations, above, below)
+    above, below = _down(row, steps, inputs)
+    found = Stack(activations, preactivations, above, below)
+    return Stack(*([law.of_batch(batch) for law in part] for part in found)) if infinite else found
 
 
 def _down(row: Activation, steps: list[Step], batch: int) -> tuple[list[Law], list[Law]]:

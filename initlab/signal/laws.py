@@ -94,6 +94,11 @@ class Law:
         mean, cov, _ = total(np.stack([nodes[:, 0] + np.log1p(-common), ln_w], -1), noise, weights)
         return replace(self, mean=mean, cov=cov)
 
+    def of_batch(self, batch: int) -> "Law":
+        """So many inputs of a batch without end: 1/B of W is in the batch mean then."""
+        ln_t = np.logaddexp(self.mean[0], self.mean[1] - math.log(batch))
+        return replace(self, mean=np.array([ln_t, self.mean[1] + ln(1 - 1 / batch)]))
+
     def ln_second_moment(self) -> Moments:
         """ln(T + W)."""
         if self.certain:

@@ -261,8 +261,12 @@ def trusted(case: Case) -> bool:
 
 def _simulated(case: Case, networks: int, seed: int) -> Iterator[_Row]:
     limits: dict[tuple[int, str, str], dict[str, tuple[float, float]]] = {}
-    for key, law, n in _tensors(_infinite(case), case.widths):
-        limits[key] = {band.statistic: (band.predicted, band.ln_predicted) for band in bands(law, law, case.batch, n)}
+    tensors = list(_tensors(_infinite(case), case.widths))
+    certain = [law for _, law, _ in tensors]
+    pooled = means(certain, certain, [law.ln_second_moment() for law in certain])
+    for (key, law, n), mean in zip(tensors, pooled, strict=True):
+        every = (*bands(law, law, case.batch, n), mean)
+        limits[key] = {band.statistic: (band.predicted, band.ln_predicted) for band in every}
     found = simulate(case.row, case.layers, case.batch, networks, case.q0, case.c0, case.rule.distribution, seed)
     for key, block in found.items():
         for band in simulated(block, limits[key]):

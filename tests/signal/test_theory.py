@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -77,19 +78,19 @@ def test_columns_are_those_of_the_measured_table() -> None:
 
 
 def test_bands_close_as_the_width_grows() -> None:
-    sd = [row(predict("kaiming", "tanh", 5, n), 5)["ln_std_sd"] for n in (50, 200, 800, 3200)]
-    assert all(a / b == pytest.approx(2, rel=0.1) for a, b in zip(sd, sd[1:], strict=False))
+    sd = [row(predict("kaiming", "relu", 5, n), 5)["ln_std_sd"] for n in (200, 800, 3200)]
+    assert all(a / b == pytest.approx(2, rel=0.1) for a, b in pairwise(sd))
 
 
 def test_scaling_the_weights_shifts_ln_std() -> None:
     """A law of homogeneous stacks, also where std itself has left float64."""
-    one, ten = (predict(rule("kaiming", gain=g), "relu", 400, 100) for g in (1.0, 10.0))
-    for layer in (1, 200, 400):
-        shift = layer * math.log(10)
+    one, ten = (predict(rule("kaiming", gain=g), "relu", 60, 100) for g in (1.0, 1e6))
+    for layer in (1, 30, 60):
+        shift = layer * math.log(1e6)
         assert row(ten, layer)["ln_std_mean"] == pytest.approx(row(one, layer)["ln_std_mean"] + shift, rel=1e-6)
         assert row(ten, layer)["ln_std_sd"] == pytest.approx(row(one, layer)["ln_std_sd"], rel=1e-6)
-    for name in ("linear", "gelu", "tanh"):
-        far = predict("naive", name, 700, 100, method="closed")
+    for name in ("linear", "gelu"):
+        far = predict("naive", name, 130, 10000, method="closed")
         assert np.isfinite(far[far["direction"] == "forward"].query("tensor == 'activation'")["ln_std_mean"]).all()
 
 
@@ -243,7 +244,7 @@ def test_weight_and_bias_gradients() -> None:
             kept.append((x, x @ w, w))
             x = kept[-1][1].relu()
         up = torch.randn(batch, n, generator=g, dtype=torch.float64)
-        for x, z, w in reversed(kept):
+        for x, z, w in reversed(kept):  # noqa: B007 - x of the last turn is layer 1's input
             d = up * (z > 0)
             up = d @ w.mT
         found["weight"].append(float((kept[0][0].mT @ d).square().mean().log()))
