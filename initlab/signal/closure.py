@@ -188,6 +188,15 @@ def share_of_units(
 
     Entries of one unit differ given m, less what averages out since the e_a add up to 0; and inputs differ in length.
     """
+    key = (intervals, n, batch, single)
+    if key not in u.known:
+        u.known[key] = _share(intervals, u, weights, n, batch, single)
+    return u.known[key]
+
+
+def _share(
+    intervals: tuple[tuple[float, float], ...], u: Units, weights: Array, n: float, batch: int, single: float
+) -> Moments:
     p, along = u.probability(intervals)
     mean = u.over_m(p)
     own = np.maximum(u.over_m(p * (1 - p) - along**2), 0) * uneven(single, batch) / batch

@@ -52,15 +52,26 @@ def predict(
     `dtype` is kept as a column; where a format ends is `formats.limits`' business. Options: see `predict_bands`.
     """
     long = predict_bands(init, activation, depth, width, **options)
-    keys = ["layer", "tensor", "direction"]
-    wide = long.pivot(index=keys, columns="statistic", values="predicted")
-    chosen = long[long["scale"] == "ln"]
-    for column, name in (("ln_predicted", "ln_{}"), ("mean", "ln_{}_mean"), ("sd", "ln_{}_sd")):
-        part = chosen.pivot(index=keys, columns="statistic", values=column)
-        wide = wide.join(part.rename(columns=lambda s, name=name: name.format(s)))
-    of_std = long[long["statistic"] == "std"].set_index(keys)
-    wide = wide.join(of_std[["band68_low", "band68_high", "band_low", "band_high", "method", "slope"]])
-    return wide.reset_index().assign(dtype=dtype).rename_axis(columns=None)
+    rows: dict[tuple[int, str, str], dict[str, Any]] = {}
+    for (*key, band), said, slope in zip(_bands_of(long), long["method"], long["slope"], strict=True):
+        row = rows.setdefault(tuple(key), dict(zip(_COLUMNS, key, strict=False)))  # type: ignore[arg-type]
+        name = band.statistic
+        row[name] = band.predicted
+        if band.scale == "ln":
+            row |= {f"ln_{name}": band.ln_predicted, f"ln_{name}_mean": band.mean, f"ln_{name}_sd": band.sd}
+        if name == "std":
+            row |= {edge: getattr(band, edge) for edge in EDGES} | {"method": said, "slope": slope}
+    found = pd.DataFrame(list(rows.values())).assign(dtype=dtype)
+    return found.sort_values(["layer", "tensor", "direction"], ignore_index=True)
+
+
+EDGES = ("band68_low", "band68_high", "band_low", "band_high")
+
+
+def _bands_of(long: pd.DataFrame) -> Iterator[tuple[int, str, str, Band]]:
+    fields = [long[name].tolist() for name in _COLUMNS[:-1]]
+    for layer, tensor, direction, *band in zip(*fields, strict=True):
+        yield layer, tensor, direction, Band(*band)
 
 
 def predict_bands(

@@ -9,10 +9,10 @@ Legend: G states (T, W) at once, M nodes of m, U nodes of e. Knows neither width
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -28,16 +28,19 @@ CLIP = 230.0  # ln of the largest scale at which phi itself is evaluated; beyond
 
 
 class Grid(NamedTuple):
-    """How finely to integrate: panels of this width, so many nodes each, edges halving this often towards a kink."""
+    """How finely to integrate: panels of this width, so many nodes each, edges halving this often towards a kink.
+
+    `means_only` leaves out what only finite width needs."""
 
     width: float
     reach: float
     nodes: int
     halvings: int
+    means_only: bool = False
 
 
 COARSE = Grid(width=3.0, reach=6.0, nodes=6, halvings=3)  # 1e-5, for what fluctuates
-FINE = Grid(width=3.0, reach=7.5, nodes=10, halvings=12)  # 1e-9, for the limit of infinite width
+FINE = Grid(width=3.0, reach=7.5, nodes=10, halvings=12, means_only=True)  # 1e-9, for the limit of infinite width
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Units:
     bend: Array
     slope_tilt: Array
     slope_square: Array
+    known: dict[Hashable, tuple[float, float]] = field(default_factory=dict)  # shares found: several ask for the same
 
     def over_m(self, f: Array) -> Array:
         """E over m, (..., G, M) -> (..., G)."""
@@ -111,15 +115,27 @@ def units(row: Activation, ln_t: Array, ln_w: Array, uniform: Array, grid: Grid 
     f = f / np.where(size > 0, size, 1)[:, None, None]
     with np.errstate(divide="ignore"):
         ln_scale = 2 * (np.log(size) + _degree(row, clipped, half) * (half - clipped))
-    known = {"m": m, "weights": m_weights, "inside": w, "scale": scale, "ln_scale": ln_scale}
-    return Units(**known, **_moments(f, p, u, e, e_weights, m_weights))
+    found = _means(f, p, e_weights) if grid.means_only else _moments(f, p, u, e, e_weights, m_weights)
+    return Units(m, m_weights, w, scale, ln_scale, **found)
 
 
 def _mean(x: Array, weights: Array) -> Array:
     return np.asarray(np.einsum("gmu,gmu->gm", x, weights))
 
 
-def _moments(f: Array, p: Array, u: Array, e: Array, weights: Array, m_weights: Array) -> dict[str, Array]:
+def _means(f: Array, p: Array, weights: Array) -> dict[str, Any]:
+    """What is left when nothing fluctuates; the rest is 0."""
+    centre = _mean(f, weights)
+    none = dict.fromkeys(_NOISE, np.zeros_like(centre)) | dict.fromkeys(_WHOLE, np.zeros(len(centre)))
+    variance = _mean((f - centre[..., None]) ** 2, weights)
+    return none | {"mean": centre, "variance": variance, "slope": _mean(p, weights), "slope2": _mean(p * p, weights)}
+
+
+_NOISE = ("third", "fourth", "along", "along_square", "curve", "slope4", "slope_along")
+_WHOLE = ("tilt", "bend", "slope_tilt", "slope_square")
+
+
+def _moments(f: Array, p: Array, u: Array, e: Array, weights: Array, m_weights: Array) -> dict[str, Any]:
     centre = _mean(f, weights)
     off = f - centre[..., None]
     weighted = weights * e
@@ -159,8 +175,9 @@ def _outer(
     narrow = float((t / np.maximum(w, 1e-30)).max())
     levels = min(grid.halvings, max(octaves, math.ceil(math.log2(max(1.0, narrow)) / 2)))
     centres = np.concatenate([k / (scale * np.sqrt(t) + 1e-300) for k in kinks], -1)
-    ends = np.sqrt(3 * uniform)[:, None] * np.array([1.0, -1.0])
-    moving = np.concatenate([(centres[..., None] + _around(levels, 0)).reshape(len(t), -1), ends], -1)
+    moving = (centres[..., None] + _around(levels, 0)).reshape(len(t), -1)
+    if (uniform > 0).any():
+        moving = np.concatenate([moving, np.sqrt(3 * uniform)[:, None] * np.array([1.0, -1.0])], -1)
     m, lengths = _between(moving, grid)
     weights = lengths * _density(m, uniform[:, None])
     return m, weights / weights.sum(-1, keepdims=True)
