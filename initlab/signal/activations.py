@@ -134,7 +134,7 @@ def _chi_gain(row: Activation) -> float:
 
 def _inverse_root(moment: float) -> float:
     if not moment > 0:
-        raise UsageError("activation: constant on average, so no gain mends it")
+        raise UsageError("activation: phi or its slope is 0 almost everywhere, so there is no gain of this kind")
     return 1 / math.sqrt(moment)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from initlab.signal.laws import Law, Moments, ln_noise
+from initlab.signal.laws import NOTHING, Law, Moments, ln_noise
 from initlab.signal.stats import STATISTICS
 from initlab.signal.units import normal_cdf
 
@@ -82,6 +82,9 @@ def scaled(limit: float, mean: float, sd: float, count: int) -> list[Band]:
 
 def _in_ln(name: str, law: Moments, limit: float) -> Band:
     mean, sd = law[0], (0.0 if math.isnan(law[1]) else law[1])
+    if mean < NOTHING / 4:
+        mean, sd = -math.inf, 0.0
+    limit = -math.inf if limit < NOTHING / 4 else limit
     quantiles = [exp(mean + k * sd) for k in (0, -NARROW, NARROW, -WIDE, WIDE)]
     return Band(name, "ln", exp(limit), limit, mean, sd, *quantiles)
 

@@ -15,12 +15,14 @@ import numpy as np
 
 from initlab.signal.activations import Activation
 from initlab.signal.laws import (
+    NOTHING,
     Array,
     Law,
     Moments,
     lengths,
     ln,
     ln_cov,
+    ln_means,
     ln_noise,
     regression,
     relative_to,
@@ -73,7 +75,7 @@ def forward(
     `width` units average, or infinitely many; `seen` inputs say whether a unit is dead.
     """
     nodes, weights = state.nodes()
-    grow = ln(layer.weight * layer.fan_in)
+    grow = max(NOTHING, ln(layer.weight * layer.fan_in))
     ln_t = np.logaddexp(nodes[:, 0] + grow, ln(layer.bias + layer.uniform_bias))
     ln_w = nodes[:, 1] + grow
     ln_q = np.logaddexp(ln_t, ln_w)
@@ -87,8 +89,7 @@ def forward(
     cov = _without_second_chaos(cov, u, given, remain, batch, state.pair) / width
     shift, noise = ln_cov(relative_to(means[:, :2], cov[:, :2, :2]))
     apart, shrink, new = _apart(u, ln_q, means, cov, state, remain, damped, width, batch)
-    with np.errstate(divide="ignore"):
-        ln_m = np.log(np.maximum(means[:, :2], 0)) + u.ln_scale[:, None] + shift + shrink
+    ln_m = ln_means(means[:, :2], state.alone) + u.ln_scale[:, None] + shift + shrink
     mean, both, own = total(ln_m, noise, weights)
     law = Law(mean, both * np.nan if state.certain else both)
     alive = np.maximum(means[:, :2].sum(-1), 1e-300)
@@ -141,6 +142,11 @@ def _without_second_chaos(cov: Array, u: Units, given: Array, remain: float, bat
     less = cov - (1 - remain) / 2 * np.einsum("ig,jg->gij", quadratic, quadratic)
     less[:, 1, 1] -= (1 - remain) / 2 * u.over_m(u.curve) ** 2 * (1 / batch + pair)
     return possible(less)
+
+
+def _sane(x: float) -> float:
+    """A ratio to a signal that is gone is 0."""
+    return float(x) if math.isfinite(x) else 0.0
 
 
 def possible(cov: Array) -> Array:
@@ -275,4 +281,4 @@ def _apart(
         np.maximum(u.bend * (before - (1 - remain) * 2 / width) / 8, -0.5)
     )  # an isometry's z has one length
     shrink = np.stack([bent + np.log1p(common / t), bent + np.log1p(-np.minimum(common / w, 0.5))], -1)
-    return (float(pair), float(single)), shrink, float(np.log1p(new[0]))
+    return (_sane(pair), _sane(single)), np.nan_to_num(shrink), float(np.log1p(new[0]))

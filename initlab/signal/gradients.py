@@ -16,11 +16,13 @@ from initlab.signal.activations import Activation
 from initlab.signal.closure import Layer, Step, forward, kept, possible, share_of_units, uneven
 from initlab.signal.laws import (
     CERTAIN,
+    NOTHING,
     Array,
     Law,
     gaussian_batch,
     ln,
     ln_cov,
+    ln_means,
     regression,
     relative_to,
     symmetric,
@@ -64,8 +66,23 @@ def laws(
     `fixed_input`: the input is one batch of second moment q0 and mean cosine c0, else drawn anew for each network.
     `infinite`: the limit in which all widths grow together.
     """
+    with np.errstate(all="ignore"):  # where a signal is gone, ratios to it are nan or inf: data
+        found = _through(row, layers, MANY if infinite else batch, batch, q0, c0, fixed_input, infinite)
+    return Stack(*([law.of_batch(batch) for law in part] for part in found)) if infinite else found
+
+
+def _through(
+    row: Activation,
+    layers: Sequence[Layer],
+    inputs: int,
+    batch: int,
+    q0: float,
+    c0: float,
+    fixed_input: bool,
+    infinite: bool,
+) -> Stack:
+    """Up and down again with so many `inputs`; `batch` of them say whether a unit is dead."""
     first = math.inf if infinite else layers[0].fan_in
-    inputs = MANY if infinite else batch
     state = gaussian_batch(first, inputs, q0, c0, exact=fixed_input)
     activations, preactivations, steps = [symmetric(state, first)], [], []
     for layer in layers:
@@ -75,8 +92,7 @@ def laws(
         activations.append(x)
         steps.append(step)
     above, below = _down(row, steps, inputs)
-    found = Stack(activations, preactivations, above, below)
-    return Stack(*([law.of_batch(batch) for law in part] for part in found)) if infinite else found
+    return Stack(activations, preactivations, above, below)
 
 
 def _down(row: Activation, steps: list[Step], batch: int) -> tuple[list[Law], list[Law]]:
@@ -154,8 +170,7 @@ def _backward(row: Activation, step: Step, back: _Back, remain: float) -> tuple[
     t, w = np.exp(back.mean - ln_q).tolist()
     means, cov, both, _ = _unit(step, back, t, w, remain)
     shift, noise = ln_cov(relative_to(means, cov))
-    with np.errstate(divide="ignore"):
-        values = np.log(np.maximum(means, 0)) + ln_q + shift
+    values = ln_means(means, step.state.alone) + ln_q + shift
     mean, _, own = total(values, noise, step.weights)
     by_state, rest = _carried(step, back, values, means, own, both, t, w)
     single = _single(step, back, t, w, remain)
@@ -163,7 +178,9 @@ def _backward(row: Activation, step: Step, back: _Back, remain: float) -> tuple[
     share = share_of_units(closed(row), u, step.weights, width, step.batch, step.state.single)
     pair = _pair(step, back, means, cov, t, w, remain)
     law = Law(mean, CERTAIN if step.state.certain else cov_all, shares={"frac_zero": share}, pair=pair)
-    return symmetric(law, width), _Back(mean + ln(step.layer.weight * step.layer.fan_out), pair, by_state, rest, single)
+    return symmetric(law, width), _Back(
+        mean + max(NOTHING, ln(step.layer.weight * step.layer.fan_out)), pair, by_state, rest, single
+    )
 
 
 def _pair(step: Step, back: _Back, means: Array, cov: Array, t: float, w: float, remain: float) -> float:
@@ -179,7 +196,8 @@ def _pair(step: Step, back: _Back, means: Array, cov: Array, t: float, w: float,
         + (1 - remain) * (u.over_m(k1)[0] * w) ** 2
     )
     size = means[0, 1] ** 2 + cov[0, 1, 1]
-    return float(((u.over_m(k1)[0] * w) ** 2 * back.pair + max(0.0, scatter) / step.width) / size)
+    pair = float(((u.over_m(k1)[0] * w) ** 2 * back.pair + max(0.0, scatter) / step.width) / size)
+    return pair if math.isfinite(pair) else 0.0
 
 
 def _single(step: Step, back: _Back, t: float, w: float, remain: float) -> tuple[float, float]:
@@ -195,7 +213,8 @@ def _single(step: Step, back: _Back, t: float, w: float, remain: float) -> tuple
     cross = (u.slope_square[0] - (square * u.slope2[0] * u.weights[0]).sum()) / (k2 * step.width)
     elasticity, rest = back.single
     rest += math.log1p(own) + elasticity**2 * step.length_noise + 2 * elasticity * cross
-    return elasticity * u.tilt[0] / 2 + u.slope_tilt[0] / (2 * k2), max(0.0, rest)
+    found = float(elasticity * u.tilt[0] / 2 + u.slope_tilt[0] / (2 * k2)), float(max(0.0, rest))
+    return found if all(map(math.isfinite, found)) else (0.0, 0.0)
 
 
 def _carried(

@@ -115,9 +115,20 @@ def lengths(single: float | Array) -> Array:
 CERTAIN = np.full((2, 2), np.nan)
 
 
+NOTHING = -1e6  # ln of a signal that is gone: below any format, and finite, so that the rest can be computed
+
+
 def ln(x: float) -> float:
     """ln of a number that may be 0."""
     return math.log(x) if x > 0 else -math.inf
+
+
+def ln_means(means: Array, alone: bool) -> Array:
+    """ln of T and W, (G, 2), where a 0 is a signal that is gone, but for the W of a single input, which never was."""
+    found = np.where(means > 0, np.log(np.maximum(means, 1e-300)), NOTHING)
+    if alone:
+        found[:, 1] = -np.inf
+    return found
 
 
 def spread(values: Array, weights: Array, noise: Array | float = 0.0) -> Moments:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from initlab.signal.activations import Activation
+from initlab.signal.laws import NOTHING
 from initlab.signal.quadrature import panels
 from initlab.signal.stats import SATURATED
 
@@ -113,8 +114,8 @@ def units(row: Activation, ln_t: Array, ln_w: Array, uniform: Array, grid: Grid 
     f, p = row.phi(z).numpy(), row.slope(z).numpy()
     size = np.sqrt((_mean(f * f, e_weights) * m_weights).sum(-1))
     f = f / np.where(size > 0, size, 1)[:, None, None]
-    with np.errstate(divide="ignore"):
-        ln_scale = 2 * (np.log(size) + _degree(row, clipped, half) * (half - clipped))
+    ln_size = np.where(size > 0, np.log(np.where(size > 0, size, 1)), NOTHING)
+    ln_scale = 2 * (ln_size + _degree(row, clipped, half) * (half - clipped))
     found = _means(f, p, e_weights) if grid.means_only else _moments(f, p, u, e, e_weights, m_weights)
     return Units(m, m_weights, w, scale, ln_scale, **found)
 
@@ -165,7 +166,8 @@ def _degree(row: Activation, clipped: Array, half: Array) -> Array:
         return np.zeros_like(half)
     at = torch.from_numpy(np.exp(clipped))
     one, two = (row.phi(k * at).abs() + row.phi(-k * at).abs() for k in (1, 2))
-    return np.asarray(((two / one).log() / math.log(2)).round())
+    ratio = torch.where(one > 0, two / one, 1)
+    return np.asarray((ratio.log() / math.log(2)).round())
 
 
 def _outer(

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ LINEAR, RELU = ACTIVATIONS["linear"], ACTIVATIONS["relu"]
 
 
 def chain(widths: list[int], sw2: float) -> list[Layer]:
-    return [Layer(i, o, sw2 / i) for i, o in zip(widths, widths[1:], strict=False)]
+    return [Layer(i, o, sw2 / i) for i, o in pairwise(widths)]
 
 
 def statistic(found: dict, layer: int, name: str = "q", tensor: str = "activation", way: str = "forward") -> np.ndarray:
@@ -32,7 +33,7 @@ def statistic(found: dict, layer: int, name: str = "q", tensor: str = "activatio
 
 
 def agrees(values: np.ndarray, mean: float, sd: float, slack: float = 0.0) -> None:
-    """Mean and standard deviation within five standard errors of the sample (kurtosis up to 6) plus a relative slack."""
+    """Mean and standard deviation within five standard errors of the sample (kurtosis to 6) plus a relative slack."""
     n = len(values)
     assert abs(values.mean() - mean) < 5 * values.std() / math.sqrt(n) + slack * max(abs(mean), sd)
     assert abs(values.std() / sd - 1) < 5 * math.sqrt(1.25 / n) + slack
@@ -86,7 +87,7 @@ def test_kappa_ends() -> None:
 
 
 def test_a_relu_batch_spreads_as_its_formula_says() -> None:
-    """600 networks, 10 layers of 60 units, 12 inputs; correlations by the infinitely wide map. Formula good to O(1/n^2)."""
+    """600 networks, 10 layers of 60 units, 12 inputs; correlations by the infinitely wide map; good to O(1/n^2)."""
     n, depth, batch = 60, 10, 12
     c, cs = 0.0, []
     for _ in range(depth):
@@ -98,7 +99,7 @@ def test_a_relu_batch_spreads_as_its_formula_says() -> None:
 
 @pytest.mark.parametrize("name", ["relu", "tanh"])
 def test_a_chain_without_weights_is_the_stack_with_them(name: str) -> None:
-    """B < I, where no weights are drawn, against B < I with weights drawn: forward, backward, all continuous statistics."""
+    """B < I, where no weights are drawn, against the same with weights drawn: forward and backward."""
     row, widths, batch = ACTIVATIONS[name], [24, 16, 30, 24, 24], 6
     layers = chain(widths, gain(name) ** 2)
     without = simulate(row, layers, batch, 3000, seed=1)

@@ -49,7 +49,7 @@ def test_moments_against_thirty_digits(name: str, q: float) -> None:
 
 
 def test_the_reference_is_not_the_quadrature_itself() -> None:
-    """Without the refinement near 0 the slope of tanh at q = 400 would be off; without the edge at a kink so would it."""
+    """Without the refinement near 0 the slope of tanh at q = 400 would be off."""
     row = ACTIVATIONS["tanh"]
     plain = gaussian_mean(lambda u: row.slope(20 * u).square())  # panels of unit width in u
     assert plain != pytest.approx(reference(FORMULAS["tanh"][1], 400.0, 2), rel=1e-9)

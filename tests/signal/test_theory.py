@@ -233,6 +233,16 @@ def test_every_rule_is_predicted(init: str) -> None:
         assert abs(z_of_the_mean(frame, bands, layer, direction)) < 5.3, (layer, direction)
 
 
+@pytest.mark.parametrize(
+    "options", [{"gain": 0.0}, {"activation": lambda z: 0 * z, "gain": 1.0}, {"gain": 0.0, "batch": 1}]
+)
+def test_a_signal_that_is_gone_is_data(options: dict) -> None:
+    frame = predict(depth=3, **options)
+    last = row(frame, 3)
+    assert last["q"] == 0 and last["ln_std_mean"] == -math.inf
+    assert len(frame) == 1 + 3 * (4 + 3)  # no row is lost
+
+
 def test_weight_and_bias_gradients() -> None:
     """dL/dW = x^T d and dL/db = sum d, summed over the batch, of 60 networks drawn here: five standard errors."""
     n, depth, batch, found = 40, 4, 6, {"weight": [], "bias": []}
