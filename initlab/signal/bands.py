@@ -11,12 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from initlab.signal.laws import NOTHING, Law, Moments, ln_noise
+from initlab.signal.laws import NOTHING, Law, Moments
 from initlab.signal.stats import STATISTICS
 from initlab.signal.units import normal_cdf
 
 NARROW, WIDE = 0.9944579, 1.9953933  # standard deviations to 16 and 84 %, 2.3 and 97.7 %
 ROUNDING = 1e-12  # of a measured cosine, which is all that is left to vary where all inputs have become one
+_STEPS = (0.0, -NARROW, NARROW, -WIDE, WIDE)
 QUANTILES = (0.023, 0.16, 0.5, 0.84, 0.977)
 IN_LN = ("q", "rms", "std", "std_within", "norm")
 IN_ORDER = ("q", "rms", "mean", "std", "std_within", "norm", "cosine", "frac_zero", "frac_dead", "frac_saturated")
@@ -85,23 +86,29 @@ def _in_ln(name: str, law: Moments, limit: float) -> Band:
     if mean < NOTHING / 4:
         mean, sd = -math.inf, 0.0
     limit = -math.inf if limit < NOTHING / 4 else limit
-    quantiles = [exp(mean + k * sd) for k in (0, -NARROW, NARROW, -WIDE, WIDE)]
+    quantiles = [exp(mean + k * sd) for k in _STEPS]
     return Band(name, "ln", exp(limit), limit, mean, sd, *quantiles)
 
 
 def _cosine(law: Law, infinite: Law, batch: int) -> Band:
-    """Of vectors brought to one length: (B r - 1)/(B - 1) with ln(r / (1 - r)) = ln T - ln W normal."""
+    """Of vectors brought to one length: (B r - 1)/(B - 1), r = T / (T + W), with ln(T / W) normal.
 
-    def cosine(x: float) -> float:
-        r = 1 / (1 + math.exp(-min(max(x, -700.0), 700.0)))
+    Inputs that have nothing in common have B r a gamma variable instead, of as many terms as 1/pair (Wilson & Hilferty
+    1931 for its quantiles).
+    """
+
+    def cosine(ln_ratio: float) -> float:
+        r = 1 / (1 + math.exp(-min(max(ln_ratio, -700.0), 700.0)))
         return (batch * r - 1) / (batch - 1)
 
     centre = float(law.mean[0] - law.mean[1])
-    var = law.cov[0, 0] + law.cov[1, 1] - 2 * law.cov[0, 1]
-    if centre < math.log(3 / batch):  # inputs have nothing in common: B r is a chi-square of as many terms as 1/pair
-        var = min(float(var), float(ln_noise(np.array(2 * law.pair / (1 + law.pair)))[1]))
-    sd = _root(var)
-    points = [cosine(centre + k * sd) + k * ROUNDING for k in (0, -NARROW, NARROW, -WIDE, WIDE)]
+    var = max(0.0, float(np.nan_to_num(law.cov[0, 0] + law.cov[1, 1] - 2 * law.cov[0, 1])))
+    logs = [centre + k * math.sqrt(var) for k in _STEPS]
+    if centre < math.log(3 / batch):
+        ninth = 2 * law.pair / (1 + law.pair) / 9
+        roots = [max(1e-9, 1 - ninth + k * math.sqrt(ninth)) for k in _STEPS]
+        logs = [centre + min(var, 9 * ninth) / 2 + 3 * math.log(root) for root in roots]
+    points = [cosine(x) + k * ROUNDING for x, k in zip(logs, _STEPS, strict=True)]
     limit = cosine(float(infinite.mean[0] - infinite.mean[1]))
     width = (points[2] - points[1]) / (2 * NARROW)
     return Band("cosine", "linear", limit, _ln(limit), points[0], width, *points)
@@ -148,7 +155,7 @@ def _mixture_quantile(q: float, factor: np.ndarray, centre: np.ndarray, spread: 
 
 def _share(name: str, moments: Moments, limit: float) -> Band:
     mean, sd = moments[0], (0.0 if math.isnan(moments[1]) else moments[1])
-    points = [min(1.0, max(0.0, mean + k * sd)) for k in (0, -NARROW, NARROW, -WIDE, WIDE)]
+    points = [min(1.0, max(0.0, mean + k * sd)) for k in _STEPS]
     return Band(name, "linear", limit, _ln(limit), mean, sd, *points)
 
 

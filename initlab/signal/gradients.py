@@ -97,8 +97,7 @@ def _through(
 
 def _down(row: Activation, steps: list[Step], batch: int) -> tuple[list[Law], list[Law]]:
     top = gaussian_batch(math.inf, batch)
-    n = steps[-1].width
-    back, remain = _Back(top.mean, 0.0 if top.alone else 1 / n, np.zeros((2, 2)), np.zeros((2, 2))), 1.0
+    back, remain = _Back(top.mean, 0.0, np.zeros((2, 2)), np.zeros((2, 2))), 1.0
     above, below = [], []
     for step in reversed(steps):
         cov = back.by_state @ np.nan_to_num(_next_cov(step)) @ back.by_state.T + back.rest
