@@ -29,7 +29,8 @@ METHODS = {
     "closed": "exact laws where there are some, else the lognormal closure",
     "simulation": "networks drawn from the exact law of the stack",
 }
-SPREAD = 1.0  # sum of 1/width up to which `auto` trusts the closure
+SPREAD = 1.0  # sum of 1/width up to which `auto` trusts the closure where phi is homogeneous
+SPREAD_WITH_SCALE = 0.6  # the same where phi has a scale of its own
 WANDERS = 0.3  # standard deviation of ln q over networks up to which an activation with a scale is trusted too
 BUDGET = 4e10  # multiplications that `auto` spends on a simulation
 NETWORKS = (100, 1000)  # fewest and most networks of a simulation that chooses for itself
@@ -263,10 +264,10 @@ def trusted(case: Case) -> bool:
     """Whether the closure holds: more width than depth, and no second moment wandering over phi's curved parts."""
     if case.batch == 1 and case.row in (ACTIVATIONS["linear"], ACTIVATIONS["relu"]):
         return True
-    if sum(1 / layer.fan_out for layer in case.layers) > SPREAD:
-        return False
     at = torch.tensor([0.01, 1.0, 100.0], dtype=torch.float64)
     scale_free = bool((2 * growth(case.row, at) * at / moment(case.row, at) - 2).abs().max() < 1e-9)
+    if sum(1 / layer.fan_out for layer in case.layers) > (SPREAD if scale_free else SPREAD_WITH_SCALE):
+        return False
     return scale_free or all(law.ln_second_moment()[1] < WANDERS for law in finite_laws(case).activations)
 
 

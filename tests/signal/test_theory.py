@@ -189,8 +189,8 @@ def test_ln_std_against_a_thousand_networks(name: str, width: int, depth: int) -
     networks = 1000 if width < 500 else 300
     frame = stack("kaiming", name, depth=depth, width=width, batch=batch, seeds=range(networks), dtype="float64")
     at = (frame["layer"] == depth) & (frame["tensor"] == "activation") & (frame["direction"] == "forward")
-    values = np.log(frame[at]["std"].to_numpy())
-    values = values[np.isfinite(values)]
+    stds = frame[at]["std"].to_numpy()
+    values = np.log(stds[stds > 0])  # narrow ReLU stacks die now and then
     one = row(predict("kaiming", name, depth, width, batch=batch), depth)
     error = values.std() / math.sqrt(len(values))
     drawn = 2**0.5 if one["method"] == "simulation" else 1.0  # the prediction has an error of its own
