@@ -13,7 +13,7 @@ import torch
 
 from initlab.signal.laws import NOTHING, Law, Moments
 from initlab.signal.stats import STATISTICS
-from initlab.signal.units import normal_cdf
+from initlab.signal.unit_laws import normal_cdf
 
 NARROW, WIDE = 0.9944579, 1.9953933  # standard deviations to 16 and 84 %, 2.3 and 97.7 %
 ROUNDING = 1e-12  # of a measured cosine, which is all that is left to vary where all inputs have become one

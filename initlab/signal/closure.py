@@ -30,7 +30,7 @@ from initlab.signal.laws import (
     symmetric,
     total,
 )
-from initlab.signal.units import Grid, Units, saturated, units, zeros
+from initlab.signal.unit_laws import Grid, Units, saturated, units, zeros
 
 
 class Layer(NamedTuple):

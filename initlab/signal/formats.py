@@ -18,7 +18,7 @@ from initlab.signal.custom import Given
 from initlab.signal.init import Rule
 from initlab.signal.laws import Array, Law
 from initlab.signal.theory import stack_laws
-from initlab.signal.units import normal_cdf
+from initlab.signal.unit_laws import normal_cdf
 
 
 class Format(NamedTuple):

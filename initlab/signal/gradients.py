@@ -28,7 +28,7 @@ from initlab.signal.laws import (
     symmetric,
     total,
 )
-from initlab.signal.units import COARSE, FINE, closed
+from initlab.signal.unit_laws import COARSE, FINE, closed
 
 MANY = 2**60  # inputs of a batch without end, whose T is what pairs have in common
 
