@@ -6,24 +6,46 @@ The map of the house. Imports run one way, downwards in this list never:
     signal/        numbers passing through layers; a library that knows nothing of the harness
         activations.py   table: function, derivative, gains by quadrature
         init.py          the variance-scaling formula and its named rules; order-free random numbers
+        philox.py        random numbers by position; triton_philox.py: in one pass on a GPU
+        exponent.py      numbers without a range: a tensor with its power of two carried
+        accelerate.py    accelerated.cpp, statistics in the passes of ReLU, mask and update; built once, optional
+        workspace.py     memory that is kept between calls, for a CPU
+        octaves.py       entries by sign and octave: a histogram that needs no range
+        units.py         the row of a tensor, unit by unit; merging the rows of shards
+        moments.py       the door of the row format: summarize, derive
+        fused_triton.py  the same row on a GPU; triton_kernels.py, triton_merge.py: its programs
         stats.py         table of statistics that outlive the number format; tidy rows
+        buffer.py        rows on their device until a frame is asked for; tidy.py names them
+        hooks.py         what of an nn.Module is watched, and the hooks that see it; parameters.py: weights, updates
+        loop.py          which steps of a user's loop are recorded; one_pass.py: one pass that leaves no trace
+        probe.py         watches any nn.Module or hand-written network and yields tidy rows
     scratch/       the from-scratch network, in reading order
         matmul.py        the matmul ladder
         layers.py        forward and hand-written backward, neighbours on the page; the same with `.g`
         classes.py       layers that remember their call; LayerFunction
         modules.py       the same rules as torch.autograd.Function and nn.Module
         mlp.py           the MLP by hand and its nn.Module twin
+        engine.py        the fast path: the same rules in memory that is allocated once, for one network or many
+        page.py          the rows of a few recorded steps
+        pens.py          how a recorded step writes them: plain, or fused with its passes; launched.py: on a GPU
+        recording.py     recorded steps of an engine, collected as tables
         problem.py       what every version refuses before it starts
         backward.py      every version of the backward pass behind one signature
         agreement.py     equal up to rounding, or not
         graph.py         autograd's own graph, walked; graph_text.py tells it as text
     tasks/         what can be run, a file each: plain arguments in, frames out; knows nothing of Hydra
-        place.py         device and number format
+        place.py         device, number format, how a GPU multiplies
         data.py          the batches: digits, MNIST from files, a teacher
+        networks.py      the networks of one program: rules, draws, how many fit
+        beyond.py        networks followed beyond their number format
         stack.py         a stack of layers, forward and backward
+        curves.py        every gain of a homogeneous stack from one run
+        pair.py          an ensemble by hand and its nn.Module twins, a step at a time, and their records
         train.py         two trainings side by side
+        replay.py        a step as a CUDA graph, and how its rows leave
         memory.py        how much there is, how much a call holds at its peak
-        timing.py        a ladder timed fairly: warm-up, rotation, memory, equality in the same run
+        rounds.py        calls timed against each other in rotated rounds
+        timing.py        a ladder: memory, equality and time in the same run
         ladders.py       the matmul ladder and the backward ladder
         graph.py         autograd's graph of a small model, as frames
         explain.py       one backward pass, step by step: who sets which .g
@@ -31,6 +53,7 @@ The map of the house. Imports run one way, downwards in this list never:
         records.py       what a run folder holds; write and read
         summary.py       frames -> the short table and the findings in words
         expect.py        does a study's expected answer hold?
+        octaves.py       histograms over the training -> figure
         axes.py          what figures are made of: bands, marks of death, ends of the number formats
         graphs.py        autograd's graph -> figure
         plots.py         frame -> figure
@@ -39,7 +62,8 @@ The map of the house. Imports run one way, downwards in this list never:
     jobs.py        one job: typed configuration -> run folder, figures, what is printed
     __main__.py    the roof: compose, run its jobs, exit codes
 
-From Python: `initlab.read("outputs/**")` gives the tables of all runs, `initlab.gain("relu")` an activation's gain;
+From Python: `initlab.read("outputs/**")` gives the tables of all runs, `initlab.gain("relu")` an activation's gain,
+`initlab.probe(model, x, y, loss)` the rows of any nn.Module;
 `initlab.tasks.stack.stack(...)` and `initlab.tasks.train.train(...)` run the tasks and return their frames.
 """
 
@@ -51,9 +75,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from initlab.output.records import read as read
     from initlab.signal.activations import gain as gain
+    from initlab.signal.probe import probe as probe
 
 # Public name -> where it is defined. Loaded on first use: `import initlab` alone is cheap.
-_PUBLIC = {"read": "initlab.output.records", "gain": "initlab.signal.activations"}
+_PUBLIC = {"read": "initlab.output.records", "gain": "initlab.signal.activations", "probe": "initlab.signal.probe"}
 
 
 def __getattr__(name: str) -> Any:

@@ -56,6 +56,7 @@ class TrainConfig:
     lr: float = MISSING
     optimizer: str = MISSING
     loss: str = MISSING
+    modules: str = MISSING
 
 
 @dataclass
@@ -74,14 +75,18 @@ class Config:
     width: int = MISSING
     batch: int = MISSING
     inputs: int | None = None
+    backward: bool = MISSING
     seed: int = MISSING
     seeds: int = MISSING
     dtype: str = MISSING
     device: str = MISSING
+    generator: str = MISSING
+    matmul: str = MISSING
     threads: int = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
     every: int = MISSING
+    histograms: bool = MISSING
     plots: bool = MISSING
     expect: list[Any] = field(default_factory=list)
 
@@ -189,6 +194,8 @@ COLUMNS = {
     "inputs": "inputs",
     "batch": "batch",
     "dtype": "dtype",
+    "generator": "generator",
+    "matmul": "matmul",
     "data": "data.name",
     "train_depth": "train.depth",
     "train_width": "train.width",
@@ -197,6 +204,7 @@ COLUMNS = {
     "lr": "train.lr",
     "optimizer": "train.optimizer",
     "train_loss": "train.loss",
+    "modules": "train.modules",
     "every": "every",
 }
 

@@ -20,29 +20,35 @@ from initlab.output.records import Recorder
 from initlab.scratch.graph_text import frames_as_text
 from initlab.scratch.layers import LOSSES
 from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.init import RULES, Rule, rule
+from initlab.signal.init import GENERATORS, RULES, Rule, rule
 from initlab.tasks.data import TEACHER_ROWS, load
 from initlab.tasks.explain import explain
 from initlab.tasks.graph import graph
 from initlab.tasks.ladders import backward_ladder, matmul_ladder
-from initlab.tasks.place import DTYPES, find_device
+from initlab.tasks.networks import Shape, kept_as_text, plan
+from initlab.tasks.pair import MODULES, OPTIMIZERS
+from initlab.tasks.place import DTYPES, MATMULS, find_device, set_matmul
 from initlab.tasks.stack import stack
 from initlab.tasks.timing import agreement
-from initlab.tasks.train import OPTIMIZERS, refuse_mismatch, train
+from initlab.tasks.train import refuse_mismatch, train
 
 Stage = Callable[[Recorder], str]  # measures, records, and says what is to be printed beside the short table
 
 
+WORTH_SAYING = 2**30  # bytes
+
+
 def _stack(config: Config, common: Mapping[str, Any]) -> Stage:
+    """Plans the memory at once: a network that does not fit alone is a mistake of the user."""
+    inputs = config.width if config.inputs is None else config.inputs
+    check(inputs=inputs)
+    shape = Shape(config.depth, config.width, inputs, config.batch)
+    number, place = DTYPES[config.dtype], find_device(config.device)
+    planned = plan(shape, config.seeds, number, place, config.backward)
+
     def run(recorder: Recorder) -> str:
-        shape: dict[str, Any] = {
-            "depth": config.depth,
-            "width": config.width,
-            "inputs": config.inputs,
-            "batch": config.batch,
-        }
-        recorder.add({"stats": stack(**shape, **common)})
-        return ""
+        stack(**shape._asdict(), backward=config.backward, emit=recorder.add, **common)
+        return kept_as_text(planned) if planned.kept > WORTH_SAYING else ""
 
     return run
 
@@ -53,7 +59,7 @@ def _train(config: Config, common: Mapping[str, Any]) -> Stage:
     refuse_mismatch(data, config.train.loss, config.train.batch)
 
     def run(recorder: Recorder) -> str:
-        train(data, **vars(config.train), every=config.every, emit=recorder.add, **common)
+        train(data, **vars(config.train), every=config.every, histograms=config.histograms, emit=recorder.add, **common)
         return ""
 
     return run
@@ -151,6 +157,7 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     stages = choose(TASKS, config.task, "task")
     _refuse(config)
     torch.set_num_threads(config.threads)
+    set_matmul(config.matmul)
     i = config.init
     scaling = rule(i.name, gain=i.gain, gain_kind=i.gain_kind, mode=i.mode, distribution=i.distribution, bias=i.bias)
     device = find_device(config.device).type
@@ -160,6 +167,7 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
         "seeds": seeds(config),
         "dtype": config.dtype,
         "device": device,
+        "generator": config.generator,
         "progress": True,
     }
     described = _described(config, scaling, choices) | {"device": device}
@@ -175,8 +183,11 @@ def _refuse(config: Config) -> None:
     check(train_batch=t.batch, train_steps=t.steps, train_lr=t.lr)
     choose(ACTIVATIONS, config.activation.name, "activation")
     choose(DTYPES, config.dtype, "dtype")
+    choose(GENERATORS, config.generator, "generator")
+    choose(MATMULS, config.matmul, "matmul")
     choose(OPTIMIZERS, t.optimizer, "train.optimizer")
     choose(LOSSES, t.loss, "train.loss")
+    choose(MODULES, t.modules, "train.modules")
 
 
 def _described(config: Config, scaling: Rule, choices: Mapping[str, str | None]) -> dict[str, Any]:

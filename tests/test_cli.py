@@ -276,5 +276,32 @@ def test_a_row_named_without_its_file_is_the_row_in_the_tables(lab: Lab) -> None
 
 def test_too_large_for_the_memory_is_one_line(lab: Lab) -> None:
     code, _, err = lab(*QUICK, "width=99999999999")
-    assert code == 2 and err.startswith("initlab: out of memory; make seeds, width, depth or batch smaller")
-    assert err.count("\n") == 1
+    assert code == 2 and err.startswith("initlab: depth=5 width=99999999999 inputs=99999999999 batch=")
+    assert " are free and one network works on " in err and err.count("\n") == 1
+
+
+def test_a_stack_without_its_backward_pass(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "WORTH_SAYING", 0)
+    code, out, err = lab("task=stack", "backward=false", *QUICK)
+    assert code == 0, err
+    assert set(initlab.read("outputs")["direction"]) == {"forward"} and "backward pass keeps" not in out
+    assert "keeps 1.2 MB: preactivations and weights, 2 networks at a time" in lab("task=stack", *QUICK)[1]
+    assert "log2_rms_true" in initlab.read("outputs")
+
+
+def test_training_rows_have_no_true_logarithm(lab: Lab) -> None:
+    assert lab(*QUICK)[0] == 0
+    frame = initlab.read("outputs")
+    assert (frame["log2_rms_true"].isna() == (frame["stage"] == "train")).all() and "train" in set(frame["stage"])
+
+
+def test_who_draws_and_how_a_gpu_multiplies_are_options_and_columns(lab: Lab) -> None:
+    assert lab("task=stack", *QUICK)[0] == 0
+    assert lab("task=stack", "generator=philox", *QUICK)[0] == 0
+    frame = initlab.read("outputs")
+    assert set(frame["generator"]) == {"torch", "philox"} and set(frame["matmul"]) == {"ieee"}
+    inputs = frame[frame["layer"] == 0].groupby("generator")["rms"].unique()
+    assert not set(inputs["torch"]) & set(inputs["philox"])
+    for word, allowed in (("generator=numpy", "philox, torch"), ("matmul=tf23", "ieee, tf32 - did you mean tf32?")):
+        code, _, err = lab(word, *QUICK)
+        assert code == 2 and err == f"initlab: {word}: must be one of {allowed}\n"

@@ -52,6 +52,11 @@ def test_imports_run_one_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, **ids)
+def test_the_package_knows_nothing_of_its_benchmarks(path: Path) -> None:
+    assert not {name for name in imported(path) if name.split(".")[0] == "benchmarks"}
+
+
+@pytest.mark.parametrize("path", FILES, **ids)
 def test_heavy_packages_stay_in_their_place(path: Path) -> None:
     packages = {name.split(".")[0] for name in imported(path)}
     assert not packages & {"hydra", "omegaconf"} or room(path) in ROOF

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from initlab.output import summary
 from initlab.output.axes import banded, few, layer_axis, limits, log_scale, mark_deaths, sheet
 from initlab.output.graphs import draw_graph
+from initlab.output.octaves import draw_octaves
 
 Tables = Mapping[str, pd.DataFrame]
 
@@ -259,10 +260,16 @@ def graph(tables: Tables) -> Figure | None:
     return draw_graph(tables["nodes"], tables["edges"]) if "nodes" in tables else None
 
 
+def training_histograms(tables: Tables) -> Figure | None:
+    """Octaves of preactivations and weight gradients over the training steps."""
+    return draw_octaves(tables["histograms"]) if "histograms" in tables else None
+
+
 FIGURES: dict[str, Callable[[Tables], Figure | None]] = {
     "activation_std": activation_std,
     "gradient_std": gradient_std,
     "training_activations": training_activations,
+    "training_histograms": training_histograms,
     "gradient_norm": gradient_norm,
     "loss": loss,
     "timings": timings,

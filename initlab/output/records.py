@@ -31,6 +31,7 @@ from initlab.errors import UsageError, choose
 SCHEMA_VERSION = 1
 TABLES = {
     "stats": "a row per stage, implementation, seed, step, layer, tensor and direction",
+    "histograms": "entries by sign and octave, for the rows of `stats`; lists of counts from the octave `first` on",
     "losses": "loss and accuracy per implementation, seed and step",
     "parity": "relative error of the hand-written tensors against the module's",
     "timings": "a row per version and shape of a ladder",
@@ -147,7 +148,7 @@ def _git_revision() -> str | None:
 
 
 def _as_arrow(frame: pd.DataFrame, constants: Mapping[str, Any]) -> pa.Table:
-    """Columns of the frame, then the constant ones; strings as dictionaries, nan kept as nan."""
+    """Columns of the frame, then the constant ones that it has not; strings as dictionaries, nan kept as nan."""
     columns: dict[str, pa.Array] = {}
     for name, column in frame.items():
         if isinstance(column.dtype, pd.CategoricalDtype):
@@ -155,7 +156,8 @@ def _as_arrow(frame: pd.DataFrame, constants: Mapping[str, Any]) -> pa.Table:
             columns[str(name)] = pa.DictionaryArray.from_arrays(pa.array(column.cat.codes.to_numpy(np.int32)), names)
         else:
             columns[str(name)] = pa.array(column.to_numpy(), from_pandas=False)
-    for name, value in constants.items():
+    for name in [name for name in constants if name not in columns]:
+        value = constants[name]
         if isinstance(value, str):
             codes = pa.array(np.zeros(len(frame), np.int32))
             columns[name] = pa.DictionaryArray.from_arrays(codes, pa.array([value]))

@@ -72,11 +72,28 @@ def cross_entropy_out_grad(out: Tensor, targ: Tensor) -> Tensor:
     return g.scatter_add(-1, targ.unsqueeze(-1), torch.full_like(g, -share))
 
 
+def mse_both(out: Tensor, targ: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and dL/dout, from one difference."""
+    _refuse_broadcast(out, targ, units=1)
+    error = out - targ.unsqueeze(-1)
+    return error.square().mean((-2, -1)), error.mul_(2.0 / out.shape[-2])
+
+
+def cross_entropy_both(out: Tensor, targ: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and dL/dout, from one softmax."""
+    _refuse_broadcast(out, targ)
+    share, index = 1.0 / out.shape[-2], targ.unsqueeze(-1)
+    log_p = torch.log_softmax(out, -1)
+    value = log_p.gather(-1, index).mean((-2, -1)).neg_()
+    return value, log_p.exp_().mul_(share).scatter_(-1, index, -share, reduce="add")
+
+
 class Loss(NamedTuple):
-    """A loss, its gradient, torch's function for the same thing, and whether its targets are classes."""
+    """A loss, its gradient, both at once, torch's function for the same, and whether its targets are classes."""
 
     forward: Callable[[Tensor, Tensor], Tensor]
     grad: Callable[[Tensor, Tensor], Tensor]
+    both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     module: Callable[[Tensor, Tensor], Tensor]
     classes: bool
 
@@ -85,10 +102,13 @@ LOSSES: dict[str, Loss] = {
     "mse": Loss(
         mse,
         mse_out_grad,
+        mse_both,
         lambda out, targ: torch.nn.functional.mse_loss(out.squeeze(-1), targ),
         classes=False,
     ),
-    "cross_entropy": Loss(cross_entropy, cross_entropy_out_grad, torch.nn.functional.cross_entropy, classes=True),
+    "cross_entropy": Loss(
+        cross_entropy, cross_entropy_out_grad, cross_entropy_both, torch.nn.functional.cross_entropy, classes=True
+    ),
 }
 
 WeightGrad = Callable[[Tensor, Tensor], Tensor]

@@ -11,6 +11,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
@@ -241,7 +242,7 @@ def _triton(a: Tensor, b: Tensor) -> Tensor:
     double = a.dtype == torch.float64
     side = 16 if double else 32  # the products of a float64 tile, 16^3, must fit in a program's registers
     grid = (triton.cdiv(m, side), triton.cdiv(n, side))
-    with torch.cuda.device(a.device):
+    with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
         _tile_on_gpu()[grid](a, b, c, m, k, n, *a.stride(), *b.stride(), SIDE=side, DOUBLE=double)
     return c
 
@@ -249,6 +250,8 @@ def _triton(a: Tensor, b: Tensor) -> Tensor:
 def _no_triton(device: torch.device) -> str:
     if not TRITON:
         return "Triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":  # Triton's own interpreter runs the kernel on a CPU, slowly
+        return ""
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU here"
     return "" if device.type == "cuda" else f"needs tensors on a CUDA GPU, not on {device.type}"

@@ -130,3 +130,34 @@ def twin_forward_and_backward(
         out,
         Pass(values[0::2], values[1::2], losses.detach(), grads[0::2], grads[1::2], parameter_grads),
     )
+
+
+class Together:
+    """The twins as one program, `torch.func.vmap` of autograd: for steps whose tensors nobody looks at.
+
+    Their parameters become views of one stack, so that both ways of running them see the same weights. Batched kernels
+    may round otherwise than `nn.Linear` alone does.
+    """
+
+    def __init__(self, twins: Sequence[nn.Sequential], loss: Loss) -> None:
+        self.twins = twins
+        stacked, _ = torch.func.stack_module_state(list(twins))
+        self.stacked = {name: p.detach() for name, p in stacked.items()}
+        for member, model in enumerate(twins):
+            for name, p in model.named_parameters():
+                p.data = self.stacked[name][member]
+        base = twins[0]
+
+        def loss_and_out(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            out = torch.func.functional_call(base, parameters, (x,))
+            return loss.module(out, y), out
+
+        self._pass = torch.func.vmap(torch.func.grad_and_value(loss_and_out, has_aux=True))
+
+    def forward_and_backward(self, xb: Tensor, yb: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses (E,) and outputs (E, N, O); every parameter of the twins has its `.grad`."""
+        grads, (losses, out) = self._pass(self.stacked, xb, yb)
+        for member, model in enumerate(self.twins):
+            for name, p in model.named_parameters():
+                p.grad = grads[name][member]
+        return losses.detach(), out.detach()

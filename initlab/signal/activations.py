@@ -29,6 +29,7 @@ class Activation:
     kinks: tuple[float, ...] = ()
     largest_slope: float = 1.0  # max |phi'|: what `frac_saturated` is measured against
     backward: Callable[[Tensor, Tensor], Tensor] | None = None
+    homogeneous: bool = False  # phi(k z) = k phi(z) for k > 0
 
     def pull_back(self, grad: Tensor, z: Tensor) -> Tensor:
         """dL/dz from dL/dphi: grad * phi'(z), or the row's own rule where 0 * inf must be 0 as in autograd."""
@@ -63,6 +64,7 @@ ACTIVATIONS: dict[str, Activation] = {
         slope=torch.ones_like,
         module=nn.Identity,
         backward=lambda grad, z: grad,
+        homogeneous=True,
     ),
     "relu": Activation(
         phi=torch.relu,
@@ -70,6 +72,7 @@ ACTIVATIONS: dict[str, Activation] = {
         module=nn.ReLU,
         kinks=(0.0,),
         backward=lambda grad, z: grad.masked_fill(z <= 0, 0),
+        homogeneous=True,
     ),
     "leaky_relu": Activation(
         phi=partial(leaky_relu, negative_slope=SLOPE),
@@ -77,6 +80,7 @@ ACTIVATIONS: dict[str, Activation] = {
         module=partial(nn.LeakyReLU, SLOPE),
         kinks=(0.0,),
         backward=lambda grad, z: torch.where(z > 0, grad, SLOPE * grad),
+        homogeneous=True,
     ),
     "tanh": Activation(
         phi=torch.tanh,

@@ -1,20 +1,21 @@
 """The variance-scaling formula and its named rules.
 
 Weights have shape (I, O), I = fan_in, O = fan_out, as in the book's `x @ w`; torch's `nn.Linear` stores the transpose.
-Each tensor's random numbers depend on (seed, what it is, layer) alone, are drawn in float32 on the CPU and converted:
-a seed means the same network in every dtype, on every device, at every depth and in every ensemble.
+Each tensor's random numbers depend on (seed, what it is, layer) alone, are drawn in float32 and converted: a seed means
+the same network in every dtype, at every depth and in every ensemble. The generator `torch` draws on the CPU, the same
+bits for every device; `philox` draws where the network lives, see `philox.py`. Legend: E ensemble.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from initlab.errors import UsageError, choose
-from initlab.signal import activations
+from initlab.signal import activations, philox
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Rule:
         """The gain in force, dimensionless."""
         return activations.gain(activation, self.gain_kind) if self.gain is None else self.gain
 
+    def std_for(self, activation: str, shape: tuple[int, int]) -> float:
+        """Standard deviation of weights (I, O): the gain in force / sqrt(fan)."""
+        return self.gain_for(activation) / math.sqrt(MODES[self.mode](*shape))
+
 
 # What the variance of a weight is divided by.
 MODES: dict[str, Callable[[int, int], float]] = {
@@ -55,8 +60,7 @@ MODES: dict[str, Callable[[int, int], float]] = {
 
 
 def _generator(seed: int, what: str, layer: int) -> torch.Generator:
-    digest = hashlib.blake2b(f"{seed}/{what}/{layer}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator().manual_seed(philox.key(seed, what, layer) >> 1)
 
 
 def gaussian(shape: Sequence[int], seed: int, what: str, layer: int = 0) -> Tensor:
@@ -74,32 +78,70 @@ def permutation(n: int, seed: int, what: str, layer: int = 0) -> Tensor:
     return torch.randperm(n, generator=_generator(seed, what, layer))
 
 
-def _normal(shape: tuple[int, int], std: float, seed: int, layer: int) -> Tensor:
-    return gaussian(shape, seed, "weight", layer).mul_(std)
+Draw = Callable[[Sequence[int], Sequence[int], str, int, str | torch.device], Tensor]
 
 
-def _uniform(shape: tuple[int, int], std: float, seed: int, layer: int) -> Tensor:
-    return uniform(shape, seed, "weight", layer).mul_(std * math.sqrt(3))
+class Generator(NamedTuple):
+    """Random numbers of an ensemble: f(shape, seeds, what, layer, device) -> float32 (E, *shape)."""
+
+    gaussian: Draw
+    uniform: Draw
 
 
-def _truncated(shape: tuple[int, int], std: float, seed: int, layer: int) -> Tensor:
+def _on_the_cpu(one: Callable[[Sequence[int], int, str, int], Tensor]) -> Draw:
+    """Whatever the device: what is drawn on the CPU, and scaled there, is the same network everywhere."""
+    return lambda shape, seeds, what, layer, _: torch.stack([one(shape, seed, what, layer) for seed in seeds])
+
+
+# Who draws the numbers; `torch` is the default, and its networks are those of every table so far.
+GENERATORS: dict[str, Generator] = {
+    "torch": Generator(_on_the_cpu(gaussian), _on_the_cpu(uniform)),
+    "philox": Generator(philox.gaussian, philox.uniform),
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The random numbers behind one layer's weights, float32 (E, *shape), a network per seed."""
+
+    generator: Generator
+    seeds: Sequence[int]
+    layer: int
+    device: str | torch.device
+
+    def gaussian(self, shape: Sequence[int]) -> Tensor:
+        return self.generator.gaussian(shape, self.seeds, "weight", self.layer, self.device)
+
+    def uniform(self, shape: Sequence[int]) -> Tensor:
+        return self.generator.uniform(shape, self.seeds, "weight", self.layer, self.device)
+
+
+def _normal(shape: tuple[int, int], std: float, drawn: Weights) -> Tensor:
+    return drawn.gaussian(shape).mul_(std)
+
+
+def _uniform(shape: tuple[int, int], std: float, drawn: Weights) -> Tensor:
+    return drawn.uniform(shape).mul_(std * math.sqrt(3))
+
+
+def _truncated(shape: tuple[int, int], std: float, drawn: Weights) -> Tensor:
     """Normal cut off at two sigma of its parent, widened so that the standard deviation is the one asked for."""
     edge = math.erf(math.sqrt(2))  # P(|u| < 2)
-    z: Tensor = torch.erfinv(uniform(shape, seed, "weight", layer).mul_(edge)).mul_(math.sqrt(2))
+    z: Tensor = torch.erfinv(drawn.uniform(shape).mul_(edge)).mul_(math.sqrt(2))
     return z.clamp_(-2, 2).mul_(std / 0.87962566103423978)  # sqrt(1 - 4 pdf(2) / P(|u| < 2))
 
 
-def _orthogonal(shape: tuple[int, int], std: float, seed: int, layer: int) -> Tensor:
+def _orthogonal(shape: tuple[int, int], std: float, drawn: Weights) -> Tensor:
     """std sqrt(fan) times a matrix with orthonormal rows or columns, uniform (Mezzadri 2007: QR, signs of R)."""
     i, o = shape
-    q, r = torch.linalg.qr(gaussian((max(i, o), min(i, o)), seed, "weight", layer).double())
-    q *= r.diagonal().sign()
+    q, r = torch.linalg.qr(drawn.gaussian((max(i, o), min(i, o))).double())
+    q *= r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     isometry: Tensor = q if i >= o else q.mT
     return (isometry * (std * math.sqrt(i))).float()
 
 
-# name -> f((I, O), std, seed, layer): a float32 tensor on the CPU
-DISTRIBUTIONS: dict[str, Callable[[tuple[int, int], float, int, int], Tensor]] = {
+# name -> f((I, O), std, random numbers): float32 (E, I, O), where the random numbers are
+DISTRIBUTIONS: dict[str, Callable[[tuple[int, int], float, Weights], Tensor]] = {
     "normal": _normal,
     "uniform": _uniform,
     "truncated_normal": _truncated,
@@ -136,13 +178,14 @@ def draw(
     layer: int,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    generator: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """Weights (E, I, O) and biases (E, O) of one layer for an ensemble, a network per seed."""
     fan_in, fan_out = shape
-    std = rule.gain_for(activation) / math.sqrt(MODES[rule.mode](fan_in, fan_out))
-    weights = torch.stack([DISTRIBUTIONS[rule.distribution](shape, std, seed, layer) for seed in seeds])
+    std = rule.std_for(activation, shape)
+    source = choose(GENERATORS, generator, "generator")
+    weights = DISTRIBUTIONS[rule.distribution](shape, std, Weights(source, seeds, layer, device))
     biases = torch.zeros(len(seeds), fan_out)
     if rule.bias:
-        half_width = rule.bias / math.sqrt(fan_in)
-        biases = torch.stack([uniform((fan_out,), seed, "bias", layer) * half_width for seed in seeds])
+        biases = source.uniform((fan_out,), seeds, "bias", layer, device) * (rule.bias / math.sqrt(fan_in))
     return weights.to(device, dtype), biases.to(device, dtype)

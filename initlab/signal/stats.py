@@ -1,17 +1,21 @@
 """What is said about a tensor: a table of statistics that outlive the number format, as tidy rows.
 
-Moments are population moments over the finite entries, accumulated in float64 (float64 tensors after division by a
-power of two), so that a float32 tensor of 1e30 or 1e-40 has a finite, non-zero rms. With no finite entry they are nan.
-Knows nothing of networks: it is handed tensors and keys. Legend: E ensemble, N batch, C units.
+Moments are population moments over the finite entries, derived from rows of float64 that carry a power of two
+(moments.py), so that a float32 tensor of 1e30 or 1e-40 has a finite, non-zero rms. With no finite entry they are nan.
+Knows nothing of networks: it is handed tensors and keys. Legend: E ensemble, N batch, C units, K keys, F fields.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+
+from initlab.signal.moments import FIELDS, derive, octaves, summarize, summarize_and_count
+from initlab.signal.units import BLOCK
+from initlab.signal.workspace import AT_ONCE
 
 # Order of the rows of a measured block, and the columns of the frame.
 STATISTICS: dict[str, str] = {
@@ -60,79 +64,13 @@ def saturated_share(slope: Tensor, largest: float) -> Tensor:
     return (slope.abs() < SATURATED * largest).double().mean((-2, -1))
 
 
-def _spread(wide: Tensor, finite: Tensor | None) -> dict[str, Tensor]:
-    """Moments by the law of total variance: M2 = sum of M2 inside the units + spread of the units' means."""
-    n = wide.new_tensor(wide.shape[-2])
-    unit_n = n.expand(wide.shape[:-2] + wide.shape[-1:]) if finite is None else finite.sum(-2).double()
-    unit_mean = torch.nan_to_num(wide.sum(-2) / unit_n)
-    centered = wide - unit_mean.unsqueeze(-2)
-    if finite is not None:
-        centered *= finite
-    unit_m2 = centered.square_().sum(-2)
-    total = unit_n.sum(-1)
-    mean = (unit_n * unit_mean).sum(-1) / total
-    variance = (unit_m2.sum(-1) + (unit_n * (unit_mean - mean.unsqueeze(-1)).square()).sum(-1)) / total
-    rms = (variance + mean.square()).sqrt()
-    within = (unit_m2 / unit_n).nanmean(-1)
-    return {
-        "mean": mean,
-        "std": variance.sqrt(),
-        "rms": rms,
-        "norm": rms * total.sqrt(),
-        "std_within": within.sqrt(),
-    }
-
-
-def _cosine(wide: Tensor, by_row: bool) -> Tensor:
-    """Mean over pairs a != b of cos(x_a, x_b) = (|sum_a x_a/|x_a||^2 - k) / (k (k - 1)), k vectors of length > 0."""
-    if by_row:  # squares of float64 leave float64 also far below the tensor's largest entry
-        peak = wide.abs().amax(-1, keepdim=True)
-        wide = wide / torch.where(peak > 0, peak, 1)
-    length = wide.square().sum(-1).sqrt()
-    alive = length > 0
-    inverse = torch.where(alive, 1 / length, 0)
-    k = alive.sum(-1).double()
-    resultant = (inverse.unsqueeze(-2) @ wide).square().sum((-2, -1))
-    return torch.where(k > 1, ((resultant - k) / (k * (k - 1))).clamp(-1, 1), torch.nan)
-
-
 def measure(x: Tensor, batched: bool = True) -> Tensor:
     """All statistics of (..., N, C) over its last two dimensions: float64 of shape (S, ...), in order of STATISTICS.
 
     `batched` says that N counts inputs, so that `frac_dead`, `std_within` and `cosine` have a meaning; else they are
-    nan. `frac_saturated` is nan here: it needs phi'. On a CPU a tensor that is finite throughout takes a shorter road.
+    nan. `frac_saturated` is nan here: it needs phi'.
     """
-    wide, finite = x.double(), None
-    if not _surely_finite(wide):
-        finite = wide.isfinite()
-        wide = torch.where(finite, wide, 0)
-    plain = wide
-    unscale = torch.ones(x.shape[:-2], dtype=torch.float64, device=x.device)
-    if x.dtype == torch.float64:  # its squares leave float64 beyond 1e154: divide by a power of two near the largest
-        exponent = torch.frexp(wide.abs().amax((-2, -1))).exponent.clamp(-1000, 1000).double()
-        wide, unscale = wide * torch.exp2(-exponent)[..., None, None], torch.exp2(exponent)
-    found = {name: value * unscale for name, value in _spread(wide, finite).items()}
-    found["q"] = found["rms"].square()
-    edges = (plain, plain) if finite is None else (torch.where(finite, plain, s * torch.inf) for s in (1, -1))
-    low, high = edges
-    empty = found["mean"].isnan()
-    found["min"] = torch.where(empty, torch.nan, low.amin((-2, -1)))
-    found["max"] = torch.where(empty, torch.nan, high.amax((-2, -1)))
-    found["count"] = torch.full_like(unscale, x.shape[-2] * x.shape[-1])
-    unit_zeros = (x == 0).sum(-2)
-    zeros = unit_zeros.sum(-1).double()
-    found["frac_zero"] = zeros / found["count"]
-    found["n_subnormal"] = (x.abs() < torch.finfo(x.dtype).tiny).sum((-2, -1)).double() - zeros
-    none = torch.zeros_like(unscale)
-    found["n_nan"] = none if finite is None else x.isnan().sum((-2, -1)).double()
-    found["n_inf"] = none if finite is None else x.isinf().sum((-2, -1)).double()
-    undefined = torch.full_like(unscale, torch.nan)
-    found["frac_saturated"] = undefined
-    found["frac_dead"] = (unit_zeros == x.shape[-2]).double().mean(-1) if batched else undefined
-    found["cosine"] = _cosine(plain, x.dtype == torch.float64) if batched else undefined
-    if not batched:
-        found["std_within"] = undefined
-    return torch.stack([found[name] for name in STATISTICS])
+    return derive(summarize(x, batched))
 
 
 def relative_error(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,28 +96,38 @@ def _surely_finite(wide: Tensor) -> bool:
     return wide.device.type == "cpu" and bool(wide.sum().isfinite())
 
 
-BLOCK_ENTRIES = 2**18
 BATCHED = ("preactivation", "activation")
-_SATURATED_ROW, _DEAD_ROW = list(STATISTICS).index("frac_saturated"), list(STATISTICS).index("frac_dead")
+_SATURATED = list(FIELDS).index("saturated")
 
 
 def _groups(items: Iterable[Item]) -> list[list[Item]]:
-    """Items of one shape together, as many as make a block that a processor's cache holds."""
+    """Items of one shape together, as many as are looked at together."""
     groups: dict[Hashable, list[Item]] = {}
     for item in items:
         groups.setdefault((item.values.shape, item.values.dtype, item.key.tensor in BATCHED), []).append(item)
     found = []
     for group in groups.values():
-        size = max(1, BLOCK_ENTRIES // max(1, group[0].values.numel()))
+        first = group[0].values
+        size = max(1, (AT_ONCE if first.device.type == "cpu" else BLOCK["cuda"]) // max(1, first.numel()))
         found += [group[k : k + size] for k in range(0, len(group), size)]
     return found
 
 
 class Blocks:
-    """Measured numbers on their device, (len(names), keys, E) at a time; nothing is copied before `frame`."""
+    """Measured numbers on their device, (numbers, K, E) at a time; nothing is copied before `frame`.
 
-    def __init__(self, seeds: Sequence[int], key_names: Sequence[str], names: Sequence[str]) -> None:
+    `finish` makes the named numbers (len(names), K, E) of what was put; without it they are put as they are.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        key_names: Sequence[str],
+        names: Sequence[str],
+        finish: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.seeds, self.key_names, self.names = list(seeds), tuple(key_names), tuple(names)
+        self._finish = finish
         self._keys: list[Key] = []
         self._blocks: list[Tensor] = []
 
@@ -195,11 +143,17 @@ class Blocks:
         keys, blocks = self._keys, self._blocks
         self._keys, self._blocks = [], []
         shape = (len(self.names), len(keys) * len(self.seeds))
-        values = torch.cat(blocks, 1).cpu().numpy().reshape(shape) if blocks else np.empty(shape)
-        columns = {name: self._key_column(name, keys) for name in self.key_names}
+        values = np.empty(shape)
+        if blocks:
+            whole = torch.cat(blocks, 1)
+            values = (self._finish(whole) if self._finish else whole).cpu().numpy().reshape(shape)
+        columns = self._key_columns(keys)
         for name, row in zip(self.names, values, strict=True):
             columns[name] = row.astype(np.int64) if name in COUNTS else row
         return pd.DataFrame(columns)
+
+    def _key_columns(self, keys: Sequence[Key]) -> dict[str, np.ndarray | pd.Categorical]:
+        return {name: self._key_column(name, keys) for name in self.key_names}
 
     def _key_column(self, name: str, keys: Sequence[Key]) -> np.ndarray | pd.Categorical:
         """One key column; the seed runs fastest."""
@@ -213,21 +167,89 @@ class Blocks:
 
 
 class Rows(Blocks):
-    """The table `stats`. Tensors of one shape are measured together: a step costs a few operations for each shape."""
+    """The table `stats`. Tensors of one shape are measured together: a step costs a few operations for each shape.
 
-    def __init__(self, seeds: Sequence[int]) -> None:
+    What is put are the fields of rows, (F, K, E), by whatever means they were found; statistics are derived in `frame`.
+    """
+
+    def __init__(self, seeds: Sequence[int], histograms: bool = False) -> None:
         names = ("stage", "implementation", "seed", "step", "layer", "tensor", "direction")
-        super().__init__(seeds, names, list(STATISTICS))
+        super().__init__(seeds, names, list(STATISTICS), derive)
+        self._with_histograms, self._histograms = histograms, _Histograms(seeds, names, ())
 
     def add(self, items: Iterable[Item]) -> None:
         for group in _groups(items):
-            block = measure(torch.stack([item.values for item in group]), group[0].key.tensor in BATCHED)
+            keys = [item.key for item in group]
+            x = torch.stack([item.values for item in group]) if len(group) > 1 else group[0].values[None]
+            batched = group[0].key.tensor in BATCHED
+            fields, counts = summarize_and_count(x, batched) if self._with_histograms else (summarize(x, batched), None)
             for k, item in enumerate(group):
                 if item.saturated is not None:
-                    block[_SATURATED_ROW, k] = item.saturated
-                if item.key[-2:] != ("activation", "forward"):
-                    block[_DEAD_ROW, k] = torch.nan
-            self.put([item.key for item in group], block)
+                    fields[_SATURATED, k] = item.saturated
+            self.put(keys, fields)
+            if counts is not None:
+                self.put_histograms(keys, counts, x.dtype)
+
+    def frame(self) -> pd.DataFrame:
+        """Only a unit whose activation is always 0 is dead: the share of all other tensors is nan."""
+        frame = super().frame()
+        activation = (frame["tensor"] == "activation") & (frame["direction"] == "forward")
+        return frame.assign(frac_dead=frame["frac_dead"].where(activation))
+
+    def put_histograms(
+        self, keys: Sequence[Key], counts: Tensor, dtype: torch.dtype, lowest: int | None = None
+    ) -> None:
+        """Counts (K, E, 2, B) of tensors of that dtype as `histogram` makes them, or from another lowest octave on."""
+        self._histograms.put_counts(keys, counts, octaves(dtype)[0] if lowest is None else lowest)
+
+    def histograms(self) -> pd.DataFrame:
+        """The table `histograms` of what was recorded so far; the collector of histograms is empty afterwards.
+
+        After the keys: `first`, the octave of the first bin, and `positive` and `negative`, the counts of entries from
+        that octave on, as long as each other and without empty bins at either end. With no entry in any bin `first`
+        is 0 and the lists are empty.
+        """
+        return self._histograms.frame()
+
+
+class _Histograms(Blocks):
+    """Histograms on their device, (K, E, 2, B) at a time; on a CPU without the octaves that a block does not touch."""
+
+    def __init__(self, seeds: Sequence[int], key_names: Sequence[str], names: Sequence[str]) -> None:
+        super().__init__(seeds, key_names, names)
+        self._lowest: list[int] = []
+
+    def put_counts(self, keys: Sequence[Key], counts: Tensor, lowest: int) -> None:
+        first, end = 0, counts.shape[-1]
+        if counts.device.type == "cpu":
+            first, end = _touched(counts.numpy())
+        self._lowest.append(lowest + first)
+        self.put(keys, counts[..., first:end].clone())
+
+    def frame(self) -> pd.DataFrame:
+        keys, blocks, lowest = self._keys, self._blocks, self._lowest
+        self._keys, self._blocks, self._lowest = [], [], []
+        rows = [row for block, low in zip(blocks, lowest, strict=True) for row in _trimmed(block, low)]
+        columns: dict[str, Any] = self._key_columns(keys)
+        columns["first"] = np.array([first for first, _ in rows], dtype=np.int64)
+        for sign, name in enumerate(("positive", "negative")):
+            columns[name] = np.empty(len(rows), dtype=object)
+            for place, (_, counts) in enumerate(rows):  # one by one: numpy makes a matrix of lists of one length
+                columns[name][place] = counts[sign]
+        return pd.DataFrame(columns)
+
+
+def _trimmed(block: Tensor, lowest: int) -> Iterator[tuple[int, np.ndarray]]:
+    """First octave and counts (2, octaves) of each histogram of (K, E, 2, B), the seed running fastest."""
+    for counts in block.cpu().numpy().astype(np.int64).reshape(block.shape[:-2].numel(), *block.shape[-2:]):
+        first, end = _touched(counts)
+        yield lowest + first if end else 0, counts[:, first:end]
+
+
+def _touched(counts: np.ndarray) -> tuple[int, int]:
+    """First bin of (..., B) that has an entry, and the one after the last; 0, 0 where there is none."""
+    places = np.flatnonzero(counts.any(tuple(range(counts.ndim - 1))))
+    return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
 
 
 class Differences(Blocks):

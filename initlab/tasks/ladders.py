@@ -20,7 +20,8 @@ from initlab.scratch.matmul import LADDER, Rung, Sizes
 from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.init import draw, gaussian, rule
 from initlab.tasks.place import DTYPES, find_device
-from initlab.tasks.timing import check_timing, seconds_each, time_ladder
+from initlab.tasks.rounds import seconds_each
+from initlab.tasks.timing import check_timing, time_ladder
 
 BOOK_SHAPE: Sizes = (5, 784, 10)
 CLASSES = 10  # outputs under a loss over classes

@@ -12,7 +12,8 @@ import torch
 def free_memory(device: torch.device) -> float:
     """Bytes that can still be had on the device; inf where the system does not say."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + cached)
     return min(_available(), _left_in_container())
 
 

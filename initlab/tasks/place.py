@@ -1,5 +1,6 @@
-"""Where the tensors live and in which number format."""
+"""Where the tensors live, in which number format, and how a GPU multiplies them."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,6 +14,12 @@ DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
 }
 DEVICES: dict[str, str] = {"auto": "the GPU if there is one", "cpu": "the processor", "cuda": "the GPU, or an error"}
+
+# How a GPU multiplies float32 matrices; bfloat16 throughout is dtype=bfloat16.
+MATMULS: dict[str, str] = {
+    "ieee": "24 bits of mantissa, as on a CPU",
+    "tf32": "11 bits of mantissa, several times faster",
+}
 
 
 def find_device(name: str) -> torch.device:
@@ -31,3 +38,15 @@ def chunks(seeds: Sequence[int], device: torch.device) -> Iterator[Sequence[int]
     size = 8 if device.type == "cpu" else 256
     for start in range(0, len(seeds), size):
         yield seeds[start : start + size]
+
+
+def set_matmul(name: str) -> None:
+    """For the whole process. Nothing changes on a CPU.
+
+    By the older of torch's two switches: it keeps both alike, while the newer (`fp32_precision`) makes every later look
+    at the older one an error, also torch.compile's own. Some versions warn of it.
+    """
+    choose(MATMULS, name, "matmul")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"

@@ -1,16 +1,12 @@
 """Timing a ladder: versions of one computation, side by side, with their memory and their agreement in the same run.
 
-Fair means: every version is warmed up, a sample lasts long enough for the clock, and each round times all versions in
-turn, in rotated order, so that a machine that slows down slows all of them. Knows nothing of what the versions compute.
-On a CPU they run with the number of threads that torch is set to.
+Every version is warmed up and compared with the reference before `rounds` times all of them. Knows nothing of what the
+versions compute. On a CPU they run with the number of threads that torch is set to.
 """
 
-import gc
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,8 +19,7 @@ from initlab.errors import UsageError, choose
 from initlab.signal.stats import relative_error
 from initlab.tasks.memory import free_memory, is_out_of_memory, peak_bytes, readable
 from initlab.tasks.place import DTYPES, find_device
-
-Call = Callable[[], Any]  # gives a tensor, or tuples and lists of them, nested
+from initlab.tasks.rounds import Call, Runner, calibrate, round_ratios, run_rounds, share_rounds
 
 COLUMNS: dict[str, str] = {
     "version": "name of the row of the ladder",
@@ -48,9 +43,6 @@ TOLERANCES: dict[torch.dtype, float] = {
     torch.float64: 1e-12,
 }
 
-SAMPLE_SECONDS = 0.005  # asking the clock takes some 1e-7 s
-FEWEST_SAMPLES = 3  # of a version that takes seconds; below that there are no quartiles
-
 
 def check_timing(versions: Sized, rounds: int, seconds: float) -> None:
     """Refuse a ladder without rungs, no rounds, or a budget that is no time."""
@@ -64,15 +56,11 @@ def check_timing(versions: Sized, rounds: int, seconds: float) -> None:
 
 @dataclass
 class _Version:
-    """A row in the making."""
+    """A row in the making; its call gives a tensor, or tuples and lists of them, nested."""
 
     name: str
-    call: Call
+    runner: Runner
     note: str = ""
-    inner: int = 1  # calls a sample
-    seconds: float = math.nan  # a call, roughly
-    rounds: int = 0
-    samples: dict[int, float] = field(default_factory=dict)  # round -> seconds a call
     peak: float = math.nan
     error: float = math.nan
     ulp: float = math.nan
@@ -103,16 +91,15 @@ def time_ladder(
         choose(versions, reference, "reference")
     place = find_device(device)
     limit = free_memory(place) / 2 if memory_limit is None else memory_limit
-    rows = [_Version(name, call, (skip or {}).get(name, "")) for name, call in versions.items()]
+    rows = [_Version(name, Runner(call), (skip or {}).get(name, "")) for name, call in versions.items()]
     for row in rows:
         if not row.note and (needed := (needs or {}).get(row.name, 0)) > limit:
             row.note = f"skipped: needs {readable(needed)}, allowed are {readable(limit)}"
     with tqdm(total=len(rows) + rounds, desc=shape, unit="step", disable=None if progress else True) as bar:
         chosen = _prepare(rows, reference, place, bar)
-        for row in rows:
-            if not math.isnan(row.seconds):
-                row.rounds = min(rounds, max(FEWEST_SAMPLES, int(seconds / (row.inner * row.seconds))))
-        _sample([row for row in rows if row.rounds], place, bar)
+        runners = [row.runner for row in rows]
+        share_rounds(runners, rounds, seconds)
+        run_rounds(runners, place, done=bar.update)
     return pd.DataFrame([_as_row(row, shape, chosen) for row in rows], columns=list(COLUMNS))
 
 
@@ -130,8 +117,8 @@ def _prepare(rows: list[_Version], reference: str | None, device: torch.device, 
             if expected is not None and chosen is not None:
                 row.error, row.ulp, row.note = differences(out, expected, chosen.name)
             del out  # or it would be in memory while the others run
-            row.peak = peak_bytes(row.call, device)
-            row.inner, row.seconds = _calibrated(row.call, device)
+            row.peak = peak_bytes(row.runner.call, device)
+            calibrate(row.runner, device)
         bar.update()
     return chosen
 
@@ -141,7 +128,7 @@ def _first_call(row: _Version) -> list[Tensor] | None:
     if row.note:
         return None
     try:
-        return list(_leaves(row.call()))
+        return list(_leaves(row.runner.call()))
     except UsageError as fault:
         row.note = f"unavailable: {fault}"
     except (RuntimeError, MemoryError) as fault:
@@ -209,70 +196,8 @@ def agreement(frame: pd.DataFrame, dtype: str = "float32") -> str:
     return f"All {count} versions are equal up to rounding: {numbers}."
 
 
-# --- time ---------------------------------------------------------------------------------------------------------
-
-
-def seconds_each(call: Call, times: int, device: torch.device) -> float:
-    """Seconds a call, over `times` calls; on a GPU by its own events."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            event: Any = torch.cuda.Event
-            start, end = (event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(times):
-                call()
-            end.record()
-            end.synchronize()
-            return float(start.elapsed_time(end)) / 1e3 / times
-    begun = time.perf_counter()
-    for _ in range(times):
-        call()
-    return (time.perf_counter() - begun) / times
-
-
-def _calibrated(call: Call, device: torch.device) -> tuple[int, float]:
-    """Calls that make a sample long enough, and the seconds of one."""
-    inner = 1
-    while (each := max(seconds_each(call, inner, device), 1e-9)) * inner < SAMPLE_SECONDS:
-        inner = max(2 * inner, math.ceil(SAMPLE_SECONDS / each))
-    return inner, each
-
-
-def _sample(rows: list[_Version], device: torch.device, bar: tqdm) -> None:
-    """Round by round, all in turn; a slow version takes part in the first round and in some others, evenly spread."""
-    rounds = max((row.rounds for row in rows), default=0)
-    with _no_garbage_collection():
-        for k in range(rounds):
-            due = [row for row in rows if k * row.rounds % rounds < row.rounds]
-            for place in range(len(due)):
-                row = due[(place + k) % len(due)]
-                if row.inner > 1:
-                    row.call()  # brings back what the version before drove out of the cache
-                row.samples[k] = seconds_each(row.call, row.inner, device)
-            bar.update()
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """As `timeit` does: a collection would hit whichever version runs when it is due."""
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _ratio(row: _Version, reference: _Version) -> float:
-    """Median over the row's samples of each against the reference's of the same round, or of its last one before."""
-    before = {k: max(r for r in reference.samples if r <= k) for k in row.samples}
-    return float(np.median([each / reference.samples[before[k]] for k, each in row.samples.items()]))
-
-
 def _as_row(row: _Version, shape: str, reference: _Version | None) -> dict[str, object]:
-    q25, median, q75 = np.quantile(list(row.samples.values()) or [math.nan], (0.25, 0.5, 0.75))
-    ratio = _ratio(row, reference) if row.samples and reference is not None else math.nan
-    measured = (median, q25, q75, ratio, row.peak, row.error, row.ulp)
+    q25, median, q75 = np.quantile(list(row.runner.samples.values()) or [math.nan], (0.25, 0.5, 0.75))
+    ratios = [] if reference is None else round_ratios(row.runner, reference.runner)
+    measured = (median, q25, q75, np.median(ratios or [math.nan]), row.peak, row.error, row.ulp)
     return dict(zip(COLUMNS, (row.name, shape, *(float(x) for x in measured), row.note), strict=True))

@@ -36,12 +36,38 @@ def test_a_finished_run_holds_whole_tables_and_says_so(tmp_path: Path) -> None:
     assert set(frame["init"]) == {"kaiming"} and set(frame["depth"]) == {3} and set(frame["run"]) == {str(folder)}
 
 
+def test_networks_that_differ_say_so_row_by_row(tmp_path: Path) -> None:
+    with Recorder(tmp_path, COLUMNS, "cpu") as recorder:
+        recorder.add({"stats": rows(0, 1.0).assign(init=pd.Categorical(["naive"]), gain=1.0)})
+        recorder.add({"stats": rows(1, 1.0)})
+    frame = read(tmp_path)
+    assert frame["init"].tolist() == ["naive", "kaiming"] and frame["gain"].tolist() == [1.0, math.sqrt(2)]
+    assert frame["depth"].tolist() == [3, 3]
+
+
 def test_nan_inf_and_subnormal_numbers_survive_as_values(tmp_path: Path) -> None:
     """nan must not become null, or a dead layer would drop out of every average."""
     folder = write(tmp_path / "a", math.nan, math.inf, 5e-324)
     column = pq.read_table(folder / "stats.parquet")["std"]
     assert column.null_count == 0
     np.testing.assert_array_equal(read(folder)["std"], [math.nan, math.inf, 5e-324])
+
+
+def test_lists_of_counts_survive(tmp_path: Path) -> None:
+    """Of one length and of several, empty ones too; a part without rows does not spoil the others."""
+    counts = [[1, 0, 2], [3, 4, 5], []]
+    for name in ("a", "b"):
+        with Recorder(tmp_path / name, COLUMNS, "cpu") as recorder:
+            for part in (counts, counts[2:], counts[:1], []):
+                positive = np.empty(len(part), dtype=object)
+                for k, values in enumerate(part):
+                    positive[k] = np.array(values, dtype=np.int64)
+                tensor = pd.Categorical(["weight"] * len(part))
+                recorder.add({"histograms": pd.DataFrame({"tensor": tensor, "first": -3, "positive": positive})})
+    assert str(pq.read_schema(tmp_path / "a" / "histograms.parquet").field("positive").type) == "list<element: int64>"
+    frame = read(tmp_path, "histograms")
+    assert [values.tolist() for values in frame["positive"]] == [*counts, [], counts[0]] * 2
+    assert set(frame["init"]) == {"kaiming"} and set(frame["tensor"]) == {"weight"}
 
 
 def test_what_was_measured_outlives_a_fault(tmp_path: Path) -> None:

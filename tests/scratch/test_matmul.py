@@ -1,5 +1,6 @@
 """Laws of the matmul ladder: what every rung must give whatever the shape, and that a wrong rung is caught."""
 
+import os
 import shutil
 
 import pytest
@@ -163,7 +164,8 @@ def test_a_missing_compiler_is_a_reason_and_no_crash(monkeypatch):
         matmul.compiled(torch.ones(2, 2), torch.ones(2, 2))
 
 
-def test_triton_on_a_processor_is_a_reason_and_no_crash():
+def test_triton_on_a_processor_is_a_reason_and_no_crash(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UsageError, match="triton"):
         matmul.triton_kernel(torch.ones(2, 2), torch.ones(2, 2))
 
@@ -177,11 +179,26 @@ def test_the_compiled_form_equals_the_form(dtype):
         assert torch.equal(matmul.compiled(a, b), matmul.outer(a, b)), shape
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(bool(LADDER["triton"].missing(torch.device("cuda"))), reason="no Triton or no GPU here")
+INTERPRETED = matmul.TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(
+            "cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="needs Triton, and TRITON_INTERPRET=1 on a CPU")
+        ),
+        pytest.param(
+            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not matmul.TRITON, reason="Triton is not installed")]
+        ),
+    ],
+)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_the_triton_kernel_equals_the_operator(dtype):
+def test_the_triton_kernel_equals_the_operator(dtype, device):
     for shape in [(5, 784, 10), (33, 65, 31), (1, 1, 1), (64, 64, 64), (0, 3, 2), (2, 0, 2), (2, 3, 0)]:
-        a, b = pair(*shape, 6, dtype)
-        assert torch.equal(matmul.triton_kernel(a.cuda(), b.cuda()).cpu(), a @ b), shape
-        assert torch.equal(matmul.triton_kernel(b.cuda().t(), a.cuda().t()).cpu(), (a @ b).t()), shape
+        a, b = (t.to(device) for t in pair(*shape, 6, dtype))
+        assert torch.equal(matmul.triton_kernel(a, b), a @ b), shape
+        assert torch.equal(matmul.triton_kernel(b.t(), a.t()), (a @ b).t()), shape
+    a, b = (t.to(device) for t in pair(40, 100, 20, 7, dtype, positive))
+    assert error(matmul.triton_kernel(a, b).cpu(), (a @ b).cpu()) <= TOLERANCE[dtype]
+    assert error(matmul.triton_kernel(a, b).cpu(), (a @ b).cpu() * (1 + 1e-4)) > 5 * TOLERANCE[torch.float32]

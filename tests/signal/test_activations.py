@@ -115,3 +115,11 @@ def test_what_has_no_gain_is_said() -> None:
         gain("relu", "stdd")
     with pytest.raises(UsageError, match="no gain for activation=gelu"):
         gain("gelu", "torch")
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_homogeneous_or_not(name: str) -> None:
+    """Multiplication by a power of two is exact, so that the law holds bit for bit."""
+    row, z = ACTIVATIONS[name], torch.linspace(-3, 3, 61)
+    assert torch.equal(row.phi(4 * z), 4 * row.phi(z)) == row.homogeneous
+    assert torch.equal(row.slope(4 * z), row.slope(z)) == row.homogeneous

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from initlab.errors import UsageError
-from initlab.signal.init import DISTRIBUTIONS, RULES, Rule, draw, gaussian, permutation, rule
+from initlab.signal.init import DISTRIBUTIONS, GENERATORS, RULES, Rule, draw, gaussian, permutation, rule
 
 EVERYONE = pytest.mark.parametrize("name", RULES)
 
@@ -88,6 +88,58 @@ def test_a_seed_is_the_same_network_in_every_dtype(name: str, dtype: torch.dtype
     w, b = draw(rule(name), "relu", (6, 4), [0], 1, dtype=dtype)
     assert w.dtype == b.dtype == dtype
     assert torch.equal(w, reference.to(dtype))
+
+
+BY = pytest.mark.parametrize("generator", GENERATORS)
+
+
+@BY
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (100, 100)])
+def test_a_member_is_the_single_network_whoever_draws(
+    distribution: str, shape: tuple[int, int], generator: str
+) -> None:
+    scaling = rule("torch_default", distribution=distribution)
+    w, b = draw(scaling, "tanh", shape, [2, 7, 9], 3, generator=generator)
+    assert w.shape == (3, *shape) and b.shape == (3, shape[1])
+    for member, seed in enumerate([2, 7, 9]):
+        alone, alone_bias = draw(scaling, "tanh", shape, [seed], 3, generator=generator)
+        assert torch.equal(w[member], alone[0]) and torch.equal(b[member], alone_bias[0])
+    assert not torch.equal(w[0], w[1])
+
+
+@BY
+@pytest.mark.parametrize("distribution", [name for name in DISTRIBUTIONS if name != "orthogonal"])
+def test_std_and_mean_of_the_weights_whoever_draws(distribution: str, generator: str) -> None:
+    w, _ = draw(rule("lecun", distribution=distribution), "relu", SHAPE, [1], 2, generator=generator)
+    assert float(w.double().std()) == pytest.approx(1 / math.sqrt(784), rel=FIVE_SIGMA)
+    assert abs(float(w.double().mean())) < 5 / math.sqrt(784 * w.numel())
+
+
+def test_orthogonal_is_an_isometry_whoever_draws() -> None:
+    for shape in ((7, 5), (5, 7)):
+        w, _ = draw(rule("orthogonal", gain=1.0), "relu", shape, [0, 1], 1, torch.float64, generator="philox")
+        gram = w @ w.mT if shape[0] <= shape[1] else w.mT @ w
+        torch.testing.assert_close(gram, torch.eye(5, dtype=w.dtype).expand_as(gram), rtol=1e-6, atol=1e-6)
+
+
+def test_the_generators_draw_different_networks_and_torch_is_the_default() -> None:
+    by_torch, by_philox = (draw(rule("kaiming"), "relu", (6, 4), [0], 1, generator=name)[0] for name in GENERATORS)
+    assert not torch.equal(by_torch, by_philox)
+    assert torch.equal(by_torch, draw(rule("kaiming"), "relu", (6, 4), [0], 1)[0])
+    std = rule("kaiming").gain_for("relu") / math.sqrt(6)
+    assert torch.equal(by_torch[0], gaussian((6, 4), 0, "weight", 1) * std)
+    with pytest.raises(UsageError, match=r"generator=philx: must be one of philox, torch - did you mean philox"):
+        draw(rule("kaiming"), "relu", (6, 4), [0], 1, generator="philx")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", RULES)
+def test_philox_draws_where_the_network_lives_and_the_same_network(name: str) -> None:
+    here = draw(rule(name), "relu", (50, 40), [0, 1], 1, generator="philox")
+    there = draw(rule(name), "relu", (50, 40), [0, 1], 1, device="cuda", generator="philox")
+    for a, b in zip(there, here, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-6)
 
 
 def test_different_things_of_one_seed_are_independent() -> None:

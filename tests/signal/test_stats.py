@@ -2,12 +2,14 @@ import math
 from fractions import Fraction
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from initlab.signal.moments import summarize
 from initlab.signal.stats import STATISTICS, Differences, Item, Key, Rows, measure, relative_error, saturated_share
 
 FORMATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -186,6 +188,48 @@ def test_rows_are_tidy() -> None:
     assert frame["n_nan"].dtype == np.int64
     assert frame[frame["tensor"] == "weight"]["frac_dead"].isna().all()
     assert list(frame.columns[:7]) == ["stage", "implementation", "seed", "step", "layer", "tensor", "direction"]
+
+
+def test_only_activations_have_dead_units() -> None:
+    keys = [Key("stack", "scratch", 0, 1, *about) for about in (("activation", "forward"), ("activation", "backward"))]
+    rows = Rows([0])
+    rows.add([Item(key, torch.zeros(1, 4, 3)) for key in keys])
+    np.testing.assert_array_equal(rows.frame()["frac_dead"], [1, math.nan])
+
+
+def test_fields_found_elsewhere_make_the_same_rows() -> None:
+    """The statistics are derived when the frame is made, whoever found the fields."""
+    keys = [Key("stack", "scratch", 0, layer, "activation", "forward") for layer in (1, 2)]
+    x = torch.randn(2, 3, 5, 4)
+    ours, theirs = Rows([0, 1, 2]), Rows([0, 1, 2])
+    ours.add([Item(key, t) for key, t in zip(keys, x, strict=True)])
+    theirs.put(keys, summarize(x))
+    pd.testing.assert_frame_equal(ours.frame(), theirs.frame())
+
+
+def test_histograms_are_rows_of_their_own() -> None:
+    rows = Rows([4, 7], histograms=True)
+    key = Key("stack", "scratch", 0, 1, "activation", "forward")
+    none = key._replace(layer=2)
+    bias = key._replace(tensor="bias", layer=3)
+    x = torch.tensor([[[1.0, 1.5, -0.3, 0.0], [2.0, torch.nan, -9.0, 1e-45]], [[3.0] * 4, [torch.inf] * 4]])
+    rows.add([Item(key, x), Item(none, torch.zeros(2, 2, 4)), Item(bias, torch.ones(2, 1, 4, dtype=torch.float64))])
+    frame = rows.histograms()
+    assert list(frame.columns) == [*rows.key_names, "first", "positive", "negative"]
+    assert frame["seed"].tolist() == [4, 7] * 3 and frame["layer"].tolist() == [1, 1, 2, 2, 3, 3]
+    assert frame["first"].tolist() == [-149, 1, 0, 0, 0, 0]
+    assert frame["positive"][0].tolist() == [1] + [0] * 148 + [2, 1, 0, 0]
+    assert frame["negative"][0].tolist() == [0] * 147 + [1, 0, 0, 0, 0, 1]
+    assert [column[1].tolist() for column in (frame["positive"], frame["negative"])] == [[4], [0]]
+    assert len(frame["positive"][2]) == len(frame["negative"][2]) == 0
+    assert frame["positive"][5].tolist() == [4]
+    assert len(rows.frame()) == 6 and len(rows.histograms()) == 0
+
+
+def test_histograms_are_kept_only_when_asked_for() -> None:
+    rows = Rows([0])
+    rows.add([Item(Key("stack", "scratch", 0, 1, "activation", "forward"), torch.ones(1, 2, 2))])
+    assert len(rows.histograms()) == 0 and len(rows.frame()) == 1
 
 
 def test_differences_are_per_network() -> None:

@@ -3,10 +3,15 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from initlab.errors import UsageError
-from initlab.signal.init import RULES, rule
+from initlab.signal.init import GENERATORS, RULES, rule
 from initlab.signal.stats import COUNTS, STATISTICS
+from initlab.tasks import networks
+from initlab.tasks import stack as stacking
+from initlab.tasks.memory import peak_bytes
+from initlab.tasks.networks import Plan, Shape, plan
 from initlab.tasks.place import DTYPES
 from initlab.tasks.stack import stack
 
@@ -159,6 +164,121 @@ def test_scaling_the_weights_scales_every_layer() -> None:
     np.testing.assert_allclose(ratio, 2.0 ** base["layer"].to_numpy(), rtol=1e-12)
 
 
+def same(a: pd.DataFrame, b: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(a.reset_index(drop=True), b.reset_index(drop=True), check_exact=True)
+
+
+def by_network(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.sort_values("seed", kind="stable")
+
+
+def test_networks_may_differ_in_rule_and_gain_inside_one_call() -> None:
+    """Also where one seed stands behind several rules, whose Gaussian numbers are then drawn once."""
+    rules = ["naive", "kaiming", rule("lecun", gain=0.7), "kaiming", "small"]
+    frame = stack(rules, depth=6, seeds=[3, 3, 3, 4, 4])
+    first = frame[frame["layer"] == 0]
+    assert first["init"].tolist() == ["naive", "kaiming", "normal, fan_in", "kaiming", "small"]
+    np.testing.assert_allclose(first["gain"], [1, math.sqrt(2), 0.7, math.sqrt(2), 0.01], rtol=1e-15)
+    assert len(frame) == 5 * (1 + 4 * 6)
+    for k, (one, seed) in enumerate(zip(rules, [3, 3, 3, 4, 4], strict=True)):
+        mine = frame.iloc[k::5].drop(columns=["init", "gain"])
+        same(mine, stack(one, depth=6, seeds=[seed]))
+
+
+def test_rules_of_different_distributions_and_biases_inside_one_call() -> None:
+    rules = ["orthogonal", "torch_default", "kaiming", rule("kaiming", distribution="uniform")]
+    frame = stack(rules, "tanh", depth=3, width=20, seeds=range(4))
+    for k, one in enumerate(rules):
+        same(frame.iloc[k::4].drop(columns=["init", "gain"]), stack(one, "tanh", depth=3, width=20, seeds=[k]))
+
+
+def test_many_networks_with_rules_of_their_own_stay_one_table() -> None:
+    rules = ["naive"] * 10 + ["small"] * 9
+    frame = stack(rules, depth=2, width=10, seeds=range(19))
+    assert frame["init"].dtype == "category"
+    assert (frame["init"] == np.where(frame["seed"] < 10, "naive", "small")).all()
+
+
+@pytest.mark.parametrize("init", ["kaiming", "naive"])
+def test_without_the_backward_pass_the_forward_rows_are_the_same(init: str) -> None:
+    whole, half = stack(init, seeds=range(3)), stack(init, seeds=range(3), backward=False)
+    same(half, whole[whole["direction"] == "forward"].astype({"direction": half["direction"].dtype}))
+
+
+def test_rows_are_handed_over_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacking, "FLUSH_ROWS", 100)
+    parts: list[pd.DataFrame] = []
+    returned = stack(depth=60, width=20, seeds=range(3), emit=lambda frames: parts.append(frames["stats"]))
+    assert len(returned) == 0 and len(parts) > 3
+    whole = stack(depth=60, width=20, seeds=range(3))
+    for name in whole:
+        np.testing.assert_array_equal(np.concatenate([part[name].to_numpy() for part in parts]), whole[name].to_numpy())
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, RuntimeError])
+def test_rows_outlive_an_interruption(fault: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: object, layer: int) -> None:
+        raise fault
+
+    monkeypatch.setattr(stacking._Pass, "_down", fails)
+    parts: list[pd.DataFrame] = []
+    with pytest.raises(fault):
+        stack(depth=5, width=10, seeds=[0], emit=lambda frames: parts.append(frames["stats"]))
+    assert len(pd.concat(parts)) == 1 + 2 * 5
+
+
+def test_memory_of_a_forward_pass_does_not_grow_with_depth() -> None:
+    def peak(depth: int, backward: bool) -> float:
+        place = torch.device("cpu")
+        return peak_bytes(
+            lambda: stack("naive", depth=depth, seeds=[0], backward=backward, emit=lambda frames: None), place
+        )
+
+    short, long = peak(60, False), peak(90, False)  # dead in both: who follows it takes some memory too
+    assert long - short < 2**18
+    assert peak(60, True) - short > 50 * 100 * 200 * 4  # the preactivations
+
+
+def test_short_memory_draws_twice_then_runs_fewer_then_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, place = Shape(50, 100, 100, 200), torch.device("cpu")
+    usual = stack(depth=50, seeds=range(3))
+
+    def planned(free: float) -> Plan:
+        monkeypatch.setattr(networks, "free_memory", lambda device: free)
+        return plan(shape, 3, torch.float32, place)
+
+    preactivations = 50 * 200 * 100 * 4
+    assert planned(math.inf) == Plan(3, True, 3 * (preactivations + 50 * 100 * 100 * 4))
+    assert planned(45e6) == Plan(3, False, 3 * preactivations)
+    same(stack(depth=50, seeds=range(3)), usual)
+    assert planned(30e6) == Plan(2, False, 2 * preactivations)
+    same(by_network(stack(depth=50, seeds=range(3))), by_network(usual))
+    with pytest.raises(UsageError, match=r"5 MB are free and one network keeps 4 MB .* use backward=false"):
+        planned(5e6)
+    assert plan(shape, 3, torch.float32, place, backward=False).kept == 0
+    with pytest.raises(UsageError, match=r"works on .* use less width or batch"):
+        plan(Shape(50, 1000, 1000, 200), 3, torch.float32, place, backward=False)
+
+
+def test_networks_are_halved_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, tried = stack(depth=3, seeds=range(8)), []
+    run = stacking._Pass.run
+
+    def short(self: stacking._Pass) -> None:
+        tried.append(len(self.nets))
+        if len(self.nets) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        run(self)
+
+    monkeypatch.setattr(stacking._Pass, "run", short)
+    most = 3
+    same(by_network(stack(depth=3, seeds=range(8))), by_network(usual))
+    assert tried == [8, 4, 2, 2, 2, 2]
+    most = 0
+    with pytest.raises(UsageError, match="not enough memory for one network"):
+        stack(depth=3, seeds=range(8))
+
+
 def test_mistakes_are_one_line() -> None:
     cases: list[tuple[dict[str, object], str]] = [
         ({"depth": 0}, "depth=0"),
@@ -167,6 +287,9 @@ def test_mistakes_are_one_line() -> None:
         ({"dtype": "f32"}, "float32"),
         ({"init": "he"}, "init=he"),
         ({"device": "gpu"}, "auto"),
+        ({"init": ["kaiming", "naive"], "seeds": [0, 1, 2]}, "2 rules for 3 networks"),
+        ({"init": ["kaiming", "he"], "seeds": [0, 1]}, "init=he"),
+        ({"seeds": []}, "seeds=0"),
     ]
     for bad, text in cases:
         with pytest.raises(UsageError, match=text):
@@ -185,3 +308,23 @@ def test_kaiming_spread_over_a_thousand_networks() -> None:
     last = np.log(signal[signal["layer"] == 50]["std"])
     assert abs(float(last.median()) - math.log(0.48)) < 5 * 1.2533 * 0.73 / math.sqrt(1000)
     assert abs(last.between(math.log(0.23), math.log(1.0)).mean() - 0.68) < 5 * math.sqrt(0.68 * 0.32 / 1000) + 0.01
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_whoever_draws_a_network_of_an_ensemble_is_the_single_network(generator: str) -> None:
+    together = stack(depth=5, width=20, batch=30, seeds=[3, 0, 8], generator=generator)
+    for seed in (0, 8):
+        alone = stack(depth=5, width=20, batch=30, seeds=[seed], generator=generator)
+        mine = together[together["seed"] == seed].reset_index(drop=True)
+        pd.testing.assert_frame_equal(mine[NUMBERS], alone[NUMBERS], rtol=1e-12)
+
+
+def test_the_generator_draws_weights_and_inputs() -> None:
+    by_torch, by_philox = (
+        forward(stack(depth=1, seeds=[0], generator=name), "activation")["rms"].tolist() for name in GENERATORS
+    )
+    for layer in (0, 1):
+        assert by_torch[layer] != by_philox[layer]
+        assert by_torch[layer] == pytest.approx(by_philox[layer], rel=0.3)  # one law
+    with pytest.raises(UsageError, match="generator=mersenne: must be one of philox, torch"):
+        stack(generator="mersenne")

@@ -1,0 +1,75 @@
+"""The same work unwatched, in the ordinary and fastest form: what everything else is divided by."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from benchmarks.nets import LR, Net, batch, parameters
+from benchmarks.race import Contestant
+from initlab.scratch import mlp
+from initlab.signal.activations import ACTIVATIONS
+
+
+def module(net: Net, seed: int = 0, device: str = "cpu") -> nn.Sequential:
+    """nn.Linear, nn.ReLU, ..., nn.Linear with the network's weights, a copy of its own."""
+    return mlp.twin(parameters(net, [seed], device), 0, ACTIVATIONS["relu"])
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=LR)
+
+
+def module_step(net: Net, seed: int = 0, device: str = "cpu") -> Contestant:
+    """A step as everybody writes it; gives the loss."""
+    model = module(net, seed, device)
+    return Contestant(step_of(model, sgd(model), *_own(net, seed, device)))
+
+
+def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, xb: Tensor, yb: Tensor) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = cross_entropy(model(xb), yb)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def loop_over_modules(net: Net, seeds: Sequence[int]) -> Contestant:
+    """An ensemble as everybody trains it: a step of one, then of the next; gives the losses."""
+    steps = [module_step(net, seed).call for seed in seeds]
+    return Contestant(lambda: [step() for step in steps])
+
+
+def module_backward(net: Net) -> Contestant:
+    """Loss (mse) and the gradients of the parameters, none of the input's."""
+    model = module(net)
+    xb, yb = _own(net, 0, "cpu")
+
+    def one_pass() -> list[Tensor]:
+        model.zero_grad(set_to_none=True)
+        torch.autograd.backward(mse_loss(model(xb).squeeze(-1), yb))
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    return Contestant(one_pass)
+
+
+def stack_pass(weights: Sequence[Tensor], x: Tensor) -> Contestant:
+    """Matmul and in-place ReLU alone, 2-d as a single network is; gives the last activation (N, O)."""
+    matrices, first = [w[0] for w in weights], x[0]
+
+    def forward() -> Tensor:
+        out = first
+        for w in matrices:
+            out = (out @ w).relu_()
+        return out
+
+    return Contestant(forward)
+
+
+def _own(net: Net, seed: int, device: str) -> tuple[Tensor, Tensor]:
+    xb, yb = batch(net, [seed], device)
+    return xb[0], yb[0]

@@ -1,0 +1,17 @@
+"""The table of groups: what `python -m benchmarks NAME` runs. A group takes a setting and gives an outcome."""
+
+from collections.abc import Callable
+
+from benchmarks import backward, ensemble, gpu, memory, stack, startup, step
+from benchmarks.race import Outcome, Setting
+
+GROUPS: dict[str, Callable[[Setting], Outcome]] = {
+    "stack": stack.group,
+    "step": step.group,
+    "backward": backward.group,
+    "ensemble": ensemble.group,
+    "chapter": stack.chapter,
+    "startup": startup.group,
+    "memory": memory.group,
+    "gpu": gpu.group,
+}

@@ -1,0 +1,248 @@
+"""The two trainings of `train`: an ensemble by hand and its `nn.Module` twins, a step at a time, and their records."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from initlab.errors import UsageError, choose
+from initlab.scratch import mlp
+from initlab.scratch.engine import Engine
+from initlab.scratch.layers import LOSSES, Loss
+from initlab.scratch.mlp import Parameters, Pass
+from initlab.scratch.recording import Recording
+from initlab.signal.activations import ACTIVATIONS, Activation
+from initlab.signal.stats import Blocks, Differences, Item, Key, Rows, saturated_share
+
+Frames = dict[str, pd.DataFrame]
+Optimizer = Callable[..., torch.optim.Optimizer]
+
+# Elementwise optimizers only: they treat an ensemble as its members.
+OPTIMIZERS: dict[str, Optimizer] = {
+    "sgd": torch.optim.SGD,
+    "momentum": partial(torch.optim.SGD, momentum=0.9),
+    "nesterov": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "rmsprop": torch.optim.RMSprop,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+# How the modules of an ensemble run on steps that are not recorded; recorded ones go one by one.
+MODULES = {"one_by_one": "each nn.Module by itself", "vmap": "all as one program, torch.func.vmap"}
+FLUSH_SECONDS, FLUSH_ROWS = 30.0, 200_000
+
+
+class Records:
+    """What has been measured and not yet handed over."""
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        deliver: Callable[[Frames], None],
+        histograms: bool,
+        columns: Mapping[str, pd.Categorical | np.ndarray] | None = None,
+    ) -> None:
+        self._columns = columns or {}  # what differs between the networks, one value for each
+        self.rows, self.parity, self.histograms = Rows(seeds, histograms), Differences(seeds), histograms
+        self.losses = Blocks(seeds, ("implementation", "seed", "step"), ("loss", "accuracy"))
+        self._deliver, self._since = deliver, time.monotonic()
+
+    def due(self) -> bool:
+        return len(self.rows) > FLUSH_ROWS or time.monotonic() - self._since > FLUSH_SECONDS
+
+    def flush(self) -> None:
+        if len(self.losses):
+            frames = {"losses": self.losses.frame(), "parity": self.parity.frame()}
+            if self.histograms:
+                frames["histograms"] = self.rows.histograms()
+            found = {"stats": self.rows.frame()} | frames
+            self._deliver({name: self._told(frame) for name, frame in found.items()})
+        self._since = time.monotonic()
+
+    def _told(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The frame, in which networks run fastest, with the columns in which they differ."""
+        return frame.assign(**{name: _repeated(each, len(frame)) for name, each in self._columns.items()})
+
+
+def _repeated(each: pd.Categorical | np.ndarray, rows: int) -> pd.Categorical | np.ndarray:
+    times = rows // len(each)
+    if isinstance(each, pd.Categorical):
+        return pd.Categorical.from_codes(np.tile(each.codes, times), each.categories)
+    return np.tile(each, times)
+
+
+class Pair:
+    """An ensemble trained by hand and its twins trained by torch, a step at a time."""
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        activation: str,
+        loss: str,
+        optimizer: str,
+        lr: float | Sequence[float],
+        batch: int,
+        records: Records,
+        modules: str = "one_by_one",
+    ) -> None:
+        self.activation, self.loss, self.records = ACTIVATIONS[activation], LOSSES[loss], records
+        self.hand: _Hand
+        if optimizer == "sgd":
+            self.hand = _ByEngine(Engine(parameters, activation, loss, lr, batch), records)
+        elif not isinstance(lr, int | float):
+            raise UsageError(f"train.optimizer={optimizer}: a learning rate for each network needs sgd")
+        else:
+            self.hand = _ByPass(parameters, self.activation, self.loss, OPTIMIZERS[optimizer], lr, records)
+        self.twins = [mlp.twin(parameters, member, self.activation) for member in range(len(parameters[0][0]))]
+        self.at_once = (
+            mlp.Together(self.twins, self.loss)
+            if choose(MODULES, modules, "train.modules") == MODULES["vmap"]
+            else None
+        )
+        rates = [lr] * len(self.twins) if isinstance(lr, int | float) else lr
+        groups = [{"params": list(model.parameters()), "lr": r} for model, r in zip(self.twins, rates, strict=True)]
+        self.by_torch = OPTIMIZERS[optimizer](groups, lr=rates[0])
+
+    def step(self, step: int, xb: Tensor, yb: Tensor, record: bool) -> None:
+        """One update of both, measured if `record`."""
+        before = mlp.twin_parameters(self.twins) if record else []
+        if record:  # at the module's parameters of this step, and before the two trainings move on
+            by_hand = mlp.by_hand_at_twins(self.twins, xb, yb, self.activation, self.loss)
+            key = partial(Key, "train", "", step)
+            ours = self.hand.parameters()
+            self.records.parity.add(*(_parameter_items(key, "forward", pairs) for pairs in (ours, before)))
+        self._note("scratch", step, yb, *self.hand.step(step, xb, yb, record))
+        self.by_torch.zero_grad()
+        if record or self.at_once is None:
+            values, out, module = mlp.twin_forward_and_backward(self.twins, xb, yb, self.loss, watch=record)
+        else:
+            (values, out), module = self.at_once.forward_and_backward(xb, yb), None
+        self._note("module", step, yb, values, out)
+        self.by_torch.step()
+        if module is not None:
+            both = [
+                [item for item in items_of("", step, seen, before, self.activation) if item.key.direction == "backward"]
+                for seen in (by_hand, module)
+            ]
+            self.records.parity.add(*both)
+            self.records.rows.add(items_of("module", step, module, before, self.activation))
+            self.records.rows.add(_updates("module", step, before, mlp.twin_parameters(self.twins)))
+
+    def flush(self) -> None:
+        """Hand over what the records have, all rows of the recorded steps among them."""
+        self.hand.flush()
+        self.records.flush()
+
+    def _note(self, name: str, step: int, yb: Tensor, loss: Tensor, out: Tensor) -> None:
+        self.records.losses.put([Key("train", name, step, 0, "", "")], _loss_and_accuracy(out, yb, loss, self.loss))
+
+
+class _Hand(Protocol):
+    """A training by hand."""
+
+    def step(self, step: int, xb: Tensor, yb: Tensor, record: bool) -> tuple[Tensor, Tensor]:
+        """One update; losses (E,) and outputs (E, N, O) before it."""
+
+    def parameters(self) -> Parameters:
+        """The weights and biases that the next step starts from."""
+
+    def flush(self) -> None:
+        """Put into the records what is still held back."""
+
+
+class _ByEngine:
+    """Gradient descent on the fast path, where recording costs least."""
+
+    def __init__(self, engine: Engine, records: Records) -> None:
+        self.engine = engine
+        self.recording = Recording(engine, records.rows, histograms=records.histograms)
+
+    def step(self, step: int, xb: Tensor, yb: Tensor, record: bool) -> tuple[Tensor, Tensor]:
+        loss = self.recording.step(xb, yb, step) if record else self.engine.step(xb, yb)
+        return loss, self.engine.out
+
+    def parameters(self) -> Parameters:
+        return self.engine.parameters
+
+    def flush(self) -> None:
+        self.recording.flush()
+
+
+class _ByPass:
+    """Gradients by hand, handed to an optimizer of torch's."""
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        activation: Activation,
+        loss: Loss,
+        optimizer: Optimizer,
+        lr: float,
+        records: Records,
+    ) -> None:
+        self.own, self.activation, self.loss, self.rows = parameters, activation, loss, records.rows
+        self.optimizer = optimizer([p for pair in parameters for p in pair], lr=lr)
+
+    def step(self, step: int, xb: Tensor, yb: Tensor, record: bool) -> tuple[Tensor, Tensor]:
+        seen = mlp.forward_and_backward(self.own, xb, yb, self.activation, self.loss)
+        before = [(w.clone(), b.clone()) for w, b in self.own] if record else []
+        if record:
+            self.rows.add(items_of("scratch", step, seen, self.own, self.activation))
+        for pair, grads in zip(self.own, seen.parameter_grads, strict=True):
+            for p, g in zip(pair, grads, strict=True):
+                p.grad = g
+        self.optimizer.step()
+        if record:
+            self.rows.add(_updates("scratch", step, before, self.own))
+        return seen.loss, seen.out
+
+    def parameters(self) -> Parameters:
+        return self.own
+
+    def flush(self) -> None:
+        """Everything is in the records already."""
+
+
+def items_of(implementation: str, step: int, seen: Pass, parameters: Parameters, activation: Activation) -> list[Item]:
+    """All tensors of a pass, to be measured."""
+    key = partial(Key, "train", implementation, step)
+    hidden = seen.preactivations[:-1]
+    saturated = [saturated_share(activation.slope(z), activation.largest_slope) for z in hidden]
+    items = []
+    for direction, z, a, pairs in (
+        ("forward", seen.preactivations, seen.activations, parameters),
+        ("backward", seen.preactivation_grads, seen.activation_grads, seen.parameter_grads),
+    ):
+        shares = [*saturated, None] if direction == "forward" else [None] * len(z)
+        items += [
+            Item(key(layer, "preactivation", direction), t, share)
+            for layer, (t, share) in enumerate(zip(z, shares, strict=True), start=1)
+        ]
+        items += [Item(key(layer, "activation", direction), t) for layer, t in enumerate(a, start=1)]
+        items += _parameter_items(key, direction, pairs)
+    return items
+
+
+def _parameter_items(key: Callable[[int, str, str], Key], direction: str, pairs: Parameters) -> list[Item]:
+    items = []
+    for layer, (w, b) in enumerate(pairs, start=1):
+        items += [Item(key(layer, "weight", direction), w), Item(key(layer, "bias", direction), b.unsqueeze(-2))]
+    return items
+
+
+def _updates(implementation: str, step: int, before: Parameters, after: Parameters) -> list[Item]:
+    return [
+        Item(Key("train", implementation, step, layer, "update", "forward"), new - old)
+        for layer, ((old, _), (new, _)) in enumerate(zip(before, after, strict=True), start=1)
+    ]
+
+
+def _loss_and_accuracy(out: Tensor, yb: Tensor, loss: Tensor, kind: Loss) -> Tensor:
+    """(2, 1, E); the accuracy of a regression is nan."""
+    value = loss.double()
+    right = (out.argmax(-1) == yb).double().mean(-1) if kind.classes else torch.full_like(value, torch.nan)
+    return torch.stack([value, right]).unsqueeze(1)

@@ -1,0 +1,121 @@
+"""The fast path against the readable one: the same losses, gradients and updates, for one network and for many."""
+
+from itertools import pairwise, product
+
+import pytest
+import torch
+from torch import Tensor
+
+from initlab.errors import UsageError
+from initlab.scratch import engine as fast
+from initlab.scratch import mlp
+from initlab.scratch.engine import Engine, runs
+from initlab.scratch.layers import LOSSES
+from initlab.scratch.mlp import Parameters
+from initlab.signal.activations import ACTIVATIONS
+
+# Runs of equal shapes at the beginning, in the middle, at the end, and none; no hidden layer at all.
+SIZES = [(20, 7, 7, 7, 3), (7, 7, 7, 3), (9, 5, 5, 5), (20, 8, 6, 3), (5, 3), (3, 3, 3, 3)]
+
+
+def drawn(sizes: tuple[int, ...], count: int, dtype: torch.dtype = torch.float64) -> Parameters:
+    return [
+        (torch.randn(count, i, o, dtype=dtype) * (2 / i) ** 0.5, 0.1 * torch.randn(count, o, dtype=dtype))
+        for i, o in pairwise(sizes)
+    ]
+
+
+def batch_of(sizes: tuple[int, ...], count: int, rows: int = 12, loss: str = "cross_entropy") -> tuple[Tensor, Tensor]:
+    x = torch.randn(count, rows, sizes[0], dtype=torch.float64)
+    y = torch.randint(sizes[-1], (count, rows)) if loss == "cross_entropy" else torch.randn(count, rows).double()
+    return x, y
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    """Equal up to the rounding of float64: sums of at most a few hundred terms in another order."""
+    assert torch.linalg.vector_norm(ours - theirs) <= 1e-13 * torch.linalg.vector_norm(theirs)
+
+
+def test_the_engine_is_the_readable_pass() -> None:
+    for sizes, count, activation, pieces in product(SIZES, (1, 3), ACTIVATIONS, (256, 5)):
+        parameters, (x, y) = drawn(sizes, count), batch_of(sizes, count)
+        expected = mlp.forward_and_backward(parameters, x, y, ACTIVATIONS[activation], LOSSES["cross_entropy"])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fast, "FEWEST_ROWS", pieces)
+            patch.setattr(fast, "CACHE_BYTES", 1)
+            losses, gradients = Engine(parameters, activation, lr=0.5, batch=12).gradients(x, y)
+        close(losses, expected.loss)
+        for ours, theirs in zip(gradients, expected.parameter_grads, strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                close(a, b)
+
+
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_step_is_gradient_descent(
+    sizes: tuple[int, ...], activation: str, joint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast, "JOINT_ENTRIES", 10**9 if joint else 0)
+    parameters, (x, y) = drawn(sizes, 3), batch_of(sizes, 3)
+    engine = Engine(parameters, activation, lr=0.5, batch=12)
+    assert len(engine.networks) == (1 if joint else 3)
+    for _ in range(3):
+        expected = mlp.forward_and_backward(parameters, x, y, ACTIVATIONS[activation], LOSSES["cross_entropy"])
+        close(engine.step(x, y), expected.loss)
+        parameters = [
+            (w - 0.5 * dw, b - 0.5 * db) for (w, b), (dw, db) in zip(parameters, expected.parameter_grads, strict=True)
+        ]
+        for ours, theirs in zip(engine.parameters, parameters, strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                close(a, b)
+
+
+def test_a_regression() -> None:
+    sizes = (4, 6, 1)
+    parameters, (x, y) = drawn(sizes, 2), batch_of(sizes, 2, loss="mse")
+    expected = mlp.forward_and_backward(parameters, x, y, ACTIVATIONS["relu"], LOSSES["mse"])
+    losses, gradients = Engine(parameters, loss="mse").gradients(x, y)
+    close(losses, expected.loss)
+    close(gradients[0][0], expected.parameter_grads[0][0])
+
+
+def test_every_network_may_have_its_learning_rate() -> None:
+    sizes, rates = (6, 5, 5, 3), [0.1, 0.5, 0.0]
+    parameters, (x, y) = drawn(sizes, 3), batch_of(sizes, 3)
+    together = Engine(parameters, lr=rates)
+    together.step(x, y)
+    for k, rate in enumerate(rates):
+        alone = Engine([(w[k : k + 1], b[k : k + 1]) for w, b in parameters], lr=rate)
+        alone.step(x[k : k + 1], y[k : k + 1])
+        for ours, theirs in zip(together.parameters, alone.parameters, strict=True):
+            assert torch.equal(ours[0][k], theirs[0][0])
+    assert torch.equal(together.parameters[0][0][2], parameters[0][0][2])
+
+
+def test_what_it_was_given_stays_as_it_was() -> None:
+    parameters, (x, y) = drawn((6, 5, 3), 2), batch_of((6, 5, 3), 2)
+    kept = [w.clone() for w, _ in parameters]
+    Engine(parameters).step(x, y)
+    assert all(torch.equal(w, before) for (w, _), before in zip(parameters, kept, strict=True))
+
+
+def test_a_dying_signal_is_data() -> None:
+    parameters, (x, y) = drawn((6, 5, 5, 3), 1), batch_of((6, 5, 5, 3), 1)
+    for w, _ in parameters[:2]:
+        w.mul_(1e300)
+    engine = Engine(parameters)
+    engine.step(x, y)
+    assert not engine.step(x, y).isfinite().any()
+
+
+def test_as_many_learning_rates_as_networks() -> None:
+    with pytest.raises(UsageError, match="lr: 2 learning rates for 3 networks"):
+        Engine(drawn((6, 3), 3), lr=[0.1, 0.2])
+
+
+def test_runs_cover_the_list() -> None:
+    shapes = [(3, 3), (3, 3), (2, 3), (3, 3)]
+    found = runs(shapes)
+    assert [k for r in found for k in range(r.start, r.stop)] == list(range(4))
+    assert all(len({shapes[k] for k in range(r.start, r.stop)}) == 1 for r in found)
