@@ -5,10 +5,13 @@ Knows laws and simulated networks, neither rules nor activations. Legend: K tens
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from initlab.signal.laws import NOTHING, Array, Law
 from initlab.signal.stats import STATISTICS
@@ -27,15 +30,15 @@ NUMBERS = ("predicted", "ln_predicted", "mean", "sd", "median", *EDGES)
 class Rows(NamedTuple):
     """One statistic of K tensors, in the columns of NUMBERS: (K, 9).
 
-    `predicted` is the limit of infinite width and `ln_predicted` its ln, which does not overflow. `mean` and `sd` are of
-    the statistic's ln if it is one of IN_LN; the rest is of the statistic itself.
+    `predicted` is the limit of infinite width and `ln_predicted` its ln, which does not overflow. `mean` and `sd` are
+    of the statistic's ln if it is one of IN_LN; the rest is of the statistic itself.
     """
 
     statistic: str
     numbers: Array
 
 
-def bands(law: Law, infinite: Law, batch: int, n: Array, second: Array | None = None) -> list[Rows]:
+def bands(law: Law, infinite: Law, batch: int, n: NDArray[np.int64], second: Array | None = None) -> list[Rows]:
     """All statistics of tensors (batch, n); laws with leading dimension K, n (K,).
 
     `second` (K, 2) replaces the law of ln q where a better one is known.
@@ -130,28 +133,50 @@ def _mean(law: Law, infinite: Law, second: Array) -> Rows:
     factor = np.exp(sd[:, None] * _NODES)
     mean = factor @ _WEIGHTS * law.centre
     square = factor**2 @ _WEIGHTS * (law.centre**2 + law.spread**2)
-    points = np.stack([_mixture_quantile(q, factor, law.centre, law.spread) for q in QUANTILES], -1)
+    if (np.abs(law.centre) < 1e-6 * law.spread).all():
+        points = law.centre[:, None] + law.spread[:, None] * _symmetric_quantiles(factor)
+    else:
+        points = np.stack([_mixture_quantile(q, factor, law.centre, law.spread) for q in QUANTILES], -1)
     limit = infinite.centre * np.exp(infinite.ln_q / 2)
     spread = np.sqrt(np.maximum(square - mean**2, 0))
-    return Rows(
-        "mean", np.column_stack([limit, _ln(limit), mean * size, spread * size, points * size[:, None]])
-    )
+    return Rows("mean", np.column_stack([limit, _ln(limit), mean * size, spread * size, points * size[:, None]]))
+
+
+def _symmetric_quantiles(factor: Array) -> Array:
+    """Those of factor xi, (K, 5). Newton's method climbs from 0, where the density is largest, and passes no root."""
+    x, wanted = np.zeros((2, len(factor))), np.array([[QUANTILES[2]], [QUANTILES[4]]])
+    for _ in range(40):
+        z = x[..., None] / factor
+        step = (wanted - normal_cdf(z) @ _WEIGHTS) / (np.exp(-z * z / 2) / factor @ _WEIGHTS) * math.sqrt(2 * math.pi)
+        x = x + step
+        if (step <= 1e-9 * x).all():
+            break
+    return np.stack([0 * x[0], -x[0], x[0], -x[1], x[1]], -1)
 
 
 def _mixture_quantile(q: float, factor: Array, centre: Array, spread: Array) -> Array:
-    """Quantiles of factor (centre + spread xi) by bisection, (K,); factors (K, nodes)."""
+    """Quantiles of factor (centre + spread xi), (K,); factors (K, nodes). Halved to near the root, then Newton."""
     spread = np.maximum(spread, 1e-300)
-    reach = factor.max(-1) * (np.abs(centre) + 9 * spread)
-    low, high = -reach, reach
-    for _ in range(32):
+
+    def normal(x: Array) -> Array:
+        return np.asarray((x[:, None] / factor - centre[:, None]) / spread[:, None])
+
+    high = factor.max(-1) * (np.abs(centre) + 9 * spread)
+    low = -high
+    for _ in range(18):
         middle = (low + high) / 2
-        below = normal_cdf((middle[:, None] / factor - centre[:, None]) / spread[:, None]) @ _WEIGHTS
-        low, high = np.where(below < q, middle, low), np.where(below < q, high, middle)
-    return (low + high) / 2
+        below = normal_cdf(normal(middle)) @ _WEIGHTS < q
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    x = (low + high) / 2
+    for _ in range(2):
+        z = normal(x)
+        density = np.exp(-z * z / 2) / factor @ _WEIGHTS / (spread * math.sqrt(2 * math.pi))
+        x = np.clip(x + (q - normal_cdf(z) @ _WEIGHTS) / density, low, high)
+    return np.asarray(np.where(np.isfinite(x), x, low))
 
 
 def simulated(block: torch.Tensor, limits: dict[str, Array]) -> list[Rows]:
-    """The same rows of one tensor from networks, (S, E); `limits` gives predicted and ln_predicted of what is wanted."""
+    """The same rows of one tensor from networks, (S, E); `limits` gives predicted and ln_predicted of those wanted."""
     rows = dict(zip(STATISTICS, block.numpy(), strict=True))
     found = []
     for name in IN_ORDER:
@@ -164,3 +189,42 @@ def simulated(block: torch.Tensor, limits: dict[str, Array]) -> list[Rows]:
         moments = (values.mean(), values.std()) if len(values) else (-math.inf, math.nan)
         found.append(Rows(name, np.concatenate([limits[name], moments, points])[None]))
     return found
+
+
+# --- as a table ---------------------------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """Rows of one tensor and direction with their layers and what is said of their method, (K,) each."""
+
+    layers: NDArray[np.int64]
+    tensor: str
+    direction: str
+    rows: Rows
+    method: Sequence[str] | str
+
+
+def frame(blocks: Sequence[Block]) -> pd.DataFrame:
+    """All rows, layer by layer; what a tensor has no share of is left out."""
+    sizes = [len(block.layers) for block in blocks]
+
+    def column(values: Sequence[str]) -> NDArray[np.object_]:
+        return np.array(values, dtype=object).repeat(sizes)
+
+    layers = np.concatenate([block.layers for block in blocks])
+    order = layers.argsort(kind="stable")
+    said = [
+        np.full(n, b.method, dtype=object) if isinstance(b.method, str) else np.array(b.method, dtype=object)
+        for b, n in zip(blocks, sizes, strict=True)
+    ]
+    names = [block.rows.statistic for block in blocks]
+    numbers = np.concatenate([block.rows.numbers for block in blocks])[order]
+    words = {
+        "tensor": column([block.tensor for block in blocks]),
+        "direction": column([block.direction for block in blocks]),
+        "statistic": column(names),
+        "scale": column(["ln" if name in IN_LN else "linear" for name in names]),
+    }
+    columns = {"layer": layers[order], **{name: values[order] for name, values in words.items()}}
+    columns |= dict(zip(NUMBERS, numbers.T, strict=True))
+    return pd.DataFrame({**columns, "method": np.concatenate(said)[order]})

@@ -112,7 +112,7 @@ def _step(row: Activation, layer: Layer, batch: int, state: _State) -> tuple[Ste
     nodes, weights = sigma_points(mean, cov, alone)
     ln_z, uniform, damped = preactivations(layer, nodes)
     u = units(row, ln_z[:, 0], ln_z[:, 1], uniform, COARSE)
-    means, unit_cov, given = _unit(u, batch, uneven(single, batch), alone, layer.forward_remain, pair)
+    means, unit_cov, given = _unit(u, batch, uneven(np.array(single), batch), alone, layer.forward_remain, pair)
     unit_cov /= layer.fan_out
     shift, noise = ln_cov(relative_to(means[:, :2], unit_cov[:, :2, :2]))
     (next_pair, next_single), shrink, new = _apart(u, ln_z, means, unit_cov, state, layer, damped, batch)
@@ -121,8 +121,24 @@ def _step(row: Activation, layer: Layer, batch: int, state: _State) -> tuple[Ste
     alive = np.maximum(means[:, :2].sum(-1), 1e-300)
     bent = np.log(np.maximum((means[:, :2] * np.exp(shrink)).sum(-1), 1e-300) / alive)
     step = Step(
-        layer, u, mean, cov, pair, single, nodes, ln_z, uniform, damped, means, unit_cov, given, ln_x, bent, own,
-        next_single, new
+        layer,
+        u,
+        mean,
+        cov,
+        pair,
+        single,
+        nodes,
+        ln_z,
+        uniform,
+        damped,
+        means,
+        unit_cov,
+        given,
+        ln_x,
+        bent,
+        own,
+        next_single,
+        new,
     )
     return step, next_mean, next_cov, next_pair, next_single
 
@@ -138,14 +154,12 @@ def preactivations(layer: Layer, nodes: Array) -> tuple[Array, Array, Array]:
     return ln_z, uniform, np.exp(weighted - np.logaddexp(ln_z[:, 0], ln_z[:, 1]))
 
 
-def uneven(single: Array | float, batch: int) -> Array | float:
+def uneven(single: Array, batch: int) -> Array:
     """So many times fewer inputs are as good, if lengths squared have this relative variance: B sum K^2 / (sum K)^2."""
-    return batch * (1 + single) / (batch + single)
+    return np.asarray(batch * (1 + single) / (batch + single))
 
 
-def _unit(
-    u: Units, batch: int, worse: Array | float, alone: bool, remain: float, pair: float
-) -> tuple[Array, Array, Array]:
+def _unit(u: Units, batch: int, worse: Array, alone: bool, remain: float, pair: float) -> tuple[Array, Array, Array]:
     """Mean (G, 3) and covariance (G, 3, 3) of one unit's squared batch mean, batch variance and batch mean.
 
     Also the part of each given m, (3, G, M). The e_a add up to 0, so what is linear in them drops out of averages.
@@ -215,7 +229,7 @@ def _apart(
     fourth = u.fourth + 4 * u.third * u.mean + (6 * u.variance + u.mean**2) * u.mean**2
     fourths = u.over_m(fourth - square**2)
     slopes, variances = (np.stack([u.slope[0], u.variance[0]]) ** 2 @ u.weights[0]).tolist()
-    slope = slopes * math.exp(np.logaddexp(*ln_z[0]) - u.ln_scale[0]) * inside[0]
+    slope = slopes * np.exp(np.logaddexp(*ln_z[0]) - u.ln_scale[0]) * inside[0]
     noise = max(0.0, variances - gone * slope**2) + slope**2 * pair * layer.forward_remain
     next_pair = (slope**2 * pair + noise / width) / (w[0] ** 2 + cov[0, 1, 1])
     own = np.maximum(fourths - gone / 2 * u.tilt**2 * (1 - (1 - inside) ** 2), 0)

@@ -16,7 +16,20 @@ import numpy as np
 from initlab.signal import tensor_laws
 from initlab.signal.activations import Activation
 from initlab.signal.closure import Layer, Step, forward, possible, sane, uneven
-from initlab.signal.laws import NOTHING, Array, Law, gaussian_batch, ln, ln_cov, ln_means, regressors, relative_to, slopes, symmetric, total
+from initlab.signal.laws import (
+    NOTHING,
+    Array,
+    Law,
+    gaussian_batch,
+    ln,
+    ln_cov,
+    ln_means,
+    regressors,
+    relative_to,
+    slopes,
+    symmetric,
+    total,
+)
 from initlab.signal.tensor_laws import Layers, Stack
 from initlab.signal.unit_laws import closed
 
@@ -35,8 +48,8 @@ class _Back(NamedTuple):
 class _Slopes(NamedTuple):
     """What the units of a layer do to a gradient, averaged over m; of all layers, with L in front.
 
-    Given m a unit's T and W are w X_0 + t X_2 and w X_1 + t X_3 for a gradient of T = t, W = w. `k` = E[phi' given m]^2,
-    `k2` = E[phi'^2 given m].
+    Given m a unit's T and W are w X_0 + t X_2 and w X_1 + t X_3 for a gradient of T = t, W = w. k is E[phi']^2 given m,
+    k2 is E[phi'^2] given m.
     """
 
     x: Array  # E X, (G, 4)
@@ -80,9 +93,7 @@ def _slopes(layers: Layers) -> _Slopes:
     xx = np.empty((4, 4, *products.shape[1:]))
     xx[first, second] = xx[second, first] = products
     k_wide, k_own, wide2, both, own2, kk, k2k, k2k2, e_k, e_k2, fourth = u.over_m(
-        np.stack(
-            [k * wide, k * own, wide**2, wide * own, own**2, k * k, k2 * k, k2 * k2, k, k2, u.row("slope4")]
-        )
+        np.stack([k * wide, k * own, wide**2, wide * own, own**2, k * k, k2 * k, k2 * k2, k, k2, u.row("slope4")])
     )
     inside = [2 * wide2 / batch**2, 4 * k_wide / batch + 4 * both / batch**2, 12 * k_own / batch + 6 * own2 / batch**2]
     given = np.concatenate([step.given[:2].reshape(2, -1) for step in layers.chain.steps], -1)
@@ -160,13 +171,13 @@ def _backward(
     return (mean, both, pair), _Back(below, pair, by_state, rest, *lengths)
 
 
-def _unequal(step: Step, back: _Back) -> float:
+def _unequal(step: Step, back: _Back) -> Array:
     """Relative variance of the gradients' squared lengths."""
-    return math.expm1(min(50.0, back.by_length**2 * math.log1p(step.next_single) + back.own_length))
+    return np.array(math.expm1(min(50.0, back.by_length**2 * math.log1p(step.next_single) + back.own_length)))
 
 
 def _unit_cov(
-    batch: int, unequal: float, s: _Slopes, back: _Back, coefficients: Array, means: Array, remain: float
+    batch: int, unequal: Array, s: _Slopes, back: _Back, coefficients: Array, means: Array, remain: float
 ) -> Array:
     """Covariance (G, 2, 2) of T and W of dL/dz over a layer's units."""
     t, w = coefficients[0, 2], coefficients[0, 0]

@@ -19,7 +19,7 @@ from initlab.signal.unit_laws import FINE, Joined, Units, closed, saturated, uni
 MANY = 2**60  # inputs of a batch without end
 
 
-def limit(row: Activation, layers: Sequence[Layer], batch: int, q0: float = 1.0, c0: float = 0.0) -> Stack:
+def infinite_laws(row: Activation, layers: Sequence[Layer], batch: int, q0: float = 1.0, c0: float = 0.0) -> Stack:
     """Laws of all tensors of a batch; the gradient at the top is unit Gaussian and independent for every input."""
     with np.errstate(all="ignore"):  # where a signal is gone, ratios to it are nan or inf: data
         state = gaussian_batch(math.inf, MANY, q0, c0).mean[0]
@@ -37,7 +37,7 @@ def _next(u: Units) -> Array:
     """ln T and ln W of the activations: the square of a unit's batch mean, and the variance inside."""
     inside = float(u.over_m(u.variance)[0])
     t = float(u.over_m(u.mean**2)[0]) + inside / MANY
-    return np.array([max(NOTHING, ln(x)) for x in (t, inside * (1 - 1 / MANY))]) + u.ln_scale[0]
+    return np.array([max(NOTHING, ln(x)) for x in (t, inside * (1 - 1 / MANY))]) + float(u.ln_scale[0])
 
 
 def _stack(

@@ -55,6 +55,11 @@ class Law:
         """Whether nothing fluctuates, as at infinite width."""
         return math.isnan(self.cov[(0,) * self.cov.ndim])
 
+    def each(self) -> list["Law"]:
+        """Its K laws, K = 1 each; without their shares."""
+        fields = ("mean", "cov", "pair", "single", "ln_var", "centre", "spread")
+        return [Law(*(getattr(self, name)[k : k + 1] for name in fields)) for k in range(len(self.mean))]
+
     def nodes(self) -> tuple[Array, Array]:
         """Nodes (..., G, 2) and weights (G,), exact for polynomials of degree 3 (Julier & Uhlmann 1997)."""
         if self.certain:

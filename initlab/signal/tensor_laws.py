@@ -3,7 +3,6 @@
 Knows the chain of states, not how it came about. Legend: L layers, G nodes of a state, K nodes of all units.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
@@ -78,7 +77,10 @@ def preactivations(layers: Layers) -> Law:
     shift, noise = ln_cov(relative)
     mean, cov, _ = total(layers.of("ln_z") + shift, noise, layers.weights)
     law = Law(mean, cov, pair + remain * (1 + pair) / layers.width, single * layers.of("damped")[:, 0])
-    shares = {"frac_zero": np.zeros((len(mean), 2)), "frac_saturated": layers.share(saturated(layers.chain.row), single)}
+    shares = {
+        "frac_zero": np.zeros((len(mean), 2)),
+        "frac_saturated": layers.share(saturated(layers.chain.row), single),
+    }
     return symmetric(replace(law, shares=shares), layers.width)
 
 
@@ -114,7 +116,7 @@ def activations(layers: Layers) -> Law:
 
 def _quadratic(cov: Array, by: Array) -> Array:
     """by^T cov by, (..., 3, 3) and (..., 3), at least 0."""
-    return np.maximum(np.einsum("...i,...ij,...j->...", by, cov, by), 0)
+    return np.asarray(np.maximum(np.einsum("...i,...ij,...j->...", by, cov, by), 0))
 
 
 def seen(law: Law, batch: int, width: Array, remain: Array) -> Law:

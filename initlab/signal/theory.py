@@ -12,17 +12,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from initlab.errors import UsageError
 from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.bands import EDGES, IN_LN, IN_ORDER, NUMBERS, Rows, bands, scaled, simulated
+from initlab.signal.bands import EDGES, IN_LN, IN_ORDER, Block, bands, frame, scaled, simulated
 from initlab.signal.case import Case, case_of
 from initlab.signal.custom import Given, name_of, numerical
 from initlab.signal.finite_width import linear_batch, linear_one_input, lognormal, relu_one_input
 from initlab.signal.gradients import laws
 from initlab.signal.gram_chain import simulate
+from initlab.signal.infinite_width import infinite_laws
 from initlab.signal.init import Rule
-from initlab.signal.infinite_width import limit
 from initlab.signal.laws import Array, Law, Moments, ln
 from initlab.signal.maps import growth, moment
 from initlab.signal.tensor_laws import Stack
@@ -61,7 +62,7 @@ def predict(
     columns: dict[str, Any] = {name: long[name].to_numpy()[first] for name in _KEYS}
     statistics = long["statistic"].to_numpy()
 
-    def put(name: str, column: str, rows: Array) -> None:
+    def put(name: str, column: str, rows: NDArray[np.intp]) -> None:
         columns[name] = np.full(len(first), np.nan)
         columns[name][at[rows]] = long[column].to_numpy()[rows]
 
@@ -96,7 +97,8 @@ def predict_bands(
     seed: int = 0,
     **rule_fields: Any,
 ) -> pd.DataFrame:
-    """One row per layer, tensor, direction and statistic, with `scale` (ln or linear), the columns of `bands.NUMBERS`, `method` and `slope`.
+    """One row per layer, tensor, direction and statistic, with `scale` (ln or linear), the columns of `bands.NUMBERS`,
+    `method` and `slope`.
 
     `widths` gives every layer's units and replaces depth and width; `inputs` the input's. The input has second moment
     q0 and mean cosine c0, is drawn for each network or, if `fixed_input`, is one batch of just these moments. `sb2`
@@ -113,45 +115,9 @@ def predict_bands(
         found = _simulated(case, networks or _affordable(case) or NETWORKS[0], seed)
     else:
         found = _closed(case, "log-delta, outside its range" if shaky else "log-delta")
-    return _frame([*found, *_parameters(case)]).assign(
+    return frame([*found, *_parameters(case)]).assign(
         activation=name_of(activation), slope="numerical derivative" if numerical(case.row) else "given"
     )
-
-
-class _Block(NamedTuple):
-    """Rows of one tensor and direction with their layers and what is said of their method, (K,) each."""
-
-    layers: Array
-    tensor: str
-    direction: str
-    rows: Rows
-    method: Sequence[str] | str
-
-
-def _frame(blocks: Sequence[_Block]) -> pd.DataFrame:
-    """All rows, layer by layer; what a tensor has no share of is left out."""
-    sizes = [len(block.layers) for block in blocks]
-
-    def column(values: Sequence[str]) -> Array:
-        return np.array(values, dtype=object).repeat(sizes)
-
-    layers = np.concatenate([block.layers for block in blocks])
-    order = layers.argsort(kind="stable")
-    said = [
-        np.full(n, b.method, dtype=object) if isinstance(b.method, str) else np.array(b.method, dtype=object)
-        for b, n in zip(blocks, sizes, strict=True)
-    ]
-    names = [block.rows.statistic for block in blocks]
-    numbers = np.concatenate([block.rows.numbers for block in blocks])[order]
-    words = {
-        "tensor": column([block.tensor for block in blocks]),
-        "direction": column([block.direction for block in blocks]),
-        "statistic": column(names),
-        "scale": column(["ln" if name in IN_LN else "linear" for name in names]),
-    }
-    columns = {"layer": layers[order], **{name: values[order] for name, values in words.items()}}
-    columns |= dict(zip(NUMBERS, numbers.T, strict=True))
-    return pd.DataFrame({**columns, "method": np.concatenate(said)[order]})
 
 
 _KEYS = ["layer", "tensor", "direction"]
@@ -177,10 +143,10 @@ class _Tensor(NamedTuple):
 
     tensor: str
     direction: str
-    layers: Array
+    layers: NDArray[np.int64]
     law: Law
     limit: Law
-    units: Array
+    units: NDArray[np.int64]
 
 
 def _tensors(case: Case, laws: Stack) -> Iterator[_Tensor]:
@@ -201,7 +167,7 @@ _KINDS = (
 
 @lru_cache(maxsize=32)
 def _infinite(case: Case) -> Stack:
-    return limit(case.row, case.layers, case.batch, case.q0, case.c0)
+    return infinite_laws(case.row, case.layers, case.batch, case.q0, case.c0)
 
 
 @lru_cache(maxsize=32)
@@ -210,7 +176,7 @@ def finite_laws(case: Case) -> Stack:
     return laws(case.row, case.layers, case.batch, case.q0, case.c0, case.fixed_input)
 
 
-def _closed(case: Case, otherwise: str) -> Iterator[_Block]:
+def _closed(case: Case, otherwise: str) -> Iterator[Block]:
     for kind in _tensors(case, finite_laws(case)):
         second, better = kind.law.ln_second_moment(), [otherwise] * len(kind.layers)
         if kind.direction == "forward":
@@ -222,7 +188,7 @@ def _closed(case: Case, otherwise: str) -> Iterator[_Block]:
                     second[k] = limits[k] + shift, sd
         for rows in bands(kind.law, kind.limit, case.batch, kind.units, second):
             of_length = rows.statistic in IN_LN and rows.statistic != "std_within"
-            yield _Block(kind.layers, kind.tensor, kind.direction, rows, better if of_length else otherwise)
+            yield Block(kind.layers, kind.tensor, kind.direction, rows, better if of_length else otherwise)
 
 
 def _exact(case: Case, layer: int, tensor: str) -> tuple[Moments, str] | None:
@@ -236,7 +202,7 @@ def _exact(case: Case, layer: int, tensor: str) -> tuple[Moments, str] | None:
     if any(one.orthogonal or one.bias or one.uniform_bias for one in case.layers[:1]):
         return None
     if case.batch > 1:
-        return None if relu else (lognormal(_relative_variance(case, layer)), "linear-batch")
+        return None if relu else (lognormal(_linear_batch(tuple(case.widths), case.batch)[layer]), "linear-batch")
     if not layer:
         return None
     widths, of = tuple(case.widths), relu_one_input if relu else linear_one_input
@@ -246,21 +212,17 @@ def _exact(case: Case, layer: int, tensor: str) -> tuple[Moments, str] | None:
     return law, "exact-relu" if relu else "exact-linear"
 
 
-def _relative_variance(case: Case, layer: int) -> float:
-    return float(_linear_batch(tuple(case.widths), case.batch)[layer])
-
-
 _linear_batch = lru_cache(maxsize=32)(linear_batch)
 
 
-def _parameters(case: Case) -> Iterator[_Block]:
+def _parameters(case: Case) -> Iterator[Block]:
     """Weights and biases themselves, and the gradients of the sum over the batch with respect to them."""
     every = np.arange(1, len(case.widths))
     i, o = (np.array([getattr(layer, name) for layer in case.layers], dtype=float) for name in ("fan_in", "fan_out"))
 
-    def blocks(tensor: str, direction: str, limit: Array, law: Array, count: Array) -> Iterator[_Block]:
+    def blocks(tensor: str, direction: str, limit: Array, law: Array, count: Array) -> Iterator[Block]:
         for rows in scaled(limit, law, count):
-            yield _Block(every, tensor, direction, rows, "log-delta")
+            yield Block(every, tensor, direction, rows, "log-delta")
 
     noise = 0 / i if case.layers[0].orthogonal else _fourth(case.rule) / (i * o)
     size = np.array([ln(layer.weight) for layer in case.layers])
@@ -323,7 +285,7 @@ def trusted(case: Case) -> bool:
     return scale_free or bool((finite_laws(case).activations.ln_second_moment()[:, 1] < WANDERS).all())
 
 
-def _simulated(case: Case, networks: int, seed: int) -> Iterator[_Block]:
+def _simulated(case: Case, networks: int, seed: int) -> Iterator[Block]:
     predicted: dict[tuple[int, str, str], dict[str, Array]] = {}
     for kind in _tensors(case, _infinite(case)):
         for rows in bands(kind.law, kind.limit, case.batch, kind.units):
@@ -332,4 +294,4 @@ def _simulated(case: Case, networks: int, seed: int) -> Iterator[_Block]:
     found = simulate(case.row, case.layers, case.batch, networks, case.q0, case.c0, case.rule.distribution, seed)
     for key, block in found.items():
         for rows in simulated(block, predicted[key]):
-            yield _Block(np.array(key[:1]), *key[1:], rows, "simulation")
+            yield Block(np.array(key[:1]), *key[1:], rows, "simulation")

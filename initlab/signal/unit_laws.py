@@ -90,7 +90,9 @@ class Joined:
         self._counts, self._starts = np.array(counts), np.concatenate([[0], np.cumsum(counts)[:-1]])
         self._shape = (len(layers), len(layers[0].m))
         self.m, self.weights = self.row("m"), self.row("weights")
-        self.inside, self.scale = (self.spread(np.concatenate([getattr(u, x)[:, 0] for u in layers])) for x in ("inside", "scale"))
+        self.inside, self.scale = (
+            self.spread(np.concatenate([getattr(u, x)[:, 0] for u in layers])) for x in ("inside", "scale")
+        )
 
     def row(self, name: str) -> Array:
         """A moment of `Units`, (K,)."""
