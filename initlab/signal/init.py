@@ -41,7 +41,7 @@ class Rule:
         if not 0 <= self.bias < math.inf:
             raise UsageError(f"init.bias={self.bias}: must be a finite number, at least 0")
 
-    def gain_for(self, activation: str) -> float:
+    def gain_for(self, activation: str | activations.Activation) -> float:
         """The gain in force, dimensionless."""
         return activations.gain(activation, self.gain_kind) if self.gain is None else self.gain
 

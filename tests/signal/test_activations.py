@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from initlab.errors import UsageError
-from initlab.signal.activations import ACTIVATIONS, GAIN_KINDS, gain, gaussian_mean
+from initlab.signal.activations import ACTIVATIONS, GAIN_KINDS, gain
+from initlab.signal.quadrature import gaussian_mean
 
 EVERYONE = pytest.mark.parametrize("name", ACTIVATIONS)
 

@@ -1,0 +1,85 @@
+"""What is asked of theory, checked: a rule, an activation and the shapes become layers with their variances.
+
+Every mistake of the user's is found here, before anything is computed.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from initlab.errors import UsageError, check
+from initlab.signal.activations import Activation
+from initlab.signal.closure import Layer
+from initlab.signal.custom import Given, as_activation
+from initlab.signal.init import MODES, Rule, rule
+
+
+class Case(NamedTuple):
+    """What is asked, checked."""
+
+    rule: Rule
+    row: Activation
+    layers: tuple[Layer, ...]
+    batch: int
+    q0: float
+    c0: float
+    fixed_input: bool
+
+    @property
+    def widths(self) -> list[int]:
+        return [self.layers[0].fan_in, *(layer.fan_out for layer in self.layers)]
+
+
+def case_of(
+    init: str | Rule,
+    activation: Given,
+    depth: int,
+    width: int,
+    widths: Sequence[int] | None,
+    inputs: int | None,
+    batch: int,
+    q0: float,
+    c0: float,
+    fixed_input: bool,
+    sb2: float,
+    rule_fields: Mapping[str, Any],
+) -> Case:
+    row = as_activation(activation)
+    scaling = _rule(init, rule_fields)
+    units = list(widths) if widths is not None else [width] * depth
+    check(depth=len(units) if widths is not None else depth, batch=batch)
+    for n in [*units, *([] if inputs is None else [inputs])]:
+        check(width=n)
+    for name, value in (("q0", q0), ("sb2", sb2)):
+        if not 0 <= value < math.inf:
+            raise UsageError(f"{name}={value:g}: a second moment must be a finite number, at least 0")
+    if q0 == 0:
+        raise UsageError("q0=0: an input of zeros has nothing to say; it must be positive")
+    if not 0 <= c0 < 1:
+        raise UsageError(f"c0={c0:g}: the inputs' mean cosine must be at least 0 and below 1")
+    layers = _layers(scaling, row, [units[0] if inputs is None else inputs, *units], sb2)
+    return Case(scaling, row, layers, int(batch), float(q0), float(c0), fixed_input)
+
+
+def _rule(init: str | Rule, fields: Mapping[str, Any]) -> Rule:
+    allowed = ("gain", "mode", "distribution", "bias", "gain_kind")
+    for name in fields:
+        if name not in allowed:
+            raise UsageError(f"{name}: no such option of a prediction; a rule has {', '.join(allowed)}")
+    if isinstance(init, str):
+        return rule(init, **fields)
+    given = {name: getattr(init, name) for name in allowed}
+    return Rule(**{**given, **{name: value for name, value in fields.items() if value is not None}})
+
+
+def _layers(scaling: Rule, row: Activation, widths: Sequence[int], sb2: float) -> tuple[Layer, ...]:
+    gain = scaling.gain_for(row)
+    found = []
+    for fan_in, fan_out in pairwise(widths):
+        weight = gain**2 / MODES[scaling.mode](fan_in, fan_out)
+        orthogonal = scaling.distribution == "orthogonal"
+        if orthogonal:  # an isometry's rows are as long as its columns are many
+            weight *= fan_in / max(fan_in, fan_out)
+        found.append(Layer(fan_in, fan_out, weight, sb2, scaling.bias**2 / (3 * fan_in), orthogonal))
+    return tuple(found)
