@@ -74,11 +74,23 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from initlab.output.records import read as read
-    from initlab.signal.activations import gain as gain
+    from initlab.signal.custom import gain as gain
+    from initlab.signal.phases import critical as critical
+    from initlab.signal.phases import phase as phase
     from initlab.signal.probe import probe as probe
+    from initlab.signal.theory import predict as predict
+    from initlab.signal.theory import predict_bands as predict_bands
 
 # Public name -> where it is defined. Loaded on first use: `import initlab` alone is cheap.
-_PUBLIC = {"read": "initlab.output.records", "gain": "initlab.signal.activations", "probe": "initlab.signal.probe"}
+_PUBLIC = {
+    "read": "initlab.output.records",
+    "gain": "initlab.signal.custom",
+    "phase": "initlab.signal.phases",
+    "critical": "initlab.signal.phases",
+    "predict": "initlab.signal.theory",
+    "predict_bands": "initlab.signal.theory",
+    "probe": "initlab.signal.probe",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from initlab.errors import UsageError, choose
 from initlab.scratch.layers import LOSSES, Loss
 from initlab.scratch.mlp import Parameters
 from initlab.signal.activations import ACTIVATIONS, Activation
+from initlab.signal.custom import Given, as_activation
 
 CACHE_BYTES = 2**20  # of a core's second cache: rows beyond it go through in pieces
 FEWEST_ROWS = 256  # a piece is never smaller: matrix products want them
@@ -204,12 +205,12 @@ class Engine:
     def __init__(
         self,
         parameters: Parameters,
-        activation: str = "relu",
+        activation: Given = "relu",
         loss: str = "cross_entropy",
         lr: float | Sequence[float] = 0.1,
         batch: int = 64,
     ) -> None:
-        row, objective = choose(ACTIVATIONS, activation, "activation"), choose(LOSSES, loss, "loss")
+        row, objective = as_activation(activation), choose(LOSSES, loss, "loss")
         self.count = count = len(parameters[0][0])
         rates = [float(lr)] * count if isinstance(lr, int | float) else [float(rate) for rate in lr]
         if len(rates) != count:

@@ -1,0 +1,36 @@
+"""What a task hands over, passed on and remembered as far as theory has a word on it; then the two side by side."""
+
+from collections.abc import Callable, Mapping
+
+import pandas as pd
+
+Frames = Mapping[str, pd.DataFrame]
+
+
+class Seen:
+    """Passes frames on to `add`, and keeps the rows of `stats` that are `chosen` for a prediction, if one is wanted."""
+
+    def __init__(
+        self, add: Callable[[Frames], None], wanted: bool, chosen: Callable[[pd.DataFrame], pd.DataFrame]
+    ) -> None:
+        self._add, self._wanted, self._chosen = add, wanted, chosen
+        self._kept: list[pd.DataFrame] = []
+
+    def add(self, frames: Frames) -> None:
+        self._add(frames)
+        if self._wanted and "stats" in frames:
+            self._kept.append(self._chosen(frames["stats"]))
+
+    def compare(self, beside: Callable[[pd.DataFrame], pd.DataFrame]) -> str:
+        """Hand over the table `theory`; a note where there is none.
+
+        Whatever goes wrong with a prediction, what was measured is not lost by it.
+        """
+        if not self._kept:
+            return ""
+        try:
+            found = beside(pd.concat(self._kept, ignore_index=True))
+        except Exception as error:
+            return f"theory: no prediction ({' '.join(str(error).split()) or type(error).__name__})"
+        self._add({"theory": found})
+        return ""
