@@ -32,6 +32,7 @@ from initlab.tasks.networks import Shape, kept_as_text, plan
 from initlab.tasks.pair import MODULES, OPTIMIZERS
 from initlab.tasks.place import DTYPES, MATMULS, find_device, set_matmul
 from initlab.tasks.seen import Seen
+from initlab.tasks.seeded import seeded
 from initlab.tasks.stack import stack
 from initlab.tasks.timing import agreement
 from initlab.tasks.train import outputs_of, refuse_mismatch, train
@@ -57,6 +58,22 @@ def _stack(config: Config, common: Mapping[str, Any]) -> Stage:
         note = seen.compare(lambda stats: beside_stack(stats, **shape._asdict(), **asked))
         kept = kept_as_text(planned) if planned.kept > WORTH_SAYING else ""
         return "\n".join(text for text in (kept, note) if text)
+
+    return run
+
+
+def _seeded(config: Config, common: Mapping[str, Any]) -> Stage:
+    if common["device"] != "cpu":
+        raise UsageError(f"device={config.device}: task=seeded is about the CPU's numbers; use device=cpu")
+    shape = {name: getattr(config, name) for name in ("depth", "width", "batch")}
+    asked = {name: common[name] for name in ("init", "activation")}
+
+    def run(recorder: Recorder) -> str:
+        seen = Seen(recorder.add, config.theory != "off", lambda stats: stats)
+        seen.add({"stats": seeded(**asked, **shape, seeds=common["seeds"], dtype=config.dtype)})
+        return seen.compare(
+            lambda stats: beside_stack(stats, **asked, **shape, inputs=config.width, method=config.theory)
+        )
 
     return run
 
@@ -140,6 +157,7 @@ TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
     "lab": (_stack, _train),
     "stack": (_stack,),
     "train": (_train,),
+    "seeded": (_seeded,),
     "matmul": (_matmul,),
     "backward": (_backward,),
     "graph": (_graph,),
@@ -147,7 +165,7 @@ TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
 }
 
 
-TAKE_ANY_FUNCTION = ("lab", "stack", "train")  # the other tasks know the rows of the table only
+TAKE_ANY_FUNCTION = ("lab", "stack", "train", "seeded")  # the other tasks know the rows of the table only
 
 
 @dataclass

@@ -223,7 +223,7 @@ def read_folder(folder: Path, table: str = "stats") -> pa.Table | None:
     return joined.append_column("run", run)
 
 
-_HAVE_STATS = ("lab", "stack", "train")
+_HAVE_STATS = ("lab", "stack", "train", "seeded")
 
 
 def read(paths: str | Path | Iterable[str | Path] = "outputs/**", table: str = "stats") -> pd.DataFrame:
