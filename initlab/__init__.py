@@ -19,6 +19,12 @@ The map of the house. Imports run one way, downwards in this list never:
         hooks.py         what of an nn.Module is watched, and the hooks that see it; parameters.py: weights, updates
         loop.py          which steps of a user's loop are recorded; one_pass.py: one pass that leaves no trace
         probe.py         watches any nn.Module or hand-written network and yields tidy rows
+        quadrature.py    means over a normal variable; custom.py: a function of one's own as a row of the activations
+        maps.py          infinite width: lengths, correlations, slopes; phases.py: fixed points and critical lines
+        gains.py         every gain and what it leads to; formats.py: where a number format ends a stack
+        theory.py        what is predicted for a stack, with bands; case.py: the question, checked
+        finite_width.py  exact laws; laws.py, unit_laws.py, closure.py, gradients.py: lognormal ones; gram_chain.py: simulated
+        bands.py         from a law to its statistics; beside.py: measured and predicted, row by row
     scratch/       the from-scratch network, in reading order
         matmul.py        the matmul ladder
         layers.py        forward and hand-written backward, neighbours on the page; the same with `.g`
@@ -39,6 +45,8 @@ The map of the house. Imports run one way, downwards in this list never:
         networks.py      the networks of one program: rules, draws, how many fit
         beyond.py        networks followed beyond their number format
         stack.py         a stack of layers, forward and backward
+        seeded.py        the stack that circulates in course material, from torch's own stream
+        seen.py          what a task hands over, beside its prediction
         curves.py        every gain of a homogeneous stack from one run
         pair.py          an ensemble by hand and its nn.Module twins, a step at a time, and their records
         train.py         two trainings side by side
@@ -52,6 +60,7 @@ The map of the house. Imports run one way, downwards in this list never:
     output/        what is kept and shown: takes frames, imports no task
         records.py       what a run folder holds; write and read
         summary.py       frames -> the short table and the findings in words
+        predicted.py     measured beside predicted -> layers within their band, lines for figures
         expect.py        does a study's expected answer hold?
         octaves.py       histograms over the training -> figure
         axes.py          what figures are made of: bands, marks of death, ends of the number formats
@@ -62,8 +71,9 @@ The map of the house. Imports run one way, downwards in this list never:
     jobs.py        one job: typed configuration -> run folder, figures, what is printed
     __main__.py    the roof: compose, run its jobs, exit codes
 
-From Python: `initlab.read("outputs/**")` gives the tables of all runs, `initlab.gain("relu")` an activation's gain,
-`initlab.probe(model, x, y, loss)` the rows of any nn.Module;
+From Python: `initlab.read("outputs/**")` gives the tables of all runs, `initlab.probe(model, x, y, loss)` the rows of any
+nn.Module, `initlab.predict(init, activation, depth, width)` what theory says of a stack (`predict_bands`: with the bands of
+every statistic), `initlab.gain("relu")`, `initlab.phase("tanh", sw2, sb2)`, `initlab.critical("tanh", sb2)`;
 `initlab.tasks.stack.stack(...)` and `initlab.tasks.train.train(...)` run the tasks and return their frames.
 """
 

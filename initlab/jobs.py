@@ -31,8 +31,8 @@ from initlab.tasks.ladders import backward_ladder, matmul_ladder
 from initlab.tasks.networks import Shape, kept_as_text, plan
 from initlab.tasks.pair import MODULES, OPTIMIZERS
 from initlab.tasks.place import DTYPES, MATMULS, find_device, set_matmul
-from initlab.tasks.seen import Seen
 from initlab.tasks.seeded import seeded
+from initlab.tasks.seen import Seen
 from initlab.tasks.stack import stack
 from initlab.tasks.timing import agreement
 from initlab.tasks.train import outputs_of, refuse_mismatch, train

@@ -353,6 +353,28 @@ def test_an_activation_of_ones_own_is_one_file(lab: Lab, tmp_path: Path) -> None
     assert set(theory["activation"]) == {"soft", "wave"} and theory["z"].abs().max() < 6  # 98 rows of two means
 
 
+def test_the_researchers_page(lab: Lab, tmp_path: Path) -> None:
+    """What the README says of its own rule and its own activation, with its numbers."""
+    for path, text in (
+        ("init/strong.yaml", "name: lecun\ngain: 1.5\ndistribution: uniform\n"),
+        ("activation/clip.yaml", "_target_: torch.nn.Hardtanh\narguments: {min_val: -2.0, max_val: 2.0}\n"),
+    ):
+        (tmp_path / "mine" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / path).write_text(text, encoding="utf-8")
+    code, _, err = lab("-cd", "mine", "init=strong", "activation=clip", "task=stack", "plots=false")
+    assert code == 0, err
+    mean = initlab.read("outputs/**", table="theory").query(
+        "stage == 'stack' and seed == -1 and tensor == 'activation' and statistic == 'std' and layer == 1"
+    )
+    gradient = mean[mean["direction"] == "backward"].iloc[0]
+    assert gradient["predicted"] == pytest.approx(5013, rel=1e-2) and abs(gradient["z"]) < 3
+    assert (gradient["init"], gradient["activation"]) == ("strong", "clip")
+    clip = torch.nn.Hardtanh(-2.0, 2.0)
+    where = initlab.phase(clip, sw2=1.5**2)
+    assert where.phase == "chaotic" and where.chi_1 == pytest.approx(1.41, abs=0.005)
+    assert initlab.gain(clip) == pytest.approx(1.0236, abs=1e-4)
+
+
 def test_an_activation_by_target_is_the_row_that_it_names(lab: Lab) -> None:
     assert lab("activation._target_=torch.nn.ReLU", *QUICK)[0] == 0
     assert lab("activation=relu", *QUICK)[0] == 0

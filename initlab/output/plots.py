@@ -37,7 +37,7 @@ def _stack(tables: Tables, direction: str, what: str) -> Figure | None:
     found = summary.end_of_signal(stats, direction)
     known = tables.get("theory", pd.DataFrame(columns=predicted.NEEDED))
     kept = predicted.within(known, direction)
-    told = f". Theory: {next(iter(kept.values()))} layers within the 95 % band" if len(kept) == len(found) == 1 else ""
+    told = f"; {predicted.sentence(next(iter(kept.values())))}" if len(kept) == len(found) == 1 else ""
     figure, (ax,) = sheet(f"{what} through the stack. {summary.findings(found)}{told}")
     # Beyond the format's end the finite entries that are left still have a std: the line ends where the signal does.
     whole = signal["std"].where(signal["n_nan"] + signal["n_inf"] == 0)

@@ -43,9 +43,13 @@ def lines(theory: pd.DataFrame, direction: str) -> pd.DataFrame:
     return found.sort_values(["label", "layer"])
 
 
+def sentence(count: str) -> str:
+    """'49 of 50' as a sentence; what stands after a comma is a reservation."""
+    kept, _, reservation = count.partition(", ")
+    hint = f", {reservation}: theory=simulation knows more" if reservation else ""
+    return f"theory: {kept} layers within the 95 % band{hint}"
+
+
 def said(found: Sequence[str]) -> str:
     """The line beneath the short table."""
-    if len(found) == 1:
-        count, _, range_ = found[0].partition(",")
-        return f"theory: {count} layers within the 95 % band ({MEANING}){',' * bool(range_)}{range_}"
-    return f"theory: layers within the 95 % band ({MEANING})"
+    return f"{sentence(found[0]) if len(found) == 1 else 'theory: layers within the 95 % band'} ({MEANING})"

@@ -51,7 +51,7 @@ def seeded(
     frames = []
     for seed in seeds:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.random.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             layers = [nn.Linear(width, width, bias=False) for _ in range(depth)]
             for layer in layers:
                 FILL[scaling.distribution](layer.weight, std)
