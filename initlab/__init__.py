@@ -23,7 +23,8 @@ The map of the house. Imports run one way, downwards in this list never:
         maps.py          infinite width: lengths, correlations, slopes; phases.py: fixed points and critical lines
         gains.py         every gain and what it leads to; formats.py: where a number format ends a stack
         theory.py        what is predicted for a stack, with bands; case.py: the question, checked
-        finite_width.py  exact laws; laws.py, unit_laws.py, closure.py, gradients.py: lognormal ones; gram_chain.py: simulated
+        finite_width.py  exact laws; gram_chain.py: simulated ones
+        closure.py       lognormal laws, forward; gradients.py: backward; laws.py, unit_laws.py: what they are made of
         bands.py         from a law to its statistics; beside.py: measured and predicted, row by row
     scratch/       the from-scratch network, in reading order
         matmul.py        the matmul ladder
@@ -71,9 +72,9 @@ The map of the house. Imports run one way, downwards in this list never:
     jobs.py        one job: typed configuration -> run folder, figures, what is printed
     __main__.py    the roof: compose, run its jobs, exit codes
 
-From Python: `initlab.read("outputs/**")` gives the tables of all runs, `initlab.probe(model, x, y, loss)` the rows of any
-nn.Module, `initlab.predict(init, activation, depth, width)` what theory says of a stack (`predict_bands`: with the bands of
-every statistic), `initlab.gain("relu")`, `initlab.phase("tanh", sw2, sb2)`, `initlab.critical("tanh", sb2)`;
+From Python: `initlab.read("outputs/**")` gives the tables of all runs, `initlab.probe(model, x, y, loss)` the rows of
+any nn.Module, `initlab.predict(init, activation, depth, width)` what theory says of a stack (`predict_bands` with the
+bands of every statistic), `initlab.gain("relu")`, `initlab.phase("tanh", sw2, sb2)`, `initlab.critical("tanh", sb2)`;
 `initlab.tasks.stack.stack(...)` and `initlab.tasks.train.train(...)` run the tasks and return their frames.
 """
 

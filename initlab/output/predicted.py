@@ -9,7 +9,7 @@ from initlab.signal.bands import WIDE
 
 NEEDED = ["statistic", "direction", "layer", "stage", "implementation", "tensor", "seed", "label", "z", "method"]
 NEEDED += ["predicted", "band_low", "band_high"]
-MEANING = "std of the activations, mean over the networks"
+MEANING = "std, mean over the networks"
 
 
 def _rows(theory: pd.DataFrame, direction: str) -> pd.DataFrame:

@@ -49,6 +49,7 @@ def input_of(x: np.ndarray) -> Input:
     return Input(units, q, min(max(alike / q, 0.0), 1 - 1e-9) if q > 0 else 0.0, directions)
 
 
+@np.errstate(all="ignore")  # where a signal is gone ratios to it are nan or inf: data
 def beside_stack(
     stats: pd.DataFrame,
     init: str | Rule,
@@ -67,6 +68,7 @@ def beside_stack(
     return _worded(compared(stats[stats["stage"] == "stack"], bands))
 
 
+@np.errstate(all="ignore")
 def beside_training(
     stats: pd.DataFrame,
     widths: Sequence[int],
