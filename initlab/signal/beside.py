@@ -81,11 +81,12 @@ def beside_training(
     """The table `theory` of a trained network's step 0, layers of these widths on batches like `given`.
 
     Values: all that theory knows. Gradients: sizes below the last layer, on from what the loss has put there, which is
-    measured; those of weights and biases hang on the labels too and are left out.
+    measured; those of weights and biases hang on the labels too and are left out. A simulation draws inputs of its own,
+    so that laws here are closed ones.
     """
     bands = predict_bands(
         init, activation, widths=widths, inputs=given.units, batch=batch, q0=given.q, c0=given.cosine,
-        fixed_input=True, method=method,
+        fixed_input=True, method="closed" if method == "simulation" else method,
     )  # fmt: skip
     start = stats[(stats["stage"] == "train") & (stats["step"] == 0)]
     last = bands["layer"] == len(widths)  # of a network's last layer there is no activation
@@ -154,8 +155,9 @@ def _worded(frame: pd.DataFrame) -> pd.DataFrame:
 def _on_from(law: pd.DataFrame, over: pd.DataFrame) -> pd.DataFrame:
     """Laws of ln of a ratio, times the measured number that each is a ratio to."""
     by = ["implementation", "seed"]
-    wide = over.set_index(by)[list(dict.fromkeys(law["statistic"]))].stack()
-    start = _ln(wide.reindex(pd.MultiIndex.from_frame(law[[*by, "statistic"]])).to_numpy(float))
+    known = over.astype({"implementation": str}).melt(by, list(dict.fromkeys(law["statistic"])), "statistic", "known")
+    wanted = law[[*by, "statistic"]].astype({"implementation": str})
+    start = _ln(wanted.merge(known, "left", [*by, "statistic"])["known"].to_numpy(float))
     centre, sd = law["mean"].to_numpy() + start, law["sd"].to_numpy()
     quantiles = {name: _exp(centre + k * sd) for name, k in zip(_QUANTILES, _AT, strict=True)}
     limit = _exp(law["ln_predicted"].to_numpy() + start)

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 
 import pandas as pd
 
+from initlab.errors import UsageError
+
 Frames = Mapping[str, pd.DataFrame]
 
 
@@ -30,7 +32,9 @@ class Seen:
             return ""
         try:
             found = beside(pd.concat(self._kept, ignore_index=True))
+        except UsageError as error:
+            return f"theory: no prediction ({error})"
         except Exception as error:
-            return f"theory: no prediction ({' '.join(str(error).split()) or type(error).__name__})"
+            return f"theory: no prediction, a fault of ours ({type(error).__name__}: {' '.join(str(error).split())})"
         self._add({"theory": found})
         return ""

@@ -147,3 +147,14 @@ def test_a_training_that_starts_with_another_rule_is_flagged() -> None:
     rows = table[(table["seed"] == ENSEMBLE) & (table["statistic"] == "std") & (table["tensor"] == "preactivation")]
     for direction in ("forward", "backward"):
         assert rows[rows["direction"] == direction]["z"].abs().max() > 5, direction
+
+
+def test_the_method_is_the_one_asked_for() -> None:
+    """Deep and narrow, formulas say that they do not hold; a simulation does."""
+    shape = {"depth": 12, "width": 8, "inputs": 8, "batch": 5}
+    stats = stack("kaiming", "relu", seeds=range(2), **shape)
+    said = {
+        method: beside_stack(stats, "kaiming", "relu", **shape, method=method) for method in ("closed", "simulation")
+    }
+    for method, words in (("closed", "log-delta, outside its range"), ("simulation", "simulation")):
+        assert set(said[method].query("statistic == 'rms' and layer > 0")["method"].astype(str)) == {words}

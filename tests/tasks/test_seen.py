@@ -2,6 +2,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from initlab.errors import UsageError
 from initlab.tasks.seen import Seen
 
 
@@ -23,7 +24,12 @@ def test_a_prediction_that_fails_is_a_note() -> None:
     seen = Seen(passed.append, True, lambda stats: stats)
     assert seen.compare(broken) == ""  # nothing was seen
     seen.add({"stats": pd.DataFrame({"step": [0]})})
-    assert seen.compare(broken) == "theory: no prediction (of the ruler)"
+    assert seen.compare(broken) == "theory: no prediction, a fault of ours (ZeroDivisionError: of the ruler)"
+
+    def unknown(stats: pd.DataFrame) -> pd.DataFrame:
+        raise UsageError("init=later: not known here")
+
+    assert seen.compare(unknown) == "theory: no prediction (init=later: not known here)"
     assert len(passed) == 1
 
 
