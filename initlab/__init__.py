@@ -22,6 +22,13 @@ The map of the house. Imports run one way, downwards in this list never:
         hooks.py         the hooks that see their tensors; parameters.py: weights, gradients, updates
         loop.py          which steps of a user's loop are recorded; one_pass.py: one pass that leaves no trace
         probe.py         watches any nn.Module or hand-written network and yields tidy rows
+        quadrature.py    means over a normal variable; custom.py: a function of one's own as a row of the activations
+        maps.py          infinite width: lengths, correlations, slopes; phases.py: fixed points and critical lines
+        gains.py         every gain and what it leads to; formats.py: where a number format ends a stack
+        theory.py        what is predicted for a stack, with bands; case.py: the question, checked
+        finite_width.py  exact laws; gram_chain.py: simulated ones
+        closure.py       lognormal laws, forward; gradients.py: backward; laws.py, unit_laws.py: what they are made of
+        bands.py         from a law to its statistics; beside.py: measured and predicted, row by row
     scratch/       the from-scratch network, in reading order
         matmul.py        the matmul ladder
         layers.py        forward and hand-written backward, neighbours on the page; the same with `.g`
@@ -43,6 +50,8 @@ The map of the house. Imports run one way, downwards in this list never:
         beyond.py        networks followed beyond their number format
         stack.py         a stack of layers, forward and backward
         chunks.py        an ensemble in chunks: a chunk to each processor, fewer networks where memory is short
+        seeded.py        the stack that circulates in course material, from torch's own stream
+        seen.py          what a task hands over, beside its prediction
         curves.py        every gain of a homogeneous stack from one run
         pair.py          an ensemble by hand and its nn.Module twins, a step at a time, and their records
         train.py         two trainings side by side
@@ -56,6 +65,7 @@ The map of the house. Imports run one way, downwards in this list never:
     output/        what is kept and shown: takes frames, imports no task
         records.py       what a run folder holds; write and read
         summary.py       frames -> the short table and the findings in words
+        predicted.py     measured beside predicted -> layers within their band, lines for figures
         expect.py        does a study's expected answer hold?
         octaves.py       histograms over the training -> figure
         axes.py          what figures are made of: bands, marks of death, ends of the number formats
@@ -66,8 +76,9 @@ The map of the house. Imports run one way, downwards in this list never:
     jobs.py        one job: typed configuration -> run folder, figures, what is printed
     __main__.py    the roof: compose, run its jobs, exit codes
 
-From Python: `initlab.read("outputs/**")` gives the tables of all runs, `initlab.gain("relu")` an activation's gain,
-`initlab.probe(model, x, y, loss)` the rows of any nn.Module;
+From Python: `initlab.read("outputs/**")` gives the tables of all runs, `initlab.probe(model, x, y, loss)` the rows of
+any nn.Module, `initlab.predict(init, activation, depth, width)` what theory says of a stack (`predict_bands` with the
+bands of every statistic), `initlab.gain("relu")`, `initlab.phase("tanh", sw2, sb2)`, `initlab.critical("tanh", sb2)`;
 `initlab.tasks.stack.stack(...)` and `initlab.tasks.train.train(...)` run the tasks and return their frames.
 """
 
@@ -78,11 +89,23 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from initlab.output.records import read as read
-    from initlab.signal.activations import gain as gain
+    from initlab.signal.custom import gain as gain
+    from initlab.signal.phases import critical as critical
+    from initlab.signal.phases import phase as phase
     from initlab.signal.probe import probe as probe
+    from initlab.signal.theory import predict as predict
+    from initlab.signal.theory import predict_bands as predict_bands
 
 # Public name -> where it is defined. Loaded on first use: `import initlab` alone is cheap.
-_PUBLIC = {"read": "initlab.output.records", "gain": "initlab.signal.activations", "probe": "initlab.signal.probe"}
+_PUBLIC = {
+    "read": "initlab.output.records",
+    "gain": "initlab.signal.custom",
+    "phase": "initlab.signal.phases",
+    "critical": "initlab.signal.phases",
+    "predict": "initlab.signal.theory",
+    "predict_bands": "initlab.signal.theory",
+    "probe": "initlab.signal.probe",
+}
 
 
 def __getattr__(name: str) -> Any:

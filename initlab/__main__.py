@@ -24,7 +24,7 @@ HELP = """initlab {version}: what happens to the numbers in a deep network under
   python -m initlab -m init=naive,lecun,kaiming ...    a sweep: every combination of the values
 
   init={init}
-  activation={activation}
+  activation={activation}, or activation._target_=MODULE.FUNCTION
   data={data}
 
 Tables, plots and logs go to outputs/. Exit codes: 0 done, 1 a fault, 2 a mistake in the options, 4 an expectation

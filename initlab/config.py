@@ -4,8 +4,11 @@ Types stand here, values and comments in conf/. Below the roof there is no Hydra
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,7 +39,9 @@ class InitConfig:
 
 @dataclass
 class ActivationConfig:
-    name: str = MISSING
+    name: str = ""
+    _target_: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -85,6 +90,7 @@ class Config:
     threads: int = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
+    theory: str = MISSING
     every: int = MISSING
     histograms: bool = MISSING
     plots: bool = MISSING
@@ -114,6 +120,27 @@ def instantiated(given: Mapping[str, Any]) -> Any:
     except Exception as error:  # whatever the class itself raises is about the arguments that it was given
         reason = " ".join(str(error.__cause__ or error).split())
         raise UsageError(f"graph.model: {given['_target_']} cannot be built ({reason})") from error
+
+
+def function_of(given: ActivationConfig) -> Callable[[Any], Any] | None:
+    """The elementwise function that `_target_` names: a function, with `arguments` if any, or a class made with them.
+
+    None where no `_target_` is given. The folder that the program was started in is searched for it too.
+    """
+    if not given._target_:
+        return None
+    if str(Path.cwd()) not in sys.path:  # the console script starts with its own folder in the path
+        sys.path.append(str(Path.cwd()))
+    place, _, name = given._target_.rpartition(".")
+    try:
+        module = import_module(place)
+        found = getattr(module, name)
+        made: Callable[[Any], Any] = found(**given.arguments) if isinstance(found, type) else found
+    except Exception as error:  # a module of the user's may raise anything
+        reason = " ".join(str(error).split())
+        near = nearest(name, dir(module)) if isinstance(error, AttributeError) else ""
+        raise UsageError(f"activation._target_={given._target_}: cannot be had ({reason}){near}") from error
+    return partial(made, **given.arguments) if given.arguments and made is found else made
 
 
 def option_names(of: Any = Config, prefix: str = "") -> Iterator[str]:
@@ -165,8 +192,8 @@ def accepted(words: Sequence[str]) -> list[str]:
     """The command line as Hydra wants it.
 
     `--depth=50` is a habit from elsewhere: say how it is written here, and put every other fault of a flag in one line
-    too. The arguments of `graph.model` are its own, not
-    the schema's: they may be added without a `+`.
+    too. The arguments of `graph.model` and of an activation are their own, not the schema's: they may be added without
+    a `+`.
     """
     for word in words:
         bare = word.lstrip("-")
@@ -175,7 +202,8 @@ def accepted(words: Sequence[str]) -> list[str]:
     parser = get_args_parser()
     parser.error = _refuse_flags  # type: ignore[method-assign]
     parser.parse_args(list(words))
-    return [f"++{word}" if word.startswith(("graph.model.", "graph.model=")) else word for word in words]
+    free = ("graph.model.", "graph.model=", "activation.arguments.")
+    return [f"++{word}" if word.startswith(free) else word for word in words]
 
 
 HYDRA_MISTAKES = (HydraException, OmegaConfBaseException)

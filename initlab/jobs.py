@@ -11,16 +11,19 @@ from typing import Any
 import pandas as pd
 import torch
 
-from initlab.config import Config, columns, instantiated, seeds
+from initlab.config import ActivationConfig, Config, columns, function_of, instantiated, seeds
 from initlab.errors import UsageError, check, choose
-from initlab.output import records, summary
+from initlab.output import predicted, records, summary
 from initlab.output.expect import Verdict
 from initlab.output.expect import judge as verdict
 from initlab.output.records import Recorder
 from initlab.scratch.graph_text import frames_as_text
 from initlab.scratch.layers import LOSSES
-from initlab.signal.activations import ACTIVATIONS
+from initlab.signal.activations import ACTIVATIONS, Activation
+from initlab.signal.beside import beside_stack, beside_training, input_of
+from initlab.signal.custom import as_activation
 from initlab.signal.init import GENERATORS, RULES, Rule, rule
+from initlab.signal.theory import METHODS
 from initlab.tasks.data import TEACHER_ROWS, load
 from initlab.tasks.explain import explain
 from initlab.tasks.graph import graph
@@ -28,9 +31,11 @@ from initlab.tasks.ladders import backward_ladder, matmul_ladder
 from initlab.tasks.networks import Shape, kept_as_text, plan
 from initlab.tasks.pair import MODULES, OPTIMIZERS
 from initlab.tasks.place import DTYPES, MATMULS, find_device, set_matmul
+from initlab.tasks.seeded import seeded
+from initlab.tasks.seen import Seen
 from initlab.tasks.stack import stack
 from initlab.tasks.timing import agreement
-from initlab.tasks.train import refuse_mismatch, train
+from initlab.tasks.train import outputs_of, refuse_mismatch, train
 
 Stage = Callable[[Recorder], str]  # measures, records, and says what is to be printed beside the short table
 
@@ -45,10 +50,30 @@ def _stack(config: Config, common: Mapping[str, Any]) -> Stage:
     shape = Shape(config.depth, config.width, inputs, config.batch)
     number, place = DTYPES[config.dtype], find_device(config.device)
     planned = plan(shape, config.seeds, number, place, config.backward)
+    asked = {"init": common["init"], "activation": common["activation"], "method": config.theory}
 
     def run(recorder: Recorder) -> str:
-        stack(**shape._asdict(), backward=config.backward, emit=recorder.add, **common)
-        return kept_as_text(planned) if planned.kept > WORTH_SAYING else ""
+        seen = Seen(recorder.add, config.theory != "off", lambda stats: stats)
+        stack(**shape._asdict(), backward=config.backward, emit=seen.add, **common)
+        note = seen.compare(lambda stats: beside_stack(stats, **shape._asdict(), **asked))
+        kept = kept_as_text(planned) if planned.kept > WORTH_SAYING else ""
+        return "\n".join(text for text in (kept, note) if text)
+
+    return run
+
+
+def _seeded(config: Config, common: Mapping[str, Any]) -> Stage:
+    if common["device"] != "cpu":
+        raise UsageError(f"device={config.device}: task=seeded is about the CPU's numbers; use device=cpu")
+    shape = {name: getattr(config, name) for name in ("depth", "width", "batch")}
+    asked = {name: common[name] for name in ("init", "activation")}
+
+    def run(recorder: Recorder) -> str:
+        seen = Seen(recorder.add, config.theory != "off", lambda stats: stats)
+        seen.add({"stats": seeded(**asked, **shape, seeds=common["seeds"], dtype=config.dtype)})
+        return seen.compare(
+            lambda stats: beside_stack(stats, **asked, **shape, inputs=config.width, method=config.theory)
+        )
 
     return run
 
@@ -57,10 +82,13 @@ def _train(config: Config, common: Mapping[str, Any]) -> Stage:
     """Loads the data at once: what is wrong with it must show before anything is measured."""
     data = load(config.data.name, config.data.root, config.data.download, config.data.url)
     refuse_mismatch(data, config.train.loss, config.train.batch)
+    t, asked = config.train, {"init": common["init"], "activation": common["activation"], "method": config.theory}
 
     def run(recorder: Recorder) -> str:
-        train(data, **vars(config.train), every=config.every, histograms=config.histograms, emit=recorder.add, **common)
-        return ""
+        seen = Seen(recorder.add, config.theory != "off", lambda stats: stats[stats["step"] == 0])
+        train(data, **vars(t), every=config.every, histograms=config.histograms, emit=seen.add, **common)
+        widths = [*[t.width] * t.depth, outputs_of(data, t.loss)]
+        return seen.compare(lambda stats: beside_training(stats, widths, input_of(data.x.numpy()), t.batch, **asked))
 
     return run
 
@@ -129,11 +157,15 @@ TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
     "lab": (_stack, _train),
     "stack": (_stack,),
     "train": (_train,),
+    "seeded": (_seeded,),
     "matmul": (_matmul,),
     "backward": (_backward,),
     "graph": (_graph,),
     "explain": (_explain,),
 }
+
+
+TAKE_ANY_FUNCTION = ("lab", "stack", "train", "seeded")  # the other tasks know the rows of the table only
 
 
 @dataclass
@@ -161,16 +193,20 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     i = config.init
     scaling = rule(i.name, gain=i.gain, gain_kind=i.gain_kind, mode=i.mode, distribution=i.distribution, bias=i.bias)
     device = find_device(config.device).type
+    phi = _activation(config.activation)
+    if phi not in ACTIVATIONS.values() and config.task not in TAKE_ANY_FUNCTION:
+        allowed = ", ".join(TAKE_ANY_FUNCTION)
+        raise UsageError(f"activation._target_={config.activation._target_}: is for task={allowed}")
     common = {
         "init": scaling,
-        "activation": config.activation.name,
+        "activation": phi if config.task in TAKE_ANY_FUNCTION else config.activation.name,
         "seeds": seeds(config),
         "dtype": config.dtype,
         "device": device,
         "generator": config.generator,
         "progress": True,
     }
-    described = _described(config, scaling, choices) | {"device": device}
+    described = _described(config, scaling, phi, choices) | {"device": device}
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {config.threads} thread(s)"
     recorder = Recorder(folder, described, name, seeds=list(seeds(config)))
     return Job([stage(config, common) for stage in stages], recorder, config.plots, config.expect)
@@ -181,25 +217,38 @@ def _refuse(config: Config) -> None:
     check(depth=config.depth, width=config.width, batch=config.batch, seed=config.seed, seeds=config.seeds)
     check(every=config.every, threads=config.threads, train_depth=t.depth, train_width=t.width)
     check(train_batch=t.batch, train_steps=t.steps, train_lr=t.lr)
-    choose(ACTIVATIONS, config.activation.name, "activation")
     choose(DTYPES, config.dtype, "dtype")
     choose(GENERATORS, config.generator, "generator")
     choose(MATMULS, config.matmul, "matmul")
     choose(OPTIMIZERS, t.optimizer, "train.optimizer")
     choose(LOSSES, t.loss, "train.loss")
     choose(MODULES, t.modules, "train.modules")
+    choose({**METHODS, "off": ""}, config.theory, "theory")
 
 
-def _described(config: Config, scaling: Rule, choices: Mapping[str, str | None]) -> dict[str, Any]:
+def _activation(given: ActivationConfig) -> Activation:
+    """The row of the table, or one made of the user's function."""
+    function = function_of(given)
+    if function is None:
+        return choose(ACTIVATIONS, given.name, "activation")
+    try:
+        return as_activation(function)
+    except UsageError as error:
+        raise UsageError(f"activation._target_={given._target_}: {str(error).removeprefix('activation: ')}") from error
+
+
+def _described(config: Config, scaling: Rule, phi: Activation, choices: Mapping[str, str | None]) -> dict[str, Any]:
     """The configuration columns: a rule's name is that of its file, its fields are those in force."""
     in_force = {
-        "gain": scaling.gain_for(config.activation.name),
+        "gain": scaling.gain_for(phi),
         "gain_kind": scaling.gain_kind,
         "mode": scaling.mode,
         "distribution": scaling.distribution,
         "bias": scaling.bias,
     }
     named = columns(config)
+    if config.activation._target_ and named["activation"] in {"", *ACTIVATIONS}:
+        named["activation"] = config.activation._target_.rpartition(".")[2]
     for group, table in (("init", RULES), ("activation", ACTIVATIONS)):
         choice = choices.get(group)
         own = Path(choice).stem if isinstance(choice, str) else ""
@@ -233,7 +282,10 @@ def report(folder: Path, said: Sequence[str] = (), plots: bool = True, compare: 
     paths = _draw(found, folder, compare) if plots else []
     lines = [text for text in said if text]
     if "stats" in found:
-        lines.append(summary.as_text(summary.summarize(found["stats"], found.get("losses"), found.get("parity"))))
+        table = summary.summarize(*(found.get(name) for name in ("stats", "losses", "parity", "theory")))
+        lines.append(summary.as_text(table))
+        if "theory" in table:
+            lines.append(predicted.said(list(table["theory"].dropna())))
     below = Path() if (folder / "run.json").is_file() else Path("*")  # the folders of a sweep's jobs
     lines.append(f"tables: {shown(folder / below / '*.parquet')}")
     for run in records.run_folders(folder):

@@ -107,7 +107,7 @@ MISTAKES = {
     "init.mode=fan": "initlab: init.mode=fan: must be one of constant, fan_avg, fan_in, fan_out - did you mean fan_in?",
     "dtype=float31": "initlab: dtype=float31: must be one of bfloat16, float16, float32, float64 "
     "- did you mean float32?",
-    "task=lb": "initlab: task=lb: must be one of backward, explain, graph, lab, matmul, stack, train "
+    "task=lb": "initlab: task=lb: must be one of backward, explain, graph, lab, matmul, seeded, stack, train "
     "- did you mean lab?",
     "train.loss=mae": "initlab: train.loss=mae: must be one of cross_entropy, mse - did you mean mse?",
     "train.optimizer=adma": "initlab: train.optimizer=adma: must be one of adam, adamw, momentum, nesterov, rmsprop, "
@@ -323,3 +323,113 @@ def test_who_draws_and_how_a_gpu_multiplies_are_options_and_columns(lab: Lab) ->
     for word, allowed in (("generator=numpy", "philox, torch"), ("matmul=tf23", "ieee, tf32 - did you mean tf32?")):
         code, _, err = lab(word, *QUICK)
         assert code == 2 and err == f"initlab: {word}: must be one of {allowed}\n"
+
+
+def test_every_measured_number_has_its_prediction(lab: Lab) -> None:
+    """The table `theory` of both stages, a line that counts layers, and theory=off."""
+    code, out, err = lab("depth=6", "seeds=4", "train.steps=3", "plots=false")
+    assert code == 0, err
+    assert "layers within the 95 % band" in out and " alive 6 of 6 " in out
+    theory = initlab.read("outputs", table="theory")
+    assert set(theory["stage"]) == {"stack", "train"} and set(theory["step"]) == {0}
+    assert {"measured", "predicted", "band_low", "band_high", "z", "method"} <= set(theory)
+    assert sorted(theory["seed"].unique()) == [-1, 0, 1, 2, 3]
+    assert theory["gain"].to_numpy() == pytest.approx(2**0.5)
+    stats = initlab.read("outputs").query("step == 0")
+    key = ["stage", "implementation", "seed", "step", "layer", "tensor", "direction"]
+    std = theory.query("statistic == 'std' and seed >= 0").merge(stats, on=key)
+    assert len(std) == 4 * (1 + 6 * 4) + 4 * 2 * (3 + 2 + 2) and (std["measured"] == std["std"]).all()
+    code, out, _ = lab("theory=off", *QUICK)
+    assert code == 0 and "theory" not in out
+    assert not list(sorted(runs())[-1].glob("theory.parquet"))
+    assert lab("theory=of", *QUICK)[::2] == (2, "initlab: theory=of: must be one of auto, closed, off, simulation "
+                                                "- did you mean off?\n")  # fmt: skip
+
+
+def test_a_wrong_prediction_is_seen_on_the_command_line(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = jobs.beside_stack
+    monkeypatch.setattr(jobs, "beside_stack", lambda stats, **asked: told(stats, **{**asked, "init": "lecun"}))
+    code, out, _ = lab("task=stack", *QUICK)
+    assert code == 0 and "theory: 0 of 5 layers within the 95 % band" in out
+
+
+def test_an_activation_of_ones_own_is_one_file(lab: Lab, tmp_path: Path) -> None:
+    """A class with arguments, from a file; a function, on the command line: stack, training and theory take both."""
+    (tmp_path / "mine" / "activation").mkdir(parents=True)
+    (tmp_path / "mine" / "activation" / "soft.yaml").write_text(
+        "_target_: torch.nn.Softplus\narguments: {beta: 2}\n", encoding="utf-8"
+    )
+    (tmp_path / "waves.py").write_text("import torch\n\ndef wave(z, k=1.0):\n    return z + torch.sin(k * z)\n")
+    code, out, err = lab("-cd", "mine", "activation=soft", *QUICK)
+    assert code == 0, err
+    assert out.splitlines()[1].split()[1] == "soft" and "layers within the 95 % band" in out
+    code, out, err = lab("activation._target_=waves.wave", "activation.arguments.k=0.5", *QUICK)
+    assert code == 0, err
+    parity = initlab.read("outputs", table="parity").query("direction == 'backward'")
+    assert set(parity["activation"]) == {"soft", "wave"} and parity["relative_error"].max() < 1e-5
+    theory = initlab.read("outputs", table="theory").query("seed == -1 and statistic == 'std' and stage == 'stack'")
+    assert set(theory["activation"]) == {"soft", "wave"} and theory["z"].abs().max() < 6  # 98 rows of two means
+
+
+def test_the_researchers_page(lab: Lab, tmp_path: Path) -> None:
+    """What the README says of its own rule and its own activation, with its numbers."""
+    for path, text in (
+        ("init/strong.yaml", "name: lecun\ngain: 1.5\ndistribution: uniform\n"),
+        ("activation/clip.yaml", "_target_: torch.nn.Hardtanh\narguments: {min_val: -2.0, max_val: 2.0}\n"),
+    ):
+        (tmp_path / "mine" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / path).write_text(text, encoding="utf-8")
+    code, _, err = lab("-cd", "mine", "init=strong", "activation=clip", "task=stack", "plots=false")
+    assert code == 0, err
+    mean = initlab.read("outputs/**", table="theory").query(
+        "stage == 'stack' and seed == -1 and tensor == 'activation' and statistic == 'std' and layer == 1"
+    )
+    gradient = mean[mean["direction"] == "backward"].iloc[0]
+    assert gradient["predicted"] == pytest.approx(5013, rel=1e-2) and abs(gradient["z"]) < 3
+    assert (gradient["init"], gradient["activation"]) == ("strong", "clip")
+    clip = torch.nn.Hardtanh(-2.0, 2.0)
+    where = initlab.phase(clip, sw2=1.5**2)
+    assert where.phase == "chaotic" and where.chi_1 == pytest.approx(1.41, abs=0.005)
+    assert initlab.gain(clip) == pytest.approx(1.0236, abs=1e-4)
+
+
+def test_an_activation_by_target_is_the_row_that_it_names(lab: Lab) -> None:
+    assert lab("activation._target_=torch.nn.ReLU", *QUICK)[0] == 0
+    assert lab("activation=relu", *QUICK)[0] == 0
+    frame = initlab.read("outputs")
+    own, table = (frame[frame["activation"] == name] for name in ("ReLU", "relu"))
+    assert len(own) == len(table) > 0
+    key = ["stage", "implementation", "seed", "step", "layer", "tensor", "direction"]
+    both = own.merge(table, on=key)
+    # Gains differ in their last digits, and float32 rounds on: 1e-4 of a std, three steps of training included.
+    assert len(both) == len(own)
+    assert ((both["std_x"] - both["std_y"]).abs() <= 1e-4 * both["std_y"].abs()).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("activation._target_=torch.nn.Softpluss",), "cannot be had (module 'torch.nn' has no attribute 'Softpluss') "
+         "- did you mean Softplus?"),
+        (("activation._target_=no.such.module",), "No module named 'no'"),
+        (("activation._target_=softplus",), "cannot be had"),
+        (("activation._target_=torch.log",), "torch.log: not finite at z=-16"),
+        (("activation._target_=torch.softmax", "activation.arguments.dim=-1"), "not an elementwise function"),
+        (("activation._target_=torch.nn.Softplus", "activation.arguments.gamma=2"), "unexpected keyword argument"),
+        (("activation._target_=torch.relu_",), "changes its argument in place"),
+        (("activation._target_=torch.sin", "task=explain"), "is for task=lab, stack, train, seeded"),
+        (("activation._targett_=torch.sin",), "did you mean activation._target_?"),
+    ],
+)  # fmt: skip
+def test_an_activation_that_cannot_be_had_is_one_line(lab: Lab, words: tuple[str, ...], text: str) -> None:
+    code, _, err = lab(*words, *QUICK)
+    assert code == 2 and text in err and err.count("\n") == 1
+
+
+def test_the_public_door() -> None:
+    for name in ("read", "probe", "predict", "predict_bands", "phase", "critical", "gain"):
+        assert name in dir(initlab) and callable(getattr(initlab, name))
+    last = initlab.predict(init="kaiming", activation="relu", depth=3, width=100, dtype="float32").iloc[-1]
+    assert {"std", "ln_std_mean", "ln_std_sd", "band_low", "band_high", "method"} <= set(last.index)
+    assert initlab.phase("tanh", initlab.critical("tanh", 0.05), 0.05).chi_1 == pytest.approx(1, abs=1e-6)
+    assert initlab.gain(torch.nn.ReLU(), "std") == pytest.approx(initlab.gain("relu", kind="std"), rel=1e-9)

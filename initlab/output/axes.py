@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from initlab.output import summary
 
+BEYOND = 10.0  # so far does an axis follow a prediction beyond what was measured
 # dtype -> largest number, smallest normal number, smallest number
 LIMITS = {
     "float16": (65504.0, 6.1e-5, 6.0e-8),
@@ -45,10 +46,42 @@ def banded(ax: Axes, band: pd.DataFrame, x: str, names: dict[str, str] | None = 
     )  # fmt: skip
     for label, rows in band.groupby("label"):
         ax.fill_between(rows[x], rows["low"], rows["high"], color=colours[label], alpha=0.2, linewidth=0)
-    if len(order) > 3:
+    legend(ax, len(order))
+
+
+def legend(ax: Axes, labels: int) -> None:
+    """Inside the axes, or beside them where there are many labels."""
+    if labels > 3:
         ax.legend(title=None, loc="upper left", bbox_to_anchor=(1.01, 1))
     else:
         ax.legend(title=None)
+
+
+def beside(ax: Axes, lines: pd.DataFrame, order: list[str]) -> None:
+    """What theory predicts: dashed with the 95 % band of one network, or circles where several labels share the axes.
+
+    The axis follows the band as far as the measured values reach, and a little beyond.
+    """
+    low, high = ax.get_ylim()
+    if len(order) == 1:
+        ax.plot(lines["layer"], lines["predicted"], color="0.1", linestyle=(0, (5, 2)), linewidth=1.6, label="theory")
+        ax.fill_between(
+            lines["layer"], lines["low"], lines["high"], facecolor="none", edgecolor="0.72", hatch="////",
+            linewidth=0.8, zorder=0.5, label="theory: 95 % of networks",
+        )  # fmt: skip
+        ends = lines[["low", "high"]].to_numpy()
+        ends = ends[np.isfinite(ends) & (ends > 0)]
+        if len(ends):
+            low, high = min(low, max(ends.min(), low / BEYOND)), max(high, min(ends.max(), high * BEYOND))
+    else:
+        colours = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
+        style: dict[str, Any] = {"marker": "o", "fillstyle": "none", "markersize": 6, "linestyle": ""}
+        for label, mine in lines.groupby("label", observed=True):
+            few_points = mine[mine["layer"] % max(1, len(mine) // 10) == 0] if len(mine) > 10 else mine
+            ax.plot(few_points["layer"], few_points["predicted"], color=colours[str(label)], **style)
+        ax.plot([], [], color="0.3", label="theory", **style)
+    ax.set_ylim(low, high)
+    legend(ax, len(order))
 
 
 def log_scale(ax: Axes, values: pd.Series | np.ndarray, least: float = 1.0) -> None:

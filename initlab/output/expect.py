@@ -27,6 +27,7 @@ REDUCTIONS: dict[str, tuple[Callable[[Numbers], float], Callable[[Numbers], floa
     "median": (lambda v: float(np.median(v)), lambda v: 1.2533 * _error_of_mean(v)),  # of a normal law
     "min": (lambda v: float(v.min()), lambda v: math.nan),
     "max": (lambda v: float(v.max()), lambda v: math.nan),
+    "nans": (lambda v: float(np.isnan(v).sum()), lambda v: math.nan),  # how many there are
 }
 
 # name -> f(measured, numbers, relative tolerance); any comparison with nan fails.
@@ -51,7 +52,7 @@ class Verdict:
 
     def __str__(self) -> str:
         spread = f" +- {self.error:.1g}" if math.isfinite(self.error) else ""
-        return f"{'holds' if self.holds else 'FAILS'}: {self.say} (measured {self.measured:.4g}{spread})"
+        return f"{'holds' if self.holds else 'FAILS'}: {self.say} (measured {self.measured:.6g}{spread})"
 
 
 def judge(expectation: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> Verdict:

@@ -15,8 +15,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from initlab.output import summary
-from initlab.output.axes import banded, few, layer_axis, limits, log_scale, mark_deaths, sheet
+from initlab.output import predicted, summary
+from initlab.output.axes import banded, beside, few, layer_axis, limits, log_scale, mark_deaths, sheet
 from initlab.output.graphs import draw_graph
 from initlab.output.octaves import draw_octaves
 
@@ -35,7 +35,10 @@ def _stack(tables: Tables, direction: str, what: str) -> Figure | None:
     if not len(signal):
         return None
     found = summary.end_of_signal(stats, direction)
-    figure, (ax,) = sheet(f"{what} through the stack. {summary.findings(found)}")
+    known = tables.get("theory", pd.DataFrame(columns=predicted.NEEDED))
+    kept = predicted.within(known, direction)
+    told = f"; {predicted.sentence(next(iter(kept.values())))}" if len(kept) == len(found) == 1 else ""
+    figure, (ax,) = sheet(f"{what} through the stack. {summary.findings(found)}{told}")
     # Beyond the format's end the finite entries that are left still have a std: the line ends where the signal does.
     whole = signal["std"].where(signal["n_nan"] + signal["n_inf"] == 0)
     band = summary.band(signal.assign(std=whole), ["layer"], "std")
@@ -43,6 +46,8 @@ def _stack(tables: Tables, direction: str, what: str) -> Figure | None:
     log_scale(ax, band["median"])
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, 0.1), max(high, 10))  # a curve that stays near 1 shall look like it
+    if len(lines := predicted.lines(known, direction)):
+        beside(ax, lines, list(band["label"].astype(str).unique()))
     ax.set_ylabel("std (median and 16-84 % of networks)")
     layer_axis(ax)
     limits(ax, sorted(signal["dtype"].astype(str).unique()) if "dtype" in signal else [])
@@ -284,7 +289,7 @@ COMPARING: dict[str, Callable[[Tables], Figure | None]] = {
 
 def draw(tables: Tables, folder: Path, compare: bool = False) -> list[Path]:
     """Write every figure that the tables allow as PNG; their paths."""
-    measured = {name: frame for name, frame in tables.items() if name in ("stats", "losses", "parity")}
+    measured = {name: frame for name, frame in tables.items() if name in ("stats", "losses", "parity", "theory")}
     labelled = {**tables, **summary.labelled(measured)}
     paths = []
     for name, make in (COMPARING if compare else FIGURES).items():

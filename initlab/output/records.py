@@ -31,6 +31,7 @@ from initlab.errors import UsageError, choose
 SCHEMA_VERSION = 1
 TABLES = {
     "stats": "a row per stage, implementation, seed, step, layer, tensor and direction",
+    "theory": "measured and predicted statistics side by side; seed -1 for the mean over the networks",
     "histograms": "entries by sign and octave, for the rows of `stats`; lists of counts from the octave `first` on",
     "losses": "loss and accuracy per implementation, seed and step",
     "parity": "relative error of the hand-written tensors against the module's",
@@ -222,7 +223,7 @@ def read_folder(folder: Path, table: str = "stats") -> pa.Table | None:
     return joined.append_column("run", run)
 
 
-_HAVE_STATS = ("lab", "stack", "train")
+_HAVE_STATS = ("lab", "stack", "train", "seeded")
 
 
 def read(paths: str | Path | Iterable[str | Path] = "outputs/**", table: str = "stats") -> pd.DataFrame:

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from initlab.output import predicted
+
 # Configuration columns that may tell runs apart, in the order in which they are named.
 TELLING = (
     "init", "activation", "gain", "mode", "distribution", "bias", "depth", "width", "inputs", "batch", "dtype",
@@ -28,7 +30,7 @@ def telling_columns(frame: pd.DataFrame) -> list[str]:
     """
     found = [name for name in TELLING if name in frame and (name in ALWAYS or frame[name].nunique(dropna=False) > 1)]
     if "run" in frame:
-        networks = frame[[*found, "run", "seed"]].drop_duplicates()
+        networks = frame.loc[frame["seed"] >= 0, [*found, "run", "seed"]].drop_duplicates()  # -1 is a mean over them
         if networks.duplicated([*found, "seed"]).any():  # runs that differ in nothing that is named here
             found.append("run")
     for derived in ("gain", "mode", "distribution", "bias", "inputs"):
@@ -161,13 +163,19 @@ def loss_difference(losses: pd.DataFrame) -> pd.DataFrame:
     return apart.groupby("step").agg(["median", "max"]).rename(columns={"max": "largest"}).reset_index()
 
 
-def summarize(stats: pd.DataFrame, losses: pd.DataFrame | None, parity: pd.DataFrame | None) -> pd.DataFrame:
+def summarize(
+    stats: pd.DataFrame,
+    losses: pd.DataFrame | None,
+    parity: pd.DataFrame | None,
+    theory: pd.DataFrame | None = None,
+) -> pd.DataFrame:
     """A row per label.
 
-    Mean and std of the last layer (median over seeds, 16-84 % of networks), the signal's fate, the last loss by hand
-    and by nn.Module (median over seeds), how many networks diverged, the largest relative difference of a gradient.
+    Mean and std of the last layer (median over seeds, 16-84 % of networks), the signal's fate, how many layers keep to
+    their predicted band, the last loss by hand and by nn.Module (median over seeds), how many networks diverged, the
+    largest relative difference of a gradient.
     """
-    named = {"stats": stats, "losses": losses, "parity": parity}
+    named = {"stats": stats, "losses": losses, "parity": parity, "theory": theory}
     tables = labelled({name: frame for name, frame in named.items() if frame is not None and len(frame)})
     stats = tables["stats"]
     table = stats.drop_duplicates("label").set_index("label")[telling_columns(stats)].astype(object)
@@ -179,6 +187,8 @@ def summarize(stats: pd.DataFrame, losses: pd.DataFrame | None, parity: pd.DataF
         table["std"], table["std16"], table["std84"] = spread["median"], spread["low"], spread["high"]
         died = deaths(stats)
         table["signal"] = pd.Series({label: fate(rows) for label, rows in died.groupby("label", observed=True)})
+    if "theory" in tables:
+        table["theory"] = pd.Series(predicted.within(tables["theory"]), dtype=object)
     if "losses" in tables:
         losses = tables["losses"]
         last = losses[losses["step"] == losses.groupby("label", observed=True)["step"].transform("max")]
@@ -223,6 +233,8 @@ def _text(name: str, row: pd.Series) -> str:
         low, high = _number(row["std16"]), _number(row["std84"])
         return low if low == high else f"{low} to {high}"
     value = row[name]
+    if name == "theory":
+        return value if isinstance(value, str) else ""
     if name == "gradient difference":
         above = f" (above {row['limit']:.0e})" if value > row["limit"] else ""
         lost = f" ({row['not comparable']:.0%} not finite)" if row["not comparable"] else ""

@@ -18,6 +18,7 @@ from initlab.errors import UsageError, choose
 from initlab.scratch.layers import LOSSES, Loss
 from initlab.scratch.mlp import Parameters
 from initlab.signal.activations import ACTIVATIONS, Activation
+from initlab.signal.custom import Given, as_activation
 
 CACHE_BYTES = 2**20  # of a core's second cache: rows beyond it go through in pieces
 FEWEST_ROWS = 1024  # a piece is never smaller: matrix products want them
@@ -236,12 +237,12 @@ class Engine:
     def __init__(
         self,
         parameters: Parameters,
-        activation: str = "relu",
+        activation: Given = "relu",
         loss: str = "cross_entropy",
         lr: float | Sequence[float] = 0.1,
         batch: int = 64,
     ) -> None:
-        row, objective = choose(ACTIVATIONS, activation, "activation"), choose(LOSSES, loss, "loss")
+        row, objective = as_activation(activation), choose(LOSSES, loss, "loss")
         self.count = count = len(parameters[0][0])
         rates = [float(rate) for rate in lr] if isinstance(lr, Sequence) else [float(lr)] * count
         if len(rates) != count:

@@ -4,13 +4,14 @@ Knows what a function must be so that theory holds for it: elementwise, finite, 
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from initlab.errors import UsageError, choose
+from initlab.signal import activations
 from initlab.signal.activations import ACTIVATIONS, Activation
 
 Given: TypeAlias = str | Activation | Callable[[Tensor], Tensor]
@@ -63,6 +64,26 @@ class _Differences:
         return ((8 * near - far) / (12 * STEP)).to(z.dtype)
 
 
+class Elementwise(nn.Module):
+    """A function as a module; autograd differentiates it by its own rules."""
+
+    def __init__(self, phi: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.phi = phi
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.phi(z)
+
+
+def gain(activation: Given, kind: str = "chi") -> float:
+    """Gain (dimensionless) by which an activation's weights are scaled: kind `chi` keeps gradients, E[phi'(u)^2] gain^2
+    = 1; `rms` second moments, E[phi(u)^2] gain^2 = 1; `std` the variance of activations; `torch` is calculate_gain's.
+
+    Errors: an unknown name or kind; a function that is no activation; no gain of this kind.
+    """
+    return activations.gain(activation if isinstance(activation, str) else as_activation(activation), kind)
+
+
 @lru_cache
 def _row(phi: Callable[[Tensor], Tensor]) -> Activation:
     """Checked on a grid; kinks searched there too."""
@@ -74,15 +95,19 @@ def _row(phi: Callable[[Tensor], Tensor]) -> Activation:
     kinks = _kinks(phi, grid)
     slope = _Differences(phi, kinks)
     largest = float(slope(grid).abs().max())
-    return Activation(phi=phi, slope=slope, module=nn.Identity, kinks=kinks, largest_slope=largest)
+    module = partial(Elementwise, phi)
+    return Activation(phi=phi, slope=slope, module=module, kinks=kinks, largest_slope=largest)
 
 
 def _evaluated(phi: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     try:
-        value = phi(z)
+        given = z.clone()
+        value = phi(given)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"activation: cannot be called with a float64 tensor ({reason})") from error
+    if not torch.equal(given, z):
+        raise UsageError("activation: changes its argument in place; it must leave it as it is")
     if not isinstance(value, Tensor) or value.shape != z.shape:
         raise UsageError("activation: not an elementwise function; it must return a tensor of its argument's shape")
     if not bool(value.isfinite().all()):

@@ -45,7 +45,7 @@ class Rule:
         """The gain in force, dimensionless."""
         return activations.gain(activation, self.gain_kind) if self.gain is None else self.gain
 
-    def std_for(self, activation: str, shape: tuple[int, int]) -> float:
+    def std_for(self, activation: str | activations.Activation, shape: tuple[int, int]) -> float:
         """Standard deviation of weights (I, O): the gain in force / sqrt(fan)."""
         return self.gain_for(activation) / math.sqrt(MODES[self.mode](*shape))
 
@@ -172,7 +172,7 @@ def rule(name: str, **changes: object) -> Rule:
 
 def draw(
     rule: Rule,
-    activation: str,
+    activation: str | activations.Activation,
     shape: tuple[int, int],
     seeds: Sequence[int],
     layer: int,

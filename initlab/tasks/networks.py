@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from initlab.errors import UsageError, choose
+from initlab.signal.activations import Activation
 from initlab.signal.init import GENERATORS, RULES, Rule, draw, rule
 from initlab.tasks.memory import free_memory, readable
 
@@ -115,7 +116,7 @@ class Networks:
     def __init__(
         self,
         rules: Sequence[Rule],
-        activation: str,
+        activation: str | Activation,
         shape: Shape,
         seeds: Sequence[int],
         dtype: torch.dtype,

@@ -16,7 +16,7 @@ from initlab.scratch.engine import Engine
 from initlab.scratch.layers import LOSSES, Loss
 from initlab.scratch.mlp import Parameters, Pass
 from initlab.scratch.recording import Recording
-from initlab.signal.activations import ACTIVATIONS, Activation
+from initlab.signal.activations import Activation
 from initlab.signal.stats import Blocks, Differences, Item, Key, Rows, saturated_share
 
 Frames = dict[str, pd.DataFrame]
@@ -81,7 +81,7 @@ class Pair:
     def __init__(
         self,
         parameters: Parameters,
-        activation: str,
+        activation: Activation,
         loss: str,
         optimizer: str,
         lr: float | Sequence[float],
@@ -89,7 +89,7 @@ class Pair:
         records: Records,
         modules: str = "one_by_one",
     ) -> None:
-        self.activation, self.loss, self.records = ACTIVATIONS[activation], LOSSES[loss], records
+        self.activation, self.loss, self.records = activation, LOSSES[loss], records
         self.hand: _Hand
         if optimizer == "sgd":
             self.hand = _ByEngine(Engine(parameters, activation, loss, lr, batch), records)

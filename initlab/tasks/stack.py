@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from initlab.errors import UsageError, check, choose
 from initlab.signal.activations import ACTIVATIONS, Activation
+from initlab.signal.custom import Given, as_activation
 from initlab.signal.init import Rule
 from initlab.signal.moments import FIELDS, InPlace, compiled, derive, summarize
 from initlab.signal.stats import STATISTICS, Blocks, Key, saturated_share
@@ -31,7 +32,7 @@ FLUSH_SECONDS, FLUSH_ROWS = 30.0, 1000  # 0.2 MB of rows
 
 def stack(
     init: str | Rule | Sequence[str | Rule] = "kaiming",
-    activation: str = "relu",
+    activation: Given = "relu",
     depth: int = 50,
     width: int = 100,
     inputs: int | None = None,
@@ -62,7 +63,7 @@ def stack(
     """
     shape = Shape(depth, width, width if inputs is None else inputs, batch)
     check(depth=depth, width=width, batch=batch, inputs=shape.inputs, seeds=len(seeds))
-    rules, phi = rules_of(init, len(seeds)), choose(ACTIVATIONS, activation, "activation")
+    rules, phi = rules_of(init, len(seeds)), as_activation(activation)
     names = None if isinstance(init, str | Rule) else pd.Categorical([name_of(one) for one in init])
     place, number = find_device(device), choose(DTYPES, dtype, "dtype")
     planned = plan(shape, len(seeds), number, place, backward)
@@ -79,7 +80,7 @@ def stack(
 
         def run(chunk: slice) -> None:
             kept = planned.keep_weights
-            nets = Networks(rules[chunk], activation, shape, seeds[chunk], number, place, kept, generator)
+            nets = Networks(rules[chunk], phi, shape, seeds[chunk], number, place, kept, generator)
             deliver = collected.setdefault(chunk.start, []).append if emit is None else hand_over
             record = _Record(nets, None if names is None else names[chunk], deliver, emit is not None)
             _Pass(nets, phi, record, producer, backward, bar).run()
@@ -116,7 +117,7 @@ class _Record:
         self._nets, self._names, self._deliver, self._streams = nets, names, deliver, streams
         self._blocks = Blocks(nets.seeds, _KEYS, [*STATISTICS, *beyond.NUMBERS], _finished)
         self._window: list[Tensor] = []
-        self._since, self._relu = time.monotonic(), nets.activation == "relu"
+        self._since, self._relu = time.monotonic(), nets.activation is ACTIVATIONS["relu"]
         self.delivered = False
         self.start(torch.ones(len(nets), dtype=torch.bool, device=nets.device))
 

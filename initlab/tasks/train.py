@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from initlab.errors import UsageError, check, choose
 from initlab.scratch.layers import LOSSES
-from initlab.signal.activations import ACTIVATIONS
+from initlab.signal.activations import Activation
+from initlab.signal.custom import Given, as_activation
 from initlab.signal.init import Rule, draw, permutation
 from initlab.tasks.data import Data
 from initlab.tasks.memory import free_memory, readable
@@ -23,7 +24,7 @@ from initlab.tasks.place import DTYPES, find_device
 def train(
     data: Data,
     init: str | Rule | Sequence[str | Rule] = "kaiming",
-    activation: str = "relu",
+    activation: Given = "relu",
     depth: int = 1,
     width: int = 50,
     batch: int = 64,
@@ -54,22 +55,22 @@ def train(
     collected: list[Frames] = []
     deliver = collected.append if emit is None else emit
     place = find_device(device)
-    sizes = [data.x.shape[1], *[width] * depth, data.classes if LOSSES[loss].classes and data.classes else 1]
+    sizes = [data.x.shape[1], *[width] * depth, outputs_of(data, loss)]
     number = choose(DTYPES, dtype, "dtype")
     together = _together(sizes, batch, len(seeds), number, place)
     groups = [seeds[start : start + together] for start in range(0, len(seeds), together)]
-    choose(ACTIVATIONS, activation, "activation")
+    row = as_activation(activation)
     choose(OPTIMIZERS, optimizer, "train.optimizer")
     with tqdm(total=steps * len(groups), desc="train", unit="step", disable=None if progress else True) as bar:
         for start, group in zip(range(0, len(seeds), together), groups, strict=True):
             part = slice(start, start + len(group))
             parameters = [
-                _drawn(rules[part], activation, shape, group, layer, number, place, generator)
+                _drawn(rules[part], row, shape, group, layer, number, place, generator)
                 for layer, shape in enumerate(pairwise(sizes), start=1)
             ]
-            records = Records(group, deliver, histograms, _differing(init, rules, lr, rates, activation, part))
+            records = Records(group, deliver, histograms, _differing(init, rules, lr, rates, row, part))
             given = rates[part] if isinstance(lr, Sequence) else lr
-            pair = Pair(parameters, activation, loss, optimizer, given, batch, records, modules)
+            pair = Pair(parameters, row, loss, optimizer, given, batch, records, modules)
             try:
                 for step, (xb, yb) in enumerate(_batches(data, loss, batch, steps, group, number, place)):
                     pair.step(step, xb, yb, record=step % every == 0)
@@ -113,7 +114,7 @@ def _rates(lr: float | Sequence[float], networks: int) -> list[float]:
 
 def _drawn(
     rules: Sequence[Rule],
-    activation: str,
+    activation: Activation,
     shape: tuple[int, int],
     seeds: Sequence[int],
     layer: int,
@@ -136,7 +137,7 @@ def _differing(
     rules: Sequence[Rule],
     lr: float | Sequence[float],
     rates: Sequence[float],
-    activation: str,
+    activation: Activation,
     part: slice,
 ) -> dict[str, pd.Categorical | np.ndarray]:
     """The columns in which the networks of an ensemble differ, a value for each."""
@@ -148,6 +149,11 @@ def _differing(
     if isinstance(lr, Sequence):
         found["lr"] = np.array(rates[part])
     return found
+
+
+def outputs_of(data: Data, loss: str) -> int:
+    """Units of the last layer: one for each class, or one number."""
+    return data.classes if LOSSES[loss].classes and data.classes else 1
 
 
 def refuse_mismatch(data: Data, loss: str, batch: int) -> None:

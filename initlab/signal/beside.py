@@ -1,0 +1,225 @@
+"""Every measured number beside its prediction: rows of statistics and bands -> the table `theory`.
+
+`z` counts standard deviations between a number and the centre of its law: of one network, and of the mean over an
+ensemble (seed -1), which sees faults that hide in the spread of networks. Knows frames; nothing of how rows were
+measured. A trained network is known at step 0 alone, before its weights have seen the data.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from initlab.signal.bands import NARROW, WIDE
+from initlab.signal.custom import Given
+from initlab.signal.init import Rule
+from initlab.signal.theory import predict_bands
+from initlab.signal.tidy import WORDS
+
+ENSEMBLE = -1  # the seed of rows about the mean over all networks
+COLUMNS = ("statistic", "measured", "predicted", "band_low", "band_high", "z", "limit", "method")
+ROUNDING = 1e-4  # relative, absolute for shares: where nothing may vary a number format still rounds
+FIXED = 1e-6  # a standard deviation below which nothing may vary: of a share it means one entry in a thousand networks
+_PLACE = ["layer", "tensor", "direction"]
+_QUANTILES = ("band_low", "band68_low", "median", "band68_high", "band_high")
+_AT = np.array([-WIDE, -NARROW, 0.0, NARROW, WIDE])
+_SCALES = ("q", "rms", "std", "norm")
+
+
+class Input(NamedTuple):
+    """Data as theory needs them: units, mean square of an entry, mean cosine of two inputs, and in how many directions
+    inputs differ, tr(C)^2 / tr(C^2) of their covariance C."""
+
+    units: int
+    q: float
+    cosine: float
+    directions: float
+
+
+def input_of(x: np.ndarray) -> Input:
+    """Of data (rows, units), of up to 4096 rows: the cosine is that of two different rows and at least 0."""
+    some = x[:: max(1, len(x) // 4096)].astype(np.float64)
+    rows, units = some.shape
+    q, centre = float((some**2).mean()), some.mean(0)
+    alike = (rows * float((centre**2).mean()) - q) / (rows - 1) if rows > 1 else 0.0
+    covariance = (some - centre).T @ (some - centre)
+    size = float((covariance**2).sum())
+    directions = float(covariance.trace()) ** 2 / size if size > 0 else 1.0
+    return Input(units, q, min(max(alike / q, 0.0), 1 - 1e-9) if q > 0 else 0.0, directions)
+
+
+@np.errstate(all="ignore")  # where a signal is gone ratios to it are nan or inf: data
+def beside_stack(
+    stats: pd.DataFrame,
+    init: str | Rule,
+    activation: Given,
+    depth: int,
+    width: int,
+    inputs: int,
+    batch: int,
+    method: str = "auto",
+) -> pd.DataFrame:
+    """The table `theory` of a stack's rows; every tensor's statistics that the theory knows.
+
+    Errors: what the theory cannot be asked, see `theory.predict_bands`.
+    """
+    bands = predict_bands(init, activation, depth, width, inputs=inputs, batch=batch, method=method)
+    return _worded(compared(stats[stats["stage"] == "stack"], bands))
+
+
+@np.errstate(all="ignore")
+def beside_training(
+    stats: pd.DataFrame,
+    widths: Sequence[int],
+    given: Input,
+    batch: int,
+    init: str | Rule,
+    activation: Given,
+    method: str = "auto",
+) -> pd.DataFrame:
+    """The table `theory` of a trained network's step 0, layers of these widths on batches like `given`.
+
+    Values: all that theory knows. Gradients: sizes below the last layer, on from what the loss has put there, which is
+    measured; those of weights and biases hang on the labels too and are left out. A simulation draws inputs of its own,
+    so that laws here are closed ones.
+    """
+    bands = predict_bands(
+        init, activation, widths=widths, inputs=given.units, batch=batch, q0=given.q, c0=given.cosine,
+        fixed_input=True, method="closed" if method == "simulation" else method,
+    )  # fmt: skip
+    start = stats[(stats["stage"] == "train") & (stats["step"] == 0)]
+    last = bands["layer"] == len(widths)  # of a network's last layer there is no activation
+    forward = bands[(bands["direction"] == "forward") & ~(last & (bands["statistic"] == "frac_saturated"))]
+    forward = compared(start, _within_the_first(forward, given, batch, widths[0]))
+    backward = _below_the_loss(start, bands, len(widths))
+    return _worded(pd.concat([part for part in (forward, backward) if len(part)], ignore_index=True))
+
+
+def _within_the_first(bands: pd.DataFrame, given: Input, batch: int, n: int) -> pd.DataFrame:
+    """The spread of std_within in layer 1, which averages as many directions as inputs differ in, exactly Gaussian."""
+    mine = (bands["layer"] == 1) & (bands["tensor"] == "preactivation") & (bands["statistic"] == "std_within")
+    few = 1 / max(1, batch - 1) + 1 / given.directions
+    law = bands[mine].assign(sd=np.sqrt(few / (2 * n)))
+    centre, sd = law["mean"].to_numpy(), law["sd"].to_numpy()
+    law = law.assign(**{name: _exp(centre + k * sd) for name, k in zip(_QUANTILES, _AT, strict=True)})
+    return pd.concat([bands[~mine], law])
+
+
+def _below_the_loss(start: pd.DataFrame, bands: pd.DataFrame, top: int) -> pd.DataFrame:
+    """Gradients over the one at the last preactivation: laws of the ratio, independent parts taken as such."""
+    known = bands[(bands["direction"] == "backward") & bands["statistic"].isin(_SCALES)]
+    known = known[known["tensor"].isin(["preactivation", "activation"])]
+    at_top = known[(known["layer"] == top) & (known["tensor"] == "preactivation")].set_index("statistic")
+    below = known[known["layer"] < top]
+    above = at_top.loc[below["statistic"]]
+    spread = np.sqrt(np.maximum(below["sd"].to_numpy() ** 2 - above["sd"].to_numpy() ** 2, 0))
+    below = below.assign(
+        mean=below["mean"].to_numpy() - above["mean"].to_numpy(),
+        ln_predicted=below["ln_predicted"].to_numpy() - above["ln_predicted"].to_numpy(),
+        sd=spread,
+        method="from the loss down, " + below["method"],
+    )
+    loss = start[(start["layer"] == top) & (start["tensor"] == "preactivation") & (start["direction"] == "backward")]
+    return compared(start, below, loss)
+
+
+def compared(stats: pd.DataFrame, bands: pd.DataFrame, over: pd.DataFrame | None = None) -> pd.DataFrame:
+    """One row per row of `stats` and statistic in `bands`, and one with seed -1 for each ensemble.
+
+    `measured`; `predicted`, the centre of its law at this width (median), and its 95 % band; z; `limit`, what infinite
+    width predicts. Of what cannot be negative z is that of ln. A number that is not finite, or describes a tensor with
+    entries that are not, has the z nan. `over`: bands are of the ratio to these rows, one for each network.
+    """
+    keys = [name for name in ("stage", "implementation", "seed", "step", *_PLACE) if name in stats]
+    rows = stats.reset_index(drop=True)
+    law = rows[keys].assign(at=rows.index).merge(bands, on=_PLACE)
+    if law.empty:
+        return pd.DataFrame(columns=[*keys, *COLUMNS])
+    at, names = law["at"].to_numpy(), list(dict.fromkeys(bands["statistic"]))
+    law["measured"] = rows[names].to_numpy(float)[at, pd.Categorical(law["statistic"], names).codes]
+    law["limit"] = law["predicted"]
+    law["predicted"] = law["median"]
+    if over is not None:
+        law = _on_from(law, over)
+    law["z"] = np.where((rows["n_nan"] + rows["n_inf"]).to_numpy()[at] > 0, np.nan, deviations(law))
+    return pd.concat([law[[*keys, *COLUMNS]], _ensembles(law, keys)], ignore_index=True)
+
+
+def _worded(frame: pd.DataFrame) -> pd.DataFrame:
+    """Words as categories, whatever tables were joined."""
+    words = [name for name in (*WORDS, "statistic", "method") if name in frame]
+    return frame.assign(**{name: pd.Categorical(frame[name].astype(str)) for name in words})
+
+
+def _on_from(law: pd.DataFrame, over: pd.DataFrame) -> pd.DataFrame:
+    """Laws of ln of a ratio, times the measured number that each is a ratio to."""
+    by = ["implementation", "seed"]
+    known = over.astype({"implementation": str}).melt(by, list(dict.fromkeys(law["statistic"])), "statistic", "known")
+    wanted = law[[*by, "statistic"]].astype({"implementation": str})
+    start = _ln(wanted.merge(known, "left", [*by, "statistic"])["known"].to_numpy(float))
+    centre, sd = law["mean"].to_numpy() + start, law["sd"].to_numpy()
+    quantiles = {name: _exp(centre + k * sd) for name, k in zip(_QUANTILES, _AT, strict=True)}
+    limit = _exp(law["ln_predicted"].to_numpy() + start)
+    return law.assign(mean=centre, predicted=quantiles["median"], limit=limit, **quantiles)
+
+
+def _ln(values: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.log(values))
+
+
+def _exp(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.asarray(np.exp(values))
+
+
+def deviations(law: pd.DataFrame) -> np.ndarray:
+    """z of `measured` under each row's law: of ln, or by the law's own quantiles where it is one of the statistic.
+
+    Where nothing may vary z is 0, or inf for a difference that rounding does not explain.
+    """
+    measured, mean, sd = (law[name].to_numpy(float) for name in ("measured", "mean", "sd"))
+    value = np.where(law["scale"] == "ln", _ln(measured), measured)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = (value - mean) / sd
+        same = (value == mean) | (np.abs(value - mean) <= ROUNDING)
+    fixed = ~(sd > FIXED) & ~np.isnan(value)
+    z = np.where(fixed, np.where(same, 0.0, np.copysign(np.inf, np.where(value > mean, 1.0, -1.0))), z)
+    points = law[list(_QUANTILES)].to_numpy(float)
+    steps = np.diff(points)
+    skewed = (law["scale"] == "linear").to_numpy() & (steps > 0).all(-1) & np.isfinite(value)
+    z[skewed] = _by_quantiles(value[skewed], points[skewed], steps[skewed])
+    return z
+
+
+def _by_quantiles(value: np.ndarray, points: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """z by straight lines through five quantiles, the outer ones prolonged; (R,), (R, 5), (R, 4)."""
+    cell = np.clip((value[:, None] >= points).sum(-1) - 1, 0, 3)
+    row = np.arange(len(value))
+    return np.asarray(_AT[cell] + (value - points[row, cell]) / steps[row, cell] * np.diff(_AT)[cell])
+
+
+def _ensembles(law: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """The mean over the networks, of ln where the law is one of ln: its band is 1/sqrt(E) as wide.
+
+    z is the mean of the networks' z times sqrt(E), which is (mean - centre) / (sd / sqrt(E)).
+    """
+    logs = (law["scale"] == "ln").to_numpy()
+    numbers = law[["z", "mean", "sd"]].assign(
+        measured=np.where(logs, _ln(law["measured"].to_numpy(float)), law["measured"]),
+        limit=np.where(logs, _ln(law["limit"].to_numpy(float)), law["limit"]),
+    )
+    names = list(numbers)
+    by = [name for name in keys if name != "seed"] + ["statistic"]
+    code = law.groupby(by, sort=False, observed=True).ngroup().to_numpy()
+    count = np.bincount(code)
+    with np.errstate(invalid="ignore"):  # nan, inf and -inf are results: nothing is skipped
+        mean = np.stack([np.bincount(code, numbers[name]) / count for name in names])
+    of = dict(zip(names, mean, strict=True))
+    first = law.iloc[np.unique(code, return_index=True)[1]].reset_index(drop=True)
+    logs = (first["scale"] == "ln").to_numpy()
+    sides = of["mean"] + np.array([0.0, -WIDE, WIDE])[:, None] * of["sd"] / np.sqrt(count)
+    shown = [np.where(logs, _exp(side), side) for side in (*sides, of["measured"], of["limit"])]
+    columns = dict(zip(("predicted", "band_low", "band_high", "measured", "limit"), shown, strict=True))
+    return first.assign(seed=ENSEMBLE, z=of["z"] * np.sqrt(count), **columns)[[*keys, *COLUMNS]]

@@ -1,0 +1,78 @@
+"""The stack that circulates in course material, number for number: torch's one stream of random numbers, in its order.
+
+`torch.manual_seed(seed)`; `depth` layers `nn.Linear(width, width, bias=False)` are built, whose default initialization
+consumes the stream; they are initialized again, in order, by torch.nn.init; then the input is drawn. Everywhere else a
+tensor's numbers depend on (seed, what, layer) alone (signal/init.py); here they depend on all that was drawn before.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from initlab.errors import UsageError, check, choose
+from initlab.signal.custom import Given, as_activation
+from initlab.signal.init import Rule, rule
+from initlab.signal.stats import STATISTICS, Blocks, Key, measure
+from initlab.tasks.place import DTYPES
+
+KEYS = ("stage", "implementation", "seed", "step", "layer", "tensor", "direction")
+# Distribution of a rule -> how torch fills a weight with numbers of this standard deviation.
+FILL: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "normal": lambda w, std: nn.init.normal_(w, std=std),
+    "uniform": lambda w, std: nn.init.uniform_(w, -std * math.sqrt(3), std * math.sqrt(3)),
+}
+
+
+def seeded(
+    init: str | Rule = "lecun",
+    activation: Given = "linear",
+    depth: int = 100,
+    width: int = 256,
+    batch: int = 16,
+    seeds: Sequence[int] = (1,),
+    dtype: str = "float32",
+) -> pd.DataFrame:
+    """The `stats` rows of the stage `stack`, implementation `module`, and `std_torch`: torch's own std of the tensor.
+
+    torch's std divides by n - 1, accumulates in the number format itself, and is what the material prints. Drawn in
+    float32 and converted; on the CPU; forward only. torch's generator is left as it was.
+    Errors: a rule that has biases, or that torch.nn.init has no one-line counterpart for.
+    """
+    check(depth=depth, width=width, batch=batch)
+    scaling = rule(init) if isinstance(init, str) else init
+    choose(FILL, scaling.distribution, "init.distribution")
+    if scaling.bias:
+        raise UsageError(f"init.bias={scaling.bias:g}: the seeded stack has no biases")
+    phi, number = as_activation(activation), choose(DTYPES, dtype, "dtype")
+    std = scaling.std_for(phi, (width, width))
+    frames = []
+    for seed in seeds:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.default_generator.manual_seed(seed)
+            layers = [nn.Linear(width, width, bias=False) for _ in range(depth)]
+            for layer in layers:
+                FILL[scaling.distribution](layer.weight, std)
+            x = torch.randn(batch, width).to(number)
+            frames.append(_through([layer.to(number) for layer in layers], phi.phi, x, seed))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _through(layers: Sequence[nn.Module], phi: Callable[[Tensor], Tensor], x: Tensor, seed: int) -> pd.DataFrame:
+    """Rows of one network, the input's first."""
+    rows = Blocks([seed], KEYS, [*STATISTICS, "std_torch"])
+
+    def put(layer: int, tensor: str, values: Tensor) -> None:
+        own = values.std() if values.numel() > 1 else values.new_tensor(math.nan)
+        block = torch.cat([measure(values), own.double()[None]])
+        rows.put([Key("stack", "module", 0, layer, tensor, "forward")], block[:, None, None])
+
+    put(0, "activation", x)
+    for k, layer in enumerate(layers, start=1):
+        z = layer(x)
+        x = phi(z)
+        put(k, "preactivation", z)
+        put(k, "activation", x)
+    return rows.frame()
