@@ -159,7 +159,7 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     torch.set_num_threads(config.threads)
     set_matmul(config.matmul)
     i = config.init
-    scaling = rule(i.name, gain=i.gain, gain_kind=i.gain_kind, mode=i.mode, distribution=i.distribution, bias=i.bias)
+    scaling = rule(i.name, **{name: value for name, value in vars(i).items() if name != "name"})
     device = find_device(config.device).type
     common = {
         "init": scaling,
@@ -192,13 +192,7 @@ def _refuse(config: Config) -> None:
 
 def _described(config: Config, scaling: Rule, choices: Mapping[str, str | None]) -> dict[str, Any]:
     """The configuration columns: a rule's name is that of its file, its fields are those in force."""
-    in_force = {
-        "gain": scaling.gain_for(config.activation.name),
-        "gain_kind": scaling.gain_kind,
-        "mode": scaling.mode,
-        "distribution": scaling.distribution,
-        "bias": scaling.bias,
-    }
+    in_force = vars(scaling) | {"gain": scaling.gain_for(config.activation.name)}
     named = columns(config)
     for group, table in (("init", RULES), ("activation", ACTIVATIONS)):
         choice = choices.get(group)

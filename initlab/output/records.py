@@ -34,6 +34,7 @@ TABLES = {
     "histograms": "entries by sign and octave, for the rows of `stats`; lists of counts from the octave `first` on",
     "losses": "loss and accuracy per implementation, seed and step",
     "parity": "relative error of the hand-written tensors against the module's",
+    "lsuv": "a row per stage, seed, layer and attempt to scale its weights to unit variance",
     "timings": "a row per version and shape of a ladder",
     "nodes": "a row per node of autograd's graph",
     "edges": "a row per edge of autograd's graph",

@@ -54,6 +54,7 @@ def stack(
 
     Without `backward` nothing that is kept grows with depth, else what `networks.plan` says. With `emit` rows are
     handed over every 1000 rows or 30 seconds and at the end of each chunk of networks, and the frame returned is empty.
+    A rule that is fitted to data is fitted to the stack's own input; how it went is handed over as the table `lsuv`.
     `producer` measures: (..., N, C) -> rows (F, ...) of `moments.FIELDS`, nan where it does not look.
     """
     shape = Shape(depth, width, width if inputs is None else inputs, batch)
@@ -69,11 +70,14 @@ def stack(
         def run(chunk: slice) -> None:
             kept = planned.keep_weights
             nets = Networks(rules[chunk], activation, shape, seeds[chunk], number, place, kept, generator)
+            if nets.fit is not None:
+                (emit or collected.append)({"lsuv": nets.fit.frame().assign(stage="stack")})
             record = _Record(nets, None if names is None else names[chunk], emit or collected.append, emit is not None)
             _Pass(nets, phi, record, producer, backward, bar).run()
 
         _in_chunks(run, len(seeds), planned, shape)
-    return pd.concat([part["stats"] for part in collected], ignore_index=True) if collected else pd.DataFrame()
+    found = [part["stats"] for part in collected if "stats" in part]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
 def _in_chunks(run: Callable[[slice], None], networks: int, planned: Plan, shape: Shape) -> None:
