@@ -23,6 +23,7 @@ from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.init import GENERATORS, RULES, Rule, rule
 from initlab.tasks.data import TEACHER_ROWS, load
 from initlab.tasks.explain import explain
+from initlab.tasks.gains import gains, gains_as_text
 from initlab.tasks.graph import graph
 from initlab.tasks.ladders import backward_ladder, matmul_ladder
 from initlab.tasks.networks import Shape, kept_as_text, plan
@@ -124,6 +125,17 @@ def _graph(config: Config, common: Mapping[str, Any]) -> Stage:
     return run
 
 
+def _gains(config: Config, common: Mapping[str, Any]) -> Stage:
+    """Of all activations, whatever the options say."""
+
+    def run(recorder: Recorder) -> str:
+        frame = gains()
+        recorder.add({"gains": frame})
+        return gains_as_text(frame)
+
+    return run
+
+
 # Task -> its stages, each prepared before the first one runs.
 TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
     "lab": (_stack, _train),
@@ -133,6 +145,7 @@ TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
     "backward": (_backward,),
     "graph": (_graph,),
     "explain": (_explain,),
+    "gains": (_gains,),
 }
 
 

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from initlab.output import summary
 from initlab.output.axes import banded, few, layer_axis, limits, log_scale, mark_deaths, sheet
+from initlab.output.gains import draw_gains
 from initlab.output.graphs import draw_graph
 from initlab.output.octaves import draw_octaves
 
@@ -265,6 +266,11 @@ def training_histograms(tables: Tables) -> Figure | None:
     return draw_octaves(tables["histograms"]) if "histograms" in tables else None
 
 
+def gains(tables: Tables) -> Figure | None:
+    """The gains of all activations and what they lead to."""
+    return draw_gains(tables["gains"]) if "gains" in tables else None
+
+
 FIGURES: dict[str, Callable[[Tables], Figure | None]] = {
     "activation_std": activation_std,
     "gradient_std": gradient_std,
@@ -274,6 +280,7 @@ FIGURES: dict[str, Callable[[Tables], Figure | None]] = {
     "loss": loss,
     "timings": timings,
     "graph": graph,
+    "gains": gains,
 }
 COMPARING: dict[str, Callable[[Tables], Figure | None]] = {
     "activation_std": activation_std,

@@ -35,6 +35,7 @@ TABLES = {
     "losses": "loss and accuracy per implementation, seed and step",
     "parity": "relative error of the hand-written tensors against the module's",
     "lsuv": "a row per stage, seed, layer and attempt to scale its weights to unit variance",
+    "gains": "a row per activation and gain: what it leads to, and how far it is from what it stands for",
     "timings": "a row per version and shape of a ladder",
     "nodes": "a row per node of autograd's graph",
     "edges": "a row per edge of autograd's graph",
