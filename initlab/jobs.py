@@ -25,6 +25,7 @@ from initlab.tasks.data import TEACHER_ROWS, load
 from initlab.tasks.explain import explain
 from initlab.tasks.gains import gains, gains_as_text
 from initlab.tasks.graph import graph
+from initlab.tasks.jacobian import jacobian, jacobian_as_text
 from initlab.tasks.ladders import backward_ladder, matmul_ladder
 from initlab.tasks.networks import Shape, kept_as_text, plan
 from initlab.tasks.pair import MODULES, OPTIMIZERS
@@ -136,6 +137,18 @@ def _gains(config: Config, common: Mapping[str, Any]) -> Stage:
     return run
 
 
+def _jacobian(config: Config, common: Mapping[str, Any]) -> Stage:
+    inputs = config.width if config.inputs is None else config.inputs
+    check(inputs=inputs)
+
+    def run(recorder: Recorder) -> str:
+        frames = jacobian(depth=config.depth, width=config.width, inputs=inputs, batch=config.batch, **common)
+        recorder.add(frames)
+        return jacobian_as_text(frames)
+
+    return run
+
+
 # Task -> its stages, each prepared before the first one runs.
 TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
     "lab": (_stack, _train),
@@ -146,6 +159,7 @@ TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
     "graph": (_graph,),
     "explain": (_explain,),
     "gains": (_gains,),
+    "jacobian": (_jacobian,),
 }
 
 

@@ -36,6 +36,8 @@ TABLES = {
     "parity": "relative error of the hand-written tensors against the module's",
     "lsuv": "a row per stage, seed, layer and attempt to scale its weights to unit variance",
     "gains": "a row per activation and gain: what it leads to, and how far it is from what it stands for",
+    "jacobian": "a row per seed and layer: moments of the squared singular values, measured and predicted",
+    "singular_values": "a row per seed, layer and rank, at some layers",
     "timings": "a row per version and shape of a ladder",
     "nodes": "a row per node of autograd's graph",
     "edges": "a row per edge of autograd's graph",
