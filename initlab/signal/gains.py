@@ -53,9 +53,7 @@ PUBLISHED: dict[str, Published] = {
         "the activation as its tangent at 0, and that mixed up with its mean",
         {"linear": 1.0, "tanh": 1.0, "sigmoid": 4 / 1.25**0.5},
     ),
-    "klambauer": Published(
-        "Klambauer et al. 2017, section 2", "rms", "what selu's two constants were solved for", {"selu": 1.0}
-    ),
+    "klambauer": Published("Klambauer et al. 2017", "rms", "what selu's two constants were solved for", {"selu": 1.0}),
 }
 
 # Where torch's number is not the one that keeps gradients, and why.

@@ -5,9 +5,9 @@
 carried with a power of two, so that no depth leaves float64. Moments over a random net by a recursion for its traces:
 with A = J^T J, D = diag(phi'), M = W^T A W and m units, A' = D M D. Turning the sign of a column of W changes neither
 the squares M_ij^2 nor M_ii M_jj, so for linear, ReLU and leaky ReLU nets without biases D is independent of them and
-the recursion is exact at every width; for others up to O(1/n). For n -> infinity it is equation 22 of Pennington,
-Schoenholz & Ganguli 2017: E s^4 / (E s^2)^2 = 1 + L (mu_2 / mu_1^2 - 1 - s_1), mu_k = E phi'^(2k), s_1 = -1 for normal
-and 0 for orthogonal weights.
+the recursion is exact at every width; for others up to O(1/n). For n -> infinity it is what Pennington, Schoenholz &
+Ganguli 2017 derive with free probability: E s^4 / (E s^2)^2 = 1 + L (mu_2 / mu_1^2 - 1 - s_1), mu_k = E phi'^(2k), s_1
+= -1 for normal and 0 for orthogonal weights.
 
 Legend: E ensemble, I units of the input, O of a layer. Knows nothing of what is drawn.
 """

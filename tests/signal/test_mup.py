@@ -50,7 +50,7 @@ def test_a_mistake_is_one_line() -> None:
         rule("mup", base_width=-1)
 
 
-# --- the coordinate check: Yang et al. 2022, figure 5 -----------------------------------------------------------------
+# --- the coordinate check of Yang et al. 2022 -------------------------------------------------------------------------
 
 
 def rule_of(init: str) -> Rule:

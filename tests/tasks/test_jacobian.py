@@ -100,7 +100,7 @@ def test_the_recursion_is_the_mean_over_networks(
 
 @pytest.mark.parametrize(("init", "free"), [("kaiming", 1.0), ("orthogonal", 0.0)])
 @pytest.mark.parametrize(("activation", "ratio"), [("linear", 1.0), ("relu", 2.0)])
-def test_the_limit_is_equation_22(init: str, free: float, activation: str, ratio: float) -> None:
+def test_the_limit_is_pennington_et_al(init: str, free: float, activation: str, ratio: float) -> None:
     """E s^4 = 1 + L (mu_2/mu_1^2 - 1 - s_1), and the recursion tends to it as L/n."""
     for depth in (1, 4, 10):
         wide, narrow = (theory(init, activation, depth, n) for n in (10**6, 10**3))
