@@ -35,6 +35,9 @@ class InitConfig:
     mode: str | None = None
     distribution: str | None = None
     bias: float | None = None
+    attempts: int | None = None
+    tolerance: float | None = None
+    base_width: int | None = None
 
 
 @dataclass
@@ -216,6 +219,9 @@ COLUMNS = {
     "mode": "init.mode",
     "distribution": "init.distribution",
     "bias": "init.bias",
+    "attempts": "init.attempts",
+    "tolerance": "init.tolerance",
+    "base_width": "init.base_width",
     "activation": "activation.name",
     "depth": "depth",
     "width": "width",

@@ -26,7 +26,9 @@ from initlab.signal.init import GENERATORS, RULES, Rule, rule
 from initlab.signal.theory import METHODS
 from initlab.tasks.data import TEACHER_ROWS, load
 from initlab.tasks.explain import explain
+from initlab.tasks.gains import gains, gains_as_text
 from initlab.tasks.graph import graph
+from initlab.tasks.jacobian import jacobian, jacobian_as_text
 from initlab.tasks.ladders import backward_ladder, matmul_ladder
 from initlab.tasks.networks import Shape, kept_as_text, plan
 from initlab.tasks.pair import MODULES, OPTIMIZERS
@@ -152,6 +154,29 @@ def _graph(config: Config, common: Mapping[str, Any]) -> Stage:
     return run
 
 
+def _gains(config: Config, common: Mapping[str, Any]) -> Stage:
+    """Of all activations, whatever the options say."""
+
+    def run(recorder: Recorder) -> str:
+        frame = gains()
+        recorder.add({"gains": frame})
+        return gains_as_text(frame)
+
+    return run
+
+
+def _jacobian(config: Config, common: Mapping[str, Any]) -> Stage:
+    inputs = config.width if config.inputs is None else config.inputs
+    check(inputs=inputs)
+
+    def run(recorder: Recorder) -> str:
+        frames = jacobian(depth=config.depth, width=config.width, inputs=inputs, batch=config.batch, **common)
+        recorder.add(frames)
+        return jacobian_as_text(frames)
+
+    return run
+
+
 # Task -> its stages, each prepared before the first one runs.
 TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
     "lab": (_stack, _train),
@@ -162,6 +187,8 @@ TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
     "backward": (_backward,),
     "graph": (_graph,),
     "explain": (_explain,),
+    "gains": (_gains,),
+    "jacobian": (_jacobian,),
 }
 
 
@@ -191,7 +218,7 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     torch.set_num_threads(config.threads)
     set_matmul(config.matmul)
     i = config.init
-    scaling = rule(i.name, gain=i.gain, gain_kind=i.gain_kind, mode=i.mode, distribution=i.distribution, bias=i.bias)
+    scaling = rule(i.name, **{name: value for name, value in vars(i).items() if name != "name"})
     device = find_device(config.device).type
     phi = _activation(config.activation)
     if phi not in ACTIVATIONS.values() and config.task not in TAKE_ANY_FUNCTION:
@@ -239,13 +266,7 @@ def _activation(given: ActivationConfig) -> Activation:
 
 def _described(config: Config, scaling: Rule, phi: Activation, choices: Mapping[str, str | None]) -> dict[str, Any]:
     """The configuration columns: a rule's name is that of its file, its fields are those in force."""
-    in_force = {
-        "gain": scaling.gain_for(phi),
-        "gain_kind": scaling.gain_kind,
-        "mode": scaling.mode,
-        "distribution": scaling.distribution,
-        "bias": scaling.bias,
-    }
+    in_force = vars(scaling) | {"gain": scaling.gain_for(phi)}
     named = columns(config)
     if config.activation._target_ and named["activation"] in {"", *ACTIVATIONS}:
         named["activation"] = config.activation._target_.rpartition(".")[2]

@@ -17,7 +17,9 @@ from matplotlib.ticker import MaxNLocator
 
 from initlab.output import predicted, summary
 from initlab.output.axes import banded, beside, few, layer_axis, limits, log_scale, mark_deaths, sheet
+from initlab.output.gains import draw_gains
 from initlab.output.graphs import draw_graph
+from initlab.output.jacobian import draw_jacobian
 from initlab.output.octaves import draw_octaves
 
 Tables = Mapping[str, pd.DataFrame]
@@ -260,36 +262,36 @@ def timings(tables: Tables) -> Figure | None:
     return figure
 
 
-def graph(tables: Tables) -> Figure | None:
-    """Autograd's graph, node by node."""
-    return draw_graph(tables["nodes"], tables["edges"]) if "nodes" in tables else None
+def _of(make: Callable[..., Figure | None], *names: str) -> Callable[[Tables], Figure | None]:
+    """A figure that another file makes of these tables, where they are all there."""
+    return lambda tables: make(*(tables[name] for name in names)) if set(names) <= set(tables) else None
 
 
-def training_histograms(tables: Tables) -> Figure | None:
-    """Octaves of preactivations and weight gradients over the training steps."""
-    return draw_octaves(tables["histograms"]) if "histograms" in tables else None
-
-
+draw_spectra = _of(draw_jacobian, "jacobian", "singular_values")
+LABELLED = ("stats", "losses", "parity", "jacobian", "singular_values")
 FIGURES: dict[str, Callable[[Tables], Figure | None]] = {
     "activation_std": activation_std,
     "gradient_std": gradient_std,
     "training_activations": training_activations,
-    "training_histograms": training_histograms,
+    "training_histograms": _of(draw_octaves, "histograms"),
     "gradient_norm": gradient_norm,
     "loss": loss,
     "timings": timings,
-    "graph": graph,
+    "graph": _of(draw_graph, "nodes", "edges"),
+    "gains": _of(draw_gains, "gains"),
+    "jacobian": draw_spectra,
 }
 COMPARING: dict[str, Callable[[Tables], Figure | None]] = {
     "activation_std": activation_std,
     "gradient_std": gradient_std,
     "loss": compared_loss,
+    "jacobian": draw_spectra,
 }
 
 
 def draw(tables: Tables, folder: Path, compare: bool = False) -> list[Path]:
     """Write every figure that the tables allow as PNG; their paths."""
-    measured = {name: frame for name, frame in tables.items() if name in ("stats", "losses", "parity", "theory")}
+    measured = {name: frame for name, frame in tables.items() if name in LABELLED}
     labelled = {**tables, **summary.labelled(measured)}
     paths = []
     for name, make in (COMPARING if compare else FIGURES).items():

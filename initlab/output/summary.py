@@ -14,9 +14,9 @@ from initlab.output import predicted
 
 # Configuration columns that may tell runs apart, in the order in which they are named.
 TELLING = (
-    "init", "activation", "gain", "mode", "distribution", "bias", "depth", "width", "inputs", "batch", "dtype",
-    "device", "data", "train_depth", "train_width", "train_batch", "steps", "lr", "optimizer", "train_loss",
-    "every", "task",
+    "init", "activation", "gain", "mode", "distribution", "bias", "attempts", "tolerance", "base_width", "depth",
+    "width", "inputs", "batch", "dtype", "device", "data", "train_depth", "train_width", "train_batch", "steps", "lr",
+    "optimizer", "train_loss", "every", "task",
 )  # fmt: skip
 ALWAYS = ("init", "activation")
 # What the two backward passes are held to at the default shape; the table says where it is passed.
@@ -33,7 +33,7 @@ def telling_columns(frame: pd.DataFrame) -> list[str]:
         networks = frame.loc[frame["seed"] >= 0, [*found, "run", "seed"]].drop_duplicates()  # -1 is a mean over them
         if networks.duplicated([*found, "seed"]).any():  # runs that differ in nothing that is named here
             found.append("run")
-    for derived in ("gain", "mode", "distribution", "bias", "inputs"):
+    for derived in ("gain", "mode", "distribution", "bias", "attempts", "tolerance", "base_width", "inputs"):
         if derived in found:
             others = [name for name in found if name != derived]
             if (frame.groupby(others, observed=True)[derived].nunique(dropna=False) <= 1).all():

@@ -23,12 +23,13 @@ from initlab.signal.custom import Given, as_activation
 CACHE_BYTES = 2**20  # of a core's second cache: rows beyond it go through in pieces
 FEWEST_ROWS = 1024  # a piece is never smaller: matrix products want them
 KEPT_SPACES = 4  # batch sizes whose memory is kept
+Factors = Sequence[tuple[float, float]]  # of every layer's learning rates, weights and biases; none: all are 1
 JOINT_ENTRIES = 2**24  # products of more multiplications run one after the other, smaller ones as one batch
 
 threshold_backward = torch.ops.aten.threshold_backward.grad_input
 
 
-def runs(shapes: Sequence[tuple[int, ...]]) -> list[slice]:
+def runs(shapes: Sequence[tuple[object, ...]]) -> list[slice]:
     """Neighbours of one shape, as slices of the list.
 
     >>> runs([(50, 50), (50, 50), (50, 10)])
@@ -46,13 +47,22 @@ class Stack:
     """Tensors of successive layers, neighbours of one shape in one piece of memory: `stack[k]` is that of position k.
 
     With `inner` the first and the last keep to themselves: one meets the data and one the loss, not another layer.
+    Parameters have `rates`, learning rates by position, and a run has one.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], like: Tensor, inner: bool = False) -> None:
-        self.runs = runs(shapes)
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        like: Tensor,
+        inner: bool = False,
+        rates: Sequence[float] | None = None,
+    ) -> None:
+        self.rates = [0.0] * len(shapes) if rates is None else list(rates)
+        alike = list(zip(shapes, self.rates, strict=True))
+        self.runs = runs(alike)
         if inner:
             last = len(shapes) - 1
-            self.runs = [slice(r.start + 1, r.stop + 1) for r in runs(shapes[1:last])]
+            self.runs = [slice(r.start + 1, r.stop + 1) for r in runs(alike[1:last])]
             self.runs = [slice(0, 1), *self.runs, *([slice(last, last + 1)] if last else [])]
         self.whole = [like.new_zeros(r.stop - r.start, *shapes[r.start]) for r in self.runs]
         self.each = [view for block in self.whole for view in block.unbind()]
@@ -67,6 +77,11 @@ class Stack:
         """Positions start to stop - 1 as one tensor; they must lie in one run."""
         run, block = next((r, t) for r, t in zip(self.runs, self.whole, strict=True) if r.start <= start < r.stop)
         return block[start - run.start : stop - run.start]
+
+    @property
+    def run_rates(self) -> list[float]:
+        """The learning rate of every run."""
+        return [self.rates[run.start] for run in self.runs]
 
 
 class Product(NamedTuple):
@@ -104,8 +119,8 @@ class Space:
 
     def _sums(self, to: Stack) -> list[tuple[Tensor | None, Tensor]]:
         """Gradients of a run of hidden layers and where their sums over the batch go; None: the loss's."""
-        runs_of = zip(self.g.runs, self.g.whole, strict=True)
-        return [*((block, to.between(run.start, run.stop)) for run, block in runs_of), (None, to[-1])]
+        parts = [(run.start, min(run.stop, len(self.g))) for run in to.runs if run.start < len(self.g)]
+        return [*((self.g.between(*part), to.between(*part)) for part in parts), (None, to[-1])]
 
     def _products(self, to: Stack) -> list[Product]:
         """How dL/dW of a run of layers is added to `to`."""
@@ -128,10 +143,15 @@ class Space:
 
 
 class Network:
-    """One network in matrices, or a few as one batched program; w (I, O) or (E, I, O), b (O,) or (E, 1, O)."""
+    """One network in matrices, or a few as one batched program; w (I, O) or (E, I, O), b (O,) or (E, 1, O).
 
-    def __init__(self, parameters: Parameters, activation: Activation, loss: Loss, lr: float) -> None:
-        self.activation, self.loss, self.lr = activation, loss, lr
+    `factors` multiply the learning rate of each layer's weights and biases.
+    """
+
+    def __init__(
+        self, parameters: Parameters, activation: Activation, loss: Loss, lr: float, factors: Factors = ()
+    ) -> None:
+        self.activation, self.loss = activation, loss
         self.in_place = activation is ACTIVATIONS["relu"]
         self.count = len(parameters[0][0])
         self.lead: tuple[int, ...] = () if self.count == 1 else (self.count,)
@@ -139,11 +159,14 @@ class Network:
         pairs, like = list(pairwise(self.sizes)), parameters[0][0]
         weights = [(*self.lead, i, o) for i, o in pairs]
         biases = [(*self.lead, 1, o) if self.lead else (o,) for _, o in pairs]
-        self.w, self.w_grad = Stack(weights, like, inner=True), Stack(weights, like, inner=True)
+        by_layer = factors or [(1.0, 1.0)] * len(pairs)
+        w_rates, b_rates = [lr * weight for weight, _ in by_layer], [lr * bias for _, bias in by_layer]
+        self.w, self.w_grad = (Stack(weights, like, inner=True, rates=w_rates) for _ in range(2))
         # The first layer's gradient lies as torch's does, (O, I): where I is large it is found faster that way.
         self.w_grad.each[0] = like.new_zeros(*self.lead, *pairs[0][::-1]).mT
         self.w_grad.whole[0] = self.w_grad.each[0].unsqueeze(0)
-        self.b, self.b_grad, self.b_part = (Stack(biases, like) for _ in range(3))
+        self.b, self.b_grad, self.b_part = (Stack(biases, like, rates=b_rates) for _ in range(3))
+        self.w_rates, self.b_rates = self.w.run_rates, self.b.run_rates
         self.load(parameters)
         self.w_t = [w.mT for w in self.w.each]
         self.affine: Callable[..., Tensor] = torch.baddbmm if self.lead else torch.addmm
@@ -201,10 +224,10 @@ class Network:
         value, g = self.loss.both(self.out, y)
         self.backward(g, s)
         self.bias_gradients(g, s.bias_sums)
-        for product in s.updates:
-            product(x, g, alpha=-self.lr)
-        for block, grad in zip(self.b.whole, self.b_grad.whole, strict=True):
-            block.sub_(grad, alpha=self.lr)
+        for product, rate in zip(s.updates, self.w_rates, strict=True):
+            product(x, g, alpha=-rate)
+        for block, grad, rate in zip(self.b.whole, self.b_grad.whole, self.b_rates, strict=True):
+            block.sub_(grad, alpha=rate)
         return value
 
     def gradients(self, x: Tensor, y: Tensor) -> Tensor:
@@ -231,7 +254,8 @@ class Engine:
     """An ensemble under gradient descent, an update a call: `parameters` is [(w (E, I, O), b (E, O)), ...], copied.
 
     Small networks run as one batched program, larger ones one after the other, each in its own memory: the products of
-    `batch` rows decide. `lr` is one learning rate or one for each network. A step that is recorded: recording.py.
+    `batch` rows decide. `lr` is one learning rate or one for each network; `factors`, given for each network, multiply
+    those of its layers. A step that is recorded: recording.py.
     """
 
     def __init__(
@@ -241,16 +265,19 @@ class Engine:
         loss: str = "cross_entropy",
         lr: float | Sequence[float] = 0.1,
         batch: int = 64,
+        factors: Sequence[Factors] = (),
     ) -> None:
         row, objective = as_activation(activation), choose(LOSSES, loss, "loss")
         self.count = count = len(parameters[0][0])
         rates = [float(rate) for rate in lr] if isinstance(lr, Sequence) else [float(lr)] * count
         if len(rates) != count:
             raise UsageError(f"lr: {len(rates)} learning rates for {count} networks; give one, or one for each")
-        joint = len(set(rates)) == 1 and batch * max(w.shape[-1] * w.shape[-2] for w, _ in parameters) <= JOINT_ENTRIES
+        own = [tuple(each) for each in factors] or [()] * count
+        alike = len(set(zip(rates, own, strict=True))) == 1
+        joint = alike and batch * max(w.shape[-1] * w.shape[-2] for w, _ in parameters) <= JOINT_ENTRIES
         self.slices = [slice(0, count)] if joint else [slice(k, k + 1) for k in range(count)]
         self.networks = [
-            Network([(w[part], b[part]) for w, b in parameters], row, objective, rates[part.start])
+            Network([(w[part], b[part]) for w, b in parameters], row, objective, rates[part.start], own[part.start])
             for part in self.slices
         ]
 

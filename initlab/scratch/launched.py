@@ -39,7 +39,7 @@ class Launched:
 
     def __init__(self, net: Network, page: Page, first: int) -> None:
         self.net, self.page, self.first = net, page, first
-        self.lr = net.w[0].new_tensor([net.lr], dtype=torch.float32)
+        self.rates = {rate: net.w[0].new_tensor([rate], dtype=torch.float32) for rate in {*net.w_rates, *net.b_rates}}
         self._rooms: dict[tuple[object, ...], Blocks] = {}
 
     def step(self, x: Tensor, y: Tensor, at: int) -> Tensor:
@@ -104,12 +104,13 @@ class Launched:
     def _update(self, at: int, values: Stack, grads: Stack, tensor: str, change: str) -> None:
         """Three rows of each parameter: what it was, its gradient, what changed."""
         for run, (part, block, grad) in enumerate(zip(values.runs, values.whole, grads.whole, strict=True)):
+            lr = self.rates[values.rates[part.start]]
             w, g = (t.reshape(len(block), self.net.count, 1, -1) for t in (block, grad))
             before, gradient, moved, after = (
                 self._room(f"{tensor} {name}", run, w, batched=False) for name in ("w", "g", "u", "new")
             )
             fused.measure(w, before)
-            fused.update(w, g, self.lr, gradient, moved, after)
+            fused.update(w, g, lr, gradient, moved, after)
             self._write(at, before, part, tensor, "forward")
             self._write(at, gradient, part, tensor, "backward")
             self._write(at, moved, part, change, "forward")

@@ -6,6 +6,7 @@ Legend: E ensemble, N batch, I fan_in, O fan_out.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
@@ -53,16 +54,16 @@ class Apart:
         for values, direction in ((out, "forward"), (g, "backward")):
             self._write_run(at, values[None], len(net.w) - 1, "preactivation", direction, batched=True)
         self._saturation(at, s.z)
-        self._update(at, net.w, net.w_grad, "weight", "update")
-        self._update(at, net.b, net.b_grad, "bias", BIAS_UPDATE)
+        self._update(at, net.w, net.w_grad, net.w_rates, "weight", "update")
+        self._update(at, net.b, net.b_grad, net.b_rates, "bias", BIAS_UPDATE)
         return value
 
-    def _update(self, at: int, values: Stack, grads: Stack, tensor: str, change: str) -> None:
+    def _update(self, at: int, values: Stack, grads: Stack, rates: Sequence[float], tensor: str, change: str) -> None:
         self._write(at, values, tensor, "forward", batched=False)
         self._write(at, grads, tensor, "backward", batched=False)
-        for run, block, grad in zip(values.runs, values.whole, grads.whole, strict=True):
+        for run, block, grad, rate in zip(values.runs, values.whole, grads.whole, rates, strict=True):
             before = block.clone()
-            block.sub_(grad, alpha=self.net.lr)
+            block.sub_(grad, alpha=rate)
             self._write_run(at, block - before, run.start, change, "forward", batched=False)
 
     def _write(self, at: int, stack: Stack, tensor: str, direction: str, batched: bool) -> None:
@@ -94,6 +95,10 @@ class Fused:
         self.grads = [torch.empty_like(net.w[0]), *(by_shape[w.shape] for w in net.w.each[1:])]
         self._weights = self._updates(net.w.each, self.grads, "weight", "update")
         self._biases = self._updates(net.b.each, net.b_grad.each, "bias", BIAS_UPDATE)
+        self._of_one_rate = [
+            (int(self._biases[same[0]].ctypes.data), len(same), rate)
+            for rate, same in ((rate, list(same)) for rate, same in groupby(range(len(net.b)), net.b.rates.__getitem__))
+        ]
         self._prepared: dict[int, _Addresses] = {}
 
     def step(self, x: Tensor, y: Tensor, at: int) -> Tensor:
@@ -110,15 +115,16 @@ class Fused:
         for values, job in ((out, todo.out), (g, todo.out_grad)):
             job[0] = values.data_ptr()
             lib.describe_job(job.ctypes.data, rows, arena)
-        for w_t, inp_t, grad, update, below, mask in todo.down:
+        for w_t, inp_t, grad, update, rate, below, mask in todo.down:
             net.product(g, w_t, out=below)
             net.product(inp_t, g, out=grad)
-            lib.update_jobs(update, 1, net.lr, rows, arena)
+            lib.update_jobs(update, 1, rate, rows, arena)
             lib.mask_job(mask, rows, arena)
             g = below
         net.product(x.mT, g, out=self.grads[0])
-        lib.update_jobs(self._weights.ctypes.data, 1, net.lr, rows, arena)
-        lib.update_jobs(self._biases.ctypes.data, len(self._biases), net.lr, rows, arena)
+        lib.update_jobs(self._weights.ctypes.data, 1, net.w.rates[0], rows, arena)
+        for jobs, count, rate in self._of_one_rate:
+            lib.update_jobs(jobs, count, rate, rows, arena)
         return value
 
     def _row(self, layer: int, tensor: str, direction: str) -> int:
@@ -160,7 +166,8 @@ class _Addresses:
             self.jobs[1, k] = [grads[k].data_ptr(), s.a[k].data_ptr(), sums, *shape, a_grad, z_grad, 0]
         self.up = [(net.w[k], net.b[k], s.a[k], relu[k]) for k in hidden]
         self.down = [
-            (net.w_t[k + 1], s.a_t[k], pen.grads[k + 1], updates[k + 1], grads[k], mask[k]) for k in reversed(hidden)
+            (net.w_t[k + 1], s.a_t[k], pen.grads[k + 1], updates[k + 1], net.w.rates[k + 1], grads[k], mask[k])
+            for k in reversed(hidden)
         ]
         shape = [net.count, rows, net.sizes[-1]]
         self.out, self.out_grad = (

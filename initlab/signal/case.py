@@ -13,6 +13,7 @@ from initlab.signal.activations import Activation
 from initlab.signal.closure import Layer
 from initlab.signal.custom import Given, as_activation
 from initlab.signal.init import MODES, Rule, rule
+from initlab.signal.maps import moment
 
 
 class Case(NamedTuple):
@@ -58,12 +59,12 @@ def case_of(
         raise UsageError("q0=0: an input of zeros has nothing to say; it must be positive")
     if not 0 <= c0 < 1:
         raise UsageError(f"c0={c0:g}: the inputs' mean cosine must be at least 0 and below 1")
-    layers = _layers(scaling, row, [units[0] if inputs is None else inputs, *units], sb2)
+    layers = _layers(scaling, row, [units[0] if inputs is None else inputs, *units], q0, sb2)
     return Case(scaling, row, layers, int(batch), float(q0), float(c0), fixed_input)
 
 
 def _rule(init: str | Rule, fields: Mapping[str, Any]) -> Rule:
-    allowed = ("gain", "mode", "distribution", "bias", "gain_kind")
+    allowed = ("gain", "mode", "distribution", "bias", "gain_kind", "attempts", "tolerance", "base_width")
     for name in fields:
         if name not in allowed:
             raise UsageError(f"{name}: no such option of a prediction; a rule has {', '.join(allowed)}")
@@ -73,13 +74,20 @@ def _rule(init: str | Rule, fields: Mapping[str, Any]) -> Rule:
     return Rule(**{**given, **{name: value for name, value in fields.items() if value is not None}})
 
 
-def _layers(scaling: Rule, row: Activation, widths: Sequence[int], sb2: float) -> tuple[Layer, ...]:
-    gain = scaling.gain_for(row)
+def _layers(scaling: Rule, row: Activation, widths: Sequence[int], q0: float, sb2: float) -> tuple[Layer, ...]:
+    """A rule that is fitted to data has the weights that give its preactivations a variance of 1, biases included.
+
+    That is the fit's mean; of its spread only what orthogonal weights have, which it makes smaller, is known here.
+    """
     found = []
-    for fan_in, fan_out in pairwise(widths):
-        weight = gain**2 / MODES[scaling.mode](fan_in, fan_out)
-        orthogonal = scaling.distribution == "orthogonal"
-        if orthogonal:  # an isometry's rows are as long as its columns are many
-            weight *= fan_in / max(fan_in, fan_out)
-        found.append(Layer(fan_in, fan_out, weight, sb2, scaling.bias**2 / (3 * fan_in), orthogonal))
+    for k, (fan_in, fan_out) in enumerate(pairwise(widths)):
+        orthogonal, uniform = scaling.distribution == "orthogonal", scaling.bias**2 / (3 * fan_in)
+        if scaling.attempts:
+            entering = float(moment(row, 1.0)) if k else q0
+            weight = max(0.0, 1 - sb2 - uniform) / (fan_in * entering) if entering else 0.0
+        else:
+            weight = scaling.gain_for(row) ** 2 / MODES[scaling.mode](fan_in, fan_out)
+            if orthogonal:  # an isometry's rows are as long as its columns are many
+                weight *= fan_in / max(fan_in, fan_out)
+        found.append(Layer(fan_in, fan_out, weight, sb2, uniform, orthogonal))
     return tuple(found)

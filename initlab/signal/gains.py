@@ -3,15 +3,58 @@
 A gain belongs to a promise (`activations.GAIN_KINDS`); this table says which promises it breaks. Infinite width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import pandas as pd
 
-from initlab.signal.activations import ACTIVATIONS, GAIN_KINDS, TORCH_HAS, gain
+from initlab.signal.activations import ACTIVATIONS, GAIN_KINDS, TORCH_HAS, Activation, gain
 from initlab.signal.custom import Given, as_activation, name_of
 from initlab.signal.phases import Phase, phase
 
 EDGE = 1e-6
+
+
+class Published(NamedTuple):
+    """Numbers that are in use: where they stand, the kind that they stand for, why they differ from it."""
+
+    source: str
+    meant: str
+    why: str
+    gains: Mapping[str, float]
+
+
+# torch's own stand in WHY_TORCH. Slopes and values at 0 are the limit of small signals, which a deep net leaves.
+PUBLISHED: dict[str, Published] = {
+    "nfnets": Published(
+        "Brock et al. 2021, nfnets/base.py",
+        "std",
+        "a sample's 1/std instead of the integral: all are a little too large",
+        {
+            "linear": 1.0,
+            "relu": 1.7139588594436646,
+            "leaky_relu": 1.70590341091156,
+            "tanh": 1.5939117670059204,
+            "sigmoid": 4.803835391998291,
+            "gelu": 1.7015043497085571,
+            "silu": 1.7881293296813965,
+            "selu": 1.0008515119552612,
+        },
+    ),
+    "slope_at_0": Published(
+        "Glorot & Bengio 2010 as taught: 1, and 4 for sigmoid",
+        "chi",
+        "1/phi'(0): right as long as the signal is small, too small for a signal of 1",
+        {"linear": 1.0, "tanh": 1.0, "sigmoid": 4.0},
+    ),
+    "kumar": Published(
+        "Kumar 2017: 1/(phi'(0) sqrt(1 + phi(0)^2))",
+        "rms",
+        "the activation as its tangent at 0, and that mixed up with its mean",
+        {"linear": 1.0, "tanh": 1.0, "sigmoid": 4 / 1.25**0.5},
+    ),
+    "klambauer": Published("Klambauer et al. 2017", "rms", "what selu's two constants were solved for", {"selu": 1.0}),
+}
 
 # Where torch's number is not the one that keeps gradients, and why.
 WHY_TORCH = {
@@ -42,23 +85,40 @@ def gain_table(activations: Sequence[Given] = tuple(ACTIVATIONS)) -> pd.DataFram
             if kind == "torch" and not known:
                 continue
             value = gain(row, kind)
-            at = phase(row, value**2)
-            rows.append(
-                {
-                    "activation": name,
-                    "kind": kind,
-                    "gain": value,
-                    "q": at.q,
-                    "slope": at.slope,
-                    "chi_1": at.chi_1,
-                    "stability": _stability(at),
-                    "gradient": _gradient(at.chi_1),
-                    "torch": by_torch,
-                    "ratio": value / by_torch,
-                    "why": WHY_TORCH.get(name, "a function of one's own"),
-                }
-            )
+            named = {"activation": name, "kind": kind, **consequences(row, value)}
+            why = WHY_TORCH.get(name, "a function of one's own")
+            rows.append({**named, "torch": by_torch, "ratio": value / by_torch, "why": why})
     return pd.DataFrame(rows)
+
+
+def published_table() -> pd.DataFrame:
+    """The same of numbers that are in use, torch's first: `kind` is who says it, `source` where, `meant` which gain it
+    stands for, `right` that gain, `deviation` how far it is from it as a share, `why` the reason.
+
+    torch's stand for `chi`: they are called gains of Kaiming's rule, which keeps gradients.
+    """
+    in_use = {
+        "torch": Published(
+            "torch.nn.init.calculate_gain", "chi", "", {name: gain(name, "torch") for name in TORCH_HAS}
+        ),
+        **PUBLISHED,
+    }
+    rows = []
+    for kind, said in in_use.items():
+        for name, value in said.gains.items():
+            right = gain(name, said.meant)
+            why = said.why or WHY_TORCH[name]
+            named = {"activation": name, "kind": kind, **consequences(ACTIVATIONS[name], value)}
+            about = {"source": said.source, "meant": said.meant, "right": right, "deviation": value / right - 1}
+            rows.append({**named, **about, "why": why})
+    return pd.DataFrame(rows)
+
+
+def consequences(row: Activation, value: float) -> dict[str, object]:
+    """What a gain leads to: the columns `gain`, `q`, `slope`, `chi_1`, `stability`, `gradient`."""
+    at = phase(row, value**2)
+    where = {"gain": value, "q": at.q, "slope": at.slope, "chi_1": at.chi_1}
+    return {**where, "stability": _stability(at), "gradient": _gradient(at.chi_1)}
 
 
 def _stability(at: Phase) -> str:

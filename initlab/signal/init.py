@@ -23,7 +23,9 @@ class Rule:
     """Weights of standard deviation gain / sqrt(fan), fan chosen by `mode`, shape of the law by `distribution`.
 
     `gain` None asks for the gain of the activation, of kind `gain_kind` (see `activations.GAIN_KINDS`).
-    `bias` is the half-width of a uniform bias in units of 1/sqrt(fan_in); 0 starts biases at 0.
+    `bias` is the half-width of a uniform bias in units of 1/sqrt(fan_in); 0 starts biases at 0. With `attempts` above 0
+    what is drawn is a start that the data rescale, until variances are within `tolerance` of 1: `lsuv.py`. With a
+    `base_width` above 0 the last layer and the learning rates follow the width: `mup.py`.
     """
 
     gain: float | None = None
@@ -31,6 +33,9 @@ class Rule:
     distribution: str = "normal"
     bias: float = 0.0
     gain_kind: str = "chi"
+    attempts: int = 0
+    tolerance: float = 0.1
+    base_width: int = 0
 
     def __post_init__(self) -> None:
         choose(MODES, self.mode, "init.mode")
@@ -40,6 +45,11 @@ class Rule:
             raise UsageError(f"init.gain={self.gain}: must be a finite number, at least 0")
         if not 0 <= self.bias < math.inf:
             raise UsageError(f"init.bias={self.bias}: must be a finite number, at least 0")
+        for option, value in (("attempts", self.attempts), ("base_width", self.base_width)):
+            if value < 0:
+                raise UsageError(f"init.{option}={value}: must be at least 0; 0 is none")
+        if not 0 < self.tolerance < math.inf:
+            raise UsageError(f"init.tolerance={self.tolerance}: must be a finite number above 0")
 
     def gain_for(self, activation: str | activations.Activation) -> float:
         """The gain in force, dimensionless."""
@@ -157,6 +167,8 @@ RULES: dict[str, Rule] = {
     "kaiming": Rule(),  # N(0, gain^2/fan_in), He et al. 2015, eq. 14
     "orthogonal": Rule(distribution="orthogonal"),  # gain times a random isometry, Saxe et al. 2013
     "torch_default": Rule(gain=3**-0.5, distribution="uniform", bias=1.0),  # U(-1/sqrt(fan_in), 1/sqrt(fan_in))
+    "lsuv": Rule(gain=1.0, distribution="orthogonal", attempts=10),  # then unit variance, Mishkin & Matas 2015
+    "mup": Rule(base_width=50),  # kaiming, and what keeps training alike at every width, Yang et al. 2022
 }
 
 

@@ -114,8 +114,8 @@ def _scales(one: Rule, activation: str, shape: Shape, dtype: torch.dtype) -> tup
 
 
 def _family(one: Rule, scales: tuple[float, float], alone: int) -> object:
-    """Rules of one family scale the same random numbers; whoever has biases or no finite scale is alone."""
-    return alone if one.bias or not np.isfinite(scales).all() else one.distribution
+    """Rules of one family scale the same random numbers; whoever has biases, no finite scale or asks data is alone."""
+    return alone if one.bias or one.attempts or not np.isfinite(scales).all() else one.distribution
 
 
 def _shift(rows: pd.DataFrame, ours: tuple[float, float], theirs: tuple[float, float], depth: int) -> np.ndarray:

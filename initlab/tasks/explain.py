@@ -7,7 +7,6 @@ SymPy can read; the tests let SymPy differentiate them. Knows nothing of autogra
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -17,9 +16,10 @@ from initlab.errors import UsageError, check, choose
 from initlab.scratch.classes import LOSS_LAYERS, Act, Lin
 from initlab.scratch.layers import LOSSES, g_of
 from initlab.signal.activations import ACTIVATIONS, SELU_ALPHA, SELU_SCALE, SLOPE
-from initlab.signal.init import Rule, draw, gaussian, permutation, rule
+from initlab.signal.init import Rule, gaussian, permutation, rule
 from initlab.signal.stats import STATISTICS, measure
 from initlab.tasks.place import DTYPES, find_device
+from initlab.tasks.weights import drawn
 
 
 class Symbolic(NamedTuple):
@@ -102,11 +102,8 @@ def explain(
     sizes = [inputs, *[width] * depth, classes if choose(LOSSES, loss, "train.loss").classes else 1]
     number, place = choose(DTYPES, dtype, "dtype"), find_device(device)
     scaling = rule(init) if isinstance(init, str) else init
-    parameters = []
-    for layer, shape in enumerate(pairwise(sizes), start=1):
-        w, b = draw(scaling, activation, shape, [seed], layer, number, place)
-        parameters.append((w[0], b[0]))
     xb = gaussian((batch, inputs), seed, "input").to(place, number)
+    parameters = [(w[0], b[0]) for w, b in drawn([scaling], activation, sizes, [seed], xb[None]).parameters]
     yb = gaussian((batch,), seed, "target").to(number)
     if LOSSES[loss].classes:
         yb = permutation(batch, seed, "target") % classes

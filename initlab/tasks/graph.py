@@ -7,7 +7,6 @@ and no random state is changed. What was decided on the way (which output, which
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 
 import pandas as pd
 import torch
@@ -18,8 +17,9 @@ from initlab.scratch import mlp
 from initlab.scratch.graph import Graph, gradients, walk
 from initlab.scratch.layers import LOSSES
 from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.init import Rule, draw, gaussian, rule
+from initlab.signal.init import Rule, gaussian, rule
 from initlab.tasks.place import DTYPES, find_device
+from initlab.tasks.weights import drawn
 
 Frames = dict[str, pd.DataFrame]
 Inputs = Tensor | Sequence[object] | Mapping[str, object]
@@ -92,12 +92,11 @@ def _own(
     classes = isinstance(loss, str) and choose(LOSSES, loss, "train.loss").classes
     sizes, row = [width] * (depth + 1) + [CLASSES if classes else 1], choose(ACTIVATIONS, activation, "activation")
     scaling = rule(init) if isinstance(init, str) else init
-    parameters = [
-        draw(scaling, activation, shape, [seed], layer) for layer, shape in enumerate(pairwise(sizes), start=1)
-    ]
+    x = gaussian((batch, width), seed, "input")
+    parameters = drawn([scaling], activation, sizes, [seed], x[None]).parameters
     if targets is None:
         targets = torch.arange(batch) % CLASSES if classes else gaussian((batch,), seed, "targets")
-    return mlp.twin(parameters, 0, row), gaussian((batch, width), seed, "input"), targets
+    return mlp.twin(parameters, 0, row), x, targets
 
 
 def _first_shape(model: nn.Module, batch: int) -> tuple[int, ...]:

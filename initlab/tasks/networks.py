@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from initlab.errors import UsageError, choose
+from initlab.signal import lsuv
 from initlab.signal.activations import Activation
+from initlab.signal.custom import as_activation
 from initlab.signal.init import GENERATORS, RULES, Rule, draw, rule
 from initlab.tasks.memory import free_memory, readable
 
@@ -110,8 +112,15 @@ def multiply(x: Signal, w: Tensor, out: Signal) -> None:
         torch.mm(one, weight, out=result)
 
 
+def affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """x w + b for (E, N, I), (E, I, O) and (E, O)."""
+    z = x.new_empty(*x.shape[:-1], w.shape[-1])
+    multiply(signal(x), w, out=signal(z))
+    return z if b is None else z.add_(b.unsqueeze(-2))
+
+
 class Networks:
-    """A chunk of networks: draws what it needs, on its device."""
+    """A chunk of networks: draws what it needs, on its device; what the data rescale is fitted at once."""
 
     def __init__(
         self,
@@ -129,6 +138,11 @@ class Networks:
         choose(GENERATORS, generator, "generator")
         self.generator = generator
         self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self.fit = None
+        if any(one.attempts for one in rules):  # fitted to the input that the stack will see
+            layers = (self._drawn(layer, range(len(self))) for layer in range(1, shape.depth + 1))
+            x, phi = self.gaussian(shape.inputs, "input"), as_activation(activation)
+            self.fit = lsuv.fit(rules, seeds, layers, x, phi, affine)
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -139,6 +153,8 @@ class Networks:
             w, b = self._kept[layer]
             return (w, b) if who is None else (w[list(who)], None if b is None else b[list(who)])
         found = self._drawn(layer, range(len(self)) if who is None else who)
+        if self.fit is not None:
+            found = self.fit.scaled(layer, found[0], who), found[1]
         if self.keep_weights and who is None:
             self._kept[layer] = found
         return found

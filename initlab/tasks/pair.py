@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from initlab.errors import UsageError, choose
 from initlab.scratch import mlp
-from initlab.scratch.engine import Engine
+from initlab.scratch.engine import Engine, Factors
 from initlab.scratch.layers import LOSSES, Loss
 from initlab.scratch.mlp import Parameters, Pass
 from initlab.scratch.recording import Recording
@@ -31,6 +31,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
+# They divide a gradient by its own size.
+ADAPTIVE = ("rmsprop", "adam", "adamw")
 # How the modules of an ensemble run on steps that are not recorded; recorded ones go one by one.
 MODULES = {"one_by_one": "each nn.Module by itself", "vmap": "all as one program, torch.func.vmap"}
 FLUSH_SECONDS, FLUSH_ROWS = 30.0, 200_000
@@ -88,15 +90,19 @@ class Pair:
         batch: int,
         records: Records,
         modules: str = "one_by_one",
+        factors: Sequence[Factors] = (),
     ) -> None:
+        """`factors`, of each network, multiply the learning rates of its layers; none: all are 1."""
         self.activation, self.loss, self.records = activation, LOSSES[loss], records
         self.hand: _Hand
         if optimizer == "sgd":
-            self.hand = _ByEngine(Engine(parameters, activation, loss, lr, batch), records)
-        elif isinstance(lr, Sequence):
+            self.hand = _ByEngine(Engine(parameters, activation, loss, lr, batch, factors), records)
+        elif isinstance(lr, Sequence) or any(one != factors[0] for one in factors):
             raise UsageError(f"train.optimizer={optimizer}: a learning rate for each network needs sgd")
         else:
-            self.hand = _ByPass(parameters, self.activation, self.loss, OPTIMIZERS[optimizer], lr, records)
+            groups = grouped([p for pair in parameters for p in pair], lr, factors[0] if factors else ())
+            by_optimizer = OPTIMIZERS[optimizer](groups, lr=lr)
+            self.hand = _ByPass(parameters, self.activation, self.loss, by_optimizer, records)
         self.twins = [mlp.twin(parameters, member, self.activation) for member in range(len(parameters[0][0]))]
         self.at_once = (
             mlp.Together(self.twins, self.loss)
@@ -104,7 +110,12 @@ class Pair:
             else None
         )
         rates = lr if isinstance(lr, Sequence) else [lr] * len(self.twins)
-        groups = [{"params": list(model.parameters()), "lr": r} for model, r in zip(self.twins, rates, strict=True)]
+        own = factors or [()] * len(self.twins)
+        groups = [
+            group
+            for model, rate, one in zip(self.twins, rates, own, strict=True)
+            for group in grouped(list(model.parameters()), rate, one)
+        ]
         self.by_torch = OPTIMIZERS[optimizer](groups, lr=rates[0])
 
     def step(self, step: int, xb: Tensor, yb: Tensor, record: bool) -> None:
@@ -139,6 +150,15 @@ class Pair:
 
     def _note(self, name: str, step: int, yb: Tensor, loss: Tensor, out: Tensor) -> None:
         self.records.losses.put([Key("train", name, step, 0, "", "")], _loss_and_accuracy(out, yb, loss, self.loss))
+
+
+def grouped(parameters: Sequence[Tensor], lr: float, factors: Factors) -> list[dict[str, Any]]:
+    """Groups for an optimizer of torch's: parameters w, b, w, b, ... whose learning rates agree."""
+    rates = [lr * one for layer in factors for one in layer] or [lr] * len(parameters)
+    by_rate: dict[float, list[Tensor]] = {}
+    for p, rate in zip(parameters, rates, strict=True):
+        by_rate.setdefault(rate, []).append(p)
+    return [{"params": alike, "lr": rate} for rate, alike in by_rate.items()]
 
 
 class _Hand(Protocol):
@@ -180,12 +200,11 @@ class _ByPass:
         parameters: Parameters,
         activation: Activation,
         loss: Loss,
-        optimizer: Optimizer,
-        lr: float,
+        optimizer: torch.optim.Optimizer,
         records: Records,
     ) -> None:
         self.own, self.activation, self.loss, self.rows = parameters, activation, loss, records.rows
-        self.optimizer = optimizer([p for pair in parameters for p in pair], lr=lr)
+        self.optimizer = optimizer
 
     def step(self, step: int, xb: Tensor, yb: Tensor, record: bool) -> tuple[Tensor, Tensor]:
         seen = mlp.forward_and_backward(self.own, xb, yb, self.activation, self.loss)

@@ -59,6 +59,7 @@ def stack(
     Without `backward` nothing that is kept grows with depth, else what `networks.plan` says. With `emit` rows are
     handed over every 1000 rows or 30 seconds and at the end of each chunk of networks, and the frame returned is empty.
     On a CPU each of torch's threads takes a chunk of its own: small matrices gain nothing from sharing one.
+    A rule that is fitted to data is fitted to the stack's own input; how it went is handed over as the table `lsuv`.
     `producer` measures: (..., N, C) -> rows (F, ...) of `moments.FIELDS`, nan where it does not look.
     """
     shape = Shape(depth, width, width if inputs is None else inputs, batch)
@@ -82,11 +83,13 @@ def stack(
             kept = planned.keep_weights
             nets = Networks(rules[chunk], phi, shape, seeds[chunk], number, place, kept, generator)
             deliver = collected.setdefault(chunk.start, []).append if emit is None else hand_over
+            if nets.fit is not None:
+                deliver({"lsuv": nets.fit.frame().assign(stage="stack")})
             record = _Record(nets, None if names is None else names[chunk], deliver, emit is not None)
             _Pass(nets, phi, record, producer, backward, bar).run()
 
         in_chunks(run, len(seeds), planned, shape, torch.get_num_threads() if place.type == "cpu" else 1)
-    parts = [part["stats"] for start in sorted(collected) for part in collected[start]]
+    parts = [part["stats"] for start in sorted(collected) for part in collected[start] if "stats" in part]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 

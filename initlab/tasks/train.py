@@ -13,12 +13,14 @@ from initlab.errors import UsageError, check, choose
 from initlab.scratch.layers import LOSSES
 from initlab.signal.activations import Activation
 from initlab.signal.custom import Given, as_activation
-from initlab.signal.init import Rule, draw, permutation
+from initlab.signal.init import Rule, permutation
+from initlab.signal.mup import learning_rates
 from initlab.tasks.data import Data
 from initlab.tasks.memory import free_memory, readable
 from initlab.tasks.networks import CACHED, name_of, rules_of
-from initlab.tasks.pair import OPTIMIZERS, Frames, Pair, Records
+from initlab.tasks.pair import ADAPTIVE, OPTIMIZERS, Frames, Pair, Records
 from initlab.tasks.place import DTYPES, find_device
+from initlab.tasks.weights import drawn
 
 
 def train(
@@ -44,8 +46,9 @@ def train(
 ) -> Frames:
     """The tables `stats`, `losses`, `parity` and, if wanted, `histograms` of `depth` hidden layers, a network per seed.
 
-    `init` and `lr` are those of all networks, or a sequence with one for each, which then stand in columns.
-
+    `init` and `lr` are those of all networks, or a sequence with one for each, which then stand in columns. A rule that
+    is fitted to data sees each network's own first batch, and how it went is the table `lsuv`; one with a base width
+    has learning rates of its own in every layer, `lr` times `mup.learning_rates`.
     Step k stands for the values and gradients after k updates; the row `update` is W_{k+1} - W_k. With `emit` the rows
     are handed over every 30 seconds and at the end, also when the run is interrupted, and nothing is returned.
     """
@@ -64,13 +67,14 @@ def train(
     with tqdm(total=steps * len(groups), desc="train", unit="step", disable=None if progress else True) as bar:
         for start, group in zip(range(0, len(seeds), together), groups, strict=True):
             part = slice(start, start + len(group))
-            parameters = [
-                _drawn(rules[part], row, shape, group, layer, number, place, generator)
-                for layer, shape in enumerate(pairwise(sizes), start=1)
-            ]
+            first, _ = next(iter(_batches(data, loss, batch, 1, group, number, place)))
+            parameters, fit = drawn(rules[part], row, sizes, group, first, generator)
+            if fit is not None:
+                deliver({"lsuv": fit.frame().assign(stage="train")})
             records = Records(group, deliver, histograms, _differing(init, rules, lr, rates, row, part))
             given = rates[part] if isinstance(lr, Sequence) else lr
-            pair = Pair(parameters, row, loss, optimizer, given, batch, records, modules)
+            factors = [learning_rates(one, sizes, optimizer in ADAPTIVE) for one in rules[part]]
+            pair = Pair(parameters, row, loss, optimizer, given, batch, records, modules, factors)
             try:
                 for step, (xb, yb) in enumerate(_batches(data, loss, batch, steps, group, number, place)):
                     pair.step(step, xb, yb, record=step % every == 0)
@@ -79,8 +83,8 @@ def train(
                     bar.update()
             finally:
                 pair.flush()
-    names = collected[0] if collected else ()
-    return {name: pd.concat([part[name] for part in collected], ignore_index=True) for name in names}
+    names = dict.fromkeys(name for part in collected for name in part)
+    return {name: pd.concat([part[name] for part in collected if name in part], ignore_index=True) for name in names}
 
 
 def _together(sizes: Sequence[int], batch: int, networks: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -110,26 +114,6 @@ def _rates(lr: float | Sequence[float], networks: int) -> list[float]:
     for rate in rates:
         check(train_lr=rate)
     return rates
-
-
-def _drawn(
-    rules: Sequence[Rule],
-    activation: Activation,
-    shape: tuple[int, int],
-    seeds: Sequence[int],
-    layer: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    generator: str,
-) -> tuple[Tensor, Tensor]:
-    """Weights (E, I, O) and biases (E, O) of a layer, each network by its own rule."""
-    if all(one == rules[0] for one in rules):
-        return draw(rules[0], activation, shape, seeds, layer, dtype, device, generator)
-    drawn = [
-        draw(one, activation, shape, [seed], layer, dtype, device, generator)
-        for one, seed in zip(rules, seeds, strict=True)
-    ]
-    return torch.cat([w for w, _ in drawn]), torch.cat([b for _, b in drawn])
 
 
 def _differing(

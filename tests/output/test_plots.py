@@ -68,8 +68,9 @@ def test_a_death_is_marked_where_it_happened(naive: Tables, kaiming: Tables) -> 
 
 def test_several_settings_are_compared(kaiming: Tables, naive: Tables) -> None:
     tables = labelled(kaiming, naive, run("small", "linear"))
-    for name, make in plots.COMPARING.items():
-        figure = make(tables)
+    assert plots.COMPARING["jacobian"](tables) is None  # it needs tables of its own
+    for name in ("activation_std", "gradient_std", "loss"):
+        figure = plots.COMPARING[name](tables)
         assert figure is not None, name
         assert all(label in words(figure) for label in ("kaiming, relu", "naive, linear", "small, linear"))
     figure = plots.activation_std(tables)

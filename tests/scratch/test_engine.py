@@ -119,3 +119,33 @@ def test_runs_cover_the_list() -> None:
     found = runs(shapes)
     assert [k for r in found for k in range(r.start, r.stop)] == list(range(4))
     assert all(len({shapes[k] for k in range(r.start, r.stop)}) == 1 for r in found)
+
+
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_every_layer_may_have_learning_rates_of_its_own(
+    sizes: tuple[int, ...], joint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where neighbours of one shape differ too: each parameter moves by its own factor times the step it would make."""
+    monkeypatch.setattr(fast, "JOINT_ENTRIES", 10**9 if joint else 0)
+    parameters, (x, y) = drawn(sizes, 3), batch_of(sizes, 3)
+    factors = [(0.5 * (k + 1), 1.5 - 0.25 * (k // 2)) for k in range(len(sizes) - 1)]
+    engine = Engine(parameters, "tanh", lr=0.5, batch=12, factors=[factors] * 3)
+    expected = mlp.forward_and_backward(parameters, x, y, ACTIVATIONS["tanh"], LOSSES["cross_entropy"]).parameter_grads
+    engine.step(x, y)
+    for after, before, grads, own in zip(engine.parameters, parameters, expected, factors, strict=True):
+        for new, old, grad, factor in zip(after, before, grads, own, strict=True):
+            close(new, old - 0.5 * factor * grad)
+    mixed = Engine(parameters, "tanh", lr=0.5, batch=12, factors=[factors, [(1.0, 1.0)] * len(factors), factors])
+    mixed.step(x, y)
+    for (ours, _), (theirs, _), (plain, _) in zip(
+        mixed.parameters, engine.parameters, stepped(parameters, x, y), strict=True
+    ):
+        close(ours[[0, 2]], theirs[[0, 2]])
+        close(ours[1], plain[1])
+
+
+def stepped(parameters: Parameters, x: Tensor, y: Tensor) -> Parameters:
+    engine = Engine(parameters, "tanh", lr=0.5, batch=12)
+    engine.step(x, y)
+    return engine.parameters

@@ -255,3 +255,28 @@ def test_a_page_of_histograms_is_handed_over_before_it_overflows(monkeypatch: py
     usual.flush()
     for a, b in ((rows.frame(), one.frame()), (rows.histograms(), one.histograms())):
         pd.testing.assert_frame_equal(a, b, check_exact=True, check_categorical=False)
+
+
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("accelerated", PENS)
+def test_layers_with_learning_rates_of_their_own_are_recorded_as_they_move(
+    accelerated: bool, joint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where neighbours of one shape differ: the same weights as without a record, and updates that say so."""
+    monkeypatch.setattr(fast, "JOINT_ENTRIES", 10**9 if joint else 0)
+    parameters, (x, y) = drawn(2), batch_of(2)
+    factors = [(4.0, 4.0), (1.0, 2.0), (0.5, 2.0), (0.25, 1.0)]
+    plain, watched = (Engine(parameters, "relu", lr=0.1, batch=12, factors=[factors] * 2) for _ in range(2))
+    rows = Rows(range(2), histograms=False)
+    recording = Recording(watched, rows, histograms=False, accelerated=accelerated)
+    plain.step(x, y)
+    recording.step(x, y, 0)
+    recording.flush()
+    for ours, theirs in zip(watched.parameters, plain.parameters, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a - b).norm() <= 1e-6 * b.norm()
+    frame = rows.frame().set_index(["tensor", "direction", "layer", "seed"])["rms"]
+    for layer, (own, _) in enumerate(factors, start=1):
+        for seed in range(2):
+            ratio = frame["update", "forward", layer, seed] / frame["weight", "backward", layer, seed]
+            assert ratio == pytest.approx(0.1 * own, rel=1e-4)  # differences of float32 weights

@@ -9,7 +9,7 @@ from torch import Tensor
 from initlab.errors import UsageError
 from initlab.scratch import mlp
 from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.init import RULES
+from initlab.signal.init import RULES, rule
 from initlab.tasks import train as train_module
 from initlab.tasks.data import Data, load
 from initlab.tasks.pair import MODULES, OPTIMIZERS, Frames, Pair
@@ -270,3 +270,36 @@ def test_what_does_not_fit_into_memory_is_one_line(monkeypatch: pytest.MonkeyPat
         rtol=1e-6,
         atol=0,
     )
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+def test_under_mup_both_trainings_move_every_layer_by_its_own_rate(optimizer: str) -> None:
+    """At twice the base width; the factors show in the updates of both, by hand and by torch.optim alike."""
+    rates = {"width": 100, "steps": 3, "lr": 0.01, "optimizer": optimizer, "seeds": [0, 1], "depth": 2}
+    frames = train(DIGITS, "mup", dtype="float64", **rates)  # type: ignore[arg-type]
+    weights = frames["parity"].query("direction == 'forward'")
+    assert weights["relative_error"].max() < 1e-9 and weights["step"].max() == 2
+    plain = train(DIGITS, rule("mup", base_width=100), dtype="float64", **rates)  # type: ignore[arg-type]
+    keys = ["implementation", "seed", "layer"]
+    first = "step == 0 and tensor == '{}' and direction == '{}'"
+    gradients, updates = (first.format("weight", "backward"), first.format("update", "forward"))
+    factors = []
+    for found in (frames, plain):
+        ratios = (
+            found["stats"].query(updates).set_index(keys)["rms"]
+            / found["stats"].query(gradients).set_index(keys)["rms"]
+        )
+        factors.append(found["stats"].query(updates).set_index(keys)["rms"] if optimizer == "adam" else ratios)
+    expected = (1, 0.5, 0.5) if optimizer == "adam" else (2, 1, 0.5)
+    for (_, _, layer), factor in (factors[0] / factors[1]).items():
+        assert factor == pytest.approx(expected[layer - 1], rel=0.01)  # Adam's eps, and gradients that are 0
+
+
+def test_networks_of_several_base_widths_need_sgd() -> None:
+    inits, options = ["mup", "kaiming"], {"width": 100, "steps": 2, "seeds": [3, 3]}
+    together = train(DIGITS, inits, **options)["losses"]  # type: ignore[arg-type]
+    for init in inits:
+        alone = train(DIGITS, init, width=100, steps=2, seeds=[3])["losses"]["loss"].to_numpy()
+        assert together[together["init"] == init]["loss"].to_numpy() == pytest.approx(alone, rel=1e-5)
+    with pytest.raises(UsageError, match="needs sgd"):
+        train(DIGITS, inits, optimizer="adam", **options)  # type: ignore[arg-type]
