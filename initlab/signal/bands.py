@@ -1,7 +1,7 @@
-"""From the law of a tensor to its statistics: centre, spread and bands over seeds, one row a statistic.
+"""From laws of tensors to their statistics: centre, spread and bands over seeds, a row a tensor and statistic.
 
 Statistics that cannot be negative are described by mean and standard deviation of their ln, the others as they are.
-Knows laws and simulated networks, neither rules nor activations.
+Knows laws and simulated networks, neither rules nor activations. Legend: K tensors.
 """
 
 import math
@@ -9,168 +9,222 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
+from numpy.typing import NDArray
 
-from initlab.signal.laws import NOTHING, Law, Moments
+from initlab.signal.laws import NOTHING, Array, Law
 from initlab.signal.stats import STATISTICS
 from initlab.signal.unit_laws import normal_cdf
 
 NARROW, WIDE = 0.9944579, 1.9953933  # standard deviations to 16 and 84 %, 2.3 and 97.7 %
 ROUNDING = 1e-12  # of a measured cosine, which is all that is left to vary where all inputs have become one
-_STEPS = (0.0, -NARROW, NARROW, -WIDE, WIDE)
-QUANTILES = (0.023, 0.16, 0.5, 0.84, 0.977)
+_STEPS = np.array([0.0, -NARROW, NARROW, -WIDE, WIDE])
+QUANTILES = (0.5, 0.16, 0.84, 0.023, 0.977)
 IN_LN = ("q", "rms", "std", "std_within", "norm")
 IN_ORDER = ("q", "rms", "mean", "std", "std_within", "norm", "cosine", "frac_zero", "frac_dead", "frac_saturated")
+EDGES = ("band68_low", "band68_high", "band_low", "band_high")
+NUMBERS = ("predicted", "ln_predicted", "mean", "sd", "median", *EDGES)
 
 
-class Band(NamedTuple):
-    """One statistic. `mean` and `sd` are of its ln where `scale` is ln; the rest is of the statistic itself.
+class Rows(NamedTuple):
+    """One statistic of K tensors, in the columns of NUMBERS: (K, 9).
 
-    `predicted` is the limit of infinite width and `ln_predicted` its ln, which does not overflow.
+    `predicted` is the limit of infinite width and `ln_predicted` its ln, which does not overflow. `mean` and `sd` are
+    of the statistic's ln if it is one of IN_LN; the rest is of the statistic itself.
     """
 
     statistic: str
-    scale: str
-    predicted: float
-    ln_predicted: float
-    mean: float
-    sd: float
-    median: float
-    band68_low: float
-    band68_high: float
-    band_low: float
-    band_high: float
+    numbers: Array
 
 
-def exp(x: float) -> float:
-    """e^x, inf beyond float64."""
-    return math.exp(x) if x < 709.78 else math.inf
+def bands(law: Law, infinite: Law, batch: int, n: NDArray[np.int64], second: Array | None = None) -> list[Rows]:
+    """All statistics of tensors (batch, n); laws with leading dimension K, n (K,).
 
-
-def bands(law: Law, infinite: Law, batch: int, n: int, second: Moments | None = None) -> list[Band]:
-    """All statistics of a tensor (batch, n) but the pooled mean, for which see `means`.
-
-    `second` replaces the law of ln q where a better one is known.
+    `second` (K, 2) replaces the law of ln q where a better one is known.
     """
-    own, limit_q = law.ln_second_moment(), infinite.ln_second_moment()
-    given = second or own
-    shift = given[0] - own[0]
-    measured, limit = law.reported(batch), infinite.reported(batch)
-    half = ("rms", given, limit_q), ("std", (law.ln_var[0] + shift, law.ln_var[1]), infinite.ln_var)
-    found = [_in_ln("q", given, limit_q[0])]
-    found += [_in_ln(name, (m / 2, s / 2), limit_of[0] / 2) for name, (m, s), limit_of in half]
-    size = math.log(batch * n) / 2
-    found.append(_in_ln("norm", (given[0] / 2 + size, given[1] / 2), limit_q[0] / 2 + size))
-    if not law.alone:
-        inside = (measured.mean[1] + shift) / 2, _root(measured.cov[1, 1]) / 2
-        found.append(_in_ln("std_within", (float(inside[0]), inside[1]), float(limit.mean[1]) / 2))
-        found.append(_cosine(law, infinite, batch))
-    found += [_share(name, moments, infinite.shares[name][0]) for name, moments in law.shares.items()]
-    return found
+    with np.errstate(all="ignore"):  # a signal that is gone or beyond float64 is data
+        own, limit_q = law.ln_second_moment(), infinite.ln_second_moment()[:, 0]
+        given = own if second is None else second
+        shift = given[:, 0] - own[:, 0]
+        found = _lengths(given, limit_q, np.log(batch * n) / 2)
+        var = np.stack([law.ln_var[:, 0] + shift, law.ln_var[:, 1]], -1)
+        found.append(_in_ln("std", var / 2, infinite.ln_var[:, 0] / 2))
+        if not law.alone:
+            measured = law.reported(batch)
+            inside = np.stack([measured.mean[:, 1] + shift, _root(measured.cov[:, 1, 1])], -1)
+            found.append(_in_ln("std_within", inside / 2, infinite.mean[:, 1] / 2))
+            found.append(_cosine(law, infinite, batch))
+        found += [_share(name, share, infinite.shares[name][:, 0]) for name, share in law.shares.items()]
+        return [*found, _mean(law, infinite, given)]
 
 
-def _root(x: float) -> float:
-    return math.sqrt(max(0.0, float(x))) if math.isfinite(x) else 0.0
+def scaled(limit: Array, law: Array, count: Array | int) -> list[Rows]:
+    """Rows of tensors of so many entries, symmetric about 0, by the law of their ln q: (K,) and (K, 2)."""
+    with np.errstate(all="ignore"):
+        return [*_lengths(law, limit, np.log(count) / 2), _in_ln("std", law / 2, limit / 2)]
 
 
-def scaled(limit: float, mean: float, sd: float, count: int) -> list[Band]:
-    """Rows of a tensor of so many entries, symmetric about 0, by the law of its ln q."""
-    half, size = limit / 2, math.log(count) / 2
-    found = [_in_ln("q", (mean, sd), limit)]
-    found += [_in_ln(name, (mean / 2, sd / 2), half) for name in ("rms", "std")]
-    return [*found, _in_ln("norm", (mean / 2 + size, sd / 2), half + size)]
+def _lengths(law: Array, limit: Array, size: Array) -> list[Rows]:
+    norm = law / 2 + np.stack([size, 0 * size], -1)
+    return [
+        _in_ln("q", law, limit),
+        _in_ln("rms", law / 2, limit / 2),
+        _in_ln("norm", norm, limit / 2 + size),
+    ]
 
 
-def _in_ln(name: str, law: Moments, limit: float) -> Band:
-    mean, sd = law[0], (0.0 if math.isnan(law[1]) else law[1])
-    if mean < NOTHING / 4:
-        mean, sd = -math.inf, 0.0
-    limit = -math.inf if limit < NOTHING / 4 else limit
-    quantiles = [exp(mean + k * sd) for k in _STEPS]
-    return Band(name, "ln", exp(limit), limit, mean, sd, *quantiles)
+def _root(x: Array) -> Array:
+    return np.sqrt(np.maximum(np.nan_to_num(x), 0))
 
 
-def _cosine(law: Law, infinite: Law, batch: int) -> Band:
+def _in_ln(name: str, law: Array, limit: Array) -> Rows:
+    gone = law[:, 0] < NOTHING / 4
+    mean = np.where(gone, -np.inf, law[:, 0])
+    sd = np.where(gone, 0.0, np.nan_to_num(law[:, 1]))
+    limit = np.where(limit < NOTHING / 4, -np.inf, limit)
+    points = np.exp(mean[:, None] + sd[:, None] * _STEPS)
+    return Rows(name, np.column_stack([np.exp(limit), limit, mean, sd, points]))
+
+
+def _cosine(law: Law, infinite: Law, batch: int) -> Rows:
     """Of vectors brought to one length: (B r - 1)/(B - 1), r = T / (T + W), with ln(T / W) normal.
 
     Inputs that have nothing in common have B r a gamma variable instead, of as many terms as 1/pair (Wilson & Hilferty
     1931 for its quantiles).
     """
 
-    def cosine(ln_ratio: float) -> float:
-        r = 1 / (1 + math.exp(-min(max(ln_ratio, -700.0), 700.0)))
-        return (batch * r - 1) / (batch - 1)
+    def cosine(ln_ratio: Array) -> Array:
+        return (batch / (1 + np.exp(-np.clip(ln_ratio, -700, 700))) - 1) / (batch - 1)
 
-    centre = float(law.mean[0] - law.mean[1])
-    var = max(0.0, float(np.nan_to_num(law.cov[0, 0] + law.cov[1, 1] - 2 * law.cov[0, 1])))
-    logs = [centre + k * math.sqrt(var) for k in _STEPS]
-    if centre < math.log(3 / batch):
-        ninth = 2 * law.pair / (1 + law.pair) / 9
-        roots = [max(1e-9, 1 - ninth + k * math.sqrt(ninth)) for k in _STEPS]
-        logs = [centre + min(var, 9 * ninth) / 2 + 3 * math.log(root) for root in roots]
-    points = [cosine(x) + k * ROUNDING for x, k in zip(logs, _STEPS, strict=True)]
-    limit = cosine(float(infinite.mean[0] - infinite.mean[1]))
-    width = (points[2] - points[1]) / (2 * NARROW)
-    return Band("cosine", "linear", limit, _ln(limit), points[0], width, *points)
-
-
-def _ln(x: float) -> float:
-    return math.log(x) if x > 0 else -math.inf if x == 0 else math.nan
+    centre = law.mean[:, :1] - law.mean[:, 1:]
+    cov = law.cov
+    sd = _root(cov[:, 0, 0] + cov[:, 1, 1] - 2 * cov[:, 0, 1])[:, None]
+    ninth = (2 * law.pair / (1 + law.pair) / 9)[:, None]
+    roots = np.maximum(1e-9, 1 - ninth + _STEPS * np.sqrt(ninth))
+    nothing_common = np.minimum(sd**2, 9 * ninth) / 2 + 3 * np.log(roots)
+    logs = centre + np.where(centre < math.log(3 / batch), nothing_common, _STEPS * sd)
+    points = cosine(logs) + ROUNDING * _STEPS
+    limit = cosine(infinite.mean[:, 0] - infinite.mean[:, 1])
+    width = (points[:, 2] - points[:, 1]) / (2 * NARROW)
+    return Rows("cosine", np.column_stack([limit, _ln(limit), points[:, 0], width, points]))
 
 
-def means(laws: Sequence[Law], limits: Sequence[Law], seconds: Sequence[Moments]) -> list[Band]:
-    """The pooled mean of each tensor: a normal variable times a lognormal one, exp(ln q / 2) (centre + spread xi)."""
-    centre, spread = (np.array([getattr(law, name) for law in laws]) for name in ("centre", "spread"))
-    ln_rms = np.clip([m / 2 for m, _ in seconds], -300, 300)
-    sd = np.array([s / 2 if math.isfinite(s) else 0.0 for _, s in seconds])
-    factor = np.exp(sd[:, None] * _NODES)
-    mean = factor @ _WEIGHTS * centre
-    square = factor**2 @ _WEIGHTS * (centre**2 + spread**2)
-    quantiles = np.stack([_mixture_quantile(q, factor, centre, spread) for q in _POINTS], -1) * np.exp(ln_rms)[:, None]
-    sds = np.sqrt(np.maximum(square - mean**2, 0))
-    found = []
-    for k, limit in enumerate(limits):
-        at = limit.centre * exp(limit.ln_q / 2)
-        size = math.exp(ln_rms[k])
-        found.append(Band("mean", "linear", at, _ln(at), mean[k] * size, sds[k] * size, *quantiles[k].tolist()))
-    return found
+def _ln(x: Array) -> Array:
+    """nan below 0."""
+    return np.log(x)
 
 
-_POINTS = (0.5, 0.16, 0.84, 0.023, 0.977)
+def _share(name: str, moments: Array, limit: Array) -> Rows:
+    mean, sd = moments[:, 0], np.nan_to_num(moments[:, 1])
+    points = np.clip(mean[:, None] + sd[:, None] * _STEPS, 0, 1)
+    return Rows(name, np.column_stack([limit, _ln(limit), mean, sd, points]))
+
+
+# --- the pooled mean: a normal variable times a lognormal one, exp(ln q / 2) (centre + spread xi) ---------------------
+
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(16)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 
 
-def _mixture_quantile(q: float, factor: np.ndarray, centre: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """Quantiles of factor (centre + spread xi) by bisection, a tensor each; factors (K, nodes)."""
+def _mean(law: Law, infinite: Law, second: Array) -> Rows:
+    sd = np.where(np.isfinite(second[:, 1]), second[:, 1] / 2, 0)
+    size = np.exp(np.clip(second[:, 0] / 2, -300, 300))
+    factor = np.exp(sd[:, None] * _NODES)
+    mean = factor @ _WEIGHTS * law.centre
+    square = factor**2 @ _WEIGHTS * (law.centre**2 + law.spread**2)
+    if (np.abs(law.centre) < 1e-6 * law.spread).all():
+        points = law.centre[:, None] + law.spread[:, None] * _symmetric_quantiles(factor)
+    else:
+        points = np.stack([_mixture_quantile(q, factor, law.centre, law.spread) for q in QUANTILES], -1)
+    limit = infinite.centre * np.exp(infinite.ln_q / 2)
+    spread = np.sqrt(np.maximum(square - mean**2, 0))
+    return Rows("mean", np.column_stack([limit, _ln(limit), mean * size, spread * size, points * size[:, None]]))
+
+
+def _symmetric_quantiles(factor: Array) -> Array:
+    """Those of factor xi, (K, 5). Newton's method climbs from 0, where the density is largest, and passes no root."""
+    x, wanted = np.zeros((2, len(factor))), np.array([[QUANTILES[2]], [QUANTILES[4]]])
+    for _ in range(40):
+        z = x[..., None] / factor
+        step = (wanted - normal_cdf(z) @ _WEIGHTS) / (np.exp(-z * z / 2) / factor @ _WEIGHTS) * math.sqrt(2 * math.pi)
+        x = x + step
+        if (step <= 1e-9 * x).all():
+            break
+    return np.stack([0 * x[0], -x[0], x[0], -x[1], x[1]], -1)
+
+
+def _mixture_quantile(q: float, factor: Array, centre: Array, spread: Array) -> Array:
+    """Quantiles of factor (centre + spread xi), (K,); factors (K, nodes). Halved to near the root, then Newton."""
     spread = np.maximum(spread, 1e-300)
-    reach = factor.max(-1) * (np.abs(centre) + 9 * spread)
-    low, high = -reach, reach
-    for _ in range(32):
+
+    def normal(x: Array) -> Array:
+        return np.asarray((x[:, None] / factor - centre[:, None]) / spread[:, None])
+
+    high = factor.max(-1) * (np.abs(centre) + 9 * spread)
+    low = -high
+    for _ in range(18):
         middle = (low + high) / 2
-        below = normal_cdf((middle[:, None] / factor - centre[:, None]) / spread[:, None]) @ _WEIGHTS
-        low, high = np.where(below < q, middle, low), np.where(below < q, high, middle)
-    return np.asarray((low + high) / 2)
+        below = normal_cdf(normal(middle)) @ _WEIGHTS < q
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    x = (low + high) / 2
+    for _ in range(2):
+        z = normal(x)
+        density = np.exp(-z * z / 2) / factor @ _WEIGHTS / (spread * math.sqrt(2 * math.pi))
+        x = np.clip(x + (q - normal_cdf(z) @ _WEIGHTS) / density, low, high)
+    return np.asarray(np.where(np.isfinite(x), x, low))
 
 
-def _share(name: str, moments: Moments, limit: float) -> Band:
-    mean, sd = moments[0], (0.0 if math.isnan(moments[1]) else moments[1])
-    points = [min(1.0, max(0.0, mean + k * sd)) for k in _STEPS]
-    return Band(name, "linear", limit, _ln(limit), mean, sd, *points)
-
-
-def simulated(block: torch.Tensor, limits: dict[str, tuple[float, float]]) -> list[Band]:
-    """The same rows from networks, (S, E); `limits` gives predicted and ln_predicted of each statistic wanted."""
+def simulated(block: torch.Tensor, limits: dict[str, Array]) -> list[Rows]:
+    """The same rows of one tensor from networks, (S, E); `limits` gives predicted and ln_predicted of those wanted."""
     rows = dict(zip(STATISTICS, block.numpy(), strict=True))
     found = []
     for name in IN_ORDER:
         if name not in limits or np.isnan(rows[name]).all():
             continue
         values = rows[name][np.isfinite(rows[name])]
-        low, low68, median, high68, high = np.quantile(values, QUANTILES).tolist()
+        points = np.quantile(values, QUANTILES)
         if name in IN_LN:
             values = np.log(values[values > 0])
-        mean, sd = (float(values.mean()), float(values.std())) if len(values) else (-math.inf, math.nan)
-        scale = "ln" if name in IN_LN else "linear"
-        found.append(Band(name, scale, *limits[name], mean, sd, median, low68, high68, low, high))
+        moments = (values.mean(), values.std()) if len(values) else (-math.inf, math.nan)
+        found.append(Rows(name, np.concatenate([limits[name], moments, points])[None]))
     return found
+
+
+# --- as a table ---------------------------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """Rows of one tensor and direction with their layers and what is said of their method, (K,) each."""
+
+    layers: NDArray[np.int64]
+    tensor: str
+    direction: str
+    rows: Rows
+    method: Sequence[str] | str
+
+
+def frame(blocks: Sequence[Block]) -> pd.DataFrame:
+    """All rows, layer by layer; what a tensor has no share of is left out."""
+    sizes = [len(block.layers) for block in blocks]
+
+    def column(values: Sequence[str]) -> NDArray[np.object_]:
+        return np.array(values, dtype=object).repeat(sizes)
+
+    layers = np.concatenate([block.layers for block in blocks])
+    order = layers.argsort(kind="stable")
+    said = [
+        np.full(n, b.method, dtype=object) if isinstance(b.method, str) else np.array(b.method, dtype=object)
+        for b, n in zip(blocks, sizes, strict=True)
+    ]
+    names = [block.rows.statistic for block in blocks]
+    numbers = np.concatenate([block.rows.numbers for block in blocks])[order]
+    words = {
+        "tensor": column([block.tensor for block in blocks]),
+        "direction": column([block.direction for block in blocks]),
+        "statistic": column(names),
+        "scale": column(["ln" if name in IN_LN else "linear" for name in names]),
+    }
+    columns = {"layer": layers[order], **{name: values[order] for name, values in words.items()}}
+    columns |= dict(zip(NUMBERS, numbers.T, strict=True))
+    return pd.DataFrame({**columns, "method": np.concatenate(said)[order]})

@@ -7,6 +7,7 @@ shapes of the same variance differ by O(1/n^2). Knows second moments alone.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -28,16 +29,18 @@ def relu_one_input(widths: Sequence[int]) -> Moments:
     Mean sum of E[psi(k/2)] + ln(4/n), variance sum of E[psi'(k/2)] + Var psi(k/2) (Hanin & Nica 2018 to first order:
     -5/(2n) and 5/n). A layer with no open unit (probability 2^-n) ends the signal; the law is that of the others.
     """
-    mean = var = 0.0
-    for n in widths[1:]:
-        k = np.arange(1, n + 1)
-        ln_p = math.lgamma(n + 1) - np.array([math.lgamma(j + 1) + math.lgamma(n - j + 1) for j in k])
-        p = np.exp(ln_p - n * math.log(2))
-        p /= p.sum()
-        at = digamma(k / 2)
-        mean += float(p @ at) + math.log(4 / n)
-        var += float(p @ trigamma(k / 2) + p @ at**2 - (p @ at) ** 2)
-    return mean, math.sqrt(var)
+    means, variances = zip(*(_relu_layer(n) for n in widths[1:]), strict=True) if len(widths) > 1 else ((), ())
+    return sum(means), math.sqrt(sum(variances))
+
+
+@lru_cache(maxsize=256)
+def _relu_layer(n: int) -> tuple[float, float]:
+    k = np.arange(1, n + 1)
+    ln_p = math.lgamma(n + 1) - np.array([math.lgamma(j + 1) + math.lgamma(n - j + 1) for j in k])
+    p = np.exp(ln_p - n * math.log(2))
+    p /= p.sum()
+    at = digamma(k / 2)
+    return float(p @ at) + math.log(4 / n), float(p @ trigamma(k / 2) + p @ at**2 - (p @ at) ** 2)
 
 
 def survival(widths: Sequence[int]) -> float:

@@ -70,10 +70,10 @@ def limits(
     if options.get("method", "closed") not in ("auto", "closed"):
         raise UsageError(f"method={options['method']}: the ends of number formats are found from closed laws")
     laws, widths, batch = stack_laws(init, activation, depth, width, **options)
-    rows = []
+    rows, each = [], laws.each()
     for name in formats:
         for event, happened in EVENTS.items():
-            by_layer = [happened(FORMATS[name], law, batch, n) for law, n in zip(laws, widths, strict=True)]
+            by_layer = [happened(FORMATS[name], law, batch, n) for law, n in zip(each, widths, strict=True)]
             share = np.maximum.accumulate(by_layer)
             layers = {key: _first(share, q) for key, q in QUANTILES.items()}
             rows.append({"format": name, "event": event, **layers, "share": float(share[-1])})
@@ -87,19 +87,19 @@ def _first(share: Array, quantile: float) -> float:
 
 def _ln_rms(law: Law) -> Array:
     """Nodes of ln rms over networks."""
-    mean, sd = law.ln_second_moment()
+    mean, sd = law.ln_second_moment()[0].tolist()
     return np.asarray(mean / 2 + (0 if math.isnan(sd) else sd / 2) * _NODES)
 
 
 def _ln_lengths(law: Law) -> Array:
     """Nodes of the ln of one input's length over the pooled one."""
-    var = math.log1p(law.single) / 4
+    var = math.log1p(float(law.single[0])) / 4
     return np.asarray(-var + math.sqrt(var) * _NODES)
 
 
 def _exceeds(ln_limit: float, law: Law, batch: int, n: int) -> float:
     """P(some |z| > limit): inputs of one direction count once, since their units are the same numbers."""
-    apart = 1 + (batch - 1) * law.within
+    apart = 1 + (batch - 1) * float(law.within[0])
     ln_x = np.clip(ln_limit - _ln_rms(law)[:, None] - _ln_lengths(law), -700, 700)
     tail = 2 * normal_cdf(-np.exp(np.minimum(ln_x, 5.0)))  # of one entry, by network and length
     none = np.log(np.maximum(np.exp(n * np.log1p(-np.minimum(tail, 1 - 1e-16))) @ _WEIGHTS, 1e-300))

@@ -18,93 +18,105 @@ Moments: TypeAlias = tuple[float, float]  # mean and standard deviation
 
 @dataclass(frozen=True)
 class Law:
-    """ln T and ln W jointly normal, the rest beside it.
+    """ln T and ln W jointly normal, the rest beside it; of K tensors, the layers of a stack.
 
-    `ln_var` is ln of the pooled variance; the pooled mean is exp(ln q / 2) (centre + spread xi), xi standard normal;
-    `shares` are fractions. Inputs differ in squared length by the relative variance `single`; T and W are those of
-    inputs of one length, `reported` has the lengths in. `pair`: variance of a pair's product, over W^2.
+    `ln_var` is mean and sd of ln of the pooled variance; the pooled mean is exp(ln q / 2) (centre + spread xi), xi
+    standard normal; `shares` are fractions, mean and sd. Inputs differ in squared length by the relative variance
+    `single`; T and W are those of inputs of one length, `reported` has the lengths in. `pair`: variance of a pair's
+    product, over W^2.
     """
 
-    mean: Array  # (2,)
-    cov: Array  # (2, 2)
-    ln_var: Moments = (math.nan, math.nan)
-    centre: float = 0.0
-    spread: float = 0.0
-    shares: dict[str, Moments] = field(default_factory=dict)
-    pair: float = 0.0
-    single: float = 0.0
+    mean: Array  # (K, 2)
+    cov: Array  # (K, 2, 2)
+    pair: Array  # (K,)
+    single: Array  # (K,)
+    ln_var: Array = field(default_factory=lambda: np.full((1, 2), np.nan))  # (K, 2)
+    centre: Array = field(default_factory=lambda: np.zeros(1))  # (K,)
+    spread: Array = field(default_factory=lambda: np.zeros(1))  # (K,)
+    shares: dict[str, Array] = field(default_factory=dict)  # (K, 2)
 
     @property
     def alone(self) -> bool:
         """Whether the batch is a single input, for which W = 0."""
-        return bool(self.mean[1] == -np.inf)
+        return bool((self.mean[..., 1] == -np.inf).all())
 
     @property
-    def ln_q(self) -> float:
+    def ln_q(self) -> Array:
         """ln q at the law's centre."""
-        return float(np.logaddexp(*self.mean))
+        return np.logaddexp(self.mean[..., 0], self.mean[..., 1])
 
     @property
-    def within(self) -> float:
+    def within(self) -> Array:
         """W / (T + W) at the centre."""
-        return float(np.exp(self.mean[1] - self.ln_q))
-
-    def nodes(self) -> tuple[Array, Array]:
-        """Nodes (G, 2) and weights, exact for polynomials of degree 3 (Julier & Uhlmann 1997)."""
-        dims = 1 if self.alone else 2
-        if self.certain:
-            return self.mean[None], np.ones(1)
-        (a, b), (_, c) = self.cov.tolist()
-        first = math.sqrt(max(a, 1e-10))
-        low = b / first
-        step = math.sqrt(3)
-        nodes = np.empty((2 * dims + 1, 2))
-        nodes[:] = self.mean
-        nodes[1, 0] += step * first
-        nodes[dims + 1, 0] -= step * first
-        if dims == 2:  # Cholesky's factor by hand: this runs at every layer
-            last = math.sqrt(max(c - low * low, 1e-10))
-            nodes[1, 1] += step * low
-            nodes[3, 1] -= step * low
-            nodes[2, 1] += step * last
-            nodes[4, 1] -= step * last
-        weights = np.full(2 * dims + 1, 1 / 6)
-        weights[0] = 1 - dims / 3
-        return nodes, weights
+        return np.exp(self.mean[..., 1] - self.ln_q)
 
     @property
     def certain(self) -> bool:
         """Whether nothing fluctuates, as at infinite width."""
-        return bool(np.isnan(self.cov[0, 0]))
+        return math.isnan(self.cov[(0,) * self.cov.ndim])
+
+    def each(self) -> list["Law"]:
+        """Its K laws, K = 1 each; without their shares."""
+        fields = ("mean", "cov", "pair", "single", "ln_var", "centre", "spread")
+        return [Law(*(getattr(self, name)[k : k + 1] for name in fields)) for k in range(len(self.mean))]
+
+    def nodes(self) -> tuple[Array, Array]:
+        """Nodes (..., G, 2) and weights (G,), exact for polynomials of degree 3 (Julier & Uhlmann 1997)."""
+        if self.certain:
+            return self.mean[..., None, :], np.ones(1)
+        return sigma_points(self.mean, self.cov, self.alone)
 
     def reported(self, batch: int) -> "Law":
         """The same law with T and W as they are measured.
 
         Of what inputs of different lengths have in common, the variance of their lengths is variance inside the batch.
         """
-        if self.alone or self.certain or self.single == 0:
+        if self.alone or self.certain or not np.any(self.single):
             return self
         nodes, weights = self.nodes()
-        alike = np.maximum(1 - np.exp(nodes[:, 1] - nodes[:, 0]) / (batch - 1), 0)  # of T, what pairs have in common
-        common = alike * lengths(self.single)
-        ln_w = np.logaddexp(nodes[:, 1], np.log(np.maximum(common, 1e-300)) + nodes[:, 0])
-        share = np.exp(np.log(np.maximum(common, 1e-300)) + nodes[:, 0] - ln_w)
-        noise = np.zeros((len(nodes), 2, 2))
-        noise[:, 1, 1] = share**2 * (2 / (batch - 1) + self.single**2 / 3)  # the last term is fitted, on ReLU stacks
-        mean, cov, _ = total(np.stack([nodes[:, 0] + np.log1p(-common), ln_w], -1), noise, weights)
-        return replace(self, mean=mean, cov=cov)
+        ln_t, ln_w = nodes[..., 0], nodes[..., 1]
+        alike = np.maximum(1 - np.exp(ln_w - ln_t) / (batch - 1), 0)  # of T, what pairs have in common
+        common = alike * lengths(self.single)[..., None]
+        moved = np.log(np.maximum(common, 1e-300)) + ln_t
+        total_w = np.logaddexp(ln_w, moved)
+        noise = np.zeros((*ln_t.shape, 2, 2))
+        own = 2 / (batch - 1) + self.single**2 / 3  # the last term is fitted, on ReLU stacks
+        noise[..., 1, 1] = np.exp(2 * (moved - total_w)) * own[..., None]
+        mean, cov, _ = total(np.stack([ln_t + np.log1p(-common), total_w], -1), noise, weights)
+        same = self.single == 0
+        return replace(
+            self, mean=np.where(same[..., None], self.mean, mean), cov=np.where(same[..., None, None], self.cov, cov)
+        )
 
     def of_batch(self, batch: int) -> "Law":
         """So many inputs of a batch without end: 1/B of W is in the batch mean then."""
-        ln_t = np.logaddexp(self.mean[0], self.mean[1] - math.log(batch))
-        return replace(self, mean=np.array([ln_t, self.mean[1] + ln(1 - 1 / batch)]))
+        ln_t = np.logaddexp(self.mean[..., 0], self.mean[..., 1] - math.log(batch))
+        return replace(self, mean=np.stack([ln_t, self.mean[..., 1] + ln(1 - 1 / batch)], -1))
 
-    def ln_second_moment(self) -> Moments:
-        """ln(T + W)."""
+    def ln_second_moment(self) -> Array:
+        """ln(T + W), mean and sd: (..., 2)."""
         if self.certain:
-            return self.ln_q, 0.0
+            return np.stack([self.ln_q, np.zeros_like(self.ln_q)], -1)
         nodes, weights = self.nodes()
-        return spread(np.logaddexp(nodes[:, 0], nodes[:, 1]), weights)
+        return spread(np.logaddexp(nodes[..., 0], nodes[..., 1]), weights)
+
+
+_STEP = math.sqrt(3)
+_POINTS = {
+    True: _STEP * np.array([[0, 0], [1, 0], [-1, 0]]),
+    False: _STEP * np.array([[0, 0], [1, 0], [0, 1], [-1, 0], [0, -1]]),
+}
+_POINT_WEIGHTS = {alone: np.array([1 - (len(p) - 1) / 6, *[1 / 6] * (len(p) - 1)]) for alone, p in _POINTS.items()}
+
+
+def sigma_points(mean: Array, cov: Array, alone: bool) -> tuple[Array, Array]:
+    """Nodes (..., G, 2) and their weights (G,); a single input's W stays where it is."""
+    root = np.zeros(cov.shape)
+    root[..., 0, 0] = first = np.sqrt(np.maximum(cov[..., 0, 0], 1e-10))
+    if not alone:
+        root[..., 0, 1] = low = cov[..., 0, 1] / first
+        root[..., 1, 1] = np.sqrt(np.maximum(cov[..., 1, 1] - low * low, 1e-10))
+    return mean[..., None, :] + _POINTS[alone] @ root, _POINT_WEIGHTS[alone]
 
 
 def lengths(single: float | Array) -> Array:
@@ -131,12 +143,12 @@ def ln_means(means: Array, alone: bool) -> Array:
     return found
 
 
-def spread(values: Array, weights: Array, noise: Array | float = 0.0) -> Moments:
-    """Mean and standard deviation of values at nodes with a variance of their own at each."""
-    if not np.isfinite(values).all():
-        return float(values[0]), math.nan
-    mean = weights @ values
-    return float(mean), math.sqrt(max(0.0, float(weights @ ((values - mean) ** 2 + noise))))
+def spread(values: Array, weights: Array, noise: Array | float = 0.0) -> Array:
+    """Mean and standard deviation (..., 2) of values at nodes (..., G) with a variance of their own at each."""
+    mean = values @ weights
+    sd = np.sqrt(np.maximum(((values - mean[..., None]) ** 2 + noise) @ weights, 0))
+    sane = np.isfinite(values).all(-1)
+    return np.stack([np.where(sane, mean, values[..., 0]), np.where(sane, sd, np.nan)], -1)
 
 
 _UP_TO_8 = np.arange(8.0)
@@ -144,20 +156,24 @@ _UP_TO_8 = np.arange(8.0)
 
 def digamma(x: Array) -> Array:
     """psi(x), x > 0, absolute error below 1e-13: recurrence to x >= 8, then the asymptotic series."""
-    shifted = x + 8
-    total = (1 / (x[..., None] + _UP_TO_8)).sum(-1)
-    r = 1 / shifted**2
-    series = r * (1 / 12 - r * (1 / 120 - r * (1 / 252 - r * (1 / 240 - r * (1 / 132 - r * 691 / 32760)))))
-    return np.asarray(np.log(shifted) - 0.5 / shifted - series - total)
+    return _gammas(x)[0]
 
 
 def trigamma(x: Array) -> Array:
     """psi'(x), x > 0, likewise."""
+    return _gammas(x)[1]
+
+
+def _gammas(x: Array) -> tuple[Array, Array]:
+    below = 1 / (x[..., None] + _UP_TO_8)
     shifted = x + 8
-    total = (1 / (x[..., None] + _UP_TO_8) ** 2).sum(-1)
-    r = 1 / shifted**2
-    series = r * (1 / 6 - r * (1 / 30 - r * (1 / 42 - r * (1 / 30 - r * (5 / 66 - r * 691 / 2730)))))
-    return np.asarray(1 / shifted + r / 2 + series / shifted + total)
+    powers = shifted[..., None] ** _POWERS
+    return np.log(shifted) + powers @ _DIGAMMA - below.sum(-1), powers @ _TRIGAMMA + (below * below).sum(-1)
+
+
+_POWERS = -np.array([1.0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13])
+_DIGAMMA = np.array([-1 / 2, -1 / 12, 0, 1 / 120, 0, -1 / 252, 0, 1 / 240, 0, -1 / 132, 0, 691 / 32760, 0])
+_TRIGAMMA = np.array([1, 1 / 2, 1 / 6, 0, -1 / 30, 0, 1 / 42, 0, -1 / 30, 0, 5 / 66, 0, -691 / 2730])
 
 
 def ln_noise(relative: Array) -> tuple[Array, Array]:
@@ -165,60 +181,70 @@ def ln_noise(relative: Array) -> tuple[Array, Array]:
     small = np.clip(relative, 1e-300, 1e6)
     shape = 1 / np.maximum(small, 1e-5)
     wide = small < 1e-5
-    return np.where(wide, -small / 2, digamma(shape) - np.log(shape)), np.where(wide, small, trigamma(shape))
+    psi, slope = _gammas(shape)
+    return np.where(wide, -small / 2, psi - np.log(shape)), np.where(wide, small, slope)
 
 
 def ln_cov(relative: Array) -> tuple[Array, Array]:
-    """The same for two variables, relative covariances (G, 2, 2): shifts (G, 2) and covariances (G, 2, 2)."""
-    diagonal = np.einsum("gii->gi", relative)
+    """The same for two variables, relative covariances (..., 2, 2): shifts (..., 2) and covariances (..., 2, 2)."""
+    diagonal = relative[..., _BOTH, _BOTH]
     shift, var = ln_noise(diagonal)
     stretch = np.sqrt(np.where(diagonal > 0, var / np.maximum(diagonal, 1e-300), 1))
-    return shift, relative * stretch[:, :, None] * stretch[:, None]
+    return shift, relative * (stretch[..., :, None] * stretch[..., None, :])
+
+
+_BOTH = np.arange(2)
 
 
 def relative_to(means: Array, cov: Array) -> Array:
-    """Covariances (G, 2, 2) divided by the products of the means (G, 2); 0 where a mean is 0."""
-    product = means[:, :, None] * means[:, None]
+    """Covariances (..., 2, 2) divided by the products of the means (..., 2); 0 where a mean is 0."""
+    product = means[..., :, None] * means[..., None, :]
     return np.where(product > 0, cov / np.where(product > 0, product, 1), 0)
 
 
 def total(values: Array, noise: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """Mean (2,) and covariance of ln M, (G, 2) at the nodes, with this noise at each; the noise's part by itself."""
+    """Mean (..., 2) and covariance of ln M, (..., G, 2) at the nodes, with noise at each; the noise's by itself."""
     alive = np.where(np.isfinite(values), values, 0)
     mean = weights @ alive
-    off = alive - mean
-    own = np.einsum("g,gij->ij", weights, noise)
-    return np.where(np.isfinite(values[0]), mean, values[0]), own + (off * weights[:, None]).T @ off, own
+    off = alive - mean[..., None, :]
+    own = (noise * weights[:, None, None]).sum(-3)
+    first = values[..., 0, :]
+    return np.where(np.isfinite(first), mean, first), own + (off * weights[:, None]).mT @ off, own
 
 
-def regression(values: Array, nodes: Array, weights: Array, alone: bool) -> Array:
-    """Slopes of the values by the state, (2, 2), over its whole law."""
-    slopes, dims = np.zeros((2, 2)), 1 if alone else 2
-    if len(nodes) > 1:
-        off = nodes[:, :dims] - nodes[0, :dims]  # the first node is the centre
-        alive = np.where(np.isfinite(values), values, 0)
-        slopes[:, :dims] = (
-            ((alive - weights @ alive) * weights[:, None]).T @ off @ np.linalg.inv((off.T * weights) @ off)
-        )
-    return slopes
+def regressors(nodes: Array, weights: Array, alone: bool) -> Array:
+    """R (..., G, 2) such that values^T R are the slopes of values, centred, by the state over its whole law."""
+    dims = 1 if alone else 2
+    off = nodes[..., :dims] - nodes[..., :1, :dims]  # the first node is the centre
+    weighted = off * weights[:, None]
+    found = np.zeros(nodes.shape)
+    found[..., :dims] = weighted @ np.linalg.inv(weighted.mT @ off)
+    return found
 
 
-def symmetric(law: Law, n: float) -> Law:
+def slopes(values: Array, by: Array, weights: Array) -> Array:
+    """Slopes of values (..., G, 2) by the state, (..., 2, 2), for the regressors `by`."""
+    alive = np.where(np.isfinite(values), values, 0)
+    return (alive - (weights @ alive)[..., None, :]).mT @ by
+
+
+def symmetric(law: Law, n: Array | float) -> Law:
     """Adds pooled mean and pooled variance of a tensor whose n units are symmetric about 0."""
     share = 1 - law.within
-    mean, sd = law.ln_second_moment()
-    return replace(law, ln_var=(mean - share / n, sd), spread=math.sqrt(share / n))
+    ln_var = law.ln_second_moment()
+    ln_var[..., 0] -= share / n
+    return replace(law, ln_var=ln_var, centre=np.zeros_like(share), spread=np.sqrt(share / n))
 
 
 def gaussian_batch(n: float, batch: int, q0: float = 1.0, c0: float = 0.0, exact: bool = False) -> Law:
-    """A batch whose n units are independent and normal, of variance q0 and correlation c0 between inputs.
+    """A batch whose n units are independent and normal, of variance q0 and correlation c0 between inputs; K = 1.
 
     `exact`: one batch of just these moments, which does not fluctuate.
     """
     between, inside = q0 * (c0 + (1 - c0) / batch), q0 * (1 - c0) * (1 - 1 / batch)
     mean = np.array([ln(between), ln(inside)])
     if exact or math.isinf(n):
-        return Law(mean, CERTAIN if math.isinf(n) else np.zeros((2, 2)))
-    shift, cov = ln_cov(np.diag([2 / n, 2 / (n * max(1, batch - 1)) if inside > 0 else 0.0])[None])
+        return Law(mean[None], (CERTAIN if math.isinf(n) else np.zeros((2, 2)))[None], np.zeros(1), np.zeros(1))
+    shift, cov = ln_cov(np.diag([2 / n, 2 / (n * max(1, batch - 1)) if inside > 0 else 0.0]))
     some = batch > 1
-    return Law(mean + shift[0], cov[0], pair=some / n, single=some * 2 * (1 - c0**2) / n)
+    return Law((mean + shift)[None], cov[None], np.array([some / n]), np.array([some * 2 * (1 - c0**2) / n]))

@@ -7,22 +7,26 @@ unit-Gaussian gradient at the top. Knows rules, activations and laws; no network
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from initlab.errors import UsageError
 from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.bands import IN_LN, Band, bands, means, scaled, simulated
+from initlab.signal.bands import EDGES, IN_LN, IN_ORDER, Block, bands, frame, scaled, simulated
 from initlab.signal.case import Case, case_of
 from initlab.signal.custom import Given, name_of, numerical
 from initlab.signal.finite_width import linear_batch, linear_one_input, lognormal, relu_one_input
-from initlab.signal.gradients import Stack, laws
+from initlab.signal.gradients import laws
 from initlab.signal.gram_chain import simulate
+from initlab.signal.infinite_width import infinite_laws
 from initlab.signal.init import Rule
-from initlab.signal.laws import Law, Moments
+from initlab.signal.laws import Array, Law, Moments, ln
 from initlab.signal.maps import growth, moment
+from initlab.signal.tensor_laws import Stack
 
 METHODS = {
     "auto": "closed laws where they hold, simulation elsewhere if it costs seconds; `method` says what was done",
@@ -53,26 +57,26 @@ def predict(
     `dtype` is kept as a column; where a format ends is `formats.limits`' business. Options: see `predict_bands`.
     """
     long = predict_bands(init, activation, depth, width, **options)
-    rows: dict[tuple[int, str, str], dict[str, Any]] = {}
-    for (*key, band), said, slope in zip(_bands_of(long), long["method"], long["slope"], strict=True):
-        row = rows.setdefault(tuple(key), dict(zip(_COLUMNS, key, strict=False)))  # type: ignore[arg-type]
-        name = band.statistic
-        row[name] = band.predicted
-        if band.scale == "ln":
-            row |= {f"ln_{name}": band.ln_predicted, f"ln_{name}_mean": band.mean, f"ln_{name}_sd": band.sd}
+    at = long.groupby(_KEYS).ngroup().to_numpy()
+    first = np.unique(at, return_index=True)[1]
+    columns: dict[str, Any] = {name: long[name].to_numpy()[first] for name in _KEYS}
+    statistics = long["statistic"].to_numpy()
+
+    def put(name: str, column: str, rows: NDArray[np.intp]) -> None:
+        columns[name] = np.full(len(first), np.nan)
+        columns[name][at[rows]] = long[column].to_numpy()[rows]
+
+    for name in (name for name in IN_ORDER if name in set(statistics)):
+        rows = np.flatnonzero(statistics == name)
+        put(name, "predicted", rows)
+        if name in IN_LN:
+            for column, source in (("ln_{}", "ln_predicted"), ("ln_{}_mean", "mean"), ("ln_{}_sd", "sd")):
+                put(column.format(name), source, rows)
         if name == "std":
-            row |= {edge: getattr(band, edge) for edge in EDGES} | {"method": said, "slope": slope}
-    found = pd.DataFrame(list(rows.values())).assign(dtype=dtype)
-    return found.sort_values(["layer", "tensor", "direction"], ignore_index=True)
-
-
-EDGES = ("band68_low", "band68_high", "band_low", "band_high")
-
-
-def _bands_of(long: pd.DataFrame) -> Iterator[tuple[int, str, str, Band]]:
-    fields = [long[name].tolist() for name in _COLUMNS[:-1]]
-    for layer, tensor, direction, *band in zip(*fields, strict=True):
-        yield layer, tensor, direction, Band(*band)
+            for edge in EDGES:
+                put(edge, edge, rows)
+            columns |= {name: long[name].to_numpy()[rows[at[rows].argsort()]] for name in ("method", "slope")}
+    return pd.DataFrame(columns).assign(dtype=dtype)
 
 
 def predict_bands(
@@ -93,7 +97,8 @@ def predict_bands(
     seed: int = 0,
     **rule_fields: Any,
 ) -> pd.DataFrame:
-    """One row per layer, tensor, direction and statistic, with the fields of `bands.Band`, `method` and `slope`.
+    """One row per layer, tensor, direction and statistic, with `scale` (ln or linear), the columns of `bands.NUMBERS`,
+    `method` and `slope`.
 
     `widths` gives every layer's units and replaces depth and width; `inputs` the input's. The input has second moment
     q0 and mean cosine c0, is drawn for each network or, if `fixed_input`, is one batch of just these moments. `sb2`
@@ -107,19 +112,21 @@ def predict_bands(
         raise UsageError(f"networks={networks}: must be at least 2")
     shaky = method != "simulation" and not trusted(case)
     if method == "simulation" or (method == "auto" and shaky and _affordable(case)):
-        rows = list(_simulated(case, networks or _affordable(case) or NETWORKS[0], seed))
+        found = _simulated(case, networks or _affordable(case) or NETWORKS[0], seed)
     else:
-        rows = list(_closed(case, "log-delta, outside its range" if shaky else "log-delta"))
-    frame = pd.DataFrame([(*key, *band, said) for key, band, said in rows], columns=_COLUMNS)
-    return frame.assign(
+        found = _closed(case, "log-delta, outside its range" if shaky else "log-delta")
+    return frame([*found, *_parameters(case)]).assign(
         activation=name_of(activation), slope="numerical derivative" if numerical(case.row) else "given"
     )
 
 
+_KEYS = ["layer", "tensor", "direction"]
+
+
 def stack_laws(
     init: str | Rule, activation: Given, depth: int, width: int, **options: Any
-) -> tuple[list[Law], list[int], int]:
-    """Laws of the preactivations, their widths, and the batch, for options as in `predict_bands`."""
+) -> tuple[Law, list[int], int]:
+    """Laws of the preactivations, a layer each, their widths, and the batch, for options as in `predict_bands`."""
     names = ("widths", "inputs", "batch", "q0", "c0", "fixed_input", "sb2")
     own = {"widths": None, "inputs": None, "batch": 200, "q0": 1.0, "c0": 0.0, "fixed_input": False, "sb2": 0.0}
     fields = {name: value for name, value in options.items() if name not in (*names, "method")}
@@ -128,27 +135,39 @@ def stack_laws(
     return finite_laws(case).preactivations, case.widths[1:], case.batch
 
 
-_COLUMNS = ["layer", "tensor", "direction", *Band._fields, "method"]
-_Row = tuple[tuple[int, str, str], Band, str]
-
-
 # --- closed laws -----------------------------------------------------------------------------------------------------
 
 
-def _tensors(stack: Stack, widths: Sequence[int]) -> Iterator[tuple[tuple[int, str, str], Law, int]]:
-    """Every tensor of a stack with its key and its number of units, in the order of the measured table."""
-    yield (0, "activation", "forward"), stack.activations[0], widths[0]
-    for layer in range(1, len(widths)):
-        n = widths[layer]
-        yield (layer, "preactivation", "forward"), stack.preactivations[layer - 1], n
-        yield (layer, "activation", "forward"), stack.activations[layer], n
-        yield (layer, "activation", "backward"), stack.activation_gradients[layer - 1], n
-        yield (layer, "preactivation", "backward"), stack.preactivation_gradients[layer - 1], n
+class _Tensor(NamedTuple):
+    """One kind of tensor in all its layers."""
+
+    tensor: str
+    direction: str
+    layers: NDArray[np.int64]
+    law: Law
+    limit: Law
+    units: NDArray[np.int64]
+
+
+def _tensors(case: Case, laws: Stack) -> Iterator[_Tensor]:
+    """Every tensor of a stack, in the order of the measured table."""
+    every, widths = np.arange(len(case.widths)), np.array(case.widths)
+    for law, limit, tensor, direction, at in zip(laws, _infinite(case), *zip(*_KINDS, strict=True), strict=True):
+        yield _Tensor(tensor, direction, every[at], law, limit, widths[at])
+
+
+_KINDS = (
+    ("activation", "forward", slice(0, 1)),
+    ("activation", "forward", slice(1, None)),
+    ("preactivation", "forward", slice(1, None)),
+    ("activation", "backward", slice(1, None)),
+    ("preactivation", "backward", slice(1, None)),
+)
 
 
 @lru_cache(maxsize=32)
 def _infinite(case: Case) -> Stack:
-    return laws(case.row, case.layers, case.batch, case.q0, case.c0, case.fixed_input, infinite=True)
+    return infinite_laws(case.row, case.layers, case.batch, case.q0, case.c0)
 
 
 @lru_cache(maxsize=32)
@@ -157,68 +176,65 @@ def finite_laws(case: Case) -> Stack:
     return laws(case.row, case.layers, case.batch, case.q0, case.c0, case.fixed_input)
 
 
-def _closed(case: Case, otherwise: str) -> Iterator[_Row]:
-    better = _exact(case)
-    finite = list(_tensors(finite_laws(case), case.widths))
-    limits = [limit for _, limit, _ in _tensors(_infinite(case), case.widths)]
-    seconds = [better[key][0] if key in better else law.ln_second_moment() for key, law, _ in finite]
-    pooled = means([law for _, law, _ in finite], limits, seconds)
-    for (key, law, n), limit, second, mean in zip(finite, limits, seconds, pooled, strict=True):
-        said = better[key][1] if key in better else otherwise
-        for band in (*bands(law, limit, case.batch, n, second), mean):
-            yield key, band, said if band.statistic in IN_LN and band.statistic != "std_within" else otherwise
-    yield from _parameters(case)
+def _closed(case: Case, otherwise: str) -> Iterator[Block]:
+    for kind in _tensors(case, finite_laws(case)):
+        second, better = kind.law.ln_second_moment(), [otherwise] * len(kind.layers)
+        if kind.direction == "forward":
+            limits = kind.limit.ln_q
+            for k, layer in enumerate(kind.layers.tolist()):
+                known = _exact(case, layer, kind.tensor)
+                if known:
+                    (shift, sd), better[k] = known
+                    second[k] = limits[k] + shift, sd
+        for rows in bands(kind.law, kind.limit, case.batch, kind.units, second):
+            of_length = rows.statistic in IN_LN and rows.statistic != "std_within"
+            yield Block(kind.layers, kind.tensor, kind.direction, rows, better if of_length else otherwise)
 
 
-def _exact(case: Case) -> dict[tuple[int, str, str], tuple[Moments, str]]:
-    """Laws of ln q that are known better: linear stacks, and ReLU with one input; normal weights and no biases."""
-    plain = not any(layer.orthogonal or layer.bias or layer.uniform_bias for layer in case.layers)
-    if not plain or case.c0 or case.fixed_input:
-        return {}
-    limits = {key: law.ln_q for key, law, _ in _tensors(_infinite(case), case.widths)}
-    widths, alone = case.widths, case.batch == 1
-    linear, relu = (case.row is ACTIVATIONS[name] for name in ("linear", "relu"))
-    found: dict[tuple[int, str, str], tuple[Moments, str]] = {}
-    if linear and not alone:
-        for layer, relative in enumerate(linear_batch(widths, case.batch)):
-            for tensor in ("activation", "preactivation") if layer else ("activation",):
-                mean, sd = lognormal(float(relative))
-                key = (layer, tensor, "forward")
-                found[key] = (limits[key] + mean, sd), "linear-batch"
-    elif alone and (linear or relu):
-        of = linear_one_input if linear else relu_one_input
-        start = linear_one_input([1, widths[0]])
-        for layer in range(1, len(widths)):
-            for tensor, last in (("activation", of), ("preactivation", linear_one_input)):
-                parts = [start, of(widths[:layer]), last(widths[layer - 1 : layer + 1])]
-                key = (layer, tensor, "forward")
-                law = limits[key] + sum(m for m, _ in parts), math.sqrt(sum(s * s for _, s in parts))
-                found[key] = law, "exact-linear" if linear else "exact-relu"
-    return found
+def _exact(case: Case, layer: int, tensor: str) -> tuple[Moments, str] | None:
+    """Law of ln q over its limit where it is known better: linear stacks, and ReLU with one input.
+
+    Normal weights and no biases.
+    """
+    relu = case.row is ACTIVATIONS["relu"]
+    if case.c0 or case.fixed_input or not (relu or case.row is ACTIVATIONS["linear"]):
+        return None
+    if any(one.orthogonal or one.bias or one.uniform_bias for one in case.layers[:1]):
+        return None
+    if case.batch > 1:
+        return None if relu else (lognormal(_linear_batch(tuple(case.widths), case.batch)[layer]), "linear-batch")
+    if not layer:
+        return None
+    widths, of = tuple(case.widths), relu_one_input if relu else linear_one_input
+    last = of if tensor == "activation" else linear_one_input
+    parts = linear_one_input([1, widths[0]]), of(widths[:layer]), last(widths[layer - 1 : layer + 1])
+    law = sum(m for m, _ in parts), math.sqrt(sum(s * s for _, s in parts))
+    return law, "exact-relu" if relu else "exact-linear"
 
 
-def _parameters(case: Case) -> Iterator[_Row]:
+_linear_batch = lru_cache(maxsize=32)(linear_batch)
+
+
+def _parameters(case: Case) -> Iterator[Block]:
     """Weights and biases themselves, and the gradients of the sum over the batch with respect to them."""
-    infinite, finite = _infinite(case), finite_laws(case)
-    for k, layer in enumerate(case.layers):
-        count = layer.fan_in * layer.fan_out
-        noise = 0.0 if layer.orthogonal else _fourth(case.rule) / count
-        size = math.log(layer.weight) if layer.weight else -math.inf
-        for band in scaled(size, size - noise / 2, math.sqrt(noise), count):
-            yield (k + 1, "weight", "forward"), band, "log-delta"
-        bias = layer.bias + layer.uniform_bias
-        if bias:
-            spread = math.sqrt((2 if layer.bias else 0.8) / layer.fan_out)
-            for band in scaled(math.log(bias), math.log(bias) - spread**2 / 2, spread, layer.fan_out):
-                yield (k + 1, "bias", "forward"), band, "log-delta"
-        limits = _parameter_gradients(infinite.activations[k], infinite.preactivation_gradients[k], case.batch)
-        found = _parameter_gradients(finite.activations[k], finite.preactivation_gradients[k], case.batch)
-        for tensor, limit, law, n in (
-            ("weight", limits[0], found[0], count),
-            ("bias", limits[1], found[1], layer.fan_out),
-        ):
-            for band in scaled(limit[0], *law, n):
-                yield (k + 1, tensor, "backward"), band, "log-delta"
+    every = np.arange(1, len(case.widths))
+    i, o = (np.array([getattr(layer, name) for layer in case.layers], dtype=float) for name in ("fan_in", "fan_out"))
+
+    def blocks(tensor: str, direction: str, limit: Array, law: Array, count: Array) -> Iterator[Block]:
+        for rows in scaled(limit, law, count):
+            yield Block(every, tensor, direction, rows, "log-delta")
+
+    noise = 0 / i if case.layers[0].orthogonal else _fourth(case.rule) / (i * o)
+    size = np.array([ln(layer.weight) for layer in case.layers])
+    yield from blocks("weight", "forward", size, np.stack([size - noise / 2, np.sqrt(noise)], -1), i * o)
+    bias = np.array([ln(layer.bias + layer.uniform_bias) for layer in case.layers])
+    if np.isfinite(bias).all():
+        var = (2 if case.layers[0].bias else 0.8) / o
+        yield from blocks("bias", "forward", bias, np.stack([bias - var / 2, np.sqrt(var)], -1), o)
+    limits = _parameter_gradients(_infinite(case), case.batch)
+    found = _parameter_gradients(finite_laws(case), case.batch)
+    for tensor, limit, law, count in zip(("weight", "bias"), limits, found, (i * o, o), strict=True):
+        yield from blocks(tensor, "backward", limit[:, 0], law, count)
 
 
 def _fourth(scaling: Rule) -> float:
@@ -226,21 +242,19 @@ def _fourth(scaling: Rule) -> float:
     return {"uniform": 0.8, "truncated_normal": 1.0634}.get(scaling.distribution, 2.0)
 
 
-def _parameter_gradients(x: Law, d: Law, batch: int) -> tuple[Moments, Moments]:
-    """ln q of dL/dW and of dL/db, L summed over the batch.
+def _parameter_gradients(stack: Stack, batch: int) -> tuple[Array, Array]:
+    """ln q of dL/dW and of dL/db, mean and sd, (L, 2) each; L summed over the batch.
 
     ||dW||^2 = sum_ab (x_a . x_b)(d_a . d_b): B^2 T_x T_d from what inputs have in common, B W_x W_d from the rest.
     """
-    rest = (x.mean[1] + d.mean[1]) - (0 if x.alone else math.log(batch - 1))
-    centre = 2 * math.log(batch) + float(_sum(x.mean[0] + d.mean[0], rest))
-    spreads = [0.0 if law.certain else law.ln_second_moment()[1] ** 2 for law in (x, d)]
-    own = 0.0 if d.certain else math.sqrt(max(0.0, d.cov[0, 0]))
-    return (centre, math.sqrt(sum(spreads))), (2 * math.log(batch) + float(d.mean[0]), own)
-
-
-def _sum(a: float, b: float) -> float:
-    high = max(a, b)
-    return high if high == -math.inf else high + math.log(math.exp(a - high) + math.exp(b - high))
+    x, d = stack.activations, stack.preactivation_gradients
+    below = np.concatenate([stack.input.mean, x.mean[:-1]])
+    common, rest = (below + d.mean).T
+    var = d.ln_second_moment()[:, 1] ** 2
+    own = np.zeros(len(var)) if d.certain else np.sqrt(np.maximum(d.cov[:, 0, 0], 0))
+    var += np.concatenate([stack.input.ln_second_moment()[:, 1], x.ln_second_moment()[:-1, 1]]) ** 2
+    centre = 2 * math.log(batch) + np.logaddexp(common, rest - math.log(max(1, batch - 1)))
+    return np.stack([centre, np.sqrt(var)], -1), np.stack([2 * math.log(batch) + d.mean[:, 0], own], -1)
 
 
 # --- simulated laws --------------------------------------------------------------------------------------------------
@@ -268,19 +282,16 @@ def trusted(case: Case) -> bool:
     scale_free = bool((2 * growth(case.row, at) * at / moment(case.row, at) - 2).abs().max() < 1e-9)
     if sum(1 / layer.fan_out for layer in case.layers) > (SPREAD if scale_free else SPREAD_WITH_SCALE):
         return False
-    return scale_free or all(law.ln_second_moment()[1] < WANDERS for law in finite_laws(case).activations)
+    return scale_free or bool((finite_laws(case).activations.ln_second_moment()[:, 1] < WANDERS).all())
 
 
-def _simulated(case: Case, networks: int, seed: int) -> Iterator[_Row]:
-    limits: dict[tuple[int, str, str], dict[str, tuple[float, float]]] = {}
-    tensors = list(_tensors(_infinite(case), case.widths))
-    certain = [law for _, law, _ in tensors]
-    pooled = means(certain, certain, [law.ln_second_moment() for law in certain])
-    for (key, law, n), mean in zip(tensors, pooled, strict=True):
-        every = (*bands(law, law, case.batch, n), mean)
-        limits[key] = {band.statistic: (band.predicted, band.ln_predicted) for band in every}
+def _simulated(case: Case, networks: int, seed: int) -> Iterator[Block]:
+    predicted: dict[tuple[int, str, str], dict[str, Array]] = {}
+    for kind in _tensors(case, _infinite(case)):
+        for rows in bands(kind.law, kind.limit, case.batch, kind.units):
+            for layer, numbers in zip(kind.layers.tolist(), rows.numbers, strict=True):
+                predicted.setdefault((layer, kind.tensor, kind.direction), {})[rows.statistic] = numbers[:2]
     found = simulate(case.row, case.layers, case.batch, networks, case.q0, case.c0, case.rule.distribution, seed)
     for key, block in found.items():
-        for band in simulated(block, limits[key]):
-            yield key, band, "simulation"
-    yield from _parameters(case)
+        for rows in simulated(block, predicted[key]):
+            yield Block(np.array(key[:1]), *key[1:], rows, "simulation")

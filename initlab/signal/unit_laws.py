@@ -9,8 +9,8 @@ Legend: G states (T, W) at once, M nodes of m, U nodes of e. Knows neither width
 """
 
 import math
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
@@ -25,6 +25,7 @@ from initlab.signal.quadrature import panels
 from initlab.signal.stats import SATURATED
 
 Array: TypeAlias = NDArray[np.float64]
+Intervals: TypeAlias = tuple[tuple[float, float], ...]
 CLIP = 230.0  # ln of the largest scale at which phi itself is evaluated; beyond, its power law goes on
 
 
@@ -74,14 +75,39 @@ class Units:
     bend: Array
     slope_tilt: Array
     slope_square: Array
-    known: dict[Hashable, tuple[float, float]] = field(default_factory=dict)  # shares found: several ask for the same
 
     def over_m(self, f: Array) -> Array:
         """E over m, (..., G, M) -> (..., G)."""
         return np.asarray((f * self.weights).sum(-1))
 
-    def probability(self, intervals: tuple[tuple[float, float], ...]) -> tuple[Array, Array]:
-        """P(z in one of the intervals) given m, and the mean of e there, both (G, M)."""
+
+class Joined:
+    """The units of many layers side by side, K = L G M nodes of m in one row, since layers differ in their M."""
+
+    def __init__(self, layers: Sequence[Units]) -> None:
+        self._layers = layers
+        counts = [u.m.shape[-1] for u in layers for _ in range(len(u.m))]
+        self._counts, self._starts = np.array(counts), np.concatenate([[0], np.cumsum(counts)[:-1]])
+        self._shape = (len(layers), len(layers[0].m))
+        self.m, self.weights = self.row("m"), self.row("weights")
+        self.inside, self.scale = (
+            self.spread(np.concatenate([getattr(u, x)[:, 0] for u in layers])) for x in ("inside", "scale")
+        )
+
+    def row(self, name: str) -> Array:
+        """A moment of `Units`, (K,)."""
+        return np.concatenate([getattr(u, name).ravel() for u in self._layers])
+
+    def spread(self, by_state: Array) -> Array:
+        """(L G,) or (L, G) -> (K,)."""
+        return by_state.ravel().repeat(self._counts)
+
+    def over_m(self, f: Array) -> Array:
+        """E over m, (..., K) -> (..., L, G)."""
+        return np.add.reduceat(f * self.weights, self._starts, axis=-1).reshape(*f.shape[:-1], *self._shape)
+
+    def probability(self, intervals: Intervals) -> tuple[Array, Array]:
+        """P(z in one of the intervals) given m, and the mean of e there, both (K,)."""
         root_w, centre = np.sqrt(self.inside) + 1e-150, np.sqrt(1 - self.inside) * self.m
         found, along = np.zeros_like(self.m), np.zeros_like(self.m)
         for low, high in intervals:
@@ -104,6 +130,8 @@ def units(row: Activation, ln_t: Array, ln_w: Array, uniform: Array, grid: Grid 
     t, w = np.exp(ln_t - ln_q)[:, None], np.exp(ln_w - ln_q)[:, None]
     half = ln_q / 2
     clipped = half.clip(-CLIP, CLIP)
+    if row.homogeneous:  # any scale does but that of a signal that is gone
+        clipped[half > NOTHING / 4] = 0
     scale = np.exp(clipped)[:, None]
     kinks = sorted({0.0, *row.kinks})
     octaves = math.ceil(min(30.0, max(0.0, clipped.max() / math.log(2))))
@@ -222,25 +250,25 @@ def _inner(
 # --- where something is true of z ------------------------------------------------------------------------------------
 
 
-def zeros(row: Activation) -> tuple[tuple[float, float], ...]:
+def zeros(row: Activation) -> Intervals:
     """Intervals of z in which phi is exactly 0."""
     return _intervals(row, lambda z: row.phi(z) == 0)
 
 
-def closed(row: Activation) -> tuple[tuple[float, float], ...]:
+def closed(row: Activation) -> Intervals:
     """Intervals of z that let no gradient pass."""
     return _intervals(row, lambda z: row.slope(z).abs() < 1e-300)
 
 
-def saturated(row: Activation) -> tuple[tuple[float, float], ...]:
+def saturated(row: Activation) -> Intervals:
     """Intervals of z in which |phi'| is below 5 % of its largest value."""
     return _intervals(row, lambda z: row.slope(z).abs() < SATURATED * row.largest_slope)
 
 
-_FOUND: dict[tuple[Activation, str], tuple[tuple[float, float], ...]] = {}
+_FOUND: dict[tuple[Activation, str], Intervals] = {}
 
 
-def _intervals(row: Activation, true: Callable[[Tensor], Tensor]) -> tuple[tuple[float, float], ...]:
+def _intervals(row: Activation, true: Callable[[Tensor], Tensor]) -> Intervals:
     """From a grid, its edges bisected; beyond |z| = 50 the last answer goes on. Single points have no probability."""
     key = (row, true.__qualname__)
     if key not in _FOUND:

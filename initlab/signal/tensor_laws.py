@@ -1,0 +1,131 @@
+"""From the states of a stack to the laws of its tensors: what n units show of a state, all layers at once.
+
+Knows the chain of states, not how it came about. Legend: L layers, G nodes of a state, K nodes of all units.
+"""
+
+from dataclasses import replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from initlab.signal.closure import Chain, uneven
+from initlab.signal.laws import Array, Law, ln_cov, ln_noise, spread, symmetric, total
+from initlab.signal.unit_laws import Intervals, Joined, saturated, zeros
+
+
+class Stack(NamedTuple):
+    """Laws of all tensors with a leading dimension, layer 1 first; of length 1 for the input."""
+
+    input: Law
+    activations: Law
+    preactivations: Law
+    activation_gradients: Law
+    preactivation_gradients: Law
+
+
+class Layers:
+    """What a chain's steps know, side by side: leading dimension L."""
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain, self.batch, self.alone = chain, chain.batch, chain.start.alone
+        self.weights = chain.weights
+        self.width = np.array([step.layer.fan_out for step in chain.steps], dtype=float)
+        self.forward_remain = np.array([step.layer.forward_remain for step in chain.steps])
+
+    def of(self, name: str) -> Array:
+        return np.array([getattr(step, name) for step in self.chain.steps])
+
+    def after(self, name: str) -> Array:
+        """A number of the state above each layer."""
+        return np.array([*(getattr(step, name) for step in self.chain.steps[1:]), getattr(self.chain, name)])
+
+    @cached_property
+    def units(self) -> Joined:
+        return Joined([step.units for step in self.chain.steps])
+
+    @cached_property
+    def ln_scale(self) -> Array:
+        return np.array([step.units.ln_scale for step in self.chain.steps])
+
+    def share(self, intervals: Intervals, single: Array) -> Array:
+        """Share of a layer's entries that lie in these intervals, mean and sd: (L, 2).
+
+        Entries of one unit differ given m, less what averages out since the e_a add up to 0; inputs differ in length.
+        """
+        u = self.units
+        p, along = u.probability(intervals)
+        mean = u.over_m(p)
+        own = np.maximum(u.over_m(p * (1 - p) - along**2), 0) * (uneven(single, self.batch) / self.batch)[:, None]
+        noise = (np.maximum(u.over_m(p**2) - mean**2, 0) + own) / self.width[:, None]
+        scale = np.array([step.units.scale[:, 0] for step in self.chain.steps])
+        by_length = np.zeros_like(mean)
+        for edges, sign in zip(zip(*intervals, strict=True), (1, -1), strict=False):
+            for edge in edges:
+                x = np.clip(edge / scale, -40, 40)
+                by_length += sign * x * np.exp(-x * x / 2) / np.sqrt(8 * np.pi)
+        return spread(mean, self.weights, noise + single[:, None] * by_length**2 / self.batch)
+
+
+def preactivations(layers: Layers) -> Law:
+    """Given the state z is Gaussian, so that T is a chi-square average over the units."""
+    remain, pair, single = layers.forward_remain, layers.of("pair"), layers.of("single")
+    relative = np.zeros((*layers.of("ln_z").shape, 2))
+    relative[..., 0, 0] = (remain / layers.width)[:, None] * (2 - 1.2 * layers.of("uniform") ** 2)
+    if not layers.alone:
+        relative[..., 1, 1] = (remain / layers.width * 2 * (1 / (layers.batch - 1) + pair))[:, None]
+    shift, noise = ln_cov(relative)
+    mean, cov, _ = total(layers.of("ln_z") + shift, noise, layers.weights)
+    law = Law(mean, cov, pair + remain * (1 + pair) / layers.width, single * layers.of("damped")[:, 0])
+    shares = {
+        "frac_zero": np.zeros((len(mean), 2)),
+        "frac_saturated": layers.share(saturated(layers.chain.row), single),
+    }
+    return symmetric(replace(law, shares=shares), layers.width)
+
+
+def activations(layers: Layers) -> Law:
+    """Pooled variance, pooled mean and shares beside T and W."""
+    u, weights = layers.units, layers.weights
+    means, cov = layers.of("means"), layers.of("unit_cov")
+    pooled, q = means[..., 2], means[..., 0] + means[..., 1]
+    var = np.maximum(q - pooled**2 - cov[..., 2, 2], 0)
+    one = np.ones_like(pooled)
+    noise = _quadratic(cov, np.stack([one, one, -2 * pooled], -1))
+    shift, own = ln_noise(np.where(var > 0, noise / np.maximum(var, 1e-300) ** 2, 0))
+    safe = np.where(q > 0, q, 1)
+    off = -pooled / (2 * safe)
+    pooled_mean = spread(pooled / np.sqrt(safe), weights, _quadratic(cov, np.stack([off, off, one], -1)) / safe)
+    p = u.probability(zeros(layers.chain.row))[0]
+    dead = spread(u.over_m(p**layers.batch), weights)
+    dead[:, 1] = np.sqrt(dead[:, 1] ** 2 + dead[:, 0] * (1 - dead[:, 0]) / layers.width)
+    return Law(
+        layers.after("mean"),
+        layers.after("cov"),
+        layers.after("pair"),
+        layers.after("single"),
+        ln_var=spread(np.log(var) + layers.ln_scale + shift + layers.of("bent"), weights, own),
+        centre=pooled_mean[:, 0],
+        spread=pooled_mean[:, 1],
+        shares={
+            "frac_zero": layers.share(zeros(layers.chain.row), np.zeros(len(means))),
+            "frac_dead": dead,
+        },
+    )
+
+
+def _quadratic(cov: Array, by: Array) -> Array:
+    """by^T cov by, (..., 3, 3) and (..., 3), at least 0."""
+    return np.asarray(np.maximum(np.einsum("...i,...ij,...j->...", by, cov, by), 0))
+
+
+def seen(law: Law, batch: int, width: Array, remain: Array) -> Law:
+    """The gradient at an activation, as n Gaussian units show it."""
+    relative = np.zeros_like(law.cov)
+    relative[:, 0, 0] = remain * 2 / width
+    if not law.alone:
+        relative[:, 1, 1] = remain * 2 * (1 / (batch - 1) + law.pair) / width
+    shift, noise = ln_cov(relative)
+    pair = law.pair + remain * (1 + law.pair) / width
+    shares = {"frac_zero": np.zeros((len(width), 2))}
+    return symmetric(replace(law, mean=law.mean + shift, cov=law.cov + noise, pair=pair, shares=shares), width)
