@@ -18,12 +18,12 @@ from torch import Tensor
 from initlab.errors import UsageError
 from initlab.signal import maps
 from initlab.signal.activations import Activation
+from initlab.signal.correlation_points import FINE, correlation_fixed_point, in_octaves
 from initlab.signal.custom import Given, as_activation, name_of
 
 EDGE = 1e-9  # a slope this near to 1 is taken for 1
 TOUCH = 1e-7  # so near may V(q) come to q without a crossing, relative to q, for a half-stable point
 STEPS_PER_DECADE = 20
-FINE = 14  # nodes a panel for the correlations of a fixed point; 1e-9
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,10 @@ def phase_plane(activation: Given, sw2: Sequence[float], sb2: Sequence[float]) -
     c = torch.where(named == _CODES.index("unbounded"), torch.nan, torch.ones_like(q))
     chaotic = named == _CODES.index("chaotic")
     if bool(chaotic.any()):
-        c[chaotic] = _correlation_fixed_point(row, q[chaotic], s[chaotic], b[chaotic])
+        c[chaotic] = correlation_fixed_point(row, q[chaotic], s[chaotic], b[chaotic])
     chi = chi_1.clone()
     if bool(chaotic.any()):
-        chi[chaotic] = s[chaotic] * _in_octaves(
-            partial(maps.slope_overlap, per_panel=FINE), row, q[chaotic], c[chaotic]
-        )
+        chi[chaotic] = s[chaotic] * in_octaves(partial(maps.slope_overlap, per_panel=FINE), row, q[chaotic], c[chaotic])
     found = {"sw2": s, "sb2": b, "q": q, "c": c, "slope": slope, "chi_1": chi_1, "chi": chi}
     frame = pd.DataFrame({name: values.numpy() for name, values in found.items()})
     frame.insert(0, "activation", name_of(activation))
@@ -123,15 +121,8 @@ def _table(row: Activation) -> tuple[Tensor, Tensor, Tensor]:
     q = 10.0 ** (
         torch.arange(-12 * STEPS_PER_DECADE, 12 * STEPS_PER_DECADE + 1, dtype=torch.float64) / STEPS_PER_DECADE
     )
-    mean_square = _in_octaves(lambda r, x, _: maps.moment(r, x), row, q, q)
-    return q, mean_square, _in_octaves(lambda r, x, _: maps.slope_moment(r, x), row, q, q)
-
-
-def _in_octaves(f: Callable[[Activation, Tensor, Tensor], Tensor], row: Activation, q: Tensor, c: Tensor) -> Tensor:
-    """f(row, q, c) where neighbours in q share their panels, which get finer with q."""
-    order = q.argsort()
-    parts = [f(row, q[part], c[part]) for part in torch.split(order, 256)]
-    return torch.empty_like(q).scatter_(0, order, torch.cat(parts))
+    mean_square = in_octaves(lambda r, x, _: maps.moment(r, x), row, q, q)
+    return q, mean_square, in_octaves(lambda r, x, _: maps.slope_moment(r, x), row, q, q)
 
 
 def _length_fixed_point(row: Activation, s: Tensor, b: Tensor) -> Tensor:
@@ -186,8 +177,8 @@ def _refined(row: Activation, low: Tensor, high: Tensor, s: Tensor, b: Tensor) -
     rising = maps.length_map(row, high, s, b) > high
     x = (low * high).sqrt()
     for _ in range(60):
-        value = s * _in_octaves(lambda r, q, _: maps.moment(r, q), row, x, x) + b
-        slope = s * _in_octaves(lambda r, q, _: maps.growth(r, q), row, x, x)
+        value = s * in_octaves(lambda r, q, _: maps.moment(r, q), row, x, x) + b
+        slope = s * in_octaves(lambda r, q, _: maps.growth(r, q), row, x, x)
         above = (value > x) == rising
         high, low = torch.where(above, x, high), torch.where(above, low, x)
         newton = x - (value - x) / (slope - 1)
@@ -198,34 +189,6 @@ def _refined(row: Activation, low: Tensor, high: Tensor, s: Tensor, b: Tensor) -
         if bool(done.all()):
             break
     return x
-
-
-# --- correlations ----------------------------------------------------------------------------------------------------
-
-
-def _correlation_fixed_point(row: Activation, q: Tensor, s: Tensor, b: Tensor) -> Tensor:
-    """c* = C(c*) below 1 where chi_1 > 1.
-
-    C is convex on (0, 1), so that Newton's method from the left climbs to the root without passing it.
-    """
-    c = torch.zeros_like(q)
-    for per_panel, steps, enough in ((8, 40, 1e-5), (FINE, 4, 1e-8)):
-        open_ = torch.ones_like(q, dtype=torch.bool)
-        for _ in range(steps):
-            part = open_.nonzero().flatten()
-            rest = _residual(row, q[part], s[part], b[part], c[part], per_panel)
-            slope = 1 - s[part] * _in_octaves(partial(maps.slope_overlap, per_panel=per_panel), row, q[part], c[part])
-            step = torch.where(slope > 0, -rest / slope, 0.0)
-            c[part] = (c[part] + step).clamp(0, 1)
-            open_[part] = step.abs() > enough
-            if not bool(open_.any()):
-                break
-    return c
-
-
-def _residual(row: Activation, q: Tensor, s: Tensor, b: Tensor, c: Tensor, per_panel: int) -> Tensor:
-    image = s * _in_octaves(partial(maps.overlap, per_panel=per_panel), row, q, c) + b
-    return c - image / q
 
 
 # --- the critical line -----------------------------------------------------------------------------------------------
