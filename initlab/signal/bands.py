@@ -121,7 +121,7 @@ def _share(name: str, moments: Array, limit: Array) -> Rows:
     return Rows(name, np.column_stack([limit, _ln(limit), mean, sd, points]))
 
 
-# --- the pooled mean: a normal variable times a lognormal one, exp(ln q / 2) (centre + spread xi) ---------------------
+# --- the pooled mean, exp(ln q / 2) (centre + lean eta + spread xi) --------------------------------------------------
 
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(16)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
@@ -131,12 +131,13 @@ def _mean(law: Law, infinite: Law, second: Array) -> Rows:
     sd = np.where(np.isfinite(second[:, 1]), second[:, 1] / 2, 0)
     size = np.exp(np.clip(second[:, 0] / 2, -300, 300))
     factor = np.exp(sd[:, None] * _NODES)
-    mean = factor @ _WEIGHTS * law.centre
-    square = factor**2 @ _WEIGHTS * (law.centre**2 + law.spread**2)
-    if (np.abs(law.centre) < 1e-6 * law.spread).all():
+    centre = law.centre[:, None] + law.lean[:, None] * _NODES
+    mean = (factor * centre) @ _WEIGHTS
+    square = (factor**2 * (centre**2 + law.spread[:, None] ** 2)) @ _WEIGHTS
+    if (np.abs(law.centre) + np.abs(law.lean) < 1e-6 * law.spread).all():
         points = law.centre[:, None] + law.spread[:, None] * _symmetric_quantiles(factor)
     else:
-        points = np.stack([_mixture_quantile(q, factor, law.centre, law.spread) for q in QUANTILES], -1)
+        points = np.stack([_mixture_quantile(q, factor, centre, law.spread) for q in QUANTILES], -1)
     limit = infinite.centre * np.exp(infinite.ln_q / 2)
     spread = np.sqrt(np.maximum(square - mean**2, 0))
     return Rows("mean", np.column_stack([limit, _ln(limit), mean * size, spread * size, points * size[:, None]]))
@@ -155,13 +156,13 @@ def _symmetric_quantiles(factor: Array) -> Array:
 
 
 def _mixture_quantile(q: float, factor: Array, centre: Array, spread: Array) -> Array:
-    """Quantiles of factor (centre + spread xi), (K,); factors (K, nodes). Halved to near the root, then Newton."""
-    spread = np.maximum(spread, 1e-300)
+    """Quantiles (K,) of factor (centre + spread xi), factors and centres (K, nodes): halved, then by Newton's method."""
+    spread = np.maximum(spread, 1e-9 * np.abs(centre).max(-1) + 1e-300)
 
     def normal(x: Array) -> Array:
-        return np.asarray((x[:, None] / factor - centre[:, None]) / spread[:, None])
+        return np.asarray((x[:, None] / factor - centre) / spread[:, None])
 
-    high = factor.max(-1) * (np.abs(centre) + 9 * spread)
+    high = (factor * (np.abs(centre) + 9 * spread[:, None])).max(-1)
     low = -high
     for _ in range(18):
         middle = (low + high) / 2

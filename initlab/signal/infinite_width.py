@@ -81,6 +81,7 @@ def _law(
         ln_var=np.stack([ln_q if ln_var is None else ln_var, none], -1),
         centre=none if centre is None else centre,
         spread=none,
+        lean=none,
         shares={name: np.stack([share, none], -1) for name, share in (shares or {}).items()},
     ).of_batch(batch)
 

@@ -20,10 +20,10 @@ Moments: TypeAlias = tuple[float, float]  # mean and standard deviation
 class Law:
     """ln T and ln W jointly normal, the rest beside it; of K tensors, the layers of a stack.
 
-    `ln_var` is mean and sd of ln of the pooled variance; the pooled mean is exp(ln q / 2) (centre + spread xi), xi
-    standard normal; `shares` are fractions, mean and sd. Inputs differ in squared length by the relative variance
-    `single`; T and W are those of inputs of one length, `reported` has the lengths in. `pair`: variance of a pair's
-    product, over W^2.
+    `ln_var` is mean and sd of ln of the pooled variance; the pooled mean is exp(ln q / 2) (centre + lean eta +
+    spread xi), eta and xi standard normal, eta that of ln q itself; `shares` are fractions, mean and sd. Inputs differ
+    in squared length by the relative variance `single`; T and W are those of inputs of one length, `reported` has the
+    lengths in. `pair`: variance of a pair's product, over W^2.
     """
 
     mean: Array  # (K, 2)
@@ -33,6 +33,7 @@ class Law:
     ln_var: Array = field(default_factory=lambda: np.full((1, 2), np.nan))  # (K, 2)
     centre: Array = field(default_factory=lambda: np.zeros(1))  # (K,)
     spread: Array = field(default_factory=lambda: np.zeros(1))  # (K,)
+    lean: Array = field(default_factory=lambda: np.zeros(1))  # (K,)
     shares: dict[str, Array] = field(default_factory=dict)  # (K, 2)
 
     @property
@@ -57,7 +58,7 @@ class Law:
 
     def each(self) -> list["Law"]:
         """Its K laws, K = 1 each; without their shares."""
-        fields = ("mean", "cov", "pair", "single", "ln_var", "centre", "spread")
+        fields = ("mean", "cov", "pair", "single", "ln_var", "centre", "spread", "lean")
         return [Law(*(getattr(self, name)[k : k + 1] for name in fields)) for k in range(len(self.mean))]
 
     def nodes(self) -> tuple[Array, Array]:
@@ -233,7 +234,7 @@ def symmetric(law: Law, n: Array | float) -> Law:
     share = 1 - law.within
     ln_var = law.ln_second_moment()
     ln_var[..., 0] -= share / n
-    return replace(law, ln_var=ln_var, centre=np.zeros_like(share), spread=np.sqrt(share / n))
+    return replace(law, ln_var=ln_var, centre=0 * share, lean=0 * share, spread=np.sqrt(share / n))
 
 
 def gaussian_batch(n: float, batch: int, q0: float = 1.0, c0: float = 0.0, exact: bool = False) -> Law:

@@ -51,20 +51,19 @@ class Layers:
     def share(self, intervals: Intervals, single: Array) -> Array:
         """Share of a layer's entries that lie in these intervals, mean and sd: (L, 2).
 
-        Entries of one unit differ given m, less what averages out since the e_a add up to 0; inputs differ in length.
+        Entries of one unit differ given m, less what averages out since the e_a add up to 0; those of two inputs go
+        together as far as the inputs' product differs from the average one; and weights that keep all products of
+        inputs leave nothing that is quadratic in z. What lengths do is in the law of W already.
         """
-        u = self.units
-        p, along = u.probability(intervals)
-        mean = u.over_m(p)
+        u, remain = self.units, self.forward_remain[:, None]
+        p, along, curve = u.probability(intervals)
+        mean, pair = u.over_m(p), self.of("pair")[:, None]
         own = np.maximum(u.over_m(p * (1 - p) - along**2), 0) * (uneven(single, self.batch) / self.batch)[:, None]
-        noise = (np.maximum(u.over_m(p**2) - mean**2, 0) + own) / self.width[:, None]
-        scale = np.array([step.units.scale[:, 0] for step in self.chain.steps])
-        by_length = np.zeros_like(mean)
-        for edges, sign in zip(zip(*intervals, strict=True), (1, -1), strict=False):
-            for edge in edges:
-                x = np.clip(edge / scale, -40, 40)
-                by_length += sign * x * np.exp(-x * x / 2) / np.sqrt(8 * np.pi)
-        return spread(mean, self.weights, noise + single[:, None] * by_length**2 / self.batch)
+        together = u.over_m(curve**2) * pair / 2
+        quadratic = u.over_m(p * (u.m**2 - 1)) ** 2 + u.over_m(curve) ** 2 * (1 / self.batch + pair)
+        unit = np.maximum(u.over_m(p**2) - mean**2, 0) + own + together - (1 - remain) / 2 * quadratic
+        noise = np.maximum(unit, 0) / self.width[:, None]
+        return spread(mean, self.weights, noise)
 
 
 def preactivations(layers: Layers) -> Law:
@@ -95,18 +94,23 @@ def activations(layers: Layers) -> Law:
     shift, own = ln_noise(np.where(var > 0, noise / np.maximum(var, 1e-300) ** 2, 0))
     safe = np.where(q > 0, q, 1)
     off = -pooled / (2 * safe)
-    pooled_mean = spread(pooled / np.sqrt(safe), weights, _quadratic(cov, np.stack([off, off, one], -1)) / safe)
+    of_ratio, of_ln_q = np.stack([off, off, one], -1), np.stack([one, one, 0 * one], -1) / safe[..., None]
+    ratio, ln_q = pooled / np.sqrt(safe), np.log(safe) + layers.ln_scale
+    pooled_mean = spread(ratio, weights, _quadratic(cov, of_ratio) / safe)
+    law = Law(layers.after("mean"), layers.after("cov"), layers.after("pair"), layers.after("single"))
+    together = np.einsum("...i,...ij,...j->...", of_ratio, cov, of_ln_q) / np.sqrt(safe)
+    together += (ratio - (ratio @ weights)[:, None]) * (ln_q - (ln_q @ weights)[:, None])
+    lean = np.nan_to_num((together @ weights) / law.ln_second_moment()[:, 1])
+    lean = np.clip(lean, -pooled_mean[:, 1], pooled_mean[:, 1])
     p = u.probability(zeros(layers.chain.row))[0]
     dead = spread(u.over_m(p**layers.batch), weights)
     dead[:, 1] = np.sqrt(dead[:, 1] ** 2 + dead[:, 0] * (1 - dead[:, 0]) / layers.width)
-    return Law(
-        layers.after("mean"),
-        layers.after("cov"),
-        layers.after("pair"),
-        layers.after("single"),
+    return replace(
+        law,
         ln_var=spread(np.log(var) + layers.ln_scale + shift + layers.of("bent"), weights, own),
         centre=pooled_mean[:, 0],
-        spread=pooled_mean[:, 1],
+        lean=lean,
+        spread=np.sqrt(np.maximum(pooled_mean[:, 1] ** 2 - lean**2, 0)),
         shares={
             "frac_zero": layers.share(zeros(layers.chain.row), np.zeros(len(means))),
             "frac_dead": dead,

@@ -106,15 +106,19 @@ class Joined:
         """E over m, (..., K) -> (..., L, G)."""
         return np.add.reduceat(f * self.weights, self._starts, axis=-1).reshape(*f.shape[:-1], *self._shape)
 
-    def probability(self, intervals: Intervals) -> tuple[Array, Array]:
-        """P(z in one of the intervals) given m, and the mean of e there, both (K,)."""
+    def probability(self, intervals: Intervals) -> tuple[Array, Array, Array]:
+        """P(z in one of the intervals) given m, and the means of e and of e^2 - 1 there, each (K,)."""
         root_w, centre = np.sqrt(self.inside) + 1e-150, np.sqrt(1 - self.inside) * self.m
-        found, along = np.zeros_like(self.m), np.zeros_like(self.m)
+        found, along, curve = np.zeros((3, *self.m.shape))
         for low, high in intervals:
-            first, last = ((edge / self.scale - centre) / root_w for edge in (low, high))
-            found += normal_cdf(last) - normal_cdf(first)
-            along += np.exp(-np.minimum(first**2, 1e3) / 2) - np.exp(-np.minimum(last**2, 1e3) / 2)
-        return found, along / math.sqrt(2 * math.pi)
+            for edge, sign in ((low, -1), (high, 1)):
+                e = (edge / self.scale - centre) / root_w
+                near = np.clip(e, -40, 40)
+                density = sign * np.exp(-near * near / 2) / math.sqrt(2 * math.pi)
+                found += sign * normal_cdf(e)
+                along -= density
+                curve -= near * density
+        return found, along, curve
 
 
 def normal_cdf(x: Array) -> Array:
