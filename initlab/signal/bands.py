@@ -156,7 +156,7 @@ def _symmetric_quantiles(factor: Array) -> Array:
 
 
 def _mixture_quantile(q: float, factor: Array, centre: Array, spread: Array) -> Array:
-    """Quantiles (K,) of factor (centre + spread xi), factors and centres (K, nodes): halved, then by Newton's method."""
+    """Quantiles (K,) of factor (centre + spread xi); factors, centres (K, nodes). Halved, then by Newton's method."""
     spread = np.maximum(spread, 1e-9 * np.abs(centre).max(-1) + 1e-300)
 
     def normal(x: Array) -> Array:

@@ -14,10 +14,11 @@ import pandas as pd
 import torch
 
 from initlab.errors import UsageError, not_one_of
+from initlab.signal.case import case_of
 from initlab.signal.custom import Given
 from initlab.signal.init import Rule
 from initlab.signal.laws import Array, Law
-from initlab.signal.theory import stack_laws
+from initlab.signal.theory import finite_laws
 from initlab.signal.unit_laws import normal_cdf
 
 
@@ -69,7 +70,7 @@ def limits(
             raise not_one_of("format", name, FORMATS)
     if options.get("method", "closed") not in ("auto", "closed"):
         raise UsageError(f"method={options['method']}: the ends of number formats are found from closed laws")
-    laws, widths, batch = stack_laws(init, activation, depth, width, **options)
+    laws, widths, batch = _stack_laws(init, activation, depth, width, **options)
     rows, each = [], laws.each()
     for name in formats:
         for event, happened in EVENTS.items():
@@ -78,6 +79,18 @@ def limits(
             layers = {key: _first(share, q) for key, q in QUANTILES.items()}
             rows.append({"format": name, "event": event, **layers, "share": float(share[-1])})
     return pd.DataFrame(rows)
+
+
+def _stack_laws(
+    init: str | Rule, activation: Given, depth: int, width: int, **options: Any
+) -> tuple[Law, list[int], int]:
+    """Laws of the preactivations, a layer each, their widths, and the batch, for options as in `predict_bands`."""
+    names = ("widths", "inputs", "batch", "q0", "c0", "fixed_input", "sb2")
+    own = {"widths": None, "inputs": None, "batch": 200, "q0": 1.0, "c0": 0.0, "fixed_input": False, "sb2": 0.0}
+    fields = {name: value for name, value in options.items() if name not in (*names, "method")}
+    given = {**own, **{name: value for name, value in options.items() if name in names}}
+    case = case_of(init, activation, depth, width, rule_fields=fields, **given)
+    return finite_laws(case).preactivations, case.widths[1:], case.batch
 
 
 def _first(share: Array, quantile: float) -> float:

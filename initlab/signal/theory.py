@@ -36,7 +36,8 @@ METHODS = {
 SPREAD = 1.0  # sum of 1/width up to which `auto` trusts the closure where phi is homogeneous
 SPREAD_WITH_SCALE = 0.6  # the same where phi has a scale of its own
 WANDERS = 0.3  # standard deviation of ln q over networks up to which an activation with a scale is trusted too
-BUDGET = 4e10  # multiplications that `auto` spends on a simulation
+BUDGET = 3e10  # multiplications in float64 that `auto` spends on a simulation: below 10 s
+FLOAT32_IS_FASTER = 3  # times, measured
 NETWORKS = (100, 1000)  # fewest and most networks of a simulation that chooses for itself
 
 
@@ -121,18 +122,6 @@ def predict_bands(
 
 
 _KEYS = ["layer", "tensor", "direction"]
-
-
-def stack_laws(
-    init: str | Rule, activation: Given, depth: int, width: int, **options: Any
-) -> tuple[Law, list[int], int]:
-    """Laws of the preactivations, a layer each, their widths, and the batch, for options as in `predict_bands`."""
-    names = ("widths", "inputs", "batch", "q0", "c0", "fixed_input", "sb2")
-    own = {"widths": None, "inputs": None, "batch": 200, "q0": 1.0, "c0": 0.0, "fixed_input": False, "sb2": 0.0}
-    fields = {name: value for name, value in options.items() if name not in (*names, "method")}
-    given = {**own, **{name: value for name, value in options.items() if name in names}}
-    case = case_of(init, activation, depth, width, rule_fields=fields, **given)
-    return finite_laws(case).preactivations, case.widths[1:], case.batch
 
 
 # --- closed laws -----------------------------------------------------------------------------------------------------
@@ -270,8 +259,18 @@ def _cost(case: Case) -> float:
 
 def _affordable(case: Case) -> int:
     """How many networks the budget allows; 0 if they are too few to be of use or the chain does not know the input."""
-    networks = int(min(NETWORKS[1], BUDGET / _cost(case)))
+    networks = int(min(NETWORKS[1], BUDGET * (FLOAT32_IS_FASTER if float32_will_do(case) else 1) / _cost(case)))
     return networks if networks >= NETWORKS[0] and not case.fixed_input else 0
+
+
+def float32_will_do(case: Case) -> bool:
+    """Whether all signals stay well inside its range, six standard deviations included, and inputs apart."""
+    for kind in _tensors(case, finite_laws(case)):
+        ln_q, spread = kind.law.ln_second_moment().T
+        apart = kind.limit.alone or bool((kind.limit.within > 1e-3).all())
+        if not apart or not bool((np.abs(ln_q) / 2 + 3 * spread < 60).all()):
+            return False
+    return True
 
 
 def trusted(case: Case) -> bool:
@@ -291,7 +290,9 @@ def _simulated(case: Case, networks: int, seed: int) -> Iterator[Block]:
         for rows in bands(kind.law, kind.limit, case.batch, kind.units):
             for layer, numbers in zip(kind.layers.tolist(), rows.numbers, strict=True):
                 predicted.setdefault((layer, kind.tensor, kind.direction), {})[rows.statistic] = numbers[:2]
-    found = simulate(case.row, case.layers, case.batch, networks, case.q0, case.c0, case.rule.distribution, seed)
+    dtype = torch.float32 if float32_will_do(case) else torch.float64
+    moments = case.q0, case.c0
+    found = simulate(case.row, case.layers, case.batch, networks, *moments, case.rule.distribution, seed, dtype)
     for key, block in found.items():
         for rows in simulated(block, predicted[key]):
             yield Block(np.array(key[:1]), *key[1:], rows, "simulation")

@@ -117,7 +117,9 @@ def test_methods_are_named() -> None:
     assert row(predict("kaiming", "relu", 3, batch=1), 3)["method"] == "exact-relu"
     assert row(predict("lecun", "linear", 3), 3)["method"] == "linear-batch"
     assert row(predict("kaiming", "tanh", 30, 10, batch=5), 30)["method"] == "simulation"
-    assert row(predict("kaiming", "gelu", 50, 100), 50)["method"] == "log-delta, outside its range"
+    assert row(predict("kaiming", "gelu", 50, 100, batch=20, networks=100), 50)["method"] == "simulation"
+    unknown = predict("kaiming", "gelu", 50, 100, fixed_input=True)  # the chain draws its input
+    assert row(unknown, 50)["method"] == "log-delta, outside its range"
     own = predict("kaiming", torch.nn.functional.elu, 3)
     assert set(own["slope"]) == {"numerical derivative"}
 
