@@ -194,8 +194,8 @@ def _moments(f: Array, p: Array, u: Array, e: Array, weights: Array, m_weights: 
 
 def _degree(row: Activation, clipped: Array, half: Array) -> Array:
     """d ln|phi| / d ln z where the scale was clipped: 1 for what goes on as a line, 0 for what saturates."""
-    if (clipped == half).all():
-        return np.zeros_like(half)
+    if row.homogeneous or (clipped == half).all():
+        return np.full_like(half, row.homogeneous)
     at = torch.from_numpy(np.exp(clipped))
     one, two = (row.phi(k * at).abs() + row.phi(-k * at).abs() for k in (1, 2))
     ratio = torch.where(one > 0, two / one, 1)
