@@ -82,8 +82,8 @@ def test_a_rule_of_ones_own_is_one_file(lab: Lab, tmp_path: Path) -> None:
 
 
 MISTAKES = {
-    "init=kaimng": "initlab: init=kaimng: must be one of kaiming, lecun, naive, orthogonal, small, torch_default, "
-    "xavier - did you mean kaiming?",
+    "init=kaimng": "initlab: init=kaimng: must be one of kaiming, lecun, lsuv, mup, naive, orthogonal, small, "
+    "torch_default, xavier - did you mean kaiming?",
     "dept=50": "initlab: dept: no such option - did you mean depth?; see --help",
     "train.dept=50": "initlab: train.dept: no such option - did you mean train.depth?; see --help",
     "+init.gian=3": "initlab: init.gian: no such option - did you mean init.gain?; see --help",
@@ -107,8 +107,8 @@ MISTAKES = {
     "init.mode=fan": "initlab: init.mode=fan: must be one of constant, fan_avg, fan_in, fan_out - did you mean fan_in?",
     "dtype=float31": "initlab: dtype=float31: must be one of bfloat16, float16, float32, float64 "
     "- did you mean float32?",
-    "task=lb": "initlab: task=lb: must be one of backward, explain, graph, lab, matmul, seeded, stack, train "
-    "- did you mean lab?",
+    "task=lb": "initlab: task=lb: must be one of backward, explain, gains, graph, jacobian, lab, matmul, seeded, stack, "
+    "train - did you mean lab?",
     "train.loss=mae": "initlab: train.loss=mae: must be one of cross_entropy, mse - did you mean mse?",
     "train.optimizer=adma": "initlab: train.optimizer=adma: must be one of adam, adamw, momentum, nesterov, rmsprop, "
     "sgd - did you mean adam?",
@@ -183,7 +183,7 @@ def test_the_same_command_gives_the_same_tables(lab: Lab) -> None:
 def test_help_shows_every_option(lab: Lab) -> None:
     code, out, _ = lab("--help")
     assert code == 0
-    for word in ("depth: 50", "train:", "lr: 0.1", "init=kaiming|lecun|naive", "data=digits|mnist|teacher"):
+    for word in ("depth: 50", "train:", "lr: 0.1", "init=kaiming|lecun|lsuv|mup|naive", "data=digits|mnist|teacher"):
         assert word in out
 
 

@@ -69,28 +69,33 @@ def stack(
     place, number = find_device(device), choose(DTYPES, dtype, "dtype")
     planned = plan(shape, len(seeds), number, place, backward)
     collected: dict[int, list[Frames]] = {}
-    delivering = Lock()
-
-    def hand_over(frames: Frames) -> None:
-        assert emit is not None
-        with delivering:
-            emit(frames)
-
+    hand_over = None if emit is None else _one_at_a_time(emit)
     total = len(seeds) * depth * (2 if backward else 1)
     with tqdm(total=total, desc="stack", unit="layer", disable=None if progress else True) as bar:
 
         def run(chunk: slice) -> None:
             kept = planned.keep_weights
             nets = Networks(rules[chunk], phi, shape, seeds[chunk], number, place, kept, generator)
-            deliver = collected.setdefault(chunk.start, []).append if emit is None else hand_over
+            deliver = hand_over or collected.setdefault(chunk.start, []).append
             if nets.fit is not None:
                 deliver({"lsuv": nets.fit.frame().assign(stage="stack")})
-            record = _Record(nets, None if names is None else names[chunk], deliver, emit is not None)
+            record = _Record(nets, None if names is None else names[chunk], deliver, hand_over is not None)
             _Pass(nets, phi, record, producer, backward, bar).run()
 
         in_chunks(run, len(seeds), planned, shape, torch.get_num_threads() if place.type == "cpu" else 1)
     parts = [part["stats"] for start in sorted(collected) for part in collected[start] if "stats" in part]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def _one_at_a_time(emit: Callable[[Frames], None]) -> Callable[[Frames], None]:
+    """`emit` for several threads."""
+    delivering = Lock()
+
+    def hand_over(frames: Frames) -> None:
+        with delivering:
+            emit(frames)
+
+    return hand_over
 
 
 def _keys(layers: Iterable[int], direction: str) -> list[Key]:
