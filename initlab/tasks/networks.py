@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from initlab.errors import UsageError, choose
-from initlab.signal.activations import Activation
+from initlab.signal.custom import Given, as_activation
 from initlab.signal.init import GENERATORS, RULES, Rule, draw, rule
 from initlab.tasks.memory import free_memory, readable
 
@@ -105,7 +105,7 @@ class Networks:
     def __init__(
         self,
         rules: Sequence[Rule],
-        activation: str | Activation,
+        activation: Given,
         shape: Shape,
         seeds: Sequence[int],
         dtype: torch.dtype,
@@ -113,7 +113,7 @@ class Networks:
         keep_weights: bool = False,
         generator: str = "torch",
     ) -> None:
-        self.rules, self.activation, self.shape, self.seeds = rules, activation, shape, seeds
+        self.rules, self.activation, self.shape, self.seeds = rules, as_activation(activation), shape, seeds
         self.dtype, self.device, self.keep_weights = dtype, device, keep_weights
         choose(GENERATORS, generator, "generator")
         self.generator = generator
