@@ -98,8 +98,10 @@ def _mark(peer: Row) -> str:
 
 
 def _label(row: Row) -> str:
-    """The id; its variant where it has several; the threads where they are not one."""
-    several = any(name == row.id and variant != "plain" for name, variant, _ in BARS)
+    """The id; its variant where there may be several; the threads where they are not one."""
+    several = row.id.endswith((".full", ".tables", ".cost")) or any(
+        name == row.id and variant != "plain" for name, variant, _ in BARS
+    )
     variant = VARIANTS.get(row.variant, "" if row.variant == "accelerated" else row.variant) if several else ""
     said = [variant, f"{row.threads} threads" if row.threads > 1 else ""]
     return row.id + (" (time)" if row.higher_is_better else "") + "".join(f", {words}" for words in said if words)

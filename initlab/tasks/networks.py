@@ -14,8 +14,7 @@ from torch import Tensor
 
 from initlab.errors import UsageError, choose
 from initlab.signal import lsuv
-from initlab.signal.activations import Activation
-from initlab.signal.custom import as_activation
+from initlab.signal.custom import Given, as_activation
 from initlab.signal.init import GENERATORS, RULES, Rule, draw, rule
 from initlab.tasks.memory import free_memory, readable
 
@@ -125,7 +124,7 @@ class Networks:
     def __init__(
         self,
         rules: Sequence[Rule],
-        activation: str | Activation,
+        activation: Given,
         shape: Shape,
         seeds: Sequence[int],
         dtype: torch.dtype,
@@ -133,7 +132,7 @@ class Networks:
         keep_weights: bool = False,
         generator: str = "torch",
     ) -> None:
-        self.rules, self.activation, self.shape, self.seeds = rules, activation, shape, seeds
+        self.rules, self.activation, self.shape, self.seeds = rules, as_activation(activation), shape, seeds
         self.dtype, self.device, self.keep_weights = dtype, device, keep_weights
         choose(GENERATORS, generator, "generator")
         self.generator = generator

@@ -83,8 +83,12 @@ def train(
                     bar.update()
             finally:
                 pair.flush()
-    names = dict.fromkeys(name for part in collected for name in part)
-    return {name: pd.concat([part[name] for part in collected if name in part], ignore_index=True) for name in names}
+    return _joined(collected)
+
+
+def _joined(parts: Sequence[Frames]) -> Frames:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: pd.concat([part[name] for part in parts if name in part], ignore_index=True) for name in names}
 
 
 def _together(sizes: Sequence[int], batch: int, networks: int, dtype: torch.dtype, device: torch.device) -> int:
