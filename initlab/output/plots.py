@@ -268,7 +268,7 @@ def _of(make: Callable[..., Figure | None], *names: str) -> Callable[[Tables], F
 
 
 draw_spectra = _of(draw_jacobian, "jacobian", "singular_values")
-LABELLED = ("stats", "losses", "parity", "jacobian", "singular_values")
+LABELLED = ("stats", "losses", "parity", "jacobian", "singular_values", "theory")
 FIGURES: dict[str, Callable[[Tables], Figure | None]] = {
     "activation_std": activation_std,
     "gradient_std": gradient_std,

@@ -56,8 +56,7 @@ def train(
     rules, rates = rules_of(init, len(seeds)), _rates(lr, len(seeds))
     refuse_mismatch(data, loss, batch)
     collected: list[Frames] = []
-    deliver = collected.append if emit is None else emit
-    place = find_device(device)
+    deliver, place = collected.append if emit is None else emit, find_device(device)
     sizes = [data.x.shape[1], *[width] * depth, outputs_of(data, loss)]
     number = choose(DTYPES, dtype, "dtype")
     together = _together(sizes, batch, len(seeds), number, place)
