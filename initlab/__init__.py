@@ -6,6 +6,9 @@ The map of the house. Imports run one way, downwards in this list never:
     signal/        numbers passing through layers; a library that knows nothing of the harness
         activations.py   table: function, derivative, gains by quadrature
         init.py          the variance-scaling formula and its named rules; order-free random numbers
+        lsuv.py          weights scaled by what the data make of them
+        mup.py           what must follow the width: the last layer, the learning rates
+        jacobian.py      singular values of a stack, measured and predicted
         philox.py        random numbers by position; triton_philox.py: in one pass on a GPU
         exponent.py      numbers without a range: a tensor with its power of two carried
         accelerate.py    accelerated.cpp, statistics in the passes of ReLU, mask and update; built once, optional
@@ -27,7 +30,9 @@ The map of the house. Imports run one way, downwards in this list never:
         gains.py         every gain and what it leads to; formats.py: where a number format ends a stack
         theory.py        what is predicted for a stack, with bands; case.py: the question, checked
         finite_width.py  exact laws; gram_chain.py: simulated ones
-        closure.py       lognormal laws, forward; gradients.py: backward; laws.py, unit_laws.py: what they are made of
+        closure.py       the law of a batch from layer to layer; laws.py, unit_laws.py: what it is made of
+        tensor_laws.py   what a stack's tensors show of it, all layers at once; gradients.py: the way back
+        infinite_width.py  the same stack with all widths infinite; correlation_points.py: where two inputs end
         bands.py         from a law to its statistics; beside.py: measured and predicted, row by row
     scratch/       the from-scratch network, in reading order
         matmul.py        the matmul ladder
@@ -46,6 +51,9 @@ The map of the house. Imports run one way, downwards in this list never:
     tasks/         what can be run, a file each: plain arguments in, frames out; knows nothing of Hydra
         place.py         device, number format, how a GPU multiplies
         data.py          the batches: digits, MNIST from files, a teacher
+        weights.py       the weights of a trained network, drawn, and fitted where a rule says so
+        gains.py         every gain of every activation
+        jacobian.py      singular values through the stack
         networks.py      the networks of one program: rules, draws, how many fit
         beyond.py        networks followed beyond their number format
         stack.py         a stack of layers, forward and backward
@@ -68,6 +76,7 @@ The map of the house. Imports run one way, downwards in this list never:
         predicted.py     measured beside predicted -> layers within their band, lines for figures
         expect.py        does a study's expected answer hold?
         octaves.py       histograms over the training -> figure
+        gains.py         their figure; jacobian.py: that of the singular values; predicted.py: theory for all figures
         axes.py          what figures are made of: bands, marks of death, ends of the number formats
         graphs.py        autograd's graph -> figure
         plots.py         frame -> figure
