@@ -40,6 +40,7 @@ The map of the house. Imports run one way, downwards in this list never:
         classes.py       layers that remember their call; LayerFunction
         modules.py       the same rules as torch.autograd.Function and nn.Module
         mlp.py           the MLP by hand and its nn.Module twin
+        items.py         all tensors of a step, each with the words of its row
         engine.py        the fast path: the same rules in memory that is allocated once, for one network or many
         page.py          the rows of a few recorded steps
         pens.py          how a recorded step writes them: plain, or fused with its passes; launched.py: on a GPU

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from initlab.errors import UsageError, choose
+from initlab.scratch import mlp
+from initlab.scratch.items import items_of, updates_of
 from initlab.scratch.layers import LOSSES, Loss
 from initlab.scratch.mlp import Parameters
 from initlab.signal.activations import ACTIVATIONS, Activation
 from initlab.signal.custom import Given, as_activation
+from initlab.signal.probe import Sink
 
 CACHE_BYTES = 2**20  # of a core's second cache: rows beyond it go through in pieces
 FEWEST_ROWS = 1024  # a piece is never smaller: matrix products want them
@@ -275,6 +278,8 @@ class Engine:
         own = [tuple(each) for each in factors] or [()] * count
         alike = len(set(zip(rates, own, strict=True))) == 1
         joint = alike and batch * max(w.shape[-1] * w.shape[-2] for w, _ in parameters) <= JOINT_ENTRIES
+        self._sink: Sink | None = None
+        self._steps = 0
         self.slices = [slice(0, count)] if joint else [slice(k, k + 1) for k in range(count)]
         self.networks = [
             Network([(w[part], b[part]) for w, b in parameters], row, objective, rates[part.start], own[part.start])
@@ -312,6 +317,27 @@ class Engine:
 
     def step(self, xb: Tensor, yb: Tensor) -> Tensor:
         """One update of every network; the losses before it, (E,). xb (E, N, I), yb (E, N)."""
+        step, self._steps = self._steps, self._steps + 1
+        if self._sink is None or not self._sink.due(step):
+            return self._update(xb, yb)
+        before, net = self.parameters, self.networks[0]
+        seen = mlp.forward_and_backward(before, xb, yb, net.activation, net.loss)
+        losses = self._update(xb, yb)
+        updates = updates_of("scratch", step, before, self.parameters)
+        for key, values, saturated in [*items_of("scratch", step, seen, before, net.activation), *updates]:
+            self._sink.put(key, values, saturated)
+        self._sink.end(step)
+        return losses
+
+    def watch(self, sink: Sink | None) -> None:
+        """Put the tensors of coming steps into the sink, as `initlab.probe(engine)` asks; None: no longer.
+
+        A step that is due is made twice, once to be looked at: what is trained stays bit for bit what it was. Recording
+        (recording.py) is the fast way to the same rows.
+        """
+        self._sink = sink
+
+    def _update(self, xb: Tensor, yb: Tensor) -> Tensor:
         if self.count == 1:
             return self.networks[0].step(xb[0], yb[0]).unsqueeze(0)
         return torch.cat([n.step(*part).reshape(-1) for n, part in zip(self.networks, self.parts(xb, yb), strict=True)])

@@ -13,11 +13,12 @@ from torch import Tensor
 from initlab.errors import UsageError, choose
 from initlab.scratch import mlp
 from initlab.scratch.engine import Engine, Factors
+from initlab.scratch.items import items_of, parameter_items, updates_of
 from initlab.scratch.layers import LOSSES, Loss
-from initlab.scratch.mlp import Parameters, Pass
+from initlab.scratch.mlp import Parameters
 from initlab.scratch.recording import Recording
 from initlab.signal.activations import Activation
-from initlab.signal.stats import Blocks, Differences, Item, Key, Rows, saturated_share
+from initlab.signal.stats import Blocks, Differences, Key, Rows
 
 Frames = dict[str, pd.DataFrame]
 Optimizer = Callable[..., torch.optim.Optimizer]
@@ -125,7 +126,7 @@ class Pair:
             by_hand = mlp.by_hand_at_twins(self.twins, xb, yb, self.activation, self.loss)
             key = partial(Key, "train", "", step)
             ours = self.hand.parameters()
-            self.records.parity.add(*(_parameter_items(key, "forward", pairs) for pairs in (ours, before)))
+            self.records.parity.add(*(parameter_items(key, "forward", pairs) for pairs in (ours, before)))
         self._note("scratch", step, yb, *self.hand.step(step, xb, yb, record))
         self.by_torch.zero_grad()
         if record or self.at_once is None:
@@ -141,7 +142,7 @@ class Pair:
             ]
             self.records.parity.add(*both)
             self.records.rows.add(items_of("module", step, module, before, self.activation))
-            self.records.rows.add(_updates("module", step, before, mlp.twin_parameters(self.twins)))
+            self.records.rows.add(updates_of("module", step, before, mlp.twin_parameters(self.twins)))
 
     def flush(self) -> None:
         """Hand over what the records have, all rows of the recorded steps among them."""
@@ -216,7 +217,7 @@ class _ByPass:
                 p.grad = g
         self.optimizer.step()
         if record:
-            self.rows.add(_updates("scratch", step, before, self.own))
+            self.rows.add(updates_of("scratch", step, before, self.own))
         return seen.loss, seen.out
 
     def parameters(self) -> Parameters:
@@ -224,40 +225,6 @@ class _ByPass:
 
     def flush(self) -> None:
         """Everything is in the records already."""
-
-
-def items_of(implementation: str, step: int, seen: Pass, parameters: Parameters, activation: Activation) -> list[Item]:
-    """All tensors of a pass, to be measured."""
-    key = partial(Key, "train", implementation, step)
-    hidden = seen.preactivations[:-1]
-    saturated = [saturated_share(activation.slope(z), activation.largest_slope) for z in hidden]
-    items = []
-    for direction, z, a, pairs in (
-        ("forward", seen.preactivations, seen.activations, parameters),
-        ("backward", seen.preactivation_grads, seen.activation_grads, seen.parameter_grads),
-    ):
-        shares = [*saturated, None] if direction == "forward" else [None] * len(z)
-        items += [
-            Item(key(layer, "preactivation", direction), t, share)
-            for layer, (t, share) in enumerate(zip(z, shares, strict=True), start=1)
-        ]
-        items += [Item(key(layer, "activation", direction), t) for layer, t in enumerate(a, start=1)]
-        items += _parameter_items(key, direction, pairs)
-    return items
-
-
-def _parameter_items(key: Callable[[int, str, str], Key], direction: str, pairs: Parameters) -> list[Item]:
-    items = []
-    for layer, (w, b) in enumerate(pairs, start=1):
-        items += [Item(key(layer, "weight", direction), w), Item(key(layer, "bias", direction), b.unsqueeze(-2))]
-    return items
-
-
-def _updates(implementation: str, step: int, before: Parameters, after: Parameters) -> list[Item]:
-    return [
-        Item(Key("train", implementation, step, layer, "update", "forward"), new - old)
-        for layer, ((old, _), (new, _)) in enumerate(zip(before, after, strict=True), start=1)
-    ]
 
 
 def _loss_and_accuracy(out: Tensor, yb: Tensor, loss: Tensor, kind: Loss) -> Tensor:

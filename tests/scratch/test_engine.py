@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import initlab
 from initlab.errors import UsageError
 from initlab.scratch import engine as fast
 from initlab.scratch import mlp
@@ -149,3 +150,23 @@ def stepped(parameters: Parameters, x: Tensor, y: Tensor) -> Parameters:
     engine = Engine(parameters, "tanh", lr=0.5, batch=12)
     engine.step(x, y)
     return engine.parameters
+
+
+def test_the_probe_watches_it_without_hooks() -> None:
+    """The rows of every second step, and the very weights of an engine that nobody watches."""
+    parameters, (x, y) = drawn((6, 5, 5, 3), 2), batch_of((6, 5, 5, 3), 2)
+    watched, alone = Engine(parameters, "tanh"), Engine(parameters, "tanh")
+    with initlab.probe(watched, seeds=[3, 4], every=2) as p:
+        for _ in range(4):
+            assert torch.equal(watched.step(x, y), alone.step(x, y))
+    watched.step(x, y)
+    alone.step(x, y)
+    for ours, theirs in zip(watched.parameters, alone.parameters, strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+    rows = p.frame()
+    assert sorted(rows["step"].unique()) == [0, 2] and set(rows["seed"]) == {3, 4}
+    first = rows[(rows["step"] == 0) & (rows["tensor"] == "weight") & (rows["direction"] == "forward")]
+    for layer, (w, _) in enumerate(parameters, start=1):
+        found = first[first["layer"] == layer].set_index("seed")["rms"]
+        for member, seed in enumerate((3, 4)):
+            assert found[seed] == pytest.approx(float(w[member].square().mean().sqrt()), rel=1e-12)
