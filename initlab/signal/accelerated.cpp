@@ -155,6 +155,11 @@ bool quick(const Sums &s, const float *x, long n, long c, bool batched, double *
     return true;
 }
 
+// The row of x from its sums, or where they do not do from x itself.
+void describe_from(const Sums &s, const float *x, long n, long c, bool batched, double *row) {
+    if (!quick(s, x, n, c, batched, row)) careful(x, n, c, batched, row);
+}
+
 // --- the histogram ------------------------------------------------------------------------------------------------------
 
 inline void bin_one(float x, int32_t *bins) {
@@ -288,7 +293,6 @@ template <> inline double total<8>(D<8> x) {
     return total<4>((D<4>)_mm256_add_pd(_mm512_castpd512_pd256((__m512d)x), _mm512_extractf64x4_pd((__m512d)x, 1)));
 }
 #endif
-template <int V> inline D<V> positive(D<V> x) { return x > 0 ? x : D<V>{}; }
 
 void describe(const float *x, long n, long c, bool batched, double *row) {
     Sums s;
@@ -333,7 +337,7 @@ void describe(const float *x, long n, long c, bool batched, double *row) {
         lanes.pour(s);
         x -= (n + rows - 1) / rows * rows * c;
     }
-    if (!quick(s, x, n, c, batched, row)) careful(x, n, c, batched, row);
+    describe_from(s, x, n, c, batched, row);
 }
 
 // Two rows in one reading: x itself, and x where `inside` lets it through, else 0. Nothing is written but the sums of
@@ -469,7 +473,7 @@ struct Arena {
     int32_t *memory;
     int64_t used, *starts;
 
-    int32_t *append(const int32_t *bins, int64_t place, int signs) {
+    void append(const int32_t *bins, int64_t place, int signs) {
         long low = 0, high = OCTAVES - 1;
         while (low < high && !bins[low] && !bins[OCTAVES + low]) low++;
         while (high > low && !bins[high] && !bins[OCTAVES + high]) high--;
@@ -480,7 +484,6 @@ struct Arena {
         std::memcpy(out + 2, bins + low, size * sizeof *out);
         if (signs == 2) std::memcpy(out + 2 + size, bins + OCTAVES + low, size * sizeof *out);
         else std::memset(out + 2 + size, 0, size * sizeof *out);
-        return out;
     }
 };
 
@@ -509,24 +512,30 @@ void describe_job(const Job *job, double *rows, Arena *arena) {
     }
 }
 
+// The row of z at `first`, the counts of z and of max(z, 0), and the sums of max(z, 0).
+static Sums above(const Page &page, const Job *job, int64_t k, const float *z) {
+    Sums whole, part;
+    describe_both(z, Above(), job->n, job->c, whole, part, nullptr);
+    describe_from(whole, z, job->n, job->c, true, page.row(job->first, k));
+    page.count(z, job->n * job->c, job->first, k, job->second);
+    return part;
+}
+
 // x at `first`, and at `second` the row of max(x, 0), which is not made.
 void foresee_job(const Job *job, double *rows, Arena *arena) {
     const Page page{rows, arena};
     const int64_t n = job->n, c = job->c;
     const float *z = job->x;
     for (int64_t k = 0; k < job->e; k++, z += n * c) {
-        double *row_z = page.row(job->first, k), *row_a = page.row(job->second, k);
-        Sums whole, part;
-        describe_both(z, Above(), n, c, whole, part, nullptr);
-        if (!quick(whole, z, n, c, true, row_z)) careful(z, n, c, true, row_z);
-        page.count(z, n * c, job->first, k, job->second);
+        double *row_a = page.row(job->second, k);
+        Sums part = above(page, job, k, z);
         int32_t zeros = 0;
         for (int64_t j = 0; j < n * c; j++) zeros += z[j] <= 0;
         part.zeros = zeros;
         if (part.least >= TINY && quick(part, z, n, c, true, row_a)) continue;
         std::vector<float> a(z, z + n * c);  // small numbers and nan are looked for where they would be
         for (float &v : a) v = v <= 0 ? 0.0f : v;
-        if (!quick(part, a.data(), n, c, true, row_a)) careful(a.data(), n, c, true, row_a);
+        describe_from(part, a.data(), n, c, true, row_a);
     }
 }
 
@@ -542,7 +551,7 @@ void entries_jobs(const Job *job, int64_t jobs, double *rows, Arena *arena) {
                 keep<8>(job->x, job->other, from, to & ~7L, s);
                 keep<1>(job->x, job->other, to & ~7L, to, s);
             });
-            if (!quick(s, job->x, n, 1, false, row)) careful(job->x, n, 1, false, row);
+            describe_from(s, job->x, n, 1, false, row);
         } else describe(job->x, n, 1, false, row);
         page.count(job->x, n, job->first, 0);
     }
@@ -561,7 +570,7 @@ void change_jobs(const Job *job, int64_t jobs, double *rows, Arena *arena) {
         });
         if (!arena && s.least >= TINY && quick(s, job->other, n, 1, false, row)) continue;
         for (int64_t j = 0; j < n; j++) job->other[j] = job->x[j] - job->other[j];
-        if (!quick(s, job->other, n, 1, false, row)) careful(job->other, n, 1, false, row);
+        describe_from(s, job->other, n, 1, false, row);
         page.count(job->other, n, job->first, 0);
     }
 }
@@ -573,14 +582,11 @@ void relu_job(const Job *job, double *rows, Arena *arena) {
     float *z = job->x;
     for (int64_t k = 0; k < job->e; k++, z += n * c) {
         double *row_z = page.row(job->first, k), *row_a = page.row(job->second, k);
-        Sums whole, part;
-        describe_both(z, Above(), n, c, whole, part, nullptr);
-        if (!quick(whole, z, n, c, true, row_z)) careful(z, n, c, true, row_z);
-        page.count(z, n * c, job->first, k, job->second);
+        Sums part = above(page, job, k, z);
         int32_t zeros = 0;
         for (int64_t j = 0; j < n * c; j++) { zeros += z[j] <= 0; z[j] = z[j] <= 0 ? 0.0f : z[j]; }
         part.zeros = zeros;
-        if (!quick(part, z, n, c, true, row_a)) careful(z, n, c, true, row_a);
+        describe_from(part, z, n, c, true, row_a);
         row_z[SATURATED] = (zeros + row_z[NANS]) / row_z[COUNT];
     }
 }
@@ -596,12 +602,12 @@ void mask_job(const Job *job, double *rows, Arena *arena) {
         double *row_a = page.row(job->first, k), *row_z = page.row(job->second, k);
         Sums whole, part;
         describe_both(g, Where{a}, n, c, whole, part, unit_sums);
-        if (!quick(whole, g, n, c, true, row_a)) careful(g, n, c, true, row_a);
+        describe_from(whole, g, n, c, true, row_a);
         page.count(g, n * c, job->first, k);
         int32_t zeros = 0;
         for (int64_t j = 0; j < n * c; j++) { const float kept = a[j] <= 0 ? 0.0f : g[j]; g[j] = kept; zeros += kept == 0; }
         part.zeros = zeros;
-        if (!quick(part, g, n, c, true, row_z)) careful(g, n, c, true, row_z);
+        describe_from(part, g, n, c, true, row_z);
         page.count(g, n * c, job->second, k);
     }
 }
@@ -623,9 +629,9 @@ void update_jobs(const Job *job, int64_t jobs, float lr, double *rows, Arena *ar
                 move<1>(w, g, u, to & ~7L, to, lr, sw, sg, su);
             });
             double *row_w = page.row(job->first, k), *row_g = page.row(job->second, k), *row_u = page.row(job->third, k);
-            if (!quick(sw, w, n, 1, false, row_w)) careful(w, n, 1, false, row_w);
-            if (!quick(sg, g, n, 1, false, row_g)) careful(g, n, 1, false, row_g);
-            if (!quick(su, u, n, 1, false, row_u)) careful(u, n, 1, false, row_u);
+            describe_from(sw, w, n, 1, false, row_w);
+            describe_from(sg, g, n, 1, false, row_g);
+            describe_from(su, u, n, 1, false, row_u);
             page.count(w, n, job->first, k); page.count(g, n, job->second, k); page.count(u, n, job->third, k);
             for (int64_t j = 0; j < n; j++) w[j] -= lr * g[j];
         }

@@ -91,6 +91,14 @@ def name_of(init: str | Rule) -> str:
     return next((name for name, row in RULES.items() if row == init), own)
 
 
+def repeated(each: pd.Categorical | np.ndarray, rows: int) -> pd.Categorical | np.ndarray:
+    """A column of so many rows, through which the networks run fastest, of one value for each network."""
+    times = rows // len(each)
+    if isinstance(each, pd.Categorical):
+        return pd.Categorical.from_codes(np.tile(each.codes, times), each.categories)
+    return np.tile(each, times)
+
+
 class Signal(NamedTuple):
     """What passes through a layer, (E, N, O), and the same memory network by network: views are made once."""
 
@@ -190,6 +198,5 @@ class Networks:
 
     def columns(self, frame: pd.DataFrame, inits: pd.Categorical) -> pd.DataFrame:
         """The frame, whose rows run through the networks fastest, with the columns `init` and `gain`."""
-        times = len(frame) // len(self)
-        names = pd.Categorical.from_codes(np.tile(inits.codes, times), inits.categories)
-        return frame.assign(init=names, gain=[one.gain_for(self.activation) for one in self.rules] * times)
+        gains = np.array([one.gain_for(self.activation) for one in self.rules])
+        return frame.assign(init=repeated(inits, len(frame)), gain=repeated(gains, len(frame)))

@@ -19,6 +19,7 @@ from initlab.scratch.mlp import Parameters
 from initlab.scratch.recording import Recording
 from initlab.signal.activations import Activation
 from initlab.signal.stats import Blocks, Differences, Key, Rows
+from initlab.tasks.networks import repeated
 
 Frames = dict[str, pd.DataFrame]
 Optimizer = Callable[..., torch.optim.Optimizer]
@@ -68,14 +69,7 @@ class Records:
 
     def _told(self, frame: pd.DataFrame) -> pd.DataFrame:
         """The frame, in which networks run fastest, with the columns in which they differ."""
-        return frame.assign(**{name: _repeated(each, len(frame)) for name, each in self._columns.items()})
-
-
-def _repeated(each: pd.Categorical | np.ndarray, rows: int) -> pd.Categorical | np.ndarray:
-    times = rows // len(each)
-    if isinstance(each, pd.Categorical):
-        return pd.Categorical.from_codes(np.tile(each.codes, times), each.categories)
-    return np.tile(each, times)
+        return frame.assign(**{name: repeated(each, len(frame)) for name, each in self._columns.items()})
 
 
 class Pair:
@@ -105,11 +99,8 @@ class Pair:
             by_optimizer = OPTIMIZERS[optimizer](groups, lr=lr)
             self.hand = _ByPass(parameters, self.activation, self.loss, by_optimizer, records)
         self.twins = [mlp.twin(parameters, member, self.activation) for member in range(len(parameters[0][0]))]
-        self.at_once = (
-            mlp.Together(self.twins, self.loss)
-            if choose(MODULES, modules, "train.modules") == MODULES["vmap"]
-            else None
-        )
+        choose(MODULES, modules, "train.modules")
+        self.at_once = mlp.Together(self.twins, self.loss) if modules == "vmap" else None
         rates = lr if isinstance(lr, Sequence) else [lr] * len(self.twins)
         own = factors or [()] * len(self.twins)
         groups = [
