@@ -23,7 +23,7 @@ def text() -> str:
 def test_two_commands_and_the_checks_take_the_second_from_here() -> None:
     commands = re.findall(r"^python3 -m venv .*$", text(), re.M)
     assert len(commands) == 2
-    assert commands[0].endswith("-m initlab init=kaiming") and commands[1].endswith("-m pytest")
+    assert commands[0].endswith("-m initlab init=kaiming") and commands[1].endswith("-m pytest -n 2")
     assert all("-c constraints.txt" in command for command in commands)
     assert "README.md" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
