@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import initlab
-from initlab import jobs
+from initlab import jobs, stages
 from initlab.tasks import ladders
 
 Lab = Callable[..., tuple[int, str, str]]
@@ -151,7 +151,7 @@ def test_a_fault_keeps_its_traceback_and_what_was_measured(lab: Lab, monkeypatch
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(jobs, "train", broken)
+    monkeypatch.setattr(stages, "train", broken)
     code, out, err = lab(*QUICK)
     assert code == 1 and "a fault of ours" in out + err and "Traceback" in out + err
     (folder,) = runs()
@@ -243,7 +243,7 @@ def test_a_failed_expectation_is_told_by_the_exit_code(lab: Lab, tmp_path: Path)
 
 
 def test_the_ladder_and_the_graph_from_the_command_line(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "matmul_ladder", lambda **how: ladders.matmul_ladder([(2, 3, 4)], rounds=1, **how))
+    monkeypatch.setattr(stages, "matmul_ladder", lambda **how: ladders.matmul_ladder([(2, 3, 4)], rounds=1, **how))
     code, out, err = lab("task=matmul")
     assert code == 0, err
     assert "einsum" in out and "equal up to rounding" in out
@@ -278,8 +278,8 @@ def test_one_backward_pass_is_explained(lab: Lab) -> None:
 
 def test_the_backward_ladder_from_the_command_line(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = {"rounds": 1, "seconds": 0.01, "inputs": 4, "versions": ["outer", "engine"]}
-    monkeypatch.setattr(jobs, "TEACHER_ROWS", 100)
-    monkeypatch.setattr(jobs, "backward_ladder", lambda *what, **how: ladders.backward_ladder(*what, **how, **quick))
+    monkeypatch.setattr(stages, "TEACHER_ROWS", 100)
+    monkeypatch.setattr(stages, "backward_ladder", lambda *what, **how: ladders.backward_ladder(*what, **how, **quick))
     code, out, err = lab("task=backward", "train.batch=7", "train.depth=2", "train.width=3")
     assert code == 0, err
     assert "nn.Linear" in out and "equal up to rounding" in out
@@ -299,7 +299,7 @@ def test_too_large_for_the_memory_is_one_line(lab: Lab) -> None:
 
 
 def test_a_stack_without_its_backward_pass(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "WORTH_SAYING", 0)
+    monkeypatch.setattr(stages, "WORTH_SAYING", 0)
     code, out, err = lab("task=stack", "backward=false", *QUICK)
     assert code == 0, err
     assert set(initlab.read("outputs")["direction"]) == {"forward"} and "backward pass keeps" not in out
@@ -347,8 +347,8 @@ def test_every_measured_number_has_its_prediction(lab: Lab) -> None:
 
 
 def test_a_wrong_prediction_is_seen_on_the_command_line(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = jobs.beside_stack
-    monkeypatch.setattr(jobs, "beside_stack", lambda stats, **asked: told(stats, **{**asked, "init": "lecun"}))
+    told = stages.beside_stack
+    monkeypatch.setattr(stages, "beside_stack", lambda stats, **asked: told(stats, **{**asked, "init": "lecun"}))
     code, out, _ = lab("task=stack", *QUICK)
     assert code == 0 and "theory: 0 of 5 layers within the 95 % band" in out
 

@@ -1,0 +1,181 @@
+"""The tasks as their stages: each refuses its mistakes when it is made, and measures and records when it is called."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from initlab.config import Config, instantiated
+from initlab.errors import UsageError, check
+from initlab.output import summary
+from initlab.output.records import Recorder
+from initlab.scratch.graph_text import frames_as_text
+from initlab.signal.beside import beside_stack, beside_training, input_of
+from initlab.tasks.data import TEACHER_ROWS, load
+from initlab.tasks.explain import explain
+from initlab.tasks.gains import gains, gains_as_text
+from initlab.tasks.graph import graph
+from initlab.tasks.jacobian import jacobian, jacobian_as_text
+from initlab.tasks.ladders import backward_ladder, matmul_ladder
+from initlab.tasks.networks import Shape, kept_as_text, plan
+from initlab.tasks.place import DTYPES, find_device
+from initlab.tasks.seeded import seeded
+from initlab.tasks.seen import Seen
+from initlab.tasks.stack import stack
+from initlab.tasks.timing import agreement
+from initlab.tasks.train import outputs_of, refuse_mismatch, train
+
+Stage = Callable[[Recorder], str]  # measures, records, and says what is to be printed beside the short table
+
+
+WORTH_SAYING = 2**30  # bytes
+
+
+def _stack(config: Config, common: Mapping[str, Any]) -> Stage:
+    """Plans the memory at once: a network that does not fit alone is a mistake of the user."""
+    inputs = config.width if config.inputs is None else config.inputs
+    check(inputs=inputs)
+    shape = Shape(config.depth, config.width, inputs, config.batch)
+    number, place = DTYPES[config.dtype], find_device(config.device)
+    planned = plan(shape, config.seeds, number, place, config.backward)
+    asked = {"init": common["init"], "activation": common["activation"], "method": config.theory}
+
+    def run(recorder: Recorder) -> str:
+        seen = Seen(recorder.add, config.theory != "off", lambda stats: stats)
+        stack(**shape._asdict(), backward=config.backward, emit=seen.add, **common)
+        note = seen.compare(lambda stats: beside_stack(stats, **shape._asdict(), **asked))
+        kept = kept_as_text(planned) if planned.kept > WORTH_SAYING else ""
+        return "\n".join(text for text in (kept, note) if text)
+
+    return run
+
+
+def _seeded(config: Config, common: Mapping[str, Any]) -> Stage:
+    if common["device"] != "cpu":
+        raise UsageError(f"device={config.device}: task=seeded is about the CPU's numbers; use device=cpu")
+    shape = {name: getattr(config, name) for name in ("depth", "width", "batch")}
+    asked = {name: common[name] for name in ("init", "activation")}
+
+    def run(recorder: Recorder) -> str:
+        seen = Seen(recorder.add, config.theory != "off", lambda stats: stats)
+        seen.add({"stats": seeded(**asked, **shape, seeds=common["seeds"], dtype=config.dtype)})
+        return seen.compare(
+            lambda stats: beside_stack(stats, **asked, **shape, inputs=config.width, method=config.theory)
+        )
+
+    return run
+
+
+def _train(config: Config, common: Mapping[str, Any]) -> Stage:
+    """Loads the data at once: what is wrong with it must show before anything is measured."""
+    data = load(config.data.name, config.data.root, config.data.download, config.data.url)
+    refuse_mismatch(data, config.train.loss, config.train.batch)
+    t, asked = config.train, {"init": common["init"], "activation": common["activation"], "method": config.theory}
+
+    def run(recorder: Recorder) -> str:
+        seen = Seen(recorder.add, config.theory != "off", lambda stats: stats[stats["step"] == 0])
+        train(data, **vars(t), every=config.every, histograms=config.histograms, emit=seen.add, **common)
+        widths = [*[t.width] * t.depth, outputs_of(data, t.loss)]
+        return seen.compare(lambda stats: beside_training(stats, widths, input_of(data.x.numpy()), t.batch, **asked))
+
+    return run
+
+
+def _matmul(config: Config, common: Mapping[str, Any]) -> Stage:
+    def run(recorder: Recorder) -> str:
+        place = {name: common[name] for name in ("dtype", "device", "progress")}
+        frame = matmul_ladder(seed=config.seed, **place)
+        return _timed(recorder, frame, config.dtype)
+
+    return run
+
+
+def _backward(config: Config, common: Mapping[str, Any]) -> Stage:
+    """The book's regression: its 50,000 rows at once, and minibatches of `train.batch`."""
+    t = config.train
+    batches = sorted({t.batch, TEACHER_ROWS})
+
+    def run(recorder: Recorder) -> str:
+        place = {name: common[name] for name in ("activation", "dtype", "device", "progress")}
+        frame = backward_ladder(batches, t.depth, t.width, seed=config.seed, **place)
+        return _timed(recorder, frame, config.dtype)
+
+    return run
+
+
+def _timed(recorder: Recorder, frame: pd.DataFrame, dtype: str) -> str:
+    recorder.add({"timings": frame})
+    return f"{summary.timings_as_text(frame)}\n{agreement(frame, dtype)}"
+
+
+def _explain(config: Config, common: Mapping[str, Any]) -> Stage:
+    t = config.train
+    place = {name: common[name] for name in ("init", "activation", "dtype", "device")}
+    explanation = explain(t.depth, t.width, t.batch, loss=t.loss, seed=config.seed, **place)
+
+    def run(recorder: Recorder) -> str:
+        recorder.add({"steps": explanation.steps, "rules": explanation.rules})
+        return explanation.text
+
+    return run
+
+
+def _graph(config: Config, common: Mapping[str, Any]) -> Stage:
+    """Walks the graph at once: a model that cannot be built or run is a mistake of the user."""
+    t, given = config.train, config.graph
+    own: dict[str, Any] = {
+        "depth": t.depth,
+        "width": t.width,
+        "batch": t.batch,
+        "loss": None if given.model else t.loss,
+    }
+    setting = {name: common[name] for name in ("init", "activation", "dtype", "device")}
+    frames = graph(instantiated(given.model), shapes=given.shapes, seed=config.seed, **own, **setting)
+    notes = [f"note: {note}" for note in frames.pop("notes")["note"]]
+
+    def run(recorder: Recorder) -> str:
+        recorder.add(frames)
+        return "\n".join([frames_as_text(frames["nodes"], frames["edges"]), *notes])
+
+    return run
+
+
+def _gains(config: Config, common: Mapping[str, Any]) -> Stage:
+    """Of all activations, whatever the options say."""
+
+    def run(recorder: Recorder) -> str:
+        frame = gains()
+        recorder.add({"gains": frame})
+        return gains_as_text(frame)
+
+    return run
+
+
+def _jacobian(config: Config, common: Mapping[str, Any]) -> Stage:
+    inputs = config.width if config.inputs is None else config.inputs
+    check(inputs=inputs)
+
+    def run(recorder: Recorder) -> str:
+        frames = jacobian(depth=config.depth, width=config.width, inputs=inputs, batch=config.batch, **common)
+        recorder.add(frames)
+        return jacobian_as_text(frames)
+
+    return run
+
+
+# Task -> its stages, each prepared before the first one runs.
+TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
+    "lab": (_stack, _train),
+    "stack": (_stack,),
+    "train": (_train,),
+    "seeded": (_seeded,),
+    "matmul": (_matmul,),
+    "backward": (_backward,),
+    "graph": (_graph,),
+    "explain": (_explain,),
+    "gains": (_gains,),
+    "jacobian": (_jacobian,),
+}
+
+
+TAKE_ANY_FUNCTION = ("lab", "stack", "train", "seeded")  # the other tasks know the rows of the table only
