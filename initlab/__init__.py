@@ -75,6 +75,8 @@ The map of the house. Imports run one way, downwards in this list never:
         records.py       what a run folder holds; write and read
         summary.py       frames -> the short table and the findings in words
         predicted.py     measured beside predicted -> layers within their band, lines for figures
+        selection.py     which rows and columns a study speaks of; columns.py: those known beforehand
+        reductions.py    rows of many networks -> a number and its standard error
         expect.py        does a study's expected answer hold?
         octaves.py       histograms over the training -> figure
         gains.py         their figure; jacobian.py: that of the singular values; predicted.py: theory for all figures
@@ -83,6 +85,7 @@ The map of the house. Imports run one way, downwards in this list never:
         plots.py         frame -> figure
     config.py      the typed schema of conf/, and where conf/ is found
     launcher.py    what surrounds the jobs of a sweep
+    study.py       question, expectations and what came of them
     stages.py      the tasks as their stages: plain arguments out of the configuration, frames into a recorder
     jobs.py        one job: typed configuration -> run folder, figures, what is printed
     __main__.py    the roof: compose, run its jobs, exit codes
