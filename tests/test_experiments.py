@@ -70,13 +70,14 @@ def test_a_study_says_what_it_asks_and_runs(path: Path, composed: Callable[..., 
     assert asked.about.source and asked.about.cost.runs and asked.about.cost.cpu_seconds
     assert asked.expect and config.hydra.mode.name == "MULTIRUN"
     for number, words in enumerate(first_jobs(config)):
-        one = composed(path, *words, "plots=false")
+        one = composed(path, *words, f"theory={'off' if number else 'closed'}", "plots=false")
         choices = OmegaConf.to_container(one.hydra.runtime.choices)
         assert isinstance(choices, dict)
         del one.hydra
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("initlab.output.records._git_revision", lambda: None)
-            jobs.prepare(typed(one), choices, tmp_path / str(number)).run()
+        prepared = jobs.prepare(typed(one), choices, tmp_path / str(number))
+        with prepared.recorder as recorder:  # what a job prints is no matter here
+            for stage in prepared.stages:
+                stage(recorder)
     tables = jobs.tables(tmp_path, asked.tables())
     # So small, an expectation may fail and may find no rows of its layer; what it asks must make sense all the same.
     verdicts, mistakes = study.answer(asked, tables, tmp_path)
@@ -213,7 +214,7 @@ def test_an_empty_sweep_is_one_line(lab: Lab, words: tuple[str, ...]) -> None:
 
 
 def test_the_columns_that_are_known_beforehand_are_those_that_are_written(lab: Lab) -> None:
-    """Both ways: a column that is not known would be refused, one that is known and never written be missed too late."""
+    """Both ways: a column that is not known would be refused, one that is known and never written missed."""
     quick = ("depth=2", "width=4", "seeds=1", "train.steps=1", "plots=false")
     assert lab(*quick)[0] == 0 and lab(*quick, "task=seeded", "device=cpu")[0] == 0
     beside = {*COLUMNS, *BESIDE}
