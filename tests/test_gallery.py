@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 import initlab
-from initlab.gallery import BEGIN, END, main
+from initlab.gallery import BEGIN, END, copy_small, main
 
 ROOT = Path(initlab.__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -84,6 +84,20 @@ def test_what_is_known_stays_where_there_is_no_new_sweep(house: Path, tmp_path: 
         "**0 of 2 hold**\n\n- holds: sentence 0 (measured 0)\n- holds: sentence 1 (measured 1)",
         "**0 of 2 hold**\n\n- FAILS: sentence 0 (measured 0)\n- FAILS: sentence 1 (measured 1)",
     )
+
+
+def test_lines_keep_their_colours(tmp_path: Path) -> None:
+    """Thin lines of the palette on a white page with a shaded band; a median cut makes one of the two oranges."""
+    lines = [(1, 115, 178), (222, 143, 5), (2, 158, 115), (213, 94, 0)]
+    page = Image.merge("RGB", [Image.linear_gradient("L").point(lambda v, k=k: 200 + v * k // 20) for k in (1, 2, 4)])
+    for row, colour in enumerate(lines):
+        page.paste(colour, (20, 50 * row + 20, 200, 50 * row + 22))
+    page.save(tmp_path / "page.png")
+    copy_small(tmp_path / "page.png", tmp_path / "small.png")
+    with Image.open(tmp_path / "small.png") as small:
+        for row, colour in enumerate(lines):
+            seen = small.convert("RGB").getpixel((100, 50 * row + 21))
+            assert isinstance(seen, tuple) and max(abs(a - b) for a, b in zip(seen, colour, strict=True)) <= 12
 
 
 def test_a_folder_without_a_readme_or_its_marks_is_one_line(
