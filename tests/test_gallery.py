@@ -89,14 +89,16 @@ def test_what_is_known_stays_where_there_is_no_new_sweep(house: Path, tmp_path: 
 def test_lines_keep_their_colours(tmp_path: Path) -> None:
     """Thin lines of the palette on a white page with a shaded band; a median cut makes one of the two oranges."""
     lines = [(1, 115, 178), (222, 143, 5), (2, 158, 115), (213, 94, 0)]
-    page = Image.merge("RGB", [Image.linear_gradient("L").point(lambda v, k=k: 200 + v * k // 20) for k in (1, 2, 4)])
+    down = Image.linear_gradient("L")
+    page = Image.merge("RGB", [down, down.transpose(Image.Transpose.ROTATE_90), down.point(lambda v: 255 - v)])
+    page = page.point(lambda v: 150 + v * 2 // 5)
     for row, colour in enumerate(lines):
-        page.paste(colour, (20, 50 * row + 20, 200, 50 * row + 22))
+        page.paste(colour, (20, 50 * row + 20, 30, 50 * row + 21))
     page.save(tmp_path / "page.png")
     copy_small(tmp_path / "page.png", tmp_path / "small.png")
     with Image.open(tmp_path / "small.png") as small:
         for row, colour in enumerate(lines):
-            seen = small.convert("RGB").getpixel((100, 50 * row + 21))
+            seen = small.convert("RGB").getpixel((25, 50 * row + 20))
             assert isinstance(seen, tuple) and max(abs(a - b) for a, b in zip(seen, colour, strict=True)) <= 12
 
 
