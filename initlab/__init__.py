@@ -58,6 +58,7 @@ The map of the house. Imports run one way, downwards in this list never:
         networks.py      the networks of one program: rules, draws, how many fit
         beyond.py        networks followed beyond their number format
         stack.py         a stack of layers, forward and backward
+        shares.py        networks of several owners in one program, and whose rows are whose
         chunks.py        an ensemble in chunks: a chunk to each processor, fewer networks where memory is short
         seeded.py        the stack that circulates in course material, from torch's own stream
         seen.py          what a task hands over, beside its prediction
@@ -85,6 +86,10 @@ The map of the house. Imports run one way, downwards in this list never:
         graphs.py        autograd's graph -> figure
         plots.py         frame -> figure
     config.py      the typed schema of conf/, and where conf/ is found
+    composing.py   the configurations of a sweep's jobs, composed once and changed from job to job
+    grid.py        the networks of one job: seeds, or every combination on the axes `sweep.*`
+    together.py    stages whose networks can share a program; batch.py: jobs that do, and what becomes of each
+    batched.py     the launcher `hydra/launcher=batched`
     launcher.py    what surrounds the jobs of a sweep
     study.py       question, expectations and what came of them; gallery.py: all of them in experiments/README.md
     stages.py      the tasks as their stages: plain arguments out of the configuration, frames into a recorder

@@ -13,8 +13,12 @@ import initlab
 from initlab.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from omegaconf import DictConfig
 
+    from initlab.config import Config
+    from initlab.jobs import Job
     from initlab.study import Study
 
 log = logging.getLogger("initlab")
@@ -52,6 +56,7 @@ def main() -> int:
 def _run() -> int:
     import hydra
 
+    from initlab.batched import register
     from initlab.config import CONF, HYDRA_MISTAKES, accepted, as_usage_error
     from initlab.launcher import Refused, Sweep
 
@@ -64,6 +69,7 @@ def _run() -> int:
     code = 0
     try:
         sys.argv[1:] = accepted(sys.argv[1:])
+        register()
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
     except (UsageError, Refused) as error:
         _mistakes.append(str(error))
@@ -116,8 +122,7 @@ def job(cfg: "DictConfig") -> None:
     from initlab import jobs
     from initlab.config import typed
     from initlab.launcher import study_of
-    from initlab.output.records import discard, refuse_used
-    from initlab.tasks.memory import is_out_of_memory
+    from initlab.output.records import discard
 
     if not gc.isenabled():  # the first job of this process; later ones leave garbage that must not be kept
         gc.freeze()  # what was imported stays, and no collection need look at it again
@@ -125,14 +130,10 @@ def job(cfg: "DictConfig") -> None:
     setting = HydraConfig.get()
     alone = setting.mode == RunMode.RUN  # the study of a sweep is judged after its last job
     folder = Path(setting.runtime.output_dir)
-    _started.append(folder)
-    try:
-        refuse_used(folder)
-    except UsageError as error:
-        _mistakes.append(str(error))
+    prepared = begin(lambda: typed(cfg), dict(setting.runtime.choices), folder)
+    if prepared is None:
         return
     try:
-        prepared = jobs.prepare(typed(cfg), dict(setting.runtime.choices), folder)
         asked = study_of(cfg, setting.job.config_name, setting.overrides.task) if alone else None
     except UsageError as error:
         _mistakes.append(str(error))
@@ -143,20 +144,47 @@ def job(cfg: "DictConfig") -> None:
     try:
         said = prepared.run()
     except Exception as error:
-        if is_out_of_memory(error):
-            where = jobs.shown(folder)
-            _mistakes.append(
-                f"out of memory; make seeds, width, depth or batch smaller. What was measured is in {where}"
-            )
-            return
-        log.exception("%s; what was measured is in %s", type(error).__name__, jobs.shown(folder))
-        error.logged = True  # type: ignore[attr-defined]
-        raise
+        if end_with(error, folder):
+            raise
+        return
     if alone:
         log.info(said)
         _answer(folder, asked, bool(cfg.plots))
     else:
         log.info("done: %s", jobs.shown(folder))
+
+
+def begin(config: "Callable[[], Config]", choices: dict[str, str | None], folder: Path) -> "Job | None":
+    """The job of this folder; None where there is none because of a mistake of the user, which is noted."""
+    from initlab import jobs
+    from initlab.output.records import discard, refuse_used
+
+    _started.append(folder)
+    try:
+        refuse_used(folder)
+    except UsageError as error:
+        _mistakes.append(str(error))
+        return None
+    try:
+        return jobs.prepare(config(), choices, folder)
+    except UsageError as error:
+        _mistakes.append(str(error))
+        discard(folder)
+        return None
+
+
+def end_with(error: Exception, folder: Path) -> bool:
+    """Say what ended a job; whether it is a fault, and no mistake of the user."""
+    from initlab import jobs
+    from initlab.tasks.memory import is_out_of_memory
+
+    where = jobs.shown(folder)
+    if is_out_of_memory(error):
+        _mistakes.append(f"out of memory; make seeds, width, depth or batch smaller. What was measured is in {where}")
+        return False
+    log.error("%s; what was measured is in %s", type(error).__name__, where, exc_info=error)
+    error.logged = True  # type: ignore[attr-defined]
+    return True
 
 
 def _answer(folder: Path, asked: "Study | None", plots: bool) -> None:

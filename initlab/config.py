@@ -68,6 +68,14 @@ class TrainConfig:
 
 
 @dataclass
+class SweepConfig:
+    init: list[str] | None = None
+    gain: list[float] | None = None
+    seed: list[int] | None = None
+    lr: list[float] | None = None
+
+
+@dataclass
 class GraphConfig:
     model: dict[str, Any] = field(default_factory=dict)
     shapes: list[list[int]] | None = None
@@ -120,6 +128,7 @@ class Config:
     matmul: str = MISSING
     threads: int = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
     theory: str = MISSING
     every: int = MISSING
@@ -284,4 +293,5 @@ def columns(config: Config) -> dict[str, Any]:
 
 
 def seeds(config: Config) -> Sequence[int]:
-    return range(config.seed, config.seed + config.seeds)
+    """Those of all networks of a job, or of one point of its grid."""
+    return range(config.seed, config.seed + config.seeds) if config.sweep.seed is None else config.sweep.seed

@@ -13,6 +13,7 @@ import torch
 
 from initlab.config import ActivationConfig, Config, columns, function_of, seeds
 from initlab.errors import UsageError, check, choose
+from initlab.grid import refuse_axes
 from initlab.output import predicted, records, summary
 from initlab.output.records import Recorder
 from initlab.scratch.layers import LOSSES
@@ -32,18 +33,25 @@ class Job:
     stages: Sequence[Stage]
     recorder: Recorder
     plots: bool
+    compares: bool = False  # networks that differ inside the job: the figures of a sweep are asked for
 
     def run(self) -> str:
         """Measure, record, draw; what is to be printed."""
         with self.recorder:
             said = [stage(self.recorder) for stage in self.stages]
-        return report(self.recorder.folder, said, self.plots)
+        return report(self.recorder.folder, said, self.plots, self.compares)
+
+    def draw(self) -> None:
+        """The figures alone, of what is recorded."""
+        if self.plots:
+            report(self.recorder.folder, plots=True, compare=self.compares)
 
 
 def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> Job:
     """Refuse every mistake before anything is measured."""
     stages = choose(TASKS, config.task, "task")
     _refuse(config)
+    refuse_axes(config)
     torch.set_num_threads(config.threads)
     set_matmul(config.matmul)
     i = config.init
@@ -65,7 +73,9 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     described = _described(config, scaling, phi, choices) | {"device": device}
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {config.threads} thread(s)"
     recorder = Recorder(folder, described, name, seeds=list(seeds(config)))
-    return Job([stage(config, common) for stage in stages], recorder, config.plots and config.study.figure.y is None)
+    several = any(vars(config.sweep)[name] is not None for name in ("init", "gain", "lr"))
+    plots = config.plots and config.study.figure.y is None
+    return Job([stage(config, common) for stage in stages], recorder, plots, several)
 
 
 def _refuse(config: Config) -> None:

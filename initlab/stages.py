@@ -1,17 +1,20 @@
 """The tasks as their stages: each refuses its mistakes when it is made, and measures and records when it is called."""
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 import pandas as pd
 
 from initlab.config import Config, instantiated
 from initlab.errors import UsageError, check
+from initlab.grid import grid_of
 from initlab.output import summary
 from initlab.output.records import Recorder
 from initlab.scratch.graph_text import frames_as_text
-from initlab.signal.beside import beside_stack, beside_training, input_of
-from initlab.tasks.data import TEACHER_ROWS, load
+from initlab.signal.beside import Input, beside_stack, beside_training, input_of
+from initlab.signal.init import Rule
+from initlab.tasks.data import TEACHER_ROWS, Data, load
 from initlab.tasks.explain import explain
 from initlab.tasks.gains import gains, gains_as_text
 from initlab.tasks.graph import graph
@@ -24,6 +27,7 @@ from initlab.tasks.seen import Seen
 from initlab.tasks.stack import stack
 from initlab.tasks.timing import agreement
 from initlab.tasks.train import outputs_of, refuse_mismatch, train
+from initlab.together import Ensemble
 
 Stage = Callable[[Recorder], str]  # measures, records, and says what is to be printed beside the short table
 
@@ -37,17 +41,25 @@ def _stack(config: Config, common: Mapping[str, Any]) -> Stage:
     check(inputs=inputs)
     shape = Shape(config.depth, config.width, inputs, config.batch)
     number, place = DTYPES[config.dtype], find_device(config.device)
-    planned = plan(shape, config.seeds, number, place, config.backward)
-    asked = {"init": common["init"], "activation": common["activation"], "method": config.theory}
+    grid = grid_of(config, common["init"], common["activation"])
+    planned = plan(shape, len(grid.seeds), number, place, config.backward)
+    asked = {"activation": common["activation"], "method": config.theory}
 
-    def run(recorder: Recorder) -> str:
-        seen = Seen(recorder.add, config.theory != "off", lambda stats: stats)
-        stack(**shape._asdict(), backward=config.backward, emit=seen.add, **common)
-        note = seen.compare(lambda stats: beside_stack(stats, **shape._asdict(), **asked))
-        kept = kept_as_text(planned) if planned.kept > WORTH_SAYING else ""
-        return "\n".join(text for text in (kept, note) if text)
+    def predict(stats: pd.DataFrame, rule: Rule) -> pd.DataFrame:
+        return beside_stack(stats, **shape._asdict(), init=rule, **asked)
 
-    return run
+    return Ensemble(
+        partial(stack, **shape._asdict(), backward=config.backward, **_fixed(common)),
+        grid,
+        None if config.theory == "off" else predict,
+        at_once=True,
+        note=kept_as_text(planned) if planned.kept > WORTH_SAYING else "",
+    )
+
+
+def _fixed(common: Mapping[str, Any]) -> dict[str, Any]:
+    """What all networks of a program share."""
+    return {name: value for name, value in common.items() if name not in ("init", "seeds")}
 
 
 def _seeded(config: Config, common: Mapping[str, Any]) -> Stage:
@@ -68,17 +80,37 @@ def _seeded(config: Config, common: Mapping[str, Any]) -> Stage:
 
 def _train(config: Config, common: Mapping[str, Any]) -> Stage:
     """Loads the data at once: what is wrong with it must show before anything is measured."""
-    data = load(config.data.name, config.data.root, config.data.download, config.data.url)
-    refuse_mismatch(data, config.train.loss, config.train.batch)
-    t, asked = config.train, {"init": common["init"], "activation": common["activation"], "method": config.theory}
+    source = (config.data.name, config.data.root, config.data.download, config.data.url)
+    data, t = _data(*source), config.train
+    refuse_mismatch(data, t.loss, t.batch)
+    grid = grid_of(config, common["init"], common["activation"])
+    if len(set(grid.rates)) > 1 and t.optimizer != "sgd":
+        raise UsageError(f"sweep.lr: train.optimizer={t.optimizer} has one learning rate for all; use sgd")
+    asked = {"activation": common["activation"], "method": config.theory}
 
-    def run(recorder: Recorder) -> str:
-        seen = Seen(recorder.add, config.theory != "off", lambda stats: stats[stats["step"] == 0])
-        train(data, **vars(t), every=config.every, histograms=config.histograms, emit=seen.add, **common)
+    def predict(stats: pd.DataFrame, rule: Rule) -> pd.DataFrame:
         widths = [*[t.width] * t.depth, outputs_of(data, t.loss)]
-        return seen.compare(lambda stats: beside_training(stats, widths, input_of(data.x.numpy()), t.batch, **asked))
+        return beside_training(stats, widths, _input(*source), t.batch, init=rule, **asked)
 
-    return run
+    how = {name: value for name, value in vars(t).items() if name != "lr"}
+    return Ensemble(
+        partial(train, data, **how, every=config.every, histograms=config.histograms, **_fixed(common)),
+        grid,
+        None if config.theory == "off" else predict,
+        chosen=lambda stats: stats[stats["step"] == 0],
+        rates=True,
+    )
+
+
+@lru_cache(maxsize=1)
+def _data(name: str, root: str, download: bool, url: str) -> Data:
+    """The jobs of a sweep share their data."""
+    return load(name, root, download, url)
+
+
+@lru_cache(maxsize=1)
+def _input(name: str, root: str, download: bool, url: str) -> Input:
+    return input_of(_data(name, root, download, url).x.numpy())
 
 
 def _matmul(config: Config, common: Mapping[str, Any]) -> Stage:

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -76,7 +77,12 @@ def discard(folder: Path) -> None:
 
 
 class Recorder:
-    """Writes one run folder; as a context manager it says in run.json how the run ended, however it ended."""
+    """Writes one run folder; as a context manager it says in run.json how the run ended, however it ended.
+
+    `patience`: seconds that rows may wait in memory before they are written; 0 writes them at once.
+    """
+
+    patience = 0.0
 
     def __init__(self, folder: Path, columns: Mapping[str, Any], device: str, **about: Any) -> None:
         self.folder, self.columns = folder, dict(columns)
@@ -90,6 +96,8 @@ class Recorder:
             **_machine(),
         }
         self._start, self._parts = (time.perf_counter(), time.process_time()), 0
+        self._waiting: list[tuple[int, str, pa.Table]] = []
+        self._written = time.monotonic()
 
     def __enter__(self) -> "Recorder":
         (self.folder / "parts").mkdir(parents=True, exist_ok=True)
@@ -97,20 +105,36 @@ class Recorder:
         return self
 
     def add(self, frames: Mapping[str, pd.DataFrame]) -> None:
-        """Write some rows of some tables; they survive whatever comes later."""
-        for name, frame in frames.items():
-            path = self.folder / "parts" / f"{name}-{self._parts:05d}.parquet"
-            _write(_as_arrow(frame, self.columns), path)
+        """Write some rows of some tables; once written they survive whatever comes later."""
+        self._waiting += [(self._parts, name, _as_arrow(frame, self.columns)) for name, frame in frames.items()]
         self._parts += 1
+        if time.monotonic() - self._written >= self.patience:
+            for number, name, table in self._waiting:
+                _write(table, self.folder / "parts" / f"{name}-{number:05d}.parquet")
+            self._waiting, self._written = [], time.monotonic()
+
+    def mark(self) -> int:
+        """Where the record stands: what `rewind` goes back to."""
+        return self._parts
+
+    def rewind(self, mark: int) -> None:
+        """Forget what was added since the mark, to measure it again."""
+        self._waiting = [one for one in self._waiting if one[0] < mark]
+        for path in (self.folder / "parts").glob("*.parquet"):
+            if int(path.stem.rpartition("-")[2]) >= mark:
+                path.unlink()
+        self._parts = mark
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for name in TABLES:
             tables = [pq.read_table(path) for path in _parts(self.folder, name)]
+            tables += [table for _, waiting, table in self._waiting if waiting == name]
             if tables:
                 _write(_joined(tables), self.folder / f"{name}.parquet")
         shutil.rmtree(self.folder / "parts")
+        self._waiting = []
         if error is None:
             self._say("done")
         elif isinstance(error, Exception):
@@ -126,17 +150,23 @@ class Recorder:
         partial.replace(self.folder / "run.json")
 
 
-def _machine() -> dict[str, Any]:
+@cache
+def _versions() -> dict[str, str]:
     packages = ("torch", "hydra-core", "numpy", "pandas", "pyarrow", "seaborn")
     versions = {"initlab": initlab.__version__, "python": platform.python_version()}
+    return versions | {name: version(name) for name in packages}
+
+
+def _machine() -> dict[str, Any]:
     return {
-        "versions": versions | {name: version(name) for name in packages},
+        "versions": _versions(),
         "git_revision": _git_revision(),
         "platform": platform.platform(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
 
+@cache  # of the code that was loaded, whatever is committed while it runs
 def _git_revision() -> str | None:
     """Revision of initlab's own checkout, with `+` where files differ from it; None outside a checkout."""
     root = Path(initlab.__file__).resolve().parents[1]

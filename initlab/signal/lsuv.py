@@ -70,14 +70,16 @@ class Fit:
         factor = self.factors[layer - 1] if who is None else self.factors[layer - 1][list(who)]
         return _times(w, factor)
 
-    def frame(self) -> pd.DataFrame:
+    def frame(self, first: int | None = None) -> pd.DataFrame:
         """A row per layer, attempt and network: std of the preactivations before it, factor after it, what came of it.
 
-        Attempt 0 is what was drawn. The outcome is `scaled` until it is `fits` or one of GIVEN_UP.
+        Attempt 0 is what was drawn. The outcome is `scaled` until it is `fits` or one of GIVEN_UP. With `first`, the
+        place of the first network in a larger ensemble, the column `network` tells networks of one seed apart.
         """
         found = pd.DataFrame(self._rows, columns=list(_Row._fields))
-        seeds = [self.seeds[k] for k in found.pop("network")]
-        return found.assign(outcome=found["outcome"].astype("category")).assign(seed=seeds)
+        who = found.pop("network")
+        found = found.assign(outcome=found["outcome"].astype("category")).assign(seed=[self.seeds[k] for k in who])
+        return found if first is None else found.assign(network=who + first)
 
     def _scale(self, layer: int, x: Tensor, w: Tensor, b: Tensor | None, forward: Forward) -> Tensor:
         """The preactivations of a layer, its weights scaled as its data want it."""

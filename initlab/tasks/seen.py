@@ -23,15 +23,20 @@ class Seen:
         if self._wanted and "stats" in frames:
             self._kept.append(self._chosen(frames["stats"]))
 
+    def rows(self) -> pd.DataFrame | None:
+        """What was remembered; None where that is nothing."""
+        return pd.concat(self._kept, ignore_index=True) if self._kept else None
+
     def compare(self, beside: Callable[[pd.DataFrame], pd.DataFrame]) -> str:
         """Hand over the table `theory`; a note where there is none.
 
         Whatever goes wrong with a prediction, what was measured is not lost by it.
         """
-        if not self._kept:
+        kept = self.rows()
+        if kept is None:
             return ""
         try:
-            found = beside(pd.concat(self._kept, ignore_index=True))
+            found = beside(kept)
         except UsageError as error:
             return f"theory: no prediction ({error})"
         except Exception as error:

@@ -1,0 +1,211 @@
+"""The launcher `hydra/launcher=batched`: jobs of a sweep that agree in all but their networks, as one program.
+
+Hydra takes launchers from the package `hydra_plugins` alone. `Batched` is registered under that name and needs no such
+package, neither in a checkout nor in a wheel.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, filter_overrides, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from initlab.composing import Composed, Composer
+from initlab.config import Config
+from initlab.errors import UsageError
+
+if TYPE_CHECKING:  # what measures is imported when there is something to measure
+    from initlab.jobs import Job
+
+log = logging.getLogger("initlab")
+
+WINDOW = 1024  # jobs that are looked at together
+
+
+@dataclass
+class BatchedConfig:
+    _target_: str = "hydra_plugins.initlab.Batched"
+
+
+class _Sent(NamedTuple):
+    """A job that was handed to the launcher."""
+
+    number: int
+    overrides: Sequence[str]
+    composed: Composed
+
+
+class Batched(Launcher):
+    """Runs the jobs of a sweep in this process, those that agree in all but their networks as one program.
+
+    Every job gets the folder that it would have had alone. What cannot share a program runs by itself, in its turn.
+    """
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._composer = Composer(hydra_context.config_loader, config)
+        hydra_context.config_loader = self._composer  # type: ignore[assignment]  # the sweeper asks it for every job
+        self._context, self._task, self._config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        setup_globals()
+        self._hydra_logging()
+        Path(str(self._config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
+        log.info("Launching %d jobs in batches", len(job_overrides))
+        found: dict[int, JobReturn] = {}
+        for start in range(0, len(job_overrides), WINDOW):
+            numbered = enumerate(job_overrides[start : start + WINDOW], initial_job_idx + start)
+            sent = [_Sent(k, given, self._composer.compose(given, k)) for k, given in numbered]
+            for pack in _packs(sent):
+                found |= self._run(pack)
+        return [found[number] for number in sorted(found)]
+
+    def _hydra_logging(self) -> None:
+        configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
+
+    @contextmanager
+    def _job_logging(self, composed: Composed) -> Iterator[None]:
+        """What is logged meanwhile goes where the job's log goes."""
+        configure_log(OmegaConf.create(composed.job_logging), self._config.hydra.verbose)
+        try:
+            yield
+        finally:
+            self._hydra_logging()
+
+    def _run(self, pack: Sequence[_Sent]) -> dict[int, JobReturn]:
+        from initlab.batch import run_jobs
+
+        for one in pack:
+            log.info("\t#%d : %s", one.number, " ".join(filter_overrides(one.overrides)))
+        if len(pack) == 1 and not _batches(pack[0].composed):
+            return {pack[0].number: self._by_hydra(pack[0])}
+        found: dict[int, JobReturn] = {}
+        begun: list[tuple[_Sent, Job]] = []
+        for one in pack:
+            try:
+                job = self._begin(one)
+            except Exception as fault:  # of the folder, say: the others have folders of their own
+                found[one.number] = self._ended(one, fault)
+                continue
+            if job is None:
+                found[one.number] = self._ended(one)
+            else:
+                begun.append((one, job))
+        if begun:
+            if len(pack) == 1:  # what is logged on the way is about this job alone
+                with self._job_logging(pack[0].composed):
+                    (ended_by,) = run_jobs([begun[0][1]])
+                    return {pack[0].number: self._end(*begun[0], ended_by)}
+            for (one, job), ended_by in zip(begun, run_jobs([job for _, job in begun]), strict=True):
+                with self._job_logging(one.composed):
+                    found[one.number] = self._end(one, job, ended_by)
+        return found
+
+    def _begin(self, one: _Sent) -> "Job | None":
+        """The job, and what Hydra writes into its folder; None where there is none because of a mistake of the user."""
+        from initlab.__main__ import begin
+
+        composed = one.composed
+        job = begin(partial(_config, composed), composed.choices, composed.folder)
+        if job is not None:
+            about = composed.folder / str(self._config.hydra.output_subdir)
+            about.mkdir(parents=True, exist_ok=True)
+            for name, text in composed.files.items():
+                (about / name).write_text(text, encoding="utf-8")
+            for handler in composed.job_logging.get("handlers", {}).values():
+                if "filename" in handler:
+                    Path(handler["filename"]).touch()
+        return job
+
+    def _end(self, one: _Sent, job: "Job", fault: Exception | None) -> JobReturn:
+        """Draw and say what there is to say; whoever calls has the job's own log open."""
+        from initlab.__main__ import end_with
+        from initlab.jobs import shown
+
+        folder, found = one.composed.folder, fault
+        if fault is None:
+            try:
+                job.draw()
+                log.info("done: %s", shown(folder))
+            except Exception as error:
+                found = error
+        if found is not None and not end_with(found, folder):
+            found = None
+        return self._ended(one, found)
+
+    def _ended(self, one: _Sent, fault: Exception | None = None) -> JobReturn:
+        done = JobReturn(overrides=list(one.overrides), working_dir=str(Path.cwd()))
+        done.task_name = JobRuntime.instance().get("name")
+        done.status = JobStatus.COMPLETED if fault is None else JobStatus.FAILED
+        done.return_value = fault
+        self._context.callbacks.on_job_end(config=self._config, job_return=done)
+        return done
+
+    def _by_hydra(self, one: _Sent) -> JobReturn:
+        done = run_job(
+            hydra_context=self._context,
+            task_function=self._task,
+            config=self._composer.of_its_own(one.overrides, one.number),
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+        self._hydra_logging()
+        return done
+
+
+def _config(composed: Composed) -> Config:
+    if isinstance(composed.typed, UsageError):
+        raise composed.typed
+    return composed.typed
+
+
+def _batches(composed: Composed) -> bool:
+    """Whether the launcher runs the job itself; a mistake in it is found on that way too."""
+    from initlab.batch import SHARING
+
+    return not composed.alone and (isinstance(composed.typed, UsageError) or composed.typed.task in SHARING)
+
+
+def _packs(sent: Sequence[_Sent]) -> Iterator[list[_Sent]]:
+    """Jobs that run together, in the order of the first of each program; the rest one by one."""
+    from initlab.batch import most_together, packs, shared_by, size_of
+
+    programs: dict[object, list[_Sent]] = {}
+    for one in sent:
+        given = one.composed.typed
+        key = None if isinstance(given, UsageError) or one.composed.alone else shared_by(given)
+        programs.setdefault(one.number if key is None else key, []).append(one)
+    for jobs in programs.values():
+        if len(jobs) == 1:
+            yield jobs
+            continue
+        configs = [_config(one.composed) for one in jobs]
+        sizes = [size_of(one) for one in configs]
+        yield from packs(jobs, sizes, most_together(configs[0], sizes))
+
+
+def register() -> None:
+    """Make `hydra_plugins.initlab.Batched` a plugin that Hydra knows, beside whatever plugins are installed."""
+    Plugins.instance()  # looks through the installed ones
+    try:
+        package = import_module("hydra_plugins")
+    except ImportError:
+        package = sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
+        package.__path__ = []
+    module = sys.modules["hydra_plugins.initlab"] = ModuleType("hydra_plugins.initlab")
+    Batched.__module__ = module.__name__
+    module.Batched = Batched  # type: ignore[attr-defined]
+    package.initlab = module  # type: ignore[attr-defined]
+    Plugins.instance().register(Batched)
+    ConfigStore.instance().store(group="hydra/launcher", name="batched", node=BatchedConfig, provider="initlab")
