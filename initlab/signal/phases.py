@@ -218,7 +218,7 @@ def critical(activation: Given, sb2: float = 0.0) -> float:
         )
     k = int(change[0])
     root = _bisected(lambda x: _line_bias(row, x) - wanted, float(q[k]), float(q[k + 1]))
-    return 1 / float(maps.slope_moment(row, torch.tensor([root])))
+    return 1 / float(maps.slope_moment(row, torch.tensor([root], dtype=torch.float64)))
 
 
 def half_stable(activation: Given) -> tuple[float, float, float]:
