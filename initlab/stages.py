@@ -167,11 +167,11 @@ def _jacobian(config: Config, common: Mapping[str, Any]) -> Stage:
 def _phase(config: Config, common: Mapping[str, Any]) -> Stage:
     """Of `init` only the law of the weights counts: their size is what the plane is about."""
     p = config.phase
-    axes = {name: Axis(axis.min, axis.max, axis.points) for name, axis in (("sw", p.sw), ("sb", p.sb))}
-    own = {name: getattr(p, name) for name in ("plane", "sigma_b", "batch", "correlation", "weights")}
-    shared = {name: value for name, value in common.items() if name != "init"}
-    shape = {"depth": config.depth, "width": config.width, "distribution": common["init"].distribution}
-    frames = phase(**axes, **own, **shape, **shared)
+    sw, sb = (Axis(axis.min, axis.max, axis.points) for axis in (p.sw, p.sb))
+    asked = {name: getattr(p, name) for name in ("sigma_b", "batch", "correlation", "weights")}
+    asked |= {name: value for name, value in common.items() if name != "init"}
+    asked |= {"depth": config.depth, "width": config.width, "distribution": common["init"].distribution}
+    frames = phase(p.plane, sw, sb, **asked)
 
     def run(recorder: Recorder) -> str:
         kept = []

@@ -1,7 +1,6 @@
 """A plane of networks -> figure: what was measured beside what theory says, in the same colours.
 
-Brightness alone tells the values apart, so that the maps read in grey too. Knows no theory: the critical line and the
-depth scale are drawn from the table's own columns.
+Brightness alone tells the values apart, so that the maps read in grey too.
 """
 
 from typing import Any, NamedTuple
@@ -12,12 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from initlab.output.axes import sheet
+from initlab.signal.phases import critical_line
 
 TRAINABLE = 6  # depth scales that gradients and inputs survive, an estimate: Schoenholz et al. 2017
-LINE = {"colors": "white", "linewidths": 2.2}
-UNDER = {"colors": "black", "linewidths": 4.0}  # beneath the white line, for where the map is bright
+LINE: dict[str, Any] = {"colors": "white", "linewidths": 2.2}
+UNDER: dict[str, Any] = {"colors": "black", "linewidths": 4.0}  # beneath the white line, for where the map is bright
 WIDEST = 1e6  # between the ends of a logarithmic colour scale
 
 
@@ -51,6 +52,7 @@ def draw_phase(frame: pd.DataFrame) -> Figure:
     numbers = frame.select_dtypes("number").columns.difference(["gain", up])
     with np.errstate(invalid="ignore", over="ignore"):
         mean = frame.groupby([up, "gain"])[list(numbers)].mean()
+    line = critical_line(str(frame["activation"].iloc[0]))
     figure, axes = sheet(_finding(frame, plane), 2, 2, sharex=True, sharey=True)
     figure.set_size_inches(12, 9)
     for row, shown in enumerate(MAPS[plane]):
@@ -59,10 +61,14 @@ def draw_phase(frame: pd.DataFrame) -> Figure:
         norm = _norm(np.stack([table.to_numpy() for table in tables]), shown)
         for ax, table, where in zip(pair, tables, ("measured", "theory, infinite width"), strict=True):
             mesh = _map(ax, table, norm)
-            _critical(ax, mean, plane)
+            _critical(ax, mean, plane, line)
             ax.set_title(f"{shown.said}: {where}", fontsize=11)
         _died(pair[0], mean)
-        figure.colorbar(mesh, ax=pair, label=shown.said, extend="both" if shown.log else "neither")
+        bar = figure.colorbar(mesh, ax=pair, label=shown.said)
+        if shown.log and norm.vmax < 100 * norm.vmin:  # type: ignore[operator]
+            bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            bar.ax.yaxis.set_minor_formatter(NullFormatter())
     for ax in axes[2:]:
         ax.set_xlabel("sigma_w = std of a weight × sqrt(fan_in)")
     for ax in axes[::2]:
@@ -100,18 +106,34 @@ def _edges(centres: np.ndarray) -> np.ndarray:
     return np.append(centres - half, centres[-1] + half)
 
 
-def _critical(ax: Axes, mean: pd.DataFrame, plane: str) -> None:
-    """Where chi_1 of the fixed point passes 1; over layers also 6 xi_c."""
+def _critical(ax: Axes, mean: pd.DataFrame, plane: str, line: pd.DataFrame) -> None:
+    """Where chi_1 of the fixed point is 1: the line itself where it crosses all of the plane, else where the points'
+    own chi_1 passes 1, as where q has two fixed points; over layers also 6 xi_c.
+    """
     chi_1 = mean["limit_chi_1"].unstack("gain")
-    x, y, values = chi_1.columns.to_numpy(), chi_1.index.to_numpy(), np.log(chi_1.to_numpy())
-    if min(values.shape) > 1 and values.min() < 0 < values.max():
+    x, y, values = chi_1.columns.to_numpy(), chi_1.index.to_numpy(), np.log(chi_1.clip(lower=1e-300).to_numpy())
+    across, up = _edges(x), _edges(y)
+    if (
+        plane == "sigma"
+        and len(line) > 1
+        and line["sb2"].min() <= max(y[0], 1e-3) ** 2
+        and line["sb2"].max() >= y[-1] ** 2
+    ):
+        _white(ax, np.sqrt(line["sw2"]), np.sqrt(line["sb2"]), "-")
+    elif min(values.shape) > 1 and values.min() < 0 < values.max():
         for style in (UNDER, LINE):
             ax.contour(x, y, values, levels=[0.0], **style)
     if plane == "depth":
         depth = TRAINABLE * mean["predicted_xi_c"].groupby("gain").first()
-        for colour, width in (("black", 4.0), ("white", 2.2)):
-            ax.plot(depth.index, depth, color=colour, linewidth=width, linestyle="--" if colour == "white" else "-")
-        ax.set_ylim(_edges(y)[[0, -1]])
+        _white(ax, depth.index, depth, "--")
+    ax.set_xlim(across[0], across[-1])
+    ax.set_ylim(up[0], up[-1])
+
+
+def _white(ax: Axes, x: Any, y: Any, linestyle: str) -> None:
+    """White on black, seen on every colour."""
+    ax.plot(x, y, color="black", linewidth=UNDER["linewidths"])
+    ax.plot(x, y, color="white", linewidth=LINE["linewidths"], linestyle=linestyle)
 
 
 def _died(ax: Axes, mean: pd.DataFrame) -> None:

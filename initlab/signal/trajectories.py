@@ -85,7 +85,7 @@ def _means(row: Activation) -> tuple[Tensor, Tensor]:
 def _narrowing(row: Activation, q: Tensor, apart: Tensor) -> Tensor:
     """(1 - E[phi(z1) phi(z2)] / E[phi^2]) / (1 - c): by what a layer without biases narrows an angle."""
     places, weights = _neighbours(CORRELATIONS, torch.ones_like(q) if row.homogeneous else q)
-    used, index = places.unique(return_inverse=True)
+    used, index = torch.unique(places, return_inverse=True)
     table = torch.stack([_coefficients(row, place) for place in used.tolist()])
     angle = torch.acos((2 * apart.clamp(0, 1).sqrt() - 1).clamp(-1, 1))
     basis = torch.cos(angle[:, None] * torch.arange(NODES))

@@ -149,7 +149,9 @@ def _theory(points: Points, activation: str, rows: Sequence[int]) -> pd.DataFram
         }
     )
     across = list(dict.fromkeys(points.sw))
-    limits = phase_plane(activation, [x * x for x in across], [x * x for x in dict.fromkeys(points.sb)])
+    limits = phase_plane(
+        activation, [x * x for x in across], [x * x for x in dict.fromkeys(points.sb)], first_layer=True
+    )
     for name, of in (
         ("limit_q", "q"), ("limit_cosine", "c"), ("limit_chi_1", "chi_1"), ("predicted_xi_c", "xi_c"),
         ("predicted_phase", "phase"),
@@ -191,18 +193,20 @@ def _lasting(values: np.ndarray, layers: np.ndarray, died: np.ndarray) -> np.nda
     gone = (died > 0) & (layers >= died)
     for k in range(1, values.shape[1]):
         found[:, k] = np.where(gone[:, k], found[:, k - 1], found[:, k])
-    return np.nan_to_num(found, nan=0.0)
+    lasting: np.ndarray = np.nan_to_num(found, nan=0.0)
+    return lasting
 
 
 def _growth(chi_1: np.ndarray, layers: np.ndarray) -> np.ndarray:
     """Geometric mean over layers 1 to l at every l of `layers`, between them by straight lines in the logarithm."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(chi_1)
-        sums = [logs[:, 0]]
-        for k in range(1, len(layers)):
-            gap = layers[k] - layers[k - 1]
-            sums.append(sums[-1] + gap * (logs[:, k] + logs[:, k - 1]) / 2 + (logs[:, k] - logs[:, k - 1]) / 2)
-        return np.exp(np.stack(sums, -1) / layers)
+    logs = np.log(np.maximum(chi_1, 1e-300))
+    sums = [logs[:, 0]]
+    for k in range(1, len(layers)):
+        gap = layers[k] - layers[k - 1]
+        sums.append(sums[-1] + gap * (logs[:, k] + logs[:, k - 1]) / 2 + (logs[:, k] - logs[:, k - 1]) / 2)
+    alive = np.minimum.accumulate(chi_1, axis=-1) > 0
+    growth: np.ndarray = np.where(alive, np.exp(np.stack(sums, -1) / layers), 0.0)
+    return growth
 
 
 def depth_scale(apart: np.ndarray, chi_1: np.ndarray, layers: np.ndarray) -> np.ndarray:
@@ -221,7 +225,8 @@ def depth_scale(apart: np.ndarray, chi_1: np.ndarray, layers: np.ndarray) -> np.
         y, n = np.where(use, np.log(np.where(use, away, 1.0)), 0.0), use.sum(-1)
         x = np.where(use, layers, 0)
         slope = (n * (x * y).sum(-1) - x.sum(-1) * y.sum(-1)) / (n * (x * x).sum(-1) - x.sum(-1) ** 2)
-        return np.where((n >= LEAST) & (slope < 0), -1 / slope, np.nan)
+        scale: np.ndarray = np.where((n >= LEAST) & (slope < 0), -1 / slope, np.nan)
+    return scale
 
 
 def phase_as_text(frame: pd.DataFrame) -> str:
@@ -232,7 +237,7 @@ def phase_as_text(frame: pd.DataFrame) -> str:
     words = last.groupby(keys)["predicted_phase"].first()
     died = last.groupby(keys)["died_at"].max() > 0
     lines = [f"{len(mean)} points, {last['seed'].nunique()} network(s) each, {int(last['layer'].max())} layers"]
-    measured, predicted = mean["chi_1"] < 1, mean["limit_chi_1"] < 1
+    measured, predicted = mean["chi_1"] < 1, mean["limit_chi_1"] < 1 - 1e-9  # to rounding
     lines.append(
         f"ordered, gradients shrink: {measured.mean():.1%} measured, {predicted.mean():.1%} predicted; "
         f"chaotic or unbounded, they grow: {1 - measured.mean():.1%} and {1 - predicted.mean():.1%}"
