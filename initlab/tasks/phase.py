@@ -28,6 +28,14 @@ MOST_POINTS = 256  # on an axis
 FITTED = (1e-10, 0.1)  # 1 - cosine between these falls by a constant factor a layer in the ordered phase
 LEAST = 3  # layers through which a line is fitted
 NOISE = 3.0  # standard deviations that a cosine must be away from its end to count as on its way there
+THEORY = 4096  # points that are predicted together
+LIMITS = {  # column -> that of `phase_plane`
+    "limit_q": "q",
+    "limit_cosine": "c",
+    "limit_chi_1": "chi_1",
+    "predicted_xi_c": "xi_c",
+    "predicted_phase": "phase",
+}
 AWAY = 0.1  # |ln chi_1| beyond which a point is away from the critical line
 
 Emit = Callable[[Mapping[str, pd.DataFrame]], object]
@@ -110,15 +118,20 @@ def _coordinates(plane: str, sw: Axis, sb: Axis, sigma_b: float) -> tuple[list[f
 def _measured(
     plane: str, points: Points, activation: str, seeds: Sequence[int], place: Place, progress: bool
 ) -> Iterator[pd.DataFrame]:
-    every = range(1, points.depth + 1)
-    layers, closer = (every, every) if plane == "depth" else (steps(points.depth, 1.35), steps(points.depth, 2.0))
-    rows = list(every) if plane == "depth" else [points.depth]
+    layers, closer = looks(plane, points.depth)
+    rows = layers if plane == "depth" else [points.depth]
     theory = _theory(points, activation, rows)
     total = len(points.sw) * points.depth * len(seeds)
     with tqdm(total=total, desc="phase", unit="layer", unit_scale=True, disable=None if progress else True) as bar:
         for seed in seeds:
             found = look(points, seed, layers, closer, place, bar.update)
             yield _frame(points, found, np.array(layers), np.array(closer), rows, theory).assign(seed=seed)
+
+
+def looks(plane: str, depth: int) -> tuple[list[int], list[int]]:
+    """Layers that are looked at, and those at which slopes are taken too, which cost as much as the activation."""
+    every = list(range(1, depth + 1))
+    return (every, every) if plane == "depth" else (steps(depth, 1.35), steps(depth, 3.0))
 
 
 def steps(depth: int, ratio: float) -> list[int]:
@@ -134,30 +147,32 @@ def steps(depth: int, ratio: float) -> list[int]:
 
 
 def _theory(points: Points, activation: str, rows: Sequence[int]) -> pd.DataFrame:
-    """A row per point and layer of `rows`, points slowest: at this layer, and at infinite depth."""
-    sw2, sb2 = (torch.tensor(values, dtype=torch.float64).square() for values in (points.sw, points.sb))
-    path = trajectory(points.row, sw2, sb2, points.depth, points.correlation)
+    """A row per point and layer of `rows`, points slowest: at this layer, and at infinite depth; in bounded memory."""
+    across = list(dict.fromkeys(points.sw))
+    up = points.sb[:: len(across)]
+    together = max(1, THEORY // len(across))
+    parts = (up[start : start + together] for start in range(0, len(up), together))
+    return pd.concat([_theory_of(points, activation, rows, across, part) for part in parts], ignore_index=True)
+
+
+def _theory_of(
+    points: Points, activation: str, rows: Sequence[int], across: Sequence[float], up: Sequence[float]
+) -> pd.DataFrame:
+    variances = [[x * x for x in across], [x * x for x in up]]
+    sw2, sb2 = (torch.tensor(values, dtype=torch.float64) for values in variances)
+    path = trajectory(
+        points.row, sw2.repeat(len(up)), sb2.repeat_interleave(len(sw2)), points.depth, points.correlation
+    )
     with np.errstate(divide="ignore"):
         growth = np.exp(np.cumsum(np.log(path.chi_1.numpy()), -1) / np.arange(1, points.depth + 1))
+    found = {
+        "predicted_q": path.q.numpy(), "predicted_cosine": 1 - path.apart.numpy(),
+        "predicted_chi_1": path.chi_1.numpy(), "predicted_growth": growth,
+    }  # fmt: skip
     at = [layer - 1 for layer in rows]
-    frame = pd.DataFrame(
-        {
-            "predicted_q": path.q.numpy()[:, at].ravel(),
-            "predicted_cosine": 1 - path.apart.numpy()[:, at].ravel(),
-            "predicted_chi_1": path.chi_1.numpy()[:, at].ravel(),
-            "predicted_growth": growth[:, at].ravel(),
-        }
-    )
-    across = list(dict.fromkeys(points.sw))
-    limits = phase_plane(
-        activation, [x * x for x in across], [x * x for x in dict.fromkeys(points.sb)], first_layer=True
-    )
-    for name, of in (
-        ("limit_q", "q"), ("limit_cosine", "c"), ("limit_chi_1", "chi_1"), ("predicted_xi_c", "xi_c"),
-        ("predicted_phase", "phase"),
-    ):  # fmt: skip
-        frame[name] = np.repeat(limits[of].to_numpy(), len(rows))
-    return frame
+    frame = pd.DataFrame({name: values[:, at].ravel() for name, values in found.items()})
+    limits = phase_plane(activation, *variances, first_layer=True)
+    return frame.assign(**{name: np.repeat(limits[of].to_numpy(), len(rows)) for name, of in LIMITS.items()})
 
 
 def _frame(

@@ -189,7 +189,7 @@ class _Run:
             torch.addcmul(chunk.sb * b, z, chunk.sw, out=z)
         else:
             z.mul_(chunk.sw)
-        size = z.abs().amax((1, 2))
+        size = torch.maximum(z.amax((1, 2)), -z.amin((1, 2)))  # nan where one is; no tensor of |z| is made
         chunk.sizes.append(size)
         if layer in self.layers:
             for into, value in zip(chunk.seen[:2], lengths(z, size), strict=True):

@@ -1,6 +1,8 @@
 """A plane of networks: against networks one by one, against theory on both sides of the line, and what is refused."""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
+import initlab
 from initlab.errors import UsageError
+from initlab.output.phase import draw_phase
 from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.init import Rule, gaussian
 from initlab.signal.phases import critical
@@ -194,3 +198,46 @@ def test_mistakes_are_one_line(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said) as error:
         phase(**{**SMALL, **options})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("plane", "title"), [("sigma", "15 points are ordered"), ("depth", "5 points are ordered")])
+def test_the_task_writes_its_table_and_draws_it(
+    lab: Callable[..., tuple[int, str, str]], plane: str, title: str
+) -> None:
+    axes = ["phase.sw.points=5", "phase.sb.points=3", "phase.sb.max=0.8"]
+    small = [f"phase.plane={plane}", "activation=tanh", "depth=12", "width=20", "seeds=2", "init=orthogonal"]
+    code, said, errors = lab("task=phase", *axes, *small, "hydra.run.dir=here")
+    assert code == 0 and errors == "" and "measured" in said and "2 network(s) each, 12 layers" in said
+    kept = initlab.read("here", table="phase")
+    assert len(kept) == (2 * 15 if plane == "sigma" else 2 * 5 * 12)
+    assert set(kept["distribution"]) == {"orthogonal"} and set(kept["mode"]) == {"fan_in"}
+    assert sorted(kept["gain"].unique()) == [0.5, 1.125, 1.75, 2.375, 3.0]
+    assert Path("here/phase.png").stat().st_size > 20_000
+    figure = draw_phase(kept)
+    assert title in figure.get_suptitle() and len(figure.axes) == 6
+    colours = [ax.collections[0].get_clim() for ax in figure.axes[:4]]
+    assert colours[0] == colours[1] and colours[2] == colours[3]  # measured and theory in the same colours
+
+
+@pytest.mark.parametrize("activation", ["relu", "linear", "gelu", "sigmoid"])
+def test_every_plane_can_be_drawn(activation: str) -> None:
+    """One point, no critical line in sight, signals that died: still a figure with a title."""
+    for options in ({"sw": Axis(1, 1, 1), "sb": Axis(0, 0, 1)}, {"sw": Axis(0, 60, 3), "dtype": "float16"}, {}):
+        found = table(activation=activation, **options).assign(activation=activation, width=40)
+        assert draw_phase(found).get_suptitle().startswith(f"{activation}, 12 layers of 40 units")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("phase.plane=sigmas", "phase.plane=sigmas: must be one of depth, sigma - did you mean sigma?"),
+        ("phase.sw.points=0", "phase.sw.points=0: must be from 1 to 256"),
+        ("phase.sw.points=few", "phase.sw.points=few: must be an integer"),
+        ("phase.sb.min=2", "phase.sb.min=2: must not be above phase.sb.max=1"),
+        ("phase.sw.mni=2", "did you mean phase.sw.min?"),
+    ],
+)
+def test_mistakes_on_the_command_line(lab: Callable[..., tuple[int, str, str]], word: str, said: str) -> None:
+    code, _, errors = lab("task=phase", word)
+    assert code == 2 and said in errors and errors.count("\n") == 1
+    assert not list(Path().glob("outputs/**/phase.parquet"))
