@@ -158,8 +158,8 @@ def _theory(points: Points, activation: str, rows: Sequence[int]) -> pd.DataFram
 def _theory_of(
     points: Points, activation: str, rows: Sequence[int], across: Sequence[float], up: Sequence[float]
 ) -> pd.DataFrame:
-    variances = [[x * x for x in across], [x * x for x in up]]
-    sw2, sb2 = (torch.tensor(values, dtype=torch.float64) for values in variances)
+    weights, biases = [x * x for x in across], [x * x for x in up]
+    sw2, sb2 = (torch.tensor(values, dtype=torch.float64) for values in (weights, biases))
     path = trajectory(
         points.row, sw2.repeat(len(up)), sb2.repeat_interleave(len(sw2)), points.depth, points.correlation
     )
@@ -171,7 +171,7 @@ def _theory_of(
     }  # fmt: skip
     at = [layer - 1 for layer in rows]
     frame = pd.DataFrame({name: values[:, at].ravel() for name, values in found.items()})
-    limits = phase_plane(activation, *variances, first_layer=True)
+    limits = phase_plane(activation, weights, biases, first_layer=True)
     return frame.assign(**{name: np.repeat(limits[of].to_numpy(), len(rows)) for name, of in LIMITS.items()})
 
 
