@@ -3,7 +3,7 @@ point.
 
 The maps are those of `maps.py`, tabulated once for an activation and interpolated: cubic in ln q, Chebyshev in t =
 sqrt(1 - c), in which the correlation map of a kinked function is smooth too. Relative error about 1e-5 of q and 1e-3 of
-1 - c; `phases.py` has the fixed points themselves to 1e-9. Legend: P rules, L layers.
+1 - c (selu at large q: up to 7e-2); `phases.py` has the fixed points themselves to 1e-9. Legend: P rules, L layers.
 """
 
 import math
