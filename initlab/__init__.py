@@ -33,6 +33,7 @@ The map of the house. Imports run one way, downwards in this list never:
         closure.py       the law of a batch from layer to layer; laws.py, unit_laws.py: what it is made of
         tensor_laws.py   what a stack's tensors show of it, all layers at once; gradients.py: the way back
         infinite_width.py  the same stack with all widths infinite; correlation_points.py: where two inputs end
+        quantiles.py     which quantiles bands are
         bands.py         from a law to its statistics; beside.py: measured and predicted, row by row
     scratch/       the from-scratch network, in reading order
         matmul.py        the matmul ladder
@@ -72,8 +73,12 @@ The map of the house. Imports run one way, downwards in this list never:
         graph.py         autograd's graph of a small model, as frames
         explain.py       one backward pass, step by step: who sets which .g
     output/        what is kept and shown: takes frames, imports no task
+        shards.py        Parquet files, one written, thousands read; folders.py: where runs lie and how they ended
+        gather.py        many runs -> one frame and what is to be said of them
         records.py       what a run folder holds; write and read
         summary.py       frames -> the short table and the findings in words
+        collect.py       many runs -> one file, or a short account
+        distance.py      how far apart are two sets of networks; compare.py: two runs or sweeps
         predicted.py     measured beside predicted -> layers within their band, lines for figures
         expect.py        does a study's expected answer hold?
         octaves.py       histograms over the training -> figure
@@ -83,6 +88,7 @@ The map of the house. Imports run one way, downwards in this list never:
         plots.py         frame -> figure
     config.py      the typed schema of conf/, and where conf/ is found
     launcher.py    what surrounds the jobs of a sweep
+    commands.py    what a first word without `=` asks for: collect, compare
     stages.py      the tasks as their stages: plain arguments out of the configuration, frames into a recorder
     jobs.py        one job: typed configuration -> run folder, figures, what is printed
     __main__.py    the roof: compose, run its jobs, exit codes

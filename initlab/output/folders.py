@@ -74,7 +74,7 @@ def _walk(top: str, seen: set[str]) -> Iterator[Folder]:
         except OSError:  # taken away meanwhile, or not ours to read
             continue
         if parts or any(name == "run.json" or name.endswith(".parquet") for name in files):
-            yield Folder(path, frozenset(files), tuple(parts))
+            yield Folder(path.removeprefix("./"), frozenset(files), tuple(parts))
 
 
 def about(folder: Path | str) -> dict[str, Any]:

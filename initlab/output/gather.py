@@ -39,6 +39,8 @@ def gather(paths: Paths, table: str) -> list[Run]:
     """Every run at or below `paths` with what it has of the table. Nothing is raised: what is broken says so."""
     runs = []
     for folder in folders.found(paths):
+        if _only_collected(folder):
+            continue
         said = folders.about(folder.path)
         run = Run(folder, said, folders.settings(folder.path, said))
         for path in folder.shards(table):
@@ -48,6 +50,14 @@ def gather(paths: Paths, table: str) -> list[Run]:
                 run.unreadable.append(f"{path}: cannot be read ({_first_line(error)})")
         runs.append(run)
     return runs
+
+
+def _only_collected(folder: Folder) -> bool:
+    """Nothing of a run, but what was collected from others."""
+    if "run.json" in folder.files or folder.parts:
+        return False
+    files = [name for name in folder.files if name.endswith(".parquet")]
+    return all(shards.is_collected(f"{folder.path}/{name}") for name in files)
 
 
 def _first_line(error: Exception) -> str:

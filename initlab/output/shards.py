@@ -16,8 +16,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# Key of the metadata: {"rows": count, "columns": names in order, "constants": {column: its only value}}.
-# A program that changes the values of a file and keeps its metadata has to drop this key.
+# Key of the metadata: {"rows": count, "columns": names in order, "constants": {column: its only value},
+# "collected": whether the rows are those of many files}.
 SAID = b"initlab"
 
 
@@ -29,6 +29,8 @@ def as_arrow(frame: pd.DataFrame, constants: Mapping[str, Any]) -> pa.Table:
             names = pa.array([str(c) for c in column.cat.categories], pa.string())
             codes = column.cat.codes.to_numpy(np.int32)
             columns[str(name)] = pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), names)
+        elif isinstance(column.dtype, pd.StringDtype):
+            columns[str(name)] = pa.array(column, pa.string())
         else:
             columns[str(name)] = pa.array(column.to_numpy(), from_pandas=False)
     for name in [name for name in constants if name not in columns]:
@@ -41,8 +43,8 @@ def as_arrow(frame: pd.DataFrame, constants: Mapping[str, Any]) -> pa.Table:
     return pa.table(columns)
 
 
-def write(table: pa.Table, path: Path) -> None:
-    """Under a temporary name, then renamed: a file is whole or it is not there."""
+def write(table: pa.Table, path: Path, collected: bool = False) -> None:
+    """Under a temporary name, then renamed: a file is whole or not there. `collected`: no shard but many in one."""
     words = [f.name for f in table.schema if pa.types.is_dictionary(f.type)]
     floats = [f.name for f in table.schema if pa.types.is_floating(f.type)]
     partial = path.with_suffix(".part")
@@ -51,7 +53,7 @@ def write(table: pa.Table, path: Path) -> None:
         partial, table.schema, compression="lz4", use_dictionary=words, use_byte_stream_split=floats
     ) as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata({SAID.decode(): json.dumps(_said(table))})
+        writer.add_key_value_metadata({SAID.decode(): json.dumps(_said(table) | {"collected": collected})})
     partial.replace(path)
 
 
@@ -104,6 +106,15 @@ def read(path: str) -> Shard:
     constants, columns = said["constants"], said["columns"]
     table = parquet.read([name for name in columns if name not in constants], use_threads=False)
     return Shard(rows, tuple(columns), constants, table.replace_schema_metadata())
+
+
+def is_collected(path: str) -> bool:
+    """Is a file what was collected from others?"""
+    try:
+        said = json.loads((pq.read_metadata(path).metadata or {}).get(SAID, b"{}"))
+    except (OSError, ValueError, pa.ArrowException):
+        return False
+    return bool(said.get("collected"))
 
 
 class Words(NamedTuple):
