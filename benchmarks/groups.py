@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from benchmarks import backward, ensemble, gpu, memory, stack, startup, step
+from benchmarks import backward, collect, ensemble, gpu, memory, stack, startup, step
 from benchmarks.race import Outcome, Setting
 
 GROUPS: dict[str, Callable[[Setting], Outcome]] = {
@@ -13,5 +13,6 @@ GROUPS: dict[str, Callable[[Setting], Outcome]] = {
     "chapter": stack.chapter,
     "startup": startup.group,
     "memory": memory.group,
+    "collect": collect.group,
     "gpu": gpu.group,
 }

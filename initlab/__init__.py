@@ -80,7 +80,10 @@ The map of the house. Imports run one way, downwards in this list never:
         collect.py       many runs -> one file, or a short account
         distance.py      how far apart are two sets of networks; compare.py: two runs or sweeps
         predicted.py     measured beside predicted -> layers within their band, lines for figures
+        selection.py     which rows and columns a study speaks of; columns.py: those known beforehand
+        reductions.py    rows of many networks -> a number and its standard error
         expect.py        does a study's expected answer hold?
+        picture.py       what a study's figure shows; study.py draws it
         octaves.py       histograms over the training -> figure
         gains.py         their figure; jacobian.py: that of the singular values; predicted.py: theory for all figures
         axes.py          what figures are made of: bands, marks of death, ends of the number formats
@@ -89,6 +92,7 @@ The map of the house. Imports run one way, downwards in this list never:
     config.py      the typed schema of conf/, and where conf/ is found
     launcher.py    what surrounds the jobs of a sweep
     commands.py    what a first word without `=` asks for: collect, compare
+    study.py       question, expectations and what came of them
     stages.py      the tasks as their stages: plain arguments out of the configuration, frames into a recorder
     jobs.py        one job: typed configuration -> run folder, figures, what is printed
     __main__.py    the roof: compose, run its jobs, exit codes

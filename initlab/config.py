@@ -74,6 +74,34 @@ class GraphConfig:
 
 
 @dataclass
+class CostConfig:
+    runs: int | None = None
+    cpu_seconds: float | None = None
+    gpu_seconds: float | None = None
+
+
+@dataclass
+class FigureConfig:
+    table: str = MISSING
+    where: dict[str, Any] = field(default_factory=dict)
+    x: str | None = None
+    y: str | None = None
+    by: str | None = None
+    col: str | None = None
+    x_scale: str = MISSING
+    y_scale: str = MISSING
+    theory: bool = MISSING
+
+
+@dataclass
+class StudyConfig:
+    question: str = MISSING
+    source: str = MISSING
+    cost: CostConfig = field(default_factory=CostConfig)
+    figure: FigureConfig = field(default_factory=FigureConfig)
+
+
+@dataclass
 class Config:
     task: str = MISSING
     init: InitConfig = field(default_factory=InitConfig)
@@ -97,6 +125,7 @@ class Config:
     every: int = MISSING
     histograms: bool = MISSING
     plots: bool = MISSING
+    study: StudyConfig = field(default_factory=StudyConfig)
     expect: list[Any] = field(default_factory=list)
 
 
