@@ -102,10 +102,10 @@ def read(path: str) -> Shard:
     said = json.loads((parquet.metadata.metadata or {}).get(SAID, b"{}"))
     if said.get("rows") != rows:
         table = parquet.read(use_threads=False)
-        return Shard(rows, tuple(table.column_names), {}, table.replace_schema_metadata())
+        return Shard(rows, tuple(table.column_names), {}, table)
     constants, columns = said["constants"], said["columns"]
     table = parquet.read([name for name in columns if name not in constants], use_threads=False)
-    return Shard(rows, tuple(columns), constants, table.replace_schema_metadata())
+    return Shard(rows, tuple(columns), constants, table)
 
 
 def is_collected(path: str) -> bool:
@@ -168,10 +168,16 @@ class _Group:
             return column.to_numpy()
         return column.to_pandas()
 
-    def _repeated(self, values: Sequence[Any]) -> Piece:
+    def _repeated(self, values: list[Any]) -> Piece:
         """A value for each shard, in all of its rows."""
-        if all(value is None for value in values):
-            return None
+        value = values[0]
+        if values.count(value) == len(values) and len({type(each) for each in values}) == 1:  # of most columns
+            if value is None:
+                return None
+            if isinstance(value, str):
+                return Words(np.zeros(self.rows, np.int8), [value])
+            if value != 0:  # which may be -0.0 in some shards
+                return np.full(self.rows, value)
         if any(isinstance(value, str) for value in values):
             texts = [None if value is None else str(value) for value in values]
             names = list(dict.fromkeys(text for text in texts if text is not None))
@@ -184,8 +190,6 @@ class _Group:
 
     def _filled(self, values: np.ndarray) -> np.ndarray:
         """np.repeat(values, counts), which copies row by row; filling a slice at a time takes a fifth of its time."""
-        if (values == values[0]).all():
-            return np.full(self.rows, values[0])
         out = np.empty(self.rows, values.dtype)
         for value, begin, end in zip(values, self.begins[:-1], self.begins[1:], strict=True):
             out[begin:end] = value
