@@ -92,7 +92,7 @@ The map of the house. Imports run one way, downwards in this list never:
     config.py      the typed schema of conf/, and where conf/ is found
     launcher.py    what surrounds the jobs of a sweep
     commands.py    what a first word without `=` asks for: collect, compare
-    study.py       question, expectations and what came of them
+    study.py       question, expectations and what came of them; gallery.py: all of them in experiments/README.md
     stages.py      the tasks as their stages: plain arguments out of the configuration, frames into a recorder
     jobs.py        one job: typed configuration -> run folder, figures, what is printed
     __main__.py    the roof: compose, run its jobs, exit codes
