@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -113,20 +112,20 @@ class Batched(Launcher):
         return found
 
     def _begin(self, one: _Sent) -> "Job | None":
-        """The job, and what Hydra writes into its folder; None where there is none because of a mistake of the user."""
+        """The job, in a folder as Hydra would have made it; None where there is none because of the user's mistake."""
         from initlab.__main__ import begin
 
-        composed = one.composed
-        job = begin(partial(_config, composed), composed.choices, composed.folder)
-        if job is not None:
-            about = composed.folder / str(self._config.hydra.output_subdir)
+        def config() -> Config:  # asked for in a folder that is free, before the job is prepared
+            about = one.composed.folder / str(self._config.hydra.output_subdir)
             about.mkdir(parents=True, exist_ok=True)
-            for name, text in composed.files.items():
+            for name, text in one.composed.files.items():
                 (about / name).write_text(text, encoding="utf-8")
-            for handler in composed.job_logging.get("handlers", {}).values():
+            for handler in one.composed.job_logging.get("handlers", {}).values():
                 if "filename" in handler:
                     Path(handler["filename"]).touch()
-        return job
+            return _config(one.composed)
+
+        return begin(config, one.composed.choices, one.composed.folder)
 
     def _end(self, one: _Sent, job: "Job", fault: Exception | None) -> JobReturn:
         """Draw and say what there is to say; whoever calls has the job's own log open."""
