@@ -24,14 +24,15 @@ QUANTILES = (0.5, 0.16, 0.84, 0.023, 0.977)
 IN_LN = ("q", "rms", "std", "std_within", "norm")
 IN_ORDER = ("q", "rms", "mean", "std", "std_within", "norm", "cosine", "frac_zero", "frac_dead", "frac_saturated")
 EDGES = ("band68_low", "band68_high", "band_low", "band_high")
-NUMBERS = ("predicted", "ln_predicted", "mean", "sd", "median", *EDGES)
+NUMBERS = ("limit", "ln_limit", "mean", "sd", "predicted", *EDGES)
 
 
 class Rows(NamedTuple):
     """One statistic of K tensors, in the columns of NUMBERS: (K, 9).
 
-    `predicted` is the limit of infinite width and `ln_predicted` its ln, which does not overflow. `mean` and `sd` are
-    of the statistic's ln if it is one of IN_LN; the rest is of the statistic itself.
+    `limit` is what infinite width gives and `ln_limit` its ln, which does not overflow. `mean` and `sd` are of the
+    statistic's ln if it is one of IN_LN; the rest is of the statistic itself: `predicted`, the median of its law at
+    this width, and the quantiles around it.
     """
 
     statistic: str
@@ -177,7 +178,7 @@ def _mixture_quantile(q: float, factor: Array, centre: Array, spread: Array) -> 
 
 
 def simulated(block: torch.Tensor, limits: dict[str, Array]) -> list[Rows]:
-    """The same rows of one tensor from networks, (S, E); `limits` gives predicted and ln_predicted of those wanted."""
+    """The same rows of one tensor from networks, (S, E); `limits` gives limit and ln_limit of those wanted."""
     rows = dict(zip(STATISTICS, block.numpy(), strict=True))
     found = []
     for name in IN_ORDER:

@@ -22,7 +22,7 @@ COLUMNS = ("statistic", "measured", "predicted", "band_low", "band_high", "z", "
 ROUNDING = 1e-4  # relative, absolute for shares: where nothing may vary a number format still rounds
 FIXED = 1e-6  # a standard deviation below which nothing may vary: of a share it means one entry in a thousand networks
 _PLACE = ["layer", "tensor", "direction"]
-_QUANTILES = ("band_low", "band68_low", "median", "band68_high", "band_high")
+_QUANTILES = ("band_low", "band68_low", "predicted", "band68_high", "band_high")
 _AT = np.array([-WIDE, -NARROW, 0.0, NARROW, WIDE])
 _SCALES = ("q", "rms", "std", "norm")
 
@@ -116,7 +116,7 @@ def _below_the_loss(start: pd.DataFrame, bands: pd.DataFrame, top: int) -> pd.Da
     spread = np.sqrt(np.maximum(below["sd"].to_numpy() ** 2 - above["sd"].to_numpy() ** 2, 0))
     below = below.assign(
         mean=below["mean"].to_numpy() - above["mean"].to_numpy(),
-        ln_predicted=below["ln_predicted"].to_numpy() - above["ln_predicted"].to_numpy(),
+        ln_limit=below["ln_limit"].to_numpy() - above["ln_limit"].to_numpy(),
         sd=spread,
         method="from the loss down, " + below["method"],
     )
@@ -138,8 +138,6 @@ def compared(stats: pd.DataFrame, bands: pd.DataFrame, over: pd.DataFrame | None
         return pd.DataFrame(columns=[*keys, *COLUMNS])
     at, names = law["at"].to_numpy(), list(dict.fromkeys(bands["statistic"]))
     law["measured"] = rows[names].to_numpy(float)[at, pd.Categorical(law["statistic"], names).codes]
-    law["limit"] = law["predicted"]
-    law["predicted"] = law["median"]
     if over is not None:
         law = _on_from(law, over)
     law["z"] = np.where((rows["n_nan"] + rows["n_inf"]).to_numpy()[at] > 0, np.nan, deviations(law))
@@ -160,8 +158,8 @@ def _on_from(law: pd.DataFrame, over: pd.DataFrame) -> pd.DataFrame:
     start = _ln(wanted.merge(known, "left", [*by, "statistic"])["known"].to_numpy(float))
     centre, sd = law["mean"].to_numpy() + start, law["sd"].to_numpy()
     quantiles = {name: _exp(centre + k * sd) for name, k in zip(_QUANTILES, _AT, strict=True)}
-    limit = _exp(law["ln_predicted"].to_numpy() + start)
-    return law.assign(mean=centre, predicted=quantiles["median"], limit=limit, **quantiles)
+    limit = _exp(law["ln_limit"].to_numpy() + start)
+    return law.assign(mean=centre, limit=limit, **quantiles)
 
 
 def _ln(values: np.ndarray) -> np.ndarray:

@@ -6,7 +6,11 @@ Every mistake of the user's is found here, before anything is computed.
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from numbers import Real
 from typing import Any, NamedTuple
+
+import numpy as np
+import torch
 
 from initlab.errors import UsageError, check
 from initlab.signal.activations import Activation
@@ -48,10 +52,10 @@ def case_of(
 ) -> Case:
     row = as_activation(activation)
     scaling = _rule(init, rule_fields)
-    units = list(widths) if widths is not None else [width] * depth
-    check(depth=len(units) if widths is not None else depth, batch=batch)
-    for n in [*units, *([] if inputs is None else [inputs])]:
-        check(width=n)
+    units = _units(depth, width, widths, inputs, batch)
+    for name, value in (("q0", q0), ("sb2", sb2), ("c0", c0)):
+        if not isinstance(value, Real):
+            raise UsageError(f"{name}={value!r}: must be a number")
     for name, value in (("q0", q0), ("sb2", sb2)):
         if not 0 <= value < math.inf:
             raise UsageError(f"{name}={value:g}: a second moment must be a finite number, at least 0")
@@ -59,8 +63,30 @@ def case_of(
         raise UsageError("q0=0: an input of zeros has nothing to say; it must be positive")
     if not 0 <= c0 < 1:
         raise UsageError(f"c0={c0:g}: the inputs' mean cosine must be at least 0 and below 1")
-    layers = _layers(scaling, row, [units[0] if inputs is None else inputs, *units], q0, sb2)
+    layers = _layers(scaling, row, units, q0, sb2)
     return Case(scaling, row, layers, int(batch), float(q0), float(c0), fixed_input)
+
+
+def _units(depth: int, width: int, widths: Sequence[int] | None, inputs: int | None, batch: int) -> list[int]:
+    """Units of the input and of every layer: whole numbers, none of them 0."""
+    if widths is not None and not isinstance(widths, Sequence | np.ndarray | torch.Tensor):
+        raise UsageError(f"widths={widths!r}: must be a list with the units of every layer")
+    if widths is None:
+        _whole(depth=depth, width=width, batch=batch)
+    own = [width] * depth if widths is None else list(widths)
+    for n in own:
+        _whole(width=n)
+    _whole(depth=len(own), batch=batch)
+    if inputs is not None:
+        _whole(inputs=inputs)
+    return [int(n) for n in (own[0] if inputs is None else inputs, *own)]
+
+
+def _whole(**options: object) -> None:
+    for name, value in options.items():
+        if not isinstance(value, Real) or value != value // 1:
+            raise UsageError(f"{name}={value!r}: must be a whole number")
+        check(**{name: float(value)})
 
 
 def _rule(init: str | Rule, fields: Mapping[str, Any]) -> Rule:

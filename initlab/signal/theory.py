@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from initlab.errors import UsageError
+from initlab.errors import UsageError, not_one_of
 from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.bands import EDGES, IN_LN, IN_ORDER, Block, bands, frame, scaled, simulated
 from initlab.signal.case import Case, case_of
@@ -38,6 +38,7 @@ SPREAD_WITH_SCALE = 0.6  # the same where phi has a scale of its own
 WANDERS = 0.3  # standard deviation of ln q over networks up to which an activation with a scale is trusted too
 BUDGET = 3e10  # multiplications in float64 that `auto` spends on a simulation: below 10 s
 FLOAT32_IS_FASTER = 3  # times, measured
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 NETWORKS = (100, 1000)  # fewest and most networks of a simulation that chooses for itself
 
 
@@ -57,6 +58,8 @@ def predict(
     finite-width numbers come from, `slope` whether phi' was given or differentiated numerically. Arithmetic is exact:
     `dtype` is kept as a column; where a format ends is `formats.limits`' business. Options: see `predict_bands`.
     """
+    if dtype not in FLOATS:
+        raise not_one_of("dtype", dtype, FLOATS)
     long = predict_bands(init, activation, depth, width, **options)
     at = long.groupby(_KEYS).ngroup().to_numpy()
     first = np.unique(at, return_index=True)[1]
@@ -69,9 +72,9 @@ def predict(
 
     for name in (name for name in IN_ORDER if name in set(statistics)):
         rows = np.flatnonzero(statistics == name)
-        put(name, "predicted", rows)
+        put(name, "limit", rows)
         if name in IN_LN:
-            for column, source in (("ln_{}", "ln_predicted"), ("ln_{}_mean", "mean"), ("ln_{}_sd", "sd")):
+            for column, source in (("ln_{}", "ln_limit"), ("ln_{}_mean", "mean"), ("ln_{}_sd", "sd")):
                 put(column.format(name), source, rows)
         if name == "std":
             for edge in EDGES:
@@ -99,7 +102,7 @@ def predict_bands(
     **rule_fields: Any,
 ) -> pd.DataFrame:
     """One row per layer, tensor, direction and statistic, with `scale` (ln or linear), the columns of `bands.NUMBERS`,
-    `method` and `slope`.
+    `method` and `slope`. `predicted`, `limit` and the bands mean what they mean in a run's table `theory`.
 
     `widths` gives every layer's units and replaces depth and width; `inputs` the input's. The input has second moment
     q0 and mean cosine c0, is drawn for each network or, if `fixed_input`, is one batch of just these moments. `sb2`
@@ -285,14 +288,14 @@ def trusted(case: Case) -> bool:
 
 
 def _simulated(case: Case, networks: int, seed: int) -> Iterator[Block]:
-    predicted: dict[tuple[int, str, str], dict[str, Array]] = {}
+    limits: dict[tuple[int, str, str], dict[str, Array]] = {}
     for kind in _tensors(case, _infinite(case)):
         for rows in bands(kind.law, kind.limit, case.batch, kind.units):
             for layer, numbers in zip(kind.layers.tolist(), rows.numbers, strict=True):
-                predicted.setdefault((layer, kind.tensor, kind.direction), {})[rows.statistic] = numbers[:2]
-    dtype = torch.float32 if float32_will_do(case) else torch.float64
+                limits.setdefault((layer, kind.tensor, kind.direction), {})[rows.statistic] = numbers[:2]
+    number = torch.float32 if float32_will_do(case) else torch.float64
     moments = case.q0, case.c0
-    found = simulate(case.row, case.layers, case.batch, networks, *moments, case.rule.distribution, seed, dtype)
+    found = simulate(case.row, case.layers, case.batch, networks, *moments, case.rule.distribution, seed, number)
     for key, block in found.items():
-        for rows in simulated(block, predicted[key]):
+        for rows in simulated(block, limits[key]):
             yield Block(np.array(key[:1]), *key[1:], rows, "simulation")

@@ -72,7 +72,7 @@ def test_columns_are_those_of_the_measured_table() -> None:
     assert {"ln_std", "ln_std_mean", "ln_std_sd", "band_low", "band_high", "band68_low", "method"} <= set(frame)
     tall = predict_bands(depth=2, batch=7)
     spread = tall[tall["sd"] > 0]
-    for low, high in (("band_low", "band68_low"), ("band68_low", "median"), ("median", "band68_high")):
+    for low, high in (("band_low", "band68_low"), ("band68_low", "predicted"), ("predicted", "band68_high")):
         assert (spread[low] <= spread[high]).all()
     assert set(frame["method"]) == {"log-delta"} and set(frame["slope"]) == {"given"}
 
@@ -152,7 +152,7 @@ def coverage(name: str, init: str, depth: int, width: int, batch: int, networks:
         tiny = band["scale"] == "linear" and band["sd"] * width * batch < 5 and band["statistic"].startswith("frac")
         if tiny or band["sd"] == 0 or (name, band["statistic"]) in LEFT_OUT:
             continue
-        if band["statistic"] == "frac_dead" and band["predicted"] * width < 5:
+        if band["statistic"] == "frac_dead" and band["limit"] * width < 5:
             continue
         values = measured(frame, band)
         inside = (values >= band["band_low"]) & (values <= band["band_high"])
@@ -283,6 +283,13 @@ def test_mistakes_are_one_line() -> None:
         ({"init": "kaimin"}, "did you mean kaiming"),
         ({"width": 0}, "width=0"),
         ({"widths": [10, 0]}, "width=0"),
+        ({"widths": [10, 1.5]}, "width=1.5: must be a whole number"),
+        ({"widths": 5}, "widths=5: must be a list"),
+        ({"widths": []}, "depth=0"),
+        ({"inputs": 0}, "inputs=0"),
+        ({"depth": "deep"}, "depth='deep': must be a whole number"),
+        ({"dtype": "float31"}, "dtype=float31: .* did you mean float"),
+        ({"sb2": None}, "sb2=None: must be a number"),
         ({"depth": 0}, "depth=0"),
         ({"batch": 0}, "batch=0"),
         ({"sb2": -1.0}, "sb2=-1"),
