@@ -1,6 +1,7 @@
 """The tasks as their stages: each refuses its mistakes when it is made, and measures and records when it is called."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -38,14 +39,13 @@ def _stack(config: Config, common: Mapping[str, Any]) -> Stage:
     shape = Shape(config.depth, config.width, inputs, config.batch)
     number, place = DTYPES[config.dtype], find_device(config.device)
     planned = plan(shape, config.seeds, number, place, config.backward)
-    asked = {"init": common["init"], "activation": common["activation"], "method": config.theory}
+    asked = {"init": common["init"], "activation": common["activation"], **shape._asdict()}
 
     def run(recorder: Recorder) -> str:
         seen = Seen(recorder.add, config.theory != "off", lambda stats: stats)
-        stack(**shape._asdict(), backward=config.backward, emit=seen.add, **common)
-        note = seen.compare(lambda stats: beside_stack(stats, **shape._asdict(), **asked))
-        kept = kept_as_text(planned) if planned.kept > WORTH_SAYING else ""
-        return "\n".join(text for text in (kept, note) if text)
+        measure = partial(stack, **shape._asdict(), backward=config.backward, emit=seen.add, **common)
+        recorder.note(seen.around(measure, partial(beside_stack, **asked), config.theory))
+        return kept_as_text(planned) if planned.kept > WORTH_SAYING else ""
 
     return run
 
@@ -54,14 +54,17 @@ def _seeded(config: Config, common: Mapping[str, Any]) -> Stage:
     if common["device"] != "cpu":
         raise UsageError(f"device={config.device}: task=seeded is about the CPU's numbers; use device=cpu")
     shape = {name: getattr(config, name) for name in ("depth", "width", "batch")}
-    asked = {name: common[name] for name in ("init", "activation")}
+    asked = {**{name: common[name] for name in ("init", "activation")}, **shape}
 
     def run(recorder: Recorder) -> str:
         seen = Seen(recorder.add, config.theory != "off", lambda stats: stats)
-        seen.add({"stats": seeded(**asked, **shape, seeds=common["seeds"], dtype=config.dtype)})
-        return seen.compare(
-            lambda stats: beside_stack(stats, **asked, **shape, inputs=config.width, method=config.theory)
-        )
+
+        def measure() -> None:
+            seen.add({"stats": seeded(**asked, seeds=common["seeds"], dtype=config.dtype)})
+
+        beside = partial(beside_stack, **asked, inputs=config.width)
+        recorder.note(seen.around(measure, beside, config.theory))
+        return ""
 
     return run
 
@@ -70,13 +73,19 @@ def _train(config: Config, common: Mapping[str, Any]) -> Stage:
     """Loads the data at once: what is wrong with it must show before anything is measured."""
     data = load(config.data.name, config.data.root, config.data.download, config.data.url)
     refuse_mismatch(data, config.train.loss, config.train.batch)
-    t, asked = config.train, {"init": common["init"], "activation": common["activation"], "method": config.theory}
+    t, asked = config.train, {"init": common["init"], "activation": common["activation"]}
 
     def run(recorder: Recorder) -> str:
         seen = Seen(recorder.add, config.theory != "off", lambda stats: stats[stats["step"] == 0])
-        train(data, **vars(t), every=config.every, histograms=config.histograms, emit=seen.add, **common)
         widths = [*[t.width] * t.depth, outputs_of(data, t.loss)]
-        return seen.compare(lambda stats: beside_training(stats, widths, input_of(data.x.numpy()), t.batch, **asked))
+        told = {"every": config.every, "histograms": config.histograms, "emit": seen.add, **common}
+        measure = partial(train, data, **vars(t), **told)
+
+        def beside(stats: pd.DataFrame, method: str) -> pd.DataFrame:
+            return beside_training(stats, widths, input_of(data.x.numpy()), t.batch, method=method, **asked)
+
+        recorder.note(seen.around(measure, beside, config.theory))
+        return ""
 
     return run
 
@@ -179,3 +188,4 @@ TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
 
 
 TAKE_ANY_FUNCTION = ("lab", "stack", "train", "seeded")  # the other tasks know the rows of the table only
+DRAW_BY_RULE = (*TAKE_ANY_FUNCTION, "jacobian")  # where it matters which gain a rule takes

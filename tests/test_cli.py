@@ -16,6 +16,7 @@ import torch
 
 import initlab
 from initlab import jobs, stages
+from initlab.errors import UsageError
 from initlab.tasks import ladders
 
 Lab = Callable[..., tuple[int, str, str]]
@@ -222,6 +223,23 @@ def test_a_stopped_run_keeps_what_it_measured(tmp_path: Path, number: int, code:
     with pytest.warns(UserWarning, match="interrupted"):
         frame = initlab.read(tmp_path / "outputs")
     assert "stack" in set(frame["stage"])
+    with pytest.warns(UserWarning, match="interrupted"):
+        theory = initlab.read(tmp_path / "outputs", table="theory")
+    assert "stack" in set(theory["stage"])
+
+
+def test_a_stopped_training_has_its_prediction(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = stages.train
+
+    def stopped(*args: object, **options: object) -> None:
+        whole(*args, **options)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "train", stopped)
+    assert lab("task=train", "theory=simulation", *QUICK)[0] == 130
+    with pytest.warns(UserWarning, match="interrupted"):
+        theory = initlab.read("outputs", table="theory")
+    assert set(theory["stage"]) == {"train"} and {"forward", "backward"} <= set(theory["direction"])
 
 
 @pytest.mark.gpu
@@ -351,6 +369,23 @@ def test_a_wrong_prediction_is_seen_on_the_command_line(lab: Lab, monkeypatch: p
     monkeypatch.setattr(stages, "beside_stack", lambda stats, **asked: told(stats, **{**asked, "init": "lecun"}))
     code, out, _ = lab("task=stack", *QUICK)
     assert code == 0 and "theory: 0 of 5 layers within the 95 % band" in out
+
+
+def test_a_run_says_which_gain_it_took_and_a_sweep_each_note_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, out, _ = lab("init=xavier", "activation=tanh", *QUICK)
+    assert "gain: 1.46741 (chi: " in out and "torch has 1.66667, init.gain_kind=torch)" in out
+    _, out, _ = lab("init=kaiming", "init.gain_kind=torch", "activation=tanh", *QUICK)
+    assert "gain: 1.66667 (torch: " in out and "the one that keeps gradients is 1.46741, init.gain_kind=chi)" in out
+    assert "gain: " not in lab("init=lecun", *QUICK)[1] and "gain: " not in lab("-m", "init=kaiming", *QUICK)[1]
+    _, out, _ = lab("activation._target_=torch.nn.Softsign", *QUICK)
+    assert "Softsign came without a derivative" in out and "torch has none" in out
+
+    def silent(stats: pd.DataFrame, **asked: object) -> pd.DataFrame:
+        raise UsageError("not known here")
+
+    monkeypatch.setattr(stages, "beside_stack", silent)
+    code, out, _ = lab("-m", "task=stack", "init=kaiming,lecun", "depth=3", "seeds=2", "plots=false")
+    assert code == 0 and out.count("theory: no prediction (not known here)\n") == 1
 
 
 def test_an_activation_of_ones_own_is_one_file(lab: Lab, tmp_path: Path) -> None:

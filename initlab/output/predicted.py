@@ -52,4 +52,7 @@ def sentence(count: str) -> str:
 
 def said(found: Sequence[str]) -> str:
     """The line beneath the short table."""
-    return f"{sentence(found[0]) if len(found) == 1 else 'theory: layers within the 95 % band'} ({MEANING})"
+    if len(found) == 1:
+        return f"{sentence(found[0])} ({MEANING})"
+    hint = "; outside its range theory=simulation knows more" if any("," in one for one in found) else ""
+    return f"theory: layers within the 95 % band ({MEANING}){hint}"

@@ -103,6 +103,11 @@ class Recorder:
             _write(_as_arrow(frame, self.columns), path)
         self._parts += 1
 
+    def note(self, text: str) -> None:
+        """Something to say of the whole run that is in none of its tables: kept in run.json; nothing if empty."""
+        if text:
+            self.about.setdefault("notes", []).append(text)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -48,6 +48,7 @@ def test_the_line_beneath_the_table() -> None:
     assert predicted.said(["49 of 50"]).startswith("theory: 49 of 50 layers within the 95 % band (std")
     assert ", outside its range: theory=simulation knows more (std" in predicted.said(["49 of 50, outside its range"])
     assert predicted.said(["1 of 2", "2 of 2"]).startswith("theory: layers within the 95 % band")
+    assert predicted.said(["1 of 2", "2 of 2, outside its range"]).endswith("theory=simulation knows more")
     tables = run("kaiming")
     text = summary.as_text(summary.summarize(tables["stats"], None, None, tables["theory"]))
     assert text.splitlines()[0].split()[-1] == "theory" and " of 12" in text
