@@ -82,7 +82,7 @@ def _train(config: Config, common: Mapping[str, Any]) -> Stage:
         measure = partial(train, data, **vars(t), **told)
 
         def beside(stats: pd.DataFrame, method: str) -> pd.DataFrame:
-            return beside_training(stats, widths, input_of(data.x.numpy()), t.batch, method=method, **asked)
+            return beside_training(stats, widths, input_of(data.x.numpy(), t.batch), t.batch, method=method, **asked)
 
         recorder.note(seen.around(measure, beside, config.theory))
         return ""

@@ -62,8 +62,10 @@ def bands(law: Law, infinite: Law, batch: int, n: NDArray[np.int64], second: Arr
 
 def scaled(limit: Array, law: Array, count: Array | int) -> list[Rows]:
     """Rows of tensors of so many entries, symmetric about 0, by the law of their ln q: (K,) and (K, 2)."""
+    one = 1 / np.asarray(count, dtype=float)
+    pooled = np.stack([law[:, 0] - one, np.sqrt(law[:, 1] ** 2 + 2 * one**2)], -1)  # a squared mean is chi-square
     with np.errstate(all="ignore"):
-        return [*_lengths(law, limit, np.log(count) / 2), _in_ln("std", law / 2, limit / 2)]
+        return [*_lengths(law, limit, np.log(count) / 2), _in_ln("std", pooled / 2, limit / 2)]
 
 
 def _lengths(law: Array, limit: Array, size: Array) -> list[Rows]:

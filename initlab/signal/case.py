@@ -14,10 +14,11 @@ import torch
 
 from initlab.errors import UsageError, check
 from initlab.signal.activations import Activation
-from initlab.signal.closure import Layer
+from initlab.signal.closure import Data, Layer
 from initlab.signal.custom import Given, as_activation
 from initlab.signal.init import MODES, Rule, rule
 from initlab.signal.maps import moment
+from initlab.signal.mup import last_layer
 
 
 class Case(NamedTuple):
@@ -30,6 +31,7 @@ class Case(NamedTuple):
     q0: float
     c0: float
     fixed_input: bool
+    data: Data
 
     @property
     def widths(self) -> list[int]:
@@ -49,6 +51,8 @@ def case_of(
     fixed_input: bool,
     sb2: float,
     rule_fields: Mapping[str, Any],
+    outputs: bool = False,
+    data: Data = Data(),  # noqa: B008 - a tuple
 ) -> Case:
     row = as_activation(activation)
     scaling = _rule(init, rule_fields)
@@ -63,8 +67,8 @@ def case_of(
         raise UsageError("q0=0: an input of zeros has nothing to say; it must be positive")
     if not 0 <= c0 < 1:
         raise UsageError(f"c0={c0:g}: the inputs' mean cosine must be at least 0 and below 1")
-    layers = _layers(scaling, row, units, q0, sb2)
-    return Case(scaling, row, layers, int(batch), float(q0), float(c0), fixed_input)
+    layers = _layers(scaling, row, units, q0, sb2, outputs)
+    return Case(scaling, row, layers, int(batch), float(q0), float(c0), fixed_input, data)
 
 
 def _units(depth: int, width: int, widths: Sequence[int] | None, inputs: int | None, batch: int) -> list[int]:
@@ -100,20 +104,29 @@ def _rule(init: str | Rule, fields: Mapping[str, Any]) -> Rule:
     return Rule(**{**given, **{name: value for name, value in fields.items() if value is not None}})
 
 
-def _layers(scaling: Rule, row: Activation, widths: Sequence[int], q0: float, sb2: float) -> tuple[Layer, ...]:
+def _layers(
+    given: Rule, row: Activation, widths: Sequence[int], q0: float, sb2: float, outputs: bool
+) -> tuple[Layer, ...]:
     """A rule that is fitted to data has the weights that give its preactivations a variance of 1, biases included.
 
-    That is the fit's mean; of its spread only what orthogonal weights have, which it makes smaller, is known here.
+    Where what is drawn has a variance within the tolerance already it stays, as the fit leaves it.
+    `outputs`: the last layer is a network's, which some rules draw smaller.
     """
-    found = []
+    found: list[Layer] = []
+    entering = q0
     for k, (fan_in, fan_out) in enumerate(pairwise(widths)):
+        scaling = last_layer(given, row, fan_in) if outputs and 0 < k == len(widths) - 2 else given
         orthogonal, uniform = scaling.distribution == "orthogonal", scaling.bias**2 / (3 * fan_in)
+        weight = scaling.gain_for(row) ** 2 / MODES[scaling.mode](fan_in, fan_out)
+        if orthogonal:  # an isometry's rows are as long as its columns are many
+            weight *= fan_in / max(fan_in, fan_out)
+        fitted, start = False, weight
         if scaling.attempts:
-            entering = float(moment(row, 1.0)) if k else q0
-            weight = max(0.0, 1 - sb2 - uniform) / (fan_in * entering) if entering else 0.0
-        else:
-            weight = scaling.gain_for(row) ** 2 / MODES[scaling.mode](fan_in, fan_out)
-            if orthogonal:  # an isometry's rows are as long as its columns are many
-                weight *= fan_in / max(fan_in, fan_out)
-        found.append(Layer(fan_in, fan_out, weight, sb2, uniform, orthogonal))
+            drawn = weight * fan_in * entering + sb2 + uniform
+            fitted = entering > 0 and not abs(drawn - 1) < scaling.tolerance
+            if fitted:
+                weight = max(0.0, 1 - sb2 - uniform) / (fan_in * entering)
+            entering = float(moment(row, 1.0 if fitted else drawn))
+        fit = (True, start, scaling.tolerance) if fitted else ()
+        found.append(Layer(fan_in, fan_out, weight, sb2, uniform, orthogonal, *fit))
     return tuple(found)

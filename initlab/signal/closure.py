@@ -10,6 +10,7 @@ state: `tensor_laws`. The way back: `gradients`.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,9 @@ from initlab.signal.laws import (
 from initlab.signal.unit_laws import COARSE, Units, units
 
 
+SELDOM = 1e-3  # share of networks below which a fit is said to be needed by all
+
+
 class Layer(NamedTuple):
     """A linear layer of I inputs and O units as its law needs it. Variances of one weight and of one bias."""
 
@@ -40,6 +44,9 @@ class Layer(NamedTuple):
     bias: float = 0.0  # normal
     uniform_bias: float = 0.0
     orthogonal: bool = False
+    fitted: bool = False  # to data: scaled until the pooled variance of what leaves it is 1; `weight` is its centre
+    start: float = 0.0  # of a fitted layer the variance of a weight as drawn, which stays
+    tolerance: float = 0.0  # where what leaves the layer has a variance this near to 1 already
 
     @property
     def forward_remain(self) -> float:
@@ -49,6 +56,14 @@ class Layer(NamedTuple):
     @property
     def backward_remain(self) -> float:
         return max(0.0, 1 - self.fan_in / self.fan_out) if self.orthogonal else 1.0
+
+
+class Data(NamedTuple):
+    """Batches of data beside the moments of one: in how many directions inputs differ, tr(C)^2 / tr(C^2) of their
+    covariance C, and how ln T and ln W wander from batch to batch: variance, covariance, variance."""
+
+    directions: float = math.inf
+    wander: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 class Step(NamedTuple):
@@ -92,9 +107,20 @@ class Chain(NamedTuple):
         return sigma_points(self.mean, self.cov, self.start.alone)[1]
 
 
-def forward(row: Activation, layers: Sequence[Layer], batch: int, q0: float, c0: float, fixed_input: bool) -> Chain:
-    """All layers. The input has second moment q0 and mean cosine c0 and, if fixed, does not fluctuate."""
+def forward(
+    row: Activation,
+    layers: Sequence[Layer],
+    batch: int,
+    q0: float,
+    c0: float,
+    fixed_input: bool,
+    data: Data = Data(),  # noqa: B008 - a tuple
+) -> Chain:
+    """All layers. The input has second moment q0 and mean cosine c0 and, if fixed, fluctuates as `data` say."""
     start = gaussian_batch(layers[0].fan_in, batch, q0, c0, exact=fixed_input)
+    if fixed_input and batch > 1:
+        t, both, w = data.wander
+        start = replace(start, pair=np.array([1 / data.directions]), cov=np.array([[[t, both], [both, w]]]))
     mean, cov, pair, single = start.mean[0], start.cov[0], float(start.pair[0]), float(start.single[0])
     steps = []
     for layer in layers:
@@ -145,13 +171,46 @@ def _step(row: Activation, layer: Layer, batch: int, state: _State) -> tuple[Ste
 
 def preactivations(layer: Layer, nodes: Array) -> tuple[Array, Array, Array]:
     """ln T and ln W of z (G, 2), the share of T that a uniform bias makes up, the share of q that no bias does."""
-    ln_z = nodes + max(NOTHING, ln(layer.weight * layer.fan_in))
+    ln_z = nodes + np.maximum(NOTHING, ln_weight(layer, nodes) + math.log(layer.fan_in))[:, None]
     if not layer.bias + layer.uniform_bias:
         return ln_z, np.zeros(len(nodes)), np.ones(len(nodes))
     weighted = np.logaddexp(ln_z[:, 0], ln_z[:, 1])
     ln_z[:, 0] = np.logaddexp(ln_z[:, 0], ln(layer.bias + layer.uniform_bias))
     uniform = np.exp(ln(layer.uniform_bias) - ln_z[:, 0])
     return ln_z, uniform, np.exp(weighted - np.logaddexp(ln_z[:, 0], ln_z[:, 1]))
+
+
+def ln_weight(layer: Layer, nodes: Array) -> Array:
+    """ln of the variance of one weight at nodes (G, 2) of the layer's input, (G,): of a fitted layer what they make it.
+
+    The pooled variance of z is T + W less its squared mean, T/n on average.
+    """
+    if not layer.fitted:
+        return np.full(len(nodes), ln(layer.weight))
+    ln_q = np.logaddexp(nodes[:, 0], nodes[:, 1])
+    mean = np.exp(nodes[:, 0] - ln_q) / layer.fan_out
+    wanted = ln(max(0.0, 1 - layer.bias - layer.uniform_bias))
+    return np.asarray(wanted - ln_q - np.log1p(-np.minimum(mean, 0.5)) - math.log(layer.fan_in))
+
+
+def left_alone(layer: Layer, ln_x: Array, cov: Array, pair: float, batch: int) -> float:
+    """Probability that a layer that is fitted to data had no need of it; its input has this law of ln T and ln W."""
+    if not layer.fitted or not layer.start > 0:
+        return 0.0
+    by = np.exp(ln_x - np.logaddexp(*ln_x))
+    centre = math.log(layer.start * layer.fan_in) + float(np.logaddexp(*ln_x))
+    sd = math.sqrt(max(float(by @ cov @ by), 0.0) + fit_noise(layer, ln_x, pair, batch) + 1e-12)
+    ends = [ln(max(0.0, 1 + side * layer.tolerance)) for side in (-1, 1)]
+    low, high = (0.5 * math.erfc((centre - end) / (sd * math.sqrt(2))) for end in ends)
+    return high - low if high - low > SELDOM else 0.0
+
+
+def fit_noise(layer: Layer, ln_x: Array, pair: float, batch: int) -> float:
+    """Variance of ln of a fitted layer's weight, given its input of these ln T and ln W: of few units it varies."""
+    if not layer.fitted:
+        return 0.0
+    t, w = (float(x) for x in np.exp(ln_x - np.logaddexp(*ln_x)))
+    return layer.forward_remain * 2 / layer.fan_out * (t * t + w * w * (1 / max(1, batch - 1) + pair))
 
 
 def uneven(single: Array, batch: int) -> Array:

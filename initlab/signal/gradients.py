@@ -15,13 +15,12 @@ import numpy as np
 
 from initlab.signal import tensor_laws
 from initlab.signal.activations import Activation
-from initlab.signal.closure import Layer, Step, forward, possible, sane, uneven
+from initlab.signal.closure import Data, Layer, Step, fit_noise, forward, ln_weight, possible, sane, uneven
 from initlab.signal.laws import (
     NOTHING,
     Array,
     Law,
     gaussian_batch,
-    ln,
     ln_cov,
     ln_means,
     regressors,
@@ -70,14 +69,21 @@ class _Slopes(NamedTuple):
 
 
 def laws(
-    row: Activation, layers: Sequence[Layer], batch: int, q0: float = 1.0, c0: float = 0.0, fixed_input: bool = False
+    row: Activation,
+    layers: Sequence[Layer],
+    batch: int,
+    q0: float = 1.0,
+    c0: float = 0.0,
+    fixed_input: bool = False,
+    data: Data = Data(),  # noqa: B008 - a tuple
 ) -> Stack:
     """Laws of all tensors; the gradient at the top is unit Gaussian and independent for every input.
 
-    `fixed_input`: the input is one batch of second moment q0 and mean cosine c0, else drawn anew for each network.
+    `fixed_input`: the input is a batch of second moment q0 and mean cosine c0 that varies as `data` say, else unit
+    Gaussian and drawn anew for each network.
     """
     with np.errstate(all="ignore"):  # where a signal is gone, ratios to it are nan or inf: data
-        passed = Layers(forward(row, layers, batch, q0, c0, fixed_input))
+        passed = Layers(forward(row, layers, batch, q0, c0, fixed_input, data))
         start = symmetric(passed.chain.start, layers[0].fan_in)
         above, below = _down(passed)
         return Stack(start, tensor_laws.activations(passed), tensor_laws.preactivations(passed), above, below)
@@ -167,7 +173,12 @@ def _backward(
     both = by_state @ step.cov @ by_state.T + rest
     pair = _pair(s, back, means[0], cov[0, 1, 1], t, w, remain)
     lengths = _lengths(step, s, back, t, w, remain)
-    below = mean + max(NOTHING, ln(step.layer.weight * step.layer.fan_out))
+    weight = ln_weight(step.layer, step.nodes) + math.log(step.layer.fan_out)
+    below = mean + max(NOTHING, float(weight @ layers.weights))
+    if step.layer.fitted:  # to the state below it, so that a gradient is large where an input was small
+        by_state = by_state + slopes(np.stack([weight, weight], -1), s.regressors, layers.weights)
+        scatter = fit_noise(step.layer, step.mean, step.pair, layers.batch)
+        below, rest = below + scatter / 2, rest + scatter
     return (mean, both, pair), _Back(below, pair, by_state, rest, *lengths)
 
 

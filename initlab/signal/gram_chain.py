@@ -64,7 +64,7 @@ class _Chain:
 
     def short(self, layer: Layer, batch: int) -> bool:
         """Whether the weights need not be drawn."""
-        return batch < layer.fan_in and self.distribution == "normal" and not layer.orthogonal
+        return batch < layer.fan_in and self.distribution == "normal" and not (layer.orthogonal or layer.fitted)
 
 
 def simulate(
@@ -134,6 +134,9 @@ def _through(chain: _Chain, layer: Layer, x: Tensor) -> tuple[Tensor, tuple[Tens
     """z = x W + b, and W or what is known of it: the basis Q (E, I, B) of the inputs and Q^T W (E, B, O)."""
     if not chain.short(layer, x.shape[-2]):
         w = chain.weights(layer)
+        if layer.fitted:
+            variance = (x @ w).var(dim=(-2, -1), correction=0, keepdim=True)
+            w = w * (max(0.0, 1 - layer.bias - layer.uniform_bias) / variance).sqrt()
         return x @ w + chain.biases(layer), w
     basis, triangle = torch.linalg.qr(x.mT)
     seen = chain.normal(x.shape[-2], layer.fan_out) * layer.weight**0.5

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from initlab.signal.closure import Chain, uneven
+from initlab.signal.closure import Chain, left_alone, uneven
 from initlab.signal.laws import Array, Law, ln_cov, ln_noise, spread, symmetric, total
 from initlab.signal.unit_laws import Intervals, Joined, saturated, zeros
 
@@ -75,12 +75,33 @@ def preactivations(layers: Layers) -> Law:
         relative[..., 1, 1] = (remain / layers.width * 2 * (1 / (layers.batch - 1) + pair))[:, None]
     shift, noise = ln_cov(relative)
     mean, cov, _ = total(layers.of("ln_z") + shift, noise, layers.weights)
+    fitted = np.array([step.layer.fitted for step in layers.chain.steps])
+    mean, cov = _fitted(mean, cov, fitted, layers.width)
     law = Law(mean, cov, pair + remain * (1 + pair) / layers.width, single * layers.of("damped")[:, 0])
     shares = {
         "frac_zero": np.zeros((len(mean), 2)),
         "frac_saturated": layers.share(saturated(layers.chain.row), single),
     }
-    return symmetric(replace(law, shares=shares), layers.width)
+    law = symmetric(replace(law, shares=shares), layers.width)
+    return replace(law, ln_var=np.where(fitted[:, None], _unit_variance(layers), law.ln_var))
+
+
+def _unit_variance(layers: Layers) -> Array:
+    """ln of the pooled variance of fitted layers, mean and sd (L, 2): 0, but where the fit had nothing to do."""
+    alone = [left_alone(s.layer, s.mean, s.cov, s.pair, layers.batch) for s in layers.chain.steps]
+    off = np.array([step.layer.tolerance for step in layers.chain.steps]) / np.sqrt(3)
+    return np.stack([0 * off, np.sqrt(alone) * off], -1)
+
+
+def _fitted(mean: Array, cov: Array, fitted: Array, width: Array) -> tuple[Array, Array]:
+    """Of layers that are fitted to data T + W is 1 and the squared pooled mean, T/n on average; T / W may vary."""
+    ln_q = np.logaddexp(mean[:, 0], mean[:, 1])
+    share = np.exp(mean - ln_q[:, None])
+    pooled = np.minimum(share[:, 0] / width, 0.5)
+    project = np.eye(2) - share[:, None]
+    moved = mean + (-np.log1p(-pooled) - ln_q)[:, None]
+    kept = project @ cov @ project.mT + 2 * (pooled**2)[:, None, None]
+    return np.where(fitted[:, None], moved, mean), np.where(fitted[:, None, None], kept, cov)
 
 
 def activations(layers: Layers) -> Law:

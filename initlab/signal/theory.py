@@ -18,6 +18,7 @@ from initlab.errors import UsageError, not_one_of
 from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.bands import EDGES, IN_LN, IN_ORDER, Block, bands, frame, scaled, simulated
 from initlab.signal.case import Case, case_of
+from initlab.signal.closure import Data, fit_noise, ln_weight
 from initlab.signal.custom import Given, name_of, numerical
 from initlab.signal.finite_width import linear_batch, linear_one_input, lognormal, relu_one_input
 from initlab.signal.gradients import laws
@@ -99,17 +100,21 @@ def predict_bands(
     method: str = "auto",
     networks: int | None = None,
     seed: int = 0,
+    outputs: bool = False,
+    data: Data = Data(),  # noqa: B008 - a tuple
     **rule_fields: Any,
 ) -> pd.DataFrame:
     """One row per layer, tensor, direction and statistic, with `scale` (ln or linear), the columns of `bands.NUMBERS`,
     `method` and `slope`. `predicted`, `limit` and the bands mean what they mean in a run's table `theory`.
 
     `widths` gives every layer's units and replaces depth and width; `inputs` the input's. The input has second moment
-    q0 and mean cosine c0, is drawn for each network or, if `fixed_input`, is one batch of just these moments. `sb2`
-    adds normal biases of this variance. `mode`, `gain`, `gain_kind`, `distribution` and `bias` replace the rule's own.
-    `method`: auto, closed or simulation, the last with so many `networks` and this `seed`.
+    q0 and mean cosine c0, is drawn for each network or, if `fixed_input`, is a batch of just these moments, which
+    wander as `data` say (`closure.Data`). `sb2` adds normal biases of this variance. `outputs`: the last layer is that
+    of a trained network, as `mup` draws it. `mode`, `gain`, `gain_kind`, `distribution` and `bias` replace the rule's
+    own. `method`: auto, closed or simulation, the last with so many `networks` and this `seed`.
     """
-    case = case_of(init, activation, depth, width, widths, inputs, batch, q0, c0, fixed_input, sb2, rule_fields)
+    shape = depth, width, widths, inputs, batch
+    case = case_of(init, activation, *shape, q0, c0, fixed_input, sb2, rule_fields, outputs, data)
     if method not in METHODS:
         raise UsageError(f"method={method}: must be one of {', '.join(METHODS)}")
     if networks is not None and networks < 2:
@@ -165,7 +170,7 @@ def _infinite(case: Case) -> Stack:
 @lru_cache(maxsize=32)
 def finite_laws(case: Case) -> Stack:
     """The laws at finite width."""
-    return laws(case.row, case.layers, case.batch, case.q0, case.c0, case.fixed_input)
+    return laws(case.row, case.layers, case.batch, case.q0, case.c0, case.fixed_input, case.data)
 
 
 def _closed(case: Case, otherwise: str) -> Iterator[Block]:
@@ -218,7 +223,8 @@ def _parameters(case: Case) -> Iterator[Block]:
 
     noise = 0 / i if case.layers[0].orthogonal else _fourth(case.rule) / (i * o)
     size = np.array([ln(layer.weight) for layer in case.layers])
-    yield from blocks("weight", "forward", size, np.stack([size - noise / 2, np.sqrt(noise)], -1), i * o)
+    drawn = np.stack([size - noise / 2, np.sqrt(noise)], -1)
+    yield from blocks("weight", "forward", size, _as_fitted(case, drawn), i * o)
     bias = np.array([ln(layer.bias + layer.uniform_bias) for layer in case.layers])
     if np.isfinite(bias).all():
         var = (2 if case.layers[0].bias else 0.8) / o
@@ -227,6 +233,20 @@ def _parameters(case: Case) -> Iterator[Block]:
     found = _parameter_gradients(finite_laws(case), case.batch)
     for tensor, limit, law, count in zip(("weight", "bias"), limits, found, (i * o, o), strict=True):
         yield from blocks(tensor, "backward", limit[:, 0], law, count)
+
+
+def _as_fitted(case: Case, drawn: Array) -> Array:
+    """ln q of weights, mean and sd (L, 2): where they are fitted to data they are as small as their input was large."""
+    fitted = np.array([layer.fitted for layer in case.layers])
+    if not fitted.any():
+        return drawn
+    x = finite_laws(case)
+    below = np.concatenate([x.input.ln_second_moment(), x.activations.ln_second_moment()[:-1]])
+    few = list(zip(case.layers, [*x.input.each(), *x.activations.each()], strict=False))  # none above the last
+    noise = np.array([fit_noise(layer, s.mean[0], float(s.pair[0]), case.batch) for layer, s in few])
+    centre = np.concatenate([ln_weight(layer, s.mean) for layer, s in few])
+    fits = np.stack([centre + noise / 2, np.sqrt(below[:, 1] ** 2 + noise)], -1)
+    return np.where(fitted[:, None], fits, drawn)
 
 
 def _fourth(scaling: Rule) -> float:
