@@ -31,7 +31,6 @@ from initlab.signal.laws import (
 )
 from initlab.signal.unit_laws import COARSE, Units, units
 
-
 SELDOM = 1e-3  # share of networks below which a fit is said to be needed by all
 
 

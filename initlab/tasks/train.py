@@ -68,9 +68,10 @@ def train(
             part = slice(start, start + len(group))
             first, _ = next(iter(_batches(data, loss, batch, 1, group, number, place)))
             parameters, fit = drawn(rules[part], row, sizes, group, first, generator)
+            differing = _differing(init, rules, lr, rates, row, part)
             if fit is not None:
-                deliver({"lsuv": fit.frame().assign(stage="train")})
-            records = Records(group, deliver, histograms, _differing(init, rules, lr, rates, row, part))
+                deliver({"lsuv": fit.frame(differing).assign(stage="train")})
+            records = Records(group, deliver, histograms, differing)
             given = rates[part] if isinstance(lr, Sequence) else lr
             factors = [learning_rates(one, sizes, optimizer in ADAPTIVE) for one in rules[part]]
             pair = Pair(parameters, row, loss, optimizer, given, batch, records, modules, factors)
