@@ -54,6 +54,7 @@ The map of the house. Imports run one way, downwards in this list never:
         data.py          the batches: digits, MNIST from files, a teacher
         weights.py       the weights of a trained network, drawn, and fitted where a rule says so
         gains.py         every gain of every activation
+        formats.py       where number formats end a stack, predicted and measured
         jacobian.py      singular values through the stack
         networks.py      the networks of one program: rules, draws, how many fit
         beyond.py        networks followed beyond their number format
@@ -77,7 +78,7 @@ The map of the house. Imports run one way, downwards in this list never:
         predicted.py     measured beside predicted -> layers within their band, lines for figures
         expect.py        does a study's expected answer hold?
         octaves.py       histograms over the training -> figure
-        gains.py         their figure; jacobian.py: that of the singular values; predicted.py: theory for all figures
+        gains.py         their figure; jacobian.py, formats.py: singular values, ends of formats
         axes.py          what figures are made of: bands, marks of death, ends of the number formats
         graphs.py        autograd's graph -> figure
         plots.py         frame -> figure
@@ -89,7 +90,8 @@ The map of the house. Imports run one way, downwards in this list never:
 
 From Python: `initlab.read("outputs/**")` gives the tables of all runs, `initlab.probe(model, x, y, loss)` the rows of
 any nn.Module, `initlab.predict(init, activation, depth, width)` what theory says of a stack (`predict_bands` with the
-bands of every statistic), `initlab.gain("relu")`, `initlab.phase("tanh", sw2, sb2)`, `initlab.critical("tanh", sb2)`;
+bands of every statistic), `initlab.gain("relu")`, `initlab.phase("tanh", sw2, sb2)`, `initlab.critical("tanh", sb2)`,
+`initlab.limits("naive", "relu")` where each number format ends a stack;
 `initlab.tasks.stack.stack(...)` and `initlab.tasks.train.train(...)` run the tasks and return their frames.
 """
 
@@ -101,6 +103,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from initlab.output.records import read as read
     from initlab.signal.custom import gain as gain
+    from initlab.signal.formats import limits as limits
     from initlab.signal.phases import critical as critical
     from initlab.signal.phases import phase as phase
     from initlab.signal.probe import probe as probe
@@ -111,6 +114,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "read": "initlab.output.records",
     "gain": "initlab.signal.custom",
+    "limits": "initlab.signal.formats",
     "phase": "initlab.signal.phases",
     "critical": "initlab.signal.phases",
     "predict": "initlab.signal.theory",

@@ -14,6 +14,7 @@ from initlab.scratch.graph_text import frames_as_text
 from initlab.signal.beside import beside_stack, beside_training, input_of
 from initlab.tasks.data import TEACHER_ROWS, load
 from initlab.tasks.explain import explain
+from initlab.tasks.formats import formats, formats_as_text
 from initlab.tasks.gains import gains, gains_as_text
 from initlab.tasks.graph import graph
 from initlab.tasks.jacobian import jacobian, jacobian_as_text
@@ -172,6 +173,20 @@ def _jacobian(config: Config, common: Mapping[str, Any]) -> Stage:
     return run
 
 
+def _formats(config: Config, common: Mapping[str, Any]) -> Stage:
+    inputs = config.width if config.inputs is None else config.inputs
+    check(inputs=inputs)
+    shape: dict[str, Any] = {name: getattr(config, name) for name in ("depth", "width", "batch")}
+    own = {name: value for name, value in common.items() if name != "dtype"}
+
+    def run(recorder: Recorder) -> str:
+        frames = formats(**shape, inputs=inputs, **own)
+        recorder.add(frames)
+        return formats_as_text(frames)
+
+    return run
+
+
 # Task -> its stages, each prepared before the first one runs.
 TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
     "lab": (_stack, _train),
@@ -184,8 +199,9 @@ TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
     "explain": (_explain,),
     "gains": (_gains,),
     "jacobian": (_jacobian,),
+    "formats": (_formats,),
 }
 
 
-TAKE_ANY_FUNCTION = ("lab", "stack", "train", "seeded")  # the other tasks know the rows of the table only
+TAKE_ANY_FUNCTION = ("lab", "stack", "train", "seeded", "formats")  # the other tasks know the rows of the table only
 DRAW_BY_RULE = (*TAKE_ANY_FUNCTION, "jacobian")  # where it matters which gain a rule takes

@@ -462,7 +462,7 @@ def test_an_activation_that_cannot_be_had_is_one_line(lab: Lab, words: tuple[str
 
 
 def test_the_public_door() -> None:
-    for name in ("read", "probe", "predict", "predict_bands", "phase", "critical", "gain"):
+    for name in ("read", "probe", "predict", "predict_bands", "phase", "critical", "gain", "limits"):
         assert name in dir(initlab) and callable(getattr(initlab, name))
     last = initlab.predict(init="kaiming", activation="relu", depth=3, width=100, dtype="float32").iloc[-1]
     assert {"std", "ln_std_mean", "ln_std_sd", "band_low", "band_high", "method"} <= set(last.index)

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from initlab.output import predicted, summary
 from initlab.output.axes import banded, beside, few, layer_axis, limits, log_scale, mark_deaths, sheet
+from initlab.output.formats import draw_formats
 from initlab.output.gains import draw_gains
 from initlab.output.graphs import draw_graph
 from initlab.output.jacobian import draw_jacobian
@@ -279,6 +280,7 @@ FIGURES: dict[str, Callable[[Tables], Figure | None]] = {
     "timings": timings,
     "graph": _of(draw_graph, "nodes", "edges"),
     "gains": _of(draw_gains, "gains"),
+    "formats": _of(draw_formats, "formats"),
     "jacobian": draw_spectra,
 }
 COMPARING: dict[str, Callable[[Tables], Figure | None]] = {

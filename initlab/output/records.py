@@ -37,6 +37,8 @@ TABLES = {
     "parity": "relative error of the hand-written tensors against the module's",
     "lsuv": "a row per stage, seed, layer and attempt to scale its weights to unit variance",
     "gains": "a row per activation and gain: what it leads to, and how far it is from what it stands for",
+    "formats": "a row per number format and event: the layer, predicted and measured",
+    "ends": "a row per number format, event and seed: the first layer of it, nan for none",
     "jacobian": "a row per seed and layer: moments of the squared singular values, measured and predicted",
     "singular_values": "a row per seed, layer and rank, at some layers",
     "timings": "a row per version and shape of a ladder",
