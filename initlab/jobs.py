@@ -42,8 +42,8 @@ class Job:
     def run(self) -> str:
         """Measure, record, draw; what is to be printed."""
         with self.recorder:
-            said = [self.gain, *(stage(self.recorder) for stage in self.stages)]
-        return report(self.recorder.folder, said, self.plots)
+            said = [stage(self.recorder) for stage in self.stages]
+        return report(self.recorder.folder, said, self.plots, about=self.gain)
 
 
 def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> Job:
@@ -134,10 +134,10 @@ def judge(folder: Path, expectations: Sequence[Mapping[str, Any]]) -> list[Verdi
     return [verdict(expectation, found) for expectation in expectations]
 
 
-def report(folder: Path, said: Sequence[str] = (), plots: bool = True, compare: bool = False) -> str:
+def report(folder: Path, said: Sequence[str] = (), plots: bool = True, compare: bool = False, about: str = "") -> str:
     """Draw the figures of a run folder, or those that compare the runs of a sweep; what is to be printed.
 
-    That is what the stages said, the short table, and where the rest is.
+    That is what the stages said, the short table, a line `about` the run, and where the rest is.
     """
     found = tables(folder)
     paths = _draw(found, folder, compare) if plots else []
@@ -147,7 +147,7 @@ def report(folder: Path, said: Sequence[str] = (), plots: bool = True, compare: 
         lines.append(summary.as_text(table))
         if "theory" in table:
             lines.append(predicted.said(list(table["theory"].dropna())))
-    lines += notes(folder)
+    lines += [*([about] if about else []), *notes(folder)]
     below = Path() if (folder / "run.json").is_file() else Path("*")  # the folders of a sweep's jobs
     lines.append(f"tables: {shown(folder / below / '*.parquet')}")
     for run in records.run_folders(folder):

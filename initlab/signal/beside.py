@@ -144,7 +144,8 @@ def compared(stats: pd.DataFrame, bands: pd.DataFrame, over: pd.DataFrame | None
 
     `measured`; `predicted`, the centre of its law at this width (median), and its 95 % band; z; `limit`, what infinite
     width predicts. Of what cannot be negative z is that of ln. A number that is not finite, or describes a tensor with
-    entries that are not, has the z nan. `over`: bands are of the ratio to these rows, one for each network.
+    entries that are not, has the z nan; so have all gradients of a network whose values are not finite somewhere, since
+    phi' of inf and nan is no law's. `over`: bands are of the ratio to these rows, one for each network.
     """
     keys = [name for name in ("stage", "implementation", "seed", "step", *_PLACE) if name in stats]
     rows = stats.reset_index(drop=True)
@@ -155,8 +156,16 @@ def compared(stats: pd.DataFrame, bands: pd.DataFrame, over: pd.DataFrame | None
     law["measured"] = rows[names].to_numpy(float)[at, pd.Categorical(law["statistic"], names).codes]
     if over is not None:
         law = _on_from(law, over)
-    law["z"] = np.where((rows["n_nan"] + rows["n_inf"]).to_numpy()[at] > 0, np.nan, deviations(law))
+    law["z"] = np.where(_lost(rows)[at], np.nan, deviations(law))
     return pd.concat([law[[*keys, *COLUMNS]], _ensembles(law, keys)], ignore_index=True)
+
+
+def _lost(rows: pd.DataFrame) -> np.ndarray:
+    """Which rows no law speaks of: entries that are not finite, or gradients through such."""
+    lost = rows["n_nan"] + rows["n_inf"] > 0
+    backward = rows["direction"] == "backward"
+    network = [rows[name].astype(str) for name in ("stage", "implementation", "seed") if name in rows]
+    return np.asarray(lost | (backward & (lost & ~backward).groupby(network).transform("any")))
 
 
 def _worded(frame: pd.DataFrame) -> pd.DataFrame:

@@ -85,6 +85,17 @@ def test_what_is_not_finite_has_no_z_and_keeps_its_row() -> None:
     assert found["z"].isna().all()
 
 
+def test_gradients_through_values_that_are_not_finite_have_no_z() -> None:
+    """relu' of inf is 1 for every unit: such gradients are finite and 30 standard deviations off. Others keep z."""
+    shape = {"depth": 50, "width": 100, "inputs": 100, "batch": 20}
+    naive = beside(stack("naive", "relu", seeds=range(2), **shape), "naive", "relu", **shape)
+    gradients = naive[naive["direction"] == "backward"]
+    assert gradients["z"].isna().all() and np.isfinite(gradients["measured"]).any()
+    finite = stack("naive", "relu", seeds=range(2), **{**shape, "depth": 20})
+    kept = beside(finite, "naive", "relu", **{**shape, "depth": 20})
+    assert np.isfinite(kept.query("direction == 'backward' and statistic == 'std'")["z"]).all()
+
+
 def test_a_signal_that_vanished_is_far_from_its_prediction() -> None:
     shape = {"depth": 50, "width": 100, "inputs": 100, "batch": 20}
     table = beside(stack("small", "relu", seeds=range(2), **shape), "small", "relu", **shape)
