@@ -27,6 +27,7 @@ The map of the house. Imports run one way, downwards in this list never:
         probe.py         watches any nn.Module or hand-written network and yields tidy rows
         quadrature.py    means over a normal variable; custom.py: a function of one's own as a row of the activations
         maps.py          infinite width: lengths, correlations, slopes; phases.py: fixed points and critical lines
+        trajectories.py  the same layer by layer, for a plane of rules at once
         gains.py         every gain and what it leads to; formats.py: where a number format ends a stack
         theory.py        what is predicted for a stack, with bands; case.py: the question, checked
         finite_width.py  exact laws; gram_chain.py: simulated ones
@@ -56,6 +57,8 @@ The map of the house. Imports run one way, downwards in this list never:
         gains.py         every gain of every activation
         formats.py       where number formats end a stack, predicted and measured
         jacobian.py      singular values through the stack
+        points.py        many networks that differ in (sigma_w, sigma_b) as rows of one product
+        phase.py         a plane of them beside theory
         networks.py      the networks of one program: rules, draws, how many fit
         beyond.py        networks followed beyond their number format
         stack.py         a stack of layers, forward and backward
@@ -76,14 +79,19 @@ The map of the house. Imports run one way, downwards in this list never:
         records.py       what a run folder holds; write and read
         summary.py       frames -> the short table and the findings in words
         predicted.py     measured beside predicted -> layers within their band, lines for figures
+        selection.py     which rows and columns a study speaks of; columns.py: those known beforehand
+        reductions.py    rows of many networks -> a number and its standard error
         expect.py        does a study's expected answer hold?
+        picture.py       what a study's figure shows; study.py draws it
         octaves.py       histograms over the training -> figure
         gains.py         their figure; jacobian.py, formats.py: singular values, ends of formats
+        phase.py         measured and predicted planes -> figure
         axes.py          what figures are made of: bands, marks of death, ends of the number formats
         graphs.py        autograd's graph -> figure
         plots.py         frame -> figure
     config.py      the typed schema of conf/, and where conf/ is found
     launcher.py    what surrounds the jobs of a sweep
+    study.py       question, expectations and what came of them; gallery.py: all of them in experiments/README.md
     stages.py      the tasks as their stages: plain arguments out of the configuration, frames into a recorder
     jobs.py        one job: typed configuration -> run folder, figures, what is printed
     __main__.py    the roof: compose, run its jobs, exit codes

@@ -74,6 +74,52 @@ class GraphConfig:
 
 
 @dataclass
+class AxisConfig:
+    min: float = MISSING
+    max: float = MISSING
+    points: int = MISSING
+
+
+@dataclass
+class PhaseConfig:
+    plane: str = MISSING
+    sw: AxisConfig = field(default_factory=AxisConfig)
+    sb: AxisConfig = field(default_factory=AxisConfig)
+    sigma_b: float = MISSING
+    batch: int = MISSING
+    correlation: float = MISSING
+    weights: str = MISSING
+
+
+@dataclass
+class CostConfig:
+    runs: int | None = None
+    cpu_seconds: float | None = None
+    gpu_seconds: float | None = None
+
+
+@dataclass
+class FigureConfig:
+    table: str = MISSING
+    where: dict[str, Any] = field(default_factory=dict)
+    x: str | None = None
+    y: str | None = None
+    by: str | None = None
+    col: str | None = None
+    x_scale: str = MISSING
+    y_scale: str = MISSING
+    theory: bool = MISSING
+
+
+@dataclass
+class StudyConfig:
+    question: str = MISSING
+    source: str = MISSING
+    cost: CostConfig = field(default_factory=CostConfig)
+    figure: FigureConfig = field(default_factory=FigureConfig)
+
+
+@dataclass
 class Config:
     task: str = MISSING
     init: InitConfig = field(default_factory=InitConfig)
@@ -93,10 +139,12 @@ class Config:
     threads: int = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
+    phase: PhaseConfig = field(default_factory=PhaseConfig)
     theory: str = MISSING
     every: int = MISSING
     histograms: bool = MISSING
     plots: bool = MISSING
+    study: StudyConfig = field(default_factory=StudyConfig)
     expect: list[Any] = field(default_factory=list)
 
 
@@ -165,7 +213,7 @@ def as_usage_error(error: Exception) -> UsageError:
         return UsageError(f"{error.missing_cfg_file}: no such file below the folders of configurations")
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
+        cause = cause.__cause__ or cause.__context__
     key = getattr(cause, "full_key", None)
     said = str(getattr(cause, "msg", None) or error).splitlines()[0].rstrip(".")
     if key and re.match(r"Key '.*' (is )?not in", said):

@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,6 @@ import torch
 from initlab.config import ActivationConfig, Config, columns, function_of, seeds
 from initlab.errors import UsageError, check, choose
 from initlab.output import predicted, records, summary
-from initlab.output.expect import Verdict
-from initlab.output.expect import judge as verdict
 from initlab.output.records import Recorder
 from initlab.scratch.layers import LOSSES
 from initlab.signal.activations import ACTIVATIONS, Activation
@@ -36,7 +34,6 @@ class Job:
     stages: Sequence[Stage]
     recorder: Recorder
     plots: bool
-    expect: Sequence[Any]
     gain: str = ""  # which gain the rule took, in words; those of a sweep stand in the columns of its tables
 
     def run(self) -> str:
@@ -76,7 +73,8 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
             f"activation: {described['activation']} came without a derivative; its slope is a difference quotient"
         )
     words = gain_words(scaling, phi) if config.task in DRAW_BY_RULE else ""
-    return Job([stage(config, common) for stage in stages], recorder, config.plots, config.expect, words)
+    plots = config.plots and config.study.figure.y is None
+    return Job([stage(config, common) for stage in stages], recorder, plots, words)
 
 
 def _refuse(config: Config) -> None:
@@ -118,20 +116,14 @@ def _described(config: Config, scaling: Rule, phi: Activation, choices: Mapping[
     return named | in_force
 
 
-def tables(folder: Path) -> dict[str, pd.DataFrame]:
+def tables(folder: Path, names: Iterable[str] = tuple(records.TABLES)) -> dict[str, pd.DataFrame]:
     """What a run folder, or the folder of a sweep, has."""
     found = {}
-    for name in records.TABLES:
+    for name in names:
         with suppress(UsageError), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the report names the runs that are not done
             found[name] = records.read(folder, name)
     return found
-
-
-def judge(folder: Path, expectations: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-    """What a study expects of the numbers in a folder."""
-    found = tables(folder) if expectations else {}
-    return [verdict(expectation, found) for expectation in expectations]
 
 
 def report(folder: Path, said: Sequence[str] = (), plots: bool = True, compare: bool = False, about: str = "") -> str:

@@ -22,6 +22,7 @@ from initlab.output.gains import draw_gains
 from initlab.output.graphs import draw_graph
 from initlab.output.jacobian import draw_jacobian
 from initlab.output.octaves import draw_octaves
+from initlab.output.phase import draw_phase
 
 Tables = Mapping[str, pd.DataFrame]
 
@@ -286,6 +287,7 @@ FIGURES: dict[str, Callable[[Tables], Figure | None]] = {
     "gains": _of(draw_gains, "gains"),
     "formats": _of(draw_formats, "formats"),
     "jacobian": draw_spectra,
+    "phase": _of(draw_phase, "phase"),
 }
 COMPARING: dict[str, Callable[[Tables], Figure | None]] = {
     "activation_std": activation_std,

@@ -41,6 +41,7 @@ TABLES = {
     "ends": "a row per number format, event and seed: the first layer of it, nan for none",
     "jacobian": "a row per seed and layer: moments of the squared singular values, measured and predicted",
     "singular_values": "a row per seed, layer and rank, at some layers",
+    "phase": "a row per seed and point of a plane of networks, or per layer of it: measured and predicted",
     "timings": "a row per version and shape of a ladder",
     "nodes": "a row per node of autograd's graph",
     "edges": "a row per edge of autograd's graph",
