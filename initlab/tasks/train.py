@@ -56,21 +56,21 @@ def train(
     rules, rates = rules_of(init, len(seeds)), _rates(lr, len(seeds))
     refuse_mismatch(data, loss, batch)
     collected: list[Frames] = []
-    deliver, place = collected.append if emit is None else emit, find_device(device)
+    deliver = collected.append if emit is None else emit
     sizes = [data.x.shape[1], *[width] * depth, outputs_of(data, loss)]
-    number = choose(DTYPES, dtype, "dtype")
+    place, number = find_device(device), choose(DTYPES, dtype, "dtype")
     together = _together(sizes, batch, len(seeds), number, place)
     groups = [seeds[start : start + together] for start in range(0, len(seeds), together)]
-    row = as_activation(activation)
-    choose(OPTIMIZERS, optimizer, "train.optimizer")
+    row, _ = as_activation(activation), choose(OPTIMIZERS, optimizer, "train.optimizer")
     with tqdm(total=steps * len(groups), desc="train", unit="step", disable=None if progress else True) as bar:
         for start, group in zip(range(0, len(seeds), together), groups, strict=True):
             part = slice(start, start + len(group))
             first, _ = next(iter(_batches(data, loss, batch, 1, group, number, place)))
             parameters, fit = drawn(rules[part], row, sizes, group, first, generator)
+            differing = _differing(init, rules, lr, rates, row, part)
             if fit is not None:
-                deliver({"lsuv": fit.frame().assign(stage="train")})
-            records = Records(group, deliver, histograms, _differing(init, rules, lr, rates, row, part))
+                deliver({"lsuv": fit.frame(differing).assign(stage="train")})
+            records = Records(group, deliver, histograms, differing)
             given = rates[part] if isinstance(lr, Sequence) else lr
             factors = [learning_rates(one, sizes, optimizer in ADAPTIVE) for one in rules[part]]
             pair = Pair(parameters, row, loss, optimizer, given, batch, records, modules, factors)
