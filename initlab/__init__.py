@@ -78,6 +78,7 @@ The map of the house. Imports run one way, downwards in this list never:
         selection.py     which rows and columns a study speaks of; columns.py: those known beforehand
         reductions.py    rows of many networks -> a number and its standard error
         expect.py        does a study's expected answer hold?
+        picture.py       what a study's figure shows; study.py draws it
         octaves.py       histograms over the training -> figure
         gains.py         their figure; jacobian.py: that of the singular values; predicted.py: theory for all figures
         axes.py          what figures are made of: bands, marks of death, ends of the number formats
@@ -85,7 +86,7 @@ The map of the house. Imports run one way, downwards in this list never:
         plots.py         frame -> figure
     config.py      the typed schema of conf/, and where conf/ is found
     launcher.py    what surrounds the jobs of a sweep
-    study.py       question, expectations and what came of them
+    study.py       question, expectations and what came of them; gallery.py: all of them in experiments/README.md
     stages.py      the tasks as their stages: plain arguments out of the configuration, frames into a recorder
     jobs.py        one job: typed configuration -> run folder, figures, what is printed
     __main__.py    the roof: compose, run its jobs, exit codes

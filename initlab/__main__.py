@@ -154,39 +154,44 @@ def job(cfg: "DictConfig") -> None:
         raise
     if alone:
         log.info(said)
-        _judge(folder, asked)
+        _answer(folder, asked, bool(cfg.plots))
     else:
         log.info("done: %s", jobs.shown(folder))
 
 
-def _judge(folder: Path, asked: "Study | None") -> None:
-    """Print which expectations hold; a failed one is remembered for the exit code."""
+def _answer(folder: Path, asked: "Study | None", plots: bool) -> None:
+    """Print which expectations hold and draw the study's figure; a failure is remembered for the exit code."""
     from initlab import jobs, study
 
     if not asked:
         return
-    try:
-        verdicts = study.answer(asked, jobs.tables(folder, asked.tables()), folder)
-    except UsageError as error:
-        _mistakes.append(str(error))
-        return
+    found = jobs.tables(folder, asked.tables())
+    verdicts, mistakes = study.answer(asked, found, folder)
     for verdict in verdicts:
         log.info(str(verdict))
+    path = None
+    try:
+        path = study.draw(asked, found, folder, verdicts) if plots else None
+    except UsageError as error:
+        mistakes.append(error)
+    _mistakes.extend(map(str, mistakes))
+    if path is not None:
+        log.info("figure: %s", jobs.shown(path))
     if verdicts:
         log.info(study.count(verdicts))
     _disappointed.extend(verdict.say for verdict in verdicts if not verdict.holds)
 
 
 def _after_sweep(folder: Path, asked: "Study | None", plots: bool) -> None:
-    """The short table and the comparing figures over all jobs of a sweep that left something to read."""
+    """The short table, the comparing figures or the study's own, and its verdict, where jobs left something to read."""
     from initlab import jobs
     from initlab.output.records import discard
 
     if not any(folder.glob("*/run.json")):
         discard(folder)
     else:
-        log.info(jobs.report(folder, plots=plots, compare=True))
-        _judge(folder, asked)
+        log.info(jobs.report(folder, plots=plots and not (asked and asked.figure), compare=True))
+        _answer(folder, asked, plots)
 
 
 if __name__ == "__main__":

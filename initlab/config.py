@@ -195,7 +195,7 @@ def as_usage_error(error: Exception) -> UsageError:
         return UsageError(f"{error.missing_cfg_file}: no such file below the folders of configurations")
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
+        cause = cause.__cause__ or cause.__context__
     key = getattr(cause, "full_key", None)
     said = str(getattr(cause, "msg", None) or error).splitlines()[0].rstrip(".")
     if key and re.match(r"Key '.*' (is )?not in", said):

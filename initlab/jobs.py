@@ -65,7 +65,7 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     described = _described(config, scaling, phi, choices) | {"device": device}
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {config.threads} thread(s)"
     recorder = Recorder(folder, described, name, seeds=list(seeds(config)))
-    return Job([stage(config, common) for stage in stages], recorder, config.plots)
+    return Job([stage(config, common) for stage in stages], recorder, config.plots and config.study.figure.y is None)
 
 
 def _refuse(config: Config) -> None:

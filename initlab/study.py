@@ -16,6 +16,7 @@ from initlab.config import COLUMNS, StudyConfig, option_names
 from initlab.errors import UsageError
 from initlab.output.columns import BESIDE, OWN
 from initlab.output.expect import Expectation, Verdict, expected, judge
+from initlab.output.picture import Picture, picture
 from initlab.output.records import TABLES
 
 ANSWERS = "expect.json"
@@ -28,14 +29,15 @@ class Study:
     name: str
     about: StudyConfig
     expect: tuple[Expectation, ...]
+    figure: Picture | None = None
     overrides: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.about.question or self.expect)
 
     def tables(self) -> set[str]:
-        """The tables that the answers are in."""
-        return {one.table for one in self.expect}
+        """The tables that the answers are in, and the figure."""
+        return {one.table for one in self.expect} | (self.figure.tables() if self.figure else set())
 
 
 def prepare(name: str, about: StudyConfig, expect: Sequence[Any], overrides: Iterable[str] = ()) -> Study:
@@ -46,12 +48,17 @@ def prepare(name: str, about: StudyConfig, expect: Sequence[Any], overrides: Ite
     beside = {*COLUMNS, *BESIDE, *option_names()}
     known = {table: {*OWN[table], *beside} if table in OWN else None for table in TABLES}
     wanted = tuple(expected(one, known) for one in expect)
-    return Study(name, about, wanted, tuple(overrides))
+    return Study(name, about, wanted, picture(vars(about.figure), known), tuple(overrides))
 
 
-def answer(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path) -> list[Verdict]:
-    """Judge every expectation, and keep the answers in the folder."""
-    verdicts = [judge(one, tables) for one in study.expect]
+def answer(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path) -> tuple[list[Verdict], list[UsageError]]:
+    """Judge every expectation and keep the answers in the folder; beside them the expectations that ask for nothing."""
+    verdicts, mistakes = [], []
+    for one in study.expect:
+        try:
+            verdicts.append(judge(one, tables))
+        except UsageError as error:
+            mistakes.append(error)
     kept = {
         "study": study.name,
         "question": study.about.question,
@@ -59,13 +66,28 @@ def answer(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path) -> li
         "cost": vars(study.about.cost),
         "overrides": list(study.overrides),
         "holds": sum(verdict.holds for verdict in verdicts),
-        "of": len(verdicts),
+        "of": len(study.expect),
         "verdicts": [_kept(verdict) for verdict in verdicts],
     }
     partial = folder / f"{ANSWERS}.part"
     partial.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(folder / ANSWERS)
-    return verdicts
+    return verdicts, mistakes
+
+
+def draw(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path, verdicts: Sequence[Verdict]) -> Path | None:
+    """Its own figure, titled with the question; None where it has none."""
+    if study.figure is None:
+        return None
+    from initlab.output.study import draw_study  # seaborn takes a second to import
+
+    path = folder / f"{study.name}.png"
+    said = count(verdicts) if verdicts else ""
+    try:
+        draw_study(study.figure, tables, study.about.question or study.name, said).savefig(path, dpi=110)
+    except UsageError as error:
+        raise type(error)(f"study.figure: {error}") from error
+    return path
 
 
 def _kept(verdict: Verdict) -> dict[str, Any]:
