@@ -27,6 +27,7 @@ The map of the house. Imports run one way, downwards in this list never:
         probe.py         watches any nn.Module or hand-written network and yields tidy rows
         quadrature.py    means over a normal variable; custom.py: a function of one's own as a row of the activations
         maps.py          infinite width: lengths, correlations, slopes; phases.py: fixed points and critical lines
+        trajectories.py  the same layer by layer, for a plane of rules at once
         gains.py         every gain and what it leads to; formats.py: where a number format ends a stack
         theory.py        what is predicted for a stack, with bands; case.py: the question, checked
         finite_width.py  exact laws; gram_chain.py: simulated ones
@@ -55,6 +56,8 @@ The map of the house. Imports run one way, downwards in this list never:
         weights.py       the weights of a trained network, drawn, and fitted where a rule says so
         gains.py         every gain of every activation
         jacobian.py      singular values through the stack
+        points.py        many networks that differ in (sigma_w, sigma_b) as rows of one product
+        phase.py         a plane of them beside theory
         networks.py      the networks of one program: rules, draws, how many fit
         beyond.py        networks followed beyond their number format
         stack.py         a stack of layers, forward and backward
@@ -81,6 +84,7 @@ The map of the house. Imports run one way, downwards in this list never:
         picture.py       what a study's figure shows; study.py draws it
         octaves.py       histograms over the training -> figure
         gains.py         their figure; jacobian.py: that of the singular values; predicted.py: theory for all figures
+        phase.py         measured and predicted planes -> figure
         axes.py          what figures are made of: bands, marks of death, ends of the number formats
         graphs.py        autograd's graph -> figure
         plots.py         frame -> figure

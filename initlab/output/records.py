@@ -39,6 +39,7 @@ TABLES = {
     "gains": "a row per activation and gain: what it leads to, and how far it is from what it stands for",
     "jacobian": "a row per seed and layer: moments of the squared singular values, measured and predicted",
     "singular_values": "a row per seed, layer and rank, at some layers",
+    "phase": "a row per seed and point of a plane of networks, or per layer of it: measured and predicted",
     "timings": "a row per version and shape of a ladder",
     "nodes": "a row per node of autograd's graph",
     "edges": "a row per edge of autograd's graph",
