@@ -76,15 +76,20 @@ def train(
             given = rates[part] if isinstance(lr, Sequence) else lr
             factors = [learning_rates(one, sizes, optimizer in ADAPTIVE) for one in rules[part]]
             pair = Pair(parameters, row, loss, optimizer, given, batch, records, modules, factors, drift)
-            try:
-                for step, (xb, yb) in enumerate(_batches(data, loss, batch, steps, group, number, place)):
-                    pair.step(step, xb, yb, record=step % every == 0)
-                    if records.due():
-                        pair.flush()
-                    bar.update()
-            finally:
-                pair.flush()
+            _all_steps(pair, _batches(data, loss, batch, steps, group, number, place), every, bar)
     return _joined(collected)
+
+
+def _all_steps(pair: Pair, batches: Iterable[tuple[Tensor, Tensor]], every: int, bar: tqdm) -> None:
+    """Every k-th step recorded; what the records have is handed over however the training ends."""
+    try:
+        for step, (xb, yb) in enumerate(batches):
+            pair.step(step, xb, yb, record=step % every == 0)
+            if pair.records.due():
+                pair.flush()
+            bar.update()
+    finally:
+        pair.flush()
 
 
 def _joined(parts: Sequence[Frames]) -> Frames:
