@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from benchmarks import backward, ensemble, gpu, memory, phase, stack, startup, step
+from benchmarks import backward, collect, ensemble, gpu, memory, phase, stack, startup, step
 from benchmarks.race import Outcome, Setting
 
 GROUPS: dict[str, Callable[[Setting], Outcome]] = {
@@ -14,5 +14,6 @@ GROUPS: dict[str, Callable[[Setting], Outcome]] = {
     "startup": startup.group,
     "phase": phase.group,
     "memory": memory.group,
+    "collect": collect.group,
     "gpu": gpu.group,
 }

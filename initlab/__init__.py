@@ -34,6 +34,7 @@ The map of the house. Imports run one way, downwards in this list never:
         closure.py       the law of a batch from layer to layer; laws.py, unit_laws.py: what it is made of
         tensor_laws.py   what a stack's tensors show of it, all layers at once; gradients.py: the way back
         infinite_width.py  the same stack with all widths infinite; correlation_points.py: where two inputs end
+        quantiles.py     which quantiles bands are
         bands.py         from a law to its statistics; beside.py: measured and predicted, row by row
     scratch/       the from-scratch network, in reading order
         matmul.py        the matmul ladder
@@ -75,8 +76,12 @@ The map of the house. Imports run one way, downwards in this list never:
         graph.py         autograd's graph of a small model, as frames
         explain.py       one backward pass, step by step: who sets which .g
     output/        what is kept and shown: takes frames, imports no task
+        shards.py        Parquet files, one written, thousands read; folders.py: where runs lie and how they ended
+        gather.py        many runs -> one frame and what is to be said of them
         records.py       what a run folder holds; write and read
         summary.py       frames -> the short table and the findings in words
+        collect.py       many runs -> one file, or a short account
+        distance.py      how far apart are two sets of networks; compare.py: two runs or sweeps
         predicted.py     measured beside predicted -> layers within their band, lines for figures
         selection.py     which rows and columns a study speaks of; columns.py: those known beforehand
         reductions.py    rows of many networks -> a number and its standard error
@@ -90,6 +95,7 @@ The map of the house. Imports run one way, downwards in this list never:
         plots.py         frame -> figure
     config.py      the typed schema of conf/, and where conf/ is found
     launcher.py    what surrounds the jobs of a sweep
+    commands.py    what a first word without `=` asks for: collect, compare
     study.py       question, expectations and what came of them; gallery.py: all of them in experiments/README.md
     stages.py      the tasks as their stages: plain arguments out of the configuration, frames into a recorder
     jobs.py        one job: typed configuration -> run folder, figures, what is printed

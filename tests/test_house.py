@@ -23,7 +23,7 @@ MAY = {
     "tasks": {"errors", "signal", "scratch"},
     "output": {"errors", "signal", ""},
 }
-ROOF = {"", "config", "stages", "jobs", "study", "gallery", "launcher", "__main__"}
+ROOF = {"", "config", "stages", "jobs", "study", "gallery", "launcher", "commands", "__main__"}
 ids = {"ids": lambda path: str(path.relative_to(PACKAGE))}
 
 

@@ -14,14 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from initlab.signal.laws import NOTHING, Array, Law
+from initlab.signal.quantiles import IN_LN, NARROW, WIDE
 from initlab.signal.stats import STATISTICS
 from initlab.signal.unit_laws import normal_cdf
 
-NARROW, WIDE = 0.9944579, 1.9953933  # standard deviations to 16 and 84 %, 2.3 and 97.7 %
 ROUNDING = 1e-12  # of a measured cosine, which is all that is left to vary where all inputs have become one
 _STEPS = np.array([0.0, -NARROW, NARROW, -WIDE, WIDE])
 QUANTILES = (0.5, 0.16, 0.84, 0.023, 0.977)
-IN_LN = ("q", "rms", "std", "std_within", "norm")
 IN_ORDER = ("q", "rms", "mean", "std", "std_within", "norm", "cosine", "frac_zero", "frac_dead", "frac_saturated")
 EDGES = ("band68_low", "band68_high", "band_low", "band_high")
 NUMBERS = ("predicted", "ln_predicted", "mean", "sd", "median", *EDGES)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from initlab.errors import UsageError
 from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.bands import EDGES, IN_LN, IN_ORDER, Block, bands, frame, scaled, simulated
+from initlab.signal.bands import EDGES, IN_ORDER, Block, bands, frame, scaled, simulated
 from initlab.signal.case import Case, case_of
 from initlab.signal.custom import Given, name_of, numerical
 from initlab.signal.finite_width import linear_batch, linear_one_input, lognormal, relu_one_input
@@ -26,6 +26,7 @@ from initlab.signal.infinite_width import infinite_laws
 from initlab.signal.init import Rule
 from initlab.signal.laws import Array, Law, Moments, ln
 from initlab.signal.maps import growth, moment
+from initlab.signal.quantiles import IN_LN
 from initlab.signal.tensor_laws import Stack
 
 METHODS = {
