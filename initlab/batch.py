@@ -101,6 +101,9 @@ class _Running:
             except Exception as fault:
                 self.fault = fault
 
+    def note(self, text: str) -> None:
+        self.job.recorder.note(text)
+
     def begin_stage(self) -> None:
         self._mark = self.job.recorder.mark()
 

@@ -16,6 +16,7 @@ from initlab.signal.beside import Input, beside_stack, beside_training, input_of
 from initlab.signal.init import Rule
 from initlab.tasks.data import TEACHER_ROWS, Data, load
 from initlab.tasks.explain import explain
+from initlab.tasks.formats import formats, formats_as_text
 from initlab.tasks.gains import gains, gains_as_text
 from initlab.tasks.graph import graph
 from initlab.tasks.jacobian import jacobian, jacobian_as_text
@@ -44,15 +45,16 @@ def _stack(config: Config, common: Mapping[str, Any]) -> Stage:
     number, place = DTYPES[config.dtype], find_device(config.device)
     grid = grid_of(config, common["init"], common["activation"])
     planned = plan(shape, len(grid.seeds), number, place, config.backward)
-    asked = {"activation": common["activation"], "method": config.theory}
+    asked = {"activation": common["activation"], **shape._asdict()}
 
-    def predict(stats: pd.DataFrame, rule: Rule) -> pd.DataFrame:
-        return beside_stack(stats, **shape._asdict(), init=rule, **asked)
+    def predict(stats: pd.DataFrame, rule: Rule, method: str) -> pd.DataFrame:
+        return beside_stack(stats, init=rule, method=method, **asked)
 
     return Ensemble(
         partial(stack, **shape._asdict(), backward=config.backward, **_fixed(common)),
         grid,
         None if config.theory == "off" else predict,
+        config.theory,
         at_once=True,
         note=kept_as_text(planned) if planned.kept > WORTH_SAYING else "",
     )
@@ -67,14 +69,17 @@ def _seeded(config: Config, common: Mapping[str, Any]) -> Stage:
     if common["device"] != "cpu":
         raise UsageError(f"device={config.device}: task=seeded is about the CPU's numbers; use device=cpu")
     shape = {name: getattr(config, name) for name in ("depth", "width", "batch")}
-    asked = {name: common[name] for name in ("init", "activation")}
+    asked = {**{name: common[name] for name in ("init", "activation")}, **shape}
 
     def run(recorder: Recorder) -> str:
         seen = Seen(recorder.add, config.theory != "off", lambda stats: stats)
-        seen.add({"stats": seeded(**asked, **shape, seeds=common["seeds"], dtype=config.dtype)})
-        return seen.compare(
-            lambda stats: beside_stack(stats, **asked, **shape, inputs=config.width, method=config.theory)
-        )
+
+        def measure() -> None:
+            seen.add({"stats": seeded(**asked, seeds=common["seeds"], dtype=config.dtype)})
+
+        beside = partial(beside_stack, **asked, inputs=config.width)
+        recorder.note(seen.around(measure, beside, config.theory))
+        return ""
 
     return run
 
@@ -87,17 +92,17 @@ def _train(config: Config, common: Mapping[str, Any]) -> Stage:
     grid = grid_of(config, common["init"], common["activation"])
     if len(set(grid.rates)) > 1 and t.optimizer != "sgd":
         raise UsageError(f"sweep.lr: train.optimizer={t.optimizer} has one learning rate for all; use sgd")
-    asked = {"activation": common["activation"], "method": config.theory}
 
-    def predict(stats: pd.DataFrame, rule: Rule) -> pd.DataFrame:
-        widths = [*[t.width] * t.depth, outputs_of(data, t.loss)]
-        return beside_training(stats, widths, _input(*source), t.batch, init=rule, **asked)
+    def predict(stats: pd.DataFrame, rule: Rule, method: str) -> pd.DataFrame:
+        widths, given = [*[t.width] * t.depth, outputs_of(data, t.loss)], _input(*source, t.batch)
+        return beside_training(stats, widths, given, t.batch, init=rule, activation=common["activation"], method=method)
 
     how = {name: value for name, value in vars(t).items() if name != "lr"}
     return Ensemble(
         partial(train, data, **how, every=config.every, histograms=config.histograms, **_fixed(common)),
         grid,
         None if config.theory == "off" else predict,
+        config.theory,
         chosen=lambda stats: stats[stats["step"] == 0],
         rates=True,
     )
@@ -110,8 +115,8 @@ def _data(name: str, root: str, download: bool, url: str) -> Data:
 
 
 @lru_cache(maxsize=1)
-def _input(name: str, root: str, download: bool, url: str) -> Input:
-    return input_of(_data(name, root, download, url).x.numpy())
+def _input(name: str, root: str, download: bool, url: str, batch: int) -> Input:
+    return input_of(_data(name, root, download, url).x.numpy(), batch)
 
 
 def _matmul(config: Config, common: Mapping[str, Any]) -> Stage:
@@ -196,6 +201,20 @@ def _jacobian(config: Config, common: Mapping[str, Any]) -> Stage:
     return run
 
 
+def _formats(config: Config, common: Mapping[str, Any]) -> Stage:
+    inputs = config.width if config.inputs is None else config.inputs
+    check(inputs=inputs)
+    shape: dict[str, Any] = {name: getattr(config, name) for name in ("depth", "width", "batch")}
+    own = {name: value for name, value in common.items() if name != "dtype"}
+
+    def run(recorder: Recorder) -> str:
+        frames = formats(**shape, inputs=inputs, **own)
+        recorder.add(frames)
+        return formats_as_text(frames)
+
+    return run
+
+
 def _phase(config: Config, common: Mapping[str, Any]) -> Stage:
     """Of `init` only the law of the weights counts: their size is what the plane is about."""
     p = config.phase
@@ -227,8 +246,10 @@ TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
     "explain": (_explain,),
     "gains": (_gains,),
     "jacobian": (_jacobian,),
+    "formats": (_formats,),
     "phase": (_phase,),
 }
 
 
-TAKE_ANY_FUNCTION = ("lab", "stack", "train", "seeded")  # the other tasks know the rows of the table only
+TAKE_ANY_FUNCTION = ("lab", "stack", "train", "seeded", "formats")  # the other tasks know the rows of the table only
+DRAW_BY_RULE = (*TAKE_ANY_FUNCTION, "jacobian")  # where it matters which gain a rule takes

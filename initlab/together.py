@@ -15,7 +15,7 @@ from initlab.errors import UsageError
 from initlab.grid import Grid
 from initlab.signal.beside import worded
 from initlab.signal.init import Rule
-from initlab.tasks.seen import Seen
+from initlab.tasks.seen import QUICK, Seen
 from initlab.tasks.shares import Share, run_shared
 
 
@@ -23,6 +23,8 @@ class Takes(Protocol):
     """A recorder, as far as a stage knows it."""
 
     def add(self, frames: Mapping[str, pd.DataFrame]) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
 
 def _all(stats: pd.DataFrame) -> pd.DataFrame:
@@ -33,13 +35,14 @@ def _all(stats: pd.DataFrame) -> pd.DataFrame:
 class Ensemble:
     """A stage: `program` takes init, seeds, emit and, with `rates`, lr; all else is fixed in it.
 
-    `predict` makes the table `theory` of the rows of one rule that are `chosen`; None where none is wanted. `at_once`:
-    for several ensembles of the rule too, told apart by the column `member`.
+    `predict` makes the table `theory` of the rows of one rule that are `chosen`, by a method; None where none is
+    wanted. `at_once`: for several ensembles of the rule too, told apart by the column `member`.
     """
 
     program: Callable[..., Any]
     grid: Grid
-    predict: Callable[[pd.DataFrame, Rule], pd.DataFrame] | None
+    predict: Callable[[pd.DataFrame, Rule, str], pd.DataFrame] | None
+    method: str
     chosen: Callable[[pd.DataFrame], pd.DataFrame] = _all
     rates: bool = False
     at_once: bool = False
@@ -52,19 +55,26 @@ class Ensemble:
 def run_together(stages: Sequence[Ensemble], recorders: Sequence[Takes]) -> list[str]:
     """Run the stages of several jobs as one program, which must be the same but for grids; what each has to say.
 
-    A single stage without axes runs as `program` runs by itself.
+    A single stage without axes runs as `program` runs by itself. However measuring ends, what was handed over is
+    compared with theory, where it is stopped by formulas; but for a fault of several, which are then measured again.
     """
     seen = [_seen(stage, recorder) for stage, recorder in zip(stages, recorders, strict=True)]
     grids, program = [stage.grid for stage in stages], stages[0].program
     if stages[0].rates:
         rates = [rate for grid in grids for rate in grid.rates]
         program = partial(program, lr=rates[0] if len(set(rates)) == 1 else rates)
-    if len(stages) == 1 and not grids[0].columns:
-        program(init=grids[0].rules[0], seeds=grids[0].seeds, emit=seen[0].add)
-    else:
-        shares = [Share(grid.rules, grid.seeds, one.add) for grid, one in zip(grids, seen, strict=True)]
-        run_shared(program, shares)
-    return _compared(stages, seen)
+    try:
+        if len(stages) == 1 and not grids[0].columns:
+            program(init=grids[0].rules[0], seeds=grids[0].seeds, emit=seen[0].add)
+        else:
+            run_shared(program, [Share(grid.rules, grid.seeds, one.add) for grid, one in zip(grids, seen, strict=True)])
+    except BaseException as stop:
+        if len(stages) == 1 or not isinstance(stop, Exception):
+            _compare(stages, seen, QUICK)
+        raise
+    for note, recorder in zip(_compare(stages, seen, stages[0].method), recorders, strict=True):
+        recorder.note(note)
+    return [stage.note for stage in stages]
 
 
 def _seen(stage: Ensemble, recorder: Takes) -> Seen:
@@ -74,18 +84,18 @@ def _seen(stage: Ensemble, recorder: Takes) -> Seen:
     return Seen(add, stage.predict is not None, stage.chosen)
 
 
-def _compared(stages: Sequence[Ensemble], seen: Sequence[Seen]) -> list[str]:
-    """The tables `theory`, handed over; what is to be said of each stage."""
-    predicted = _predicted(stages, seen)
+def _compare(stages: Sequence[Ensemble], seen: Sequence[Seen], method: str) -> list[str]:
+    """Hand over the tables `theory`; of each stage a note where there is none."""
+    predicted = _predicted(stages, seen, method)
     said = []
-    for k, (stage, one) in enumerate(zip(stages, seen, strict=True)):
+    for k, one in enumerate(seen):
         missing: list[str] = []
         note = one.compare(lambda _, k=k, missing=missing: _table(predicted[k], stages[k].grid, missing))  # type: ignore[misc]
-        said.append("\n".join(text for text in (stage.note, note, *dict.fromkeys(missing)) if text))
+        said.append("\n".join(text for text in (note, *dict.fromkeys(missing)) if text))
     return said
 
 
-def _predicted(stages: Sequence[Ensemble], seen: Sequence[Seen]) -> list[list[pd.DataFrame | Exception]]:
+def _predicted(stages: Sequence[Ensemble], seen: Sequence[Seen], method: str) -> list[list[pd.DataFrame | Exception]]:
     """Of every stage and every point of its grid the table `theory`, or why there is none.
 
     Where predictions can be made for many at once, points of one rule are compared with theirs in one go.
@@ -98,6 +108,8 @@ def _predicted(stages: Sequence[Ensemble], seen: Sequence[Seen]) -> list[list[pd
             continue
         for point, (first, rows) in enumerate(zip(stage.grid.firsts(), _points(stats, stage.grid), strict=True)):
             found[k].append(UsageError("nothing was measured"))
+            if rows.empty:  # stopped before
+                continue
             alike = stage.grid.rules[first] if stage.at_once else (k, point)
             groups.setdefault(alike, []).append((k, point, rows))
     for members in groups.values():
@@ -106,7 +118,9 @@ def _predicted(stages: Sequence[Ensemble], seen: Sequence[Seen]) -> list[list[pd
         assert stage.predict is not None
         try:
             together = [rows.assign(member=n) if len(members) > 1 else rows for n, (*_, rows) in enumerate(members)]
-            table = stage.predict(pd.concat(together, ignore_index=True), stage.grid.rules[stage.grid.firsts()[point]])
+            table = stage.predict(
+                pd.concat(together, ignore_index=True), stage.grid.rules[stage.grid.firsts()[point]], method
+            )
             parts: Sequence[pd.DataFrame | Exception] = _by_member(table, len(members))
         except Exception as error:
             parts = [error] * len(members)

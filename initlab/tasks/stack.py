@@ -82,7 +82,9 @@ def stack(
             deliver = hand_over or collected.setdefault(chunk.start, []).append
             first = chunk.start if tagged else None
             if nets.fit is not None:
-                deliver({"lsuv": nets.fit.frame(first).assign(stage="stack")})
+                differing = {} if names is None else nets.differing(names[chunk])
+                tags = {"network": np.arange(chunk.start, chunk.stop)} if tagged else {}
+                deliver({"lsuv": nets.fit.frame({**differing, **tags}).assign(stage="stack")})
             record = _Record(nets, None if names is None else names[chunk], deliver, hand_over is not None, first)
             _Pass(nets, phi, record, producer, backward, bar).run()
 
