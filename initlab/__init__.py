@@ -73,6 +73,7 @@ The map of the house. Imports run one way, downwards in this list never:
         explain.py       one backward pass, step by step: who sets which .g
     output/        what is kept and shown: takes frames, imports no task
         records.py       what a run folder holds; write and read
+        claim.py         one run to a folder, as long as its process lives
         summary.py       frames -> the short table and the findings in words
         predicted.py     measured beside predicted -> layers within their band, lines for figures
         expect.py        does a study's expected answer hold?
@@ -83,6 +84,9 @@ The map of the house. Imports run one way, downwards in this list never:
         plots.py         frame -> figure
     config.py      the typed schema of conf/, and where conf/ is found
     launcher.py    what surrounds the jobs of a sweep
+    sweeper.py     from the words of a sweep to its jobs; resume.py: what is left of one that was stopped
+    workers.py     jobs in processes of their own: threads, GPUs, what a launcher must be told
+    plugins.py     how Hydra comes to know initlab's own
     stages.py      the tasks as their stages: plain arguments out of the configuration, frames into a recorder
     jobs.py        one job: typed configuration -> run folder, figures, what is printed
     __main__.py    the roof: compose, run its jobs, exit codes

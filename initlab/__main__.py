@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import initlab
-from initlab.errors import UsageError
+from initlab.errors import Fault, UsageError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -53,10 +53,13 @@ def _run() -> int:
 
     from initlab.config import CONF, HYDRA_MISTAKES, accepted, as_usage_error
     from initlab.launcher import Sweep
+    from initlab.sweeper import install
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler that counts memory warns about its own start
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    install()
+    Sweep.forget()
     _mistakes.clear()
     _disappointed.clear()
     _started.clear()
@@ -64,6 +67,9 @@ def _run() -> int:
     try:
         sys.argv[1:] = accepted(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+    except Fault as error:  # of a job, which has said so; the others have run
+        log.debug("%s", error)
+        code = 1
     except UsageError as error:
         _mistakes.append(str(error))
     except HYDRA_MISTAKES as error:
@@ -73,20 +79,32 @@ def _run() -> int:
     except SystemExit as stop:
         code = int(stop.code or 0)
     except Exception as error:
-        if _started:
-            if not getattr(error, "logged", False):
-                traceback.print_exc()
+        if _started or Sweep.folder is not None:
+            traceback.print_exc()
             code = 1
         else:  # whatever Hydra could not make of the options, no job has begun
             _mistakes.append(str(as_usage_error(error)))
     folder = Sweep.close()
-    if folder is not None:
-        _after_sweep(folder, Sweep.expect, Sweep.plots)
-    if code in (130, 143) and _started:
-        print(f"initlab: stopped; what was measured is in {_started[-1]}", file=sys.stderr)
-    for line in dict.fromkeys(_mistakes):
+    try:
+        if folder is not None:
+            _after_sweep(folder, Sweep.expect, Sweep.plots)
+    finally:
+        Sweep.release()
+    if code in (130, 143) and (_started or folder):
+        print(f"initlab: stopped; what was measured is in {_started[-1] if _started else folder}", file=sys.stderr)
+    if code and folder is not None:
+        print(
+            f"initlab: the same command with resume={_shown(folder)} runs the jobs that are not done", file=sys.stderr
+        )
+    for line in dict.fromkeys([*Sweep.notes, *_mistakes, *Sweep.mistakes]):
         print(f"initlab: {line}", file=sys.stderr)
-    return code or (2 if _mistakes else 0) or (4 if _disappointed else 0)
+    return code or (2 if _mistakes or Sweep.mistakes else 0) or (4 if _disappointed else 0)
+
+
+def _shown(folder: Path) -> str:
+    from initlab.jobs import shown
+
+    return shown(folder)
 
 
 _started: list[Path] = []  # folders of the jobs that this process began
@@ -107,15 +125,14 @@ def help_text() -> str:
     return HELP.format(version=initlab.__version__, config=shown, **options)
 
 
-def job(cfg: "DictConfig") -> None:
-    """One job of Hydra's: a mistake of the user leaves no folder, a fault leaves what was measured."""
+def job(cfg: "DictConfig") -> str | None:
+    """One job of Hydra's, in this process or another: the mistake of the user that ended it, if one did."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from initlab import jobs
-    from initlab.config import typed
-    from initlab.output.records import discard, refuse_used
-    from initlab.tasks.memory import is_out_of_memory
+    from initlab.output.claim import claim
+    from initlab.output.records import discard
+    from initlab.workers import at_work
 
     if not gc.isenabled():  # the first job of this process; later ones leave garbage that must not be kept
         gc.freeze()  # what was imported stays, and no collection need look at it again
@@ -124,28 +141,47 @@ def job(cfg: "DictConfig") -> None:
     folder = Path(setting.runtime.output_dir)
     _started.append(folder)
     try:
-        refuse_used(folder)
+        if cfg.resume is not None and setting.mode == RunMode.RUN:
+            discard(folder)
+            raise UsageError(f"resume={cfg.resume}: is for a sweep; put -m before the options")
+        with at_work(str(cfg.device)), claim(folder):
+            _work(cfg, folder)
     except UsageError as error:
         _mistakes.append(str(error))
-        return
+        return str(error)
+    return None
+
+
+def _work(cfg: "DictConfig", folder: Path) -> None:
+    """A mistake of the user leaves no folder, a fault leaves what was measured."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from initlab import jobs
+    from initlab.config import typed
+    from initlab.output.records import clear, discard, refuse_used
+    from initlab.tasks.memory import is_out_of_memory
+
+    setting = HydraConfig.get()
+    if cfg.resume is None:
+        refuse_used(folder)
     try:
         prepared = jobs.prepare(typed(cfg), dict(setting.runtime.choices), folder)
-    except UsageError as error:
-        _mistakes.append(str(error))
-        discard(folder)
-        return
+    except UsageError:
+        if cfg.resume is None:
+            discard(folder)
+        raise
+    if cfg.resume is not None:
+        clear(folder)  # of a run that did not end: the sweep asks for no other
     try:
         said = prepared.run()
     except Exception as error:
+        where = jobs.shown(folder)
         if is_out_of_memory(error):
-            where = jobs.shown(folder)
-            _mistakes.append(
-                f"out of memory; make seeds, width, depth or batch smaller. What was measured is in {where}"
-            )
-            return
-        log.exception("%s; what was measured is in %s", type(error).__name__, jobs.shown(folder))
-        error.logged = True  # type: ignore[attr-defined]
-        raise
+            told = f"out of memory; make seeds, width, depth or batch smaller. What was measured is in {where}"
+            raise UsageError(told) from error
+        log.exception("%s; what was measured is in %s", type(error).__name__, where)
+        raise Fault(f"{where}: {type(error).__name__}: {error}") from error
     if setting.mode == RunMode.RUN:
         log.info(said)
         _judge(folder, prepared.expect)

@@ -97,6 +97,7 @@ class Config:
     every: int = MISSING
     histograms: bool = MISSING
     plots: bool = MISSING
+    resume: str | None = None
     expect: list[Any] = field(default_factory=list)
 
 
@@ -154,14 +155,21 @@ def option_names(of: Any = Config, prefix: str = "") -> Iterator[str]:
             yield from option_names(f.type, prefix + f.name + ".")
 
 
+# Launcher -> the extra that brings it.
+EXTRAS = {"joblib": "parallel", "submitit_local": "parallel", "submitit_slurm": "parallel", "ray": "ray"}
+
+
 def as_usage_error(error: Exception) -> UsageError:
     """One line for what Hydra or OmegaConf say in several."""
     if isinstance(error, OverrideParseException):
         return UsageError(f"{error.override}: not an option; options are key=value, see --help")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
+        if group == "hydra/launcher" and name in EXTRAS:
+            return UsageError(f"{group}={name}: is not installed; pip install 'initlab[{EXTRAS[name]}]'")
         if error.options:
-            return not_one_of(group or "--config-name", name, error.options)
+            known = [*error.options, *(EXTRAS if group == "hydra/launcher" else ())]
+            return not_one_of(group or "--config-name", name, known)
         return UsageError(f"{error.missing_cfg_file}: no such file below the folders of configurations")
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):

@@ -23,7 +23,7 @@ MAY = {
     "tasks": {"errors", "signal", "scratch"},
     "output": {"errors", "signal", ""},
 }
-ROOF = {"", "config", "stages", "jobs", "launcher", "__main__"}
+ROOF = {"", "config", "stages", "jobs", "launcher", "plugins", "resume", "sweeper", "workers", "__main__"}
 ids = {"ids": lambda path: str(path.relative_to(PACKAGE))}
 
 

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 import initlab
 from initlab.errors import UsageError, choose
+from initlab.output.claim import LOCK
 
 SCHEMA_VERSION = 1
 TABLES = {
@@ -45,8 +46,10 @@ TABLES = {
     "steps": "a row per `.g` that one backward pass sets, in order",
     "rules": "the local rule of each layer and its derivative",
 }
-# What Hydra has written into a folder before its job begins.
-_BEFORE_A_RUN = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "initlab.log", "multirun.yaml")
+# What Hydra, and who claimed the folder, have written there before a job begins.
+_HYDRAS = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "multirun.yaml")
+_HYDRAS = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "multirun.yaml")
+_BEFORE_A_RUN = (LOCK, *_HYDRAS, "initlab.log")
 _STAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d+")
 
 
@@ -75,6 +78,15 @@ def discard(folder: Path) -> None:
                 break
 
 
+def clear(folder: Path) -> None:
+    """Remove what an unfinished run left: tables, parts, figures, run.json. Its log and what Hydra wrote stay."""
+    shutil.rmtree(folder / "parts", ignore_errors=True)
+    for name in (*(f"{table}.parquet" for table in TABLES), "run.json"):
+        (folder / name).unlink(missing_ok=True)
+    for path in (*folder.glob("*.png"), *folder.glob("*.part")):
+        path.unlink()
+
+
 class Recorder:
     """Writes one run folder; as a context manager it says in run.json how the run ended, however it ended."""
 
@@ -87,7 +99,7 @@ class Recorder:
             "columns": self.columns,
             **about,
             "device": device,
-            **_machine(),
+            **machine(),
         }
         self._start, self._parts = (time.perf_counter(), time.process_time()), 0
 
@@ -126,7 +138,7 @@ class Recorder:
         partial.replace(self.folder / "run.json")
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     packages = ("torch", "hydra-core", "numpy", "pandas", "pyarrow", "seaborn")
     versions = {"initlab": initlab.__version__, "python": platform.python_version()}
     return {
