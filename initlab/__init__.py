@@ -76,7 +76,10 @@ The map of the house. Imports run one way, downwards in this list never:
         claim.py         one run to a folder, as long as its process lives
         summary.py       frames -> the short table and the findings in words
         predicted.py     measured beside predicted -> layers within their band, lines for figures
+        selection.py     which rows and columns a study speaks of; columns.py: those known beforehand
+        reductions.py    rows of many networks -> a number and its standard error
         expect.py        does a study's expected answer hold?
+        picture.py       what a study's figure shows; study.py draws it
         octaves.py       histograms over the training -> figure
         gains.py         their figure; jacobian.py: that of the singular values; predicted.py: theory for all figures
         axes.py          what figures are made of: bands, marks of death, ends of the number formats
@@ -87,6 +90,7 @@ The map of the house. Imports run one way, downwards in this list never:
     sweeper.py     from the words of a sweep to its jobs; resume.py: what is left of one that was stopped
     workers.py     jobs in processes of their own: threads, GPUs, what a launcher must be told
     plugins.py     how Hydra comes to know initlab's own
+    study.py       question, expectations and what came of them; gallery.py: all of them in experiments/README.md
     stages.py      the tasks as their stages: plain arguments out of the configuration, frames into a recorder
     jobs.py        one job: typed configuration -> run folder, figures, what is printed
     __main__.py    the roof: compose, run its jobs, exit codes

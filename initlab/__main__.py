@@ -6,15 +6,16 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import initlab
 from initlab.errors import Fault, UsageError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from initlab.study import Study
 
 log = logging.getLogger("initlab")
 
@@ -52,7 +53,7 @@ def _run() -> int:
     import hydra
 
     from initlab.config import CONF, HYDRA_MISTAKES, accepted, as_usage_error
-    from initlab.launcher import Sweep
+    from initlab.launcher import Refused, Sweep
     from initlab.sweeper import install
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler that counts memory warns about its own start
@@ -70,7 +71,7 @@ def _run() -> int:
     except Fault as error:  # of a job, which has said so; the others have run
         log.debug("%s", error)
         code = 1
-    except UsageError as error:
+    except (UsageError, Refused) as error:
         _mistakes.append(str(error))
     except HYDRA_MISTAKES as error:
         _mistakes.append(str(as_usage_error(error)))
@@ -87,7 +88,7 @@ def _run() -> int:
     folder = Sweep.close()
     try:
         if folder is not None:
-            _after_sweep(folder, Sweep.expect, Sweep.plots)
+            _after_sweep(folder, Sweep.study, Sweep.plots)
     finally:
         Sweep.release()
     if code in (130, 143) and (_started or folder):
@@ -159,20 +160,25 @@ def _work(cfg: "DictConfig", folder: Path) -> None:
 
     from initlab import jobs
     from initlab.config import typed
+    from initlab.launcher import study_of
     from initlab.output.records import clear, discard, refuse_used
     from initlab.tasks.memory import is_out_of_memory
 
     setting = HydraConfig.get()
+    alone = setting.mode == RunMode.RUN  # the study of a sweep is judged after its last job
     if cfg.resume is None:
         refuse_used(folder)
     try:
         prepared = jobs.prepare(typed(cfg), dict(setting.runtime.choices), folder)
+        asked = study_of(cfg, setting.job.config_name, setting.overrides.task) if alone else None
     except UsageError:
         if cfg.resume is None:
             discard(folder)
         raise
     if cfg.resume is not None:
         clear(folder)  # of a run that did not end: the sweep asks for no other
+    if asked and asked.about.question:
+        log.info(asked.about.question)
     try:
         said = prepared.run()
     except Exception as error:
@@ -182,37 +188,46 @@ def _work(cfg: "DictConfig", folder: Path) -> None:
             raise UsageError(told) from error
         log.exception("%s; what was measured is in %s", type(error).__name__, where)
         raise Fault(f"{where}: {type(error).__name__}: {error}") from error
-    if setting.mode == RunMode.RUN:
+    if alone:
         log.info(said)
-        _judge(folder, prepared.expect)
+        _answer(folder, asked, bool(cfg.plots))
     else:
         log.info("done: %s", jobs.shown(folder))
 
 
-def _judge(folder: Path, expectations: Sequence[Any]) -> None:
-    """Print which expectations hold; a failed one is remembered for the exit code."""
-    from initlab import jobs
+def _answer(folder: Path, asked: "Study | None", plots: bool) -> None:
+    """Print which expectations hold and draw the study's figure; a failure is remembered for the exit code."""
+    from initlab import jobs, study
 
-    try:
-        verdicts = jobs.judge(folder, expectations)
-    except UsageError as error:
-        _mistakes.append(str(error))
+    if not asked:
         return
+    found = jobs.tables(folder, asked.tables())
+    verdicts, mistakes = study.answer(asked, found, folder)
     for verdict in verdicts:
         log.info(str(verdict))
+    path = None
+    try:
+        path = study.draw(asked, found, folder, verdicts) if plots else None
+    except UsageError as error:
+        mistakes.append(error)
+    _mistakes.extend(map(str, mistakes))
+    if path is not None:
+        log.info("figure: %s", jobs.shown(path))
+    if verdicts:
+        log.info(study.count(verdicts))
     _disappointed.extend(verdict.say for verdict in verdicts if not verdict.holds)
 
 
-def _after_sweep(folder: Path, expectations: Sequence[Any], plots: bool) -> None:
-    """The short table and the comparing figures over all jobs of a sweep that left something to read."""
+def _after_sweep(folder: Path, asked: "Study | None", plots: bool) -> None:
+    """The short table, the comparing figures or the study's own, and its verdict, where jobs left something to read."""
     from initlab import jobs
     from initlab.output.records import discard
 
-    if not any(folder.glob("*/run.json")):
+    if next(folder.rglob("run.json"), None) is None:
         discard(folder)
     else:
-        log.info(jobs.report(folder, plots=plots, compare=True))
-        _judge(folder, expectations)
+        log.info(jobs.report(folder, plots=plots and not (asked and asked.figure), compare=True))
+        _answer(folder, asked, plots)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,34 @@ class GraphConfig:
 
 
 @dataclass
+class CostConfig:
+    runs: int | None = None
+    cpu_seconds: float | None = None
+    gpu_seconds: float | None = None
+
+
+@dataclass
+class FigureConfig:
+    table: str = MISSING
+    where: dict[str, Any] = field(default_factory=dict)
+    x: str | None = None
+    y: str | None = None
+    by: str | None = None
+    col: str | None = None
+    x_scale: str = MISSING
+    y_scale: str = MISSING
+    theory: bool = MISSING
+
+
+@dataclass
+class StudyConfig:
+    question: str = MISSING
+    source: str = MISSING
+    cost: CostConfig = field(default_factory=CostConfig)
+    figure: FigureConfig = field(default_factory=FigureConfig)
+
+
+@dataclass
 class Config:
     task: str = MISSING
     init: InitConfig = field(default_factory=InitConfig)
@@ -98,10 +126,23 @@ class Config:
     histograms: bool = MISSING
     plots: bool = MISSING
     resume: str | None = None
+    study: StudyConfig = field(default_factory=StudyConfig)
     expect: list[Any] = field(default_factory=list)
 
 
 ConfigStore.instance().store(name="schema", node=Config)
+
+
+def by_thousand(key: str, *, _root_: DictConfig) -> str:
+    """The number at `key` as a folder in one of a thousand, 123456 -> 123/123456: for hydra.sweep.subdir.
+
+    A launcher may ask before there is a number; then nothing is named by it yet.
+    """
+    number = OmegaConf.select(_root_, key)
+    return "not numbered" if number is None else f"{int(number) // 1000:03d}/{number}"
+
+
+OmegaConf.register_new_resolver("by_thousand", by_thousand, replace=True)
 
 
 def typed(cfg: DictConfig) -> Config:
@@ -173,7 +214,7 @@ def as_usage_error(error: Exception) -> UsageError:
         return UsageError(f"{error.missing_cfg_file}: no such file below the folders of configurations")
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
+        cause = cause.__cause__ or cause.__context__
     key = getattr(cause, "full_key", None)
     said = str(getattr(cause, "msg", None) or error).splitlines()[0].rstrip(".")
     if key and re.match(r"Key '.*' (is )?not in", said):

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,6 @@ import torch
 from initlab.config import ActivationConfig, Config, columns, function_of, seeds
 from initlab.errors import UsageError, check, choose
 from initlab.output import predicted, records, summary
-from initlab.output.expect import Verdict
-from initlab.output.expect import judge as verdict
 from initlab.output.records import Recorder
 from initlab.scratch.layers import LOSSES
 from initlab.signal.activations import ACTIVATIONS, Activation
@@ -34,7 +32,6 @@ class Job:
     stages: Sequence[Stage]
     recorder: Recorder
     plots: bool
-    expect: Sequence[Any]
 
     def run(self) -> str:
         """Measure, record, draw; what is to be printed."""
@@ -68,7 +65,7 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     described = _described(config, scaling, phi, choices) | {"device": device}
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {config.threads} thread(s)"
     recorder = Recorder(folder, described, name, seeds=list(seeds(config)))
-    return Job([stage(config, common) for stage in stages], recorder, config.plots, config.expect)
+    return Job([stage(config, common) for stage in stages], recorder, config.plots and config.study.figure.y is None)
 
 
 def _refuse(config: Config) -> None:
@@ -110,20 +107,14 @@ def _described(config: Config, scaling: Rule, phi: Activation, choices: Mapping[
     return named | in_force
 
 
-def tables(folder: Path) -> dict[str, pd.DataFrame]:
+def tables(folder: Path, names: Iterable[str] = tuple(records.TABLES)) -> dict[str, pd.DataFrame]:
     """What a run folder, or the folder of a sweep, has."""
     found = {}
-    for name in records.TABLES:
+    for name in names:
         with suppress(UsageError), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the report names the runs that are not done
             found[name] = records.read(folder, name)
     return found
-
-
-def judge(folder: Path, expectations: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-    """What a study expects of the numbers in a folder."""
-    found = tables(folder) if expectations else {}
-    return [verdict(expectation, found) for expectation in expectations]
 
 
 def report(folder: Path, said: Sequence[str] = (), plots: bool = True, compare: bool = False) -> str:
@@ -140,6 +131,8 @@ def report(folder: Path, said: Sequence[str] = (), plots: bool = True, compare: 
         if "theory" in table:
             lines.append(predicted.said(list(table["theory"].dropna())))
     below = Path() if (folder / "run.json").is_file() else Path("*")  # the folders of a sweep's jobs
+    if below.name and not any(folder.glob("*/run.json")):
+        below = Path("*/*")
     lines.append(f"tables: {shown(folder / below / '*.parquet')}")
     for run in records.run_folders(folder):
         status = records.about(run)["status"]

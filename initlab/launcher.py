@@ -1,26 +1,35 @@
-"""What surrounds the jobs of a sweep: where its folder is, who works in it, how far it is, what is said at the end."""
+"""What surrounds the jobs of a sweep: its study, checked before the first job; its folder; how far it is."""
 
 import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from initlab.errors import UsageError
 from initlab.output.claim import claim
+from initlab.study import Study, prepare
 
 FINISHED = ".finished"  # a byte for each job that ended in another process, wherever that was
 SECONDS = 0.5  # between two looks at it
 
 
+class Refused(BaseException):
+    """A mistake found before the first job. Hydra makes warnings of the exceptions of a callback, but not of this."""
+
+
 class Sweep(Callback):
-    """Hydra's callback: remembers the sweep's folder and what its study expects, for what comes after the last job."""
+    """Hydra's callback: remembers the sweep's folder and its study, for what comes after the last job."""
 
     folder: ClassVar[Path | None] = None
-    expect: ClassVar[list[Any]] = []
+    study: ClassVar[Study | None] = None
     plots: ClassVar[bool] = True
     mistakes: ClassVar[list[str]] = []  # of the user, in jobs that ran elsewhere
     notes: ClassVar[list[str]] = []  # what should be known of the result
@@ -28,7 +37,14 @@ class Sweep(Callback):
     _after: ClassVar[ExitStack] = ExitStack()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        Sweep.expect, Sweep.plots = [OmegaConf.to_container(one) for one in config.expect], bool(config.plots)
+        try:
+            _refuse_empty(_overrides(config))
+            Sweep.study = study_of(config, config.hydra.job.config_name, config.hydra.overrides.task)
+        except UsageError as error:
+            raise Refused(str(error)) from error
+        Sweep.plots = bool(config.plots)
+        if Sweep.study.about.question:
+            print(Sweep.study.about.question)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if Sweep._bar is not None:
@@ -40,7 +56,7 @@ class Sweep(Callback):
     @classmethod
     def forget(cls) -> None:
         """Nothing is known yet: a process may run one command after another."""
-        cls.folder, cls.expect, cls.plots, cls.mistakes, cls.notes = None, [], True, [], []
+        cls.folder, cls.study, cls.plots, cls.mistakes, cls.notes = None, None, True, [], []
 
     @classmethod
     def claim(cls, folder: Path) -> None:
@@ -76,6 +92,35 @@ class Sweep(Callback):
         """The folder is free again."""
         cls._after.close()
         cls._after = ExitStack()
+
+
+def study_of(config: DictConfig, name: str | None, overrides: Any) -> Study:
+    """The study that a composed configuration is; raises `UsageError` where its form is wrong."""
+    about: Any = OmegaConf.to_object(config.study)
+    expect: Any = OmegaConf.to_container(config.expect, resolve=True)
+    return prepare(str(name), about, expect, [str(one) for one in overrides])
+
+
+def _overrides(config: DictConfig) -> list[Override]:
+    """What the command line and the study's file say of the sweep; nothing where Hydra will refuse it."""
+    given = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    try:
+        return list(OverridesParser.create().parse_overrides([*given, *config.hydra.overrides.task]))
+    except HydraException:
+        return []
+
+
+def _values(override: Override) -> int | None:
+    """How many values a swept key takes; None where Hydra alone can tell."""
+    if override.is_choice_sweep() or override.is_range_sweep():
+        return len(list(override.sweep_string_iterator()))
+    return None
+
+
+def _refuse_empty(overrides: list[Override]) -> None:
+    for override in overrides:
+        if override.is_sweep_override() and _values(override) == 0:
+            raise UsageError(f"{override.input_line}: has no values, the sweep is empty")
 
 
 def _watch(ended: Path, bar: Any, over: threading.Event) -> None:

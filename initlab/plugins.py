@@ -11,7 +11,7 @@ from types import ModuleType
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
-PLACE = "hydra_plugins.initlab"
+PLACE = "hydra_plugins.initlab_plugins"
 
 
 def register(plugin: type, group: str, name: str, node: object) -> None:

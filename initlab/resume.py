@@ -48,10 +48,7 @@ def expand(arguments: Iterable[str], params: Mapping[str, Any] | None) -> list[l
     """All jobs of a sweep: every combination of the values on the command line and in the study's `params`."""
     words = [*(f"{key}={value}" for key, value in (params or {}).items()), *arguments]
     overrides = OverridesParser.create().parse_overrides(words)
-    jobs = BasicSweeper.split_arguments(overrides, None)[0]
-    if not jobs:
-        empty = [o.input_line for o in overrides if o.is_sweep_override() and not list(o.sweep_string_iterator())]
-        raise UsageError(f"{' '.join(map(str, empty))}: an empty sweep; there is no value to run")
+    jobs: list[list[str]] = BasicSweeper.split_arguments(overrides, None)[0]
     return jobs
 
 
@@ -176,7 +173,7 @@ def _code(said: Mapping[str, Any]) -> str | None:
 
 
 def _key(job: Job) -> frozenset[str]:
-    return frozenset(word for word in job if word.lstrip("+").partition("=")[0] not in FREE)
+    return frozenset(word for word in job if re.split("[.=]", word.lstrip("+"))[0] not in FREE)
 
 
 def _said(job: Job) -> str:

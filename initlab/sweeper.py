@@ -27,8 +27,8 @@ log = logging.getLogger("initlab")
 class Numbers(int):
     """Zero, but that adding k gives the k-th of some numbers.
 
-    Launchers name the folder of their k-th job by `initial_job_idx + k`; so the jobs that are left of a sweep keep
-    their numbers, whatever the launcher.
+    joblib's, submitit's and ray's launchers name the folder of their k-th job by `initial_job_idx + k`; so the jobs
+    that are left of a sweep keep their numbers and can still all be at work together.
     """
 
     numbers: Sequence[int]
@@ -92,21 +92,26 @@ class Sweeper(HydraSweeper):
             Sweep.notes.extend(filter(None, [resume.other_code(folder)]))
         returns = []
         with workers.environment(self.config, self.kind):
-            for start, stop in self._batches(len(left.jobs)):
-                numbers = Numbers(left.numbers[start:stop])
-                returns.append(self.launcher.launch(left.jobs[start:stop], initial_job_idx=numbers))
+            for start, stop in self._batches(left.numbers):
+                first = left.numbers[start] if self.kind is None else Numbers(left.numbers[start:stop])
+                returns.append(self.launcher.launch(left.jobs[start:stop], initial_job_idx=first))
         _raise_first(one for batch in returns for one in batch)
         return returns
 
-    def _batches(self, count: int) -> Iterator[tuple[int, int]]:
+    def _batches(self, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """From where to where the launcher gets jobs at once; in this process those without a gap in their numbers."""
         assert self.config is not None
         size = self.max_batch_size
         if size is None and self.kind is not None:
             size = self.kind.at_once(int(self.config.threads))
         if size is not None and size < 1:
             raise UsageError(f"hydra.sweeper.max_batch_size={size}: must be at least 1")
-        for start in range(0, count, size or max(1, count)):
-            yield start, min(count, start + (size or count))
+        start = 0
+        for stop in range(1, len(numbers) + 1):
+            gap = self.kind is None and stop < len(numbers) and numbers[stop] != numbers[stop - 1] + 1
+            if gap or stop == len(numbers) or stop - start == size:
+                yield start, stop
+                start = stop
 
 
 def _raise_first(returns: Iterator[JobReturn]) -> None:

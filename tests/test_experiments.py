@@ -1,41 +1,229 @@
-"""Every study composes, says what it is, and runs at toy size."""
+"""Every study composes, says what it is, is drawn and judged at toy size; conf/ and experiments/ are kept apart."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 import initlab
+from initlab import jobs, study
+from initlab.config import COLUMNS, CONF, typed
+from initlab.errors import UsageError
+from initlab.launcher import study_of
+from initlab.output.columns import BESIDE, OWN
+from initlab.output.selection import NothingFound
 
 ROOT = Path(initlab.__file__).parents[1]
-STUDIES = sorted((ROOT / "experiments").glob("*.yaml"))
+EXPERIMENTS = ROOT / "experiments"
+STUDIES = sorted(EXPERIMENTS.glob("*.yaml"))
 pytestmark = pytest.mark.skipif(not STUDIES, reason="the studies stand in the repository")
+Lab = Callable[..., tuple[int, str, str]]
+named = pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+
+# Sizes at which a job takes a moment; where a study sweeps over one, each job gets a size of its own.
+TOY = {"depth": 3, "width": 8, "batch": 6, "seeds": 2, "train.depth": 2, "train.width": 6, "train.batch": 5}
+TOY |= {"train.steps": 2, "every": 1}
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_a_study_says_what_it_asks_and_runs(path: Path, lab: Callable[..., tuple[int, str, str]]) -> None:
+@pytest.fixture
+def composed() -> Iterator[Callable[..., Any]]:
+    """Hydra's composition of a study with some options, from its two folders."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(EXPERIMENTS), version_base="1.3"):
+
+        def one(path: Path, *words: str) -> Any:
+            given = [f"hydra.searchpath=[file://{CONF}]", *words]
+            return compose(path.stem, overrides=given, return_hydra_config=True)
+
+        yield one
+
+
+def first_jobs(config: Any, most: int = 2) -> list[list[str]]:
+    """The first values of everything that is swept, at toy size."""
+    parsed = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in config.hydra.sweeper.params.items()])
+    found = []
+    for job in range(most):
+        words = []
+        for override in parsed:
+            values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
+            key, value = override.key_or_group, values[min(job, len(values) - 1)]
+            words.append(f"{key}={TOY[key] + job}" if key in TOY else f"{key}={value}")
+        swept = {word.split("=")[0] for word in words}
+        found.append([*words, *(f"{key}={size}" for key, size in TOY.items() if key not in swept)])
+    return found
+
+
+@named
+def test_a_study_says_what_it_asks_and_runs(path: Path, composed: Callable[..., Any], tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    for word in (
-        "# Question: ",
-        "# Expected: ",
-        "# Cost: ",
-        f"# Launch: python -m initlab -cd experiments -cn {path.stem}",
-    ):
-        assert word in text
-    assert f"`{path.stem}`" in (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
-    judged = "\nexpect:" in text  # a study that judges itself is small enough to be run as it is
-    toy = () if judged else ("depth=3", "seeds=1", "train.steps=2", "train.depth=2", "plots=false")
-    code, out, err = lab("-cd", str(path.parent), "-cn", path.stem, *toy)
+    assert f"# Launch: python -m initlab -cd experiments -cn {path.stem}" in text
+    config = composed(path)
+    asked = study_of(config, path.stem, ())
+    assert asked.about.question.endswith("?") and "\n" not in asked.about.question
+    assert asked.about.source and asked.about.cost.runs and asked.about.cost.cpu_seconds
+    assert asked.expect and config.hydra.mode.name == "MULTIRUN"
+    for number, words in enumerate(first_jobs(config)):
+        one = composed(path, *words, f"theory={'off' if number else 'closed'}", "plots=false")
+        choices = OmegaConf.to_container(one.hydra.runtime.choices)
+        assert isinstance(choices, dict)
+        del one.hydra
+        prepared = jobs.prepare(typed(one), choices, tmp_path / str(number))
+        with prepared.recorder as recorder:  # what a job prints is no matter here
+            for stage in prepared.stages:
+                stage(recorder)
+    tables = jobs.tables(tmp_path, asked.tables())
+    # So small, an expectation may fail and may find no rows of its layer; what it asks must make sense all the same.
+    verdicts, mistakes = study.answer(asked, tables, tmp_path)
+    assert all(isinstance(mistake, NothingFound) for mistake in mistakes), mistakes
+    assert verdicts and len(verdicts) + len(mistakes) == len(asked.expect)
+    try:
+        drawn = study.draw(asked, tables, tmp_path, verdicts)
+    except NothingFound:
+        drawn = None
+    assert drawn is None or drawn.is_file()
+
+
+@pytest.mark.slow
+@named
+def test_a_study_holds_at_full_size(path: Path, lab: Lab) -> None:
+    code, out, err = lab("-cd", str(path.parent), "-cn", path.stem)
     assert code == 0, err + out
-    assert ("holds: " in out) == judged and "FAILS" not in out
-    assert Path("outputs", path.stem).is_dir()
-    swept = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
-    frame = initlab.read("outputs/**")
-    for key, values in swept.items():
-        assert sorted(frame[key].unique()) == sorted(values.split(","))
+    (answers,) = Path("outputs", path.stem).glob("*/expect.json")
+    kept = json.loads(answers.read_text(encoding="utf-8"))
+    assert kept["holds"] == kept["of"] > 0 and kept["question"] in out
+    frame = initlab.read("outputs/**", table=kept_table(path))
+    for key, values in yaml.safe_load(path.read_text(encoding="utf-8"))["hydra"]["sweeper"]["params"].items():
+        if key in frame:
+            assert len(frame[key].unique()) == len(str(values).split(",")), key
 
 
-def test_conf_has_no_sweeps() -> None:
-    for path in (ROOT / "conf").rglob("*.yaml"):
-        assert "MULTIRUN" not in path.read_text(encoding="utf-8")
+def kept_table(path: Path) -> str:
+    """A table that the study asks for."""
+    return str(yaml.safe_load(path.read_text(encoding="utf-8"))["expect"][0].get("table", "stats"))
+
+
+def test_conf_has_no_sweeps_and_no_study() -> None:
+    for path in CONF.rglob("*.yaml"):
+        text = path.read_text(encoding="utf-8")
+        assert "MULTIRUN" not in text and "sweeper" not in text
+    config = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
+    assert config["study"]["question"] == "" and config["expect"] == []
+
+
+@named
+def test_experiments_have_no_options_of_their_own(path: Path) -> None:
+    """What a study may say: the schema's options, and of Hydra that it is a sweep and over what."""
+    said = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert said["defaults"][0] == "config" and said["defaults"][-1] == "_self_"
+    assert said["hydra"].keys() == {"mode", "sweeper"} and said["hydra"]["sweeper"].keys() == {"params"}
+    assert not [line for line in path.parent.iterdir() if line.is_dir()]
+
+
+GROWS = "{say: it grows, where: {layer: 4, tensor: activation, direction: forward}, statistic: std, reduce: median, "
+GROWS += "is: above, value: 1.0e+6}"
+
+
+def hope(tmp_path: Path, *changes: tuple[str, str]) -> None:
+    """A study of one's own in `study/hope.yaml`."""
+    text = f"""
+defaults: [config, _self_]
+task: stack
+depth: 4
+seeds: 2
+width: 50
+study:
+  question: Does it grow?
+  figure: {{where: {{tensor: activation, direction: forward}}, x: layer, y: std, by: init, y_scale: log}}
+expect:
+  - {GROWS}
+hydra:
+  mode: MULTIRUN
+  sweeper: {{params: {{init: "small,lecun"}}}}
+"""
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "study").mkdir(exist_ok=True)
+    (tmp_path / "study" / "hope.yaml").write_text(text, encoding="utf-8")
+
+
+def test_a_study_that_fails_says_so_and_one_that_holds_too(lab: Lab, tmp_path: Path) -> None:
+    hope(tmp_path)
+    code, out, err = lab("-cd", "study", "-cn", "hope")
+    assert code == 4 and not err, err
+    assert out.startswith("Does it grow?\n") and "FAILS: it grows (measured " in out
+    assert out.rstrip().endswith("0 of 1 expectations hold") or "0 of 1 expectation holds" in out
+    (folder,) = Path("outputs", "hope").iterdir()
+    assert {path.name for path in folder.glob("*.*")} == {"hope.png", "expect.json", "multirun.yaml"}
+    assert not list(folder.glob("*/*.png"))  # the study's figure is the one that is drawn
+    kept = json.loads((folder / "expect.json").read_text(encoding="utf-8"))
+    assert kept["question"] == "Does it grow?" and (kept["holds"], kept["of"]) == (0, 1)
+    assert kept["verdicts"][0]["measured"][0]["number"] < 1
+    hope(tmp_path, ("small,lecun", "naive,orthogonal"), ("1.0e+6", "1"))
+    code, out, err = lab("-cd", "study", "-cn", "hope", "init=naive", "plots=false")
+    assert code == 0, err
+    assert "1 of 1 expectation holds" in out
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ("reduce: median", "reduce: meddian", "expect: 'it grows': reduce=meddian: must be one of"),
+        ("statistic: std", "statistic: stdd", "expect: 'it grows': column of stats=stdd: must be one of"),
+        ("where: {layer: 4", "where: {laier: 4", "expect: 'it grows': column of stats=laier: must be one of"),
+        ("is: above, ", "", "expect: 'it grows': has no `is`"),
+        ("say: it grows", "tell: it grows, say: it grows", "expect: 'it grows': tell: no such field"),
+        ("y: std", "y: stdd", "study.figure: column of stats=stdd: must be one of"),
+        ("question:", "qestion:", "study.qestion: no such option - did you mean study.question?; see --help"),
+        ("small,lecun", "small,lecum", "init=lecum: must be one of"),
+        ('init: "small,lecun"', 'init: ""', "init=: must be one of"),
+        ('init: "small,lecun"', 'seed: "range(0,0)"', "seed=range(0,0): has no values, the sweep is empty"),
+        ('init: "small,lecun"', 'sed: "1,2"', "sed: no such option - did you mean seed?; see --help"),
+    ],
+)
+def test_a_broken_study_is_one_line_before_anything_is_measured(
+    lab: Lab, tmp_path: Path, old: str, new: str, text: str
+) -> None:
+    hope(tmp_path, (old, new))
+    code, out, err = lab("-cd", "study", "-cn", "hope")
+    assert code == 2 and err.startswith(f"initlab: {text}") and err.count("\n") == 1, err
+    assert "Traceback" not in out and not list(Path().glob("outputs/**/*.parquet"))
+    assert not Path("outputs").exists() or not list(Path("outputs").iterdir())
+
+
+def test_what_only_the_tables_can_tell_is_told_afterwards(lab: Lab, tmp_path: Path) -> None:
+    """A layer that is not there: the numbers stay, the other sentence is judged, the exit code says a mistake."""
+    other = GROWS.replace("it grows", "it is deep").replace("layer: 4", "layer: 9")
+    hope(tmp_path, (f"- {GROWS}", f"- {other}\n  - {GROWS}"))
+    code, out, err = lab("-cd", "study", "-cn", "hope", "plots=false")
+    assert code == 2 and err == "initlab: expect: 'it is deep': selects no rows: layer=9 where there is 0, 1, 2, 3, 4\n"
+    assert "FAILS: it grows" in out and len(list(Path("outputs").glob("**/stats.parquet"))) == 2
+
+
+@pytest.mark.parametrize("words", [("seed=range(0,0)",), ("seed=",), ("init=",)])
+def test_an_empty_sweep_is_one_line(lab: Lab, words: tuple[str, ...]) -> None:
+    code, _, err = lab("-m", "task=stack", *words)
+    assert code == 2 and err.count("\n") == 1 and not Path("outputs").exists()
+
+
+def test_the_columns_that_are_known_beforehand_are_those_that_are_written(lab: Lab) -> None:
+    """Both ways: a column that is not known would be refused, one that is known and never written missed."""
+    quick = ("depth=2", "width=4", "seeds=1", "train.steps=1", "plots=false")
+    assert lab(*quick)[0] == 0 and lab(*quick, "task=seeded", "device=cpu")[0] == 0
+    beside = {*COLUMNS, *BESIDE}
+    for name, own in OWN.items():
+        assert set(initlab.read("outputs/**", table=name)) - beside == set(own) - beside, name
+
+
+def test_a_mistake_in_another_word_than_a_column_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="runs=-1"):
+        about = study.StudyConfig()
+        about.cost.runs = -1
+        study.prepare("x", about, [])

@@ -14,9 +14,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
 
 import initlab
 from initlab import jobs, stages, sweeper, workers
+from initlab.config import by_thousand
 from initlab.errors import Fault, UsageError
 from initlab.launcher import Sweep
 from initlab.output import records
@@ -120,6 +122,20 @@ def test_a_sweep_may_grow_and_old_jobs_keep_their_folders(lab: Lab) -> None:
     }  # fmt: skip
 
 
+def test_jobs_in_folders_of_a_thousand_are_found_again(lab: Lab) -> None:
+    words = ("-m", "depth=2,3,4", *SMALL, "hydra.sweep.subdir=${by_thousand:hydra.job.num}")
+    code, out, _ = lab(*words, "hydra.sweep.dir=x")
+    assert code == 0 and sorted(path.name for path in Path("x/000").iterdir()) == ["0", "1", "2"]
+    assert "tables: x/*/*/*.parquet" in out
+    whole = contents(Path("x/000/1"))
+    for job in ("0", "2"):  # with a gap between them
+        Path("x/000", job, "stats.parquet").unlink()
+    code, out, err = lab(*words, "resume=x")
+    assert (code, err) == (0, "") and "1 jobs are done and kept, 2 are left" in out
+    assert contents(Path("x/000/1")) == whole and set(initlab.read("x")["depth"]) == {2, 3, 4}
+    assert by_thousand("hydra.job.num", _root_=OmegaConf.create({"hydra": {"job": {"num": 123456}}})) == "123/123456"
+
+
 MISMATCHES = {
     ("init=naive", "depth=3"): "1 of its 2 jobs are not in this sweep, the first is depth=3 init=kaiming",
     ("init=naive,kaiming", "depth=4"): "2 of its 2 jobs are not in this sweep, the first is depth=3 init=naive",
@@ -155,7 +171,7 @@ NOT_OURS = {
     ("-m", "resume=theirs"): "resume=theirs: not a sweep of initlab's",
     ("-m", "resume=torn"): "torn/multirun.yaml: cannot be read",
     ("-m", "resume=empty"): "resume=empty: not a sweep of initlab's",
-    ("-m", "seed=range(0,0)"): "seed=range(0,0): an empty sweep; there is no value to run",
+    ("-m", "seed=range(0,0)"): "seed=range(0,0): has no values, the sweep is empty",
 }
 
 

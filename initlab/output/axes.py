@@ -35,11 +35,26 @@ def few(values: pd.Series) -> str:
     return "o" if values.nunique() <= 3 else ""
 
 
-def banded(ax: Axes, band: pd.DataFrame, x: str, names: dict[str, str] | None = None, marker: str = "") -> None:
+Colours = dict[str, tuple[float, float, float]]
+
+
+def coloured(order: list[str], palette: str = "colorblind") -> Colours:
+    """A colour for each label, in their order."""
+    return dict(zip(order, sns.color_palette(palette, len(order)), strict=True))
+
+
+def banded(
+    ax: Axes,
+    band: pd.DataFrame,
+    x: str,
+    names: dict[str, str] | None = None,
+    marker: str = "",
+    colours: Colours | None = None,
+) -> None:
     """A line of medians and a band from 16 to 84 % for every label, told apart by colour and by dashes."""
     band = band.assign(label=band["label"].astype(str).map(lambda name: (names or {}).get(name, name)))
-    order = list(band["label"].unique())
-    colours = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
+    colours = colours or coloured(list(band["label"].unique()))
+    order = list(colours)
     sns.lineplot(
         data=band, x=x, y="median", hue="label", style="label", hue_order=order, style_order=order,
         palette=colours, errorbar=None, ax=ax, marker=marker or few(band[x]) or None, markersize=6,
@@ -57,16 +72,16 @@ def legend(ax: Axes, labels: int) -> None:
         ax.legend(title=None)
 
 
-def beside(ax: Axes, lines: pd.DataFrame, order: list[str]) -> None:
+def beside(ax: Axes, lines: pd.DataFrame, order: list[str], x: str = "layer", colours: Colours | None = None) -> None:
     """What theory predicts: dashed with the 95 % band of one network, or circles where several labels share the axes.
 
     The axis follows the band as far as the measured values reach, and a little beyond.
     """
     low, high = ax.get_ylim()
     if len(order) == 1:
-        ax.plot(lines["layer"], lines["predicted"], color="0.1", linestyle=(0, (5, 2)), linewidth=1.6, label="theory")
+        ax.plot(lines[x], lines["predicted"], color="0.1", linestyle=(0, (5, 2)), linewidth=1.6, label="theory")
         ax.fill_between(
-            lines["layer"], lines["low"], lines["high"], facecolor="none", edgecolor="0.72", hatch="////",
+            lines[x], lines["low"], lines["high"], facecolor="none", edgecolor="0.72", hatch="////",
             linewidth=0.8, zorder=0.5, label="theory: 95 % of networks",
         )  # fmt: skip
         ends = lines[["low", "high"]].to_numpy()
@@ -74,11 +89,11 @@ def beside(ax: Axes, lines: pd.DataFrame, order: list[str]) -> None:
         if len(ends):
             low, high = min(low, max(ends.min(), low / BEYOND)), max(high, min(ends.max(), high * BEYOND))
     else:
-        colours = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
+        colours = colours or coloured(order)
         style: dict[str, Any] = {"marker": "o", "fillstyle": "none", "markersize": 6, "linestyle": ""}
         for label, mine in lines.groupby("label", observed=True):
-            few_points = mine[mine["layer"] % max(1, len(mine) // 10) == 0] if len(mine) > 10 else mine
-            ax.plot(few_points["layer"], few_points["predicted"], color=colours[str(label)], **style)
+            few_points = mine[mine[x].rank() % max(1, len(mine) // 10) == 0]
+            ax.plot(few_points[x], few_points["predicted"], color=colours[str(label)], **style)
         ax.plot([], [], color="0.3", label="theory", **style)
     ax.set_ylim(low, high)
     legend(ax, len(order))
@@ -111,15 +126,22 @@ def limits(ax: Axes, dtypes: list[str]) -> None:
                 )  # fmt: skip
 
 
-def mark_deaths(ax: Axes, band: pd.DataFrame, died: pd.DataFrame, direction: str) -> None:
+def mark_deaths(
+    ax: Axes,
+    band: pd.DataFrame,
+    died: pd.DataFrame,
+    direction: str,
+    along: str = "layer",
+    colours: Colours | None = None,
+) -> None:
     """A cross on the axis and a label at the layer from which a signal is not finite or exactly 0."""
     order = list(band["label"].astype(str).unique())
-    colours = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
+    colours = colours or coloured(order)
     height = 0
     for label in order:
         mine = died[died["label"].astype(str) == label]
         first = "min" if direction == "forward" else "max"
-        said = summary.fate(mine, first)
+        said = summary.fate(mine, first, along)
         if said == "alive":
             continue
         column = "nonfinite" if "finite" in said else "zero"

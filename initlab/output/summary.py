@@ -98,13 +98,13 @@ def deaths(stats: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
     return pd.DataFrame({"nonfinite": bad, "zero": zero}).reindex(everyone).astype(float).reset_index()
 
 
-def fate(died: pd.DataFrame, first: str = "min") -> str:
+def fate(died: pd.DataFrame, first: str = "min", along: str = "layer") -> str:
     """'alive', or from which layer on the first network of an ensemble died and how many did."""
     for column, words in (("nonfinite", "not finite"), ("zero", "exactly 0")):
         layers = died[column].dropna()
         if len(layers):
             some = "" if len(layers) == len(died) else f" ({len(layers)} of {len(died)} networks)"
-            return f"{words} from layer {layers.agg(first):.0f}{some}"
+            return f"{words} from {along} {layers.agg(first):.6g}{some}"
     return "alive"
 
 
