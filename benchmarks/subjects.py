@@ -6,6 +6,7 @@ the plain road in every call: accelerated ones run between its calls.
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ import initlab
 from benchmarks import bare
 from benchmarks.nets import LR, Net, batch, parameters
 from benchmarks.race import Contestant, NotAvailable
+from initlab.config import COLUMNS
+from initlab.output.records import Recorder
+from initlab.output.shards import as_arrow, write
 from initlab.scratch.backward import VERSIONS, Step
 from initlab.scratch.engine import Engine
 from initlab.scratch.recording import Recording
@@ -27,6 +31,8 @@ from initlab.signal.stats import Rows
 from initlab.tasks import stack as stacks
 from initlab.tasks.curves import gain_curves
 from initlab.tasks.networks import Networks, Shape
+from initlab.tasks.phase import looks
+from initlab.tasks.points import Place, Points, look
 from initlab.tasks.replay import captured
 
 BACKWARD = "fast"  # the row of the backward ladder that initlab trains with
@@ -248,6 +254,40 @@ def stack_networks(count: int, accelerated: bool, device: str = "cpu") -> Contes
     """`count` networks drawn, stacked and measured; gives the number of rows."""
     available(accelerated and device == "cpu")
     return Contestant(road(accelerated, lambda: forward_only("kaiming", seeds=range(count), device=device)), count)
+
+
+def plane(count: int, depth: int, width: int, batch: int, fresh: bool = False) -> Contestant:
+    """Tanh networks of a plane (sigma_w, sigma_b) as one program, drawn and looked at as `task=phase` does."""
+    grid = [k / count for k in range(count)]
+    points = Points([0.5 + 2.5 * k for k in grid], grid, ACTIVATIONS["tanh"], depth, width, batch, 0.5, fresh=fresh)
+    return Contestant(lambda: look(points, 0, *looks("sigma", depth), Place()), count)
+
+
+# --- many run folders ------------------------------------------------------------------------------------------------
+
+DEPTH, SEEDS = 31, range(4)  # 1 + 4 * 31 rows of each network: 500
+WORDS = "task init gain_kind mode distribution activation dtype generator matmul data optimizer train_loss modules"
+
+
+def run_folders(folder: Path, count: int) -> list[Path]:
+    """`count` folders as a sweep over the learning rate leaves them, each with 500 rows of `stats`; their files."""
+    frame = stacks.stack("kaiming", depth=DEPTH, width=16, batch=8, seeds=SEEDS)
+    told = {name: "words" if name in WORDS.split() else 1.0 for name in (*COLUMNS, "gain")}
+    with Recorder(folder / "0", told, "cpu") as recorder:
+        recorder.add({"stats": frame})
+    said = (folder / "0" / "run.json").read_text(encoding="utf-8")
+    files = [folder / str(k) / "stats.parquet" for k in range(count)]
+    for k, file in enumerate(files[1:], start=1):  # what a Recorder writes, without asking git each time
+        file.parent.mkdir()
+        own = {"lr": k / count}
+        write(as_arrow(frame.assign(mean=frame["mean"] + k), told | own), file)
+        (file.parent / "run.json").write_text(said.replace('"lr": 1.0', f'"lr": {k / count}'), encoding="utf-8")
+    return files
+
+
+def collected(folder: Path) -> Contestant:
+    """One frame of all of them."""
+    return Contestant(lambda: initlab.read(folder))
 
 
 # --- a GPU -----------------------------------------------------------------------------------------------------------

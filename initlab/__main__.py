@@ -6,10 +6,12 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import initlab
+from initlab import commands
 from initlab.errors import Fault, UsageError
 
 if TYPE_CHECKING:
@@ -23,19 +25,23 @@ HELP = """initlab {version}: what happens to the numbers in a deep network under
 
   python -m initlab key=value ...                      one run
   python -m initlab -m init=naive,lecun,kaiming ...    a sweep: every combination of the values
+{commands}
 
   init={init}
   activation={activation}, or activation._target_=MODULE.FUNCTION
   data={data}
 
-Tables, plots and logs go to outputs/. Exit codes: 0 done, 1 a fault, 2 a mistake in the options, 4 an expectation
-failed, 130 and 143 stopped. Hydra's own flags: --hydra-help. Every option with its default:
+Tables, plots and logs go to outputs/. Exit codes: 0 done, 1 a fault, 2 a mistake in the options, 3 `compare` found
+a difference, 4 an expectation failed, 130 and 143 stopped. Hydra's own flags: --hydra-help. Every option with its
+default:
 
 {config}"""
 
 
 def main() -> int:
-    """Exit code: 0 done, 1 a fault inside a job, 2 the user's mistake, 4 an expectation failed, 130/143 stopped."""
+    """Exit code: 0 done, 1 a fault in a job, 2 the user's mistake, 3 a difference, 4 an expectation failed, 130/143."""
+    if commands.is_command(sys.argv[1:]):
+        return _command(sys.argv[1:])
     if "--version" in sys.argv[1:]:
         print(f"initlab {initlab.__version__}")
         return 0
@@ -47,6 +53,16 @@ def main() -> int:
         return _run()
     finally:
         gc.enable()
+
+
+def _command(words: Sequence[str]) -> int:
+    try:
+        return commands.run(words)
+    except UsageError as error:
+        print(f"initlab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _run() -> int:
@@ -123,7 +139,8 @@ def help_text() -> str:
         lines = (CONF / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
         fields = [f"  {line}" for line in lines if not line.startswith(("#", "name"))]
         shown += "\n".join(["", f"# What can be said of {about}", f"{group}:", *fields, ""])
-    return HELP.format(version=initlab.__version__, config=shown, **options)
+    told = [f"  {f'python -m initlab {name} ...':<53}{row.about}" for name, row in commands.COMMANDS.items()]
+    return HELP.format(version=initlab.__version__, config=shown, commands="\n".join(told), **options)
 
 
 def job(cfg: "DictConfig") -> str | None:

@@ -74,6 +74,24 @@ class GraphConfig:
 
 
 @dataclass
+class AxisConfig:
+    min: float = MISSING
+    max: float = MISSING
+    points: int = MISSING
+
+
+@dataclass
+class PhaseConfig:
+    plane: str = MISSING
+    sw: AxisConfig = field(default_factory=AxisConfig)
+    sb: AxisConfig = field(default_factory=AxisConfig)
+    sigma_b: float = MISSING
+    batch: int = MISSING
+    correlation: float = MISSING
+    weights: str = MISSING
+
+
+@dataclass
 class CostConfig:
     runs: int | None = None
     cpu_seconds: float | None = None
@@ -121,6 +139,7 @@ class Config:
     threads: int = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
+    phase: PhaseConfig = field(default_factory=PhaseConfig)
     theory: str = MISSING
     every: int = MISSING
     histograms: bool = MISSING

@@ -18,6 +18,7 @@ from initlab.tasks.graph import graph
 from initlab.tasks.jacobian import jacobian, jacobian_as_text
 from initlab.tasks.ladders import backward_ladder, matmul_ladder
 from initlab.tasks.networks import Shape, kept_as_text, plan
+from initlab.tasks.phase import Axis, phase, phase_as_text
 from initlab.tasks.place import DTYPES, find_device
 from initlab.tasks.seeded import seeded
 from initlab.tasks.seen import Seen
@@ -163,6 +164,25 @@ def _jacobian(config: Config, common: Mapping[str, Any]) -> Stage:
     return run
 
 
+def _phase(config: Config, common: Mapping[str, Any]) -> Stage:
+    """Of `init` only the law of the weights counts: their size is what the plane is about."""
+    p = config.phase
+    sw, sb = (Axis(axis.min, axis.max, axis.points) for axis in (p.sw, p.sb))
+    asked = {name: getattr(p, name) for name in ("sigma_b", "batch", "correlation", "weights")}
+    asked |= {name: value for name, value in common.items() if name != "init"}
+    asked |= {"depth": config.depth, "width": config.width, "distribution": common["init"].distribution}
+    frames = phase(p.plane, sw, sb, **asked)
+
+    def run(recorder: Recorder) -> str:
+        kept = []
+        for frame in frames:
+            recorder.add({"phase": frame})
+            kept.append(frame)
+        return phase_as_text(pd.concat(kept))
+
+    return run
+
+
 # Task -> its stages, each prepared before the first one runs.
 TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
     "lab": (_stack, _train),
@@ -175,6 +195,7 @@ TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
     "explain": (_explain,),
     "gains": (_gains,),
     "jacobian": (_jacobian,),
+    "phase": (_phase,),
 }
 
 

@@ -107,8 +107,8 @@ MISTAKES = {
     "init.mode=fan": "initlab: init.mode=fan: must be one of constant, fan_avg, fan_in, fan_out - did you mean fan_in?",
     "dtype=float31": "initlab: dtype=float31: must be one of bfloat16, float16, float32, float64 "
     "- did you mean float32?",
-    "task=lb": "initlab: task=lb: must be one of backward, explain, gains, graph, jacobian, lab, matmul, seeded, "
-    "stack, train - did you mean lab?",
+    "task=lb": "initlab: task=lb: must be one of backward, explain, gains, graph, jacobian, lab, matmul, phase, "
+    "seeded, stack, train - did you mean lab?",
     "train.loss=mae": "initlab: train.loss=mae: must be one of cross_entropy, mse - did you mean mse?",
     "train.optimizer=adma": "initlab: train.optimizer=adma: must be one of adam, adamw, momentum, nesterov, rmsprop, "
     "sgd - did you mean adam?",

@@ -31,6 +31,7 @@ ROOF = {
     "study",
     "gallery",
     "launcher",
+    "commands",
     "plugins",
     "resume",
     "sweeper",
@@ -101,7 +102,7 @@ def test_every_knob_has_a_comment() -> None:
     text = (CONF / "config.yaml").read_text(encoding="utf-8")
     knobs = text[text.index("task:") : text.index("\nhydra:")].splitlines()
     bare = [line for line in knobs if ":" in line and not line.startswith("#") and "#" not in line]
-    assert bare == ["train:", "graph:", "study:"]
+    assert bare == ["train:", "graph:", "phase:", "study:"]
 
 
 def test_columns_are_options_and_summaries_know_them() -> None:

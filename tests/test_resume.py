@@ -72,6 +72,8 @@ def test_a_killed_sweep_is_finished_and_equals_one_that_was_not(lab: Lab, tmp_pa
     assert code == 0, err
     assert_same_tables(killed, Path("whole"))
     assert table == [line for line in out.splitlines() if " relu " in line]
+    one, two = (initlab.read(folder).drop(columns="run") for folder in ("killed", "whole"))
+    pd.testing.assert_frame_equal(one, two, check_exact=True)
 
 
 def test_only_what_is_left_is_run_and_a_failed_job_runs_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from initlab.output.gains import draw_gains
 from initlab.output.graphs import draw_graph
 from initlab.output.jacobian import draw_jacobian
 from initlab.output.octaves import draw_octaves
+from initlab.output.phase import draw_phase
 
 Tables = Mapping[str, pd.DataFrame]
 
@@ -280,6 +281,7 @@ FIGURES: dict[str, Callable[[Tables], Figure | None]] = {
     "graph": _of(draw_graph, "nodes", "edges"),
     "gains": _of(draw_gains, "gains"),
     "jacobian": draw_spectra,
+    "phase": _of(draw_phase, "phase"),
 }
 COMPARING: dict[str, Callable[[Tables], Figure | None]] = {
     "activation_std": activation_std,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from initlab.signal.bands import WIDE
+from initlab.signal.quantiles import WIDE
 
 NEEDED = ["statistic", "direction", "layer", "stage", "implementation", "tensor", "seed", "label", "z", "method"]
 NEEDED += ["predicted", "band_low", "band_high"]

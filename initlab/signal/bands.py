@@ -14,14 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from initlab.signal.laws import NOTHING, Array, Law
+from initlab.signal.quantiles import IN_LN, NARROW, WIDE
 from initlab.signal.stats import STATISTICS
 from initlab.signal.unit_laws import normal_cdf
 
-NARROW, WIDE = 0.9944579, 1.9953933  # standard deviations to 16 and 84 %, 2.3 and 97.7 %
 ROUNDING = 1e-12  # of a measured cosine, which is all that is left to vary where all inputs have become one
 _STEPS = np.array([0.0, -NARROW, NARROW, -WIDE, WIDE])
 QUANTILES = (0.5, 0.16, 0.84, 0.023, 0.977)
-IN_LN = ("q", "rms", "std", "std_within", "norm")
 IN_ORDER = ("q", "rms", "mean", "std", "std_within", "norm", "cosine", "frac_zero", "frac_dead", "frac_saturated")
 EDGES = ("band68_low", "band68_high", "band_low", "band_high")
 NUMBERS = ("predicted", "ln_predicted", "mean", "sd", "median", *EDGES)
@@ -128,19 +127,25 @@ _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 
 
 def _mean(law: Law, infinite: Law, second: Array) -> Rows:
-    sd = np.where(np.isfinite(second[:, 1]), second[:, 1] / 2, 0)
-    size = np.exp(np.clip(second[:, 0] / 2, -300, 300))
+    even = bool((np.abs(law.centre) + np.abs(law.lean) < 1e-6 * law.spread).all())
+    own, spread = second, law.spread
+    if even:  # of n alike units: T/n is its variance, and T fluctuates more than q does
+        shift = second[:, 0] - law.ln_second_moment()[:, 0]
+        own = np.stack([law.mean[:, 0] + shift, _root(law.cov[:, 0, 0])], -1)
+        spread = spread * np.exp((law.ln_q - law.mean[:, 0]) / 2)
+    sd = np.where(np.isfinite(own[:, 1]), own[:, 1] / 2, 0)
+    size = np.exp(np.clip(own[:, 0] / 2, -300, 300))
     factor = np.exp(sd[:, None] * _NODES)
     centre = law.centre[:, None] + law.lean[:, None] * _NODES
     mean = (factor * centre) @ _WEIGHTS
-    square = (factor**2 * (centre**2 + law.spread[:, None] ** 2)) @ _WEIGHTS
-    if (np.abs(law.centre) + np.abs(law.lean) < 1e-6 * law.spread).all():
-        points = law.centre[:, None] + law.spread[:, None] * _symmetric_quantiles(factor)
+    square = (factor**2 * (centre**2 + spread[:, None] ** 2)) @ _WEIGHTS
+    if even:
+        points = law.centre[:, None] + spread[:, None] * _symmetric_quantiles(factor)
     else:
-        points = np.stack([_mixture_quantile(q, factor, centre, law.spread) for q in QUANTILES], -1)
+        points = np.stack([_mixture_quantile(q, factor, centre, spread) for q in QUANTILES], -1)
     limit = infinite.centre * np.exp(infinite.ln_q / 2)
-    spread = np.sqrt(np.maximum(square - mean**2, 0))
-    return Rows("mean", np.column_stack([limit, _ln(limit), mean * size, spread * size, points * size[:, None]]))
+    sd = np.sqrt(np.maximum(square - mean**2, 0))
+    return Rows("mean", np.column_stack([limit, _ln(limit), mean * size, sd * size, points * size[:, None]]))
 
 
 def _symmetric_quantiles(factor: Array) -> Array:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from initlab.signal.bands import NARROW, WIDE
 from initlab.signal.custom import Given
 from initlab.signal.init import Rule
+from initlab.signal.quantiles import NARROW, WIDE
 from initlab.signal.theory import predict_bands
 from initlab.signal.tidy import WORDS
 

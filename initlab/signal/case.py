@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from initlab.errors import UsageError, check
 from initlab.signal.activations import Activation
-from initlab.signal.closure import Layer
+from initlab.signal.closure import Fitted, Layer
 from initlab.signal.custom import Given, as_activation
 from initlab.signal.init import MODES, Rule, rule
 from initlab.signal.maps import moment
@@ -75,19 +75,21 @@ def _rule(init: str | Rule, fields: Mapping[str, Any]) -> Rule:
 
 
 def _layers(scaling: Rule, row: Activation, widths: Sequence[int], q0: float, sb2: float) -> tuple[Layer, ...]:
-    """A rule that is fitted to data has the weights that give its preactivations a variance of 1, biases included.
-
-    That is the fit's mean; of its spread only what orthogonal weights have, which it makes smaller, is known here.
-    """
-    found = []
-    for k, (fan_in, fan_out) in enumerate(pairwise(widths)):
+    """Where a rule is fitted to data, what that makes of the weights hangs on what enters: layer by layer."""
+    found: list[Layer] = []
+    entering, known = q0, {}
+    for fan_in, fan_out in pairwise(widths):
         orthogonal, uniform = scaling.distribution == "orthogonal", scaling.bias**2 / (3 * fan_in)
+        weight = scaling.gain_for(row) ** 2 / MODES[scaling.mode](fan_in, fan_out)
+        if orthogonal:  # an isometry's rows are as long as its columns are many
+            weight *= fan_in / max(fan_in, fan_out)
+        fitted = None
         if scaling.attempts:
-            entering = float(moment(row, 1.0)) if k else q0
-            weight = max(0.0, 1 - sb2 - uniform) / (fan_in * entering) if entering else 0.0
-        else:
-            weight = scaling.gain_for(row) ** 2 / MODES[scaling.mode](fan_in, fan_out)
-            if orthogonal:  # an isometry's rows are as long as its columns are many
-                weight *= fan_in / max(fan_in, fan_out)
-        found.append(Layer(fan_in, fan_out, weight, sb2, uniform, orthogonal))
+            fitted = Fitted(weight, scaling.tolerance, scaling.attempts)
+            weight = fitted.weight(fan_in, entering, sb2 + uniform)
+            q = weight * fan_in * entering + sb2 + uniform
+            if q not in known:
+                known[q] = float(moment(row, q))
+            entering = known[q]
+        found.append(Layer(fan_in, fan_out, weight, sb2, uniform, orthogonal, fitted))
     return tuple(found)

@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 import torch
 
-from initlab.signal.bands import WIDE
 from initlab.signal.beside import ENSEMBLE, beside_stack, beside_training, input_of
 from initlab.signal.custom import Given
 from initlab.signal.init import Rule, rule
+from initlab.signal.quantiles import WIDE
 from initlab.tasks.data import load
 from initlab.tasks.stack import stack
 from initlab.tasks.train import train
