@@ -32,6 +32,7 @@ The map of the house. Imports run one way, downwards in this list never:
         theory.py        what is predicted for a stack, with bands; case.py: the question, checked
         finite_width.py  exact laws; gram_chain.py: simulated ones
         closure.py       the law of a batch from layer to layer; laws.py, unit_laws.py: what it is made of
+        fits.py          weights that are fitted to data
         tensor_laws.py   what a stack's tensors show of it, all layers at once; gradients.py: the way back
         infinite_width.py  the same stack with all widths infinite; correlation_points.py: where two inputs end
         quantiles.py     which quantiles bands are
@@ -56,6 +57,7 @@ The map of the house. Imports run one way, downwards in this list never:
         data.py          the batches: digits, MNIST from files, a teacher
         weights.py       the weights of a trained network, drawn, and fitted where a rule says so
         gains.py         every gain of every activation
+        formats.py       where number formats end a stack, predicted and measured
         jacobian.py      singular values through the stack
         points.py        many networks that differ in (sigma_w, sigma_b) as rows of one product
         phase.py         a plane of them beside theory
@@ -89,7 +91,7 @@ The map of the house. Imports run one way, downwards in this list never:
         expect.py        does a study's expected answer hold?
         picture.py       what a study's figure shows; study.py draws it
         octaves.py       histograms over the training -> figure
-        gains.py         their figure; jacobian.py: that of the singular values; predicted.py: theory for all figures
+        gains.py         their figure; jacobian.py, formats.py: singular values, ends of formats
         phase.py         measured and predicted planes -> figure
         axes.py          what figures are made of: bands, marks of death, ends of the number formats
         graphs.py        autograd's graph -> figure
@@ -107,7 +109,8 @@ The map of the house. Imports run one way, downwards in this list never:
 
 From Python: `initlab.read("outputs/**")` gives the tables of all runs, `initlab.probe(model, x, y, loss)` the rows of
 any nn.Module, `initlab.predict(init, activation, depth, width)` what theory says of a stack (`predict_bands` with the
-bands of every statistic), `initlab.gain("relu")`, `initlab.phase("tanh", sw2, sb2)`, `initlab.critical("tanh", sb2)`;
+bands of every statistic), `initlab.gain("relu")`, `initlab.phase("tanh", sw2, sb2)`, `initlab.critical("tanh", sb2)`,
+`initlab.limits("naive", "relu")` where each number format ends a stack;
 `initlab.tasks.stack.stack(...)` and `initlab.tasks.train.train(...)` run the tasks and return their frames.
 """
 
@@ -119,6 +122,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from initlab.output.records import read as read
     from initlab.signal.custom import gain as gain
+    from initlab.signal.formats import limits as limits
     from initlab.signal.phases import critical as critical
     from initlab.signal.phases import phase as phase
     from initlab.signal.probe import probe as probe
@@ -129,6 +133,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "read": "initlab.output.records",
     "gain": "initlab.signal.custom",
+    "limits": "initlab.signal.formats",
     "phase": "initlab.signal.phases",
     "critical": "initlab.signal.phases",
     "predict": "initlab.signal.theory",

@@ -65,6 +65,7 @@ class TrainConfig:
     optimizer: str = MISSING
     loss: str = MISSING
     modules: str = MISSING
+    drift: bool = MISSING
 
 
 @dataclass

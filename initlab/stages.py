@@ -1,6 +1,7 @@
 """The tasks as their stages: each refuses its mistakes when it is made, and measures and records when it is called."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -13,6 +14,7 @@ from initlab.scratch.graph_text import frames_as_text
 from initlab.signal.beside import beside_stack, beside_training, input_of
 from initlab.tasks.data import TEACHER_ROWS, load
 from initlab.tasks.explain import explain
+from initlab.tasks.formats import formats, formats_as_text
 from initlab.tasks.gains import gains, gains_as_text
 from initlab.tasks.graph import graph
 from initlab.tasks.jacobian import jacobian, jacobian_as_text
@@ -39,14 +41,13 @@ def _stack(config: Config, common: Mapping[str, Any]) -> Stage:
     shape = Shape(config.depth, config.width, inputs, config.batch)
     number, place = DTYPES[config.dtype], find_device(config.device)
     planned = plan(shape, config.seeds, number, place, config.backward)
-    asked = {"init": common["init"], "activation": common["activation"], "method": config.theory}
+    asked = {"init": common["init"], "activation": common["activation"], **shape._asdict()}
 
     def run(recorder: Recorder) -> str:
         seen = Seen(recorder.add, config.theory != "off", lambda stats: stats)
-        stack(**shape._asdict(), backward=config.backward, emit=seen.add, **common)
-        note = seen.compare(lambda stats: beside_stack(stats, **shape._asdict(), **asked))
-        kept = kept_as_text(planned) if planned.kept > WORTH_SAYING else ""
-        return "\n".join(text for text in (kept, note) if text)
+        measure = partial(stack, **shape._asdict(), backward=config.backward, emit=seen.add, **common)
+        recorder.note(seen.around(measure, partial(beside_stack, **asked), config.theory))
+        return kept_as_text(planned) if planned.kept > WORTH_SAYING else ""
 
     return run
 
@@ -55,14 +56,17 @@ def _seeded(config: Config, common: Mapping[str, Any]) -> Stage:
     if common["device"] != "cpu":
         raise UsageError(f"device={config.device}: task=seeded is about the CPU's numbers; use device=cpu")
     shape = {name: getattr(config, name) for name in ("depth", "width", "batch")}
-    asked = {name: common[name] for name in ("init", "activation")}
+    asked = {**{name: common[name] for name in ("init", "activation")}, **shape}
 
     def run(recorder: Recorder) -> str:
         seen = Seen(recorder.add, config.theory != "off", lambda stats: stats)
-        seen.add({"stats": seeded(**asked, **shape, seeds=common["seeds"], dtype=config.dtype)})
-        return seen.compare(
-            lambda stats: beside_stack(stats, **asked, **shape, inputs=config.width, method=config.theory)
-        )
+
+        def measure() -> None:
+            seen.add({"stats": seeded(**asked, seeds=common["seeds"], dtype=config.dtype)})
+
+        beside = partial(beside_stack, **asked, inputs=config.width)
+        recorder.note(seen.around(measure, beside, config.theory))
+        return ""
 
     return run
 
@@ -71,13 +75,19 @@ def _train(config: Config, common: Mapping[str, Any]) -> Stage:
     """Loads the data at once: what is wrong with it must show before anything is measured."""
     data = load(config.data.name, config.data.root, config.data.download, config.data.url)
     refuse_mismatch(data, config.train.loss, config.train.batch)
-    t, asked = config.train, {"init": common["init"], "activation": common["activation"], "method": config.theory}
+    t, asked = config.train, {"init": common["init"], "activation": common["activation"]}
 
     def run(recorder: Recorder) -> str:
         seen = Seen(recorder.add, config.theory != "off", lambda stats: stats[stats["step"] == 0])
-        train(data, **vars(t), every=config.every, histograms=config.histograms, emit=seen.add, **common)
         widths = [*[t.width] * t.depth, outputs_of(data, t.loss)]
-        return seen.compare(lambda stats: beside_training(stats, widths, input_of(data.x.numpy()), t.batch, **asked))
+        told = {"every": config.every, "histograms": config.histograms, "emit": seen.add, **common}
+        measure = partial(train, data, **vars(t), **told)
+
+        def beside(stats: pd.DataFrame, method: str) -> pd.DataFrame:
+            return beside_training(stats, widths, input_of(data.x.numpy(), t.batch), t.batch, method=method, **asked)
+
+        recorder.note(seen.around(measure, beside, config.theory))
+        return ""
 
     return run
 
@@ -164,6 +174,20 @@ def _jacobian(config: Config, common: Mapping[str, Any]) -> Stage:
     return run
 
 
+def _formats(config: Config, common: Mapping[str, Any]) -> Stage:
+    inputs = config.width if config.inputs is None else config.inputs
+    check(inputs=inputs)
+    shape: dict[str, Any] = {name: getattr(config, name) for name in ("depth", "width", "batch")}
+    own = {name: value for name, value in common.items() if name != "dtype"}
+
+    def run(recorder: Recorder) -> str:
+        frames = formats(**shape, inputs=inputs, **own)
+        recorder.add(frames)
+        return formats_as_text(frames)
+
+    return run
+
+
 def _phase(config: Config, common: Mapping[str, Any]) -> Stage:
     """Of `init` only the law of the weights counts: their size is what the plane is about."""
     p = config.phase
@@ -195,8 +219,10 @@ TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
     "explain": (_explain,),
     "gains": (_gains,),
     "jacobian": (_jacobian,),
+    "formats": (_formats,),
     "phase": (_phase,),
 }
 
 
-TAKE_ANY_FUNCTION = ("lab", "stack", "train", "seeded")  # the other tasks know the rows of the table only
+TAKE_ANY_FUNCTION = ("lab", "stack", "train", "seeded", "formats")  # the other tasks know the rows of the table only
+DRAW_BY_RULE = (*TAKE_ANY_FUNCTION, "jacobian")  # where it matters which gain a rule takes

@@ -39,6 +39,8 @@ TABLES = {
     "parity": "relative error of the hand-written tensors against the module's",
     "lsuv": "a row per stage, seed, layer and attempt to scale its weights to unit variance",
     "gains": "a row per activation and gain: what it leads to, and how far it is from what it stands for",
+    "formats": "a row per number format and event: the layer, predicted and measured",
+    "ends": "a row per number format, event and seed: the first layer of it, nan for none",
     "jacobian": "a row per seed and layer: moments of the squared singular values, measured and predicted",
     "singular_values": "a row per seed, layer and rank, at some layers",
     "phase": "a row per seed and point of a plane of networks, or per layer of it: measured and predicted",
@@ -116,6 +118,11 @@ class Recorder:
             path = self.folder / "parts" / f"{name}-{self._parts:05d}.parquet"
             shards.write(shards.as_arrow(frame, self.columns), path)
         self._parts += 1
+
+    def note(self, text: str) -> None:
+        """Something to say of the whole run that is in none of its tables: kept in run.json; nothing if empty."""
+        if text:
+            self.about.setdefault("notes", []).append(text)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

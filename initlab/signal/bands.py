@@ -23,14 +23,15 @@ _STEPS = np.array([0.0, -NARROW, NARROW, -WIDE, WIDE])
 QUANTILES = (0.5, 0.16, 0.84, 0.023, 0.977)
 IN_ORDER = ("q", "rms", "mean", "std", "std_within", "norm", "cosine", "frac_zero", "frac_dead", "frac_saturated")
 EDGES = ("band68_low", "band68_high", "band_low", "band_high")
-NUMBERS = ("predicted", "ln_predicted", "mean", "sd", "median", *EDGES)
+NUMBERS = ("limit", "ln_limit", "mean", "sd", "predicted", *EDGES)
 
 
 class Rows(NamedTuple):
     """One statistic of K tensors, in the columns of NUMBERS: (K, 9).
 
-    `predicted` is the limit of infinite width and `ln_predicted` its ln, which does not overflow. `mean` and `sd` are
-    of the statistic's ln if it is one of IN_LN; the rest is of the statistic itself.
+    `limit` is what infinite width gives and `ln_limit` its ln, which does not overflow. `mean` and `sd` are of the
+    statistic's ln if it is one of IN_LN; the rest is of the statistic itself: `predicted`, the median of its law at
+    this width, and the quantiles around it.
     """
 
     statistic: str
@@ -60,8 +61,10 @@ def bands(law: Law, infinite: Law, batch: int, n: NDArray[np.int64], second: Arr
 
 def scaled(limit: Array, law: Array, count: Array | int) -> list[Rows]:
     """Rows of tensors of so many entries, symmetric about 0, by the law of their ln q: (K,) and (K, 2)."""
+    one = 1 / np.asarray(count, dtype=float)
+    pooled = np.stack([law[:, 0] - one, np.sqrt(law[:, 1] ** 2 + 2 * one**2)], -1)  # a squared mean is chi-square
     with np.errstate(all="ignore"):
-        return [*_lengths(law, limit, np.log(count) / 2), _in_ln("std", law / 2, limit / 2)]
+        return [*_lengths(law, limit, np.log(count) / 2), _in_ln("std", pooled / 2, limit / 2)]
 
 
 def _lengths(law: Array, limit: Array, size: Array) -> list[Rows]:
@@ -182,7 +185,7 @@ def _mixture_quantile(q: float, factor: Array, centre: Array, spread: Array) -> 
 
 
 def simulated(block: torch.Tensor, limits: dict[str, Array]) -> list[Rows]:
-    """The same rows of one tensor from networks, (S, E); `limits` gives predicted and ln_predicted of those wanted."""
+    """The same rows of one tensor from networks, (S, E); `limits` gives limit and ln_limit of those wanted."""
     rows = dict(zip(STATISTICS, block.numpy(), strict=True))
     found = []
     for name in IN_ORDER:

@@ -10,6 +10,7 @@ state: `tensor_laws`. The way back: `gradients`.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -79,6 +80,14 @@ class Layer(NamedTuple):
         return max(0.0, 1 - self.fan_in / self.fan_out) if self.orthogonal else 1.0
 
 
+class Data(NamedTuple):
+    """Batches of data beside the moments of one: in how many directions inputs differ, tr(C)^2 / tr(C^2) of their
+    covariance C, and how ln T and ln W wander from batch to batch: variance, covariance, variance."""
+
+    directions: float = math.inf
+    wander: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+
 class Step(NamedTuple):
     """A layer passed forward. G nodes of the state below it, M of a unit's batch mean."""
 
@@ -120,9 +129,20 @@ class Chain(NamedTuple):
         return sigma_points(self.mean, self.cov, self.start.alone)[1]
 
 
-def forward(row: Activation, layers: Sequence[Layer], batch: int, q0: float, c0: float, fixed_input: bool) -> Chain:
-    """All layers. The input has second moment q0 and mean cosine c0 and, if fixed, does not fluctuate."""
+def forward(
+    row: Activation,
+    layers: Sequence[Layer],
+    batch: int,
+    q0: float,
+    c0: float,
+    fixed_input: bool,
+    data: Data = Data(),  # noqa: B008 - a tuple
+) -> Chain:
+    """All layers. The input has second moment q0 and mean cosine c0 and, if fixed, fluctuates as `data` say."""
     start = gaussian_batch(layers[0].fan_in, batch, q0, c0, exact=fixed_input)
+    if fixed_input and batch > 1:
+        t, both, w = data.wander
+        start = replace(start, pair=np.array([1 / data.directions]), cov=np.array([[[t, both], [both, w]]]))
     mean, cov, pair, single = start.mean[0], start.cov[0], float(start.pair[0]), float(start.single[0])
     steps = []
     for layer in layers:

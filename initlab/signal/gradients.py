@@ -15,7 +15,7 @@ import numpy as np
 
 from initlab.signal import tensor_laws
 from initlab.signal.activations import Activation
-from initlab.signal.closure import Layer, Step, forward, possible, sane, uneven, without_second_chaos
+from initlab.signal.closure import Data, Layer, Step, forward, possible, sane, uneven, without_second_chaos
 from initlab.signal.laws import (
     NOTHING,
     Array,
@@ -74,14 +74,21 @@ class _Slopes(NamedTuple):
 
 
 def laws(
-    row: Activation, layers: Sequence[Layer], batch: int, q0: float = 1.0, c0: float = 0.0, fixed_input: bool = False
+    row: Activation,
+    layers: Sequence[Layer],
+    batch: int,
+    q0: float = 1.0,
+    c0: float = 0.0,
+    fixed_input: bool = False,
+    data: Data = Data(),  # noqa: B008 - a tuple
 ) -> Stack:
     """Laws of all tensors; the gradient at the top is unit Gaussian and independent for every input.
 
-    `fixed_input`: the input is one batch of second moment q0 and mean cosine c0, else drawn anew for each network.
+    `fixed_input`: the input is a batch of second moment q0 and mean cosine c0 that varies as `data` say, else unit
+    Gaussian and drawn anew for each network.
     """
     with np.errstate(all="ignore"):  # where a signal is gone, ratios to it are nan or inf: data
-        passed = Layers(forward(row, layers, batch, q0, c0, fixed_input))
+        passed = Layers(forward(row, layers, batch, q0, c0, fixed_input, data))
         start = symmetric(passed.chain.start, layers[0].fan_in)
         above, below = _down(passed)
         return Stack(start, tensor_laws.activations(passed), tensor_laws.preactivations(passed), above, below)

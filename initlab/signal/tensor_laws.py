@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from initlab.signal.closure import Chain, uneven
+from initlab.signal.fits import left_alone
 from initlab.signal.laws import Array, Law, ln_cov, ln_noise, spread, symmetric, total
 from initlab.signal.unit_laws import Intervals, Joined, saturated, zeros
 
@@ -97,8 +98,16 @@ def preactivations(layers: Layers) -> Law:
         "frac_saturated": layers.share(saturated(layers.chain.row), single),
     }
     found = symmetric(replace(law, shares=shares), layers.width)
-    found.ln_var[layers.pinned] = 0
+    found.ln_var[layers.pinned] = _unit_variance(layers)[layers.pinned]
     return found
+
+
+def _unit_variance(layers: Layers) -> Array:
+    """ln of the pooled variance of pinned layers, mean and sd (L, 2): 0, but where the fit had nothing to do."""
+    steps = layers.chain.steps
+    alone = np.array([left_alone(s.layer, s.mean, s.cov, s.pair, layers.batch) for s in steps])
+    off = np.array([s.layer.fitted.tolerance if s.layer.fitted else 0.0 for s in steps]) / np.sqrt(3)
+    return np.stack([0 * off, np.sqrt(alone) * off], -1)
 
 
 def _pinned(layers: Layers, relative: Array) -> Array:

@@ -14,13 +14,14 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from initlab.errors import UsageError
+from initlab.errors import UsageError, not_one_of
 from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.bands import EDGES, IN_ORDER, Block, bands, frame, scaled, simulated
 from initlab.signal.case import Case, case_of
-from initlab.signal.closure import Layer
+from initlab.signal.closure import Data, Layer
 from initlab.signal.custom import Given, name_of, numerical
 from initlab.signal.finite_width import linear_batch, linear_one_input, lognormal, relu_one_input
+from initlab.signal.fits import fit_noise, ln_weight
 from initlab.signal.gradients import laws
 from initlab.signal.gram_chain import simulate
 from initlab.signal.infinite_width import infinite_laws
@@ -41,6 +42,7 @@ WANDERS = 0.3  # standard deviation of ln q over networks up to which an activat
 SURE = 3  # standard deviations between a fitted layer's variance and the tolerance that decides what becomes of it
 BUDGET = 3e10  # multiplications in float64 that `auto` spends on a simulation: below 10 s
 FLOAT32_IS_FASTER = 3  # times, measured
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 NETWORKS = (100, 1000)  # fewest and most networks of a simulation that chooses for itself
 
 
@@ -60,6 +62,8 @@ def predict(
     finite-width numbers come from, `slope` whether phi' was given or differentiated numerically. Arithmetic is exact:
     `dtype` is kept as a column; where a format ends is `formats.limits`' business. Options: see `predict_bands`.
     """
+    if dtype not in FLOATS:
+        raise not_one_of("dtype", dtype, FLOATS)
     long = predict_bands(init, activation, depth, width, **options)
     at = long.groupby(_KEYS).ngroup().to_numpy()
     first = np.unique(at, return_index=True)[1]
@@ -72,9 +76,9 @@ def predict(
 
     for name in (name for name in IN_ORDER if name in set(statistics)):
         rows = np.flatnonzero(statistics == name)
-        put(name, "predicted", rows)
+        put(name, "limit", rows)
         if name in IN_LN:
-            for column, source in (("ln_{}", "ln_predicted"), ("ln_{}_mean", "mean"), ("ln_{}_sd", "sd")):
+            for column, source in (("ln_{}", "ln_limit"), ("ln_{}_mean", "mean"), ("ln_{}_sd", "sd")):
                 put(column.format(name), source, rows)
         if name == "std":
             for edge in EDGES:
@@ -99,17 +103,21 @@ def predict_bands(
     method: str = "auto",
     networks: int | None = None,
     seed: int = 0,
+    outputs: bool = False,
+    data: Data = Data(),  # noqa: B008 - a tuple
     **rule_fields: Any,
 ) -> pd.DataFrame:
     """One row per layer, tensor, direction and statistic, with `scale` (ln or linear), the columns of `bands.NUMBERS`,
-    `method` and `slope`.
+    `method` and `slope`. `predicted`, `limit` and the bands mean what they mean in a run's table `theory`.
 
     `widths` gives every layer's units and replaces depth and width; `inputs` the input's. The input has second moment
-    q0 and mean cosine c0, is drawn for each network or, if `fixed_input`, is one batch of just these moments. `sb2`
-    adds normal biases of this variance. `mode`, `gain`, `gain_kind`, `distribution` and `bias` replace the rule's own.
-    `method`: auto, closed or simulation, the last with so many `networks` and this `seed`.
+    q0 and mean cosine c0, is drawn for each network or, if `fixed_input`, is a batch of just these moments, which
+    wander as `data` say (`closure.Data`). `sb2` adds normal biases of this variance. `outputs`: the last layer is that
+    of a trained network, as `mup` draws it. `mode`, `gain`, `gain_kind`, `distribution` and `bias` replace the rule's
+    own. `method`: auto, closed or simulation, the last with so many `networks` and this `seed`.
     """
-    case = case_of(init, activation, depth, width, widths, inputs, batch, q0, c0, fixed_input, sb2, rule_fields)
+    shape = depth, width, widths, inputs, batch
+    case = case_of(init, activation, *shape, q0, c0, fixed_input, sb2, rule_fields, outputs, data)
     if method not in METHODS:
         raise UsageError(f"method={method}: must be one of {', '.join(METHODS)}")
     if networks is not None and networks < 2:
@@ -165,7 +173,7 @@ def _infinite(case: Case) -> Stack:
 def finite_laws(case: Case) -> Stack:
     """The laws at finite width."""
     layers, up = _of_any_gain(case)
-    return moved(_known(case.row, layers, case.batch, case.q0, case.c0, case.fixed_input), up)
+    return moved(_known(case.row, layers, case.batch, case.q0, case.c0, case.fixed_input, case.data), up)
 
 
 _known, _known_infinite = lru_cache(maxsize=32)(laws), lru_cache(maxsize=32)(infinite_laws)
@@ -234,12 +242,8 @@ def _parameters(case: Case) -> Iterator[Block]:
     size = np.array([ln(layer.weight) for layer in case.layers])
     law = np.stack([size - noise / 2, np.sqrt(noise)], -1)
     pinned = np.array([layer.pinned for layer in case.layers])
-    if pinned.any():  # weights follow the second moment of what enters
-        enters, mean = (
-            _below(of.input.ln_second_moment(), of.activations.ln_second_moment())
-            for of in (finite_laws(case), _infinite(case))
-        )
-        law[pinned] = np.stack([size + mean[:, 0] - enters[:, 0], enters[:, 1]], -1)[pinned]
+    if pinned.any():
+        law[pinned] = _as_fitted(case)[pinned]
     yield from blocks("weight", "forward", size, law, i * o)
     bias = np.array([ln(layer.bias + layer.uniform_bias) for layer in case.layers])
     if np.isfinite(bias).all():
@@ -249,6 +253,16 @@ def _parameters(case: Case) -> Iterator[Block]:
     found = _parameter_gradients(finite_laws(case), case.batch)
     for tensor, limit, law, count in zip(("weight", "bias"), limits, found, (i * o, o), strict=True):
         yield from blocks(tensor, "backward", limit[:, 0], law, count)
+
+
+def _as_fitted(case: Case) -> Array:
+    """ln q of weights that are fitted to data, mean and sd (L, 2): they are as small as their input was large."""
+    x = finite_laws(case)
+    below = _below(x.input.ln_second_moment(), x.activations.ln_second_moment())
+    enter = list(zip(case.layers, [*x.input.each(), *x.activations.each()], strict=False))  # none above the last
+    noise = np.array([fit_noise(layer, law.mean[0], float(law.pair[0]), case.batch) for layer, law in enter])
+    centre = np.concatenate([ln_weight(layer, law.mean) for layer, law in enter])
+    return np.stack([centre + noise / 2, np.sqrt(below[:, 1] ** 2 + noise)], -1)
 
 
 def _fourth(scaling: Rule) -> float:
@@ -334,14 +348,14 @@ def _decided(case: Case) -> bool:
 
 
 def _simulated(case: Case, networks: int, seed: int) -> Iterator[Block]:
-    predicted: dict[tuple[int, str, str], dict[str, Array]] = {}
+    limits: dict[tuple[int, str, str], dict[str, Array]] = {}
     for kind in _tensors(case, _infinite(case)):
         for rows in bands(kind.law, kind.limit, case.batch, kind.units):
             for layer, numbers in zip(kind.layers.tolist(), rows.numbers, strict=True):
-                predicted.setdefault((layer, kind.tensor, kind.direction), {})[rows.statistic] = numbers[:2]
-    dtype = torch.float32 if float32_will_do(case) else torch.float64
+                limits.setdefault((layer, kind.tensor, kind.direction), {})[rows.statistic] = numbers[:2]
+    number = torch.float32 if float32_will_do(case) else torch.float64
     moments = case.q0, case.c0
-    found = simulate(case.row, case.layers, case.batch, networks, *moments, case.rule.distribution, seed, dtype)
+    found = simulate(case.row, case.layers, case.batch, networks, *moments, case.rule.distribution, seed, number)
     for key, block in found.items():
-        for rows in simulated(block, predicted[key]):
+        for rows in simulated(block, limits[key]):
             yield Block(np.array(key[:1]), *key[1:], rows, "simulation")

@@ -78,7 +78,8 @@ def stack(
             nets = Networks(rules[chunk], phi, shape, seeds[chunk], number, place, kept, generator)
             deliver = hand_over or collected.setdefault(chunk.start, []).append
             if nets.fit is not None:
-                deliver({"lsuv": nets.fit.frame().assign(stage="stack")})
+                differing = None if names is None else nets.differing(names[chunk])
+                deliver({"lsuv": nets.fit.frame(differing).assign(stage="stack")})
             record = _Record(nets, None if names is None else names[chunk], deliver, hand_over is not None)
             _Pass(nets, phi, record, producer, backward, bar).run()
 

@@ -35,6 +35,7 @@ def train(
     optimizer: str = "sgd",
     loss: str = "cross_entropy",
     modules: str = "one_by_one",
+    drift: bool = False,
     seeds: Sequence[int] = range(8),
     dtype: str = "float32",
     device: str = "cpu",
@@ -49,40 +50,46 @@ def train(
     `init` and `lr` are those of all networks, or a sequence with one for each, which then stand in columns. A rule that
     is fitted to data sees each network's own first batch, and how it went is the table `lsuv`; one with a base width
     has learning rates of its own in every layer, `lr` times `mup.learning_rates`.
-    Step k stands for the values and gradients after k updates; the row `update` is W_{k+1} - W_k. With `emit` the rows
+    Step k stands for the values and gradients after k updates; the row `update` is W_{k+1} - W_k. With `drift` there
+    are rows `drift` too: preactivations at W_k less those at W_0, both of the batch of step 0. With `emit` the rows
     are handed over every 30 seconds and at the end, also when the run is interrupted, and nothing is returned.
     """
     check(train_depth=depth, train_width=width, train_batch=batch, train_steps=steps, every=every)
     rules, rates = rules_of(init, len(seeds)), _rates(lr, len(seeds))
     refuse_mismatch(data, loss, batch)
     collected: list[Frames] = []
-    deliver, place = collected.append if emit is None else emit, find_device(device)
+    deliver = collected.append if emit is None else emit
     sizes = [data.x.shape[1], *[width] * depth, outputs_of(data, loss)]
-    number = choose(DTYPES, dtype, "dtype")
+    place, number = find_device(device), choose(DTYPES, dtype, "dtype")
     together = _together(sizes, batch, len(seeds), number, place)
     groups = [seeds[start : start + together] for start in range(0, len(seeds), together)]
-    row = as_activation(activation)
-    choose(OPTIMIZERS, optimizer, "train.optimizer")
+    row, _ = as_activation(activation), choose(OPTIMIZERS, optimizer, "train.optimizer")
     with tqdm(total=steps * len(groups), desc="train", unit="step", disable=None if progress else True) as bar:
         for start, group in zip(range(0, len(seeds), together), groups, strict=True):
             part = slice(start, start + len(group))
             first, _ = next(iter(_batches(data, loss, batch, 1, group, number, place)))
             parameters, fit = drawn(rules[part], row, sizes, group, first, generator)
+            differing = _differing(init, rules, lr, rates, row, part)
             if fit is not None:
-                deliver({"lsuv": fit.frame().assign(stage="train")})
-            records = Records(group, deliver, histograms, _differing(init, rules, lr, rates, row, part))
+                deliver({"lsuv": fit.frame(differing).assign(stage="train")})
+            records = Records(group, deliver, histograms, differing)
             given = rates[part] if isinstance(lr, Sequence) else lr
             factors = [learning_rates(one, sizes, optimizer in ADAPTIVE) for one in rules[part]]
-            pair = Pair(parameters, row, loss, optimizer, given, batch, records, modules, factors)
-            try:
-                for step, (xb, yb) in enumerate(_batches(data, loss, batch, steps, group, number, place)):
-                    pair.step(step, xb, yb, record=step % every == 0)
-                    if records.due():
-                        pair.flush()
-                    bar.update()
-            finally:
-                pair.flush()
+            pair = Pair(parameters, row, loss, optimizer, given, batch, records, modules, factors, drift)
+            _all_steps(pair, _batches(data, loss, batch, steps, group, number, place), every, bar)
     return _joined(collected)
+
+
+def _all_steps(pair: Pair, batches: Iterable[tuple[Tensor, Tensor]], every: int, bar: tqdm) -> None:
+    """Every k-th step recorded; what the records have is handed over however the training ends."""
+    try:
+        for step, (xb, yb) in enumerate(batches):
+            pair.step(step, xb, yb, record=step % every == 0)
+            if pair.records.due():
+                pair.flush()
+            bar.update()
+    finally:
+        pair.flush()
 
 
 def _joined(parts: Sequence[Frames]) -> Frames:

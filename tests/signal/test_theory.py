@@ -72,7 +72,7 @@ def test_columns_are_those_of_the_measured_table() -> None:
     assert {"ln_std", "ln_std_mean", "ln_std_sd", "band_low", "band_high", "band68_low", "method"} <= set(frame)
     tall = predict_bands(depth=2, batch=7)
     spread = tall[tall["sd"] > 0]
-    for low, high in (("band_low", "band68_low"), ("band68_low", "median"), ("median", "band68_high")):
+    for low, high in (("band_low", "band68_low"), ("band68_low", "predicted"), ("predicted", "band68_high")):
         assert (spread[low] <= spread[high]).all()
     assert set(frame["method"]) == {"log-delta"} and set(frame["slope"]) == {"given"}
 
@@ -154,7 +154,7 @@ def test_any_gain_of_a_homogeneous_stack_is_one_prediction_moved() -> None:
 def wide(long: pd.DataFrame) -> pd.DataFrame:
     """`ln_q` of the activations from the long table."""
     found = long[(long["statistic"] == "q") & (long["direction"] == "forward")]
-    return found.assign(ln_q=found["ln_predicted"])
+    return found.assign(ln_q=found["ln_limit"])
 
 
 def test_a_fit_pins_the_variance_and_not_what_follows_it() -> None:
@@ -211,7 +211,7 @@ def coverage(name: str, init: str, depth: int, width: int, batch: int, networks:
         tiny = band["scale"] == "linear" and band["sd"] * width * batch < 5 and band["statistic"].startswith("frac")
         if tiny or band["sd"] == 0 or (name, band["statistic"]) in LEFT_OUT:
             continue
-        if band["statistic"] == "frac_dead" and band["predicted"] * width < 5:
+        if band["statistic"] == "frac_dead" and band["limit"] * width < 5:
             continue
         values = measured(frame, band)
         inside = (values >= band["band_low"]) & (values <= band["band_high"])
@@ -319,6 +319,38 @@ def test_every_rule_is_predicted(init: str) -> None:
         assert abs(z_of_the_mean(frame, bands, layer, direction)) < 5.3, (layer, direction)
 
 
+@pytest.mark.parametrize("activation", ["relu", "linear", "sigmoid"])
+def test_weights_that_are_fitted_to_data_are_predicted_as_such(activation: str) -> None:
+    """60 networks: no z of a mean beyond 4.5, forward nor backward; of ReLU every layer's std is 1, where weights that
+    are drawn and left would wander.
+    """
+    shape = {"depth": 12, "width": 100, "batch": 40}
+    frame = stack("lsuv", activation, seeds=range(60), dtype="float64", inputs=100, **shape)
+    right = predict_bands("lsuv", activation, method="closed", **shape)
+    for layer in (1, 2, 7, 12):
+        for direction in ("forward", "backward"):
+            assert abs(z_of_the_mean(frame, right, layer, direction)) < 4.5, (layer, direction)
+    if activation == "relu":
+        z = frame[(frame["tensor"] == "preactivation") & (frame["direction"] == "forward") & (frame["layer"] > 1)]
+        assert (z["std"] - 1).abs().max() < 1e-5
+        told = right.query("tensor == 'preactivation' and direction == 'forward' and statistic == 'std' and layer > 1")
+        assert (told["predicted"] == 1).all() and (told["sd"] == 0).all()
+        drawn = predict_bands("orthogonal", activation, method="closed", **shape)
+        left = drawn.query("tensor == 'preactivation' and direction == 'forward' and statistic == 'std'")
+        assert left.set_index("layer")["sd"][12] > 0.05
+
+
+def test_simulation_knows_fitted_weights() -> None:
+    """Two roads to LSUV's law: the closure and networks drawn and fitted, 300 of them; 5 standard errors and 5 %."""
+    options = {"widths": [40, 60, 30, 30], "inputs": 30, "batch": 10}
+    closed, drawn = (predict("lsuv", "relu", method=m, networks=300, **options) for m in ("closed", "simulation"))
+    for layer, direction in ((4, "forward"), (1, "backward"), (3, "backward")):
+        one, other = (row(frame, layer, direction=direction) for frame in (closed, drawn))
+        error = 5 * other["ln_std_sd"] / math.sqrt(300)
+        assert abs(one["ln_std_mean"] - other["ln_std_mean"]) < error + 0.05 * one["ln_std_sd"]
+        assert one["ln_std_sd"] == pytest.approx(other["ln_std_sd"], rel=5 / math.sqrt(600) + 0.05)
+
+
 @pytest.mark.parametrize(
     "options", [{"gain": 0.0}, {"activation": lambda z: 0 * z, "gain": 1.0}, {"gain": 0.0, "batch": 1}]
 )
@@ -358,6 +390,13 @@ def test_mistakes_are_one_line() -> None:
         ({"init": "kaimin"}, "did you mean kaiming"),
         ({"width": 0}, "width=0"),
         ({"widths": [10, 0]}, "width=0"),
+        ({"widths": [10, 1.5]}, "width=1.5: must be a whole number"),
+        ({"widths": 5}, "widths=5: must be a list"),
+        ({"widths": []}, "depth=0"),
+        ({"inputs": 0}, "inputs=0"),
+        ({"depth": "deep"}, "depth='deep': must be a whole number"),
+        ({"dtype": "float31"}, "dtype=float31: .* did you mean float"),
+        ({"sb2": None}, "sb2=None: must be a number"),
         ({"depth": 0}, "depth=0"),
         ({"batch": 0}, "batch=0"),
         ({"sb2": -1.0}, "sb2=-1"),
