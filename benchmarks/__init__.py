@@ -14,6 +14,7 @@ From the figure down to the watch:
                        what is raced against what
     peers.py       how others watch a network, written as they write it
     bare.py        the same work unwatched: what everything is divided by
+    folders.py     run folders as a sweep leaves them, made without running it
     subjects.py    initlab's side; the one file that knows how initlab is called
     child.py       fresh processes and what they take
     nets.py        the networks, their weights and batches
