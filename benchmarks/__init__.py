@@ -14,12 +14,14 @@ From the figure down to the watch:
                        what is raced against what
     peers.py       how others watch a network, written as they write it
     bare.py        the same work unwatched: what everything is divided by
+    folders.py     run folders as a sweep leaves them, made without running it
     subjects.py    initlab's side; the one file that knows how initlab is called
     child.py       fresh processes and what they take
     nets.py        the networks, their weights and batches
     race.py        contestants in rotated rounds -> ratios with quartiles
     rows.py        a result, its JSON, its bar
     machine.py     where it was measured
+    scale.py       beside the groups: what many run folders cost, in sums and not in ratios
 
 A benchmark is no test: nothing here runs in the test suite but the arithmetic and the agreement of the contestants.
 initlab knows nothing of this package, and no wheel holds it.

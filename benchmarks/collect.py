@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import peers, subjects
+from benchmarks.folders import run_folders
 from benchmarks.race import Asked, Builds, Outcome, Setting, row, run
 
 FOLDERS, QUICK_FOLDERS = 3000, 300
@@ -21,7 +22,7 @@ def group(setting: Setting) -> Outcome:
     count = QUICK_FOLDERS if setting.quick else FOLDERS
     own: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        files = subjects.run_folders(Path(folder), count)
+        files = run_folders(Path(folder), count)
         reader = subjects.collected(Path(folder))
 
         def clocked() -> None:

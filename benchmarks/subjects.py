@@ -17,9 +17,6 @@ import initlab
 from benchmarks import bare
 from benchmarks.nets import LR, Net, batch, parameters
 from benchmarks.race import Contestant, NotAvailable
-from initlab.config import COLUMNS
-from initlab.output.records import Recorder
-from initlab.output.shards import as_arrow, write
 from initlab.scratch.backward import VERSIONS, Step
 from initlab.scratch.engine import Engine
 from initlab.scratch.recording import Recording
@@ -264,25 +261,6 @@ def plane(count: int, depth: int, width: int, batch: int, fresh: bool = False) -
 
 
 # --- many run folders ------------------------------------------------------------------------------------------------
-
-DEPTH, SEEDS = 31, range(4)  # 1 + 4 * 31 rows of each network: 500
-WORDS = "task init gain_kind mode distribution activation dtype generator matmul data optimizer train_loss modules"
-
-
-def run_folders(folder: Path, count: int) -> list[Path]:
-    """`count` folders as a sweep over the learning rate leaves them, each with 500 rows of `stats`; their files."""
-    frame = stacks.stack("kaiming", depth=DEPTH, width=16, batch=8, seeds=SEEDS)
-    told = {name: "words" if name in WORDS.split() else 1.0 for name in (*COLUMNS, "gain")}
-    with Recorder(folder / "0", told, "cpu") as recorder:
-        recorder.add({"stats": frame})
-    said = (folder / "0" / "run.json").read_text(encoding="utf-8")
-    files = [folder / str(k) / "stats.parquet" for k in range(count)]
-    for k, file in enumerate(files[1:], start=1):  # what a Recorder writes, without asking git each time
-        file.parent.mkdir()
-        own = {"lr": k / count}
-        write(as_arrow(frame.assign(mean=frame["mean"] + k), told | own), file)
-        (file.parent / "run.json").write_text(said.replace('"lr": 1.0', f'"lr": {k / count}'), encoding="utf-8")
-    return files
 
 
 def collected(folder: Path) -> Contestant:

@@ -82,6 +82,7 @@ The map of the house. Imports run one way, downwards in this list never:
         shards.py        Parquet files, one written, thousands read; folders.py: where runs lie and how they ended
         gather.py        many runs -> one frame and what is to be said of them
         records.py       what a run folder holds; write and read
+        claim.py         one run to a folder, as long as its process lives
         summary.py       frames -> the short table and the findings in words
         collect.py       many runs -> one file, or a short account
         distance.py      how far apart are two sets of networks; compare.py: two runs or sweeps
@@ -102,6 +103,9 @@ The map of the house. Imports run one way, downwards in this list never:
     together.py    stages whose networks can share a program; batch.py: jobs that do, and what becomes of each
     batched.py     the launcher `hydra/launcher=batched`
     launcher.py    what surrounds the jobs of a sweep
+    sweeper.py     from the words of a sweep to its jobs; resume.py: what is left of one that was stopped
+    workers.py     jobs in processes of their own: threads, GPUs, what a launcher must be told
+    plugins.py     how Hydra comes to know initlab's own
     commands.py    what a first word without `=` asks for: collect, compare
     study.py       question, expectations and what came of them; gallery.py: all of them in experiments/README.md
     stages.py      the tasks as their stages: plain arguments out of the configuration, frames into a recorder

@@ -19,6 +19,7 @@ from initlab.together import Ensemble, run_together
 
 SHARING = ("lab", "stack", "train")  # the tasks whose stages are all ensembles
 ON_A_GPU = 1024  # networks whose rows are in memory at once
+JOBS = 256  # whose folders are claimed at once: each claim is an open file
 PATIENCE = 30.0  # seconds that rows of a short stage wait in memory before they are written
 
 T = TypeVar("T")
@@ -55,11 +56,11 @@ def size_of(config: Config) -> int:
 
 
 def packs(jobs: Iterable[T], sizes: Iterable[int], most: int) -> Iterator[list[T]]:
-    """Whole jobs in their order, as many as have `most` networks, at least one."""
+    """Whole jobs in their order, as many as have `most` networks, at least one and at most JOBS."""
     pack: list[T] = []
     count = 0
     for job, size in zip(jobs, sizes, strict=True):
-        if pack and count + size > most:
+        if pack and (count + size > most or len(pack) == JOBS):
             yield pack
             pack, count = [], 0
         pack.append(job)
@@ -127,7 +128,7 @@ def run_jobs(jobs: Sequence[Job]) -> list[Exception | None]:
     try:
         for one in running:
             one.open()
-        for k in range(len(jobs[0].stages)):
+        for k in range(len(jobs[0].stages) if jobs else 0):
             _stage([one for one in running if one.fault is None], k)
     except BaseException as stop:
         for one in running:

@@ -1,21 +1,12 @@
-"""The launcher `hydra/launcher=batched`: jobs of a sweep that agree in all but their networks, as one program.
-
-Hydra takes launchers from the package `hydra_plugins` alone. `Batched` is registered under that name and needs no such
-package, neither in a checkout nor in a wheel.
-"""
+"""The launcher `hydra/launcher=batched`: jobs of a sweep that agree in all but their networks, as one program."""
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
-from hydra.core.config_store import ConfigStore
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, filter_overrides, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -23,7 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from initlab.composing import Composed, Composer
 from initlab.config import Config
-from initlab.errors import UsageError
+from initlab.errors import Fault, UsageError
+from initlab.output.claim import claim
+from initlab.plugins import PLACE, register
 
 if TYPE_CHECKING:  # what measures is imported when there is something to measure
     from initlab.jobs import Job
@@ -35,7 +28,7 @@ WINDOW = 1024  # jobs that are looked at together
 
 @dataclass
 class BatchedConfig:
-    _target_: str = "hydra_plugins.initlab.Batched"
+    _target_: str = f"{PLACE}.Batched"
 
 
 class _Sent(NamedTuple):
@@ -52,10 +45,16 @@ class Batched(Launcher):
     Every job gets the folder that it would have had alone. What cannot share a program runs by itself, in its turn.
     """
 
+    __module__ = PLACE
+
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._composer = Composer(hydra_context.config_loader, config)
-        hydra_context.config_loader = self._composer  # type: ignore[assignment]  # the sweeper asks it for every job
         self._context, self._task, self._config = hydra_context, task_function, config
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Whether every job can be composed, asked before the first one begins. Errors: those of Hydra."""
+        for overrides in batch:
+            self._composer.check(overrides)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         setup_globals()
@@ -83,6 +82,7 @@ class Batched(Launcher):
             self._hydra_logging()
 
     def _run(self, pack: Sequence[_Sent]) -> dict[int, JobReturn]:
+        from initlab import __main__ as roof
         from initlab.batch import run_jobs
 
         for one in pack:
@@ -91,29 +91,27 @@ class Batched(Launcher):
             return {pack[0].number: self._by_hydra(pack[0])}
         found: dict[int, JobReturn] = {}
         begun: list[tuple[_Sent, Job]] = []
-        for one in pack:
-            try:
-                job = self._begin(one)
-            except Exception as fault:  # of the folder, say: the others have folders of their own
-                found[one.number] = self._ended(one, fault)
-                continue
-            if job is None:
-                found[one.number] = self._ended(one)
-            else:
-                begun.append((one, job))
-        if begun:
-            if len(pack) == 1:  # what is logged on the way is about this job alone
+        with ExitStack() as claims:
+            for one in pack:
+                folder = one.composed.folder
+                try:
+                    claims.enter_context(claim(folder))
+                    begun.append((one, self._begin(one)))
+                except Exception as error:  # of the folder, say: the others have folders of their own
+                    mistake = error if isinstance(error, UsageError) else roof.ended(error, folder)
+                    found[one.number] = self._returned(one, mistake)
+            if len(pack) == 1 and begun:  # what is logged on the way is about this job alone
                 with self._job_logging(pack[0].composed):
-                    (ended_by,) = run_jobs([begun[0][1]])
-                    return {pack[0].number: self._end(*begun[0], ended_by)}
-            for (one, job), ended_by in zip(begun, run_jobs([job for _, job in begun]), strict=True):
+                    (fault,) = run_jobs([begun[0][1]])
+                    return {pack[0].number: self._end(*begun[0], fault)}
+            for (one, job), fault in zip(begun, run_jobs([job for _, job in begun]), strict=True):
                 with self._job_logging(one.composed):
-                    found[one.number] = self._end(one, job, ended_by)
+                    found[one.number] = self._end(one, job, fault)
         return found
 
-    def _begin(self, one: _Sent) -> "Job | None":
-        """The job, in a folder as Hydra would have made it; None where there is none because of the user's mistake."""
-        from initlab.__main__ import begin
+    def _begin(self, one: _Sent) -> "Job":
+        """The job, in a folder as Hydra would have made it. Errors: mistakes of the user."""
+        from initlab import __main__ as roof
 
         def config() -> Config:  # asked for in a folder that is free, before the job is prepared
             about = one.composed.folder / str(self._config.hydra.output_subdir)
@@ -125,29 +123,31 @@ class Batched(Launcher):
                     Path(handler["filename"]).touch()
             return _config(one.composed)
 
-        return begin(config, one.composed.choices, one.composed.folder)
+        roof.started(one.composed.folder)
+        resumed = self._config.resume is not None
+        return roof.begin(config, one.composed.choices, one.composed.folder, resumed)
 
     def _end(self, one: _Sent, job: "Job", fault: Exception | None) -> JobReturn:
         """Draw and say what there is to say; whoever calls has the job's own log open."""
-        from initlab.__main__ import end_with
+        from initlab import __main__ as roof
         from initlab.jobs import shown
 
-        folder, found = one.composed.folder, fault
-        if fault is None:
-            try:
-                job.draw()
-                log.info("done: %s", shown(folder))
-            except Exception as error:
-                found = error
-        if found is not None and not end_with(found, folder):
-            found = None
-        return self._ended(one, found)
+        folder = one.composed.folder
+        try:
+            if fault is not None:
+                raise fault
+            job.draw()
+            log.info("done: %s", shown(folder))
+        except Exception as error:
+            return self._returned(one, roof.ended(error, folder))
+        return self._returned(one)
 
-    def _ended(self, one: _Sent, fault: Exception | None = None) -> JobReturn:
+    def _returned(self, one: _Sent, error: UsageError | Fault | None = None) -> JobReturn:
+        """As of a job that Hydra ran: a mistake of the user is told by its line, a fault is raised by the sweeper."""
         done = JobReturn(overrides=list(one.overrides), working_dir=str(Path.cwd()))
         done.task_name = JobRuntime.instance().get("name")
-        done.status = JobStatus.COMPLETED if fault is None else JobStatus.FAILED
-        done.return_value = fault
+        done.status = JobStatus.FAILED if isinstance(error, Fault) else JobStatus.COMPLETED
+        done.return_value = str(error) if isinstance(error, UsageError) else error
         self._context.callbacks.on_job_end(config=self._config, job_return=done)
         return done
 
@@ -194,17 +194,6 @@ def _packs(sent: Sequence[_Sent]) -> Iterator[list[_Sent]]:
         yield from packs(jobs, sizes, most_together(configs[0], sizes))
 
 
-def register() -> None:
-    """Make `hydra_plugins.initlab.Batched` a plugin that Hydra knows, beside whatever plugins are installed."""
-    Plugins.instance()  # looks through the installed ones
-    try:
-        package = import_module("hydra_plugins")
-    except ImportError:
-        package = sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
-        package.__path__ = []
-    module = sys.modules["hydra_plugins.initlab"] = ModuleType("hydra_plugins.initlab")
-    Batched.__module__ = module.__name__
-    module.Batched = Batched  # type: ignore[attr-defined]
-    package.initlab = module  # type: ignore[attr-defined]
-    Plugins.instance().register(Batched)
-    ConfigStore.instance().store(group="hydra/launcher", name="batched", node=BatchedConfig, provider="initlab")
+def install() -> None:
+    """Let `hydra/launcher=batched` be this one."""
+    register(Batched, "hydra/launcher", "batched", BatchedConfig())

@@ -61,7 +61,7 @@ class _Unusual(Exception):
 
 
 class Composer:
-    """Stands in for Hydra's loader of configurations where a sweep asks it for its jobs."""
+    """Makes the configurations of a sweep's jobs out of what Hydra's loader makes of a few of them."""
 
     def __init__(self, loader: Any, master: DictConfig) -> None:
         self._loader, self._master = loader, master
@@ -70,12 +70,9 @@ class Composer:
         self._patterns: dict[tuple[str, ...], _Pattern] = {}
         self._choices: dict[tuple[tuple[str, ...], str], list[_Change] | None] = {}
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """A job's configuration, good until the next one is asked for. Errors: those of Hydra."""
-        return self._changed(sweep_overrides).config
+    def check(self, overrides: Sequence[str]) -> None:
+        """Whether a job can be composed. Errors: those of Hydra."""
+        self._changed(overrides)
 
     def of_its_own(self, overrides: Sequence[str], number: int) -> DictConfig:
         """A job's configuration, to keep."""

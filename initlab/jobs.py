@@ -150,6 +150,8 @@ def report(folder: Path, said: Sequence[str] = (), plots: bool = True, compare: 
             lines.append(predicted.said(list(table["theory"].dropna())))
     lines += [*([about] if about else []), *notes(folder)]
     below = Path() if (folder / "run.json").is_file() else Path("*")  # the folders of a sweep's jobs
+    if below.name and not any(folder.glob("*/run.json")):
+        below = Path("*/*")
     lines.append(f"tables: {shown(folder / below / '*.parquet')}")
     for run in records.run_folders(folder):
         status = records.about(run)["status"]

@@ -274,6 +274,23 @@ def test_a_stop_leaves_what_was_measured(
     assert Path("there/12/stats.parquet").is_file() and not Path("there/12/losses.parquet").exists()
 
 
+def test_a_sweep_that_was_stopped_is_finished(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (BATCHED, "seed=range(0,20)", "seeds=1")
+    sweep(lab, "whole", *words)
+    with monkeypatch.context() as broken:
+        fault = KeyboardInterrupt()
+        broken.setattr(stages, "train", _breaking(stages.train, lambda how: fault if 12 in how["seeds"] else None))
+        assert sweep(lab, "there", *words)[0] == 130
+    kept = Path("there/3/stats.parquet").stat().st_mtime_ns
+    assert lab("-m", *TINY, *words, "resume=there")[0] == 0
+    assert statuses("there") == dict.fromkeys(range(20), "done")
+    assert Path("there/3/stats.parquet").stat().st_mtime_ns == kept
+    for k in (3, 12, 19):
+        one, other = Path("whole") / str(k), Path("there") / str(k)
+        for name in ("stats", "losses", "theory"):
+            assert table_differences(one / f"{name}.parquet", other / f"{name}.parquet") == []
+
+
 def test_what_cannot_share_a_program_runs_in_its_turn(lab: Lab) -> None:
     words = ("task=gains,stack", "init=lsuv,kaiming", "seeds=1")
     assert [sweep(lab, name, *how, *words)[0] for name, how in (("basic", ()), ("batched", (BATCHED,)))] == [0, 0]

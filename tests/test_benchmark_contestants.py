@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import backward, bare, collect, ensemble, gpu, memory, nets, peers, phase, startup, step, subjects
 from benchmarks import stack as stack_group
+from benchmarks.folders import run_folders
 from benchmarks.nets import Net
 from benchmarks.race import Asked, Contestant, NotAvailable, Outcome, Setting
 from benchmarks.rows import IDS, VARIANTS
@@ -420,7 +421,7 @@ def test_a_contestant_does_one_unit_of_work_unless_it_says_more():
 
 
 def test_all_readers_of_many_files_give_the_same_rows(tmp_path):
-    files = subjects.run_folders(tmp_path, 3)
+    files = run_folders(tmp_path, 3)
     own = subjects.collected(tmp_path).call()
     assert len(own) == 3 * 500 and own["lr"].nunique() == 3 and own["mean"].nunique() > 1000
     for build in peers.FILES.values():

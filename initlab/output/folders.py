@@ -98,12 +98,13 @@ def settings(folder: Path | str, said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def overrides(folder: Path) -> list[str]:
-    """The lines that Hydra keeps: a list of YAML, an override a line."""
+    """The lines that Hydra keeps: a list of YAML, an override a line. Being resumed is no setting of a run."""
     try:
         lines = (folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return []
     texts = (line[2:].strip() for line in lines if line.startswith("- "))
+    texts = (text for text in texts if not text.lstrip("'+").startswith("resume="))
     return [text[1:-1].replace("''", "'") if text[:1] == text[-1:] == "'" else text for text in texts]
 
 

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 import initlab
 from initlab.errors import UsageError, choose
 from initlab.output import gather, shards
+from initlab.output.claim import LOCK
 from initlab.output.folders import Paths, overrides
 from initlab.output.folders import about as about
 from initlab.output.folders import run_folders as run_folders
@@ -50,8 +51,9 @@ TABLES = {
     "steps": "a row per `.g` that one backward pass sets, in order",
     "rules": "the local rule of each layer and its derivative",
 }
-# What Hydra has written into a folder before its job begins.
-_BEFORE_A_RUN = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "initlab.log", "multirun.yaml")
+# What Hydra, and who claimed the folder, have written there before a job begins.
+_HYDRAS = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "multirun.yaml")
+_BEFORE_A_RUN = (LOCK, *_HYDRAS, "initlab.log")
 _STAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d+")
 
 
@@ -80,6 +82,15 @@ def discard(folder: Path) -> None:
                 break
 
 
+def clear(folder: Path) -> None:
+    """Remove what an unfinished run left: tables, parts, figures, run.json. Its log and what Hydra wrote stay."""
+    shutil.rmtree(folder / "parts", ignore_errors=True)
+    for name in (*(f"{table}.parquet" for table in TABLES), "run.json"):
+        (folder / name).unlink(missing_ok=True)
+    for path in (*folder.glob("*.png"), *folder.glob("*.part")):
+        path.unlink()
+
+
 class Recorder:
     """Writes one run folder; as a context manager it says in run.json how the run ended, however it ended.
 
@@ -98,7 +109,7 @@ class Recorder:
             "overrides": overrides(folder),
             **about,
             "device": device,
-            **_machine(),
+            **machine(),
         }
         self._start, self._parts = (time.perf_counter(), time.process_time()), 0
         self._waiting: list[tuple[int, str, Any]] = []
@@ -167,7 +178,7 @@ def _versions() -> dict[str, str]:
     return versions | {name: version(name) for name in packages}
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     return {
         "versions": _versions(),
         "git_revision": _git_revision(),
