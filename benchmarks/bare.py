@@ -10,6 +10,7 @@ from benchmarks.nets import LR, Net, batch, parameters
 from benchmarks.race import Contestant
 from initlab.scratch import mlp
 from initlab.signal.activations import ACTIVATIONS
+from initlab.tasks import phase
 
 
 def module(net: Net, seed: int = 0, device: str = "cpu") -> nn.Sequential:
@@ -68,6 +69,35 @@ def stack_pass(weights: Sequence[Tensor], x: Tensor) -> Contestant:
         return out
 
     return Contestant(forward)
+
+
+def networks_one_by_one(count: int, depth: int, width: int, batch: int, fresh: bool = False) -> Contestant:
+    """Tanh networks of a plane, each alone, looked at in the plane's layers; q and mean cosine of the last."""
+    scale = width**-0.5
+    looks, closer = (frozenset(layers) for layers in phase.looks("sigma", depth))
+
+    def drawn() -> list[tuple[Tensor, Tensor]]:
+        return [(torch.randn(width, width).mul_(scale), torch.randn(width)) for _ in range(depth)]
+
+    shared, first = drawn(), torch.randn(batch, width)
+
+    def network(sw: float, sb: float) -> tuple[Tensor, Tensor]:
+        out, scaled = first, torch.tensor(sw)
+        for layer, (w, b) in enumerate(drawn() if fresh else shared, start=1):
+            z = torch.addcmul(b * sb, out @ w, scaled)
+            out = torch.tanh(z)
+            if layer in looks:
+                unit = z / z.norm(dim=-1, keepdim=True)
+                found = z.square().mean(), ((unit @ unit.T).sum() - batch) / (batch * (batch - 1))
+            if layer in closer:
+                torch.stack([z.mean(), (1 - out * out).square().mean()])
+        return found
+
+    def one_after_the_other() -> list[tuple[Tensor, Tensor]]:
+        with torch.inference_mode():
+            return [network(0.5 + 2.5 * k / count, k / count) for k in range(count)]
+
+    return Contestant(one_after_the_other, count)
 
 
 def _own(net: Net, seed: int, device: str) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from benchmarks import backward, ensemble, gpu, memory, stack, startup, step
+from benchmarks import backward, collect, ensemble, gpu, memory, phase, stack, startup, step, sweep
 from benchmarks.race import Outcome, Setting
 
 GROUPS: dict[str, Callable[[Setting], Outcome]] = {
@@ -12,6 +12,9 @@ GROUPS: dict[str, Callable[[Setting], Outcome]] = {
     "ensemble": ensemble.group,
     "chapter": stack.chapter,
     "startup": startup.group,
+    "phase": phase.group,
     "memory": memory.group,
+    "collect": collect.group,
+    "sweep": sweep.group,
     "gpu": gpu.group,
 }

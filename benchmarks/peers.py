@@ -1,13 +1,16 @@
-"""How others watch a network, written as they write it, for a training step and for a stack.
+"""How others watch a network, written as they write it, for a training step and for a stack; how they read many files.
 
 Each peer keeps what its idiom keeps and gives it back: a list of what it saw, first layer first. None of them counts
 nan or survives the limits of float32; they are here for what they cost.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
+from pyarrow import dataset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -204,3 +207,19 @@ def vmap_step(net: Net, seeds: Sequence[int]) -> Contestant:
         return losses
 
     return Contestant(step)
+
+
+# --- many files -------------------------------------------------------------------------------------------------------
+
+
+def by_dataset(files: Sequence[Path]) -> Contestant:
+    """pyarrow's reader of many files."""
+    return Contestant(lambda: dataset.dataset([str(file) for file in files]).to_table().to_pandas())
+
+
+def by_concat(files: Sequence[Path]) -> Contestant:
+    """A file at a time with pandas."""
+    return Contestant(lambda: pd.concat(map(pd.read_parquet, files), ignore_index=True))
+
+
+FILES: dict[str, Callable[[Sequence[Path]], Contestant]] = {"dataset": by_dataset, "concat": by_concat}

@@ -6,6 +6,7 @@ the plain road in every call: accelerated ones run between its calls.
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from initlab.signal.stats import Rows
 from initlab.tasks import stack as stacks
 from initlab.tasks.curves import gain_curves
 from initlab.tasks.networks import Networks, Shape
+from initlab.tasks.phase import looks
+from initlab.tasks.points import Place, Points, look
 from initlab.tasks.replay import captured
 
 BACKWARD = "fast"  # the row of the backward ladder that initlab trains with
@@ -248,6 +251,21 @@ def stack_networks(count: int, accelerated: bool, device: str = "cpu") -> Contes
     """`count` networks drawn, stacked and measured; gives the number of rows."""
     available(accelerated and device == "cpu")
     return Contestant(road(accelerated, lambda: forward_only("kaiming", seeds=range(count), device=device)), count)
+
+
+def plane(count: int, depth: int, width: int, batch: int, fresh: bool = False) -> Contestant:
+    """Tanh networks of a plane (sigma_w, sigma_b) as one program, drawn and looked at as `task=phase` does."""
+    grid = [k / count for k in range(count)]
+    points = Points([0.5 + 2.5 * k for k in grid], grid, ACTIVATIONS["tanh"], depth, width, batch, 0.5, fresh=fresh)
+    return Contestant(lambda: look(points, 0, *looks("sigma", depth), Place()), count)
+
+
+# --- many run folders ------------------------------------------------------------------------------------------------
+
+
+def collected(folder: Path) -> Contestant:
+    """One frame of all of them."""
+    return Contestant(lambda: initlab.read(folder))
 
 
 # --- a GPU -----------------------------------------------------------------------------------------------------------

@@ -27,12 +27,15 @@ The map of the house. Imports run one way, downwards in this list never:
         probe.py         watches any nn.Module or hand-written network and yields tidy rows
         quadrature.py    means over a normal variable; custom.py: a function of one's own as a row of the activations
         maps.py          infinite width: lengths, correlations, slopes; phases.py: fixed points and critical lines
+        trajectories.py  the same layer by layer, for a plane of rules at once
         gains.py         every gain and what it leads to; formats.py: where a number format ends a stack
         theory.py        what is predicted for a stack, with bands; case.py: the question, checked
         finite_width.py  exact laws; gram_chain.py: simulated ones
         closure.py       the law of a batch from layer to layer; laws.py, unit_laws.py: what it is made of
+        fits.py          weights that are fitted to data
         tensor_laws.py   what a stack's tensors show of it, all layers at once; gradients.py: the way back
         infinite_width.py  the same stack with all widths infinite; correlation_points.py: where two inputs end
+        quantiles.py     which quantiles bands are
         bands.py         from a law to its statistics; beside.py: measured and predicted, row by row
     scratch/       the from-scratch network, in reading order
         matmul.py        the matmul ladder
@@ -54,10 +57,14 @@ The map of the house. Imports run one way, downwards in this list never:
         data.py          the batches: digits, MNIST from files, a teacher
         weights.py       the weights of a trained network, drawn, and fitted where a rule says so
         gains.py         every gain of every activation
+        formats.py       where number formats end a stack, predicted and measured
         jacobian.py      singular values through the stack
+        points.py        many networks that differ in (sigma_w, sigma_b) as rows of one product
+        phase.py         a plane of them beside theory
         networks.py      the networks of one program: rules, draws, how many fit
         beyond.py        networks followed beyond their number format
         stack.py         a stack of layers, forward and backward
+        shares.py        networks of several owners in one program, and whose rows are whose
         chunks.py        an ensemble in chunks: a chunk to each processor, fewer networks where memory is short
         seeded.py        the stack that circulates in course material, from torch's own stream
         seen.py          what a task hands over, beside its prediction
@@ -72,20 +79,34 @@ The map of the house. Imports run one way, downwards in this list never:
         graph.py         autograd's graph of a small model, as frames
         explain.py       one backward pass, step by step: who sets which .g
     output/        what is kept and shown: takes frames, imports no task
+        shards.py        Parquet files, one written, thousands read; folders.py: where runs lie and how they ended
+        gather.py        many runs -> one frame and what is to be said of them
         records.py       what a run folder holds; write and read
+        claim.py         one run to a folder, as long as its process lives
         summary.py       frames -> the short table and the findings in words
+        collect.py       many runs -> one file, or a short account
+        distance.py      how far apart are two sets of networks; compare.py: two runs or sweeps
         predicted.py     measured beside predicted -> layers within their band, lines for figures
         selection.py     which rows and columns a study speaks of; columns.py: those known beforehand
         reductions.py    rows of many networks -> a number and its standard error
         expect.py        does a study's expected answer hold?
         picture.py       what a study's figure shows; study.py draws it
         octaves.py       histograms over the training -> figure
-        gains.py         their figure; jacobian.py: that of the singular values; predicted.py: theory for all figures
+        gains.py         their figure; jacobian.py, formats.py: singular values, ends of formats
+        phase.py         measured and predicted planes -> figure
         axes.py          what figures are made of: bands, marks of death, ends of the number formats
         graphs.py        autograd's graph -> figure
         plots.py         frame -> figure
     config.py      the typed schema of conf/, and where conf/ is found
+    composing.py   the configurations of a sweep's jobs, composed once and changed from job to job
+    grid.py        the networks of one job: seeds, or every combination on the axes `sweep.*`
+    together.py    stages whose networks can share a program; batch.py: jobs that do, and what becomes of each
+    batched.py     the launcher `hydra/launcher=batched`
     launcher.py    what surrounds the jobs of a sweep
+    sweeper.py     from the words of a sweep to its jobs; resume.py: what is left of one that was stopped
+    workers.py     jobs in processes of their own: threads, GPUs, what a launcher must be told
+    plugins.py     how Hydra comes to know initlab's own
+    commands.py    what a first word without `=` asks for: collect, compare
     study.py       question, expectations and what came of them; gallery.py: all of them in experiments/README.md
     stages.py      the tasks as their stages: plain arguments out of the configuration, frames into a recorder
     jobs.py        one job: typed configuration -> run folder, figures, what is printed
@@ -93,7 +114,8 @@ The map of the house. Imports run one way, downwards in this list never:
 
 From Python: `initlab.read("outputs/**")` gives the tables of all runs, `initlab.probe(model, x, y, loss)` the rows of
 any nn.Module, `initlab.predict(init, activation, depth, width)` what theory says of a stack (`predict_bands` with the
-bands of every statistic), `initlab.gain("relu")`, `initlab.phase("tanh", sw2, sb2)`, `initlab.critical("tanh", sb2)`;
+bands of every statistic), `initlab.gain("relu")`, `initlab.phase("tanh", sw2, sb2)`, `initlab.critical("tanh", sb2)`,
+`initlab.limits("naive", "relu")` where each number format ends a stack;
 `initlab.tasks.stack.stack(...)` and `initlab.tasks.train.train(...)` run the tasks and return their frames.
 """
 
@@ -105,6 +127,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from initlab.output.records import read as read
     from initlab.signal.custom import gain as gain
+    from initlab.signal.formats import limits as limits
     from initlab.signal.phases import critical as critical
     from initlab.signal.phases import phase as phase
     from initlab.signal.probe import probe as probe
@@ -115,6 +138,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "read": "initlab.output.records",
     "gain": "initlab.signal.custom",
+    "limits": "initlab.signal.formats",
     "phase": "initlab.signal.phases",
     "critical": "initlab.signal.phases",
     "predict": "initlab.signal.theory",

@@ -65,12 +65,39 @@ class TrainConfig:
     optimizer: str = MISSING
     loss: str = MISSING
     modules: str = MISSING
+    drift: bool = MISSING
+
+
+@dataclass
+class SweepConfig:
+    init: list[str] | None = None
+    gain: list[float] | None = None
+    seed: list[int] | None = None
+    lr: list[float] | None = None
 
 
 @dataclass
 class GraphConfig:
     model: dict[str, Any] = field(default_factory=dict)
     shapes: list[list[int]] | None = None
+
+
+@dataclass
+class AxisConfig:
+    min: float = MISSING
+    max: float = MISSING
+    points: int = MISSING
+
+
+@dataclass
+class PhaseConfig:
+    plane: str = MISSING
+    sw: AxisConfig = field(default_factory=AxisConfig)
+    sb: AxisConfig = field(default_factory=AxisConfig)
+    sigma_b: float = MISSING
+    batch: int = MISSING
+    correlation: float = MISSING
+    weights: str = MISSING
 
 
 @dataclass
@@ -120,16 +147,31 @@ class Config:
     matmul: str = MISSING
     threads: int = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
+    phase: PhaseConfig = field(default_factory=PhaseConfig)
     theory: str = MISSING
     every: int = MISSING
     histograms: bool = MISSING
     plots: bool = MISSING
+    resume: str | None = None
     study: StudyConfig = field(default_factory=StudyConfig)
     expect: list[Any] = field(default_factory=list)
 
 
 ConfigStore.instance().store(name="schema", node=Config)
+
+
+def by_thousand(key: str, *, _root_: DictConfig) -> str:
+    """The number at `key` as a folder in one of a thousand, 123456 -> 123/123456: for hydra.sweep.subdir.
+
+    A launcher may ask before there is a number; then nothing is named by it yet.
+    """
+    number = OmegaConf.select(_root_, key)
+    return "not numbered" if number is None else f"{int(number) // 1000:03d}/{number}"
+
+
+OmegaConf.register_new_resolver("by_thousand", by_thousand, replace=True)
 
 
 def typed(cfg: DictConfig) -> Config:
@@ -183,14 +225,21 @@ def option_names(of: Any = Config, prefix: str = "") -> Iterator[str]:
             yield from option_names(f.type, prefix + f.name + ".")
 
 
+# Launcher -> the extra that brings it.
+EXTRAS = {"joblib": "parallel", "submitit_local": "parallel", "submitit_slurm": "parallel", "ray": "ray"}
+
+
 def as_usage_error(error: Exception) -> UsageError:
     """One line for what Hydra or OmegaConf say in several."""
     if isinstance(error, OverrideParseException):
         return UsageError(f"{error.override}: not an option; options are key=value, see --help")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
+        if group == "hydra/launcher" and name in EXTRAS:
+            return UsageError(f"{group}={name}: is not installed; pip install 'initlab[{EXTRAS[name]}]'")
         if error.options:
-            return not_one_of(group or "--config-name", name, error.options)
+            known = [*error.options, *(EXTRAS if group == "hydra/launcher" else ())]
+            return not_one_of(group or "--config-name", name, known)
         return UsageError(f"{error.missing_cfg_file}: no such file below the folders of configurations")
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
@@ -284,4 +333,5 @@ def columns(config: Config) -> dict[str, Any]:
 
 
 def seeds(config: Config) -> Sequence[int]:
-    return range(config.seed, config.seed + config.seeds)
+    """Those of all networks of a job, or of one point of its grid."""
+    return range(config.seed, config.seed + config.seeds) if config.sweep.seed is None else config.sweep.seed

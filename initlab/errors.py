@@ -36,6 +36,10 @@ class UsageError(ValueError):
     """A mistake of the user; its text is one line."""
 
 
+class Fault(Exception):
+    """What went wrong in a job, in one line: it travels between processes where the error itself might not."""
+
+
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """' - did you mean X?', or nothing where nothing is near."""
     by_lower = {name.lower(): name for name in allowed}

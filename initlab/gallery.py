@@ -1,15 +1,13 @@
 """experiments/README.md, written anew: every study with its question, source, cost, and what its newest sweep said.
 
-    python -m initlab.gallery [--experiments FOLDER] [OUTPUTS ...]
+    initlab gallery [--experiments FOLDER] [PATH ...]
 
 Only sweeps at a study's own size count: those of the launch line alone, without further options. Their figures are
 copied beside the studies. What stands outside of the two marks in the README is left as it is.
 """
 
-import argparse
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,23 +18,10 @@ from initlab.config import ROOT
 from initlab.errors import UsageError
 from initlab.study import ANSWERS
 
-BEGIN = "<!-- gallery: written by python -m initlab.gallery -->"
+STUDIES = ROOT / "experiments"
+BEGIN = "<!-- gallery: written by initlab gallery -->"
 END = "<!-- end of the gallery -->"
 COLOURS = 256  # of a copied figure; the file is a third as large
-
-
-def main(words: Sequence[str]) -> int:
-    """Exit code: 0 written, 2 the user's mistake."""
-    parser = argparse.ArgumentParser("initlab gallery", description="Write experiments/README.md anew.")
-    parser.add_argument("outputs", nargs="*", default=["outputs"], help="folders in which the studies were run")
-    parser.add_argument("--experiments", default=str(ROOT / "experiments"), help="folder of the studies")
-    given = parser.parse_args(list(words))
-    try:
-        print(write(Path(given.experiments), [Path(one) for one in given.outputs]))
-    except UsageError as error:
-        print(f"initlab: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def write(experiments: Path, outputs: Iterable[Path]) -> str:
@@ -123,7 +108,3 @@ def section(name: str, about: Mapping[str, Any], verdicts: Sequence[str], experi
     if (experiments / f"{name}.png").is_file():
         lines += [f"![{about.get('question', name)}]({name}.png)", ""]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,14 +14,16 @@ import torch
 
 from initlab.config import ActivationConfig, Config, columns, function_of, seeds
 from initlab.errors import UsageError, check, choose
+from initlab.grid import refuse_axes
 from initlab.output import predicted, records, summary
 from initlab.output.records import Recorder
 from initlab.scratch.layers import LOSSES
 from initlab.signal.activations import ACTIVATIONS, Activation
-from initlab.signal.custom import as_activation
+from initlab.signal.custom import as_activation, numerical
+from initlab.signal.gains import gain_words
 from initlab.signal.init import GENERATORS, RULES, Rule, rule
 from initlab.signal.theory import METHODS
-from initlab.stages import TAKE_ANY_FUNCTION, TASKS, Stage
+from initlab.stages import DRAW_BY_RULE, TAKE_ANY_FUNCTION, TASKS, Stage
 from initlab.tasks.pair import MODULES, OPTIMIZERS
 from initlab.tasks.place import DTYPES, MATMULS, find_device, set_matmul
 
@@ -32,18 +35,26 @@ class Job:
     stages: Sequence[Stage]
     recorder: Recorder
     plots: bool
+    gain: str = ""  # which gain the rule took, in words; those of a sweep stand in the columns of its tables
+    compares: bool = False  # networks that differ inside the job: the figures of a sweep are asked for
 
     def run(self) -> str:
         """Measure, record, draw; what is to be printed."""
         with self.recorder:
             said = [stage(self.recorder) for stage in self.stages]
-        return report(self.recorder.folder, said, self.plots)
+        return report(self.recorder.folder, said, self.plots, self.compares, about=self.gain)
+
+    def draw(self) -> None:
+        """The figures alone, of what is recorded."""
+        if self.plots:
+            report(self.recorder.folder, plots=True, compare=self.compares)
 
 
 def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> Job:
     """Refuse every mistake before anything is measured."""
     stages = choose(TASKS, config.task, "task")
     _refuse(config)
+    refuse_axes(config)
     torch.set_num_threads(config.threads)
     set_matmul(config.matmul)
     i = config.init
@@ -65,7 +76,14 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     described = _described(config, scaling, phi, choices) | {"device": device}
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {config.threads} thread(s)"
     recorder = Recorder(folder, described, name, seeds=list(seeds(config)))
-    return Job([stage(config, common) for stage in stages], recorder, config.plots and config.study.figure.y is None)
+    several = any(vars(config.sweep)[name] is not None for name in ("init", "gain", "lr"))
+    if numerical(phi):
+        recorder.note(
+            f"activation: {described['activation']} came without a derivative; its slope is a difference quotient"
+        )
+    words = gain_words(scaling, phi) if config.task in DRAW_BY_RULE and not several else ""
+    plots = config.plots and config.study.figure.y is None
+    return Job([stage(config, common) for stage in stages], recorder, plots, words, several)
 
 
 def _refuse(config: Config) -> None:
@@ -117,10 +135,10 @@ def tables(folder: Path, names: Iterable[str] = tuple(records.TABLES)) -> dict[s
     return found
 
 
-def report(folder: Path, said: Sequence[str] = (), plots: bool = True, compare: bool = False) -> str:
+def report(folder: Path, said: Sequence[str] = (), plots: bool = True, compare: bool = False, about: str = "") -> str:
     """Draw the figures of a run folder, or those that compare the runs of a sweep; what is to be printed.
 
-    That is what the stages said, the short table, and where the rest is.
+    That is what the stages said, the short table, a line `about` the run, and where the rest is.
     """
     found = tables(folder)
     paths = _draw(found, folder, compare) if plots else []
@@ -130,7 +148,10 @@ def report(folder: Path, said: Sequence[str] = (), plots: bool = True, compare: 
         lines.append(summary.as_text(table))
         if "theory" in table:
             lines.append(predicted.said(list(table["theory"].dropna())))
+    lines += [*([about] if about else []), *notes(folder)]
     below = Path() if (folder / "run.json").is_file() else Path("*")  # the folders of a sweep's jobs
+    if below.name and not any(folder.glob("*/run.json")):
+        below = Path("*/*")
     lines.append(f"tables: {shown(folder / below / '*.parquet')}")
     for run in records.run_folders(folder):
         status = records.about(run)["status"]
@@ -139,6 +160,13 @@ def report(folder: Path, said: Sequence[str] = (), plots: bool = True, compare: 
     if paths:
         lines.append(f"plots:  {shown(folder / '*.png')}")
     return "\n".join(lines)
+
+
+def notes(folder: Path) -> list[str]:
+    """What the runs at or below a folder have to say beside their numbers: each sentence once, and how many say it."""
+    runs = list(records.run_folders(folder))
+    said = Counter(note for run in runs for note in records.about(run).get("notes", []))
+    return [text if n == len(runs) else f"{text}: {n} of {len(runs)} runs" for text, n in said.items()]
 
 
 def _draw(found: Mapping[str, pd.DataFrame], folder: Path, compare: bool) -> list[Path]:

@@ -1,6 +1,7 @@
-"""What surrounds the jobs of a sweep: its study, checked before the first job; its folder; a progress bar."""
+"""What surrounds the jobs of a sweep: its study, checked before the first job; its folder; how far it is."""
 
-import math
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from initlab.errors import UsageError
+from initlab.output.claim import claim
 from initlab.study import Study, prepare
+
+FINISHED = ".finished"  # a byte for each job that ended in another process, wherever that was
+SECONDS = 0.5  # between two looks at it
 
 
 class Refused(BaseException):
@@ -26,32 +31,67 @@ class Sweep(Callback):
     folder: ClassVar[Path | None] = None
     study: ClassVar[Study | None] = None
     plots: ClassVar[bool] = True
+    mistakes: ClassVar[list[str]] = []  # of the user, in jobs that ran elsewhere
+    notes: ClassVar[list[str]] = []  # what should be known of the result
     _bar: ClassVar[Any] = None
+    _after: ClassVar[ExitStack] = ExitStack()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        swept = _overrides(config)
         try:
-            _refuse_empty(swept)
+            _refuse_empty(_overrides(config))
             Sweep.study = study_of(config, config.hydra.job.config_name, config.hydra.overrides.task)
         except UsageError as error:
             raise Refused(str(error)) from error
-        Sweep.folder, Sweep.plots = Path(config.hydra.sweep.dir).absolute(), bool(config.plots)
+        Sweep.plots = bool(config.plots)
         if Sweep.study.about.question:
             print(Sweep.study.about.question)
-        Sweep._bar = tqdm(total=_jobs(swept), desc="sweep", unit="job", disable=None)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if Sweep._bar is not None:
             Sweep._bar.update()
+        elif "num" in config.hydra.job and Path(config.hydra.sweep.dir, FINISHED).exists():
+            with Path(config.hydra.sweep.dir, FINISHED).open("ab") as file:
+                file.write(b".")
+
+    @classmethod
+    def forget(cls) -> None:
+        """Nothing is known yet: a process may run one command after another."""
+        cls.folder, cls.study, cls.plots, cls.mistakes, cls.notes = None, None, True, [], []
+
+    @classmethod
+    def claim(cls, folder: Path) -> None:
+        """From now to `close` the folder is this process's; a UsageError if another sweep is working in it."""
+        cls._after.enter_context(claim(folder))
+
+    @classmethod
+    def begin(cls, folder: Path, jobs: int) -> None:
+        """Nothing stands in the way of the jobs: show how far they are."""
+        cls.folder = folder.absolute()
+        cls._bar = tqdm(total=jobs, desc="sweep", unit="job", disable=None)
+        cls._after.callback(cls._bar.close)
+        if not cls._bar.disable:
+            ended, over = folder / FINISHED, threading.Event()
+            ended.write_bytes(b"")
+            watch = threading.Thread(target=_watch, args=(ended, cls._bar, over), daemon=True)
+            cls._after.callback(ended.unlink, missing_ok=True)
+            cls._after.callback(watch.join)
+            cls._after.callback(over.set)
+            watch.start()
 
     @classmethod
     def close(cls) -> Path | None:
-        """End the bar; the folder of the sweep, if there was one."""
+        """End the bar; the folder of the sweep, if one was begun. It stays this process's until `release`."""
         folder, cls.folder = cls.folder, None
         if cls._bar is not None:
             cls._bar.close()
             cls._bar = None
         return folder
+
+    @classmethod
+    def release(cls) -> None:
+        """The folder is free again."""
+        cls._after.close()
+        cls._after = ExitStack()
 
 
 def study_of(config: DictConfig, name: str | None, overrides: Any) -> Study:
@@ -83,7 +123,10 @@ def _refuse_empty(overrides: list[Override]) -> None:
             raise UsageError(f"{override.input_line}: has no values, the sweep is empty")
 
 
-def _jobs(overrides: list[Override]) -> int | None:
-    """How many jobs the overrides make; None where Hydra alone can tell."""
-    counts = [_values(override) for override in overrides if override.is_sweep_override()]
-    return None if None in counts else math.prod(count for count in counts if count is not None)
+def _watch(ended: Path, bar: Any, over: threading.Event) -> None:
+    """Move the bar by the jobs that ended in other processes."""
+    seen = 0
+    while not over.wait(SECONDS):
+        now = ended.stat().st_size
+        bar.update(now - seen)
+        seen = now

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import backward, bare, ensemble, gpu, memory, nets, peers, startup, step, subjects
+from benchmarks import backward, bare, collect, ensemble, gpu, memory, nets, peers, phase, startup, step, subjects
 from benchmarks import stack as stack_group
+from benchmarks.folders import run_folders
 from benchmarks.nets import Net
 from benchmarks.race import Asked, Contestant, NotAvailable, Outcome, Setting
 from benchmarks.rows import IDS, VARIANTS
@@ -282,6 +283,16 @@ def test_without_a_compiler_nothing_is_accelerated(monkeypatch):
     assert subjects.RECORDINGS[subjects.fastest()] == {"histograms": True, "accelerated": False}
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_plane_has_the_networks_that_one_by_one_have(fresh):
+    """In the mean over 40 points; a point's q has a spread of 20 %, the mean ratio one of 3 to 5 %."""
+    together = subjects.plane(40, 12, 100, 8, fresh).call().q[:, -1]
+    alone = torch.stack([q for q, _ in bare.networks_one_by_one(40, 12, 100, 8, fresh).call()]).double()
+    assert (torch.as_tensor(together) / alone).mean() == pytest.approx(1, abs=0.25)
+    assert together[-5:].mean() > 10 * together[:5].mean()
+    assert subjects.plane(3, 2, 4, 2).work == 3
+
+
 # --- what is asked of the races ---------------------------------------------------------------------------------------
 
 
@@ -296,7 +307,7 @@ def asked(monkeypatch):
         assert all({question.over, question.under} <= set(builds) for question in questions)
         return Outcome()
 
-    for module in (step, stack_group, ensemble, backward, gpu):
+    for module in (step, stack_group, ensemble, backward, phase, gpu):
         monkeypatch.setattr(module, "run", collect)
     monkeypatch.setattr(subjects, "require_gpu", lambda: None)
     monkeypatch.setattr(backward, "peak_bytes", lambda call, device: 2.0**20)
@@ -312,9 +323,10 @@ def asked(monkeypatch):
         (stack_group.chapter, "chapter"),
         (ensemble.group, "ensemble"),
         (backward.group, "backward"),
+        (phase.group, "phase"),
         (gpu.group, "gpu"),
     ],
-    ids=["step", "stack", "chapter", "ensemble", "backward", "replay"],
+    ids=["step", "stack", "chapter", "ensemble", "backward", "phase", "replay"],
 )
 def test_a_group_asks_for_all_of_its_ids_once(asked, group, prefix):
     group(Setting(quick=True))
@@ -406,3 +418,24 @@ def test_the_probe_records_what_was_asked_and_is_gone_afterwards(monkeypatch, fa
 
 def test_a_contestant_does_one_unit_of_work_unless_it_says_more():
     assert Contestant(partial(int)).work == 1 and subjects.stack_networks(16, accelerated=False).work == 16
+
+
+def test_all_readers_of_many_files_give_the_same_rows(tmp_path):
+    files = run_folders(tmp_path, 3)
+    own = subjects.collected(tmp_path).call()
+    assert len(own) == 3 * 500 and own["lr"].nunique() == 3 and own["mean"].nunique() > 1000
+    for build in peers.FILES.values():
+        theirs = build(files).call()
+        assert list(theirs) == list(own)[:-1]  # `run` is ours
+        for name in theirs:
+            assert theirs[name].astype(str).tolist() == own[name].astype(str).tolist(), name
+
+
+def test_the_seconds_of_fewer_folders_stand_for_all(monkeypatch):
+    monkeypatch.setattr(collect, "QUICK_FOLDERS", 4)
+    outcome = collect.group(Setting(rounds=2, quick=True))
+    found = {row.id: row for row in outcome.rows}
+    assert set(found) == {"collect", "collect.seconds", "collect.peer.concat"} and found["collect.seconds"].unit == "s"
+    per_folder = outcome.seconds["initlab.read"] / 4
+    assert found["collect.seconds"].ratio == pytest.approx(3000 * per_folder, rel=0.5)  # the same calls, timed twice
+    assert "collect.seconds" not in {row.id for row in collect.group(Setting(threads=2, rounds=1, quick=True)).rows}

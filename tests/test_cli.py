@@ -16,6 +16,7 @@ import torch
 
 import initlab
 from initlab import jobs, stages
+from initlab.errors import UsageError
 from initlab.tasks import ladders
 
 Lab = Callable[..., tuple[int, str, str]]
@@ -107,8 +108,8 @@ MISTAKES = {
     "init.mode=fan": "initlab: init.mode=fan: must be one of constant, fan_avg, fan_in, fan_out - did you mean fan_in?",
     "dtype=float31": "initlab: dtype=float31: must be one of bfloat16, float16, float32, float64 "
     "- did you mean float32?",
-    "task=lb": "initlab: task=lb: must be one of backward, explain, gains, graph, jacobian, lab, matmul, seeded, "
-    "stack, train - did you mean lab?",
+    "task=lb": "initlab: task=lb: must be one of backward, explain, formats, gains, graph, jacobian, lab, matmul, "
+    "phase, seeded, stack, train - did you mean lab?",
     "train.loss=mae": "initlab: train.loss=mae: must be one of cross_entropy, mse - did you mean mse?",
     "train.optimizer=adma": "initlab: train.optimizer=adma: must be one of adam, adamw, momentum, nesterov, rmsprop, "
     "sgd - did you mean adam?",
@@ -222,6 +223,23 @@ def test_a_stopped_run_keeps_what_it_measured(tmp_path: Path, number: int, code:
     with pytest.warns(UserWarning, match="interrupted"):
         frame = initlab.read(tmp_path / "outputs")
     assert "stack" in set(frame["stage"])
+    with pytest.warns(UserWarning, match="interrupted"):
+        theory = initlab.read(tmp_path / "outputs", table="theory")
+    assert "stack" in set(theory["stage"])
+
+
+def test_a_stopped_training_has_its_prediction(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = stages.train
+
+    def stopped(*args: object, **options: object) -> None:
+        whole(*args, **options)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "train", stopped)
+    assert lab("task=train", "theory=simulation", *QUICK)[0] == 130
+    with pytest.warns(UserWarning, match="interrupted"):
+        theory = initlab.read("outputs", table="theory")
+    assert set(theory["stage"]) == {"train"} and {"forward", "backward"} <= set(theory["direction"])
 
 
 @pytest.mark.gpu
@@ -353,6 +371,23 @@ def test_a_wrong_prediction_is_seen_on_the_command_line(lab: Lab, monkeypatch: p
     assert code == 0 and "theory: 0 of 5 layers within the 95 % band" in out
 
 
+def test_a_run_says_which_gain_it_took_and_a_sweep_each_note_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, out, _ = lab("init=xavier", "activation=tanh", *QUICK)
+    assert "gain: 1.46741 (chi: " in out and "torch has 1.66667, init.gain_kind=torch)" in out
+    _, out, _ = lab("init=kaiming", "init.gain_kind=torch", "activation=tanh", *QUICK)
+    assert "gain: 1.66667 (torch: " in out and "the one that keeps gradients is 1.46741, init.gain_kind=chi)" in out
+    assert "gain: " not in lab("init=lecun", *QUICK)[1] and "gain: " not in lab("-m", "init=kaiming", *QUICK)[1]
+    _, out, _ = lab("activation._target_=torch.nn.Softsign", *QUICK)
+    assert "Softsign came without a derivative" in out and "torch has none" in out
+
+    def silent(stats: pd.DataFrame, **asked: object) -> pd.DataFrame:
+        raise UsageError("not known here")
+
+    monkeypatch.setattr(stages, "beside_stack", silent)
+    code, out, _ = lab("-m", "task=stack", "init=kaiming,lecun", "depth=3", "seeds=2", "plots=false")
+    assert code == 0 and out.count("theory: no prediction (not known here)\n") == 1
+
+
 def test_an_activation_of_ones_own_is_one_file(lab: Lab, tmp_path: Path) -> None:
     """A class with arguments, from a file; a function, on the command line: stack, training and theory take both."""
     (tmp_path / "mine" / "activation").mkdir(parents=True)
@@ -427,7 +462,7 @@ def test_an_activation_that_cannot_be_had_is_one_line(lab: Lab, words: tuple[str
 
 
 def test_the_public_door() -> None:
-    for name in ("read", "probe", "predict", "predict_bands", "phase", "critical", "gain"):
+    for name in ("read", "probe", "predict", "predict_bands", "phase", "critical", "gain", "limits"):
         assert name in dir(initlab) and callable(getattr(initlab, name))
     last = initlab.predict(init="kaiming", activation="relu", depth=3, width=100, dtype="float32").iloc[-1]
     assert {"std", "ln_std_mean", "ln_std_sd", "band_low", "band_high", "method"} <= set(last.index)

@@ -1,6 +1,7 @@
 """What figures are made of: a sheet with its title, lines with bands, ends of the number formats, marks of death."""
 
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,19 @@ def beside(ax: Axes, lines: pd.DataFrame, order: list[str], x: str = "layer", co
         ax.plot([], [], color="0.3", label="theory", **style)
     ax.set_ylim(low, high)
     legend(ax, len(order))
+
+
+def at_the_start(ax: Axes, known: pd.DataFrame, colours: Mapping[int, object], steps: int) -> None:
+    """What theory predicts of every layer before the first update, left of step 0, with 95 % of networks: it says
+    nothing of later steps.
+    """
+    if not len(known):
+        return
+    gap = max(steps, 1) * min(0.014, 0.11 / len(known))
+    for k, (layer, centre, low, high) in enumerate(known.itertuples(index=False), start=1):
+        ax.plot([-k * gap] * 2, [low, high], color=colours[layer], linewidth=2, solid_capstyle="butt")
+        ax.plot([-k * gap], [centre], "D", markersize=4, markeredgecolor=colours[layer], markerfacecolor="white")
+    ax.plot([], [], "D", markersize=4, markeredgecolor="0.3", markerfacecolor="white", label="theory at step 0, 95 %")
 
 
 def log_scale(ax: Axes, values: pd.Series | np.ndarray, least: float = 1.0) -> None:

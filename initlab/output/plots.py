@@ -16,11 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from initlab.output import predicted, summary
-from initlab.output.axes import banded, beside, few, layer_axis, limits, log_scale, mark_deaths, sheet
+from initlab.output.axes import at_the_start, banded, beside, few, layer_axis, limits, log_scale, mark_deaths, sheet
+from initlab.output.formats import draw_formats
 from initlab.output.gains import draw_gains
 from initlab.output.graphs import draw_graph
 from initlab.output.jacobian import draw_jacobian
 from initlab.output.octaves import draw_octaves
+from initlab.output.phase import draw_phase
 
 Tables = Mapping[str, pd.DataFrame]
 
@@ -104,8 +106,12 @@ def training_activations(tables: Tables) -> Figure | None:
                 ax.fill_between(line["step"], line["low"], line["high"], color=colours[layer], alpha=0.2, linewidth=0)
         ax.set_ylabel(f"{statistic} of the preactivations")
         ax.set_xlabel("training step")
-        if ax.get_legend():
-            ax.legend(title="layer")
+        known = predicted.start(tables.get("theory", pd.DataFrame(columns=predicted.NEEDED)), statistic)
+        at_the_start(ax, known, colours, int(rows["step"].max()))
+        if ax is axes[0] and (legend := ax.get_legend()):
+            legend.remove()  # one is enough, where there is room for it
+        elif ax.get_legend_handles_labels()[1]:
+            ax.legend(title="layer" if len(layers) <= MANY_LAYERS else None, loc="best")
         ends.append(band)
     if len(layers) > MANY_LAYERS:
         log_scale(axes[1], ends[1]["median"])
@@ -279,7 +285,9 @@ FIGURES: dict[str, Callable[[Tables], Figure | None]] = {
     "timings": timings,
     "graph": _of(draw_graph, "nodes", "edges"),
     "gains": _of(draw_gains, "gains"),
+    "formats": _of(draw_formats, "formats"),
     "jacobian": draw_spectra,
+    "phase": _of(draw_phase, "phase"),
 }
 COMPARING: dict[str, Callable[[Tables], Figure | None]] = {
     "activation_std": activation_std,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from initlab.signal.bands import WIDE
+from initlab.signal.quantiles import WIDE
 
 NEEDED = ["statistic", "direction", "layer", "stage", "implementation", "tensor", "seed", "label", "z", "method"]
 NEEDED += ["predicted", "band_low", "band_high"]
@@ -43,6 +43,14 @@ def lines(theory: pd.DataFrame, direction: str) -> pd.DataFrame:
     return found.sort_values(["label", "layer"])
 
 
+def start(theory: pd.DataFrame, statistic: str) -> pd.DataFrame:
+    """Per layer of a training the preactivations' `predicted`, `low` and `high` of one network at step 0."""
+    rows = theory[(theory["stage"] == "train") & (theory["implementation"] == "scratch") & (theory["seed"] >= 0)]
+    rows = rows[(rows["tensor"] == "preactivation") & (rows["direction"] == "forward")]
+    rows = rows[rows["statistic"] == statistic].rename(columns={"band_low": "low", "band_high": "high"})
+    return rows.drop_duplicates("layer")[["layer", "predicted", "low", "high"]].sort_values("layer")
+
+
 def sentence(count: str) -> str:
     """'49 of 50' as a sentence; what stands after a comma is a reservation."""
     kept, _, reservation = count.partition(", ")
@@ -52,4 +60,7 @@ def sentence(count: str) -> str:
 
 def said(found: Sequence[str]) -> str:
     """The line beneath the short table."""
-    return f"{sentence(found[0]) if len(found) == 1 else 'theory: layers within the 95 % band'} ({MEANING})"
+    if len(found) == 1:
+        return f"{sentence(found[0])} ({MEANING})"
+    hint = "; outside its range theory=simulation knows more" if any("," in one for one in found) else ""
+    return f"theory: layers within the 95 % band ({MEANING}){hint}"

@@ -4,7 +4,6 @@ A table is kept as `parts/TABLE-NNNNN.parquet` until the run ends, then as `TABL
 a temporary name and renamed, so a kill loses only what was not flushed. nan is a value here and never becomes null.
 """
 
-import glob
 import json
 import platform
 import re
@@ -13,20 +12,24 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 import initlab
 from initlab.errors import UsageError, choose
+from initlab.output import gather, shards
+from initlab.output.claim import LOCK
+from initlab.output.folders import Paths, overrides
+from initlab.output.folders import about as about
+from initlab.output.folders import run_folders as run_folders
 
 SCHEMA_VERSION = 1
 TABLES = {
@@ -37,16 +40,20 @@ TABLES = {
     "parity": "relative error of the hand-written tensors against the module's",
     "lsuv": "a row per stage, seed, layer and attempt to scale its weights to unit variance",
     "gains": "a row per activation and gain: what it leads to, and how far it is from what it stands for",
+    "formats": "a row per number format and event: the layer, predicted and measured",
+    "ends": "a row per number format, event and seed: the first layer of it, nan for none",
     "jacobian": "a row per seed and layer: moments of the squared singular values, measured and predicted",
     "singular_values": "a row per seed, layer and rank, at some layers",
+    "phase": "a row per seed and point of a plane of networks, or per layer of it: measured and predicted",
     "timings": "a row per version and shape of a ladder",
     "nodes": "a row per node of autograd's graph",
     "edges": "a row per edge of autograd's graph",
     "steps": "a row per `.g` that one backward pass sets, in order",
     "rules": "the local rule of each layer and its derivative",
 }
-# What Hydra has written into a folder before its job begins.
-_BEFORE_A_RUN = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "initlab.log", "multirun.yaml")
+# What Hydra, and who claimed the folder, have written there before a job begins.
+_HYDRAS = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "multirun.yaml")
+_BEFORE_A_RUN = (LOCK, *_HYDRAS, "initlab.log")
 _STAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d+")
 
 
@@ -75,8 +82,22 @@ def discard(folder: Path) -> None:
                 break
 
 
+def clear(folder: Path) -> None:
+    """Remove what an unfinished run left: tables, parts, figures, run.json. Its log and what Hydra wrote stay."""
+    shutil.rmtree(folder / "parts", ignore_errors=True)
+    for name in (*(f"{table}.parquet" for table in TABLES), "run.json"):
+        (folder / name).unlink(missing_ok=True)
+    for path in (*folder.glob("*.png"), *folder.glob("*.part")):
+        path.unlink()
+
+
 class Recorder:
-    """Writes one run folder; as a context manager it says in run.json how the run ended, however it ended."""
+    """Writes one run folder; as a context manager it says in run.json how the run ended, however it ended.
+
+    `patience`: seconds that rows may wait in memory before they are written; 0 writes them at once.
+    """
+
+    patience = 0.0
 
     def __init__(self, folder: Path, columns: Mapping[str, Any], device: str, **about: Any) -> None:
         self.folder, self.columns = folder, dict(columns)
@@ -85,11 +106,14 @@ class Recorder:
             "status": "running",
             "started": datetime.now(UTC).isoformat(),
             "columns": self.columns,
+            "overrides": overrides(folder),
             **about,
             "device": device,
-            **_machine(),
+            **machine(),
         }
         self._start, self._parts = (time.perf_counter(), time.process_time()), 0
+        self._waiting: list[tuple[int, str, Any]] = []
+        self._written = time.monotonic()
 
     def __enter__(self) -> "Recorder":
         (self.folder / "parts").mkdir(parents=True, exist_ok=True)
@@ -97,20 +121,41 @@ class Recorder:
         return self
 
     def add(self, frames: Mapping[str, pd.DataFrame]) -> None:
-        """Write some rows of some tables; they survive whatever comes later."""
-        for name, frame in frames.items():
-            path = self.folder / "parts" / f"{name}-{self._parts:05d}.parquet"
-            _write(_as_arrow(frame, self.columns), path)
+        """Write some rows of some tables; once written they survive whatever comes later."""
+        self._waiting += [(self._parts, name, shards.as_arrow(frame, self.columns)) for name, frame in frames.items()]
         self._parts += 1
+        if time.monotonic() - self._written >= self.patience:
+            for number, name, table in self._waiting:
+                shards.write(table, self.folder / "parts" / f"{name}-{number:05d}.parquet")
+            self._waiting, self._written = [], time.monotonic()
+
+    def mark(self) -> int:
+        """Where the record stands: what `rewind` goes back to."""
+        return self._parts
+
+    def rewind(self, mark: int) -> None:
+        """Forget what was added since the mark, to measure it again."""
+        self._waiting = [one for one in self._waiting if one[0] < mark]
+        for path in (self.folder / "parts").glob("*.parquet"):
+            if int(path.stem.rpartition("-")[2]) >= mark:
+                path.unlink()
+        self._parts = mark
+
+    def note(self, text: str) -> None:
+        """Something to say of the whole run that is in none of its tables: kept in run.json; nothing if empty."""
+        if text:
+            self.about.setdefault("notes", []).append(text)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for name in TABLES:
             tables = [pq.read_table(path) for path in _parts(self.folder, name)]
+            tables += [table for _, waiting, table in self._waiting if waiting == name]
             if tables:
-                _write(_joined(tables), self.folder / f"{name}.parquet")
+                shards.write(shards.joined(tables), self.folder / f"{name}.parquet")
         shutil.rmtree(self.folder / "parts")
+        self._waiting = []
         if error is None:
             self._say("done")
         elif isinstance(error, Exception):
@@ -126,17 +171,23 @@ class Recorder:
         partial.replace(self.folder / "run.json")
 
 
-def _machine() -> dict[str, Any]:
+@cache
+def _versions() -> dict[str, str]:
     packages = ("torch", "hydra-core", "numpy", "pandas", "pyarrow", "seaborn")
     versions = {"initlab": initlab.__version__, "python": platform.python_version()}
+    return versions | {name: version(name) for name in packages}
+
+
+def machine() -> dict[str, Any]:
     return {
-        "versions": versions | {name: version(name) for name in packages},
+        "versions": _versions(),
         "git_revision": _git_revision(),
         "platform": platform.platform(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
 
+@cache  # of the code that was loaded, whatever is committed while it runs
 def _git_revision() -> str | None:
     """Revision of initlab's own checkout, with `+` where files differ from it; None outside a checkout."""
     root = Path(initlab.__file__).resolve().parents[1]
@@ -152,102 +203,21 @@ def _git_revision() -> str | None:
     return answer.stdout.strip()
 
 
-def _as_arrow(frame: pd.DataFrame, constants: Mapping[str, Any]) -> pa.Table:
-    """Columns of the frame, then the constant ones that it has not; strings as dictionaries, nan kept as nan."""
-    columns: dict[str, pa.Array] = {}
-    for name, column in frame.items():
-        if isinstance(column.dtype, pd.CategoricalDtype):
-            names = pa.array([str(c) for c in column.cat.categories], pa.string())
-            columns[str(name)] = pa.DictionaryArray.from_arrays(pa.array(column.cat.codes.to_numpy(np.int32)), names)
-        else:
-            columns[str(name)] = pa.array(column.to_numpy(), from_pandas=False)
-    for name in [name for name in constants if name not in columns]:
-        value = constants[name]
-        if isinstance(value, str):
-            codes = pa.array(np.zeros(len(frame), np.int32))
-            columns[name] = pa.DictionaryArray.from_arrays(codes, pa.array([value]))
-        else:
-            columns[name] = pa.array(np.full(len(frame), value))
-    return pa.table(columns)
-
-
-def _write(table: pa.Table, path: Path) -> None:
-    words = [f.name for f in table.schema if pa.types.is_dictionary(f.type)]
-    floats = [f.name for f in table.schema if pa.types.is_floating(f.type)]
-    partial = path.with_suffix(".part")
-    pq.write_table(table, partial, compression="zstd", use_dictionary=words, use_byte_stream_split=floats)
-    partial.replace(path)
-
-
-def _joined(tables: list[pa.Table]) -> pa.Table:
-    return pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
-
-
 def _parts(folder: Path, table: str) -> list[Path]:
     return sorted((folder / "parts").glob(f"{table}-*.parquet"))
 
 
-def run_folders(paths: str | Path | Iterable[str | Path]) -> Iterator[Path]:
-    """Folders that hold a run, or what is left of one, at or below the given paths or globs; sorted, each once."""
-    given = [paths] if isinstance(paths, str | Path) else list(paths)
-    found = set()
-    for path in given:
-        matches = [str(path)] if Path(path).is_dir() else glob.glob(str(path), recursive=True)
-        for match in map(Path, matches):
-            files = [match] if match.is_file() else [*match.rglob("run.json"), *match.rglob("*.parquet")]
-            ours = [file for file in files if file.suffix == ".parquet" or file.name == "run.json"]
-            found |= {file.parent.parent if file.parent.name == "parts" else file.parent for file in ours}
-    yield from sorted(found)
-
-
-def about(folder: Path) -> dict[str, Any]:
-    """What run.json says, or a status that says that it cannot be read."""
-    try:
-        said = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        return {"status": "without a status", **said}
-    except FileNotFoundError:
-        return {"status": "without a run.json"}
-    except (OSError, ValueError, TypeError) as error:
-        return {"status": f"of unknown status ({type(error).__name__} in run.json)"}
-
-
-def read_folder(folder: Path, table: str = "stats") -> pa.Table | None:
-    """One table of one run, with the column `run`; of an unfinished run what it has. None where there is nothing."""
-    whole = folder / f"{table}.parquet"
-    tables = []
-    for path in [whole] if whole.is_file() else _parts(folder, table):
-        try:
-            tables.append(pq.read_table(path))
-        except (OSError, pa.ArrowException) as error:
-            warnings.warn(f"{path}: cannot be read ({error})", stacklevel=3)
-    if not tables:
-        return None
-    joined = _joined(tables)
-    run = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(joined), np.int32)), pa.array([str(folder)]))
-    return joined.append_column("run", run)
-
-
-_HAVE_STATS = ("lab", "stack", "train", "seeded")
-
-
-def read(paths: str | Path | Iterable[str | Path] = "outputs/**", table: str = "stats") -> pd.DataFrame:
+def read(paths: Paths = "outputs/**", table: str = "stats") -> pd.DataFrame:
     """One frame of a table of all runs at or below `paths`, the configuration and the run folder as columns.
 
-    Runs that are not done are named in a warning and what they have is read. Nothing found is a ValueError.
+    What was swept and is no column of the table becomes one under the option's own name (`data.root`), empty where a
+    run did not set it. A column that some runs have not is nan there. Runs that are not done and files that cannot be
+    read are named in a warning for each kind, and what they have is read. Nothing found is a ValueError.
     """
     choose(TABLES, table, "table")
-    tables = []
-    for folder in run_folders(paths):
-        said, one = about(folder), read_folder(folder, table)
-        rows = 0 if one is None else len(one)
-        if said["status"] != "done":
-            warnings.warn(
-                f"{folder}: this run is {said['status']}, not done; reading the {rows} rows it has", stacklevel=2
-            )
-        elif one is None and table == "stats" and said.get("columns", {}).get("task") in _HAVE_STATS:
-            warnings.warn(f"{folder}: this run is done, but its table {table} is missing", stacklevel=2)
-        if one is not None:
-            tables.append(one)
-    if not tables:
+    runs = gather.gather(paths, table)
+    for note in gather.notes(runs, table):
+        warnings.warn(note, stacklevel=2)
+    if not any(run.shards for run in runs):
         raise UsageError(f"no run with a table `{table}` at or below {paths}")
-    return _joined(tables).to_pandas()
+    return gather.frame(runs)

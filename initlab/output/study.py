@@ -27,6 +27,7 @@ from initlab.output.selection import bare
 IN_A_ROW = 3  # panels
 SAID = {"step": "training step"}
 SCALED = ("std", "rms")  # a 1 means something, and so do the ends of the number formats
+FEW = 8  # places on a log axis that are named themselves
 ORDERED = 4  # more values of a number than these are told apart by a scale of colours
 
 
@@ -93,6 +94,10 @@ def _scale(ax: Axes, one: Picture, rows: pd.DataFrame) -> None:
         log_scale(ax, rows["y"])
     if one.x_scale == "log" and _all_positive(rows["x"]):
         ax.set_xscale("log")
+        measured = np.unique(rows["x"])
+        if len(measured) <= FEW:
+            ax.set_xticks(measured, [f"{x:.4g}" for x in measured])
+            ax.minorticks_off()
 
 
 def _all_positive(values: pd.Series) -> bool:

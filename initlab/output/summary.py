@@ -53,7 +53,7 @@ def labels(frame: pd.DataFrame) -> pd.Categorical:
 
 
 def labelled(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """The tables with a column `label`, one label for a run in all of them.
+    """The tables with a column `label`, one label for a run, or for a point of its grid, in all of them.
 
     Which columns tell runs apart is asked of all tables at once: a table that only some runs have says less.
     """
@@ -61,11 +61,23 @@ def labelled(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
         return {name: frame.assign(label=labels(frame)) for name, frame in tables.items()}
     kept = [frame[[c for c in (*TELLING, "run", "seed") if c in frame]].drop_duplicates() for frame in tables.values()]
     every = pd.concat([frame.astype({"run": str}) for frame in kept], ignore_index=True).drop_duplicates()
-    every = every.assign(label=labels(every)).drop_duplicates("run")
-    of_run = dict(zip(every["run"], every["label"].astype(str), strict=True))
-    order = list(dict.fromkeys(of_run.values()))
+    every = every.assign(label=labels(every))
+    within = every.groupby("run", sort=False)[[name for name in TELLING if name in every]].nunique(dropna=False)
+    inside = [name for name in within if (within[name] > 1).any()]  # axes inside one run
+    every = every.drop_duplicates(["run", *inside])
+    order = list(dict.fromkeys(every["label"].astype(str)))
+    if not inside:
+        of_run = dict(zip(every["run"], every["label"].astype(str), strict=True))
+        return {
+            name: frame.assign(label=pd.Categorical(frame["run"].astype(str).map(of_run), order))
+            for name, frame in tables.items()
+        }
+    by = ["run", *inside]
+    told = every[[*by, "label"]].astype(str)
     return {
-        name: frame.assign(label=pd.Categorical(frame["run"].astype(str).map(of_run), order))
+        name: frame.assign(
+            label=pd.Categorical(frame[by].astype(str).merge(told, "left", by)["label"].to_numpy(), order)
+        )
         for name, frame in tables.items()
     }
 

@@ -1,7 +1,9 @@
 """All tensors of a step of the readable pass, each with the words of its row, for whoever wants to measure them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+
+from torch import Tensor
 
 from initlab.scratch.mlp import Parameters, Pass
 from initlab.signal.activations import Activation
@@ -39,4 +41,12 @@ def updates_of(implementation: str, step: int, before: Parameters, after: Parame
     return [
         Item(Key("train", implementation, step, layer, "update", "forward"), new - old)
         for layer, ((old, _), (new, _)) in enumerate(zip(before, after, strict=True), start=1)
+    ]
+
+
+def drifts_of(implementation: str, step: int, start: Sequence[Tensor], now: Sequence[Tensor]) -> list[Item]:
+    """Preactivations less those of the same inputs before the first update, layer by layer."""
+    return [
+        Item(Key("train", implementation, step, layer, "drift", "forward"), new - old)
+        for layer, (old, new) in enumerate(zip(start, now, strict=True), start=1)
     ]

@@ -14,24 +14,24 @@ import torch
 from numpy.typing import NDArray
 
 from initlab.signal.laws import NOTHING, Array, Law
+from initlab.signal.quantiles import IN_LN, NARROW, WIDE
 from initlab.signal.stats import STATISTICS
 from initlab.signal.unit_laws import normal_cdf
 
-NARROW, WIDE = 0.9944579, 1.9953933  # standard deviations to 16 and 84 %, 2.3 and 97.7 %
 ROUNDING = 1e-12  # of a measured cosine, which is all that is left to vary where all inputs have become one
 _STEPS = np.array([0.0, -NARROW, NARROW, -WIDE, WIDE])
 QUANTILES = (0.5, 0.16, 0.84, 0.023, 0.977)
-IN_LN = ("q", "rms", "std", "std_within", "norm")
 IN_ORDER = ("q", "rms", "mean", "std", "std_within", "norm", "cosine", "frac_zero", "frac_dead", "frac_saturated")
 EDGES = ("band68_low", "band68_high", "band_low", "band_high")
-NUMBERS = ("predicted", "ln_predicted", "mean", "sd", "median", *EDGES)
+NUMBERS = ("limit", "ln_limit", "mean", "sd", "predicted", *EDGES)
 
 
 class Rows(NamedTuple):
     """One statistic of K tensors, in the columns of NUMBERS: (K, 9).
 
-    `predicted` is the limit of infinite width and `ln_predicted` its ln, which does not overflow. `mean` and `sd` are
-    of the statistic's ln if it is one of IN_LN; the rest is of the statistic itself.
+    `limit` is what infinite width gives and `ln_limit` its ln, which does not overflow. `mean` and `sd` are of the
+    statistic's ln if it is one of IN_LN; the rest is of the statistic itself: `predicted`, the median of its law at
+    this width, and the quantiles around it.
     """
 
     statistic: str
@@ -61,8 +61,10 @@ def bands(law: Law, infinite: Law, batch: int, n: NDArray[np.int64], second: Arr
 
 def scaled(limit: Array, law: Array, count: Array | int) -> list[Rows]:
     """Rows of tensors of so many entries, symmetric about 0, by the law of their ln q: (K,) and (K, 2)."""
+    one = 1 / np.asarray(count, dtype=float)
+    pooled = np.stack([law[:, 0] - one, np.sqrt(law[:, 1] ** 2 + 2 * one**2)], -1)  # a squared mean is chi-square
     with np.errstate(all="ignore"):
-        return [*_lengths(law, limit, np.log(count) / 2), _in_ln("std", law / 2, limit / 2)]
+        return [*_lengths(law, limit, np.log(count) / 2), _in_ln("std", pooled / 2, limit / 2)]
 
 
 def _lengths(law: Array, limit: Array, size: Array) -> list[Rows]:
@@ -128,19 +130,25 @@ _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 
 
 def _mean(law: Law, infinite: Law, second: Array) -> Rows:
-    sd = np.where(np.isfinite(second[:, 1]), second[:, 1] / 2, 0)
-    size = np.exp(np.clip(second[:, 0] / 2, -300, 300))
+    even = bool((np.abs(law.centre) + np.abs(law.lean) < 1e-6 * law.spread).all())
+    own, spread = second, law.spread
+    if even:  # of n alike units: T/n is its variance, and T fluctuates more than q does
+        shift = second[:, 0] - law.ln_second_moment()[:, 0]
+        own = np.stack([law.mean[:, 0] + shift, _root(law.cov[:, 0, 0])], -1)
+        spread = spread * np.exp((law.ln_q - law.mean[:, 0]) / 2)
+    sd = np.where(np.isfinite(own[:, 1]), own[:, 1] / 2, 0)
+    size = np.exp(np.clip(own[:, 0] / 2, -300, 300))
     factor = np.exp(sd[:, None] * _NODES)
     centre = law.centre[:, None] + law.lean[:, None] * _NODES
     mean = (factor * centre) @ _WEIGHTS
-    square = (factor**2 * (centre**2 + law.spread[:, None] ** 2)) @ _WEIGHTS
-    if (np.abs(law.centre) + np.abs(law.lean) < 1e-6 * law.spread).all():
-        points = law.centre[:, None] + law.spread[:, None] * _symmetric_quantiles(factor)
+    square = (factor**2 * (centre**2 + spread[:, None] ** 2)) @ _WEIGHTS
+    if even:
+        points = law.centre[:, None] + spread[:, None] * _symmetric_quantiles(factor)
     else:
-        points = np.stack([_mixture_quantile(q, factor, centre, law.spread) for q in QUANTILES], -1)
+        points = np.stack([_mixture_quantile(q, factor, centre, spread) for q in QUANTILES], -1)
     limit = infinite.centre * np.exp(infinite.ln_q / 2)
-    spread = np.sqrt(np.maximum(square - mean**2, 0))
-    return Rows("mean", np.column_stack([limit, _ln(limit), mean * size, spread * size, points * size[:, None]]))
+    sd = np.sqrt(np.maximum(square - mean**2, 0))
+    return Rows("mean", np.column_stack([limit, _ln(limit), mean * size, sd * size, points * size[:, None]]))
 
 
 def _symmetric_quantiles(factor: Array) -> Array:
@@ -177,7 +185,7 @@ def _mixture_quantile(q: float, factor: Array, centre: Array, spread: Array) -> 
 
 
 def simulated(block: torch.Tensor, limits: dict[str, Array]) -> list[Rows]:
-    """The same rows of one tensor from networks, (S, E); `limits` gives predicted and ln_predicted of those wanted."""
+    """The same rows of one tensor from networks, (S, E); `limits` gives limit and ln_limit of those wanted."""
     rows = dict(zip(STATISTICS, block.numpy(), strict=True))
     found = []
     for name in IN_ORDER:

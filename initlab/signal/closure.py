@@ -10,6 +10,7 @@ state: `tensor_laws`. The way back: `gradients`.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -31,8 +32,30 @@ from initlab.signal.laws import (
 from initlab.signal.unit_laws import COARSE, Units, units
 
 
+class Fitted(NamedTuple):
+    """Weights drawn with variance `drawn`, then divided by the standard deviation of z, over the batch and the units,
+    until its square is within `tolerance` of 1, at most so many times: `lsuv.py`."""
+
+    drawn: float
+    tolerance: float
+    attempts: int
+
+    def weight(self, fan_in: int, entering: float, bias: float) -> float:
+        """Variance of a weight in the end at infinite width, for inputs of second moment `entering`."""
+        found = self.drawn
+        for _ in range(self.attempts):
+            variance = found * fan_in * entering + bias
+            if not 0 < variance < math.inf or abs(variance - 1) < self.tolerance:
+                break
+            found /= variance
+        return found
+
+
 class Layer(NamedTuple):
-    """A linear layer of I inputs and O units as its law needs it. Variances of one weight and of one bias."""
+    """A linear layer of I inputs and O units as its law needs it. Variances of one weight and of one bias.
+
+    Where the weights are fitted, `weight` is what comes of it at infinite width.
+    """
 
     fan_in: int
     fan_out: int
@@ -40,6 +63,12 @@ class Layer(NamedTuple):
     bias: float = 0.0  # normal
     uniform_bias: float = 0.0
     orthogonal: bool = False
+    fitted: Fitted | None = None
+
+    @property
+    def pinned(self) -> bool:
+        """Whether a fit has given z the variance 1 exactly, in each network; one within the tolerance is left alone."""
+        return self.fitted is not None and self.fitted.drawn != self.weight and not self.bias + self.uniform_bias
 
     @property
     def forward_remain(self) -> float:
@@ -49,6 +78,14 @@ class Layer(NamedTuple):
     @property
     def backward_remain(self) -> float:
         return max(0.0, 1 - self.fan_in / self.fan_out) if self.orthogonal else 1.0
+
+
+class Data(NamedTuple):
+    """Batches of data beside the moments of one: in how many directions inputs differ, tr(C)^2 / tr(C^2) of their
+    covariance C, and how ln T and ln W wander from batch to batch: variance, covariance, variance."""
+
+    directions: float = math.inf
+    wander: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 class Step(NamedTuple):
@@ -92,9 +129,20 @@ class Chain(NamedTuple):
         return sigma_points(self.mean, self.cov, self.start.alone)[1]
 
 
-def forward(row: Activation, layers: Sequence[Layer], batch: int, q0: float, c0: float, fixed_input: bool) -> Chain:
-    """All layers. The input has second moment q0 and mean cosine c0 and, if fixed, does not fluctuate."""
+def forward(
+    row: Activation,
+    layers: Sequence[Layer],
+    batch: int,
+    q0: float,
+    c0: float,
+    fixed_input: bool,
+    data: Data = Data(),  # noqa: B008 - a tuple
+) -> Chain:
+    """All layers. The input has second moment q0 and mean cosine c0 and, if fixed, fluctuates as `data` say."""
     start = gaussian_batch(layers[0].fan_in, batch, q0, c0, exact=fixed_input)
+    if fixed_input and batch > 1:
+        t, both, w = data.wander
+        start = replace(start, pair=np.array([1 / data.directions]), cov=np.array([[[t, both], [both, w]]]))
     mean, cov, pair, single = start.mean[0], start.cov[0], float(start.pair[0]), float(start.single[0])
     steps = []
     for layer in layers:
@@ -111,8 +159,12 @@ def _step(row: Activation, layer: Layer, batch: int, state: _State) -> tuple[Ste
     alone = bool(mean[1] == -np.inf)
     nodes, weights = sigma_points(mean, cov, alone)
     ln_z, uniform, damped = preactivations(layer, nodes)
+    if single and (damped < 1).any():
+        ln_z[:, 1] = np.logaddexp(ln_z[:, 1], _turned(ln_z, damped, single, batch))
+    if layer.pinned:
+        ln_z += np.exp(ln_z[:, :1]) / layer.fan_out  # the variance is 1, the second moment that and the mean's square
     u = units(row, ln_z[:, 0], ln_z[:, 1], uniform, COARSE)
-    means, unit_cov, given = _unit(u, batch, uneven(np.array(single), batch), alone, layer.forward_remain, pair)
+    means, unit_cov, given = _unit(u, batch, uneven(np.array(single), batch), layer, pair)
     unit_cov /= layer.fan_out
     shift, noise = ln_cov(relative_to(means[:, :2], unit_cov[:, :2, :2]))
     (next_pair, next_single), shrink, new = _apart(u, ln_z, means, unit_cov, state, layer, damped, batch)
@@ -145,7 +197,10 @@ def _step(row: Activation, layer: Layer, batch: int, state: _State) -> tuple[Ste
 
 def preactivations(layer: Layer, nodes: Array) -> tuple[Array, Array, Array]:
     """ln T and ln W of z (G, 2), the share of T that a uniform bias makes up, the share of q that no bias does."""
-    ln_z = nodes + max(NOTHING, ln(layer.weight * layer.fan_in))
+    if layer.pinned:
+        ln_z = nodes - np.logaddexp(nodes[:, :1], nodes[:, 1:])
+    else:
+        ln_z = nodes + max(NOTHING, ln(layer.weight * layer.fan_in))
     if not layer.bias + layer.uniform_bias:
         return ln_z, np.zeros(len(nodes)), np.ones(len(nodes))
     weighted = np.logaddexp(ln_z[:, 0], ln_z[:, 1])
@@ -154,49 +209,84 @@ def preactivations(layer: Layer, nodes: Array) -> tuple[Array, Array, Array]:
     return ln_z, uniform, np.exp(weighted - np.logaddexp(ln_z[:, 0], ln_z[:, 1]))
 
 
+def _turned(ln_z: Array, damped: Array, single: float, batch: int) -> Array:
+    """ln of what biases add to W, (G,): they turn a difference in length, e x W, out of the direction of x W + b.
+
+    It has the variance e^2 d q then, d the share of q that is the weights', of which e^2 d^2 q still is in the length.
+    """
+    ln_q = np.logaddexp(ln_z[:, 0], ln_z[:, 1])
+    common = np.maximum(np.exp(ln_z[:, 0] - ln_q) - np.exp(ln_z[:, 1] - ln_q) / (batch - 1), 0)
+    return np.asarray(np.log(np.maximum(common * lengths(single) * damped * (1 - damped), 1e-300)) + ln_q)
+
+
 def uneven(single: Array, batch: int) -> Array:
     """So many times fewer inputs are as good, if lengths squared have this relative variance: B sum K^2 / (sum K)^2."""
     return np.asarray(batch * (1 + single) / (batch + single))
 
 
-def _unit(u: Units, batch: int, worse: Array, alone: bool, remain: float, pair: float) -> tuple[Array, Array, Array]:
+def _unit(u: Units, batch: int, worse: Array, layer: Layer, pair: float) -> tuple[Array, Array, Array]:
     """Mean (G, 3) and covariance (G, 3, 3) of one unit's squared batch mean, batch variance and batch mean.
 
     Also the part of each given m, (3, G, M). The e_a add up to 0, so what is linear in them drops out of averages.
     `worse`: so many times fewer inputs of one length would average as well.
     """
     t = (u.variance - u.along**2) / batch
-    given = np.stack([u.mean**2 + t, u.variance - t, u.mean])
+    apart = (pair - (1 - layer.forward_remain) / layer.fan_out) / 2 * u.over_m(u.bow)[:, None] ** 2
+    given = np.stack([u.mean**2 + t + apart, u.variance - t - apart, u.mean])
     means = u.over_m(given).T
     off = (given - means.T[..., None]).transpose(1, 0, 2)
     cov = (off * u.weights[:, None]) @ off.mT
     along = (u.third - u.along_square * u.along) / batch
-    curve = u.curve**2 * (0.0 if alone else pair / 2)
     inside = np.stack(
         [
             4 * u.mean**2 * t + 2 * t**2,
-            np.maximum(u.fourth - u.variance**2 - u.along_square**2, 0) * (worse / batch) + curve,
+            np.maximum(u.fourth - u.variance**2 - u.along_square**2, 0) * (worse / batch),
             t,
             2 * u.mean * along,
             2 * u.mean * t,
             along,
         ]
     )
+    curved = np.stack(
+        [2 * u.mean * u.bow, u.curve, u.bow]
+    )  # slopes by the e_a^2, which pairs' products make go together
+    inside += curved[_FIRST] * curved[_SECOND] * (pair / 2)
     cov += u.over_m(inside)[_SYMMETRIC].transpose(2, 0, 1)
-    if remain < 1:
-        cov = _without_second_chaos(cov, u, given, remain, batch, pair)
+    remain, together = layer.forward_remain, float(worse) / batch + pair
+    if remain < 1 or layer.pinned:
+        of_m, of_e = u.over_m(given * (u.m**2 - 1)), u.over_m(curved)
+        if remain < 1:
+            cov = without_second_chaos(cov, of_m, of_e * math.sqrt(together), remain)
+        if layer.pinned:
+            cov = possible(cov - remain * _in_the_length(1 - u.inside[:, 0], of_m, of_e, together))
     return means, cov, given
 
 
 _SYMMETRIC = np.array([[0, 3, 4], [3, 1, 5], [4, 5, 2]])
+_FIRST, _SECOND = np.array([[0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2]])
 
 
-def _without_second_chaos(cov: Array, u: Units, given: Array, remain: float, batch: int, pair: float) -> Array:
-    """What orthogonal weights leave of the noise: they keep all products of inputs, so nothing quadratic in z moves."""
-    quadratic = u.over_m(given * (u.m**2 - 1))  # (3, G)
-    less = cov - (1 - remain) / 2 * np.einsum("ig,jg->gij", quadratic, quadratic)
-    less[:, 1, 1] -= (1 - remain) / 2 * u.over_m(u.curve) ** 2 * (1 / batch + pair)
-    return possible(less)
+def without_second_chaos(cov: Array, of_m: Array, of_e: Array, remain: float) -> Array:
+    """What orthogonal weights leave of the noise (G, S, S): they keep all products of inputs, so what is quadratic in z
+    does not move. `of_m`, `of_e`: slopes of the S averages by m^2 - 1 and, the inputs together, by e^2 - 1, (S, G).
+    """
+    return possible(cov - (1 - remain) / 2 * (_outer(of_m, of_m) + _outer(of_e, of_e)))
+
+
+def _in_the_length(t: Array, of_m: Array, of_e: Array, together: float) -> Array:
+    """The part of the noise that follows q of z, (G, S, S), which a fit takes out again.
+
+    q fluctuates by the average of t (m^2 - 1) + w (e^2 - 1), and what is scaled by it follows with the slope g.
+    """
+    w = 1 - t
+    g, along = (of_m + of_e) / 2, t * of_m + w * together * of_e
+    return _outer(g, along) + _outer(along, g) - (2 * (t * t + w * w * together))[:, None, None] * _outer(g, g)
+
+
+def _outer(x: Array, y: Array) -> Array:
+    """(S, G) -> (G, S, S)."""
+    found: Array = np.einsum("ig,jg->gij", x, y)
+    return found
 
 
 def sane(x: Array | float) -> float:

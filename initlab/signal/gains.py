@@ -10,6 +10,7 @@ import pandas as pd
 
 from initlab.signal.activations import ACTIVATIONS, GAIN_KINDS, TORCH_HAS, Activation, gain
 from initlab.signal.custom import Given, as_activation, name_of
+from initlab.signal.init import Rule
 from initlab.signal.phases import Phase, phase
 
 EDGE = 1e-6
@@ -112,6 +113,35 @@ def published_table() -> pd.DataFrame:
             about = {"source": said.source, "meant": said.meant, "right": right, "deviation": value / right - 1}
             rows.append({**named, **about, "why": why})
     return pd.DataFrame(rows)
+
+
+PROMISE = {
+    "chi": "gradients keep their second moment where q = 1",
+    "rms": "preactivations keep their second moment where q = 1",
+    "std": "activations have unit variance where q = 1",
+    "torch": "torch.nn.init.calculate_gain's number",
+}
+
+
+def gain_words(scaling: Rule, row: Activation) -> str:
+    """Which gain a rule takes for an activation, of which kind and what torch has; nothing where the rule has its own.
+
+    >>> gain_words(Rule(), ACTIVATIONS["gelu"])
+    'gain: 1.48111 (chi: gradients keep their second moment where q = 1; torch has none)'
+    """
+    if scaling.gain is not None:
+        return ""
+    kind, value = scaling.gain_kind, scaling.gain_for(row)
+    known = any(ACTIVATIONS[name] is row for name in TORCH_HAS)
+    if kind == "torch":
+        other = f"the one that keeps gradients is {gain(row, 'chi'):.6g}, init.gain_kind=chi"
+    elif not known:
+        other = "torch has none"
+    elif abs((theirs := gain(row, "torch")) / value - 1) < EDGE:
+        other = "torch has the same"
+    else:
+        other = f"torch has {theirs:.6g}, init.gain_kind=torch"
+    return f"gain: {value:.6g} ({kind}: {PROMISE[kind]}; {other})"
 
 
 def consequences(row: Activation, value: float) -> dict[str, object]:

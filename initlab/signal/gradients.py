@@ -15,7 +15,7 @@ import numpy as np
 
 from initlab.signal import tensor_laws
 from initlab.signal.activations import Activation
-from initlab.signal.closure import Layer, Step, forward, possible, sane, uneven
+from initlab.signal.closure import Data, Layer, Step, forward, possible, sane, uneven, without_second_chaos
 from initlab.signal.laws import (
     NOTHING,
     Array,
@@ -43,6 +43,7 @@ class _Back(NamedTuple):
     rest: Array
     by_length: float = 0.0  # one input's ln|g|^2 about the average: slope by its ln|x|^2
     own_length: float = 0.0  # and variance of the rest
+    along: float = 1.0  # share of |g|^2 that lies along x, times the width: 1 for a direction of no meaning
 
 
 class _Slopes(NamedTuple):
@@ -61,8 +62,11 @@ class _Slopes(NamedTuple):
     kk: Array  # E k^2, (G,)
     k2k: Array  # E k2 k, (G,)
     k: Array  # E k, (G,)
+    bows: Array  # of X_2 and of X_3 + X_2 by the inputs' e^2 - 1: E of their products given m, (G, 2, 2)
+    bow: Array  # and E of themselves, (G, 2)
+    by_m: Array  # of X by m^2 - 1, (G, 4)
     forward_x: Array  # E of the forward T and W given m times X, at the centre, (2, 4)
-    with_length: Array  # covariance of phi^2 and phi'^2 in a unit, at the centre, ()
+    with_length: Array  # covariance of phi^2 and phi'^2 in a unit, less what isometric weights keep, at the centre, ()
     width: Array
     forward: Array  # E of the forward T and W, at the centre, (2,)
     jacobian: Array  # of the next forward state by this one, (2, 2)
@@ -70,14 +74,21 @@ class _Slopes(NamedTuple):
 
 
 def laws(
-    row: Activation, layers: Sequence[Layer], batch: int, q0: float = 1.0, c0: float = 0.0, fixed_input: bool = False
+    row: Activation,
+    layers: Sequence[Layer],
+    batch: int,
+    q0: float = 1.0,
+    c0: float = 0.0,
+    fixed_input: bool = False,
+    data: Data = Data(),  # noqa: B008 - a tuple
 ) -> Stack:
     """Laws of all tensors; the gradient at the top is unit Gaussian and independent for every input.
 
-    `fixed_input`: the input is one batch of second moment q0 and mean cosine c0, else drawn anew for each network.
+    `fixed_input`: the input is a batch of second moment q0 and mean cosine c0 that varies as `data` say, else unit
+    Gaussian and drawn anew for each network.
     """
     with np.errstate(all="ignore"):  # where a signal is gone, ratios to it are nan or inf: data
-        passed = Layers(forward(row, layers, batch, q0, c0, fixed_input))
+        passed = Layers(forward(row, layers, batch, q0, c0, fixed_input, data))
         start = symmetric(passed.chain.start, layers[0].fan_in)
         above, below = _down(passed)
         return Stack(start, tensor_laws.activations(passed), tensor_laws.preactivations(passed), above, below)
@@ -98,8 +109,11 @@ def _slopes(layers: Layers) -> _Slopes:
     inside = [2 * wide2 / batch**2, 4 * k_wide / batch + 4 * both / batch**2, 12 * k_own / batch + 6 * own2 / batch**2]
     given = np.concatenate([step.given[:2].reshape(2, -1) for step in layers.chain.steps], -1)
     square = u.row("variance") + u.row("mean") ** 2
-    with_length = np.array([step.units.slope_square[0] for step in layers.chain.steps]) - u.over_m(square * k2)[:, 0]
+    with_length = _centre(layers, "slope_square") - u.over_m(square * k2)[:, 0]
+    apart = 1 - np.array([1 - step.units.inside[0, 0] for step in layers.chain.steps]) ** 2
+    with_length -= (1 - layers.forward_remain) / 2 * _centre(layers, "tilt") * _centre(layers, "slope_tilt") * apart
     forward_x = np.moveaxis(u.over_m(given[:, None] * x)[..., 0], -1, 0)
+    bow = np.stack([2 * u.row("slope") * u.row("slope_bow"), u.row("slope2_bow")])
     by = regressors(layers.of("nodes"), layers.weights, layers.alone)
     return _Slopes(
         np.moveaxis(u.over_m(x), 0, -1),
@@ -111,6 +125,9 @@ def _slopes(layers: Layers) -> _Slopes:
         kk,
         k2k,
         e_k,
+        np.moveaxis(u.over_m(bow[:, None] * bow), (0, 1), (-2, -1)),
+        np.moveaxis(u.over_m(bow), 0, -1),
+        np.moveaxis(u.over_m(x * (u.m**2 - 1)), 0, -1),
         forward_x,
         with_length / layers.width,
         layers.width,
@@ -118,6 +135,11 @@ def _slopes(layers: Layers) -> _Slopes:
         slopes(layers.of("ln_x"), by, layers.weights),
         by,
     )
+
+
+def _centre(layers: Layers, name: str) -> Array:
+    """A moment over everything at the centre of each layer's law, (L,)."""
+    return np.array([getattr(step.units, name)[0] for step in layers.chain.steps])
 
 
 def _down(layers: Layers) -> tuple[Law, Law]:
@@ -159,16 +181,83 @@ def _backward(
     t, w = np.exp(back.mean - ln_q).tolist()
     coefficients = np.array([[w, 0, t, 0], [0, w, 0, t]])
     means = s.x @ coefficients.T
-    cov = _unit_cov(layers.batch, _unequal(step, back), s, back, coefficients, means, remain)
+    cov = _unit_cov(layers.batch, step, s, back, coefficients, means, remain)
     shift, noise = ln_cov(relative_to(means, cov))
-    values = ln_means(means, layers.alone) + ln_q + shift
+    values = ln_means(means, layers.alone) + ln_q + shift + _unequal_slopes(step, s, back) + _aligned(step, s, back)
     mean, _, own = total(values, noise, layers.weights)
-    by_state, rest = _carried(step.noise, s, back, values, means[0], own, coefficients, layers.weights)
+    kept = _kept(layers, k, s, back)
+    by_state, rest = _carried(step.noise, s, back, values, means[0], own, coefficients, layers.weights, kept)
     both = by_state @ step.cov @ by_state.T + rest
     pair = _pair(s, back, means[0], cov[0, 1, 1], t, w, remain)
     lengths = _lengths(step, s, back, t, w, remain)
     below = mean + max(NOTHING, ln(step.layer.weight * step.layer.fan_out))
-    return (mean, both, pair), _Back(below, pair, by_state, rest, *lengths)
+    if step.layer.pinned:
+        scale, by, noise_of_fit = _fitted(step, s.regressors, layers)
+        below, by_state, rest = mean + scale, by_state + by, rest + noise_of_fit
+    along = _along(step, s, back)
+    through = (
+        step.layer.backward_remain * (along - 1) / step.layer.fan_in
+    )  # weights have met x, and z is what came of it
+    return (mean, both, pair), _Back(below + math.log1p(through), pair, by_state, rest, *lengths, along)
+
+
+_NONE = np.zeros((2, 2)), np.zeros((2, 2))
+
+
+def _kept(layers: Layers, k: int, s: _Slopes, back: _Back) -> tuple[Array, Array]:
+    """How ln q of dL/dz follows what a homogeneous phi conserves, by the gradient above and by the forward state there.
+
+    x . g of an input is that of the layer below, the fit's factor included. So a share r of |g|^2, 1/n at the top, lies
+    along x, where phi' multiplies by more, 1 + eta; and r falls as |x|^2 |g|^2 rises: that returns to where it was.
+    """
+    chain = layers.chain
+    if not (chain.row.homogeneous and k + 1 < len(chain.steps) and chain.steps[k + 1].layer.pinned):
+        return _NONE
+    x = chain.steps[k + 1]
+    by_g, by_x = (np.exp(state - np.logaddexp(*state)) for state in (back.mean, x.mean))
+    risen = float(np.logaddexp(*back.mean) + np.logaddexp(*x.mean) - np.logaddexp(*chain.mean))
+    together = by_g @ back.by_state + by_x
+    spread = float(together @ x.cov @ together + by_g @ back.rest @ by_g)
+    eta = float(chain.steps[k].units.slope_square[0] / s.k2[0]) - 1
+    returns = -eta * back.along / layers.width[-1] * math.exp(min(0.0, spread / 2 - risen))
+    return np.stack([returns * by_g] * 2), np.stack([returns * by_x] * 2)
+
+
+def _fitted(step: Step, by: Array, layers: Layers) -> tuple[float, Array, float]:
+    """What fitted weights do to ln q of a gradient: they divide it by what the fit has divided the forward pass by.
+
+    Mean, slopes by the forward state (2, 2), and a variance of its own.
+    """
+    layer, ln_z = step.layer, step.ln_z
+    values = np.logaddexp(*ln_z.T) - np.logaddexp(*step.nodes.T)
+    t, w = np.exp(ln_z[0] - np.logaddexp(*ln_z[0]))
+    own = layer.forward_remain * 2 * (t * t + w * w * (1 / layers.batch + step.pair)) / layer.fan_out
+    mean = float(layers.weights @ values) + ln(layer.fan_out / layer.fan_in)
+    return mean, slopes(np.stack([values, values], -1), by, layers.weights), float(own)
+
+
+def _unequal_slopes(step: Step, s: _Slopes, back: _Back) -> float:
+    """What the spread of the inputs' lengths does to ln q: phi'^2 is no line in q, and a gradient that came down
+    through layers where its input is long meets the same here."""
+    layer, u, k2 = step.layer, step.units, s.k2[0]
+    spread = step.single * step.damped[0] ** 2
+    bent = u.slope_bend[0] * (spread - (1 - layer.forward_remain) * 2 / layer.fan_out) / (8 * k2)
+    together = back.by_length * (u.tilt[0] / 2 * u.slope_tilt[0] / (2 * k2) * spread + s.with_length / k2)
+    return sane(np.log1p(max(bent + together, -0.5)))
+
+
+def _aligned(step: Step, s: _Slopes, back: _Back) -> float:
+    """What it does to ln q that phi'^2 along x is not the average one, for a gradient with more or less of itself there
+    than a direction of no meaning."""
+    eta = step.units.slope_square[0] / s.k2[0] - 1
+    return sane(np.log1p(eta * (back.along - 1) / step.layer.fan_out))
+
+
+def _along(step: Step, s: _Slopes, back: _Back) -> float:
+    """`_Back.along` one layer down: g . x below is d . z = g . phi'(z) z, of which the part along phi(z) is kept."""
+    u = step.units
+    kept = u.stretched[0] ** 2
+    return sane((kept * back.along + u.stretched_square[0] - kept) / s.k2[0])
 
 
 def _unequal(step: Step, back: _Back) -> Array:
@@ -177,21 +266,27 @@ def _unequal(step: Step, back: _Back) -> Array:
 
 
 def _unit_cov(
-    batch: int, unequal: Array, s: _Slopes, back: _Back, coefficients: Array, means: Array, remain: float
+    batch: int, step: Step, s: _Slopes, back: _Back, coefficients: Array, means: Array, remain: float
 ) -> Array:
     """Covariance (G, 2, 2) of T and W of dL/dz over a layer's units."""
     t, w = coefficients[0, 2], coefficients[0, 0]
+    worse = uneven(_unequal(step, back), batch)
     squared = coefficients * [0, 0, 1, 1]  # the part of the squared mean of the gradient over the batch
     both = coefficients @ s.xx @ coefficients.T + 2 * squared @ s.xx @ squared.T
     cov = both - means[:, :, None] * means[:, None]
     cov[:, 0, 0] += s.t_inside @ [w * w, w * t, t * t]
     if w > 0:
         fourth = 3 * s.fourth - s.k2k2 * (w * w + 6 * w * t + 3 * t * t)
-        cov[:, 1, 1] += np.maximum(fourth, 0) * uneven(unequal, batch) / batch + 2 * back.pair * w * w * s.k2k2
+        cov[:, 1, 1] += np.maximum(fourth, 0) * worse / batch + 2 * back.pair * w * w * s.k2k2
+    inputs = np.array([[t, 0], [-t, 1]])  # T and W by `bows`
+    cov += step.pair / 2 * inputs @ s.bows @ inputs.T
+    if step.layer.forward_remain < 1:
+        bent = inputs @ s.bow.T * math.sqrt(uneven(np.array(step.single), batch) / batch + step.pair)
+        cov = without_second_chaos(cov, coefficients @ s.by_m.T, bent, step.layer.forward_remain)
     if remain < 1:
         linear = s.x @ squared.T
         cov -= (1 - remain) * 2 * linear[:, :, None] * linear[:, None]
-        cov[:, 1, 1] -= (1 - remain) * 2 * s.k2**2 * w * w * (1 / batch + back.pair)
+        cov[:, 1, 1] -= (1 - remain) * 2 * s.k2**2 * w * w * (worse / batch + back.pair)
         cov = possible(cov)
     found: Array = cov / s.width
     return found
@@ -222,13 +317,21 @@ def _lengths(step: Step, s: _Slopes, back: _Back, t: float, w: float, remain: fl
 
 
 def _carried(
-    noise: Array, s: _Slopes, back: _Back, values: Array, means: Array, own: Array, coefficients: Array, weights: Array
+    noise: Array,
+    s: _Slopes,
+    back: _Back,
+    values: Array,
+    means: Array,
+    own: Array,
+    coefficients: Array,
+    weights: Array,
+    kept: tuple[Array, Array],
 ) -> tuple[Array, Array]:
     """How the new state depends on the forward state below, and the covariance of the rest."""
     size = np.where(means > 0, means, 1)
     by_t, by_w = coefficients * [0, 0, 1, 1] @ s.x[0], coefficients * [1, 1, 0, 0] @ s.x[0]
-    by_back = np.stack([by_t, by_w], -1) / size[:, None]
-    above = by_back @ back.by_state
+    by_back = np.stack([by_t, by_w], -1) / size[:, None] + kept[0]
+    above = by_back @ back.by_state + kept[1]
     ahead = np.where(s.forward > 0, s.forward, 1)
     alive = (s.forward > 0)[:, None] & (means > 0)
     cross = above @ np.where(alive, s.forward_x @ coefficients.T / (ahead[:, None] * size) - 1, 0) / s.width

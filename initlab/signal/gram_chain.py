@@ -106,38 +106,56 @@ def _pass(
         found.setdefault((layer, tensor, direction), []).append(block)
         return block
 
+    layers = [layer._replace(weight=layer.fitted.drawn) if layer.fitted else layer for layer in layers]
     n = layers[0].fan_in
     x = q0**0.5 * (c0**0.5 * chain.normal(1, n) + (1 - c0) ** 0.5 * chain.normal(batch, n))
     note(0, "activation", "forward", x)
-    kept: list[tuple[Tensor, Tensor, tuple[Tensor, Tensor] | Tensor]] = []
+    kept: list[tuple[Tensor, Tensor, _Known, Tensor | float]] = []
     for k, layer in enumerate(layers, 1):
-        z, passed = _through(chain, layer, x)
+        z, passed, factor = _through(chain, layer, x)
         x = row.phi(z)
         block = note(k, "preactivation", "forward", z)
         slope = row.slope(z)
         block[_SATURATED] = saturated_share(slope, row.largest_slope)
         note(k, "activation", "forward", x)
-        kept.append((z, slope, passed))
+        kept.append((z, slope, passed, factor))
     g = chain.normal(batch, layers[-1].fan_out)
     for k in range(len(layers), 0, -1):
-        z, slope, passed = kept.pop()
+        z, slope, passed, factor = kept.pop()
         note(k, "activation", "backward", g)
         d = g * slope if row.backward is None else row.backward(g, z)
         note(k, "preactivation", "backward", d)
-        g = _back(chain, layers[k - 1], d, passed) if k > 1 else g
+        g = _back(chain, layers[k - 1], d, passed) * factor if k > 1 else g
 
 
 _SATURATED = list(STATISTICS).index("frac_saturated")
 
 
-def _through(chain: _Chain, layer: Layer, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | Tensor]:
-    """z = x W + b, and W or what is known of it: the basis Q (E, I, B) of the inputs and Q^T W (E, B, O)."""
+_Known: TypeAlias = tuple[Tensor, Tensor] | Tensor
+
+
+def _through(chain: _Chain, layer: Layer, x: Tensor) -> tuple[Tensor, _Known, Tensor | float]:
+    """z = f x W + b, W or what is known of it: the basis Q (E, I, B) of the inputs and Q^T W (E, B, O); and f, which is
+    1 but where a fit scales the weights."""
+    z, biases, passed = _drawn(chain, layer, x)
+    if layer.fitted is None:
+        return z + biases, passed, 1.0
+    factor = torch.ones(chain.networks, 1, 1, dtype=torch.float64)
+    for _ in range(layer.fitted.attempts):
+        variance = (z * factor.to(z.dtype) + biases).double().var((-2, -1), correction=0, keepdim=True)
+        due = (variance - 1).abs() >= layer.fitted.tolerance
+        factor = torch.where(due & (variance > 0) & variance.isfinite(), factor / variance.sqrt(), factor)
+    return z * factor.to(z.dtype) + biases, passed, factor.to(z.dtype)
+
+
+def _drawn(chain: _Chain, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | float, _Known]:
+    """x W, b, and what is known of W."""
     if not chain.short(layer, x.shape[-2]):
         w = chain.weights(layer)
-        return x @ w + chain.biases(layer), w
+        return x @ w, chain.biases(layer), w
     basis, triangle = torch.linalg.qr(x.mT)
     seen = chain.normal(x.shape[-2], layer.fan_out) * layer.weight**0.5
-    return triangle.mT @ seen + chain.biases(layer), (basis, seen)
+    return triangle.mT @ seen, chain.biases(layer), (basis, seen)
 
 
 def _back(chain: _Chain, layer: Layer, d: Tensor, passed: tuple[Tensor, Tensor] | Tensor) -> Tensor:

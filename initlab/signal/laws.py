@@ -234,6 +234,7 @@ def symmetric(law: Law, n: Array | float) -> Law:
     share = 1 - law.within
     ln_var = law.ln_second_moment()
     ln_var[..., 0] -= share / n
+    ln_var[..., 1] = np.sqrt(ln_var[..., 1] ** 2 + 2 * (share / n) ** 2)  # a squared mean is chi-square
     return replace(law, ln_var=ln_var, centre=0 * share, lean=0 * share, spread=np.sqrt(share / n))
 
 

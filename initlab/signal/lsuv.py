@@ -7,9 +7,10 @@ Legend: E ensemble, N batch, I fan_in, O fan_out, L layers.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -70,14 +71,17 @@ class Fit:
         factor = self.factors[layer - 1] if who is None else self.factors[layer - 1][list(who)]
         return _times(w, factor)
 
-    def frame(self) -> pd.DataFrame:
+    def frame(self, columns: Mapping[str, pd.Categorical | np.ndarray] | None = None) -> pd.DataFrame:
         """A row per layer, attempt and network: std of the preactivations before it, factor after it, what came of it.
 
-        Attempt 0 is what was drawn. The outcome is `scaled` until it is `fits` or one of GIVEN_UP.
+        Attempt 0 is what was drawn. The outcome is `scaled` until it is `fits` or one of GIVEN_UP. `columns`: in what
+        else than their seeds the networks differ, a value for each.
         """
         found = pd.DataFrame(self._rows, columns=list(_Row._fields))
-        seeds = [self.seeds[k] for k in found.pop("network")]
-        return found.assign(outcome=found["outcome"].astype("category")).assign(seed=seeds)
+        network = found.pop("network").to_numpy(int)
+        own = {"seed": np.array(self.seeds), **(columns or {})}
+        words = {"outcome": found["outcome"].astype("category")}
+        return found.assign(**words, **{name: each[network] for name, each in own.items()})
 
     def _scale(self, layer: int, x: Tensor, w: Tensor, b: Tensor | None, forward: Forward) -> Tensor:
         """The preactivations of a layer, its weights scaled as its data want it."""

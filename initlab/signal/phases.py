@@ -60,13 +60,19 @@ def phase(activation: Given, sw2: float, sb2: float = 0.0) -> Phase:
     return Phase(activation=str(row["activation"]), phase=str(row["phase"]), **numbers)
 
 
-def phase_plane(activation: Given, sw2: Sequence[float], sb2: Sequence[float]) -> pd.DataFrame:
-    """`phase` for every pair of the two lists, a row each, sb2 slowest."""
+def phase_plane(
+    activation: Given, sw2: Sequence[float], sb2: Sequence[float], first_layer: bool = False
+) -> pd.DataFrame:
+    """`phase` for every pair of the two lists, a row each, sb2 slowest.
+
+    `first_layer` starts at q = sw2 + sb2, the first preactivation of an input of second moment 1, instead of at q = 1:
+    where there are several fixed points, as of GELU, the two may end in different ones.
+    """
     row = as_activation(activation)
     weights, biases = _variances("sw2", sw2), _variances("sb2", sb2)
     s = weights.repeat(len(biases))
     b = biases.repeat_interleave(len(weights))
-    q = _length_fixed_point(row, s, b)
+    q = _length_fixed_point(row, s, b, s + b if first_layer else torch.ones_like(s))
     slope, chi_1, named = _named(row, q, s, b)
     c = torch.where(named == _CODES.index("unbounded"), torch.nan, torch.ones_like(q))
     chaotic = named == _CODES.index("chaotic")
@@ -125,12 +131,16 @@ def _table(row: Activation) -> tuple[Tensor, Tensor, Tensor]:
     return q, mean_square, in_octaves(lambda r, x, _: maps.slope_moment(r, x), row, q, q)
 
 
-def _length_fixed_point(row: Activation, s: Tensor, b: Tensor) -> Tensor:
-    """Where V(q) = q, met first on the way from q = 1 in the direction that V takes; 0 and inf where never."""
+def _length_fixed_point(row: Activation, s: Tensor, b: Tensor, q0: Tensor) -> Tensor:
+    """Where V(q) = q, met first on the way from q0 (to the table's grid) in the direction that V takes; 0 and inf where
+    never.
+    """
     q, mean_square, _ = _table(row)
-    start, places = 12 * STEPS_PER_DECADE, torch.arange(len(q))
+    places = torch.arange(len(q))
+    start = ((q0.clamp(q[0], q[-1]).log10() + 12) * STEPS_PER_DECADE).round().long()[:, None]
     gap = s[:, None] * mean_square / q + b[:, None] / q - 1  # (P, grid)
-    up = gap[:, start] > 0
+    at_start = gap.gather(1, start)[:, 0]
+    up = at_start > 0
     ahead = torch.where(up[:, None], places > start, places < start)
     crossed = ahead & ((gap <= 0) == up[:, None])
     order = torch.where(up[:, None], places, len(q) - 1 - places)  # how far ahead
@@ -142,8 +152,8 @@ def _length_fixed_point(row: Activation, s: Tensor, b: Tensor) -> Tensor:
         other = torch.where(up[found], index - 1, index + 1)
         low, high = q[torch.minimum(index, other)], q[torch.maximum(index, other)]
         solved[found] = _refined(row, low, high, s[found], b[found])
-    still = gap[:, start].abs() < 1e-13
-    solved[still] = 1.0
+    still = at_start.abs() < 1e-13
+    solved[still] = q[start[:, 0]][still]
     valley = _valleys(gap) & ahead & (order <= first[:, None] + 1) & ~still[:, None]
     for k in valley.any(-1).nonzero().flatten().tolist():
         nearest = valley[k].nonzero().flatten()[0 if up[k] else -1]
@@ -218,7 +228,22 @@ def critical(activation: Given, sb2: float = 0.0) -> float:
         )
     k = int(change[0])
     root = _bisected(lambda x: _line_bias(row, x) - wanted, float(q[k]), float(q[k + 1]))
-    return 1 / float(maps.slope_moment(row, torch.tensor([root])))
+    return 1 / float(maps.slope_moment(row, torch.tensor([root], dtype=torch.float64)))
+
+
+def critical_line(activation: Given) -> pd.DataFrame:
+    """The part of the critical line that attracts (V' <= 1): columns q, sw2, sb2, a row for each q of a fine grid.
+
+    Of a rectifier, whose q is arbitrary there, one row; empty of an activation that has no such part.
+    """
+    row = as_activation(activation)
+    q, mean_square, slope_square = _table(row)
+    sw2 = 1 / slope_square
+    sb2 = q - sw2 * mean_square
+    if bool((sb2.abs() <= 1e-12 * q).all()):
+        return pd.DataFrame({"q": [1.0], "sw2": [float(sw2[0])], "sb2": [0.0]})
+    stable = (sb2 >= 0) & (sw2 * in_octaves(lambda r, x, _: maps.growth(r, x), row, q, q) <= 1)
+    return pd.DataFrame({"q": q[stable].numpy(), "sw2": sw2[stable].numpy(), "sb2": sb2[stable].numpy()})
 
 
 def half_stable(activation: Given) -> tuple[float, float, float]:

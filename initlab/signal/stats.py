@@ -96,7 +96,7 @@ def _surely_finite(wide: Tensor) -> bool:
     return wide.device.type == "cpu" and bool(wide.sum().isfinite())
 
 
-BATCHED = ("preactivation", "activation")
+BATCHED = ("preactivation", "activation", "drift")
 _SATURATED = list(FIELDS).index("saturated")
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from initlab.signal.closure import Chain, uneven
+from initlab.signal.fits import left_alone
 from initlab.signal.laws import Array, Law, ln_cov, ln_noise, spread, symmetric, total
 from initlab.signal.unit_laws import Intervals, Joined, saturated, zeros
 
@@ -24,6 +25,19 @@ class Stack(NamedTuple):
     preactivation_gradients: Law
 
 
+def moved(stack: Stack, up: Array) -> Stack:
+    """The laws of a stack whose layers multiply q by exp(up), (L,), more, there and on the way back."""
+    if not up.any():
+        return stack
+    forward, backward = np.cumsum(up), np.cumsum(up[::-1])[::-1] - up
+    by = forward, forward, backward, backward
+    return Stack(stack.input, *(_moved(law, ln_q) for law, ln_q in zip(stack[1:], by, strict=True)))
+
+
+def _moved(law: Law, ln_q: Array) -> Law:
+    return replace(law, mean=law.mean + ln_q[:, None], ln_var=law.ln_var + np.stack([ln_q, 0 * ln_q], -1))
+
+
 class Layers:
     """What a chain's steps know, side by side: leading dimension L."""
 
@@ -32,6 +46,7 @@ class Layers:
         self.weights = chain.weights
         self.width = np.array([step.layer.fan_out for step in chain.steps], dtype=float)
         self.forward_remain = np.array([step.layer.forward_remain for step in chain.steps])
+        self.pinned = np.array([step.layer.pinned for step in chain.steps])
 
     def of(self, name: str) -> Array:
         return np.array([getattr(step, name) for step in self.chain.steps])
@@ -73,6 +88,8 @@ def preactivations(layers: Layers) -> Law:
     relative[..., 0, 0] = (remain / layers.width)[:, None] * (2 - 1.2 * layers.of("uniform") ** 2)
     if not layers.alone:
         relative[..., 1, 1] = (remain / layers.width * 2 * (1 / (layers.batch - 1) + pair))[:, None]
+    if layers.pinned.any():
+        relative[layers.pinned] = _pinned(layers, relative)[layers.pinned]
     shift, noise = ln_cov(relative)
     mean, cov, _ = total(layers.of("ln_z") + shift, noise, layers.weights)
     law = Law(mean, cov, pair + remain * (1 + pair) / layers.width, single * layers.of("damped")[:, 0])
@@ -80,7 +97,27 @@ def preactivations(layers: Layers) -> Law:
         "frac_zero": np.zeros((len(mean), 2)),
         "frac_saturated": layers.share(saturated(layers.chain.row), single),
     }
-    return symmetric(replace(law, shares=shares), layers.width)
+    found = symmetric(replace(law, shares=shares), layers.width)
+    found.ln_var[layers.pinned] = _unit_variance(layers)[layers.pinned]
+    return found
+
+
+def _unit_variance(layers: Layers) -> Array:
+    """ln of the pooled variance of pinned layers, mean and sd (L, 2): 0, but where the fit had nothing to do."""
+    steps = layers.chain.steps
+    alone = np.array([left_alone(s.layer, s.mean, s.cov, s.pair, layers.batch) for s in steps])
+    off = np.array([s.layer.fitted.tolerance if s.layer.fitted else 0.0 for s in steps]) / np.sqrt(3)
+    return np.stack([0 * off, np.sqrt(alone) * off], -1)
+
+
+def _pinned(layers: Layers, relative: Array) -> Array:
+    """Noise of T and W, (L, G, 2, 2), of tensors whose variance is 1: the ratio's, and the squared pooled mean's."""
+    ln_z = layers.of("ln_z")
+    share = np.exp(ln_z - np.logaddexp(ln_z[..., :1], ln_z[..., 1:]))
+    apart = np.eye(2) - share[..., None, :]
+    centre = 2 * (share[..., :1, None] / layers.width[:, None, None, None]) ** 2
+    found: Array = apart @ relative @ apart.mT + centre
+    return found
 
 
 def activations(layers: Layers) -> Law:

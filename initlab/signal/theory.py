@@ -14,19 +14,22 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from initlab.errors import UsageError
+from initlab.errors import UsageError, not_one_of
 from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.bands import EDGES, IN_LN, IN_ORDER, Block, bands, frame, scaled, simulated
+from initlab.signal.bands import EDGES, IN_ORDER, Block, bands, frame, scaled, simulated
 from initlab.signal.case import Case, case_of
+from initlab.signal.closure import Data, Layer
 from initlab.signal.custom import Given, name_of, numerical
 from initlab.signal.finite_width import linear_batch, linear_one_input, lognormal, relu_one_input
+from initlab.signal.fits import fit_noise, ln_weight
 from initlab.signal.gradients import laws
 from initlab.signal.gram_chain import simulate
 from initlab.signal.infinite_width import infinite_laws
 from initlab.signal.init import Rule
 from initlab.signal.laws import Array, Law, Moments, ln
 from initlab.signal.maps import growth, moment
-from initlab.signal.tensor_laws import Stack
+from initlab.signal.quantiles import IN_LN
+from initlab.signal.tensor_laws import Stack, moved
 
 METHODS = {
     "auto": "closed laws where they hold, simulation elsewhere if it costs seconds; `method` says what was done",
@@ -36,8 +39,10 @@ METHODS = {
 SPREAD = 1.0  # sum of 1/width up to which `auto` trusts the closure where phi is homogeneous
 SPREAD_WITH_SCALE = 0.6  # the same where phi has a scale of its own
 WANDERS = 0.3  # standard deviation of ln q over networks up to which an activation with a scale is trusted too
+SURE = 3  # standard deviations between a fitted layer's variance and the tolerance that decides what becomes of it
 BUDGET = 3e10  # multiplications in float64 that `auto` spends on a simulation: below 10 s
 FLOAT32_IS_FASTER = 3  # times, measured
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 NETWORKS = (100, 1000)  # fewest and most networks of a simulation that chooses for itself
 
 
@@ -57,6 +62,8 @@ def predict(
     finite-width numbers come from, `slope` whether phi' was given or differentiated numerically. Arithmetic is exact:
     `dtype` is kept as a column; where a format ends is `formats.limits`' business. Options: see `predict_bands`.
     """
+    if dtype not in FLOATS:
+        raise not_one_of("dtype", dtype, FLOATS)
     long = predict_bands(init, activation, depth, width, **options)
     at = long.groupby(_KEYS).ngroup().to_numpy()
     first = np.unique(at, return_index=True)[1]
@@ -69,9 +76,9 @@ def predict(
 
     for name in (name for name in IN_ORDER if name in set(statistics)):
         rows = np.flatnonzero(statistics == name)
-        put(name, "predicted", rows)
+        put(name, "limit", rows)
         if name in IN_LN:
-            for column, source in (("ln_{}", "ln_predicted"), ("ln_{}_mean", "mean"), ("ln_{}_sd", "sd")):
+            for column, source in (("ln_{}", "ln_limit"), ("ln_{}_mean", "mean"), ("ln_{}_sd", "sd")):
                 put(column.format(name), source, rows)
         if name == "std":
             for edge in EDGES:
@@ -96,17 +103,21 @@ def predict_bands(
     method: str = "auto",
     networks: int | None = None,
     seed: int = 0,
+    outputs: bool = False,
+    data: Data = Data(),  # noqa: B008 - a tuple
     **rule_fields: Any,
 ) -> pd.DataFrame:
     """One row per layer, tensor, direction and statistic, with `scale` (ln or linear), the columns of `bands.NUMBERS`,
-    `method` and `slope`.
+    `method` and `slope`. `predicted`, `limit` and the bands mean what they mean in a run's table `theory`.
 
     `widths` gives every layer's units and replaces depth and width; `inputs` the input's. The input has second moment
-    q0 and mean cosine c0, is drawn for each network or, if `fixed_input`, is one batch of just these moments. `sb2`
-    adds normal biases of this variance. `mode`, `gain`, `gain_kind`, `distribution` and `bias` replace the rule's own.
-    `method`: auto, closed or simulation, the last with so many `networks` and this `seed`.
+    q0 and mean cosine c0, is drawn for each network or, if `fixed_input`, is a batch of just these moments, which
+    wander as `data` say (`closure.Data`). `sb2` adds normal biases of this variance. `outputs`: the last layer is that
+    of a trained network, as `mup` draws it. `mode`, `gain`, `gain_kind`, `distribution` and `bias` replace the rule's
+    own. `method`: auto, closed or simulation, the last with so many `networks` and this `seed`.
     """
-    case = case_of(init, activation, depth, width, widths, inputs, batch, q0, c0, fixed_input, sb2, rule_fields)
+    shape = depth, width, widths, inputs, batch
+    case = case_of(init, activation, *shape, q0, c0, fixed_input, sb2, rule_fields, outputs, data)
     if method not in METHODS:
         raise UsageError(f"method={method}: must be one of {', '.join(METHODS)}")
     if networks is not None and networks < 2:
@@ -154,15 +165,29 @@ _KINDS = (
 )
 
 
-@lru_cache(maxsize=32)
 def _infinite(case: Case) -> Stack:
-    return infinite_laws(case.row, case.layers, case.batch, case.q0, case.c0)
+    layers, up = _of_any_gain(case)
+    return moved(_known_infinite(case.row, layers, case.batch, case.q0, case.c0), up)
 
 
-@lru_cache(maxsize=32)
 def finite_laws(case: Case) -> Stack:
     """The laws at finite width."""
-    return laws(case.row, case.layers, case.batch, case.q0, case.c0, case.fixed_input)
+    layers, up = _of_any_gain(case)
+    return moved(_known(case.row, layers, case.batch, case.q0, case.c0, case.fixed_input, case.data), up)
+
+
+_known, _known_infinite = lru_cache(maxsize=32)(laws), lru_cache(maxsize=32)(infinite_laws)
+
+
+def _of_any_gain(case: Case) -> tuple[tuple[Layer, ...], Array]:
+    """A homogeneous stack without biases is that of any other gain but for ln q: its layers with lengths kept, and what
+    is to be added to ln q layer by layer, (L,). So a sweep over the gain costs one prediction."""
+    layers = case.layers
+    plain = all(one.weight > 0 and not (one.bias or one.uniform_bias or one.fitted) for one in layers)
+    if not (case.row.homogeneous and plain):
+        return layers, np.zeros(len(layers))
+    kept = tuple(one._replace(weight=1 / one.fan_in) for one in layers)
+    return kept, np.array([ln(one.weight * one.fan_in) for one in layers])
 
 
 def _closed(case: Case, otherwise: str) -> Iterator[Block]:
@@ -215,7 +240,11 @@ def _parameters(case: Case) -> Iterator[Block]:
 
     noise = 0 / i if case.layers[0].orthogonal else _fourth(case.rule) / (i * o)
     size = np.array([ln(layer.weight) for layer in case.layers])
-    yield from blocks("weight", "forward", size, np.stack([size - noise / 2, np.sqrt(noise)], -1), i * o)
+    law = np.stack([size - noise / 2, np.sqrt(noise)], -1)
+    pinned = np.array([layer.pinned for layer in case.layers])
+    if pinned.any():
+        law[pinned] = _as_fitted(case)[pinned]
+    yield from blocks("weight", "forward", size, law, i * o)
     bias = np.array([ln(layer.bias + layer.uniform_bias) for layer in case.layers])
     if np.isfinite(bias).all():
         var = (2 if case.layers[0].bias else 0.8) / o
@@ -224,6 +253,16 @@ def _parameters(case: Case) -> Iterator[Block]:
     found = _parameter_gradients(finite_laws(case), case.batch)
     for tensor, limit, law, count in zip(("weight", "bias"), limits, found, (i * o, o), strict=True):
         yield from blocks(tensor, "backward", limit[:, 0], law, count)
+
+
+def _as_fitted(case: Case) -> Array:
+    """ln q of weights that are fitted to data, mean and sd (L, 2): they are as small as their input was large."""
+    x = finite_laws(case)
+    below = _below(x.input.ln_second_moment(), x.activations.ln_second_moment())
+    enter = list(zip(case.layers, [*x.input.each(), *x.activations.each()], strict=False))  # none above the last
+    noise = np.array([fit_noise(layer, law.mean[0], float(law.pair[0]), case.batch) for layer, law in enter])
+    centre = np.concatenate([ln_weight(layer, law.mean) for layer, law in enter])
+    return np.stack([centre + noise / 2, np.sqrt(below[:, 1] ** 2 + noise)], -1)
 
 
 def _fourth(scaling: Rule) -> float:
@@ -237,13 +276,18 @@ def _parameter_gradients(stack: Stack, batch: int) -> tuple[Array, Array]:
     ||dW||^2 = sum_ab (x_a . x_b)(d_a . d_b): B^2 T_x T_d from what inputs have in common, B W_x W_d from the rest.
     """
     x, d = stack.activations, stack.preactivation_gradients
-    below = np.concatenate([stack.input.mean, x.mean[:-1]])
+    below = _below(stack.input.mean, x.mean)
     common, rest = (below + d.mean).T
     var = d.ln_second_moment()[:, 1] ** 2
     own = np.zeros(len(var)) if d.certain else np.sqrt(np.maximum(d.cov[:, 0, 0], 0))
-    var += np.concatenate([stack.input.ln_second_moment()[:, 1], x.ln_second_moment()[:-1, 1]]) ** 2
+    var += _below(stack.input.ln_second_moment(), x.ln_second_moment())[:, 1] ** 2
     centre = 2 * math.log(batch) + np.logaddexp(common, rest - math.log(max(1, batch - 1)))
     return np.stack([centre, np.sqrt(var)], -1), np.stack([2 * math.log(batch) + d.mean[:, 0], own], -1)
+
+
+def _below(start: Array, x: Array) -> Array:
+    """Of the tensor that enters each layer."""
+    return np.concatenate([start, x[:-1]])
 
 
 # --- simulated laws --------------------------------------------------------------------------------------------------
@@ -279,20 +323,39 @@ def trusted(case: Case) -> bool:
         return True
     at = torch.tensor([0.01, 1.0, 100.0], dtype=torch.float64)
     scale_free = bool((2 * growth(case.row, at) * at / moment(case.row, at) - 2).abs().max() < 1e-9)
+    if not _decided(case):
+        return False
     if sum(1 / layer.fan_out for layer in case.layers) > (SPREAD if scale_free else SPREAD_WITH_SCALE):
         return False
     return scale_free or bool((finite_laws(case).activations.ln_second_moment()[:, 1] < WANDERS).all())
 
 
+def _decided(case: Case) -> bool:
+    """Whether nearly all networks agree on which layers a fit leaves alone; biases make a fit what it is not here."""
+    fitted = [layer.fitted for layer in case.layers]
+    if not any(fitted):
+        return True
+    laws = finite_laws(case)
+    enters = _below(laws.input.ln_second_moment(), laws.activations.ln_second_moment())
+    for fit, layer, (ln_q, sd) in zip(fitted, case.layers, enters, strict=True):
+        if fit is None or layer.bias + layer.uniform_bias:
+            return fit is None
+        low, high = (ln(fit.drawn * layer.fan_in) + ln_q + k * SURE * sd for k in (-1, 1))
+        edges = ln(1 - fit.tolerance), ln(1 + fit.tolerance)
+        if any(low <= edge <= high for edge in edges):
+            return False
+    return True
+
+
 def _simulated(case: Case, networks: int, seed: int) -> Iterator[Block]:
-    predicted: dict[tuple[int, str, str], dict[str, Array]] = {}
+    limits: dict[tuple[int, str, str], dict[str, Array]] = {}
     for kind in _tensors(case, _infinite(case)):
         for rows in bands(kind.law, kind.limit, case.batch, kind.units):
             for layer, numbers in zip(kind.layers.tolist(), rows.numbers, strict=True):
-                predicted.setdefault((layer, kind.tensor, kind.direction), {})[rows.statistic] = numbers[:2]
-    dtype = torch.float32 if float32_will_do(case) else torch.float64
+                limits.setdefault((layer, kind.tensor, kind.direction), {})[rows.statistic] = numbers[:2]
+    number = torch.float32 if float32_will_do(case) else torch.float64
     moments = case.q0, case.c0
-    found = simulate(case.row, case.layers, case.batch, networks, *moments, case.rule.distribution, seed, dtype)
+    found = simulate(case.row, case.layers, case.batch, networks, *moments, case.rule.distribution, seed, number)
     for key, block in found.items():
-        for rows in simulated(block, predicted[key]):
+        for rows in simulated(block, limits[key]):
             yield Block(np.array(key[:1]), *key[1:], rows, "simulation")

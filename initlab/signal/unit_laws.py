@@ -38,10 +38,11 @@ class Grid(NamedTuple):
     reach: float
     nodes: int
     halvings: int
+    wide: int = 0  # octaves of z that the innermost panel may span beyond 1
     means_only: bool = False
 
 
-COARSE = Grid(width=3.0, reach=6.0, nodes=6, halvings=3)  # 1e-5, for what fluctuates
+COARSE = Grid(width=3.0, reach=6.0, nodes=6, halvings=3, wide=1)  # 1e-5, for what fluctuates
 FINE = Grid(width=3.0, reach=7.5, nodes=10, halvings=12, means_only=True)  # 1e-9, for the limit of infinite width
 
 
@@ -49,10 +50,12 @@ FINE = Grid(width=3.0, reach=7.5, nodes=10, halvings=12, means_only=True)  # 1e-
 class Units:
     """Moments given m, each (G, M), of phi in units of exp(ln_scale / 2); slopes have no scale.
 
-    mean, variance, third, fourth: central moments of phi. along, along_square, curve: E[phi e], E[(phi - mean)^2 e],
-    E[(phi - mean)^2 (e^2 - 1)]. slope, slope2, slope4, slope_along: E[phi'], E[phi'^2], E[phi'^4], E[phi' e].
-    Over everything, (G,), u the preactivation in units of sqrt(q): tilt, bend, slope_tilt, slope_square are
-    E[phi^2 (u^2 - 1)], E[phi^2 (u^4 - 6 u^2 + 3)], E[phi'^2 (u^2 - 1)], E[phi^2 phi'^2].
+    mean, variance, third, fourth: central moments of phi. along, along_square: E[phi e], E[(phi - mean)^2 e]. bow,
+    curve: E[phi h], E[(phi - mean)^2 h] with h = e^2 - 1. slope, slope2, slope4: E[phi'], E[phi'^2], E[phi'^4].
+    slope_along, slope_bow, slope2_bow: E[phi' e], E[phi' h], E[phi'^2 h].
+    Over everything, u the preactivation in units of sqrt(q): tilt, bend, (G,), are E[phi^2 (u^2 - 1)] and
+    E[phi^2 (u^4 - 6 u^2 + 3)]; of the first state alone, (1,): slope_tilt, slope_bend the same of phi'^2, slope_square
+    E[phi^2 phi'^2], stretched E[phi phi' u], stretched_square E[phi'^2 u^2].
     """
 
     m: Array
@@ -66,15 +69,21 @@ class Units:
     fourth: Array
     along: Array
     along_square: Array
+    bow: Array
     curve: Array
     slope: Array
     slope2: Array
     slope4: Array
     slope_along: Array
+    slope_bow: Array
+    slope2_bow: Array
     tilt: Array
     bend: Array
     slope_tilt: Array
+    slope_bend: Array
     slope_square: Array
+    stretched: Array
+    stretched_square: Array
 
     def over_m(self, f: Array) -> Array:
         """E over m, (..., G, M) -> (..., G)."""
@@ -139,7 +148,9 @@ def units(row: Activation, ln_t: Array, ln_w: Array, uniform: Array, grid: Grid 
     scale = np.exp(clipped)[:, None]
     kinks = sorted({0.0, *row.kinks})
     octaves = math.ceil(min(30.0, max(0.0, clipped.max() / math.log(2))))
-    m, m_weights = _outer(t, w, scale, kinks, octaves, uniform, grid)
+    octaves = max(min(octaves, 1), octaves - grid.wide)
+    narrow = float((t / np.maximum(w, 1e-30)).max()) if row.kinks or not w.any() else 1.0
+    m, m_weights = _outer(t, scale, kinks, octaves, narrow, uniform, grid)
     e, e_weights = _inner(m, t, w, scale, kinks, octaves, grid)
     u = (np.sqrt(t) * m)[..., None] + np.sqrt(w)[..., None] * e
     z = torch.from_numpy(scale[..., None] * u)
@@ -164,15 +175,34 @@ def _means(f: Array, p: Array, weights: Array) -> dict[str, Any]:
     return none | {"mean": centre, "variance": variance, "slope": _mean(p, weights), "slope2": _mean(p * p, weights)}
 
 
-_NOISE = ("third", "fourth", "along", "along_square", "curve", "slope4", "slope_along")
-_WHOLE = ("tilt", "bend", "slope_tilt", "slope_square")
+_NOISE = (
+    "third",
+    "fourth",
+    "along",
+    "along_square",
+    "bow",
+    "curve",
+    "slope4",
+    "slope_along",
+    "slope_bow",
+    "slope2_bow",
+)
+_WHOLE = ("tilt", "bend", "slope_tilt", "slope_bend", "slope_square", "stretched", "stretched_square")
 
 
 def _moments(f: Array, p: Array, u: Array, e: Array, weights: Array, m_weights: Array) -> dict[str, Any]:
     centre = _mean(f, weights)
     off = f - centre[..., None]
     weighted = weights * e
+    bent = weighted * e
+    bent -= weights * bent.sum(-1, keepdims=True)  # constants have none of it, to rounding
     square, squares, p2, u2 = off * off, f * f * weights, p * p, u * u
+    fourth = u2 * (u2 - 6) + 3
+    centre_p2 = p2[:1] * weights[:1]
+
+    def whole(x: Array, y: Array) -> Array:
+        return np.asarray((_mean(x, y) * m_weights[: len(x)]).sum(-1))
+
     return {
         "mean": centre,
         "variance": _mean(square, weights),
@@ -180,15 +210,21 @@ def _moments(f: Array, p: Array, u: Array, e: Array, weights: Array, m_weights: 
         "fourth": _mean(square * square, weights),
         "along": _mean(off, weighted),
         "along_square": _mean(square, weighted),
-        "curve": _mean(square, weighted * e - weights),
+        "bow": _mean(f, bent),
+        "curve": _mean(square, bent),
         "slope": _mean(p, weights),
         "slope2": _mean(p2, weights),
         "slope4": _mean(p2 * p2, weights),
         "slope_along": _mean(p, weighted),
-        "tilt": (_mean(u2 - 1, squares) * m_weights).sum(-1),
-        "bend": (_mean(u2 * (u2 - 6) + 3, squares) * m_weights).sum(-1),
-        "slope_tilt": (_mean(u2 - 1, p2 * weights) * m_weights).sum(-1),
-        "slope_square": (_mean(p2, squares) * m_weights).sum(-1),
+        "slope_bow": _mean(p, bent),
+        "slope2_bow": _mean(p2, bent),
+        "tilt": whole(u2 - 1, squares),
+        "bend": whole(fourth, squares),
+        "slope_tilt": whole(u2[:1] - 1, centre_p2),
+        "slope_bend": whole(fourth[:1], centre_p2),
+        "slope_square": whole(p2[:1], squares[:1]),
+        "stretched": whole(p[:1] * u[:1], f[:1] * weights[:1]),
+        "stretched_square": whole(u2[:1], centre_p2),
     }
 
 
@@ -203,10 +239,10 @@ def _degree(row: Activation, clipped: Array, half: Array) -> Array:
 
 
 def _outer(
-    t: Array, w: Array, scale: Array, kinks: list[float], octaves: int, uniform: Array, grid: Grid
+    t: Array, scale: Array, kinks: list[float], octaves: int, narrow: float, uniform: Array, grid: Grid
 ) -> tuple[Array, Array]:
-    """Nodes of m and weights. Near a kink the moments change over sqrt(W/T), so edges halve towards it that far."""
-    narrow = float((t / np.maximum(w, 1e-30)).max())
+    """Nodes of m and weights. Near a kink the moments change over sqrt(W/T) = 1/sqrt(narrow), so edges halve towards it
+    that far."""
     levels = min(grid.halvings, max(octaves, math.ceil(math.log2(max(1.0, narrow)) / 2)))
     centres = np.concatenate([k / (scale * np.sqrt(t) + 1e-300) for k in kinks], -1)
     moving = (centres[..., None] + _around(levels, 0)).reshape(len(t), -1)

@@ -198,5 +198,9 @@ class Networks:
 
     def columns(self, frame: pd.DataFrame, inits: pd.Categorical) -> pd.DataFrame:
         """The frame, whose rows run through the networks fastest, with the columns `init` and `gain`."""
-        gains = np.array([one.gain_for(self.activation) for one in self.rules])
-        return frame.assign(init=repeated(inits, len(frame)), gain=repeated(gains, len(frame)))
+        own = self.differing(inits).items()
+        return frame.assign(**{name: repeated(each, len(frame)) for name, each in own})
+
+    def differing(self, inits: pd.Categorical) -> dict[str, pd.Categorical | np.ndarray]:
+        """The columns in which networks of several rules differ, a value for each network."""
+        return {"init": inits, "gain": np.array([one.gain_for(self.activation) for one in self.rules])}

@@ -13,7 +13,7 @@ from torch import Tensor
 from initlab.errors import UsageError, choose
 from initlab.scratch import mlp
 from initlab.scratch.engine import Engine, Factors
-from initlab.scratch.items import items_of, parameter_items, updates_of
+from initlab.scratch.items import drifts_of, items_of, parameter_items, updates_of
 from initlab.scratch.layers import LOSSES, Loss
 from initlab.scratch.mlp import Parameters
 from initlab.scratch.recording import Recording
@@ -86,9 +86,14 @@ class Pair:
         records: Records,
         modules: str = "one_by_one",
         factors: Sequence[Factors] = (),
+        drift: bool = False,
     ) -> None:
-        """`factors`, of each network, multiply the learning rates of its layers; none: all are 1."""
+        """`factors`, of each network, multiply the learning rates of its layers; none: all are 1.
+
+        With `drift` recorded steps also say how far the preactivations of the first recorded batch have moved.
+        """
         self.activation, self.loss, self.records = activation, LOSSES[loss], records
+        self.drift, self._start = drift, dict[str, tuple[Tensor, list[Tensor]]]()
         self.hand: _Hand
         if optimizer == "sgd":
             self.hand = _ByEngine(Engine(parameters, activation, loss, lr, batch, factors), records)
@@ -118,6 +123,8 @@ class Pair:
             key = partial(Key, "train", "", step)
             ours = self.hand.parameters()
             self.records.parity.add(*(parameter_items(key, "forward", pairs) for pairs in (ours, before)))
+            if self.drift:
+                self._note_drift(step, xb, {"scratch": ours, "module": before})
         self._note("scratch", step, yb, *self.hand.step(step, xb, yb, record))
         self.by_torch.zero_grad()
         if record or self.at_once is None:
@@ -134,6 +141,14 @@ class Pair:
             self.records.parity.add(*both)
             self.records.rows.add(items_of("module", step, module, before, self.activation))
             self.records.rows.add(updates_of("module", step, before, mlp.twin_parameters(self.twins)))
+
+    def _note_drift(self, step: int, xb: Tensor, trained: Mapping[str, Parameters]) -> None:
+        for name, pairs in trained.items():
+            if name not in self._start:
+                self._start[name] = xb, mlp.forward(pairs, xb, self.activation)[0]
+            x, start = self._start[name]
+            now = mlp.forward(pairs, x, self.activation)[0]
+            self.records.rows.add(drifts_of(name, step, start, now))
 
     def flush(self) -> None:
         """Hand over what the records have, all rows of the recorded steps among them."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from threading import Lock
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from initlab.tasks import beyond
 from initlab.tasks.beyond import Companion
 from initlab.tasks.chunks import in_chunks
 from initlab.tasks.memory import is_out_of_memory
-from initlab.tasks.networks import Networks, Shape, Signal, multiply, name_of, plan, rules_of, signal
+from initlab.tasks.networks import Networks, Shape, Signal, multiply, name_of, plan, repeated, rules_of, signal
 from initlab.tasks.place import DTYPES, find_device
 
 Frames = dict[str, pd.DataFrame]
@@ -45,6 +46,7 @@ def stack(
     emit: Callable[[Frames], None] | None = None,
     progress: bool = False,
     producer: Producer = summarize,
+    tagged: bool = False,
 ) -> pd.DataFrame:
     """The `stats` rows of the stage `stack`: every layer's preactivation and activation, forward and backward.
 
@@ -60,6 +62,7 @@ def stack(
     handed over every 1000 rows or 30 seconds and at the end of each chunk of networks, and the frame returned is empty.
     On a CPU each of torch's threads takes a chunk of its own: small matrices gain nothing from sharing one.
     A rule that is fitted to data is fitted to the stack's own input; how it went is handed over as the table `lsuv`.
+    `tagged` adds the column `network`, a network's place in `seeds`: networks of one seed may differ in their rules.
     `producer` measures: (..., N, C) -> rows (F, ...) of `moments.FIELDS`, nan where it does not look.
     """
     shape = Shape(depth, width, width if inputs is None else inputs, batch)
@@ -77,9 +80,12 @@ def stack(
             kept = planned.keep_weights
             nets = Networks(rules[chunk], phi, shape, seeds[chunk], number, place, kept, generator)
             deliver = hand_over or collected.setdefault(chunk.start, []).append
+            first = chunk.start if tagged else None
             if nets.fit is not None:
-                deliver({"lsuv": nets.fit.frame().assign(stage="stack")})
-            record = _Record(nets, None if names is None else names[chunk], deliver, hand_over is not None)
+                differing = {} if names is None else nets.differing(names[chunk])
+                tags = {"network": np.arange(chunk.start, chunk.stop)} if tagged else {}
+                deliver({"lsuv": nets.fit.frame({**differing, **tags}).assign(stage="stack")})
+            record = _Record(nets, None if names is None else names[chunk], deliver, hand_over is not None, first)
             _Pass(nets, phi, record, producer, backward, bar).run()
 
         in_chunks(run, len(seeds), planned, shape, torch.get_num_threads() if place.type == "cpu" else 1)
@@ -120,9 +126,15 @@ class _Record:
     """What has been measured of a chunk of networks: in the window of layers that is passing, and before it."""
 
     def __init__(
-        self, nets: Networks, names: pd.Categorical | None, deliver: Callable[[Frames], None], streams: bool
+        self,
+        nets: Networks,
+        names: pd.Categorical | None,
+        deliver: Callable[[Frames], None],
+        streams: bool,
+        first: int | None = None,
     ) -> None:
-        self._nets, self._names, self._deliver, self._streams = nets, names, deliver, streams
+        """`first`, if the networks are to be tagged: the place of the first of them in the whole ensemble."""
+        self._nets, self._names, self._deliver, self._streams, self._first = nets, names, deliver, streams, first
         self._blocks = Blocks(nets.seeds, _KEYS, [*STATISTICS, *beyond.NUMBERS], _finished)
         self._window: list[Tensor] = []
         self._since, self._relu = time.monotonic(), nets.activation is ACTIVATIONS["relu"]
@@ -162,7 +174,12 @@ class _Record:
     def flush(self) -> None:
         if len(self._blocks):
             frame = self._blocks.frame()
-            self._deliver({"stats": frame if self._names is None else self._nets.columns(frame, self._names)})
+            if self._names is not None:
+                frame = self._nets.columns(frame, self._names)
+            if self._first is not None:
+                places = np.arange(self._first, self._first + len(self._nets))
+                frame = frame.assign(network=repeated(places, len(frame)))
+            self._deliver({"stats": frame})
             self.delivered, self._since = True, time.monotonic()
 
 

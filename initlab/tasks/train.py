@@ -35,6 +35,7 @@ def train(
     optimizer: str = "sgd",
     loss: str = "cross_entropy",
     modules: str = "one_by_one",
+    drift: bool = False,
     seeds: Sequence[int] = range(8),
     dtype: str = "float32",
     device: str = "cpu",
@@ -43,46 +44,53 @@ def train(
     generator: str = "torch",
     emit: Callable[[Frames], None] | None = None,
     progress: bool = False,
+    tagged: bool = False,
 ) -> Frames:
     """The tables `stats`, `losses`, `parity` and, if wanted, `histograms` of `depth` hidden layers, a network per seed.
 
     `init` and `lr` are those of all networks, or a sequence with one for each, which then stand in columns. A rule that
     is fitted to data sees each network's own first batch, and how it went is the table `lsuv`; one with a base width
     has learning rates of its own in every layer, `lr` times `mup.learning_rates`.
-    Step k stands for the values and gradients after k updates; the row `update` is W_{k+1} - W_k. With `emit` the rows
+    Step k stands for the values and gradients after k updates; the row `update` is W_{k+1} - W_k. With `drift` there
+    are rows `drift` too: preactivations at W_k less those at W_0, both of the batch of step 0. With `emit` the rows
     are handed over every 30 seconds and at the end, also when the run is interrupted, and nothing is returned.
+    `tagged` adds the column `network`, a network's place in `seeds`.
     """
     check(train_depth=depth, train_width=width, train_batch=batch, train_steps=steps, every=every)
-    rules, rates = rules_of(init, len(seeds)), _rates(lr, len(seeds))
     refuse_mismatch(data, loss, batch)
-    collected: list[Frames] = []
-    deliver, place = collected.append if emit is None else emit, find_device(device)
+    rules, rates, collected = rules_of(init, len(seeds)), _rates(lr, len(seeds)), list[Frames]()
+    deliver, place = emit or collected.append, find_device(device)
     sizes = [data.x.shape[1], *[width] * depth, outputs_of(data, loss)]
-    number = choose(DTYPES, dtype, "dtype")
-    together = _together(sizes, batch, len(seeds), number, place)
-    groups = [seeds[start : start + together] for start in range(0, len(seeds), together)]
-    row = as_activation(activation)
+    number, row = choose(DTYPES, dtype, "dtype"), as_activation(activation)
+    parts = _parts(len(seeds), _together(sizes, batch, len(seeds), number, place))
     choose(OPTIMIZERS, optimizer, "train.optimizer")
-    with tqdm(total=steps * len(groups), desc="train", unit="step", disable=None if progress else True) as bar:
-        for start, group in zip(range(0, len(seeds), together), groups, strict=True):
-            part = slice(start, start + len(group))
-            first, _ = next(iter(_batches(data, loss, batch, 1, group, number, place)))
+    with tqdm(total=steps * len(parts), desc="train", unit="step", disable=None if progress else True) as bar:
+        for part in parts:
+            group = seeds[part]
+            (first, _), *_ = _batches(data, loss, batch, 1, group, number, place)
             parameters, fit = drawn(rules[part], row, sizes, group, first, generator)
+            tags = {"network": np.arange(part.start, part.stop)} if tagged else {}
+            differing = _differing(init, rules, lr, rates, row, part) | tags
             if fit is not None:
-                deliver({"lsuv": fit.frame().assign(stage="train")})
-            records = Records(group, deliver, histograms, _differing(init, rules, lr, rates, row, part))
+                deliver({"lsuv": fit.frame(differing).assign(stage="train")})
+            records = Records(group, deliver, histograms, differing)
             given = rates[part] if isinstance(lr, Sequence) else lr
             factors = [learning_rates(one, sizes, optimizer in ADAPTIVE) for one in rules[part]]
-            pair = Pair(parameters, row, loss, optimizer, given, batch, records, modules, factors)
-            try:
-                for step, (xb, yb) in enumerate(_batches(data, loss, batch, steps, group, number, place)):
-                    pair.step(step, xb, yb, record=step % every == 0)
-                    if records.due():
-                        pair.flush()
-                    bar.update()
-            finally:
-                pair.flush()
+            pair = Pair(parameters, row, loss, optimizer, given, batch, records, modules, factors, drift)
+            _all_steps(pair, _batches(data, loss, batch, steps, group, number, place), every, bar)
     return _joined(collected)
+
+
+def _all_steps(pair: Pair, batches: Iterable[tuple[Tensor, Tensor]], every: int, bar: tqdm) -> None:
+    """Every k-th step recorded; what the records have is handed over however the training ends."""
+    try:
+        for step, (xb, yb) in enumerate(batches):
+            pair.step(step, xb, yb, record=step % every == 0)
+            if pair.records.due():
+                pair.flush()
+            bar.update()
+    finally:
+        pair.flush()
 
 
 def _joined(parts: Sequence[Frames]) -> Frames:
@@ -106,6 +114,10 @@ def _together(sizes: Sequence[int], batch: int, networks: int, dtype: torch.dtyp
         )
     most = min(networks, CACHED) if device.type == "cpu" else networks
     return max(1, int(min(most, free / 2 / needed)))
+
+
+def _parts(networks: int, together: int) -> list[slice]:
+    return [slice(start, min(start + together, networks)) for start in range(0, networks, together)]
 
 
 def _rates(lr: float | Sequence[float], networks: int) -> list[float]:

@@ -3,8 +3,10 @@ import pandas as pd
 import pytest
 
 from initlab.output import plots, predicted, summary
-from initlab.signal.beside import beside_stack
+from initlab.signal.beside import beside_stack, beside_training, input_of
+from initlab.tasks.data import load
 from initlab.tasks.stack import stack
+from initlab.tasks.train import train
 
 SHAPE = {"depth": 12, "width": 60, "inputs": 60, "batch": 30}
 
@@ -48,10 +50,35 @@ def test_the_line_beneath_the_table() -> None:
     assert predicted.said(["49 of 50"]).startswith("theory: 49 of 50 layers within the 95 % band (std")
     assert ", outside its range: theory=simulation knows more (std" in predicted.said(["49 of 50, outside its range"])
     assert predicted.said(["1 of 2", "2 of 2"]).startswith("theory: layers within the 95 % band")
+    assert predicted.said(["1 of 2", "2 of 2, outside its range"]).endswith("theory=simulation knows more")
     tables = run("kaiming")
     text = summary.as_text(summary.summarize(tables["stats"], None, None, tables["theory"]))
     assert text.splitlines()[0].split()[-1] == "theory" and " of 12" in text
     assert "theory" not in summary.as_text(summary.summarize(tables["stats"], None, None))
+
+
+def test_a_training_shows_what_is_predicted_of_its_first_step() -> None:
+    """A mark and a bar for each layer left of step 0, in both panels, none without a prediction."""
+    data = load("digits")
+    stats = train(data, "kaiming", "relu", 2, 30, 32, steps=3, seeds=range(3))["stats"]
+    theory = beside_training(stats, [30, 30, 10], input_of(data.x.numpy(), 32), 32, "kaiming", "relu", "closed")
+    tables = {name: frame.assign(label="kaiming, relu") for name, frame in (("stats", stats), ("theory", theory))}
+    figure = plots.training_activations(tables)
+    assert figure is not None
+    for ax, statistic in zip(figure.axes, ("mean", "std"), strict=False):
+        known = predicted.start(theory, statistic).set_index("layer")
+        assert list(known.index) == [1, 2, 3]
+        marks = [line for line in ax.lines if line.get_marker() == "D" and len(line.get_xdata())]
+        assert [float(line.get_ydata()[0]) for line in marks] == list(known["predicted"])
+        assert all(line.get_xdata()[0] < 0 for line in marks)
+        bars = [
+            list(line.get_ydata()) for line in ax.lines if line.get_marker() == "None" and max(line.get_xdata()) < 0
+        ]
+        assert bars == known[["low", "high"]].to_numpy().tolist()
+    legend = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert legend == ["1", "2", "3", "theory at step 0, 95 %"] and figure.axes[0].get_legend() is None
+    bare = plots.training_activations({"stats": tables["stats"]})
+    assert bare is not None and not [line for line in bare.axes[1].lines if line.get_marker() == "D"]
 
 
 @pytest.mark.parametrize("name", ["activation_std", "gradient_std"])

@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 import torch
 
-from initlab.signal.bands import WIDE
 from initlab.signal.beside import ENSEMBLE, beside_stack, beside_training, input_of
 from initlab.signal.custom import Given
 from initlab.signal.init import Rule, rule
+from initlab.signal.quantiles import WIDE
 from initlab.tasks.data import load
 from initlab.tasks.stack import stack
 from initlab.tasks.train import train
@@ -85,6 +85,17 @@ def test_what_is_not_finite_has_no_z_and_keeps_its_row() -> None:
     assert found["z"].isna().all()
 
 
+def test_gradients_through_values_that_are_not_finite_have_no_z() -> None:
+    """relu' of inf is 1 for every unit: such gradients are finite and 30 standard deviations off. Others keep z."""
+    shape = {"depth": 50, "width": 100, "inputs": 100, "batch": 20}
+    naive = beside(stack("naive", "relu", seeds=range(2), **shape), "naive", "relu", **shape)
+    gradients = naive[naive["direction"] == "backward"]
+    assert gradients["z"].isna().all() and np.isfinite(gradients["measured"]).any()
+    finite = stack("naive", "relu", seeds=range(2), **{**shape, "depth": 20})
+    kept = beside(finite, "naive", "relu", **{**shape, "depth": 20})
+    assert np.isfinite(kept.query("direction == 'backward' and statistic == 'std'")["z"]).all()
+
+
 def test_a_signal_that_vanished_is_far_from_its_prediction() -> None:
     shape = {"depth": 50, "width": 100, "inputs": 100, "batch": 20}
     table = beside(stack("small", "relu", seeds=range(2), **shape), "small", "relu", **shape)
@@ -140,6 +151,34 @@ def test_step_0_of_a_training_is_predicted_from_the_moments_of_its_data() -> Non
     assert ours["measured"].notna().all()  # nothing is predicted that such a network has not
     mean = table[(table["seed"] == ENSEMBLE) & (table["statistic"] == "std")]
     assert mean["z"].abs().median() < 2
+
+
+@pytest.mark.parametrize(("init", "activation"), [("mup", "relu"), ("lsuv", "relu"), ("orthogonal", "relu")])
+def test_rules_that_treat_the_last_layer_or_the_data_apart_are_known_at_step_0(init: str, activation: str) -> None:
+    """40 networks twice as wide as mup's base: no z of a mean beyond 5 in sizes and cosines, weights included.
+
+    The opposite: kaiming's law knows neither mup's last layer nor the fit.
+    """
+    data, widths = load("digits"), [100, 100, 10]
+    stats = train(data, init, activation, 2, 100, 64, steps=1, seeds=range(40))["stats"]
+
+    def worst(told: str) -> pd.Series:
+        table = beside_training(stats, widths, input_of(data.x.numpy(), 64), 64, told, activation, "closed")
+        mean = table[(table["seed"] == ENSEMBLE) & (table["implementation"] == "scratch")]
+        mean = mean[mean["statistic"].isin(["rms", "std", "cosine"])]
+        return mean["z"].abs().groupby(mean["tensor"].astype(str)).max()
+
+    assert worst(init).max() < 5, worst(init)
+    assert worst("kaiming")["weight"] > 5 and worst("kaiming")["preactivation"] > 5
+
+
+def test_batches_of_data_wander_as_told() -> None:
+    """ln of mean square and of variance of Gaussian batches: variances 2/n and 2/(n (B - 1)), 5 standard errors."""
+    x = torch.randn(20000, 40, generator=torch.Generator().manual_seed(2)).numpy()
+    t, both, w = input_of(x, 10).wander
+    assert t == pytest.approx(2 / 40, rel=5 * math.sqrt(2 / 200)) and w == pytest.approx(2 / 360, rel=0.5)
+    assert abs(both) < 5 * math.sqrt(t * w / 200)
+    assert input_of(x).wander == (0.0, 0.0, 0.0) == input_of(x, 1).wander
 
 
 def test_a_training_that_starts_with_another_rule_is_flagged() -> None:

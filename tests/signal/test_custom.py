@@ -53,6 +53,8 @@ def test_what_is_no_activation_is_said() -> None:
         (lambda z: torch.softmax(z, -1), "not an elementwise"),
         (lambda z: z.sum(), "argument's shape"),
         (torch.log, "not finite at z="),
+        (lambda z: 1 / z, "not finite at z=0"),
+        (lambda z: 1 / (z - 0.5), "not finite at z=0.5"),
         (lambda z: z @ z @ z, "cannot be called"),
         (3.0, "must be a name"),
         ("reluu", "did you mean relu"),

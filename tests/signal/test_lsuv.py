@@ -128,6 +128,23 @@ def test_a_training_starts_with_unit_variance_on_its_first_batch() -> None:
     assert member["rms"].to_numpy() == pytest.approx(alone["rms"].to_numpy(), rel=1e-5)
 
 
+def test_networks_of_several_rules_are_named() -> None:
+    """Two rules that share a seed: the table tells them apart, in stack and training; one rule needs no name."""
+    gentle = rule("kaiming", attempts=1)
+    frames: list[dict[str, pd.DataFrame]] = []
+    stack(["lsuv", gentle, "kaiming"], depth=3, width=20, batch=10, seeds=[4, 4, 4], emit=frames.append)
+    (told,) = [frame["lsuv"] for frame in frames if "lsuv" in frame]
+    trained = train(DIGITS, ["lsuv", gentle, "kaiming"], depth=2, steps=1, seeds=[4, 4, 4])["lsuv"]
+    for table in (told, trained):
+        assert set(table["seed"]) == {4} and table["init"].nunique() == 2 and "kaiming" not in set(table["init"])
+        most = table.groupby(table["init"].astype(str))["attempt"].max()
+        assert most["lsuv"] >= 1 and most.drop("lsuv").item() == 1
+        assert set(table.groupby(table["init"].astype(str))["gain"].nunique()) == {1}
+    alone: list[dict[str, pd.DataFrame]] = []
+    stack("lsuv", depth=3, width=20, batch=10, seeds=[4], emit=alone.append)
+    assert "init" not in next(frame["lsuv"] for frame in alone if "lsuv" in frame)
+
+
 def test_its_start_is_the_orthogonal_one() -> None:
     drawn_by = [draw(own, "relu", (6, 4), [1], 2)[0] for own in (rule("lsuv"), Rule(1.0, distribution="orthogonal"))]
     assert torch.equal(*drawn_by)

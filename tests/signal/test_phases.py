@@ -94,6 +94,19 @@ def test_critical_lines() -> None:
         assert below.phase == "ordered" and above.phase in ("chaotic", "unbounded")
 
 
+@pytest.mark.parametrize("name", ["linear", "relu", "tanh", "sigmoid", "selu", "gelu"])
+def test_a_critical_point_is_called_critical(name: str) -> None:
+    """And a point 1e-7 beside it is not: what is called critical is narrower than any measurement."""
+    biases = {"linear": [0.0], "relu": [0.0], "sigmoid": [0.0, 0.3, 2.0], "selu": [0.05, 0.3], "gelu": [0.2, 0.4]}.get(
+        name, [0.05, 0.3, 2.0]
+    )
+    for sb2 in biases:
+        sw2 = critical(name, sb2)
+        assert phase(name, sw2, sb2).phase == "critical"
+        assert phase(name, sw2 * (1 - 1e-7), sb2).phase == "ordered"
+        assert phase(name, sw2 * (1 + 1e-7), sb2).phase in ("chaotic", "unbounded")
+
+
 def test_gelu_has_a_half_stable_point() -> None:
     sw2, sb2, q = half_stable("gelu")
     assert (sw2, sb2) == pytest.approx((1.98305826, 0.17292239), abs=5e-9)

@@ -72,7 +72,7 @@ def test_columns_are_those_of_the_measured_table() -> None:
     assert {"ln_std", "ln_std_mean", "ln_std_sd", "band_low", "band_high", "band68_low", "method"} <= set(frame)
     tall = predict_bands(depth=2, batch=7)
     spread = tall[tall["sd"] > 0]
-    for low, high in (("band_low", "band68_low"), ("band68_low", "median"), ("median", "band68_high")):
+    for low, high in (("band_low", "band68_low"), ("band68_low", "predicted"), ("predicted", "band68_high")):
         assert (spread[low] <= spread[high]).all()
     assert set(frame["method"]) == {"log-delta"} and set(frame["slope"]) == {"given"}
 
@@ -137,6 +137,65 @@ def test_two_roads_to_the_same_law(name: str) -> None:
         assert one["ln_std_sd"] == pytest.approx(other["ln_std_sd"], rel=5 / math.sqrt(1200) + 0.05)
 
 
+def test_any_gain_of_a_homogeneous_stack_is_one_prediction_moved() -> None:
+    """Laws found at one gain and moved in ln are those found at the gain itself, which biases of next to nothing ask
+    for; both ways, rectangular, and not for tanh."""
+    shape = {"widths": [30, 20, 40], "inputs": 25, "batch": 6, "gain": 1.9, "method": "closed"}
+    for name, same in (("relu", True), ("leaky_relu", True), ("tanh", False)):
+        here, there = (predict_bands("kaiming", name, sb2=sb2, **shape) for sb2 in (0.0, 1e-14))
+        there = there[there["tensor"] != "bias"]
+        here = here[here["tensor"] != "bias"]
+        assert here["mean"].to_numpy() == pytest.approx(there["mean"].to_numpy(), rel=1e-6, abs=1e-6)
+        other = predict_bands("kaiming", name, **{**shape, "gain": 3.8})
+        moved = row(wide(other), 3)["ln_q"] - row(wide(here), 3)["ln_q"]
+        assert (moved == pytest.approx(6 * math.log(2), rel=1e-9)) == same
+
+
+def wide(long: pd.DataFrame) -> pd.DataFrame:
+    """`ln_q` of the activations from the long table."""
+    found = long[(long["statistic"] == "q") & (long["direction"] == "forward")]
+    return found.assign(ln_q=found["ln_limit"])
+
+
+def test_a_fit_pins_the_variance_and_not_what_follows_it() -> None:
+    """200 networks, lsuv: std of the preactivations is 1 and has no band; the gradients' spread is that of the factors.
+
+    Orthonormal weights alone spread more on the way up.
+    """
+    shape = {"depth": 10, "width": 100, "batch": 40}
+    found = stack("lsuv", "relu", inputs=100, seeds=range(200), dtype="float64", **shape)
+    fitted, plain = (predict_bands(init, "relu", method="closed", **shape) for init in ("lsuv", "orthogonal"))
+
+    def law(bands: pd.DataFrame, layer: int, tensor: str, direction: str, statistic: str) -> pd.Series:
+        at = bands[(bands["layer"] == layer) & (bands["tensor"] == tensor) & (bands["direction"] == direction)]
+        return at[at["statistic"] == statistic].iloc[0]
+
+    pinned = law(fitted, 10, "preactivation", "forward", "std")
+    assert (pinned["mean"], pinned["sd"]) == (0, 0)
+    assert measured(found, pinned) == pytest.approx(np.ones(200), rel=1e-9)
+    for where in ((10, "activation", "forward", "std"), (1, "activation", "backward", "rms")):
+        ours, other = law(fitted, *where), law(plain, *where)
+        values = np.log(measured(found, ours))
+        error = 5 * values.std() / math.sqrt(200)
+        assert abs(values.mean() - ours["mean"]) < error + 0.05 * values.std()
+        assert values.std() == pytest.approx(ours["sd"], rel=5 / math.sqrt(400) + 0.05)
+        if where[2] == "forward":
+            assert abs(other["sd"] / values.std() - 1) > 0.3
+
+
+def test_a_fit_that_some_networks_need_and_some_do_not_is_simulated() -> None:
+    """With gain sqrt(2) the variance is about 1 as drawn, within the tolerance or not, network by network."""
+    assert row(predict("lsuv", "relu", 6, 100, batch=80), 6)["method"] == "log-delta"
+    shape = {"depth": 4, "width": 30, "batch": 10}
+    bands = predict_bands("lsuv", "relu", gain=math.sqrt(2), networks=400, **shape)
+    values = stack(rule("lsuv", gain=math.sqrt(2)), "relu", 4, 30, 30, 10, range(300), "float64")
+    band = bands[(bands["layer"] == 4) & (bands["tensor"] == "activation") & (bands["direction"] == "forward")]
+    band = band[band["statistic"] == "std"].iloc[0]
+    assert band["method"] == "simulation"
+    inside = measured(values, band)
+    assert 0.89 < ((inside >= band["band_low"]) & (inside <= band["band_high"])).mean() < 0.995
+
+
 # Statistics whose law is not a continuous one.
 LEFT_OUT = {("tanh", "frac_zero")}
 
@@ -152,7 +211,7 @@ def coverage(name: str, init: str, depth: int, width: int, batch: int, networks:
         tiny = band["scale"] == "linear" and band["sd"] * width * batch < 5 and band["statistic"].startswith("frac")
         if tiny or band["sd"] == 0 or (name, band["statistic"]) in LEFT_OUT:
             continue
-        if band["statistic"] == "frac_dead" and band["predicted"] * width < 5:
+        if band["statistic"] == "frac_dead" and band["limit"] * width < 5:
             continue
         values = measured(frame, band)
         inside = (values >= band["band_low"]) & (values <= band["band_high"])
@@ -181,12 +240,28 @@ def test_the_pooled_mean_moves_with_the_length() -> None:
     assert len(of_mean) == 2 and of_mean["inside"].between(0.90, 0.996).all(), of_mean.to_string()
 
 
+# Where a band of some gradient's statistic is known to be wider than that by a little.
+WIDER = {("lsuv", "relu"): 0.992, ("orthogonal", "linear"): 0.992, ("kaiming", "tanh"): 0.988}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["relu", "tanh", "linear"])
-def test_bands_are_calibrated_over_a_thousand_networks(name: str) -> None:
-    """91.5 to 98.5 % of 1,000 networks in the 95 % band, five standard errors; layers 1, 10 and 50 of width 100."""
-    found = coverage(name, "kaiming", 50, 100, 50, 1000)
-    out = found[~found["inside"].between(0.915, 0.985)]
+@pytest.mark.parametrize(
+    ("init", "name"),
+    [
+        *(("kaiming", name) for name in ("relu", "tanh", "linear")),
+        *(("orthogonal", name) for name in ("relu", "tanh", "linear")),
+        *(("lsuv", name) for name in ("relu", "tanh")),
+        ("torch_default", "linear"),
+    ],
+)
+def test_bands_are_calibrated_over_a_thousand_networks(init: str, name: str) -> None:
+    """91.5 to 98.5 % of 1,000 networks in the 95 % band, five standard errors; layers 1, 10 and 50 of width 100.
+
+    Of a batch whose inputs have become one the cosine shows rounding alone.
+    """
+    found = coverage(name, init, 50, 100, 50, 1000)
+    found = found[(found["statistic"] != "cosine") | (init != "torch_default") | (found["layer"] < 50)]
+    out = found[~found["inside"].between(0.915, WIDER.get((init, name), 0.985))]
     assert out.empty, out.to_string()
 
 
@@ -244,6 +319,38 @@ def test_every_rule_is_predicted(init: str) -> None:
         assert abs(z_of_the_mean(frame, bands, layer, direction)) < 5.3, (layer, direction)
 
 
+@pytest.mark.parametrize("activation", ["relu", "linear", "sigmoid"])
+def test_weights_that_are_fitted_to_data_are_predicted_as_such(activation: str) -> None:
+    """60 networks: no z of a mean beyond 4.5, forward nor backward; of ReLU every layer's std is 1, where weights that
+    are drawn and left would wander.
+    """
+    shape = {"depth": 12, "width": 100, "batch": 40}
+    frame = stack("lsuv", activation, seeds=range(60), dtype="float64", inputs=100, **shape)
+    right = predict_bands("lsuv", activation, method="closed", **shape)
+    for layer in (1, 2, 7, 12):
+        for direction in ("forward", "backward"):
+            assert abs(z_of_the_mean(frame, right, layer, direction)) < 4.5, (layer, direction)
+    if activation == "relu":
+        z = frame[(frame["tensor"] == "preactivation") & (frame["direction"] == "forward") & (frame["layer"] > 1)]
+        assert (z["std"] - 1).abs().max() < 1e-5
+        told = right.query("tensor == 'preactivation' and direction == 'forward' and statistic == 'std' and layer > 1")
+        assert (told["predicted"] == 1).all() and (told["sd"] == 0).all()
+        drawn = predict_bands("orthogonal", activation, method="closed", **shape)
+        left = drawn.query("tensor == 'preactivation' and direction == 'forward' and statistic == 'std'")
+        assert left.set_index("layer")["sd"][12] > 0.05
+
+
+def test_simulation_knows_fitted_weights() -> None:
+    """Two roads to LSUV's law: the closure and networks drawn and fitted, 300 of them; 5 standard errors and 5 %."""
+    options = {"widths": [40, 60, 30, 30], "inputs": 30, "batch": 10}
+    closed, drawn = (predict("lsuv", "relu", method=m, networks=300, **options) for m in ("closed", "simulation"))
+    for layer, direction in ((4, "forward"), (1, "backward"), (3, "backward")):
+        one, other = (row(frame, layer, direction=direction) for frame in (closed, drawn))
+        error = 5 * other["ln_std_sd"] / math.sqrt(300)
+        assert abs(one["ln_std_mean"] - other["ln_std_mean"]) < error + 0.05 * one["ln_std_sd"]
+        assert one["ln_std_sd"] == pytest.approx(other["ln_std_sd"], rel=5 / math.sqrt(600) + 0.05)
+
+
 @pytest.mark.parametrize(
     "options", [{"gain": 0.0}, {"activation": lambda z: 0 * z, "gain": 1.0}, {"gain": 0.0, "batch": 1}]
 )
@@ -283,6 +390,13 @@ def test_mistakes_are_one_line() -> None:
         ({"init": "kaimin"}, "did you mean kaiming"),
         ({"width": 0}, "width=0"),
         ({"widths": [10, 0]}, "width=0"),
+        ({"widths": [10, 1.5]}, "width=1.5: must be a whole number"),
+        ({"widths": 5}, "widths=5: must be a list"),
+        ({"widths": []}, "depth=0"),
+        ({"inputs": 0}, "inputs=0"),
+        ({"depth": "deep"}, "depth='deep': must be a whole number"),
+        ({"dtype": "float31"}, "dtype=float31: .* did you mean float"),
+        ({"sb2": None}, "sb2=None: must be a number"),
         ({"depth": 0}, "depth=0"),
         ({"batch": 0}, "batch=0"),
         ({"sb2": -1.0}, "sb2=-1"),

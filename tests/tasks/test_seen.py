@@ -1,6 +1,7 @@
 from collections.abc import Mapping
 
 import pandas as pd
+import pytest
 
 from initlab.errors import UsageError
 from initlab.tasks.seen import Seen
@@ -37,3 +38,23 @@ def test_nothing_is_kept_where_none_is_wanted() -> None:
     seen = Seen(lambda frames: None, False, lambda stats: stats)
     seen.add({"stats": pd.DataFrame({"step": [0]})})
     assert seen.compare(lambda stats: 1 / 0) == ""  # type: ignore[return-value, arg-type]
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit, ValueError])
+def test_what_was_measured_before_the_end_is_compared_by_formulas(end: type[BaseException]) -> None:
+    passed: list[Mapping[str, pd.DataFrame]] = []
+    methods: list[str] = []
+
+    def beside(stats: pd.DataFrame, method: str) -> pd.DataFrame:
+        methods.append(method)
+        return stats
+
+    def stopped() -> None:
+        seen.add({"stats": pd.DataFrame({"step": [0]})})
+        raise end
+
+    seen = Seen(passed.append, True, lambda stats: stats)
+    with pytest.raises(end):
+        seen.around(stopped, beside, "simulation")
+    assert [list(frames) for frames in passed] == [["stats"], ["theory"]] and methods == ["closed"]
+    assert seen.around(lambda: None, beside, "simulation") == "" and methods[-1] == "simulation"

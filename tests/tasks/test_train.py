@@ -8,12 +8,14 @@ from torch import Tensor
 
 from initlab.errors import UsageError
 from initlab.scratch import mlp
+from initlab.scratch.layers import LOSSES
 from initlab.signal.activations import ACTIVATIONS
 from initlab.signal.init import RULES, rule
 from initlab.tasks import train as train_module
 from initlab.tasks.data import Data, load
 from initlab.tasks.pair import MODULES, OPTIMIZERS, Frames, Pair
 from initlab.tasks.train import train
+from initlab.tasks.weights import drawn
 
 DIGITS = load("digits")
 LIMIT = {"float32": 1e-5, "float64": 1e-12}
@@ -303,3 +305,33 @@ def test_networks_of_several_base_widths_need_sgd() -> None:
         assert together[together["init"] == init]["loss"].to_numpy() == pytest.approx(alone, rel=1e-5)
     with pytest.raises(UsageError, match="needs sgd"):
         train(DIGITS, inits, optimizer="adam", **options)  # type: ignore[arg-type]
+
+
+def test_drift_is_how_far_the_first_batch_has_moved() -> None:
+    """After one step of gradient descent, from the readable pass: z(W - lr g) - z(W) on the batch of step 0."""
+    lr, seeds, sizes = 0.05, [3, 4], [64, 12, 10]
+    stats = train(DIGITS, width=12, steps=2, lr=lr, seeds=seeds, dtype="float64", drift=True)["stats"]
+    xb, yb = next(
+        iter(train_module._batches(DIGITS, "cross_entropy", 64, 1, seeds, torch.float64, torch.device("cpu")))
+    )
+    start = drawn([RULES["kaiming"]] * 2, "relu", sizes, seeds, xb).parameters
+    seen = mlp.forward_and_backward(start, xb, yb, ACTIVATIONS["relu"], LOSSES["cross_entropy"])
+    moved = [(w - lr * gw, b - lr * gb) for (w, b), (gw, gb) in zip(start, seen.parameter_grads, strict=True)]
+    now = mlp.forward(moved, xb, ACTIVATIONS["relu"])[0]
+    drift = stats[stats["tensor"] == "drift"].set_index(["step", "implementation", "layer", "seed"])
+    for layer, (old, new) in enumerate(zip(seen.preactivations, now, strict=True), start=1):
+        wanted = (new - old).square().mean((-2, -1)).sqrt().tolist()
+        for name in ("scratch", "module"):  # rounding of differences of numbers a hundred times as large
+            assert drift.loc[(1, name, layer)]["rms"].tolist() == pytest.approx(wanted, rel=1e-9)
+    assert (drift.loc[0]["rms"] == 0).all()
+    assert drift.loc[1]["cosine"].notna().all()  # it is a batch like the preactivations
+
+
+def test_drift_is_recorded_on_request_and_changes_nothing() -> None:
+    plain, with_drift = (train(DIGITS, steps=3, seeds=[0], every=2, drift=drift)["stats"] for drift in (False, True))
+    assert "drift" not in set(plain["tensor"])
+    keys = ["implementation", "seed", "step", "layer", "tensor", "direction"]
+    words = dict.fromkeys(("implementation", "tensor", "direction"), str)  # categories sort in order of appearance
+    rest = with_drift[with_drift["tensor"] != "drift"]
+    both = [frame.astype(words).sort_values(keys)["rms"].to_numpy() for frame in (plain, rest)]
+    np.testing.assert_array_equal(*both)

@@ -1,0 +1,112 @@
+"""Commands on run folders: a first word without `=`. What reads runs imports neither torch nor Hydra."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from initlab.errors import UsageError, choose, nearest
+
+DIFFERENT = 3  # exit code
+
+
+class Command(NamedTuple):
+    """What it is for, its options, and what it does with them: the exit code."""
+
+    about: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog.removeprefix('initlab ')}: {message}")
+
+
+def is_command(words: Sequence[str]) -> bool:
+    """Whether the first word is one of ours and not an option of a run."""
+    return bool(words) and "=" not in words[0] and not words[0].startswith(("-", "+", "~"))
+
+
+def run(words: Sequence[str]) -> int:
+    """A command and its words; UsageError for a mistake in them."""
+    name = words[0]
+    if name not in COMMANDS:
+        names = ", ".join(sorted(COMMANDS))
+        raise UsageError(f"{name}: is neither key=value nor a command ({names}){nearest(name, COMMANDS)}")
+    command = choose(COMMANDS, name, "command")
+    parser = _Parser(f"initlab {name}", description=command.about)
+    command.options(parser)
+    try:
+        return command.run(parser.parse_args(words[1:]))
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        return 0
+
+
+def _collect_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="run folders, sweep folders or globs: 'outputs/**'")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="write the table to FILE: .parquet, .csv or .feather")
+    parser.add_argument("--table", default="stats", metavar="NAME", help="which table; default: stats")
+
+
+def _collect(given: argparse.Namespace) -> int:
+    from initlab.output import collect, gather, records
+
+    choose(records.TABLES, given.table, "table")
+    if given.to is not None:
+        collect.refuse(given.to)
+    found = collect.runs(given.paths, given.table)
+    if not any(each.shards for each in found):
+        _say(gather.notes(found, given.table))
+        raise UsageError(f"no run with a table `{given.table}` at or below {', '.join(given.paths)}")
+    frame = gather.frame(found)
+    if given.to is not None:
+        _say(gather.notes(found, given.table))
+        collect.save(frame, given.to)
+        count = sum(bool(each.shards) for each in found)
+        print(f"{given.to}: {len(frame):,} rows of `{given.table}` from {count:,} runs, {frame.shape[1]} columns")
+        return 0
+    print("\n".join(collect.account(found, frame, given.table)))
+    if given.table == "stats":
+        print(collect.short_table(given.paths, frame))
+    return 0
+
+
+def _say(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"initlab: {line}", file=sys.stderr)
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    for name in ("A", "B"):
+        parser.add_argument(name, help="a run folder, the folder of a sweep, or a glob of them in quotes")
+    parser.epilog = "Exit code 0: equal within 4 seed-to-seed spreads, 3: not, 2: a mistake."
+
+
+def _compare(given: argparse.Namespace) -> int:
+    from initlab.output.compare import compare
+
+    found = compare([given.A], [given.B])
+    print(f"A: {given.A}\nB: {given.B}\n{found}")
+    return 0 if found.equal else DIFFERENT
+
+
+def _gallery_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("outputs", nargs="*", default=["outputs"], metavar="PATH", help="where the studies were run")
+    parser.add_argument("--experiments", type=Path, metavar="FOLDER", help="the folder of the studies")
+
+
+def _gallery(given: argparse.Namespace) -> int:
+    from initlab.gallery import STUDIES, write
+
+    print(write(given.experiments or STUDIES, [Path(path) for path in given.outputs]))
+    return 0
+
+
+COMMANDS: dict[str, Command] = {
+    "collect": Command("Many run folders as one table, or a short account of them.", _collect_options, _collect),
+    "compare": Command("What differs between two runs or sweeps, beyond what seeds do.", _compare_options, _compare),
+    "gallery": Command("Every study with its newest figure and answer, in their README.", _gallery_options, _gallery),
+}

@@ -1,0 +1,139 @@
+"""Run folders: where they lie, how their runs ended, what was set for them. Opens no table."""
+
+import glob
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Paths = str | Path | Iterable[str | Path]
+
+
+class Folder(NamedTuple):
+    """A folder with what lies in it and in its `parts`."""
+
+    path: str
+    files: frozenset[str]
+    parts: tuple[str, ...]
+
+    def shards(self, table: str) -> list[str]:
+        """The files of a table: the whole one, or of an unfinished run its parts."""
+        if f"{table}.parquet" in self.files:
+            return [os.path.join(self.path, f"{table}.parquet")]  # noqa: PTH118 (a Path costs ten times as much)
+        front = f"{table}-"
+        return [os.path.join(self.path, "parts", name) for name in self.parts if name.startswith(front)]  # noqa: PTH118
+
+
+def found(paths: Paths) -> list[Folder]:
+    """Folders that hold a run, or what is left of one, at or below the given paths or globs; sorted, each once."""
+    folders: dict[str, Folder] = {}
+    seen: set[str] = set()
+    for path in [paths] if isinstance(paths, str | Path) else list(paths):
+        for match in _matches(str(path)):
+            for folder in _walk(match, seen):
+                folders[folder.path] = folder
+    return [folders[path] for path in sorted(folders, key=lambda path: path.replace(os.sep, chr(0)))]
+
+
+def run_folders(paths: Paths) -> Iterator[Path]:
+    """The same as paths."""
+    yield from (Path(folder.path) for folder in found(paths))
+
+
+def _matches(path: str) -> Iterator[str]:
+    """Folders to look into. `outputs/**` is all below outputs: walked once, not once from each folder in it."""
+    front = path.removesuffix("**").rstrip("/") or "."
+    if Path(path).is_dir():
+        yield str(Path(path))
+    elif path.endswith("/**") and Path(front).is_dir():
+        yield str(Path(front))
+    else:
+        for match in glob.iglob(path, recursive=True):
+            yield match if os.path.isdir(match) else os.path.dirname(match) or "."  # noqa: PTH112, PTH120
+
+
+def _walk(top: str, seen: set[str]) -> Iterator[Folder]:
+    """Every run folder at or below `top`; what Hydra keeps, and folders that were seen before, are passed over."""
+    left = [top]
+    while left:
+        path = left.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        files, parts = [], []
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if not entry.is_dir(follow_symlinks=False):
+                        files.append(entry.name)
+                    elif entry.name == "parts":
+                        parts = sorted(path.name for path in Path(entry.path).glob("*.parquet"))
+                    elif entry.name != ".hydra":
+                        left.append(entry.path)
+        except OSError:  # taken away meanwhile, or not ours to read
+            continue
+        if parts or any(name == "run.json" or name.endswith(".parquet") for name in files):
+            yield Folder(path.removeprefix("./"), frozenset(files), tuple(parts))
+
+
+def about(folder: Path | str) -> dict[str, Any]:
+    """What run.json says, or a status that says that it cannot be read."""
+    try:
+        with open(os.path.join(folder, "run.json"), "rb") as file:  # noqa: PTH118, PTH123
+            return {"status": "without a status", **json.loads(file.read())}
+    except FileNotFoundError:
+        return {"status": "without a run.json"}
+    except (OSError, ValueError, TypeError) as error:
+        return {"status": f"of unknown status ({type(error).__name__} in run.json)"}
+
+
+def settings(folder: Path | str, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What was set on the command line for a run: {"train.modules": "vmap", ...}; said = what its run.json says."""
+    given = said.get("overrides")
+    if given is None:
+        given = overrides(Path(folder))
+    pairs = (text.lstrip("+").partition("=") for text in given if "=" in text and not text.startswith("~"))
+    return {key: _value(value) for key, _, value in pairs}
+
+
+def overrides(folder: Path) -> list[str]:
+    """The lines that Hydra keeps: a list of YAML, an override a line. Being resumed is no setting of a run."""
+    try:
+        lines = (folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+    texts = (line[2:].strip() for line in lines if line.startswith("- "))
+    texts = (text for text in texts if not text.lstrip("'+").startswith("resume="))
+    return [text[1:-1].replace("''", "'") if text[:1] == text[-1:] == "'" else text for text in texts]
+
+
+def _value(text: str) -> Any:
+    """A number or a truth value where the text is one."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def tell_apart(every: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys that were not set to the same value in all runs."""
+    keys = dict.fromkeys(key for one in every for key in one)
+    return [key for key in keys if len({repr(one.get(key)) for one in every}) > 1]
+
+
+def named(paths: Sequence[str]) -> str:
+    """Folders by name, those of one sweep together: 'outputs/a: 3, 17; outputs/b'."""
+    by_parent: dict[str, list[str]] = {}
+    for path in paths:
+        parent, _, name = path.rpartition(os.sep)
+        by_parent.setdefault(parent, []).append(name)
+    shown = []
+    for parent, names in by_parent.items():
+        ordered = sorted(names, key=lambda name: (len(name), name) if name.isdigit() else (0, name))
+        shown.append(f"{parent}: {', '.join(ordered)}" if len(names) > 1 else os.path.join(parent, names[0]))  # noqa: PTH118
+    return "; ".join(shown)

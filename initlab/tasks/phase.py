@@ -1,0 +1,274 @@
+"""A plane of networks, measured as one batched program, beside what theory says of every point.
+
+Plane `sigma`: (sigma_w, sigma_b) at the last layer. Plane `depth`: (sigma_w, layer) at one sigma_b. sigma_w is the
+gain: weights have variance sigma_w^2 / fan_in, biases sigma_b^2. Poole et al. 2016; Schoenholz et al. 2017. Knows
+nothing of Hydra nor of figures.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from initlab.errors import UsageError, check, choose
+from initlab.signal.activations import ACTIVATIONS
+from initlab.signal.init import DISTRIBUTIONS, GENERATORS
+from initlab.signal.phases import phase_plane
+from initlab.signal.trajectories import trajectory
+from initlab.tasks.place import DTYPES, find_device
+from initlab.tasks.points import Looked, Place, Points, look
+
+PLANES = {"sigma": "(sigma_w, sigma_b) at the last layer", "depth": "(sigma_w, layer) at one sigma_b"}
+WEIGHTS = {"common": "all points scale the same random numbers", "fresh": "each point draws its own"}
+MOST_POINTS = 256  # on an axis
+FITTED = (1e-10, 0.1)  # 1 - cosine between these falls by a constant factor a layer in the ordered phase
+LEAST = 3  # layers through which a line is fitted
+NOISE = 3.0  # standard deviations that a cosine must be away from its end to count as on its way there
+THEORY = 4096  # points that are predicted together
+LIMITS = {  # column -> that of `phase_plane`
+    "limit_q": "q",
+    "limit_cosine": "c",
+    "limit_chi_1": "chi_1",
+    "predicted_xi_c": "xi_c",
+    "predicted_phase": "phase",
+}
+AWAY = 0.1  # |ln chi_1| beyond which a point is away from the critical line
+
+Emit = Callable[[Mapping[str, pd.DataFrame]], object]
+
+
+class Axis(NamedTuple):
+    """Evenly spaced values, both ends among them."""
+
+    low: float
+    high: float
+    points: int
+
+    def values(self, name: str) -> list[float]:
+        """Refuses what is no axis; `name` is the option's."""
+        for end, value in (("min", self.low), ("max", self.high)):
+            if not 0 <= value < math.inf:
+                raise UsageError(f"{name}.{end}={value:g}: a standard deviation must be a finite number, at least 0")
+        if not 1 <= self.points <= MOST_POINTS:
+            raise UsageError(f"{name}.points={self.points}: must be from 1 to {MOST_POINTS}")
+        if self.low > self.high:
+            raise UsageError(f"{name}.min={self.low:g}: must not be above {name}.max={self.high:g}")
+        return [float(x) for x in np.linspace(self.low, self.high, self.points)]
+
+
+SW, SB = Axis(0.5, 3.0, 64), Axis(0.0, 1.0, 64)
+
+
+def phase(
+    plane: str = "sigma",
+    sw: Axis = SW,
+    sb: Axis = SB,
+    sigma_b: float = 0.05**0.5,
+    activation: str = "tanh",
+    depth: int = 50,
+    width: int = 100,
+    batch: int = 8,
+    correlation: float = 0.5,
+    weights: str = "common",
+    distribution: str = "normal",
+    seeds: Sequence[int] = range(8),
+    dtype: str = "float32",
+    device: str = "cpu",
+    generator: str = "torch",
+    chunk: int = 0,
+    progress: bool = False,
+) -> Iterator[pd.DataFrame]:
+    """The table `phase`, a frame for each seed as it comes: a row per point, in the plane `depth` per point and layer.
+
+    Measured are the preactivations of `batch` inputs of a given correlation: `q`, `std`, `cosine` (mean over pairs),
+    `chi_1` (sw2 times the mean squared slope), `growth` (its geometric mean over the layers so far: the factor a layer
+    of a gradient's second moment), `frac_saturated`, and `xi_c`, in layers, from how fast the cosine goes to its end;
+    nan where that cannot be seen. A signal that died (`died_at`) has q = 0 or inf, and the cosine and slopes of the
+    last layer at which it was seen alive. `predicted_*` is infinite width at the same layer, `limit_*` at infinite
+    depth. Errors: what `Axis.values` refuses, fewer than 2 inputs, a correlation outside [0, 1).
+    """
+    gains, biases = _coordinates(plane, sw, sb, sigma_b)
+    check(depth=depth, width=width, batch=batch, seeds=len(seeds))
+    if batch < 2:
+        raise UsageError(f"phase.batch={batch}: must be at least 2; one input has no cosine")
+    if not 0 <= correlation < 1:
+        raise UsageError(f"phase.correlation={correlation:g}: must be at least 0 and below 1")
+    fresh = choose(dict(zip(WEIGHTS, (False, True), strict=True)), weights, "phase.weights")
+    choose(DISTRIBUTIONS, distribution, "init.distribution")
+    choose(GENERATORS, generator, "generator")
+    row = choose(ACTIVATIONS, activation, "activation")
+    place = Place(choose(DTYPES, dtype, "dtype"), find_device(device), generator, chunk)
+    points = Points(gains, biases, row, depth, width, batch, correlation, distribution, fresh)
+    return _measured(plane, points, activation, seeds, place, progress)
+
+
+def _coordinates(plane: str, sw: Axis, sb: Axis, sigma_b: float) -> tuple[list[float], list[float]]:
+    """(sigma_w, sigma_b) of every point, sigma_b slowest."""
+    choose(PLANES, plane, "phase.plane")
+    if not 0 <= sigma_b < math.inf:
+        raise UsageError(f"phase.sigma_b={sigma_b:g}: a standard deviation must be a finite number, at least 0")
+    across, up = sw.values("phase.sw"), sb.values("phase.sb") if plane == "sigma" else [sigma_b]
+    return across * len(up), [value for value in up for _ in across]
+
+
+def _measured(
+    plane: str, points: Points, activation: str, seeds: Sequence[int], place: Place, progress: bool
+) -> Iterator[pd.DataFrame]:
+    layers, closer = looks(plane, points.depth)
+    rows = layers if plane == "depth" else [points.depth]
+    theory = _theory(points, activation, rows)
+    total = len(points.sw) * points.depth * len(seeds)
+    with tqdm(total=total, desc="phase", unit="layer", unit_scale=True, disable=None if progress else True) as bar:
+        for seed in seeds:
+            found = look(points, seed, layers, closer, place, bar.update)
+            yield _frame(points, found, np.array(layers), np.array(closer), rows, theory).assign(seed=seed)
+
+
+def looks(plane: str, depth: int) -> tuple[list[int], list[int]]:
+    """Layers that are looked at, and those at which slopes are taken too, which cost as much as the activation."""
+    every = list(range(1, depth + 1))
+    return (every, every) if plane == "depth" else (steps(depth, 1.35), steps(depth, 3.0))
+
+
+def steps(depth: int, ratio: float) -> list[int]:
+    """Layers from 1 to the last, each `ratio` times the one before.
+
+    >>> steps(50, 2.0)
+    [1, 2, 4, 8, 16, 32, 50]
+    """
+    found = [1]
+    while found[-1] < depth:
+        found.append(min(depth, max(found[-1] + 1, round(found[-1] * ratio))))
+    return found
+
+
+def _theory(points: Points, activation: str, rows: Sequence[int]) -> pd.DataFrame:
+    """A row per point and layer of `rows`, points slowest: at this layer, and at infinite depth; in bounded memory."""
+    across = list(dict.fromkeys(points.sw))
+    up = points.sb[:: len(across)]
+    together = max(1, THEORY // len(across))
+    parts = (up[start : start + together] for start in range(0, len(up), together))
+    return pd.concat([_theory_of(points, activation, rows, across, part) for part in parts], ignore_index=True)
+
+
+def _theory_of(
+    points: Points, activation: str, rows: Sequence[int], across: Sequence[float], up: Sequence[float]
+) -> pd.DataFrame:
+    weights, biases = [x * x for x in across], [x * x for x in up]
+    sw2, sb2 = (torch.tensor(values, dtype=torch.float64) for values in (weights, biases))
+    path = trajectory(
+        points.row, sw2.repeat(len(up)), sb2.repeat_interleave(len(sw2)), points.depth, points.correlation
+    )
+    with np.errstate(divide="ignore"):
+        growth = np.exp(np.cumsum(np.log(path.chi_1.numpy()), -1) / np.arange(1, points.depth + 1))
+    found = {
+        "predicted_q": path.q.numpy(), "predicted_cosine": 1 - path.apart.numpy(),
+        "predicted_chi_1": path.chi_1.numpy(), "predicted_growth": growth,
+    }  # fmt: skip
+    at = [layer - 1 for layer in rows]
+    frame = pd.DataFrame({name: values[:, at].ravel() for name, values in found.items()})
+    limits = phase_plane(activation, weights, biases, first_layer=True)
+    return frame.assign(**{name: np.repeat(limits[of].to_numpy(), len(rows)) for name, of in LIMITS.items()})
+
+
+def _frame(
+    points: Points, found: Looked, layers: np.ndarray, closer: np.ndarray, rows: Sequence[int], theory: pd.DataFrame
+) -> pd.DataFrame:
+    sw, sb = np.array(points.sw)[:, None], np.array(points.sb)[:, None]
+    died = found.died_at[:, None]
+    apart = _lasting(found.apart, layers, died)
+    chi_1 = sw**2 * _lasting(found.slope, closer, died)
+    saturated = _lasting(found.saturated, closer, died)
+    at, near = np.searchsorted(layers, rows), np.searchsorted(closer, rows)
+    with np.errstate(invalid="ignore"):
+        std = np.sqrt(np.maximum(found.q[:, at] - found.mean[:, near] ** 2, 0))
+    q = found.q[:, at]
+    columns = {
+        "gain": sw, "sigma_b": sb, "layer": np.array(rows)[None], "q": q, "std": np.where(np.isfinite(q), std, np.inf),
+        "cosine": 1 - apart[:, at], "one_minus_cosine": apart[:, at], "chi_1": chi_1[:, near],
+        "growth": _growth(chi_1, closer)[:, near], "frac_saturated": saturated[:, near],
+        "xi_c": depth_scale(apart, chi_1[:, -1], layers)[:, None], "n_nan": found.nan[:, near],
+        "n_inf": found.inf[:, near], "died_at": died,
+    }  # fmt: skip
+    shape = (len(sw), len(rows))
+    frame = pd.DataFrame({name: np.broadcast_to(values, shape).ravel() for name, values in columns.items()})
+    frame = frame.astype({"n_nan": "int64", "n_inf": "int64", "died_at": "int64"})
+    words = np.where(frame["q"] == np.inf, "unbounded", np.where(frame["chi_1"] > 1, "chaotic", "ordered"))
+    frame = pd.concat([frame.assign(phase=words), theory], axis=1)
+    return frame.assign(difference=frame["cosine"] - frame["predicted_cosine"], mode="fan_in", bias=0.0)
+
+
+def _lasting(values: np.ndarray, layers: np.ndarray, died: np.ndarray) -> np.ndarray:
+    """Where a signal has died, what it was when last seen alive; 0 of one that no layer has seen alive."""
+    found = values.copy()
+    gone = (died > 0) & (layers >= died)
+    for k in range(1, values.shape[1]):
+        found[:, k] = np.where(gone[:, k], found[:, k - 1], found[:, k])
+    lasting: np.ndarray = np.nan_to_num(found, nan=0.0)
+    return lasting
+
+
+def _growth(chi_1: np.ndarray, layers: np.ndarray) -> np.ndarray:
+    """Geometric mean over layers 1 to l at every l of `layers`, between them by straight lines in the logarithm."""
+    logs = np.log(np.maximum(chi_1, 1e-300))
+    sums = [logs[:, 0]]
+    for k in range(1, len(layers)):
+        gap = layers[k] - layers[k - 1]
+        sums.append(sums[-1] + gap * (logs[:, k] + logs[:, k - 1]) / 2 + (logs[:, k] - logs[:, k - 1]) / 2)
+    alive = np.minimum.accumulate(chi_1, axis=-1) > 0
+    growth: np.ndarray = np.where(alive, np.exp(np.stack(sums, -1) / layers), 0.0)
+    return growth
+
+
+def depth_scale(apart: np.ndarray, chi_1: np.ndarray, layers: np.ndarray) -> np.ndarray:
+    """xi_c in layers, (P,): |c_l - c_end| falls by e in so many. nan where fewer than 3 layers show it.
+
+    In the ordered phase (chi_1 < 1) the end is 1 and 1 - c between FITTED counts; else it is the mean of the last third
+    of the layers, and what stands out of their spread.
+    """
+    tail = apart[:, -max(LEAST, len(layers) // 3) :]
+    end, noise = np.where(chi_1 < 1, 0.0, tail.mean(-1)), np.where(chi_1 < 1, 0.0, tail.std(-1))
+    away = np.abs(apart - end[:, None])
+    ordered = (away > FITTED[0]) & (away < FITTED[1])
+    leaving = np.logical_and.accumulate(away > NOISE * noise[:, None] + 1e-6, axis=-1)
+    use = np.where((chi_1 < 1)[:, None], ordered, leaving)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        y, n = np.where(use, np.log(np.where(use, away, 1.0)), 0.0), use.sum(-1)
+        x = np.where(use, layers, 0)
+        slope = (n * (x * y).sum(-1) - x.sum(-1) * y.sum(-1)) / (n * (x * x).sum(-1) - x.sum(-1) ** 2)
+        scale: np.ndarray = np.where((n >= LEAST) & (slope < 0), -1 / slope, np.nan)
+    return scale
+
+
+def phase_as_text(frame: pd.DataFrame) -> str:
+    """Of the last layer, means over the networks of a point: shares of the phases, and how far theory is off."""
+    last = frame[frame["layer"] == frame["layer"].max()]
+    keys = ["gain", "sigma_b"]
+    mean = last.groupby(keys)[["cosine", "predicted_cosine", "chi_1", "limit_chi_1"]].mean()
+    words = last.groupby(keys)["predicted_phase"].first()
+    died = last.groupby(keys)["died_at"].max() > 0
+    lines = [f"{len(mean)} points, {last['seed'].nunique()} network(s) each, {int(last['layer'].max())} layers"]
+    measured, predicted = mean["chi_1"] < 1, mean["limit_chi_1"] < 1 - 1e-9  # to rounding
+    lines.append(
+        f"ordered, gradients shrink: {measured.mean():.1%} measured, {predicted.mean():.1%} predicted; "
+        f"chaotic or unbounded, they grow: {1 - measured.mean():.1%} and {1 - predicted.mean():.1%}"
+    )
+    said = ", ".join(f"{word} {share:.1%}" for word, share in words.value_counts(normalize=True).items())
+    lines.append(f"theory: {said}")
+    far = (np.log(mean["limit_chi_1"].clip(1e-300)).abs() > AWAY) & ~died
+    if far.any():
+        apart = (mean["cosine"] - mean["predicted_cosine"])[far]
+        gain, sigma_b = apart.abs().idxmax()
+        lines.append(
+            f"away from the critical line (chi_1 off 1 by more than {math.expm1(AWAY):.0%}) measured and predicted "
+            f"agree in the phase of {(measured == predicted)[far].mean():.1%} of the points; the cosine differs by "
+            f"{apart.abs().median():.2g} in the median, most at sigma_w {gain:.3g}, sigma_b {sigma_b:.3g}: "
+            f"{apart[(gain, sigma_b)]:+.2g}"
+        )
+    if died.any():
+        lines.append(f"the signal died at {died.mean():.1%} of the points")
+    return "\n".join(lines)
