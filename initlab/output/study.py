@@ -76,7 +76,7 @@ def _draw(
         if len(lines):
             beside(ax, lines, list(colours), "x", colours)
     if one.y in SCALED and ax.get_yscale() == "log":
-        limits(ax, sorted(tables[one.table]["dtype"].astype(str).unique()))
+        limits(ax, [panel] if one.col == "dtype" else sorted(tables[one.table]["dtype"].astype(str).unique()))
     if one.x == "layer":
         layer_axis(ax)
         ax.set_xlim(rows["x"].min() - 0.5, rows["x"].max() + 0.5)

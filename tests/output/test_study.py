@@ -133,3 +133,12 @@ def test_rows_that_are_not_told_apart_are_a_mistake() -> None:
         rows_of(Picture("layer", "std", where={"layer": 99}), {"stats": stats()})
     with pytest.raises(UsageError, match="did you mean std"):
         rows_of(Picture("layer", "stdd"), {"stats": stats()})
+
+
+def test_a_panel_of_one_number_format_shows_the_ends_of_that_one() -> None:
+    both = {"stats": pd.concat([stats(), stats().assign(run="h", dtype="float16")]).assign(std=lambda f: f["std"] * 10)}
+    figure = draw_study(Picture("layer", "std", by="init", col="dtype", y_scale="log"), both, "")
+    said = [{text.get_text() for text in ax.texts} for ax in figure.axes]
+    assert not any("float16" in text for text in said[0]) and "largest float16" in said[1]
+    (mixed,) = draw_study(Picture("layer", "std", by="dtype", where={"init": "a"}, y_scale="log"), both, "").axes
+    assert "largest float16" in {text.get_text() for text in mixed.texts}
