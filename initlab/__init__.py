@@ -86,6 +86,7 @@ The map of the house. Imports run one way, downwards in this list never:
         summary.py       frames -> the short table and the findings in words
         collect.py       many runs -> one file, or a short account
         distance.py      how far apart are two sets of networks; compare.py: two runs or sweeps
+        words.py         values of options as words of a label
         predicted.py     measured beside predicted -> layers within their band, lines for figures
         selection.py     which rows and columns a study speaks of; columns.py: those known beforehand
         reductions.py    rows of many networks -> a number and its standard error
@@ -106,7 +107,7 @@ The map of the house. Imports run one way, downwards in this list never:
     sweeper.py     from the words of a sweep to its jobs; resume.py: what is left of one that was stopped
     workers.py     jobs in processes of their own: threads, GPUs, what a launcher must be told
     plugins.py     how Hydra comes to know initlab's own
-    commands.py    what a first word without `=` asks for: collect, compare
+    commands.py    what a first word without `=` asks for: collect, compare, gallery
     study.py       question, expectations and what came of them; gallery.py: all of them in experiments/README.md
     stages.py      the tasks as their stages: plain arguments out of the configuration, frames into a recorder
     jobs.py        one job: typed configuration -> run folder, figures, what is printed

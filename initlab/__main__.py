@@ -29,6 +29,7 @@ HELP = """initlab {version}: what happens to the numbers in a deep network under
 
   python -m initlab key=value ...                      one run
   python -m initlab -m init=naive,lecun,kaiming ...    a sweep: every combination of the values
+  python -m initlab -cd experiments -cn NAME ...       a study: a sweep, its figure, and whether what it expects holds
 {commands}
 
   init={init}
@@ -264,7 +265,7 @@ def _answer(folder: Path, asked: "Study | None", plots: bool) -> None:
     if path is not None:
         log.info("figure: %s", jobs.shown(path))
     if verdicts:
-        log.info(study.count(verdicts))
+        log.info(study.count(verdicts, len(asked.expect)))
     _disappointed.extend(verdict.say for verdict in verdicts if not verdict.holds)
 
 

@@ -89,19 +89,23 @@ def _compare(given: argparse.Namespace) -> int:
     from initlab.output.compare import compare
 
     found = compare([given.A], [given.B])
+    _say(found.notes)
     print(f"A: {given.A}\nB: {given.B}\n{found}")
     return 0 if found.equal else DIFFERENT
 
 
 def _gallery_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("outputs", nargs="*", default=["outputs"], metavar="PATH", help="where the studies were run")
+    parser.add_argument("outputs", nargs="*", metavar="PATH", help="where the studies were run")
     parser.add_argument("--experiments", type=Path, metavar="FOLDER", help="the folder of the studies")
 
 
 def _gallery(given: argparse.Namespace) -> int:
     from initlab.gallery import STUDIES, write
 
-    print(write(given.experiments or STUDIES, [Path(path) for path in given.outputs]))
+    for path in given.outputs or ():
+        if not Path(path).is_dir():
+            raise UsageError(f"{path}: no such folder")
+    print(write(given.experiments or STUDIES, [Path(path) for path in given.outputs or ["outputs"]]))
     return 0
 
 

@@ -269,6 +269,9 @@ def _refuse_flags(message: str) -> NoReturn:
     raise UsageError(f"{message}; see --help")
 
 
+GROUPS = ("init", "activation", "data")  # folders of conf/: one file of each is chosen
+
+
 def accepted(words: Sequence[str]) -> list[str]:
     """The command line as Hydra wants it.
 
@@ -280,6 +283,10 @@ def accepted(words: Sequence[str]) -> list[str]:
         bare = word.lstrip("-")
         if word.startswith("-") and bare.split("=")[0] in set(option_names()):
             raise UsageError(f"{word}: options have no dashes, write {bare if '=' in bare else bare + '=VALUE'}")
+        name, _, value = word.partition("=")
+        if name in GROUPS and value.startswith("["):  # Hydra would lay one over the other, and run the last
+            values = value.strip("[] ")
+            raise UsageError(f"{word}: one at a time; for several write -m {name}={values or 'A,B'}")
     parser = get_args_parser()
     parser.error = _refuse_flags  # type: ignore[method-assign]
     parser.parse_args(list(words))

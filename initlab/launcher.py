@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from initlab.errors import UsageError
 from initlab.output.claim import claim
+from initlab.output.records import refuse_used
 from initlab.study import Study, prepare
 
 FINISHED = ".finished"  # a byte for each job that ended in another process, wherever that was
@@ -35,6 +36,13 @@ class Sweep(Callback):
     notes: ClassVar[list[str]] = []  # what should be known of the result
     _bar: ClassVar[Any] = None
     _after: ClassVar[ExitStack] = ExitStack()
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Before Hydra writes of this run over what it wrote of another."""
+        try:
+            refuse_used(Path(str(config.hydra.run.dir)))
+        except UsageError as error:
+            raise Refused(str(error)) from error
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:

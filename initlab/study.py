@@ -82,7 +82,7 @@ def draw(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path, verdict
     from initlab.output.study import draw_study  # seaborn takes a second to import
 
     path = folder / f"{study.name}.png"
-    said = count(verdicts) if verdicts else ""
+    said = count(verdicts, len(study.expect)) if verdicts else ""
     try:
         draw_study(study.figure, tables, study.about.question or study.name, said).savefig(path, dpi=110)
     except UsageError as error:
@@ -100,7 +100,8 @@ def _number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def count(verdicts: Sequence[Verdict]) -> str:
-    """`7 of 7 expectations hold`."""
-    one = "expectation holds" if len(verdicts) == 1 else "expectations hold"
-    return f"{sum(verdict.holds for verdict in verdicts)} of {len(verdicts)} {one}"
+def count(verdicts: Sequence[Verdict], of: int) -> str:
+    """`7 of 7 expectations hold`; of all there are, also those about which the tables say nothing."""
+    one = "expectation holds" if of == 1 else "expectations hold"
+    silent = f", {of - len(verdicts)} cannot be judged" if of > len(verdicts) else ""
+    return f"{sum(verdict.holds for verdict in verdicts)} of {of} {one}{silent}"

@@ -75,11 +75,13 @@ class Sweeper(HydraSweeper):
         asked = self.config.get("resume") is not None
         if asked:
             resume.refuse_no_sweep(folder)
+        elif (folder / "multirun.yaml").exists():
+            raise UsageError(f"{folder}: holds a sweep already; choose another hydra.sweep.dir, or say resume={folder}")
         Sweep.claim(folder)
         try:
             left = resume.left(folder, self.config, jobs) if asked else resume.Left(jobs, range(len(jobs)), 0)
             getattr(self.launcher, "validate_batch_is_legal", self.validate_batch_is_legal)(left.jobs)
-        except Exception:
+        except BaseException:  # one that stops the program, too
             if not asked:
                 records.discard(folder)
             raise

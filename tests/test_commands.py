@@ -1,5 +1,6 @@
 """Commands on run folders, as a user types them."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -55,6 +56,48 @@ def test_a_sweep_becomes_one_file_and_a_few_lines(swept: Lab) -> None:
     assert swept("collect", ".", "--to", "stats.csv")[0] == 0 and Path("stats.csv").is_file()
 
 
+def test_runs_that_keep_no_stats_are_compared_by_what_they_keep(lab: Lab) -> None:
+    """Two planes, two formats; and what has no number to compare is not called identical."""
+    small = ("depth=3", "width=8", "seeds=2", "plots=false")
+    plane = (*small, "task=phase", "phase.sw.points=2", "phase.sb.points=2", "activation=tanh")
+    for name, words in (
+        ("a", plane),
+        ("b", plane),
+        ("c", (*plane, "seed=2", "init.distribution=orthogonal", "width=16")),
+        ("f", (*small, "task=formats", "init=naive")),
+        ("g", (*small, "task=formats", "init=small")),
+        ("x", (*small, "task=explain")),
+    ):
+        assert lab(*words, f"hydra.run.dir={name}")[0] == 0
+    code, out, _ = lab("compare", "a", "b")
+    assert code == 0 and "phase: 8 rows of the same networks: all the same" in out and "identical" in out
+    code, out, _ = lab("compare", "a", "c")
+    assert code == 3 and "identical" not in out and "only in A: 8 rows" not in out
+    code, out, _ = lab("compare", "f", "g")
+    assert code == 3 and "ends: " in out and "first layer beyond" not in out
+    assert lab("compare", "f", "f")[0] == 0
+    code, out, err = lab("compare", "x", "x")
+    assert code == 2 and out == "" and err.startswith("initlab: x, x: no run has a table that can be compared")
+
+
+def test_comparing_names_runs_that_are_not_done(swept: Lab) -> None:
+    run = json.loads(Path("b/run.json").read_text())
+    Path("b/run.json").write_text(json.dumps(run | {"status": "interrupted"}))
+    code, _, err = swept("compare", "a", "b")
+    assert code == 0 and err.startswith("initlab: b: this run is interrupted, not done") and err.count("\n") == 1
+
+
+def test_runs_of_many_sweeps_that_bear_one_name_are_told_apart(swept: Lab) -> None:
+    """Two sweeps of the same networks: every job 0 is called 0."""
+    for sweep in ("first", "second"):
+        Path(sweep).mkdir()
+        shutil.copytree("a", Path(sweep, "0"))
+    code, out, err = swept("collect", "first", "second")
+    assert (code, err) == (0, "") and "first/0" in out and "second/0" in out
+    code, out, err = swept("collect", "first", "second", "c")
+    assert (code, err) == (0, "") and "first/0" in out and "second/0" in out
+
+
 def test_runs_that_are_not_done_are_named_on_the_side(swept: Lab) -> None:
     Path("c/run.json").unlink()
     code, out, err = swept("collect", ".", "--to", "all.csv")
@@ -76,7 +119,7 @@ def test_runs_that_are_not_done_are_named_on_the_side(swept: Lab) -> None:
         (("collect", "none/**"), "none/**: no such folder"),
         (("collect", "a", "--table", "stat"), "did you mean stats?"),
         (("collect", "a", "--table", "losses"), "no run with a table `losses`"),
-        (("collect", "a", "--to", "x.xls"), "must be one of .csv, .feather, .parquet"),
+        (("collect", "a", "--to", "x.xls"), "the name must end in .csv, .feather, .parquet"),
         (("collect", "a", "--too", "x.csv"), "collect: unrecognized arguments: --too x.csv"),
         (("compare", "a"), "compare: the following arguments are required: B"),
         (("compare", "a", "photos"), "photos: holds no run of initlab"),

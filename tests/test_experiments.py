@@ -211,6 +211,7 @@ def test_what_only_the_tables_can_tell_is_told_afterwards(lab: Lab, tmp_path: Pa
     hope(tmp_path, (f"- {GROWS}", f"- {other}\n  - {GROWS}"))
     code, out, err = lab("-cd", "study", "-cn", "hope", "plots=false")
     assert code == 2 and err == "initlab: expect: 'it is deep': selects no rows: layer=9 where there is 0, 1, 2, 3, 4\n"
+    assert "0 of 2 expectations hold, 1 cannot be judged" in out  # as expect.json counts them
     assert "FAILS: it grows" in out and len(list(Path("outputs").glob("**/stats.parquet"))) == 2
 
 

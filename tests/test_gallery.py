@@ -82,6 +82,9 @@ def test_what_is_known_stays_where_there_is_no_new_sweep(house: Path, tmp_path: 
     assert main(["--experiments", str(house), str(tmp_path / "outputs")]) == 0
     first = (house / "README.md").read_text()
     assert "1 of 2 hold" in first and "2 of 2 hold" in first and "- FAILS: sentence 1" in first
+    with pytest.raises(UsageError, match="elsewhere: no such folder"):
+        main(["--experiments", str(house), str(tmp_path / "elsewhere")])
+    (tmp_path / "elsewhere").mkdir()
     assert main(["--experiments", str(house), str(tmp_path / "elsewhere")]) == 0
     assert (house / "README.md").read_text() == first
     left(tmp_path / "outputs" / "two" / "2026-01-02_00-00-00.000000", "two", 0)

@@ -325,3 +325,27 @@ def test_a_mistake_leaves_an_old_run_as_it_was(lab: Lab, two: Path, monkeypatch:
     assert {name for name in before if before[name] != after[name]} <= {
         ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "initlab.log",
     }  # fmt: skip
+
+
+def test_a_folder_that_holds_another_sweep_or_run_keeps_all_it_has(lab: Lab, two: Path, tmp_path: Path) -> None:
+    """Neither a sweep nor a run begun in it by mistake, nor one with a mistake of its own, changes a byte."""
+    before = contents(tmp_path)
+    for words in (("init=naive,kaiming",), ("init=kaiming,kaimig",), ("seed=5,6",)):
+        code, out, err = lab("-m", *words, *SMALL, "hydra.sweep.dir=x")
+        assert code == 2 and err.count("\n") == 1 and out == "", err
+        assert err.startswith("initlab: x: holds a sweep already") or "did you mean kaiming?" in err
+        assert contents(tmp_path) == before
+    code, out, err = lab("init=small", *SMALL, "hydra.run.dir=x/0")
+    assert (code, out, err) == (2, "", "initlab: x/0: holds a run already; choose another hydra.run.dir\n")
+    assert contents(tmp_path) == before
+
+
+def test_a_sweep_that_is_stopped_before_its_first_job_leaves_no_folder(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeper.Sweeper, "validate_batch_is_legal", stop)
+    code, out, err = lab("-m", "init=naive,kaiming", *SMALL)
+    assert (code, out, err) == (130, "", "") and not list(Path().glob("outputs/config/*"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from initlab.errors import UsageError, not_one_of
+from initlab.errors import UsageError, nearest
 from initlab.output import folders, gather, records, shards, summary
 from initlab.output.gather import Run
 
@@ -42,7 +42,8 @@ def account(found: Sequence[Run], frame: pd.DataFrame, table: str) -> list[str]:
 
 def differing(found: Sequence[Run], frame: pd.DataFrame) -> list[str]:
     """The configuration columns, `seed` among them, in which the rows differ."""
-    return [name for name in [*configuration(found, frame), "seed"] if name in frame and not _constant(frame[name])]
+    names = dict.fromkeys([*configuration(found, frame), "seed"])  # a swept seed is configuration already
+    return [name for name in names if name in frame and not _constant(frame[name])]
 
 
 def configuration(found: Sequence[Run], frame: pd.DataFrame) -> list[str]:
@@ -60,11 +61,12 @@ def _constant(column: pd.Series) -> bool:
 
 def _values(column: pd.Series) -> str:
     values = column.drop_duplicates().dropna()
+    unset = ", or not set" if column.isna().any() else ""
     if len(values) > FEW:
         ends = f"{values.min():g} to {values.max():g}, " if pd.api.types.is_numeric_dtype(values) else ""
-        return f"{ends}{len(values)} values"
+        return f"{ends}{len(values)} values{unset}"
     numbers = pd.api.types.is_float_dtype(values)
-    return ", ".join(f"{value:g}" if numbers else str(value) for value in values)
+    return ", ".join(f"{value:g}" if numbers else str(value) for value in values) + unset
 
 
 def short_table(paths: Sequence[str], stats: pd.DataFrame) -> str:
@@ -111,7 +113,9 @@ FORMATS: dict[str, Callable[[pa.Table, Path], None]] = {".parquet": _parquet, ".
 def refuse(file: Path) -> None:
     """A file that cannot be meant, before anything is read."""
     if file.suffix not in FORMATS:
-        raise not_one_of("--to: the suffix", file.suffix or "none", FORMATS)
+        raise UsageError(
+            f"--to {file}: the name must end in {', '.join(sorted(FORMATS))}{nearest(file.suffix, FORMATS)}"
+        )
     if file.is_dir() or not file.parent.is_dir():
         raise UsageError(f"{file}: {'is a folder' if file.is_dir() else f'there is no folder {file.parent}'}")
     if (file.parent / "run.json").exists() and file.stem in records.TABLES:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from initlab.errors import UsageError
 from initlab.output import collect, distance, gather
 from initlab.output.distance import BEYOND, EPSILON, Joined, Side
 from initlab.output.gather import Run
@@ -28,6 +29,9 @@ KEYS: dict[str, tuple[str, ...]] = {
     "jacobian": ("layer",),
     "singular_values": ("layer", "rank"),
     "gains": ("activation", "gain"),
+    "phase": ("gain", "sigma_b", "layer"),
+    "formats": ("format", "event"),
+    "ends": ("format", "event"),
 }
 # Tables whose other columns repeat what another table holds.
 ONLY: dict[str, tuple[str, ...]] = {"theory": ("predicted", "band_low", "band_high", "limit")}
@@ -50,6 +54,7 @@ class Comparison:
 
     configuration: list[str]
     tables: dict[str, Table]
+    notes: list[str]  # of runs that are not whole
 
     @property
     def identical(self) -> bool:
@@ -72,7 +77,7 @@ class Comparison:
 
 
 def compare(a: Sequence[str], b: Sequence[str]) -> Comparison:
-    """Two sides, each any number of run folders, sweep folders or globs."""
+    """Two sides, each any number of run folders, sweep folders or globs; a UsageError if no table is to be compared."""
     sides = [collect.runs(paths, "stats") for paths in (a, b)]
     tables = {}
     for name in KEYS:
@@ -85,8 +90,11 @@ def compare(a: Sequence[str], b: Sequence[str]) -> Comparison:
             tables[name] = compare_table(name, frame_a, frame_b, _settings(runs))
         elif any(has):
             tables[name] = Table([f"only in {'A' if has[0] else 'B'}"], 0.0, False, True)
+    if not tables:
+        raise UsageError(f"{', '.join([*a, *b])}: no run has a table that can be compared ({', '.join(KEYS)})")
     frames = [pd.DataFrame([_described(run) for run in side]) for side in sides]
-    return Comparison(_differences(*frames), tables)
+    notes = dict.fromkeys(line for side in sides for line in gather.notes(side, "stats"))
+    return Comparison(_differences(*frames), tables, list(notes))
 
 
 def _settings(sides: Sequence[Sequence[Run]]) -> list[str]:
@@ -249,7 +257,7 @@ def _farthest(
     if len(order) > SHOWN:
         lines.append(f"... and {len(order) - SHOWN} more statistics")
     beyond = np.flatnonzero((found.z > BEYOND).any(axis=1))
-    if "layer" in rows and len(beyond):
+    if "layer" in place and len(beyond):
         places = rows.iloc[found.at[beyond]][[n for n in ("stage", "step", "layer", "direction") if n in rows]].astype(
             object
         )

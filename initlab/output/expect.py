@@ -94,7 +94,7 @@ class Verdict:
 
 def _text(one: Measured) -> str:
     number = "never" if one.number == math.inf else f"{one.number:.6g}"
-    spread = f" +- {one.error:.1g}" if math.isfinite(one.error) else ""
+    spread = f" +- {float(f'{one.error:.1g}'):g}" if math.isfinite(one.error) else ""  # 10, not 1e+01
     return f"{one.of}{': ' if one.of else ''}{number}{spread}"
 
 
@@ -203,7 +203,9 @@ def judge(expectation: Expectation | Mapping[str, Any], tables: Mapping[str, pd.
     """What the tables say of one expectation; `NothingFound` where they say nothing."""
     one = expectation if isinstance(expectation, Expectation) else expected(expectation)
     try:
-        table = choose(tables, one.table, "table")
+        if one.table not in tables:
+            raise NothingFound(f"no job has written a table `{one.table}`")
+        table = tables[one.table]
         for name in one.columns():
             choose(table, name, f"column of {one.table}")
         if one.band:

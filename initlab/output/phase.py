@@ -158,9 +158,9 @@ def _handles(plane: str, died: bool) -> list[Line2D]:
 
 def _finding(frame: pd.DataFrame, plane: str) -> str:
     last = frame[frame["layer"] == frame["layer"].max()]
-    mean = last.groupby(["gain", "sigma_b"])[["chi_1", "predicted_chi_1", "cosine", "predicted_cosine"]].mean()
+    mean = last.groupby(["gain", "sigma_b"])[["chi_1", "limit_chi_1", "cosine", "predicted_cosine"]].mean()
     apart = (mean["cosine"] - mean["predicted_cosine"]).abs()
-    ordered, predicted = (mean["chi_1"] < 1).mean(), (mean["predicted_chi_1"] < 1).mean()
+    ordered, predicted = (mean["chi_1"] < 1).mean(), (mean["limit_chi_1"] < 1 - 1e-9).mean()  # to rounding
     about = f"{last['activation'].iloc[0]}, {int(last['layer'].max())} layers of {last['width'].iloc[0]} units: "
     return (
         f"{about}{ordered:.0%} of {len(mean)} points are ordered ({predicted:.0%} predicted); the cosine is "

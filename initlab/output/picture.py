@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from initlab.errors import UsageError, choose
-from initlab.output import summary
+from initlab.output import summary, words
 from initlab.output.selection import LN, NothingFound, bare, networks, numbers, refuse_condition, selected
 from initlab.signal.stats import COUNTS, STATISTICS
 
@@ -111,10 +111,10 @@ def _named(rows: pd.DataFrame, name: str) -> pd.Categorical:
     column = rows[bare(name)]
     if pd.api.types.is_numeric_dtype(column.dtype):
         values = sorted(column.dropna().unique())
-        names = {value: f"{bare(name)} {value:.4g}" for value in values}
+        names = {value: f"{bare(name)} {said}" for value, said in words.spelled(values).items()}
         return pd.Categorical(column.map(names), list(names.values()))
-    words = column.astype(str)
-    return pd.Categorical(words, list(dict.fromkeys(words)))
+    said = column.astype(str)
+    return pd.Categorical(said, list(dict.fromkeys(said)))
 
 
 def bands(rows: pd.DataFrame) -> pd.DataFrame:

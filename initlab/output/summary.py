@@ -5,12 +5,11 @@ Takes frames alone; a frame without the column `run` is one run.
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from initlab.output import predicted
+from initlab.output import predicted, words
 
 # Configuration columns that may tell runs apart, in the order in which they are named.
 TELLING = (
@@ -46,10 +45,8 @@ def labels(frame: pd.DataFrame) -> pd.Categorical:
     names = telling_columns(frame)
     codes = frame.groupby(names, observed=True, sort=False, dropna=False).ngroup().to_numpy()
     one = frame[names].drop_duplicates()
-    return pd.Categorical.from_codes(
-        codes,
-        [", ".join(_named(name, value) for name, value in zip(names, row, strict=True)) for row in one.to_numpy()],
-    )
+    told = [words.told("" if name in ALWAYS else name, one[name].tolist()) for name in names]
+    return pd.Categorical.from_codes(codes, [", ".join(row) for row in zip(*told, strict=True)])
 
 
 def labelled(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
@@ -82,13 +79,6 @@ def labelled(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     }
 
 
-def _named(name: str, value: object) -> str:
-    said = f"{value:.4g}" if isinstance(value, float) else str(value)
-    if name == "run":
-        return Path(said).name
-    return said if name in ALWAYS or isinstance(value, str) else f"{name} {said}"
-
-
 def stack_signal(stats: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
     """The stack's activations, or the gradients with respect to them, in network order."""
     rows = stats[(stats["stage"] == "stack") & (stats["tensor"] == "activation") & (stats["direction"] == direction)]
@@ -112,11 +102,11 @@ def deaths(stats: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
 
 def fate(died: pd.DataFrame, first: str = "min", along: str = "layer") -> str:
     """'alive', or from which layer on the first network of an ensemble died and how many did."""
-    for column, words in (("nonfinite", "not finite"), ("zero", "exactly 0")):
+    for column, said in (("nonfinite", "not finite"), ("zero", "exactly 0")):
         layers = died[column].dropna()
         if len(layers):
             some = "" if len(layers) == len(died) else f" ({len(layers)} of {len(died)} networks)"
-            return f"{words} from {along} {layers.agg(first):.6g}{some}"
+            return f"{said} from {along} {layers.agg(first):.6g}{some}"
     return "alive"
 
 
@@ -220,6 +210,8 @@ def summarize(
 
 def as_text(table: pd.DataFrame) -> str:
     """The summary as fixed-width text; what a run has not measured is left blank, nan is a result."""
+    if "run" in table:
+        table = table.assign(run=words.folders(table["run"].astype(str).tolist()))
     shown = pd.DataFrame({name: [_text(name, row) for _, row in table.iterrows()] for name in _shown_columns(table)})
     return str(shown.to_string(index=False))
 
@@ -251,8 +243,6 @@ def _text(name: str, row: pd.Series) -> str:
         above = f" (above {row['limit']:.0e})" if value > row["limit"] else ""
         lost = f" ({row['not comparable']:.0%} not finite)" if row["not comparable"] else ""
         return _number(value) + above + lost
-    if name == "run":
-        return Path(value).name
     return _number(value) if isinstance(value, float) else str(value)
 
 

@@ -171,7 +171,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, suffix: str) -> None:
 def test_files_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
     folder = run(tmp_path / "0")
     for file, words in (
-        (tmp_path / "a.xls", "must be one of .csv, .feather, .parquet"),
+        (tmp_path / "a.xls", "a.xls: the name must end in .csv, .feather, .parquet"),
         (tmp_path / "gone" / "a.csv", "there is no folder"),
         (folder / "stats.parquet", "a run's own table"),
     ):
@@ -179,6 +179,14 @@ def test_files_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
             collect.refuse(file)
     collect.refuse(tmp_path / "stats.parquet")
     collect.refuse(folder / "all.parquet")
+
+
+def test_an_account_says_once_what_was_swept_and_where_it_was_not_set(tmp_path: Path) -> None:
+    run(tmp_path / "0", seed=0, overrides="- seed=0\n- theory=off\n")
+    run(tmp_path / "1", seed=1, overrides="- seed=1\n")
+    runs = collect.runs([str(tmp_path)], "stats")
+    text = collect.account(runs, gather.frame(runs), "stats")[-1]
+    assert text.count("seed (0, 1)") == text.count("seed") == 1 and "theory (off, or not set)" in text
 
 
 def test_an_account_names_what_is_not_whole_and_what_differs(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from initlab.errors import UsageError
-from initlab.output.expect import expected, judge
-from initlab.output.reductions import reduced
+from initlab.output.expect import Verdict, expected, judge
+from initlab.output.reductions import Measured, reduced
 from initlab.output.selection import NothingFound
 
 TABLES = {
@@ -163,6 +163,11 @@ def test_the_band_is_that_of_the_mean_over_the_networks() -> None:
     assert judge(expectation(**z), {"theory": theory(99.0)}).holds  # the mean's row counts only where it is asked for
 
 
+@pytest.mark.parametrize(("error", "text"), [(8.0, "+- 8)"), (10.3, "+- 10)"), (0.0123, "+- 0.01)"), (math.nan, "5)")])
+def test_an_error_has_one_digit_and_no_exponent_where_none_is_needed(error: float, text: str) -> None:
+    assert str(Verdict("so", True, (Measured(92.5, error),))).endswith(text)
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -184,7 +189,7 @@ def test_the_band_is_that_of_the_mean_over_the_networks() -> None:
         ({"is": "between"}, "takes 2 number"),
         ({"is": "between", "value": [2, 1]}, "smaller number comes first"),
         ({"tabel": "stats"}, "did you mean table"),
-        ({"table": "parity"}, "table=parity"),
+        ({"table": "parity"}, "no job has written a table `parity`"),
         ({"tolerance": 0.1}, "`tolerance` is for `is: equals`"),
         ({"is": "equals", "tolerance": -1}, "tolerance=-1"),
         ({"is": "equals", "tolerance": "band"}, "takes no value"),

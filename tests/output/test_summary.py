@@ -73,6 +73,20 @@ def test_runs_of_other_seeds_are_one_ensemble_and_repeated_runs_are_not() -> Non
     assert set(summary.labels(frame.assign(seed=0))) == {"a, relu, 0", "a, relu, 1"}
 
 
+def test_no_two_settings_have_one_label() -> None:
+    """Numbers and folders are short where that tells them apart, and as long as it takes where it does not."""
+    repeated = pd.DataFrame({"init": "a", "activation": "relu", "seed": 0, "run": ["x/one/0", "x/two/0"]})
+    assert set(summary.labels(repeated)) == {"a, relu, one/0", "a, relu, two/0"}
+    near = [1.41421, 1.41422, math.nan, math.nan]
+    frame = pd.DataFrame({"init": "a", "activation": "relu", "gain": near, "width": [5, 5, 5, 6]})
+    assert summary.labels(frame).tolist() == [
+        "a, relu, gain 1.41421, width 5",
+        "a, relu, gain 1.41422, width 5",
+        "a, relu, gain nan, width 5",
+        "a, relu, gain nan, width 6",
+    ]
+
+
 def test_a_run_has_one_label_in_all_tables() -> None:
     """Also where a table that only some runs have would say less."""
     stats = pd.DataFrame(
