@@ -93,7 +93,7 @@ MISTAKES = {
     "train.lr=abc": "initlab: train.lr=abc: must be a number",
     "train.lr=nan": "initlab: train.lr=nan: must be finite",
     "plots=maybe": "initlab: plots=maybe: must be true or false",
-    "activation=[relu,tanh]": "initlab: activation=[relu,tanh]: one at a time; for several write -m activation=relu,tanh",
+    "init=[naive,small]": "initlab: init=[naive,small]: one at a time; for several write -m init=naive,small",
     "init=[]": "initlab: init=[]: one at a time; for several write -m init=A,B",
     "depth=1,2": "initlab: depth=1,2: several values need a sweep; put -m before the options",
     "--depth=3": "initlab: --depth=3: options have no dashes, write depth=3",
