@@ -93,18 +93,26 @@ class Shard(NamedTuple):
         return self._replace(columns=(*self.columns, *constants), constants={**self.constants, **constants})
 
 
+class _Flat(pq.ParquetFile):  # type: ignore[misc]
+    """A file whose columns have no columns of their own: the walk over all names, a sixth of the time, is left out."""
+
+    def _build_nested_paths(self) -> dict[str, list[int]]:
+        return {}
+
+
 def read(path: str) -> Shard:
     """One file; OSError or pa.ArrowException where it cannot be read."""
     with open(path, "rb") as file:  # noqa: PTH123 (a third of a Path's cost, thousands of times)
         source = pa.BufferReader(file.read())  # read whole: a file that is cut off meanwhile is an error, not a crash
-    parquet = pq.ParquetFile(source, pre_buffer=False)
+    parquet = _Flat(source, pre_buffer=False)
     rows = parquet.metadata.num_rows
     said = json.loads((parquet.metadata.metadata or {}).get(SAID, b"{}"))
     if said.get("rows") != rows:
         table = parquet.read(use_threads=False)
         return Shard(rows, tuple(table.column_names), {}, table)
     constants, columns = said["constants"], said["columns"]
-    table = parquet.read([name for name in columns if name not in constants], use_threads=False)
+    varying = [k for k, name in enumerate(columns) if name not in constants]
+    table = parquet.reader.read_all(column_indices=varying, use_threads=False)
     return Shard(rows, tuple(columns), constants, table)
 
 
