@@ -186,7 +186,8 @@ class _Group:
                 return Words(np.zeros(self.rows, np.int8), [value])
             if value != 0:  # which may be -0.0 in some shards
                 return np.full(self.rows, value)
-        if any(isinstance(value, str) for value in values):
+        kinds = {type(value) for value in values}
+        if str in kinds or {bool, type(None)} <= kinds:  # there is no truth value that says that it was not set
             texts = [None if value is None else str(value) for value in values]
             names = list(dict.fromkeys(text for text in texts if text is not None))
             at = {None: -1} | {name: k for k, name in enumerate(names)}

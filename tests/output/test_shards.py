@@ -53,6 +53,14 @@ def test_shards_in_which_other_columns_vary_keep_their_order(tmp_path: Path) -> 
     pd.testing.assert_frame_equal(found, pd.concat(frames, ignore_index=True))
 
 
+def test_a_truth_value_that_some_have_not_is_a_word_and_one_that_all_have_is_none(tmp_path: Path) -> None:
+    one, other = kept(tmp_path, *[pd.DataFrame({"x": [1.0, 2.0]})] * 2)
+    some = frame([one.also(plots=False), other.also(plots=None)])["plots"]
+    assert some[:2].tolist() == ["False"] * 2 and some[2:].isna().all()
+    every = frame([one.also(plots=False), other.also(plots=True)])["plots"]
+    assert every.tolist() == [False, False, True, True] and every.dtype == bool
+
+
 def test_words_are_joined_whatever_their_codes(tmp_path: Path) -> None:
     first = pd.Categorical.from_codes([1, 0], ["b", "a"])
     second = pd.Categorical.from_codes([0, 1], ["a", "c"])
