@@ -20,6 +20,7 @@ from initlab.errors import UsageError
 from initlab.launcher import study_of
 from initlab.output.columns import BESIDE, OWN
 from initlab.output.selection import NothingFound
+from initlab.resume import expand
 
 ROOT = Path(initlab.__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -108,7 +109,7 @@ def test_a_study_holds_at_full_size(path: Path, lab: Lab) -> None:
     frame = initlab.read("outputs/**", table=kept_table(path))
     for key, values in yaml.safe_load(path.read_text(encoding="utf-8"))["hydra"]["sweeper"]["params"].items():
         if key in frame and key != "task":  # each task writes tables of its own
-            assert len(frame[key].unique()) == len(str(values).split(",")), key
+            assert len(frame[key].unique()) == len(expand([], {key: values})), key
 
 
 def kept_table(path: Path) -> str:
