@@ -98,7 +98,7 @@ The map of the house. Imports run one way, downwards in this list never:
         axes.py          what figures are made of: bands, marks of death, ends of the number formats
         graphs.py        autograd's graph -> figure
         plots.py         frame -> figure
-    config.py      the typed schema of conf/, and where conf/ is found
+    schema.py      the types of conf/; config.py: where conf/ is found, a mistake in an option in one line
     composing.py   the configurations of a sweep's jobs, composed once and changed from job to job
     grid.py        the networks of one job: seeds, or every combination on the axes `sweep.*`
     together.py    stages whose networks can share a program; batch.py: jobs that do, and what becomes of each

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from initlab.config import Config
     from initlab.jobs import Job
+    from initlab.schema import Config
     from initlab.study import Study
 
 log = logging.getLogger("initlab")

@@ -3,15 +3,17 @@
 A fault in a shared program is looked for in halves, down to the job that has it: the others are measured all the same.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TypeVar
 
 import pandas as pd
 
-from initlab.config import Config, seeds
+from initlab.config import seeds
 from initlab.errors import UsageError
 from initlab.jobs import Job
+from initlab.schema import Config
 from initlab.signal.init import RULES
 from initlab.tasks.networks import CACHED
 from initlab.tasks.place import find_device
@@ -49,10 +51,7 @@ def shared_by(config: Config) -> str | None:
 def size_of(config: Config) -> int:
     """Networks of a job."""
     axes = (config.sweep.init, config.sweep.gain, config.sweep.lr)
-    points = 1
-    for axis in axes:
-        points *= 1 if axis is None else len(axis)
-    return len(seeds(config)) * points
+    return len(seeds(config)) * math.prod(len(axis) for axis in axes if axis is not None)
 
 
 def packs(jobs: Iterable[T], sizes: Iterable[int], most: int) -> Iterator[list[T]]:

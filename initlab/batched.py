@@ -13,10 +13,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from initlab.composing import Composed, Composer
-from initlab.config import Config
 from initlab.errors import Fault, UsageError
 from initlab.output.claim import claim
 from initlab.plugins import PLACE, register
+from initlab.schema import Config
 
 if TYPE_CHECKING:  # what measures is imported when there is something to measure
     from initlab.jobs import Job

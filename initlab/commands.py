@@ -70,7 +70,7 @@ def _collect(given: argparse.Namespace) -> int:
         return 0
     print("\n".join(collect.account(found, frame, given.table)))
     if given.table == "stats":
-        print(collect.short_table(given.paths, frame))
+        print(collect.short_table(found, frame))
     return 0
 
 

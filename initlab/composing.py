@@ -7,7 +7,7 @@ pattern; a job's simple overrides (`seed=3`) are applied to it as Hydra applies 
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +21,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import OmegaConfBaseException
 
-from initlab.config import Config, option_names, typed
+from initlab.config import leaves, option_names, typed
 from initlab.errors import UsageError
+from initlab.schema import Config
 
 KEPT = 64  # patterns at a time
 _OPTIONS = frozenset(option_names())
@@ -159,7 +160,7 @@ class Composer:
             return None
         pattern = self._pattern(rest)
         pattern.change([], {})
-        before, after = (_flat(_plain(one)) for one in (pattern.config, self._loaded(rest, choice)))
+        before, after = (dict(leaves(_plain(one))) for one in (pattern.config, self._loaded(rest, choice)))
         mine = f"{group.replace('/', '.')}."
         told = (f"hydra.runtime.choices.{group}", *(f"hydra.{name}" for name in _VARYING))
         if set(before) != set(after):
@@ -289,19 +290,6 @@ def _hydra_text(config: DictConfig) -> str:
 
 def _plain(config: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(config, enum_to_str=True)  # type: ignore[return-value]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves by dotted key; empty nodes and lists are leaves."""
-
-    def leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in tree.items():
-            if isinstance(value, dict) and value:
-                yield from leaves(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
-
-    return dict(leaves(tree, prefix))
 
 
 def _replaced(text: str, steps: Sequence[tuple[str, Any, Any]]) -> str | None:

@@ -1,12 +1,12 @@
-"""The typed schema of conf/, where conf/ is found, and a mistake in an option said in one line.
+"""Where conf/ is found, a composed configuration as plain values, and a mistake in an option said in one line.
 
-Types stand here, values and comments in conf/. Below the roof there is no Hydra: tasks get plain values.
+Below the roof there is no Hydra: tasks get plain values.
 """
 
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -14,152 +14,17 @@ from typing import Any, NoReturn
 
 import hydra.utils
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from initlab.errors import UsageError, nearest, not_one_of
+from initlab.schema import ActivationConfig, Config
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 # In a checkout conf/ stands beside the package; the wheel carries it inside.
 CONF = ROOT / "conf" if (ROOT / "pyproject.toml").is_file() else HERE / "conf"
-
-
-@dataclass
-class InitConfig:
-    name: str = MISSING
-    gain: float | None = None
-    gain_kind: str | None = None
-    mode: str | None = None
-    distribution: str | None = None
-    bias: float | None = None
-    attempts: int | None = None
-    tolerance: float | None = None
-    base_width: int | None = None
-
-
-@dataclass
-class ActivationConfig:
-    name: str = ""
-    _target_: str = ""
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class DataConfig:
-    name: str = MISSING
-    root: str = ""
-    download: bool = False
-    url: str = ""
-
-
-@dataclass
-class TrainConfig:
-    depth: int = MISSING
-    width: int = MISSING
-    batch: int = MISSING
-    steps: int = MISSING
-    lr: float = MISSING
-    optimizer: str = MISSING
-    loss: str = MISSING
-    modules: str = MISSING
-    drift: bool = MISSING
-
-
-@dataclass
-class SweepConfig:
-    init: list[str] | None = None
-    gain: list[float] | None = None
-    seed: list[int] | None = None
-    lr: list[float] | None = None
-
-
-@dataclass
-class GraphConfig:
-    model: dict[str, Any] = field(default_factory=dict)
-    shapes: list[list[int]] | None = None
-
-
-@dataclass
-class AxisConfig:
-    min: float = MISSING
-    max: float = MISSING
-    points: int = MISSING
-
-
-@dataclass
-class PhaseConfig:
-    plane: str = MISSING
-    sw: AxisConfig = field(default_factory=AxisConfig)
-    sb: AxisConfig = field(default_factory=AxisConfig)
-    sigma_b: float = MISSING
-    batch: int = MISSING
-    correlation: float = MISSING
-    weights: str = MISSING
-
-
-@dataclass
-class CostConfig:
-    runs: int | None = None
-    cpu_seconds: float | None = None
-    gpu_seconds: float | None = None
-
-
-@dataclass
-class FigureConfig:
-    table: str = MISSING
-    where: dict[str, Any] = field(default_factory=dict)
-    x: str | None = None
-    y: str | None = None
-    by: str | None = None
-    col: str | None = None
-    x_scale: str = MISSING
-    y_scale: str = MISSING
-    theory: bool = MISSING
-
-
-@dataclass
-class StudyConfig:
-    question: str = MISSING
-    source: str = MISSING
-    cost: CostConfig = field(default_factory=CostConfig)
-    figure: FigureConfig = field(default_factory=FigureConfig)
-
-
-@dataclass
-class Config:
-    task: str = MISSING
-    init: InitConfig = field(default_factory=InitConfig)
-    activation: ActivationConfig = field(default_factory=ActivationConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    depth: int = MISSING
-    width: int = MISSING
-    batch: int = MISSING
-    inputs: int | None = None
-    backward: bool = MISSING
-    seed: int = MISSING
-    seeds: int = MISSING
-    dtype: str = MISSING
-    device: str = MISSING
-    generator: str = MISSING
-    matmul: str = MISSING
-    threads: int = MISSING
-    train: TrainConfig = field(default_factory=TrainConfig)
-    sweep: SweepConfig = field(default_factory=SweepConfig)
-    graph: GraphConfig = field(default_factory=GraphConfig)
-    phase: PhaseConfig = field(default_factory=PhaseConfig)
-    theory: str = MISSING
-    every: int = MISSING
-    histograms: bool = MISSING
-    plots: bool = MISSING
-    resume: str | None = None
-    study: StudyConfig = field(default_factory=StudyConfig)
-    expect: list[Any] = field(default_factory=list)
-
-
-ConfigStore.instance().store(name="schema", node=Config)
 
 
 def by_thousand(key: str, *, _root_: DictConfig) -> str:
@@ -215,6 +80,15 @@ def function_of(given: ActivationConfig) -> Callable[[Any], Any] | None:
         near = nearest(name, dir(module)) if isinstance(error, AttributeError) else ""
         raise UsageError(f"activation._target_={given._target_}: cannot be had ({reason}){near}") from error
     return partial(made, **given.arguments) if given.arguments and made is found else made
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of everything in a configuration; what holds nothing has itself as its value."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def option_names(of: Any = Config, prefix: str = "") -> Iterator[str]:

@@ -16,6 +16,7 @@ import yaml
 
 from initlab.config import ROOT
 from initlab.errors import UsageError
+from initlab.output.records import write_text
 from initlab.study import ANSWERS
 
 STUDIES = ROOT / "experiments"
@@ -41,9 +42,7 @@ def write(experiments: Path, outputs: Iterable[Path]) -> str:
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
     sections = [section(name, about, verdicts[name], experiments) for name, about in said.items()]
     page = "\n".join([table(said, verdicts), *sections])
-    partial = readme.with_suffix(".part")
-    partial.write_text(f"{before}{BEGIN}\n\n{page}\n{after}", encoding="utf-8")
-    partial.replace(readme)
+    write_text(readme, f"{before}{BEGIN}\n\n{page}\n{after}")
     return f"{readme}: {len(said)} studies, {len(set(found) & set(said))} of them with a new sweep"
 
 

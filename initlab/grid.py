@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from initlab.config import Config, seeds
+from initlab.config import seeds
 from initlab.errors import UsageError, check
+from initlab.schema import Config
 from initlab.signal.activations import Activation
 from initlab.signal.init import Rule, rule
 

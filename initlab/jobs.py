@@ -1,10 +1,8 @@
 """One job: from a typed configuration to a run folder, its figures and what is printed. Knows nothing of Hydra."""
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,13 @@ from typing import Any
 import pandas as pd
 import torch
 
-from initlab.config import ActivationConfig, Config, columns, function_of, seeds
+from initlab.config import columns, function_of, seeds
 from initlab.errors import UsageError, check, choose
 from initlab.grid import refuse_axes
-from initlab.output import predicted, records, summary
+from initlab.output import gather, predicted, records, summary
+from initlab.output.gather import Run
 from initlab.output.records import Recorder
+from initlab.schema import ActivationConfig, Config
 from initlab.scratch.layers import LOSSES
 from initlab.signal.activations import ACTIVATIONS, Activation
 from initlab.signal.custom import as_activation, numerical
@@ -127,12 +127,12 @@ def _described(config: Config, scaling: Rule, phi: Activation, choices: Mapping[
 
 def tables(folder: Path, names: Iterable[str] = tuple(records.TABLES)) -> dict[str, pd.DataFrame]:
     """What a run folder, or the folder of a sweep, has."""
-    found = {}
-    for name in names:
-        with suppress(UsageError), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the report names the runs that are not done
-            found[name] = records.read(folder, name)
-    return found
+    return _tables(gather.found(folder), names)
+
+
+def _tables(runs: Sequence[Run], names: Iterable[str]) -> dict[str, pd.DataFrame]:
+    every = {name: gather.of(runs, name) for name in names}
+    return {name: gather.frame(some) for name, some in every.items() if any(run.shards for run in some)}
 
 
 def report(folder: Path, said: Sequence[str] = (), plots: bool = True, compare: bool = False, about: str = "") -> str:
@@ -140,7 +140,8 @@ def report(folder: Path, said: Sequence[str] = (), plots: bool = True, compare: 
 
     That is what the stages said, the short table, a line `about` the run, and where the rest is.
     """
-    found = tables(folder)
+    runs = gather.found(folder)
+    found = _tables(runs, records.TABLES)
     paths = _draw(found, folder, compare) if plots else []
     lines = [text for text in said if text]
     if "stats" in found:
@@ -148,24 +149,22 @@ def report(folder: Path, said: Sequence[str] = (), plots: bool = True, compare: 
         lines.append(summary.as_text(table))
         if "theory" in table:
             lines.append(predicted.said(list(table["theory"].dropna())))
-    lines += [*([about] if about else []), *notes(folder)]
+    lines += [*([about] if about else []), *notes(runs)]
     below = Path() if (folder / "run.json").is_file() else Path("*")  # the folders of a sweep's jobs
     if below.name and not any(folder.glob("*/run.json")):
         below = Path("*/*")
     lines.append(f"tables: {shown(folder / below / '*.parquet')}")
-    for run in records.run_folders(folder):
-        status = records.about(run)["status"]
-        if status not in ("done", "running"):
-            lines.append(f"not done: {shown(run)} is {status}")
+    for run in runs:
+        if run.said["status"] not in ("done", "running"):
+            lines.append(f"not done: {shown(Path(run.folder.path))} is {run.said['status']}")
     if paths:
         lines.append(f"plots:  {shown(folder / '*.png')}")
     return "\n".join(lines)
 
 
-def notes(folder: Path) -> list[str]:
-    """What the runs at or below a folder have to say beside their numbers: each sentence once, and how many say it."""
-    runs = list(records.run_folders(folder))
-    said = Counter(note for run in runs for note in records.about(run).get("notes", []))
+def notes(runs: Sequence[Run]) -> list[str]:
+    """What runs have to say beside their numbers: each sentence once, and how many say it."""
+    said = Counter(note for run in runs for note in run.said.get("notes", []))
     return [text if n == len(runs) else f"{text}: {n} of {len(runs)} runs" for text, n in said.items()]
 
 

@@ -1,6 +1,7 @@
 """What surrounds the jobs of a sweep: its study, checked before the first job; its folder; how far it is."""
 
 import threading
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,7 +47,7 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
-            _refuse_empty(_overrides(config))
+            _refuse_empty(config)
             Sweep.study = study_of(config, config.hydra.job.config_name, config.hydra.overrides.task)
         except UsageError as error:
             raise Refused(str(error)) from error
@@ -109,25 +110,20 @@ def study_of(config: DictConfig, name: str | None, overrides: Any) -> Study:
     return prepare(str(name), about, expect, [str(one) for one in overrides])
 
 
-def _overrides(config: DictConfig) -> list[Override]:
-    """What the command line and the study's file say of the sweep; nothing where Hydra will refuse it."""
-    given = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+def swept(arguments: Iterable[str], params: Mapping[str, Any] | None) -> list[Override]:
+    """What the study's file and the command line say of a sweep."""
+    words = [*(f"{key}={value}" for key, value in (params or {}).items()), *arguments]
+    return list(OverridesParser.create().parse_overrides(words))
+
+
+def _refuse_empty(config: DictConfig) -> None:
     try:
-        return list(OverridesParser.create().parse_overrides([*given, *config.hydra.overrides.task]))
-    except HydraException:
-        return []
-
-
-def _values(override: Override) -> int | None:
-    """How many values a swept key takes; None where Hydra alone can tell."""
-    if override.is_choice_sweep() or override.is_range_sweep():
-        return len(list(override.sweep_string_iterator()))
-    return None
-
-
-def _refuse_empty(overrides: list[Override]) -> None:
+        overrides = swept(config.hydra.overrides.task, config.hydra.sweeper.get("params"))
+    except HydraException:  # which Hydra itself will say
+        return
     for override in overrides:
-        if override.is_sweep_override() and _values(override) == 0:
+        listed = override.is_choice_sweep() or override.is_range_sweep()
+        if listed and next(iter(override.sweep_string_iterator()), None) is None:
             raise UsageError(f"{override.input_line}: has no values, the sweep is empty")
 
 

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from initlab.config import leaves
 from initlab.errors import UsageError
+from initlab.launcher import swept
 from initlab.output.claim import claimed
 from initlab.output.records import about, machine
 
@@ -46,9 +47,7 @@ class Left(NamedTuple):
 
 def expand(arguments: Iterable[str], params: Mapping[str, Any] | None) -> list[list[str]]:
     """All jobs of a sweep: every combination of the values on the command line and in the study's `params`."""
-    words = [*(f"{key}={value}" for key, value in (params or {}).items()), *arguments]
-    overrides = OverridesParser.create().parse_overrides(words)
-    jobs: list[list[str]] = BasicSweeper.split_arguments(overrides, None)[0]
+    jobs: list[list[str]] = BasicSweeper.split_arguments(swept(arguments, params), None)[0]
     return jobs
 
 
@@ -181,15 +180,7 @@ def _said(job: Job) -> str:
 
 
 def _leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of everything but Hydra's own; what holds nothing has itself as its value."""
-
-    def walk(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict) and value:
-            for key, below in value.items():
-                yield from walk(f"{name}.{key}" if name else str(key), below)
-        else:
-            yield name, value
-
+    """Everything but Hydra's own."""
     plain = OmegaConf.to_container(config, resolve=False)
     assert isinstance(plain, dict)
-    yield from walk("", {key: value for key, value in plain.items() if key != "hydra"})
+    return leaves({str(key): value for key, value in plain.items() if key != "hydra"})

@@ -6,11 +6,12 @@ from typing import Any
 
 import pandas as pd
 
-from initlab.config import Config, instantiated
+from initlab.config import instantiated
 from initlab.errors import UsageError, check
 from initlab.grid import grid_of
 from initlab.output import summary
 from initlab.output.records import Recorder
+from initlab.schema import Config
 from initlab.scratch.graph_text import frames_as_text
 from initlab.signal.beside import Input, beside_stack, beside_training, input_of
 from initlab.signal.init import Rule

@@ -12,12 +12,13 @@ from typing import Any
 
 import pandas as pd
 
-from initlab.config import COLUMNS, StudyConfig, option_names
+from initlab.config import COLUMNS, option_names
 from initlab.errors import UsageError
 from initlab.output.columns import BESIDE, OWN
 from initlab.output.expect import Expectation, Verdict, expected, judge
 from initlab.output.picture import Picture, picture
-from initlab.output.records import TABLES
+from initlab.output.records import TABLES, write_text
+from initlab.schema import StudyConfig
 
 ANSWERS = "expect.json"
 
@@ -69,9 +70,7 @@ def answer(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path) -> tu
         "of": len(study.expect),
         "verdicts": [_kept(verdict) for verdict in verdicts],
     }
-    partial = folder / f"{ANSWERS}.part"
-    partial.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(folder / ANSWERS)
+    write_text(folder / ANSWERS, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
     return verdicts, mistakes
 
 

@@ -86,9 +86,7 @@ class Sweeper(HydraSweeper):
                 records.discard(folder)
             raise
         Sweep.begin(folder, len(left.jobs))
-        partial = folder / "multirun.yaml.part"
-        OmegaConf.save(self.config, partial)
-        partial.replace(folder / "multirun.yaml")
+        records.write_text(folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
         if asked:
             log.info(f"resuming {folder}: {left.kept} jobs are done and kept, {len(left.jobs)} are left")
             Sweep.notes.extend(filter(None, [resume.other_code(folder)]))

@@ -24,7 +24,7 @@ MAY = {
     "output": {"errors", "signal", ""},
 }
 ROOF = {"", "config", "composing", "grid", "together", "stages", "jobs", "batch", "batched", "study", "gallery"}
-ROOF |= {"launcher", "commands", "plugins", "resume", "sweeper", "workers", "__main__"}
+ROOF |= {"schema", "launcher", "commands", "plugins", "resume", "sweeper", "workers", "__main__"}
 ids = {"ids": lambda path: str(path.relative_to(PACKAGE))}
 
 

@@ -69,11 +69,11 @@ def _values(column: pd.Series) -> str:
     return ", ".join(f"{value:g}" if numbers else str(value) for value in values) + unset
 
 
-def short_table(paths: Sequence[str], stats: pd.DataFrame) -> str:
+def short_table(found: Sequence[Run], stats: pd.DataFrame) -> str:
     """The table that a sweep ends in."""
     tables = {}
     for name in ("losses", "parity", "theory"):
-        some = gather.gather(paths, name)
+        some = gather.of(found, name)
         tables[name] = gather.frame(some) if any(run.shards for run in some) else None
     table = summary.summarize(stats, **tables)
     text = summary.as_text(table.head(LONGEST))

@@ -81,9 +81,7 @@ def compare(a: Sequence[str], b: Sequence[str]) -> Comparison:
     sides = [collect.runs(paths, "stats") for paths in (a, b)]
     tables = {}
     for name in KEYS:
-        runs = [
-            side if name == "stats" else gather.gather(paths, name) for side, paths in zip(sides, (a, b), strict=True)
-        ]
+        runs = [gather.of(side, name) for side in sides]
         has = [any(run.rows for run in some) for some in runs]
         if all(has):
             frame_a, frame_b = (gather.frame(some) for some in runs)

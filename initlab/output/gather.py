@@ -37,19 +37,32 @@ class Run:
 
 def gather(paths: Paths, table: str) -> list[Run]:
     """Every run at or below `paths` with what it has of the table. Nothing is raised: what is broken says so."""
+    return of(found(paths), table)
+
+
+def found(paths: Paths) -> list[Run]:
+    """Every run at or below `paths`, no table opened."""
     runs = []
     for folder in folders.found(paths):
-        if _only_collected(folder):
-            continue
-        said = folders.about(folder.path)
-        run = Run(folder, said, folders.settings(folder.path, said))
-        for path in folder.shards(table):
-            try:
-                run.shards.append(shards.read(path))
-            except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-                run.unreadable.append(f"{path}: cannot be read ({_first_line(error)})")
-        runs.append(run)
+        if not _only_collected(folder):
+            said = folders.about(folder.path)
+            runs.append(Run(folder, said, folders.settings(folder.path, said)))
     return runs
+
+
+def of(runs: Sequence[Run], table: str) -> list[Run]:
+    """The same runs with what they have of a table."""
+    return [_with(run, table) for run in runs]
+
+
+def _with(run: Run, table: str) -> Run:
+    has = Run(run.folder, run.said, run.set)
+    for path in run.folder.shards(table):
+        try:
+            has.shards.append(shards.read(path))
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            has.unreadable.append(f"{path}: cannot be read ({_first_line(error)})")
+    return has
 
 
 def _only_collected(folder: Folder) -> bool:
@@ -69,11 +82,11 @@ def frame(runs: Sequence[Run]) -> pd.DataFrame:
     have = [run for run in runs if run.shards]
     taken = {name for run in have for shard in run.shards for name in shard.columns}
     swept = [key for key in folders.tell_apart([run.set for run in have]) if not column_of(key) & taken]
-    found = []
+    rows = []
     for run in have:
         more = {key: run.set.get(key) for key in swept} | {"run": run.folder.path}
-        found += [shard.also(**more) for shard in run.shards]
-    return shards.frame(found)
+        rows += [shard.also(**more) for shard in run.shards]
+    return shards.frame(rows)
 
 
 def column_of(key: str) -> set[str]:
@@ -84,7 +97,7 @@ def column_of(key: str) -> set[str]:
 
 def notes(runs: Sequence[Run], table: str) -> list[str]:
     """A line for each kind of run that is not whole, naming all of them; a line for each file that cannot be read."""
-    found = [line for run in runs for line in run.unreadable]
+    lines = [line for run in runs for line in run.unreadable]
     unfinished: dict[str, list[Run]] = {}
     for run in runs:
         if run.said["status"] != "done":
@@ -92,16 +105,16 @@ def notes(runs: Sequence[Run], table: str) -> list[str]:
     for status, some in unfinished.items():
         rows = sum(run.rows for run in some)
         if len(some) == 1:
-            found.append(f"{some[0].folder.path}: this run is {status}, not done; reading the {rows} rows it has")
+            lines.append(f"{some[0].folder.path}: this run is {status}, not done; reading the {rows} rows it has")
         else:
             which = folders.named([run.folder.path for run in some])
-            found.append(f"{len(some)} runs are {status}, not done; reading the {rows} rows they have: {which}")
+            lines.append(f"{len(some)} runs are {status}, not done; reading the {rows} rows they have: {which}")
     lost = [run.folder.path for run in runs if table == "stats" and _lost(run)]
     if len(lost) == 1:
-        found.append(f"{lost[0]}: this run is done, but its table {table} is missing")
+        lines.append(f"{lost[0]}: this run is done, but its table {table} is missing")
     elif lost:
-        found.append(f"{len(lost)} runs are done, but their table {table} is missing: {folders.named(lost)}")
-    return [*found, *versions(runs)]
+        lines.append(f"{len(lost)} runs are done, but their table {table} is missing: {folders.named(lost)}")
+    return [*lines, *versions(runs)]
 
 
 def _lost(run: Run) -> bool:

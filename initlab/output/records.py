@@ -57,6 +57,13 @@ _BEFORE_A_RUN = (LOCK, *_HYDRAS, "initlab.log")
 _STAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d+")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Under a temporary name, then renamed: what was there stays until the new text is whole."""
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def refuse_used(folder: Path) -> None:
     """Two runs in one folder would mix their tables."""
     if (folder / "run.json").exists() or any((folder / f"{name}.parquet").exists() for name in TABLES):
@@ -166,9 +173,7 @@ class Recorder:
     def _say(self, status: str, **more: Any) -> None:
         wall, cpu = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
         self.about |= {"status": status, "wall_seconds": round(wall, 3), "cpu_seconds": round(cpu, 3), **more}
-        partial = self.folder / "run.json.part"
-        partial.write_text(json.dumps(self.about, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.folder / "run.json")
+        write_text(self.folder / "run.json", json.dumps(self.about, indent=2) + "\n")
 
 
 @cache

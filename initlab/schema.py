@@ -1,0 +1,142 @@
+"""The types of conf/: one dataclass for each node. Values and comments stand in conf/."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class InitConfig:
+    name: str = MISSING
+    gain: float | None = None
+    gain_kind: str | None = None
+    mode: str | None = None
+    distribution: str | None = None
+    bias: float | None = None
+    attempts: int | None = None
+    tolerance: float | None = None
+    base_width: int | None = None
+
+
+@dataclass
+class ActivationConfig:
+    name: str = ""
+    _target_: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    root: str = ""
+    download: bool = False
+    url: str = ""
+
+
+@dataclass
+class TrainConfig:
+    depth: int = MISSING
+    width: int = MISSING
+    batch: int = MISSING
+    steps: int = MISSING
+    lr: float = MISSING
+    optimizer: str = MISSING
+    loss: str = MISSING
+    modules: str = MISSING
+    drift: bool = MISSING
+
+
+@dataclass
+class SweepConfig:
+    init: list[str] | None = None
+    gain: list[float] | None = None
+    seed: list[int] | None = None
+    lr: list[float] | None = None
+
+
+@dataclass
+class GraphConfig:
+    model: dict[str, Any] = field(default_factory=dict)
+    shapes: list[list[int]] | None = None
+
+
+@dataclass
+class AxisConfig:
+    min: float = MISSING
+    max: float = MISSING
+    points: int = MISSING
+
+
+@dataclass
+class PhaseConfig:
+    plane: str = MISSING
+    sw: AxisConfig = field(default_factory=AxisConfig)
+    sb: AxisConfig = field(default_factory=AxisConfig)
+    sigma_b: float = MISSING
+    batch: int = MISSING
+    correlation: float = MISSING
+    weights: str = MISSING
+
+
+@dataclass
+class CostConfig:
+    runs: int | None = None
+    cpu_seconds: float | None = None
+    gpu_seconds: float | None = None
+
+
+@dataclass
+class FigureConfig:
+    table: str = MISSING
+    where: dict[str, Any] = field(default_factory=dict)
+    x: str | None = None
+    y: str | None = None
+    by: str | None = None
+    col: str | None = None
+    x_scale: str = MISSING
+    y_scale: str = MISSING
+    theory: bool = MISSING
+
+
+@dataclass
+class StudyConfig:
+    question: str = MISSING
+    source: str = MISSING
+    cost: CostConfig = field(default_factory=CostConfig)
+    figure: FigureConfig = field(default_factory=FigureConfig)
+
+
+@dataclass
+class Config:
+    task: str = MISSING
+    init: InitConfig = field(default_factory=InitConfig)
+    activation: ActivationConfig = field(default_factory=ActivationConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    depth: int = MISSING
+    width: int = MISSING
+    batch: int = MISSING
+    inputs: int | None = None
+    backward: bool = MISSING
+    seed: int = MISSING
+    seeds: int = MISSING
+    dtype: str = MISSING
+    device: str = MISSING
+    generator: str = MISSING
+    matmul: str = MISSING
+    threads: int = MISSING
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    graph: GraphConfig = field(default_factory=GraphConfig)
+    phase: PhaseConfig = field(default_factory=PhaseConfig)
+    theory: str = MISSING
+    every: int = MISSING
+    histograms: bool = MISSING
+    plots: bool = MISSING
+    resume: str | None = None
+    study: StudyConfig = field(default_factory=StudyConfig)
+    expect: list[Any] = field(default_factory=list)
+
+
+ConfigStore.instance().store(name="schema", node=Config)
