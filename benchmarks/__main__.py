@@ -12,7 +12,7 @@ from benchmarks import guard, machine, report, rows
 from benchmarks.groups import GROUPS
 from benchmarks.race import Outcome, Setting
 from initlab.errors import UsageError, choose
-from initlab.tasks.place import find_device
+from initlab.tasks.ensemble.device import find_device
 
 RESULTS = Path(__file__).with_name("results")
 WORSE, MISTAKE = 1, 2

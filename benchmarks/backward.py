@@ -9,8 +9,8 @@ from benchmarks.nets import LARGE, batch, parameters
 from benchmarks.race import Asked, Builds, Contestant, NotAvailable, Outcome, Setting, row, run
 from benchmarks.rows import Missing
 from initlab.scratch.backward import VERSIONS
-from initlab.tasks.memory import free_memory, peak_bytes, readable
-from initlab.tasks.rounds import seconds_each
+from initlab.tasks.course.rotated_timing import seconds_each
+from initlab.tasks.ensemble.memory import free_memory, peak_bytes, readable
 
 MIB = 2**20
 # How the book's reader computes the gradients before autograd: name -> row of the ladder.

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from initlab.config import COLUMNS
-from initlab.output.records import Recorder
-from initlab.output.shards import as_arrow, write
+from initlab.runs.parquet import as_arrow, write
+from initlab.runs.recorder import Recorder
 from initlab.tasks import stack as stacks
 
 DEPTH, SEEDS = 31, range(4)  # 1 + 4 * 31 rows of each network: 500

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.rows import Missing, Row, quartiles
-from initlab.tasks.rounds import Clock, Runner, calibrate, round_ratios, run_rounds, share_rounds, wall
+from initlab.tasks.course.rotated_timing import Clock, Runner, calibrate, round_ratios, run_rounds, share_rounds, wall
 
 WARM_SECONDS = 0.05  # a shorter call runs once unwatched first, so that its own data are in the cache
 

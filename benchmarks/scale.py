@@ -20,8 +20,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from initlab import read, resume
-from initlab.output import records
+from initlab import read
+from initlab.runs import recorder as records
+from initlab.sweep import resume
 from initlab.tasks.stack import stack
 
 BLOCK = 512  # bytes, what st_blocks counts

@@ -17,20 +17,20 @@ import initlab
 from benchmarks import bare
 from benchmarks.nets import LR, Net, batch, parameters
 from benchmarks.race import Contestant, NotAvailable
+from initlab.engine.cuda_graph import captured
+from initlab.engine.fast_network import Engine
+from initlab.engine.recording import Recording
+from initlab.nn.activations import ACTIVATIONS
+from initlab.nn.init import Rule, rule
 from initlab.scratch.backward import VERSIONS, Step
-from initlab.scratch.engine import Engine
-from initlab.scratch.recording import Recording
-from initlab.signal.accelerate import library, plain
-from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.init import Rule, rule
-from initlab.signal.moments import summarize
-from initlab.signal.stats import Rows
+from initlab.stats.kernels.cpu import library, plain
+from initlab.stats.statistics import Rows
+from initlab.stats.summarize import summarize
 from initlab.tasks import stack as stacks
 from initlab.tasks.curves import gain_curves
-from initlab.tasks.networks import Networks, Shape
+from initlab.tasks.ensemble.networks import Networks, Shape
 from initlab.tasks.phase import looks
-from initlab.tasks.points import Place, Points, look
-from initlab.tasks.replay import captured
+from initlab.tasks.phase_points import Place, Points, look
 
 BACKWARD = "fast"  # the row of the backward ladder that initlab trains with
 TABLE_STEPS = 50  # recorded steps of which tables are made at once; a training makes them of more

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from initlab.jobs import Job
-    from initlab.schema import Config
-    from initlab.study import Study
+    from initlab.job.prepare import Job
+    from initlab.job.settings import Config
+    from initlab.studies.study import Study
 
 log = logging.getLogger("initlab")
 
@@ -73,16 +73,16 @@ def _command(words: Sequence[str]) -> int:
 def _run() -> int:
     import hydra
 
-    from initlab import batched
     from initlab.config import CONF, HYDRA_MISTAKES, accepted, as_usage_error
-    from initlab.launcher import Refused, Sweep
-    from initlab.sweeper import install
+    from initlab.sweep import batched_launcher
+    from initlab.sweep.callback import Refused, Sweep
+    from initlab.sweep.sweeper import install
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler that counts memory warns about its own start
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     install()
-    batched.install()
+    batched_launcher.install()
     Sweep.forget()
     _mistakes.clear()
     _disappointed.clear()
@@ -126,7 +126,7 @@ def _run() -> int:
 
 
 def _shown(folder: Path) -> str:
-    from initlab.jobs import shown
+    from initlab.job.prepare import shown
 
     return shown(folder)
 
@@ -155,9 +155,9 @@ def job(cfg: "DictConfig") -> str | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from initlab.output.claim import claim
-    from initlab.output.records import discard
-    from initlab.workers import at_work
+    from initlab.runs.lock import claim
+    from initlab.runs.recorder import discard
+    from initlab.sweep.workers import at_work
 
     if not gc.isenabled():  # the first job of this process; later ones leave garbage that must not be kept
         gc.freeze()  # what was imported stays, and no collection need look at it again
@@ -182,10 +182,10 @@ def _work(cfg: "DictConfig", folder: Path) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from initlab import jobs
     from initlab.config import typed
-    from initlab.launcher import study_of
-    from initlab.output.records import discard
+    from initlab.job import prepare
+    from initlab.runs.recorder import discard
+    from initlab.sweep.callback import study_of
 
     setting = HydraConfig.get()
     alone = setting.mode == RunMode.RUN  # the study of a sweep is judged after its last job
@@ -207,7 +207,7 @@ def _work(cfg: "DictConfig", folder: Path) -> None:
         log.info(said)
         _answer(folder, asked, bool(cfg.plots))
     else:
-        log.info("done: %s", jobs.shown(folder))
+        log.info("done: %s", prepare.shown(folder))
 
 
 def started(folder: Path) -> None:
@@ -217,13 +217,13 @@ def started(folder: Path) -> None:
 
 def begin(config: "Callable[[], Config]", choices: dict[str, str | None], folder: Path, resumed: bool) -> "Job":
     """The job of this folder. A UsageError leaves no folder, but for one that an earlier command made."""
-    from initlab import jobs
-    from initlab.output.records import clear, discard, refuse_used
+    from initlab.job import prepare
+    from initlab.runs.recorder import clear, discard, refuse_used
 
     if not resumed:
         refuse_used(folder)
     try:
-        prepared = jobs.prepare(config(), choices, folder)
+        prepared = prepare.prepare(config(), choices, folder)
     except UsageError:
         if not resumed:
             discard(folder)
@@ -235,10 +235,10 @@ def begin(config: "Callable[[], Config]", choices: dict[str, str | None], folder
 
 def ended(error: Exception, folder: Path) -> UsageError | Fault:
     """What ended a job, as it goes on from here: a mistake of the user, or a fault that has been logged."""
-    from initlab import jobs
-    from initlab.tasks.memory import is_out_of_memory
+    from initlab.job import prepare
+    from initlab.tasks.ensemble.memory import is_out_of_memory
 
-    where = jobs.shown(folder)
+    where = prepare.shown(folder)
     if is_out_of_memory(error):
         told = f"out of memory; make seeds, width, depth or batch smaller. What was measured is in {where}"
         return UsageError(told)
@@ -248,11 +248,12 @@ def ended(error: Exception, folder: Path) -> UsageError | Fault:
 
 def _answer(folder: Path, asked: "Study | None", plots: bool) -> None:
     """Print which expectations hold and draw the study's figure; a failure is remembered for the exit code."""
-    from initlab import jobs, study
+    from initlab.job import prepare
+    from initlab.studies import study
 
     if not asked:
         return
-    found = jobs.tables(folder, asked.tables())
+    found = prepare.tables(folder, asked.tables())
     verdicts, mistakes = study.answer(asked, found, folder)
     for verdict in verdicts:
         log.info(str(verdict))
@@ -263,7 +264,7 @@ def _answer(folder: Path, asked: "Study | None", plots: bool) -> None:
         mistakes.append(error)
     _mistakes.extend(map(str, mistakes))
     if path is not None:
-        log.info("figure: %s", jobs.shown(path))
+        log.info("figure: %s", prepare.shown(path))
     if verdicts:
         log.info(study.count(verdicts, len(asked.expect)))
     _disappointed.extend(verdict.say for verdict in verdicts if not verdict.holds)
@@ -271,13 +272,13 @@ def _answer(folder: Path, asked: "Study | None", plots: bool) -> None:
 
 def _after_sweep(folder: Path, asked: "Study | None", plots: bool) -> None:
     """The short table, the comparing figures or the study's own, and its verdict, where jobs left something to read."""
-    from initlab import jobs
-    from initlab.output.records import discard
+    from initlab.job import prepare
+    from initlab.runs.recorder import discard
 
     if next(folder.rglob("run.json"), None) is None:
         discard(folder)
     else:
-        log.info(jobs.report(folder, plots=plots and not (asked and asked.figure), compare=True))
+        log.info(prepare.report(folder, plots=plots and not (asked and asked.figure), compare=True))
         _answer(folder, asked, plots)
 
 

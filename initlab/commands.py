@@ -52,9 +52,9 @@ def _collect_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _collect(given: argparse.Namespace) -> int:
-    from initlab.output import collect, gather, records
+    from initlab.runs import collect, gather, recorder
 
-    choose(records.TABLES, given.table, "table")
+    choose(recorder.TABLES, given.table, "table")
     if given.to is not None:
         collect.refuse(given.to)
     found = collect.runs(given.paths, given.table)
@@ -86,7 +86,7 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(given: argparse.Namespace) -> int:
-    from initlab.output.compare import compare
+    from initlab.runs.compare import compare
 
     found = compare([given.A], [given.B])
     _say(found.notes)
@@ -100,7 +100,7 @@ def _gallery_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _gallery(given: argparse.Namespace) -> int:
-    from initlab.gallery import STUDIES, write
+    from initlab.studies.gallery import STUDIES, write
 
     for path in given.outputs or ():
         if not Path(path).is_dir():

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from initlab.errors import UsageError, nearest, not_one_of
-from initlab.schema import ActivationConfig, Config
+from initlab.job.settings import ActivationConfig, Config
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -14,13 +14,14 @@ from benchmarks.folders import run_folders
 from benchmarks.nets import Net
 from benchmarks.race import Asked, Contestant, NotAvailable, Outcome, Setting
 from benchmarks.rows import IDS, VARIANTS
-from initlab.scratch import recording
-from initlab.scratch.page import PAGE_STEPS
-from initlab.signal import accelerate, buffer, moments
-from initlab.signal.init import rule
-from initlab.signal.probe import Probe
-from initlab.signal.stats import STATISTICS
-from initlab.tasks.beyond import NUMBERS
+from initlab.engine import recording
+from initlab.engine.step_buffer import PAGE_STEPS
+from initlab.nn.init import rule
+from initlab.probes.probe import Probe
+from initlab.stats import buffer, summarize
+from initlab.stats.kernels import cpu
+from initlab.stats.statistics import STATISTICS
+from initlab.tasks.ensemble.unbounded_twin import NUMBERS
 
 SMALL = Net(12, 3, 8, 4, 16)
 
@@ -243,10 +244,10 @@ def roads(monkeypatch):
     found, own = [], subjects.library
 
     def looked():
-        found.append(not accelerate._plain)
+        found.append(not cpu._plain)
         return own()
 
-    for module in (moments, recording, buffer):
+    for module in (summarize, recording, buffer):
         monkeypatch.setattr(module, "library", looked)
     return found
 
@@ -265,7 +266,7 @@ def test_a_plain_contestant_takes_the_plain_road_and_leaves_the_other_open(roads
     contestant.call()
     contestant.close()
     assert roads and not any(roads)
-    moments.summarize(torch.ones(1, 2, 2))
+    summarize.summarize(torch.ones(1, 2, 2))
     assert roads[-1]
 
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import initlab
-from initlab import jobs, stages
 from initlab.errors import UsageError
-from initlab.tasks import ladders
+from initlab.job import prepare, stages
+from initlab.tasks.course import ladders
 
 Lab = Callable[..., tuple[int, str, str]]
 QUICK = ("depth=5", "seeds=2", "train.steps=3", "plots=false")
@@ -48,13 +48,13 @@ def test_one_run_leaves_a_whole_folder_and_a_table(lab: Lab) -> None:
 def test_garbage_is_collected_in_jobs_and_afterwards(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """While torch is imported nothing is; what is there before the second job of a sweep is not kept for ever."""
     seen = []
-    own = jobs.prepare
+    own = prepare.prepare
 
-    def watched(*given: object) -> jobs.Job:
+    def watched(*given: object) -> prepare.Job:
         seen.append((gc.isenabled(), gc.get_freeze_count()))
         return own(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(jobs, "prepare", watched)
+    monkeypatch.setattr(prepare, "prepare", watched)
     assert lab("-m", "depth=2,3", "task=stack", "plots=false", "seeds=1")[0] == 0
     (first, kept), (second, kept_then) = seen
     assert first and second and 0 < kept_then <= kept

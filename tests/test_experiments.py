@@ -14,13 +14,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import initlab
-from initlab import jobs, study
 from initlab.config import COLUMNS, CONF, typed
 from initlab.errors import UsageError
-from initlab.launcher import study_of
-from initlab.output.columns import BESIDE, OWN
-from initlab.output.selection import NothingFound
-from initlab.resume import expand
+from initlab.job import prepare
+from initlab.runs.schema import BESIDE, OWN
+from initlab.runs.select import NothingFound
+from initlab.studies import study
+from initlab.sweep.callback import study_of
+from initlab.sweep.resume import expand
 
 ROOT = Path(initlab.__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -78,11 +79,11 @@ def test_a_study_says_what_it_asks_and_runs(path: Path, composed: Callable[..., 
         choices = OmegaConf.to_container(one.hydra.runtime.choices)
         assert isinstance(choices, dict)
         del one.hydra
-        prepared = jobs.prepare(typed(one), choices, tmp_path / str(number))
+        prepared = prepare.prepare(typed(one), choices, tmp_path / str(number))
         with prepared.recorder as recorder:  # what a job prints is no matter here
             for stage in prepared.stages:
                 stage(recorder)
-    tables = jobs.tables(tmp_path, asked.tables())
+    tables = prepare.tables(tmp_path, asked.tables())
     # So small, an expectation may fail and may find no rows of its layer; what it asks must make sense all the same.
     verdicts, mistakes = study.answer(asked, tables, tmp_path)
     assert all(isinstance(mistake, NothingFound) for mistake in mistakes), mistakes

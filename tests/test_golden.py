@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import initlab
-from initlab.signal.accelerate import library
+from initlab.stats.kernels.cpu import library
 from initlab.tasks.data import load
 from initlab.tasks.phase import Axis, phase
 from initlab.tasks.stack import stack

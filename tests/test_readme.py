@@ -7,9 +7,9 @@ import pytest
 
 import initlab
 from initlab.config import option_names
-from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.init import RULES
-from initlab.signal.stats import STATISTICS
+from initlab.nn.activations import ACTIVATIONS
+from initlab.nn.init import RULES
+from initlab.stats.statistics import STATISTICS
 
 ROOT = Path(initlab.__file__).parents[1]
 README = ROOT / "README.md"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from initlab.errors import UsageError
-from initlab.signal.stats import relative_error
+from initlab.stats.statistics import relative_error
 
 # Largest ||a - b|| / ||b|| that counts as rounding. For the half formats 16 eps, which is all that they can tell.
 LIMITS: dict[torch.dtype, float] = {

@@ -16,14 +16,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from initlab.engine.fast_network import Engine
 from initlab.errors import UsageError, choose
+from initlab.nn.activations import ACTIVATIONS, Activation
 from initlab.scratch import mlp
+from initlab.scratch.checks import refuse_bad_problem
 from initlab.scratch.classes import LOSS_LAYERS, Act, ActFunction, Layer, Lin, LinFunction, LossFunction, Model, Relu
-from initlab.scratch.engine import Engine
 from initlab.scratch.layers import LOSSES, WEIGHT_GRADS, Loss, WeightGrad, forward_and_backward, g_of, lin
 from initlab.scratch.modules import loss_by_functions, sequential
-from initlab.scratch.problem import refuse_bad_problem
-from initlab.signal.activations import ACTIVATIONS, Activation
 
 Gradients = list[tuple[Tensor, Tensor]]
 Parameters = Sequence[tuple[Tensor, Tensor]]

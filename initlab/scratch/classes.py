@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from initlab.errors import UsageError
+from initlab.nn.activations import Activation
 from initlab.scratch.layers import (
     MATMUL,
     Loss,
@@ -27,7 +28,6 @@ from initlab.scratch.layers import (
     relu,
     relu_grad,
 )
-from initlab.signal.activations import Activation
 
 
 class Layer(Protocol):

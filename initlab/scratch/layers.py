@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from initlab.errors import UsageError
-from initlab.signal.activations import ACTIVATIONS, Activation
+from initlab.nn.activations import ACTIVATIONS, Activation
 
 # --- functions from tensors to tensors -----------------------------------------------------------------------------
 

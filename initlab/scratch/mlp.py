@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from initlab.nn.activations import Activation
 from initlab.scratch.layers import Loss, lin, lin_inp_grad, lin_param_grads
-from initlab.signal.activations import Activation
 
 Parameters = list[tuple[Tensor, Tensor]]
 

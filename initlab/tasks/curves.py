@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from initlab.errors import choose
-from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.exponent import log2_moments, scaled
-from initlab.signal.init import RULES, Rule, draw
-from initlab.signal.moments import FIELDS, compiled, summarize
-from initlab.tasks.beyond import NUMBERS
-from initlab.tasks.networks import Shape, name_of, rules_of
-from initlab.tasks.place import DTYPES
+from initlab.nn.activations import ACTIVATIONS
+from initlab.nn.init import RULES, Rule, draw
+from initlab.nn.unbounded import log2_moments, scaled
+from initlab.stats.summarize import FIELDS, compiled, summarize
+from initlab.tasks.ensemble.device import DTYPES
+from initlab.tasks.ensemble.networks import Shape, name_of, rules_of
+from initlab.tasks.ensemble.unbounded_twin import NUMBERS
 from initlab.tasks.stack import stack
 
 SCALINGS = ("naive", "small", "lecun", "xavier", "kaiming")

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from initlab.errors import UsageError, choose
+from initlab.nn.init import gaussian
 from initlab.scratch.layers import lin
-from initlab.signal.init import gaussian
 
 # The two files of MNIST's training split, with the md5 sums that torchvision publishes.
 MNIST_FILES = {

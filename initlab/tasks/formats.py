@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from initlab.signal.custom import Given
-from initlab.signal.formats import limits
-from initlab.signal.init import Rule
-from initlab.tasks.place import DTYPES
+from initlab.nn.custom_activation import Given
+from initlab.nn.init import Rule
+from initlab.tasks.ensemble.device import DTYPES
 from initlab.tasks.stack import stack
+from initlab.theory.format_limits import limits
 
 Frames = dict[str, pd.DataFrame]
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from initlab.errors import check, choose
-from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.case import case_of
-from initlab.signal.init import Rule
-from initlab.signal.jacobian import jacobians, log2_power_sums, predicted, singular_values
-from initlab.tasks.networks import CACHED, Networks, Shape, rules_of
-from initlab.tasks.place import DTYPES, find_device
+from initlab.nn.activations import ACTIVATIONS
+from initlab.nn.init import Rule
+from initlab.tasks.ensemble.device import DTYPES, find_device
+from initlab.tasks.ensemble.networks import CACHED, Networks, Shape, rules_of
+from initlab.theory.request import case_of
+from initlab.theory.singular_values import jacobians, log2_power_sums, predicted, singular_values
 
 Frames = dict[str, pd.DataFrame]
 

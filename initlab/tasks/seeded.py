@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from initlab.errors import UsageError, check, choose
-from initlab.signal.custom import Given, as_activation
-from initlab.signal.init import Rule, rule
-from initlab.signal.stats import STATISTICS, Blocks, Key, measure
-from initlab.tasks.place import DTYPES
+from initlab.nn.custom_activation import Given, as_activation
+from initlab.nn.init import Rule, rule
+from initlab.stats.statistics import STATISTICS, Blocks, Key, measure
+from initlab.tasks.ensemble.device import DTYPES
 
 KEYS = ("stage", "implementation", "seed", "step", "layer", "tensor", "direction")
 # Distribution of a rule -> how torch fills a weight with numbers of this standard deviation.

@@ -12,17 +12,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from initlab.errors import UsageError, check, choose
-from initlab.signal.activations import ACTIVATIONS, Activation
-from initlab.signal.custom import Given, as_activation
-from initlab.signal.init import Rule
-from initlab.signal.moments import FIELDS, InPlace, compiled, derive, summarize
-from initlab.signal.stats import STATISTICS, Blocks, Key, saturated_share
-from initlab.tasks import beyond
-from initlab.tasks.beyond import Companion
-from initlab.tasks.chunks import in_chunks
-from initlab.tasks.memory import is_out_of_memory
-from initlab.tasks.networks import Networks, Shape, Signal, multiply, name_of, plan, repeated, rules_of, signal
-from initlab.tasks.place import DTYPES, find_device
+from initlab.nn.activations import ACTIVATIONS, Activation
+from initlab.nn.custom_activation import Given, as_activation
+from initlab.nn.init import Rule
+from initlab.stats.statistics import STATISTICS, Blocks, Key, saturated_share
+from initlab.stats.summarize import FIELDS, InPlace, compiled, derive, summarize
+from initlab.tasks.ensemble import unbounded_twin
+from initlab.tasks.ensemble.chunks import in_chunks
+from initlab.tasks.ensemble.device import DTYPES, find_device
+from initlab.tasks.ensemble.memory import is_out_of_memory
+from initlab.tasks.ensemble.networks import Networks, Shape, Signal, multiply, name_of, plan, repeated, rules_of, signal
+from initlab.tasks.ensemble.unbounded_twin import Companion
 
 Frames = dict[str, pd.DataFrame]
 Producer = Callable[[Tensor], Tensor]
@@ -135,7 +135,7 @@ class _Record:
     ) -> None:
         """`first`, if the networks are to be tagged: the place of the first of them in the whole ensemble."""
         self._nets, self._names, self._deliver, self._streams, self._first = nets, names, deliver, streams, first
-        self._blocks = Blocks(nets.seeds, _KEYS, [*STATISTICS, *beyond.NUMBERS], _finished)
+        self._blocks = Blocks(nets.seeds, _KEYS, [*STATISTICS, *unbounded_twin.NUMBERS], _finished)
         self._window: list[Tensor] = []
         self._since, self._relu = time.monotonic(), nets.activation is ACTIVATIONS["relu"]
         self.delivered = False
@@ -161,7 +161,7 @@ class _Record:
             z[_DEAD] = torch.nan
             if self._relu:  # saturated is what comes out as 0, or as nan
                 z[_SATURATED] = (out[_N_ZERO] + out[_N_NAN]) / out[_COUNT]
-        true, kept = beyond.read_off(fields, self._nets.dtype)
+        true, kept = unbounded_twin.read_off(fields, self._nets.dtype)
         if not self.all_inside or not bool(kept[-rows:].all()):
             kept = torch.cat([self.inside[None], kept[-rows:]]).cumprod(0).bool()
             self.start(kept[-1])

@@ -10,17 +10,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from initlab.errors import UsageError, check, choose
+from initlab.nn.activations import Activation
+from initlab.nn.custom_activation import Given, as_activation
+from initlab.nn.init import Rule, permutation
+from initlab.nn.mup import learning_rates
 from initlab.scratch.layers import LOSSES
-from initlab.signal.activations import Activation
-from initlab.signal.custom import Given, as_activation
-from initlab.signal.init import Rule, permutation
-from initlab.signal.mup import learning_rates
 from initlab.tasks.data import Data
-from initlab.tasks.memory import free_memory, readable
-from initlab.tasks.networks import CACHED, name_of, rules_of
-from initlab.tasks.pair import ADAPTIVE, OPTIMIZERS, Frames, Pair, Records
-from initlab.tasks.place import DTYPES, find_device
-from initlab.tasks.weights import drawn
+from initlab.tasks.ensemble.device import DTYPES, find_device
+from initlab.tasks.ensemble.memory import free_memory, readable
+from initlab.tasks.ensemble.networks import CACHED, name_of, rules_of
+from initlab.tasks.ensemble.trained_weights import drawn
+from initlab.tasks.twins import ADAPTIVE, OPTIMIZERS, Frames, Pair, Records
 
 
 def train(

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from initlab.errors import UsageError
+from initlab.nn.activations import ACTIVATIONS
+from initlab.nn.init import draw, gaussian, rule
 from initlab.scratch import backward
 from initlab.scratch.agreement import LIMITS, compare, unit_in_last_place
 from initlab.scratch.backward import VERSIONS, plain_loss
 from initlab.scratch.layers import LOSSES
-from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.init import draw, gaussian, rule
 
 EAGER = [name for name in VERSIONS if name != "compiled"]
 Parameters = list[tuple[Tensor, Tensor]]

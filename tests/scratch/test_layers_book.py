@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from initlab.errors import UsageError
+from initlab.nn.activations import ACTIVATIONS
 from initlab.scratch import classes, layers, modules
 from initlab.scratch.layers import LOSSES, WEIGHT_GRADS, add_g, clear_g, g_of
-from initlab.signal.activations import ACTIVATIONS
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:

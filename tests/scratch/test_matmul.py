@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from initlab.errors import UsageError
+from initlab.nn.init import gaussian, permutation
 from initlab.scratch import matmul
 from initlab.scratch.matmul import LADDER, RUNGS, Rung
-from initlab.signal.init import gaussian, permutation
-from initlab.signal.stats import relative_error
+from initlab.stats.statistics import relative_error
 
 PLAIN = [name for name in RUNGS if name not in ("compiled", "triton")]  # those that need no compiler
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from initlab.nn.activations import ACTIVATIONS
+from initlab.nn.init import RULES, draw, rule
 from initlab.scratch import mlp
 from initlab.scratch.layers import LOSSES
 from initlab.scratch.mlp import Parameters, Pass
-from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.init import RULES, draw, rule
 
 CASES = [(activation, loss) for activation in ACTIVATIONS for loss in LOSSES]
 

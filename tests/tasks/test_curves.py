@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from initlab.errors import UsageError
-from initlab.signal.init import Rule, rule
-from initlab.signal.moments import derive, summarize
-from initlab.signal.stats import STATISTICS
+from initlab.nn.init import Rule, rule
+from initlab.stats.statistics import STATISTICS
+from initlab.stats.summarize import derive, summarize
 from initlab.tasks import curves
-from initlab.tasks.beyond import NUMBERS
 from initlab.tasks.curves import SCALINGS, gain_curves
+from initlab.tasks.ensemble.unbounded_twin import NUMBERS
 from initlab.tasks.stack import stack
 
 # Of a layer's log2, as the columns themselves are held to.

@@ -5,9 +5,9 @@ import sympy
 import torch
 
 from initlab.errors import UsageError
+from initlab.nn.activations import ACTIVATIONS
 from initlab.scratch.layers import LOSSES
-from initlab.signal.activations import ACTIVATIONS
-from initlab.tasks.explain import SYMBOLIC, explain
+from initlab.tasks.course.explain import SYMBOLIC, explain
 
 NAMES = {name: sympy.Symbol(name, real=True) for name in ("z", "inp", "w", "b", "out", "targ", "hit")}
 NAMES |= {name: sympy.Symbol(name, positive=True) for name in ("rest", "N")}

@@ -9,10 +9,10 @@ import torch
 
 import initlab
 from initlab.errors import UsageError
-from initlab.output.formats import draw_formats
-from initlab.signal.formats import EVENTS, FORMATS
+from initlab.figures.format_figure import draw_formats
+from initlab.tasks.ensemble.device import DTYPES
 from initlab.tasks.formats import HAPPENED, WORDS, formats, formats_as_text
-from initlab.tasks.place import DTYPES
+from initlab.theory.format_limits import EVENTS, FORMATS
 
 SHAPE = {"depth": 14, "width": 30, "batch": 20}
 

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 import torch
 
-from initlab.output.gains import draw_gains
-from initlab.signal.activations import ACTIVATIONS, GAIN_KINDS, TORCH_HAS, gain
-from initlab.signal.gains import PUBLISHED
+from initlab.figures.gain_figure import draw_gains
+from initlab.nn.activations import ACTIVATIONS, GAIN_KINDS, TORCH_HAS, gain
 from initlab.tasks.gains import gains, gains_as_text
+from initlab.theory.gain_table import PUBLISHED
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from initlab.errors import UsageError
-from initlab.tasks.graph import graph
+from initlab.tasks.course.graph import graph
 
 torch.set_num_threads(1)
 

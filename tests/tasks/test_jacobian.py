@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from initlab.errors import UsageError
-from initlab.output.jacobian import draw_jacobian
-from initlab.signal import exponent
-from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.case import case_of
-from initlab.signal.init import draw, rule
-from initlab.signal.jacobian import jacobians, log2_power_sums, predicted, singular_values
+from initlab.figures.jacobian_figure import draw_jacobian
+from initlab.nn import unbounded
+from initlab.nn.activations import ACTIVATIONS
+from initlab.nn.init import draw, rule
 from initlab.tasks.jacobian import jacobian, jacobian_as_text, shown
+from initlab.theory.request import case_of
+from initlab.theory.singular_values import jacobians, log2_power_sums, predicted, singular_values
 
 F64 = {"dtype": "float64"}
 
@@ -49,7 +49,7 @@ def test_the_product_is_autograds_jacobian(activation: str) -> None:
 
 
 def test_moments_are_those_of_the_singular_values() -> None:
-    found = exponent.scaled(torch.randn(3, 7, 5, dtype=torch.float64) * 1e200, 3000.0)
+    found = unbounded.scaled(torch.randn(3, 7, 5, dtype=torch.float64) * 1e200, 3000.0)
     logs = singular_values(found)
     s = (logs - found.exponent[:, None]).exp2()
     sums = log2_power_sums(found)
@@ -57,7 +57,7 @@ def test_moments_are_those_of_the_singular_values() -> None:
     torch.testing.assert_close((sums[1] - 4 * found.exponent).exp2(), s.pow(4).sum(-1), rtol=1e-10, atol=0)
     broken = found.mantissa.clone()
     broken[1, 0, 0] = torch.nan
-    logs = singular_values(exponent.Scaled(broken, found.exponent))
+    logs = singular_values(unbounded.Scaled(broken, found.exponent))
     assert logs[1].isnan().all() and logs[[0, 2]].isfinite().all()
 
 

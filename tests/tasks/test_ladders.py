@@ -8,9 +8,9 @@ import pytest
 from initlab.errors import UsageError
 from initlab.scratch.backward import VERSIONS
 from initlab.scratch.matmul import LADDER
-from initlab.tasks import ladders
-from initlab.tasks.ladders import BOOK_SHAPE, SHAPES, matmul_ladder
-from initlab.tasks.timing import COLUMNS, agreement
+from initlab.tasks.course import ladders
+from initlab.tasks.course.ladders import BOOK_SHAPE, SHAPES, matmul_ladder
+from initlab.tasks.course.timing import COLUMNS, agreement
 
 QUICK = {"rounds": 3, "seconds": 1e-3}
 PLAIN = [name for name in LADDER if name not in ("compiled", "triton")]

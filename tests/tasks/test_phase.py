@@ -12,13 +12,13 @@ import torch
 
 import initlab
 from initlab.errors import UsageError
-from initlab.output.phase import draw_phase
-from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.init import Rule, gaussian
-from initlab.signal.phases import critical
+from initlab.figures.phase_figure import draw_phase
+from initlab.nn.activations import ACTIVATIONS
+from initlab.nn.init import Rule, gaussian
 from initlab.tasks.phase import Axis, depth_scale, phase, phase_as_text, steps
-from initlab.tasks.points import Place, Points, look, plan
+from initlab.tasks.phase_points import Place, Points, look, plan
 from initlab.tasks.stack import stack
+from initlab.theory.fixed_points import critical
 
 SW, SB = Axis(0.5, 3.0, 5), Axis(0.0, 0.8, 3)
 SMALL: dict[str, Any] = {"sw": SW, "sb": SB, "depth": 12, "width": 40, "seeds": [3, 4]}
@@ -82,7 +82,7 @@ def test_how_many_go_together_changes_nothing(weights: str) -> None:
 
 
 def test_drawing_weights_again_for_every_block_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from initlab.tasks import points as module
+    from initlab.tasks import phase_points as module
 
     whole = table()
     monkeypatch.setattr(module, "KEPT", 4 * 40 * 41 * 5)

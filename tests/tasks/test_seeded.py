@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from initlab.errors import UsageError
-from initlab.signal.init import rule
+from initlab.nn.init import rule
 from initlab.tasks.seeded import seeded
 
 SMALL = {"depth": 4, "width": 32, "batch": 8}

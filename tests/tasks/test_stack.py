@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from initlab.errors import UsageError
-from initlab.signal.init import GENERATORS, RULES, rule
-from initlab.signal.stats import COUNTS, STATISTICS
-from initlab.tasks import networks
+from initlab.nn.init import GENERATORS, RULES, rule
+from initlab.stats.statistics import COUNTS, STATISTICS
 from initlab.tasks import stack as stacking
-from initlab.tasks.memory import peak_bytes
-from initlab.tasks.networks import Plan, Shape, plan
-from initlab.tasks.place import DTYPES
+from initlab.tasks.ensemble import networks
+from initlab.tasks.ensemble.device import DTYPES
+from initlab.tasks.ensemble.memory import peak_bytes
+from initlab.tasks.ensemble.networks import Plan, Shape, plan
 from initlab.tasks.stack import stack
 
 NUMBERS = list(STATISTICS)

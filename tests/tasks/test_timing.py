@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from initlab.errors import UsageError
-from initlab.tasks import rounds, timing
-from initlab.tasks.memory import free_memory, peak_bytes
-from initlab.tasks.timing import COLUMNS, agreement, differences, time_ladder
+from initlab.tasks.course import rotated_timing, timing
+from initlab.tasks.course.timing import COLUMNS, agreement, differences, time_ladder
+from initlab.tasks.ensemble.memory import free_memory, peak_bytes
 
 CPU = torch.device("cpu")
 QUICK = {"rounds": 3, "seconds": 1e-3}
@@ -34,7 +34,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    monkeypatch.setattr(rounds, "time", SimpleNamespace(perf_counter=lambda: made.now))
+    monkeypatch.setattr(rotated_timing, "time", SimpleNamespace(perf_counter=lambda: made.now))
     monkeypatch.setattr(timing, "peak_bytes", lambda call, device: 0.0)
     return made
 
@@ -73,20 +73,20 @@ def test_every_version_comes_at_every_place_of_the_round(clock):
 
 def test_a_sample_of_a_fast_version_lasts_long_enough(clock):
     time_ladder({"a": clock.version("a", 1e-4)}, rounds=1)
-    assert len(clock.calls) >= 2 * rounds.SAMPLE_SECONDS / 1e-4  # in finding the length, and in the sample
+    assert len(clock.calls) >= 2 * rotated_timing.SAMPLE_SECONDS / 1e-4  # in finding the length, and in the sample
 
 
 def test_a_slow_version_is_called_a_few_times_and_the_fast_one_in_every_round(clock):
     versions = {"slow": clock.version("slow", 5.0), "fast": clock.version("fast", 0.01)}
     frame = time_ladder(versions, rounds=15)
-    assert clock.calls.count("slow") == 2 + rounds.FEWEST_SAMPLES
+    assert clock.calls.count("slow") == 2 + rotated_timing.FEWEST_SAMPLES
     assert clock.calls.count("fast") == 2 + 15
     assert row(frame, "slow")["ratio"] == pytest.approx(500)
 
 
 def test_a_slow_reference_serves_the_rounds_after_its_own(clock):
     frame = time_ladder({"fast": clock.version("fast", 0.01), "slow": clock.version("slow", 5.0)}, rounds=15)
-    assert clock.calls.count("slow") == 2 + rounds.FEWEST_SAMPLES
+    assert clock.calls.count("slow") == 2 + rotated_timing.FEWEST_SAMPLES
     assert row(frame, "fast")["ratio"] == pytest.approx(0.002)
 
 

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from initlab.errors import UsageError
+from initlab.nn.activations import ACTIVATIONS
+from initlab.nn.init import RULES, rule
 from initlab.scratch import mlp
 from initlab.scratch.layers import LOSSES
-from initlab.signal.activations import ACTIVATIONS
-from initlab.signal.init import RULES, rule
 from initlab.tasks import train as train_module
 from initlab.tasks.data import Data, load
-from initlab.tasks.pair import MODULES, OPTIMIZERS, Frames, Pair
+from initlab.tasks.ensemble.trained_weights import drawn
 from initlab.tasks.train import train
-from initlab.tasks.weights import drawn
+from initlab.tasks.twins import MODULES, OPTIMIZERS, Frames, Pair
 
 DIGITS = load("digits")
 LIMIT = {"float32": 1e-5, "float64": 1e-12}

@@ -1,0 +1,180 @@
+"""What figures are made of: a sheet with its title, lines with bands, ends of the number formats, marks of death."""
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from initlab.runs import summary
+
+BEYOND = 10.0  # so far does an axis follow a prediction beyond what was measured
+# dtype -> largest number, smallest normal number, smallest number
+LIMITS = {
+    "float16": (65504.0, 6.1e-5, 6.0e-8),
+    "bfloat16": (3.39e38, 1.18e-38, 9.2e-41),
+    "float32": (3.40e38, 1.18e-38, 1.4e-45),
+    "float64": (1.80e308, 2.2e-308, 4.9e-324),
+}
+
+
+def sheet(title: str, rows: int = 1, columns: int = 1, **settings: Any) -> tuple[Figure, list[Axes]]:
+    sns.set_theme(style="whitegrid", palette="colorblind", context="notebook")
+    figure = Figure(figsize=(5.5 * columns + 4, 2.6 * rows + 2.9), layout="constrained")
+    figure.suptitle("\n".join(textwrap.wrap(title, 52 * columns + 34)), fontsize=12)
+    axes = figure.subplots(rows, columns, squeeze=False, **settings)
+    return figure, list(axes.flat)
+
+
+def few(values: pd.Series) -> str:
+    """A marker where a line would have too few points to be seen."""
+    return "o" if values.nunique() <= 3 else ""
+
+
+Colours = dict[str, tuple[float, float, float]]
+
+
+def coloured(order: list[str], palette: str = "colorblind") -> Colours:
+    """A colour for each label, in their order."""
+    return dict(zip(order, sns.color_palette(palette, len(order)), strict=True))
+
+
+def banded(
+    ax: Axes,
+    band: pd.DataFrame,
+    x: str,
+    names: dict[str, str] | None = None,
+    marker: str = "",
+    colours: Colours | None = None,
+) -> None:
+    """A line of medians and a band from 16 to 84 % for every label, told apart by colour and by dashes."""
+    band = band.assign(label=band["label"].astype(str).map(lambda name: (names or {}).get(name, name)))
+    colours = colours or coloured(list(band["label"].unique()))
+    order = list(colours)
+    sns.lineplot(
+        data=band, x=x, y="median", hue="label", style="label", hue_order=order, style_order=order,
+        palette=colours, errorbar=None, ax=ax, marker=marker or few(band[x]) or None, markersize=6,
+    )  # fmt: skip
+    for label, rows in band.groupby("label"):
+        ax.fill_between(rows[x], rows["low"], rows["high"], color=colours[label], alpha=0.2, linewidth=0)
+    legend(ax, len(order))
+
+
+def legend(ax: Axes, labels: int) -> None:
+    """Inside the axes, or beside them where there are many labels."""
+    if labels > 3:
+        ax.legend(title=None, loc="upper left", bbox_to_anchor=(1.01, 1))
+    else:
+        ax.legend(title=None)
+
+
+def beside(ax: Axes, lines: pd.DataFrame, order: list[str], x: str = "layer", colours: Colours | None = None) -> None:
+    """What theory predicts: dashed with the 95 % band of one network, or circles where several labels share the axes.
+
+    The axis follows the band as far as the measured values reach, and a little beyond.
+    """
+    low, high = ax.get_ylim()
+    if len(order) == 1:
+        ax.plot(lines[x], lines["predicted"], color="0.1", linestyle=(0, (5, 2)), linewidth=1.6, label="theory")
+        ax.fill_between(
+            lines[x], lines["low"], lines["high"], facecolor="none", edgecolor="0.72", hatch="////",
+            linewidth=0.8, zorder=0.5, label="theory: 95 % of networks",
+        )  # fmt: skip
+        ends = lines[["low", "high"]].to_numpy()
+        ends = ends[np.isfinite(ends) & (ends > 0)]
+        if len(ends):
+            low, high = min(low, max(ends.min(), low / BEYOND)), max(high, min(ends.max(), high * BEYOND))
+    else:
+        colours = colours or coloured(order)
+        style: dict[str, Any] = {"marker": "o", "fillstyle": "none", "markersize": 6, "linestyle": ""}
+        for label, mine in lines.groupby("label", observed=True):
+            few_points = mine[mine[x].rank() % max(1, len(mine) // 10) == 0]
+            ax.plot(few_points[x], few_points["predicted"], color=colours[str(label)], **style)
+        ax.plot([], [], color="0.3", label="theory", **style)
+    ax.set_ylim(low, high)
+    legend(ax, len(order))
+
+
+def at_the_start(ax: Axes, known: pd.DataFrame, colours: Mapping[int, object], steps: int) -> None:
+    """What theory predicts of every layer before the first update, left of step 0, with 95 % of networks: it says
+    nothing of later steps.
+    """
+    if not len(known):
+        return
+    gap = max(steps, 1) * min(0.014, 0.11 / len(known))
+    for k, (layer, centre, low, high) in enumerate(known.itertuples(index=False), start=1):
+        ax.plot([-k * gap] * 2, [low, high], color=colours[layer], linewidth=2, solid_capstyle="butt")
+        ax.plot([-k * gap], [centre], "D", markersize=4, markeredgecolor=colours[layer], markerfacecolor="white")
+    ax.plot([], [], "D", markersize=4, markeredgecolor="0.3", markerfacecolor="white", label="theory at step 0, 95 %")
+
+
+def log_scale(ax: Axes, values: pd.Series | np.ndarray, least: float = 1.0) -> None:
+    """A log axis, unless there is nothing that it could show or less than the factor `least` between the values."""
+    seen = np.asarray(values, dtype=float)
+    seen = seen[np.isfinite(seen) & (seen > 0)]
+    if len(seen) and seen.max() >= least * seen.min():
+        ax.set_yscale("log")
+
+
+def layer_axis(ax: Axes) -> None:
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("layer")
+
+
+def limits(ax: Axes, dtypes: list[str]) -> None:
+    """Grey lines: 1, and the ends of the number formats where the curves come near them."""
+    low, high = ax.get_ylim()
+    ax.axhline(1, color="0.45", linestyle="--", linewidth=1, zorder=1)
+    for dtype in dtypes:
+        for value, name in zip(LIMITS[dtype], ("largest", "smallest normal", "smallest"), strict=True):
+            if low / 1e3 < value < high * 1e3 and (value > 1e4 or value < 1e-4):
+                ax.axhline(value, color="0.7", linestyle=":", linewidth=1.2, zorder=1)
+                ax.annotate(
+                    f"{name} {dtype}", (1, value), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+                    textcoords="offset points", ha="right", fontsize=8, color="0.4",
+                )  # fmt: skip
+
+
+def mark_deaths(
+    ax: Axes,
+    band: pd.DataFrame,
+    died: pd.DataFrame,
+    direction: str,
+    along: str = "layer",
+    colours: Colours | None = None,
+) -> None:
+    """A cross on the axis and a label at the layer from which a signal is not finite or exactly 0."""
+    order = list(band["label"].astype(str).unique())
+    colours = colours or coloured(order)
+    height = 0
+    for label in order:
+        mine = died[died["label"].astype(str) == label]
+        first = "min" if direction == "forward" else "max"
+        said = summary.fate(mine, first, along)
+        if said == "alive":
+            continue
+        column = "nonfinite" if "finite" in said else "zero"
+        layer, y = mine[column].agg(first), 0.04 + 0.075 * height
+        height += 1
+        ax.axvline(layer, color=colours[label], linestyle=":", linewidth=1.4)
+        ax.plot(
+            [layer],
+            [y],
+            marker="X",
+            markersize=9,
+            color=colours[label],
+            transform=ax.get_xaxis_transform(),
+            clip_on=False,
+        )
+        left = layer > ax.get_xlim()[1] / 2
+        name = f"{label}: " if len(order) > 1 else ""
+        ax.annotate(
+            name + said, (layer, y), xycoords=ax.get_xaxis_transform(), xytext=(-9 if left else 9, 0),
+            textcoords="offset points", ha="right" if left else "left", va="center", fontsize=9,
+            color=colours[label], bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.85},
+        )  # fmt: skip

@@ -1,0 +1,58 @@
+"""The gains of all activations -> figure: how large they are, and what a gradient meets at the fixed point of each."""
+
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from initlab.figures.axes import sheet
+
+KINDS = {"chi": "o", "rms": "s", "std": "D", "torch": "^"}  # kind -> marker; published tables are in the text
+STABLE = ("stable", "marginal")
+APART = 0.17  # between the kinds of one activation, in rows
+
+
+def draw_gains(frame: pd.DataFrame) -> Figure:
+    """Left the gains, right chi_1; a hollow marker where the fixed point is unstable or no signal is left."""
+    order = list(frame["activation"].unique())
+    shown = frame[frame["kind"].isin(list(KINDS))]
+    lasting = shown[(shown["kind"] == "chi") & shown["stability"].isin(STABLE) & (shown["gradient"] == "kept")]
+    keeps = ", ".join(lasting["activation"])
+    figure, (left, right) = sheet(
+        f"A gain that keeps gradients at q = 1 goes on keeping them only where phi has no scale of its own: {keeps}",
+        1, 2, sharey=True,
+    )  # fmt: skip
+    figure.set_size_inches(12, 0.55 * len(order) + 1.6)
+    for ax, value in ((left, "gain"), (right, "chi_1")):
+        _dots(ax, shown, value, order)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    left.set_yticks(range(len(order)), order)
+    left.set_ylim(len(order) - 0.5, -0.5)
+    left.set_xlabel("gain")
+    right.set_xlabel("chi_1 at the fixed point: factor of a gradient's second moment")
+    right.axvline(1, color="0.45", linestyle="--", linewidth=1, zorder=1)
+    right.plot(
+        [], [], "o", markerfacecolor="white", markeredgecolor="0.3", label="fixed point unstable, or signal gone"
+    )
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS) + 1, frameon=False)
+    return figure
+
+
+def _dots(ax: Axes, frame: pd.DataFrame, value: str, order: list[str]) -> None:
+    colours = sns.color_palette("colorblind", len(KINDS))
+    for k, (kind, marker) in enumerate(KINDS.items()):
+        mine = frame[frame["kind"] == kind]
+        rows = [order.index(name) + APART * (k - 1.5) for name in mine["activation"]]
+        for y, x, stability in zip(rows, mine[value], mine["stability"], strict=True):
+            filled = stability in STABLE
+            ax.plot(
+                [x], [y], marker, markersize=7, markeredgecolor=colours[k],
+                markerfacecolor=colours[k] if filled else "white", markeredgewidth=1.5,
+            )  # fmt: skip
+        ax.plot([], [], marker, color=colours[k], label=kind)
+    for y in range(1, len(order)):
+        ax.axhline(y - 0.5, color="0.85", linewidth=0.8, zorder=0)
+    ax.grid(visible=False, axis="y")

@@ -1,0 +1,168 @@
+"""A plane of networks -> figure: what was measured beside what theory says, in the same colours.
+
+Brightness alone tells the values apart, so that the maps read in grey too.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from initlab.figures.axes import sheet
+from initlab.theory.fixed_points import critical_line
+
+TRAINABLE = 6  # depth scales that gradients and inputs survive, an estimate: Schoenholz et al. 2017
+LINE: dict[str, Any] = {"colors": "white", "linewidths": 2.2}
+UNDER: dict[str, Any] = {"colors": "black", "linewidths": 4.0}  # beneath the white line, for where the map is bright
+WIDEST = 1e6  # between the ends of a logarithmic colour scale
+
+
+class Map(NamedTuple):
+    """What is shown: columns measured and predicted, words, and whether colours are logarithmic."""
+
+    measured: str
+    predicted: str
+    said: str
+    log: bool
+
+
+MAPS = {
+    "sigma": (
+        Map("cosine", "predicted_cosine", "cosine of two inputs", False),
+        Map("chi_1", "predicted_chi_1", "chi_1: gradient's growth a layer", True),
+    ),
+    "depth": (
+        Map("cosine", "predicted_cosine", "cosine of two inputs", False),
+        Map("q", "predicted_q", "q, second moment of preactivations", True),
+    ),
+}
+
+
+def draw_phase(frame: pd.DataFrame) -> Figure:
+    """Two rows of two maps: measured (mean over the networks) and predicted; the line chi_1 = 1 of infinite depth on
+    all of them, crosses where a network's signal died, and over layers 6 xi_c.
+    """
+    plane = "depth" if frame["layer"].nunique() > 1 else "sigma"
+    up = "layer" if plane == "depth" else "sigma_b"
+    numbers = frame.select_dtypes("number").columns.difference(["gain", up])
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean = frame.groupby([up, "gain"])[list(numbers)].mean()
+    line = critical_line(str(frame["activation"].iloc[0]))
+    figure, axes = sheet(_finding(frame, plane), 2, 2, sharex=True, sharey=True)
+    figure.set_size_inches(12, 9)
+    for row, shown in enumerate(MAPS[plane]):
+        pair = axes[2 * row : 2 * row + 2]
+        tables = [mean[name].unstack("gain") for name in (shown.measured, shown.predicted)]
+        norm = _norm(np.stack([table.to_numpy() for table in tables]), shown)
+        for ax, table, where in zip(pair, tables, ("measured", "theory, infinite width"), strict=True):
+            mesh = _map(ax, table, norm)
+            _critical(ax, mean, plane, line)
+            ax.set_title(f"{shown.said}: {where}", fontsize=11)
+        _died(pair[0], mean)
+        bar = figure.colorbar(mesh, ax=pair, label=shown.said)
+        if shown.log and norm.vmax < 100 * norm.vmin:  # type: ignore[operator]
+            bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    for ax in axes[2:]:
+        ax.set_xlabel("sigma_w = std of a weight × sqrt(fan_in)")
+    for ax in axes[::2]:
+        ax.set_ylabel("layer" if plane == "depth" else "sigma_b = std of a bias")
+    figure.legend(
+        handles=_handles(plane, bool((frame["died_at"] > 0).any())), loc="outside lower center", ncols=3, frameon=False
+    )
+    return figure
+
+
+def _norm(values: np.ndarray, shown: Map) -> Normalize:
+    if not shown.log:
+        return Normalize(min(0.0, float(np.nanmin(values))), 1.0)
+    seen = values[np.isfinite(values) & (values > 0)]
+    if not len(seen):
+        return LogNorm(0.1, 10)
+    low, high = max(seen.min(), WIDEST**-0.5), min(seen.max(), WIDEST**0.5)
+    return LogNorm(min(low, high / 2), max(high, 2 * low))
+
+
+def _map(ax: Axes, table: pd.DataFrame, norm: Normalize) -> Any:
+    values = np.nan_to_num(table.to_numpy(dtype=float), posinf=np.finfo(float).max, nan=np.nan)
+    if isinstance(norm, LogNorm):
+        values = np.clip(values, norm.vmin, norm.vmax)
+    ax.set_facecolor("0.75")
+    ax.grid(visible=False)
+    return ax.pcolormesh(
+        _edges(table.columns.to_numpy()), _edges(table.index.to_numpy()), np.ma.masked_invalid(values), norm=norm,
+        cmap="viridis", rasterized=True,
+    )  # fmt: skip
+
+
+def _edges(centres: np.ndarray) -> np.ndarray:
+    half = (centres[1] - centres[0]) / 2 if len(centres) > 1 else 0.5
+    return np.append(centres - half, centres[-1] + half)
+
+
+def _critical(ax: Axes, mean: pd.DataFrame, plane: str, line: pd.DataFrame) -> None:
+    """Where chi_1 of the fixed point is 1: the line itself where it crosses all of the plane, else where the points'
+    own chi_1 passes 1, as where q has two fixed points; over layers also 6 xi_c.
+    """
+    chi_1 = mean["limit_chi_1"].unstack("gain")
+    x, y, values = chi_1.columns.to_numpy(), chi_1.index.to_numpy(), np.log(chi_1.clip(lower=1e-300).to_numpy())
+    across, up = _edges(x), _edges(y)
+    if (
+        plane == "sigma"
+        and len(line) > 1
+        and line["sb2"].min() <= max(y[0], 1e-3) ** 2
+        and line["sb2"].max() >= y[-1] ** 2
+    ):
+        _white(ax, np.sqrt(line["sw2"]), np.sqrt(line["sb2"]), "-")
+    elif min(values.shape) > 1 and values.min() < 0 < values.max():
+        for style in (UNDER, LINE):
+            ax.contour(x, y, values, levels=[0.0], **style)
+    if plane == "depth":
+        depth = TRAINABLE * mean["predicted_xi_c"].groupby("gain").first()
+        _white(ax, depth.index, depth, "--")
+    ax.set_xlim(across[0], across[-1])
+    ax.set_ylim(up[0], up[-1])
+
+
+def _white(ax: Axes, x: Any, y: Any, linestyle: str) -> None:
+    """White on black, seen on every colour."""
+    ax.plot(x, y, color="black", linewidth=UNDER["linewidths"])
+    ax.plot(x, y, color="white", linewidth=LINE["linewidths"], linestyle=linestyle)
+
+
+def _died(ax: Axes, mean: pd.DataFrame) -> None:
+    dead = mean[mean["died_at"] > 0].reset_index()
+    up = dead.columns[0]
+    if up == "layer":
+        dead = dead[dead["layer"] >= dead["died_at"]]
+    many = max(1, len(dead) // 400)
+    ax.plot(dead["gain"][::many], dead[up][::many], "x", color="0.6", markersize=3)
+
+
+def _handles(plane: str, died: bool) -> list[Line2D]:
+    found = [Line2D([], [], color="0.2", linewidth=2.5, label="critical: chi_1 = 1 at infinite depth")]
+    if plane == "depth":
+        found.append(
+            Line2D([], [], color="0.2", linewidth=2.5, linestyle="--", label="6 xi_c, trainable depth (estimate)")
+        )
+    if died:
+        found.append(Line2D([], [], color="0.6", marker="x", linestyle="", label="a network's signal died"))
+    return found
+
+
+def _finding(frame: pd.DataFrame, plane: str) -> str:
+    last = frame[frame["layer"] == frame["layer"].max()]
+    mean = last.groupby(["gain", "sigma_b"])[["chi_1", "limit_chi_1", "cosine", "predicted_cosine"]].mean()
+    apart = (mean["cosine"] - mean["predicted_cosine"]).abs()
+    ordered, predicted = (mean["chi_1"] < 1).mean(), (mean["limit_chi_1"] < 1 - 1e-9).mean()  # to rounding
+    about = f"{last['activation'].iloc[0]}, {int(last['layer'].max())} layers of {last['width'].iloc[0]} units: "
+    return (
+        f"{about}{ordered:.0%} of {len(mean)} points are ordered ({predicted:.0%} predicted); the cosine is "
+        f"{apart.median():.2g} from theory in the median, {apart.max():.2g} at most"
+    )

@@ -1,0 +1,203 @@
+"""The variance-scaling formula and its named rules.
+
+Weights have shape (I, O), I = fan_in, O = fan_out, as in the book's `x @ w`; torch's `nn.Linear` stores the transpose.
+Each tensor's random numbers depend on (seed, what it is, layer) alone, are drawn in float32 and converted: a seed means
+the same network in every dtype, at every depth and in every ensemble. The generator `torch` draws on the CPU, the same
+bits for every device; `philox` draws where the network lives, see `philox.py`. Legend: E ensemble.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from initlab.errors import UsageError, choose
+from initlab.nn import activations, philox
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Weights of standard deviation gain / sqrt(fan), fan chosen by `mode`, shape of the law by `distribution`.
+
+    `gain` None asks for the gain of the activation, of kind `gain_kind` (see `activations.GAIN_KINDS`).
+    `bias` is the half-width of a uniform bias in units of 1/sqrt(fan_in); 0 starts biases at 0. With `attempts` above 0
+    what is drawn is a start that the data rescale, until variances are within `tolerance` of 1: `lsuv.py`. With a
+    `base_width` above 0 the last layer and the learning rates follow the width: `mup.py`.
+    """
+
+    gain: float | None = None
+    mode: str = "fan_in"
+    distribution: str = "normal"
+    bias: float = 0.0
+    gain_kind: str = "chi"
+    attempts: int = 0
+    tolerance: float = 0.1
+    base_width: int = 0
+
+    def __post_init__(self) -> None:
+        choose(MODES, self.mode, "init.mode")
+        choose(DISTRIBUTIONS, self.distribution, "init.distribution")
+        choose(activations.GAIN_KINDS, self.gain_kind, "init.gain_kind")
+        if self.gain is not None and not 0 <= self.gain < math.inf:
+            raise UsageError(f"init.gain={self.gain}: must be a finite number, at least 0")
+        if not 0 <= self.bias < math.inf:
+            raise UsageError(f"init.bias={self.bias}: must be a finite number, at least 0")
+        for option, value in (("attempts", self.attempts), ("base_width", self.base_width)):
+            if value < 0:
+                raise UsageError(f"init.{option}={value}: must be at least 0; 0 is none")
+        if not 0 < self.tolerance < math.inf:
+            raise UsageError(f"init.tolerance={self.tolerance}: must be a finite number above 0")
+
+    def gain_for(self, activation: str | activations.Activation) -> float:
+        """The gain in force, dimensionless."""
+        return activations.gain(activation, self.gain_kind) if self.gain is None else self.gain
+
+    def std_for(self, activation: str | activations.Activation, shape: tuple[int, int]) -> float:
+        """Standard deviation of weights (I, O): the gain in force / sqrt(fan)."""
+        return self.gain_for(activation) / math.sqrt(MODES[self.mode](*shape))
+
+
+# What the variance of a weight is divided by.
+MODES: dict[str, Callable[[int, int], float]] = {
+    "constant": lambda fan_in, fan_out: 1.0,
+    "fan_in": lambda fan_in, fan_out: float(fan_in),
+    "fan_out": lambda fan_in, fan_out: float(fan_out),
+    "fan_avg": lambda fan_in, fan_out: (fan_in + fan_out) / 2,
+}
+
+
+def _generator(seed: int, what: str, layer: int) -> torch.Generator:
+    return torch.Generator().manual_seed(philox.key(seed, what, layer) >> 1)
+
+
+def gaussian(shape: Sequence[int], seed: int, what: str, layer: int = 0) -> Tensor:
+    """Standard normal numbers, float32 on the CPU, that depend on (seed, what, layer) alone."""
+    return torch.randn(*shape, generator=_generator(seed, what, layer))
+
+
+def uniform(shape: Sequence[int], seed: int, what: str, layer: int = 0) -> Tensor:
+    """Uniform numbers on (-1, 1), likewise."""
+    return torch.rand(*shape, generator=_generator(seed, what, layer)).mul_(2).sub_(1)
+
+
+def permutation(n: int, seed: int, what: str, layer: int = 0) -> Tensor:
+    """A random order of 0..n-1, int64, likewise."""
+    return torch.randperm(n, generator=_generator(seed, what, layer))
+
+
+Draw = Callable[[Sequence[int], Sequence[int], str, int, str | torch.device], Tensor]
+
+
+class Generator(NamedTuple):
+    """Random numbers of an ensemble: f(shape, seeds, what, layer, device) -> float32 (E, *shape)."""
+
+    gaussian: Draw
+    uniform: Draw
+
+
+def _on_the_cpu(one: Callable[[Sequence[int], int, str, int], Tensor]) -> Draw:
+    """Whatever the device: what is drawn on the CPU, and scaled there, is the same network everywhere."""
+    return lambda shape, seeds, what, layer, _: torch.stack([one(shape, seed, what, layer) for seed in seeds])
+
+
+# Who draws the numbers; `torch` is the default, and its networks are those of every table so far.
+GENERATORS: dict[str, Generator] = {
+    "torch": Generator(_on_the_cpu(gaussian), _on_the_cpu(uniform)),
+    "philox": Generator(philox.gaussian, philox.uniform),
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The random numbers behind one layer's weights, float32 (E, *shape), a network per seed."""
+
+    generator: Generator
+    seeds: Sequence[int]
+    layer: int
+    device: str | torch.device
+
+    def gaussian(self, shape: Sequence[int]) -> Tensor:
+        return self.generator.gaussian(shape, self.seeds, "weight", self.layer, self.device)
+
+    def uniform(self, shape: Sequence[int]) -> Tensor:
+        return self.generator.uniform(shape, self.seeds, "weight", self.layer, self.device)
+
+
+def _normal(shape: tuple[int, int], std: float, drawn: Weights) -> Tensor:
+    return drawn.gaussian(shape).mul_(std)
+
+
+def _uniform(shape: tuple[int, int], std: float, drawn: Weights) -> Tensor:
+    return drawn.uniform(shape).mul_(std * math.sqrt(3))
+
+
+def _truncated(shape: tuple[int, int], std: float, drawn: Weights) -> Tensor:
+    """Normal cut off at two sigma of its parent, widened so that the standard deviation is the one asked for."""
+    edge = math.erf(math.sqrt(2))  # P(|u| < 2)
+    z: Tensor = torch.erfinv(drawn.uniform(shape).mul_(edge)).mul_(math.sqrt(2))
+    return z.clamp_(-2, 2).mul_(std / 0.87962566103423978)  # sqrt(1 - 4 pdf(2) / P(|u| < 2))
+
+
+def _orthogonal(shape: tuple[int, int], std: float, drawn: Weights) -> Tensor:
+    """std sqrt(fan) times a matrix with orthonormal rows or columns, uniform (Mezzadri 2007: QR, signs of R)."""
+    i, o = shape
+    q, r = torch.linalg.qr(drawn.gaussian((max(i, o), min(i, o))).double())
+    q *= r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    isometry: Tensor = q if i >= o else q.mT
+    return (isometry * (std * math.sqrt(i))).float()
+
+
+# name -> f((I, O), std, random numbers): float32 (E, I, O), where the random numbers are
+DISTRIBUTIONS: dict[str, Callable[[tuple[int, int], float, Weights], Tensor]] = {
+    "normal": _normal,
+    "uniform": _uniform,
+    "truncated_normal": _truncated,
+    "orthogonal": _orthogonal,
+}
+
+
+RULES: dict[str, Rule] = {
+    "naive": Rule(gain=1.0, mode="constant"),  # N(0, 1)
+    "small": Rule(gain=0.01, mode="constant"),  # N(0, 0.01^2)
+    "lecun": Rule(gain=1.0),  # N(0, 1/fan_in), LeCun et al. 1998
+    "xavier": Rule(mode="fan_avg"),  # N(0, 2 gain^2/(fan_in + fan_out)), Glorot & Bengio 2010, eq. 12
+    "kaiming": Rule(),  # N(0, gain^2/fan_in), He et al. 2015, eq. 14
+    "orthogonal": Rule(distribution="orthogonal"),  # gain times a random isometry, Saxe et al. 2013
+    "torch_default": Rule(gain=3**-0.5, distribution="uniform", bias=1.0),  # U(-1/sqrt(fan_in), 1/sqrt(fan_in))
+    "lsuv": Rule(gain=1.0, distribution="orthogonal", attempts=10),  # then unit variance, Mishkin & Matas 2015
+    "mup": Rule(base_width=50),  # kaiming, and what keeps training alike at every width, Yang et al. 2022
+}
+
+
+def rule(name: str, **changes: object) -> Rule:
+    """A row of the table, with some of its fields replaced; None keeps the row's own.
+
+    >>> rule("kaiming", mode="fan_out").mode
+    'fan_out'
+    """
+    row = choose(RULES, name, "init")
+    return replace(row, **{key: value for key, value in changes.items() if value is not None})  # type: ignore[arg-type]
+
+
+def draw(
+    rule: Rule,
+    activation: str | activations.Activation,
+    shape: tuple[int, int],
+    seeds: Sequence[int],
+    layer: int,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    generator: str = "torch",
+) -> tuple[Tensor, Tensor]:
+    """Weights (E, I, O) and biases (E, O) of one layer for an ensemble, a network per seed."""
+    fan_in, fan_out = shape
+    std = rule.std_for(activation, shape)
+    source = choose(GENERATORS, generator, "generator")
+    weights = DISTRIBUTIONS[rule.distribution](shape, std, Weights(source, seeds, layer, device))
+    biases = torch.zeros(len(seeds), fan_out)
+    if rule.bias:
+        biases = source.uniform((fan_out,), seeds, "bias", layer, device) * (rule.bias / math.sqrt(fan_in))
+    return weights.to(device, dtype), biases.to(device, dtype)

@@ -1,0 +1,46 @@
+"""The maximal update parametrization: what must follow the width so that training does not depend on it.
+
+Table 3 of Yang et al. 2022 (Tensor Programs V), relative to a base width, at which nothing differs from the rule's own
+weights and one learning rate. With r_in and r_out the growth of a layer's fan_in and fan_out over the base network's
+(1 where they are the data's or the classes'):
+
+                          input weights   hidden weights   output weights   biases
+    std of the weights    1               1                1/sqrt(r_in)             on top of the rule's 1/sqrt(fan_in)
+    learning rate, SGD    r_out           1                1/r_in           r_out   weights: r_out/r_in in all of them
+    learning rate, Adam   1               1/r_in           1/r_in           1       weights: 1/r_in in all of them
+
+Knows shapes; neither how a network is trained nor on what.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import NamedTuple
+
+from initlab.nn.activations import Activation
+from initlab.nn.init import Rule
+
+
+class Factors(NamedTuple):
+    """What a layer's learning rates are multiplied by."""
+
+    weight: float = 1.0
+    bias: float = 1.0
+
+
+def learning_rates(rule: Rule, sizes: Sequence[int], adaptive: bool) -> list[Factors]:
+    """Of every layer of a network of `sizes` units, the data's first and the outputs last.
+
+    `adaptive`: the optimizer divides gradients by their own size, as Adam does; else it is gradient descent, with
+    momentum or without.
+    """
+    grown = [1.0, *(n / rule.base_width if rule.base_width else 1.0 for n in sizes[1:-1]), 1.0]
+    return [Factors(1 / a, 1.0) if adaptive else Factors(b / a, b) for a, b in pairwise(grown)]
+
+
+def last_layer(rule: Rule, activation: Activation | str, fan_in: int) -> Rule:
+    """The rule of the output weights of a network with hidden layers: std smaller by sqrt(r_in)."""
+    if not rule.base_width:
+        return rule
+    return replace(rule, gain=rule.gain_for(activation) * math.sqrt(rule.base_width / fan_in))

@@ -1,0 +1,97 @@
+"""Random numbers by position: Philox4x32-10 in torch's integers, on whatever device the network lives.
+
+Salmon, Moraes, Dror & Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.3. Every number is a function
+of (seed, what it is, layer) and of its position in the tensor alone: no state, no order, and one program draws a whole
+ensemble. The integers are the same on every device. Uniform numbers are exact in float32; normal ones are made in
+float64 and rounded once, so that two devices' logarithms and cosines can differ by one rounding of float32, and rarely.
+On a GPU with Triton `triton_philox.py` makes the same numbers in one pass. Knows nothing of rules or of layers.
+Legend: E ensemble.
+"""
+
+import hashlib
+import importlib.util
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1: what the key grows by in a round
+ROUNDS = 10
+LOW = 0xFFFFFFFF
+
+TRITON = importlib.util.find_spec("triton") is not None
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def key(seed: int, what: str, layer: int) -> int:
+    """64 bits that stand for one tensor; texts differ, so their keys do."""
+    digest = hashlib.blake2b(f"{seed}/{what}/{layer}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def philox(counter: Words, low_key: Tensor, high_key: Tensor) -> Words:
+    """Four random words for each counter of four words; int64 tensors that broadcast, every word below 2^32.
+
+    A product of two words needs 64 unsigned bits. int64 wraps, which leaves those bits as they are: the upper word is
+    the shifted product without the copies of its sign.
+    """
+    a, b, c, d = counter
+    for turn in range(ROUNDS):
+        left, right = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
+        a = ((right >> 32) ^ b ^ (low_key + turn * WEYL[0])) & LOW
+        c = ((left >> 32) ^ d ^ (high_key + turn * WEYL[1])) & LOW
+        b, d = right & LOW, left & LOW
+    return a, b, c, d
+
+
+def words(keys: Sequence[int], n: int, device: str | torch.device = "cpu") -> Tensor:
+    """The first n random words of every key, (E, n) int64 below 2^32; entry i is word i mod 4 of counter i div 4."""
+    halves = torch.tensor([(k & LOW, k >> 32) for k in keys], dtype=torch.int64, device=device)
+    low_key, high_key = halves.reshape(-1, 2, 1).unbind(1)
+    block = torch.arange(-(-n // 4), device=device)
+    zero = torch.zeros_like(block)
+    drawn = torch.stack(philox((block & LOW, block >> 32, zero, zero), low_key, high_key), -1)
+    return drawn.flatten(1)[:, :n]
+
+
+def _in_one_pass(device: str | torch.device) -> bool:
+    return TRITON and torch.device(device).type == "cuda"
+
+
+def _one_pass(keys: Sequence[int], shape: Sequence[int], device: str | torch.device, normal: bool) -> Tensor:
+    from initlab.nn import triton_philox
+
+    found: Tensor = triton_philox.draw(keys, shape, torch.device(device), normal)
+    return found
+
+
+def uniform(
+    shape: Sequence[int], seeds: Sequence[int], what: str, layer: int = 0, device: str | torch.device = "cpu"
+) -> Tensor:
+    """Uniform numbers on (-1, 1), float32 (E, *shape): the odd multiples of 2^-24, from a word's upper 24 bits."""
+    keys = [key(seed, what, layer) for seed in seeds]
+    if _in_one_pass(device):
+        return _one_pass(keys, shape, device, normal=False)
+    odd = (words(keys, math.prod(shape), device) >> 8) * 2 + (1 - 2**24)
+    return odd.float().mul_(2.0**-24).reshape(len(seeds), *shape)
+
+
+def gaussian(
+    shape: Sequence[int], seeds: Sequence[int], what: str, layer: int = 0, device: str | torch.device = "cpu"
+) -> Tensor:
+    """Standard normal numbers, float32 (E, *shape), two from every two words (Box & Muller 1958).
+
+    z = sqrt(-2 ln u) (cos 2 pi v, sin 2 pi v) with u, v = (word + 1/2) / 2^32: neither is ever 0 or 1, so that no
+    logarithm is of 0; |z| stays below sqrt(66 ln 2) = 6.76.
+    """
+    keys = [key(seed, what, layer) for seed in seeds]
+    if _in_one_pass(device):
+        return _one_pass(keys, shape, device, normal=True)
+    pairs = words(keys, -(-math.prod(shape) // 2) * 2, device).reshape(len(seeds), -1, 2)
+    u, v = pairs.double().add_(0.5).mul_(2.0**-32).unbind(-1)
+    radius, angle = u.log().mul_(-2).sqrt_(), v * (2 * math.pi)
+    normal = torch.stack([radius * angle.cos(), radius * angle.sin()], -1).float()
+    return normal.flatten(1)[:, : math.prod(shape)].reshape(len(seeds), *shape)

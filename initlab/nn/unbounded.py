@@ -1,0 +1,101 @@
+"""Numbers without a range: a float64 tensor with its power of two carried beside it.
+
+A layer's linear map and its activation act on such a tensor as they do on plain numbers, whatever its magnitude, so
+that a signal can be followed to 1e1000 or 1e-1000. Knows nothing of stacks and of number formats.
+Legend: N batch, C units, I fan_in, O fan_out; leading dimensions (...) are networks, each with a power of its own.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from initlab.nn.activations import Activation
+
+# Beyond 2^(+-_FAR) every activation of the table is what it is at infinity and at 0: a slope for each sign, or bounded.
+_FAR = 500
+
+
+class Scaled(NamedTuple):
+    """mantissa * 2^exponent: float64 (..., N, C) with a largest magnitude near 1 unless it is 0, and (...).
+
+    Any mantissa is right; one near 1 keeps products and squares inside float64, and every linear map sees to it.
+    """
+
+    mantissa: Tensor
+    exponent: Tensor
+
+
+def scaled(x: Tensor, exponent: Tensor | float = 0.0) -> Scaled:
+    """x * 2^exponent with the largest magnitude of each network moved into its exponent, into [1/2, 1); exact.
+
+    Float64 tensors beyond 2^(+-1000) are moved by 2^1000 alone, since 2^1074 is no float64: into [2^-74, 2^24).
+    """
+    wide = x.double()
+    peak = wide.abs().amax((-2, -1))
+    shift = torch.where(peak.isfinite(), torch.frexp(peak).exponent, 0).clamp(-1000, 1000).double()
+    return Scaled(_times_power(wide, -shift), shift + exponent)
+
+
+def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
+    return torch.ldexp(x, exponent[..., None, None])
+
+
+def lin(x: Scaled, w: Tensor, b: Tensor | None = None) -> Scaled:
+    """x w + b; w (..., I, O), b (..., O) of any number format.
+
+    Of the smaller of both terms, what lies below the last digit of the larger is lost, as in any sum.
+    """
+    product = scaled(x.mantissa @ w.double(), x.exponent)
+    if b is None:
+        return product
+    bias = scaled(b.unsqueeze(-2))
+    low = torch.full_like(product.exponent, -torch.inf)
+    exponents = [torch.where(_is_zero(part), low, part.exponent) for part in (product, bias)]
+    top = torch.maximum(*exponents)
+    top = torch.where(top.isfinite(), top, 0)
+    ours, theirs = (_times_power(part.mantissa, (part.exponent - top).clamp(-2000, 0)) for part in (product, bias))
+    return scaled(ours + theirs, top)
+
+
+def _is_zero(x: Scaled) -> Tensor:
+    return (x.mantissa == 0).all(-1).all(-1)
+
+
+def _near(z: Scaled) -> Tensor:
+    """z in float64 with magnitudes moved into 2^-500..2^500, signs and zeros kept."""
+    near = _times_power(z.mantissa, z.exponent.clamp(-600, 600))
+    moved = torch.copysign(near.abs().clamp(2.0**-_FAR, 2.0**_FAR), near)
+    return torch.where(near == 0, near, moved)
+
+
+def act(z: Scaled, row: Activation) -> Scaled:
+    """phi(z) = z phi(s) / s with s = z moved into float64: where s is not z, phi(z) / z no longer depends on |z|.
+
+    An activation that is not 0 at 0 is bounded, and is read off s itself. One that is bounded and 0 at 0, as tanh,
+    is right up to |z| = 2^500.
+    """
+    if row.homogeneous:
+        return Scaled(row.phi(z.mantissa), z.exponent)
+    near = _near(z)
+    value = row.phi(near)
+    if row.phi(torch.zeros((), dtype=torch.float64)) != 0:
+        return scaled(value)
+    return scaled(torch.where(near == 0, 0, z.mantissa * (value / near)), z.exponent)
+
+
+def pull_back(g: Scaled, z: Scaled, row: Activation) -> Scaled:
+    """g phi'(z), by the activation's own rule."""
+    if row.homogeneous:
+        return Scaled(row.pull_back(g.mantissa, z.mantissa), g.exponent)
+    return scaled(row.pull_back(g.mantissa, _near(z)), g.exponent)
+
+
+def log2_moments(x: Scaled) -> Tensor:
+    """log2 of the rms and of the pooled std over the last two dimensions, (2, ...); -inf where they are 0."""
+    wide, sides = x.mantissa, (-2, -1)
+    mean = wide.mean(sides, keepdim=True)
+    # A rounded mean may leave the range of the entries; inside it equal entries have a variance of exactly 0.
+    mean = mean.clamp(wide.amin(sides, keepdim=True), wide.amax(sides, keepdim=True))
+    variance, second = (wide - mean).square().mean(sides), wide.square().mean(sides)
+    return torch.stack([second, variance]).log2() / 2 + x.exponent

@@ -1,0 +1,144 @@
+"""What is watched inside an `nn.Module`: which modules give rows, which tensors they put out, and what counts units.
+
+A module with parameters of its own (Linear, Conv, LayerNorm, Embedding, LSTM, ...) gives preactivations, a leaf without
+(ReLU, Dropout, Flatten, ...) activations. Units are the channels of convolutions, pooling included,
+(N, C, H, W) -> (N H W, C), and the last dimension of everything else, (B, T, C) -> (B T, C).
+Knows nothing of hooks.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from initlab.errors import UsageError, nearest
+from initlab.nn.activations import ACTIVATIONS
+from initlab.stats.buffer import Buffer
+from initlab.stats.keys import Spot
+
+PARAMETRIZED = "parametrizations"
+FORMATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+RELU = ACTIVATIONS["relu"]
+
+
+def _described(module: nn.Module) -> tuple[type, str]:
+    """What a module computes; whether in place makes no difference."""
+    return type(module), repr(module).replace(", inplace=True", "").replace("inplace=True", "")
+
+
+# A LeakyReLU of another slope and a GELU by tanh are none of the table's.
+_ROWS = {_described(row.module()): row for row in ACTIVATIONS.values()}
+
+
+class Layer(NamedTuple):
+    """What a layer tells the activations above it: its number, and which of how many dimensions counts its units."""
+
+    number: int
+    axis: int
+    ndim: int
+
+
+class Place:
+    """Where an output and its gradient belong: their spots, and while the shape stays the same their seats."""
+
+    def __init__(self, spot: Spot, axis: int, layer: Layer, see: Callable[["Place", Tensor], None]) -> None:
+        self.spot, self.back_spot, self.axis = spot, spot._replace(direction="backward"), axis
+        self.layer = layer  # its own, or the one below
+        self.see = partial(see, self)  # takes the gradient
+        self.shape: torch.Size | None = None
+        self.before_relu = False  # at its last call
+
+    def sit(self, buffer: Buffer, shape: torch.Size, layer: Layer) -> bool:
+        """Have seats for this shape; False where the units do not come last, and without the compiled pass."""
+        if shape != self.shape:
+            seats = [buffer.seat(spot, shape) for spot in (self.spot, self.back_spot)]
+            if self.axis != len(shape) - 1 or seats[0] is None or seats[1] is None:
+                return False
+            self.shape, self.seat, self.back_seat = shape, seats[0], seats[1]
+        self.layer = layer
+        return True
+
+
+class Watched:
+    """A module under its dotted name, its parameters and its number once it has one."""
+
+    def __init__(self, name: str, module: nn.Module, chosen: bool) -> None:
+        self.name, self.module, self.chosen = name, module, chosen
+        self.parameters = own_parameters(module)
+        self.activation = None if self.parameters else _ROWS.get(_described(module))
+        self._second = isinstance(module, (_NormBase, nn.GroupNorm))
+        self._from_end = 1 + (len(module.kernel_size) if isinstance(module, _ConvNd) else 0)
+        self.number = self.calls = 0
+        self.ran = False
+        self.places: dict[tuple[int, int, str, int], Place] = {}
+        self.direct: list[Place] = []  # of its calls, where the output was one tensor in reach
+
+    def axis(self, ndim: int) -> int:
+        """Which dimension of its output counts units."""
+        return min(1, ndim - 1) if self._second else ndim - self._from_end
+
+
+def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters that belong to the module itself, those behind its parametrizations (weight_norm, ...) included."""
+    found = list(module.named_parameters(recurse=False))
+    if PARAMETRIZED in module._modules:
+        hidden = module.get_submodule(PARAMETRIZED)
+        found += [(f"{PARAMETRIZED}.{name}", p) for name, p in hidden.named_parameters()]
+    return found
+
+
+def select(model: nn.Module, layers: str | Sequence[str]) -> list[Watched]:
+    """All modules that give rows, those chosen whose dotted name matches a glob; each glob must match something."""
+    named = {
+        name.removeprefix("_orig_mod."): module
+        for name, module in model.named_modules()
+        if PARAMETRIZED not in name.split(".") and (own_parameters(module) or not any(module.children()))
+    }
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    if not patterns:
+        raise UsageError("layers: empty; give at least one glob, such as layers='*'")
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            shown = ", ".join(list(named)[:8]) + (", ..." if len(named) > 8 else "")
+            raise UsageError(f"layers={pattern}: matches none of {shown}{nearest(pattern, named)}")
+    return [Watched(name, m, any(fnmatchcase(name, pattern) for pattern in patterns)) for name, m in named.items()]
+
+
+def measurable(x: Tensor) -> bool:
+    """Whether its entries are numbers of a known format that lie in memory one by one; there may be none."""
+    return x.dtype in FORMATS and x.layout is torch.strided and x.numel() > 0
+
+
+def tensors(output: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a nested output that can be measured, each with its path: ("0", ...), ("1.hidden", ...)."""
+    if isinstance(output, Tensor):
+        if measurable(output):
+            yield path, output
+        return
+    parts: Any = ()
+    if isinstance(output, Mapping):
+        parts = output.items()
+    elif isinstance(output, (tuple, list)):
+        parts = enumerate(output)
+    elif is_dataclass(output):
+        parts = [(field.name, getattr(output, field.name)) for field in fields(output)]
+    for key, value in parts:
+        yield from tensors(value, f"{path}.{key}" if path else str(key))
+
+
+def as_batch(x: Tensor, axis: int) -> Tensor:
+    """(N, C) of any tensor, C its dimension `axis`; cut off from the graph."""
+    if x.requires_grad:
+        x = x.detach()
+    ndim = x.ndim
+    if ndim == 2 and axis == 1:
+        return x
+    if ndim < 2:
+        return x.reshape(1, -1)
+    return x.movedim(axis, -1).reshape(-1, x.shape[axis])

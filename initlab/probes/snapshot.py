@@ -1,0 +1,117 @@
+"""One forward and backward pass of a module that leaves no trace: no gradient, no running statistic, no random number.
+
+Says in one line what does not fit. Knows nothing of rows.
+"""
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from initlab.errors import UsageError
+from initlab.probes.steps import Loop
+
+_MISFITS = (RuntimeError, ValueError, IndexError, TypeError)
+
+
+def one_pass(loop: Loop, model: nn.Module, x: Any, y: Any, loss: Callable[..., Tensor] | None) -> None:
+    """`loss(model(x), y)` and its gradients inside an open loop; everything else is afterwards what it was."""
+    if y is not None and loss is None:
+        raise UsageError("probe: y without a loss: give one too, such as loss=torch.nn.functional.cross_entropy")
+    if loss is not None and not callable(loss):
+        raise UsageError(f"loss={loss!r}: must be a function of (out, y), such as torch.nn.functional.cross_entropy")
+    batch = list(_all_tensors(x))
+    _refuse_places(model, batch)
+    with torch.inference_mode(False), torch.enable_grad(), _left_as_it_was(model, batch):
+        try:
+            loop.open()
+            out = _forward(model, x, batch)
+            if loss is not None:
+                _backward(_value(loss, out, y), [*model.parameters(), *batch])
+        finally:
+            loop.close()
+    loop.warn(4)
+
+
+def _all_tensors(x: Any) -> Iterator[Tensor]:
+    """Tensors of any kind in the arguments, integers too."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (Mapping, tuple, list)):
+        for part in x.values() if isinstance(x, Mapping) else x:
+            yield from _all_tensors(part)
+
+
+def _forward(model: nn.Module, x: Any, batch: list[Tensor]) -> Any:
+    try:
+        if isinstance(x, Mapping):
+            return model(**x)
+        return model(*x) if isinstance(x, tuple) else model(x)
+    except _MISFITS as error:
+        shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in batch)
+        where = _where(model, error)
+        raise UsageError(f"x={shapes or type(x).__name__}: does not fit {where}: {_first_line(error)}") from error
+
+
+def _value(loss: Callable[..., Tensor], out: Any, y: Any) -> Tensor:
+    try:
+        value = loss(out) if y is None else loss(out, y)
+    except _MISFITS as error:
+        raise UsageError(f"loss: does not fit the model's output and y: {_first_line(error)}") from error
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        given = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise UsageError(f"loss: gives {given}: must give a tensor of one number")
+    return value
+
+
+def _backward(value: Tensor, sources: list[Tensor]) -> None:
+    """Gradients pass by the hooks and are dropped: `.grad` is not touched and no hook of an optimizer is woken."""
+    sources = [source for source in sources if source.requires_grad]
+    if value.requires_grad and sources:
+        torch.autograd.grad(value, sources, grad_outputs=torch.ones_like(value), allow_unused=True)
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module, batch: list[Tensor]) -> Iterator[None]:
+    """Buffers and torch's random numbers are restored."""
+    kept = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    places = {t.device.index for t in [*batch, *model.parameters()] if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(place for place in places if place is not None)):
+        try:
+            yield
+        finally:
+            for buffers, name, buffer, value in kept:
+                buffers[name] = buffer
+                buffer.data.copy_(value)  # a graph that waits for its backward pass does not take this for a change
+
+
+def _refuse_places(model: nn.Module, batch: list[Tensor]) -> None:
+    """A batch that lies where no parameter lies."""
+    homes = {str(p.device) for p in model.parameters()}
+    for t in batch:
+        if homes and str(t.device) not in homes:
+            raise UsageError(f"x: is on {t.device}, the model on {', '.join(sorted(homes))}: move one to the other")
+
+
+def _where(model: nn.Module, error: BaseException) -> str:
+    """The innermost module that was at work when the error was raised."""
+    names = {module: name for name, module in model.named_modules()}
+    found: nn.Module = model
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and owner in names:
+            found = owner
+    name = names[found]
+    return f"{name} ({type(found).__name__})" if name else f"the model ({type(found).__name__})"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,228 @@
+"""What a run folder holds: written part by part while the run goes on, read back as one frame with all others.
+
+A table is kept as `parts/TABLE-NNNNN.parquet` until the run ends, then as `TABLE.parquet`; every file is written under
+a temporary name and renamed, so a kill loses only what was not flushed. nan is a value here and never becomes null.
+"""
+
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+import initlab
+from initlab.errors import UsageError, choose
+from initlab.runs import gather, parquet
+from initlab.runs.folders import Paths, overrides
+from initlab.runs.folders import about as about
+from initlab.runs.folders import run_folders as run_folders
+from initlab.runs.lock import LOCK
+
+SCHEMA_VERSION = 1
+TABLES = {
+    "stats": "a row per stage, implementation, seed, step, layer, tensor and direction",
+    "theory": "measured and predicted statistics side by side; seed -1 for the mean over the networks",
+    "histograms": "entries by sign and octave, for the rows of `stats`; lists of counts from the octave `first` on",
+    "losses": "loss and accuracy per implementation, seed and step",
+    "parity": "relative error of the hand-written tensors against the module's",
+    "lsuv": "a row per stage, seed, layer and attempt to scale its weights to unit variance",
+    "gains": "a row per activation and gain: what it leads to, and how far it is from what it stands for",
+    "formats": "a row per number format and event: the layer, predicted and measured",
+    "ends": "a row per number format, event and seed: the first layer of it, nan for none",
+    "jacobian": "a row per seed and layer: moments of the squared singular values, measured and predicted",
+    "singular_values": "a row per seed, layer and rank, at some layers",
+    "phase": "a row per seed and point of a plane of networks, or per layer of it: measured and predicted",
+    "timings": "a row per version and shape of a ladder",
+    "nodes": "a row per node of autograd's graph",
+    "edges": "a row per edge of autograd's graph",
+    "steps": "a row per `.g` that one backward pass sets, in order",
+    "rules": "the local rule of each layer and its derivative",
+}
+# What Hydra, and who claimed the folder, have written there before a job begins.
+_HYDRAS = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "multirun.yaml")
+_BEFORE_A_RUN = (LOCK, *_HYDRAS, "initlab.log")
+_STAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d+")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Under a temporary name, then renamed: what was there stays until the new text is whole."""
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def refuse_used(folder: Path) -> None:
+    """Two runs in one folder would mix their tables."""
+    if (folder / "run.json").exists() or any((folder / f"{name}.parquet").exists() for name in TABLES):
+        raise UsageError(f"{folder}: holds a run already; choose another hydra.run.dir")
+
+
+def discard(folder: Path) -> None:
+    """Take back what Hydra wrote into a folder in which nothing was measured.
+
+    Folders go only if they are empty then and bear the time stamp of ours; a folder that the user named stays.
+    """
+    for name in _BEFORE_A_RUN:
+        (folder / name).unlink(missing_ok=True)
+    here = Path.cwd().resolve()
+    stamped = any(_STAMP.fullmatch(path.name) for path in (folder, folder.parent))
+    for path in (folder / ".hydra", *([folder, *folder.parents[:3]] if stamped else [])):
+        if path.resolve() == here or path.resolve() in here.parents:
+            break
+        try:
+            path.rmdir()
+        except OSError:  # not empty, or never made
+            if path.name != ".hydra":
+                break
+
+
+def clear(folder: Path) -> None:
+    """Remove what an unfinished run left: tables, parts, figures, run.json. Its log and what Hydra wrote stay."""
+    shutil.rmtree(folder / "parts", ignore_errors=True)
+    for name in (*(f"{table}.parquet" for table in TABLES), "run.json"):
+        (folder / name).unlink(missing_ok=True)
+    for path in (*folder.glob("*.png"), *folder.glob("*.part")):
+        path.unlink()
+
+
+class Recorder:
+    """Writes one run folder; as a context manager it says in run.json how the run ended, however it ended.
+
+    `patience`: seconds that rows may wait in memory before they are written; 0 writes them at once.
+    """
+
+    patience = 0.0
+
+    def __init__(self, folder: Path, columns: Mapping[str, Any], device: str, **about: Any) -> None:
+        self.folder, self.columns = folder, dict(columns)
+        self.about = {
+            "schema_version": SCHEMA_VERSION,
+            "status": "running",
+            "started": datetime.now(UTC).isoformat(),
+            "columns": self.columns,
+            "overrides": overrides(folder),
+            **about,
+            "device": device,
+            **machine(),
+        }
+        self._start, self._parts = (time.perf_counter(), time.process_time()), 0
+        self._waiting: list[tuple[int, str, Any]] = []
+        self._written = time.monotonic()
+
+    def __enter__(self) -> "Recorder":
+        (self.folder / "parts").mkdir(parents=True, exist_ok=True)
+        self._say("running")
+        return self
+
+    def add(self, frames: Mapping[str, pd.DataFrame]) -> None:
+        """Write some rows of some tables; once written they survive whatever comes later."""
+        self._waiting += [(self._parts, name, parquet.as_arrow(frame, self.columns)) for name, frame in frames.items()]
+        self._parts += 1
+        if time.monotonic() - self._written >= self.patience:
+            for number, name, table in self._waiting:
+                parquet.write(table, self.folder / "parts" / f"{name}-{number:05d}.parquet")
+            self._waiting, self._written = [], time.monotonic()
+
+    def mark(self) -> int:
+        """Where the record stands: what `rewind` goes back to."""
+        return self._parts
+
+    def rewind(self, mark: int) -> None:
+        """Forget what was added since the mark, to measure it again."""
+        self._waiting = [one for one in self._waiting if one[0] < mark]
+        for path in (self.folder / "parts").glob("*.parquet"):
+            if int(path.stem.rpartition("-")[2]) >= mark:
+                path.unlink()
+        self._parts = mark
+
+    def note(self, text: str) -> None:
+        """Something to say of the whole run that is in none of its tables: kept in run.json; nothing if empty."""
+        if text:
+            self.about.setdefault("notes", []).append(text)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name in TABLES:
+            tables = [pq.read_table(path) for path in _parts(self.folder, name)]
+            tables += [table for _, waiting, table in self._waiting if waiting == name]
+            if tables:
+                parquet.write(parquet.joined(tables), self.folder / f"{name}.parquet")
+        shutil.rmtree(self.folder / "parts")
+        self._waiting = []
+        if error is None:
+            self._say("done")
+        elif isinstance(error, Exception):
+            self._say("failed", error=f"{type(error).__name__}: {error}")
+        else:
+            self._say("interrupted")
+
+    def _say(self, status: str, **more: Any) -> None:
+        wall, cpu = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
+        self.about |= {"status": status, "wall_seconds": round(wall, 3), "cpu_seconds": round(cpu, 3), **more}
+        write_text(self.folder / "run.json", json.dumps(self.about, indent=2) + "\n")
+
+
+@cache
+def _versions() -> dict[str, str]:
+    packages = ("torch", "hydra-core", "numpy", "pandas", "pyarrow", "seaborn")
+    versions = {"initlab": initlab.__version__, "python": platform.python_version()}
+    return versions | {name: version(name) for name in packages}
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "versions": _versions(),
+        "git_revision": _git_revision(),
+        "platform": platform.platform(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+@cache  # of the code that was loaded, whatever is committed while it runs
+def _git_revision() -> str | None:
+    """Revision of initlab's own checkout, with `+` where files differ from it; None outside a checkout."""
+    root = Path(initlab.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            capture_output=True, text=True, timeout=5, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _parts(folder: Path, table: str) -> list[Path]:
+    return sorted((folder / "parts").glob(f"{table}-*.parquet"))
+
+
+def read(paths: Paths = "outputs/**", table: str = "stats") -> pd.DataFrame:
+    """One frame of a table of all runs at or below `paths`, the configuration and the run folder as columns.
+
+    What was swept and is no column of the table becomes one under the option's own name (`data.root`), empty where a
+    run did not set it. A column that some runs have not is nan there. Runs that are not done and files that cannot be
+    read are named in a warning for each kind, and what they have is read. Nothing found is a ValueError.
+    """
+    choose(TABLES, table, "table")
+    runs = gather.gather(paths, table)
+    for note in gather.notes(runs, table):
+        warnings.warn(note, stacklevel=2)
+    if not any(run.shards for run in runs):
+        raise UsageError(f"no run with a table `{table}` at or below {paths}")
+    return gather.frame(runs)

@@ -1,0 +1,295 @@
+"""Frames of one run or of many -> the short table that a run prints, and where each signal died.
+
+Takes frames alone; a frame without the column `run` is one run.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pandas as pd
+
+from initlab.runs import option_labels, theory_rows
+
+# Configuration columns that may tell runs apart, in the order in which they are named.
+TELLING = (
+    "init", "activation", "gain", "mode", "distribution", "bias", "attempts", "tolerance", "base_width", "depth",
+    "width", "inputs", "batch", "dtype", "device", "data", "train_depth", "train_width", "train_batch", "steps", "lr",
+    "optimizer", "train_loss", "every", "task",
+)  # fmt: skip
+ALWAYS = ("init", "activation")
+# What the two backward passes are held to at the default shape; the table says where it is passed.
+PARITY_LIMIT = {"float64": 1e-12, "float32": 1e-5}
+
+
+def telling_columns(frame: pd.DataFrame) -> list[str]:
+    """`init` and `activation`, and whatever else differs between the runs; the gain only where those do not tell it.
+
+    Runs that differ in their seeds alone are one ensemble; runs that repeat a network are told apart by their folder.
+    """
+    found = [name for name in TELLING if name in frame and (name in ALWAYS or frame[name].nunique(dropna=False) > 1)]
+    if "run" in frame:
+        networks = frame.loc[frame["seed"] >= 0, [*found, "run", "seed"]].drop_duplicates()  # -1 is a mean over them
+        if networks.duplicated([*found, "seed"]).any():  # runs that differ in nothing that is named here
+            found.append("run")
+    for derived in ("gain", "mode", "distribution", "bias", "attempts", "tolerance", "base_width", "inputs"):
+        if derived in found:
+            others = [name for name in found if name != derived]
+            if (frame.groupby(others, observed=True)[derived].nunique(dropna=False) <= 1).all():
+                found.remove(derived)
+    return found
+
+
+def labels(frame: pd.DataFrame) -> pd.Categorical:
+    """A short name for each row's run: 'kaiming, relu'."""
+    names = telling_columns(frame)
+    codes = frame.groupby(names, observed=True, sort=False, dropna=False).ngroup().to_numpy()
+    one = frame[names].drop_duplicates()
+    told = [option_labels.told("" if name in ALWAYS else name, one[name].tolist()) for name in names]
+    return pd.Categorical.from_codes(codes, [", ".join(row) for row in zip(*told, strict=True)])
+
+
+def labelled(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The tables with a column `label`, one label for a run, or for a point of its grid, in all of them.
+
+    Which columns tell runs apart is asked of all tables at once: a table that only some runs have says less.
+    """
+    if not tables or any("run" not in frame for frame in tables.values()):
+        return {name: frame.assign(label=labels(frame)) for name, frame in tables.items()}
+    kept = [frame[[c for c in (*TELLING, "run", "seed") if c in frame]].drop_duplicates() for frame in tables.values()]
+    every = pd.concat([frame.astype({"run": str}) for frame in kept], ignore_index=True).drop_duplicates()
+    every = every.assign(label=labels(every))
+    within = every.groupby("run", sort=False)[[name for name in TELLING if name in every]].nunique(dropna=False)
+    inside = [name for name in within if (within[name] > 1).any()]  # axes inside one run
+    every = every.drop_duplicates(["run", *inside])
+    order = list(dict.fromkeys(every["label"].astype(str)))
+    if not inside:
+        of_run = dict(zip(every["run"], every["label"].astype(str), strict=True))
+        return {
+            name: frame.assign(label=pd.Categorical(frame["run"].astype(str).map(of_run), order))
+            for name, frame in tables.items()
+        }
+    by = ["run", *inside]
+    told = every[[*by, "label"]].astype(str)
+    return {
+        name: frame.assign(
+            label=pd.Categorical(frame[by].astype(str).merge(told, "left", by)["label"].to_numpy(), order)
+        )
+        for name, frame in tables.items()
+    }
+
+
+def stack_signal(stats: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
+    """The stack's activations, or the gradients with respect to them, in network order."""
+    rows = stats[(stats["stage"] == "stack") & (stats["tensor"] == "activation") & (stats["direction"] == direction)]
+    return rows.sort_values("layer")
+
+
+def deaths(stats: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
+    """Per label and seed the first layer, in the direction of travel, that is not finite and that is zero; nan = none.
+
+    A layer is not finite if its activation (backward: the gradient with respect to it) has a nan or an inf. Backward
+    the first layer is the deepest. Needs the column `label`.
+    """
+    rows = stack_signal(stats, direction)
+    first = "min" if direction == "forward" else "max"
+    keys = ["label", "seed"]
+    everyone = rows[keys].drop_duplicates().set_index(keys).index
+    bad = rows[rows["n_nan"] + rows["n_inf"] > 0].groupby(keys, observed=True)["layer"].agg(first)
+    zero = rows[rows["frac_zero"] == 1].groupby(keys, observed=True)["layer"].agg(first)
+    return pd.DataFrame({"nonfinite": bad, "zero": zero}).reindex(everyone).astype(float).reset_index()
+
+
+def fate(died: pd.DataFrame, first: str = "min", along: str = "layer") -> str:
+    """'alive', or from which layer on the first network of an ensemble died and how many did."""
+    for column, said in (("nonfinite", "not finite"), ("zero", "exactly 0")):
+        layers = died[column].dropna()
+        if len(layers):
+            some = "" if len(layers) == len(died) else f" ({len(layers)} of {len(died)} networks)"
+            return f"{said} from {along} {layers.agg(first):.6g}{some}"
+    return "alive"
+
+
+def ranked(values: np.ndarray, shares: tuple[float, ...] = (0.16, 0.5, 0.84)) -> np.ndarray:
+    """Quantiles over the last axis in which a network without a number ranks above all others; nan where one is hit.
+
+    A network that exploded is then neither dropped, which would flatter the rest, nor does it hide them.
+    """
+    ranks = np.sort(np.where(np.isnan(values), np.inf, values), axis=-1)
+    found = []
+    for share in shares:
+        below, part = divmod(share * (ranks.shape[-1] - 1), 1)
+        low, high = ranks[..., int(below)], ranks[..., min(int(below) + 1, ranks.shape[-1] - 1)]
+        found.append(low if part == 0 else (1 - part) * low + part * high)
+    return np.where(np.isfinite(found), found, np.nan)
+
+
+def band(frame: pd.DataFrame, along: list[str], value: str) -> pd.DataFrame:
+    """Per label and position `along`: median and 16-84 % of the networks, see `ranked`; needs `label` and `seed`."""
+    found = []
+    for label, rows in frame.groupby("label", observed=True):
+        networks = rows.pivot(index=along, columns="seed", values=value)
+        low, median, high = ranked(networks.to_numpy())
+        found.append(networks.index.to_frame(index=False).assign(label=label, low=low, median=median, high=high))
+    return pd.concat(found, ignore_index=True)
+
+
+def end_of_signal(stats: pd.DataFrame, direction: str = "forward") -> dict[str, str]:
+    """Per label a few words about the std at the end of the way: the last layer forward, the first backward."""
+    signal, died = stack_signal(stats, direction), deaths(stats, direction)
+    signal = signal[signal["layer"] > 0]
+    last, travel = ("max", "min") if direction == "forward" else ("min", "max")
+    found = {}
+    for label, rows in signal.groupby("label", observed=True):
+        end = band(rows[rows["layer"] == rows["layer"].agg(last)], ["layer"], "std").iloc[0]
+        said = fate(died[died["label"] == label], travel)
+        spread = (
+            f"std {_number(end['median'])} at layer {end['layer']} ({_number(end['low'])} to {_number(end['high'])})"
+        )
+        found[str(label)] = spread if said == "alive" else said
+    return found
+
+
+def findings(found: Mapping[str, str]) -> str:
+    """What is said of every label, or how many met which fate where they are too many for a title."""
+    if len(found) <= 4:
+        return "; ".join(f"{label}: {said}" for label, said in found.items())
+    fates = Counter("alive" if said.startswith("std") else said.split(" from")[0] for said in found.values())
+    return f"{len(found)} settings: " + ", ".join(f"{n} {said}" for said, n in fates.most_common())
+
+
+def loss_difference(losses: pd.DataFrame) -> pd.DataFrame:
+    """Per step |by hand - nn.Module| / |nn.Module| of the losses: `median` and `largest` over the networks."""
+    wide = losses.pivot(index=["seed", "step"], columns="implementation", values="loss")
+    apart = (wide["scratch"] - wide["module"]).abs() / wide["module"].abs()
+    return apart.groupby("step").agg(["median", "max"]).rename(columns={"max": "largest"}).reset_index()
+
+
+def summarize(
+    stats: pd.DataFrame,
+    losses: pd.DataFrame | None,
+    parity: pd.DataFrame | None,
+    theory: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """A row per label.
+
+    Mean and std of the last layer (median over seeds, 16-84 % of networks), the signal's fate, how many layers keep to
+    their predicted band, the last loss by hand and by nn.Module (median over seeds), how many networks diverged, the
+    largest relative difference of a gradient.
+    """
+    named = {"stats": stats, "losses": losses, "parity": parity, "theory": theory}
+    tables = labelled({name: frame for name, frame in named.items() if frame is not None and len(frame)})
+    stats = tables["stats"]
+    table = stats.drop_duplicates("label").set_index("label")[telling_columns(stats)].astype(object)
+    signal = stack_signal(stats)
+    if len(signal):
+        last = signal[signal["layer"] == signal.groupby("label", observed=True)["layer"].transform("max")]
+        table["mean"] = band(last, ["layer"], "mean").set_index("label")["median"]
+        spread = band(last, ["layer"], "std").set_index("label")
+        table["std"], table["std16"], table["std84"] = spread["median"], spread["low"], spread["high"]
+        died = deaths(stats)
+        table["signal"] = pd.Series({label: fate(rows) for label, rows in died.groupby("label", observed=True)})
+    if "theory" in tables:
+        table["theory"] = pd.Series(theory_rows.within(tables["theory"]), dtype=object)
+    if "losses" in tables:
+        losses = tables["losses"]
+        last = losses[losses["step"] == losses.groupby("label", observed=True)["step"].transform("max")]
+        for name, implementation in (("by hand", "scratch"), ("nn.Module", "module")):
+            rows = last[last["implementation"] == implementation]
+            table[f"loss {name}"] = band(rows, ["step"], "loss").set_index("label")["median"]
+        diverged = last[last["implementation"] == "scratch"].groupby("label", observed=True)["loss"]
+        table["diverged"] = diverged.agg(lambda loss: f"{(~np.isfinite(loss)).sum()} of {len(loss)}")
+    if "parity" in tables:
+        parity = tables["parity"]
+        gradients = parity[parity["direction"] == "backward"].groupby("label", observed=True)
+        table["gradient difference"] = gradients["relative_error"].max()
+        table["limit"] = gradients["dtype"].first().map(PARITY_LIMIT) if "dtype" in parity else np.nan
+        table["not comparable"] = gradients["n_nonfinite"].agg(lambda n: float((n > 0).mean()))
+    return table.reset_index(drop=True)
+
+
+def as_text(table: pd.DataFrame) -> str:
+    """The summary as fixed-width text; what a run has not measured is left blank, nan is a result."""
+    if "run" in table:
+        table = table.assign(run=option_labels.folders(table["run"].astype(str).tolist()))
+    shown = pd.DataFrame({name: [_text(name, row) for _, row in table.iterrows()] for name in _shown_columns(table)})
+    return str(shown.to_string(index=False))
+
+
+def _shown_columns(table: pd.DataFrame) -> list[str]:
+    """Without the columns that only serve others, and without `diverged` where no network did."""
+    names = [name for name in table if name not in ("std16", "std84", "not comparable", "limit")]
+    if "std16" in table:
+        names.insert(names.index("std") + 1, "16-84 % of networks")
+    if "diverged" in names and not table["diverged"].dropna().str.match("[1-9]").any():
+        names.remove("diverged")
+    return names
+
+
+_OF_THE_STACK = ("mean", "std", "16-84 % of networks", "signal")
+
+
+def _text(name: str, row: pd.Series) -> str:
+    witness = "signal" if name in _OF_THE_STACK else "diverged"
+    if (name in _OF_THE_STACK or name.startswith(("loss", "div", "grad"))) and pd.isna(row.get(witness)):
+        return ""
+    if name == "16-84 % of networks":
+        low, high = _number(row["std16"]), _number(row["std84"])
+        return low if low == high else f"{low} to {high}"
+    value = row[name]
+    if name == "theory":
+        return value if isinstance(value, str) else ""
+    if name == "gradient difference":
+        above = f" (above {row['limit']:.0e})" if value > row["limit"] else ""
+        lost = f" ({row['not comparable']:.0%} not finite)" if row["not comparable"] else ""
+        return _number(value) + above + lost
+    return _number(value) if isinstance(value, float) else str(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def timings_as_text(timings: pd.DataFrame) -> str:
+    """A ladder's table with units that a person reads."""
+    texts = {
+        "version": timings["version"].astype(str),
+        "shape": timings["shape"].astype(str),
+        "median": timings["median"].map(_seconds),
+        "25-75 %": [f"{_seconds(a)} to {_seconds(b)}" if a == a else "" for a, b in timings[["q25", "q75"]].to_numpy()],
+        "ratio": timings["ratio"].map(_blank(lambda ratio: f"{ratio:,.3g}" if ratio < 1000 else f"{ratio:,.0f}")),
+        "peak memory": timings["peak_bytes"].map(_blank(_bytes)),
+        "relative error": timings["relative_error"].map(_blank(_number)),
+        "ulp": timings["ulp"].map(_blank(_number)),
+        "note": timings["note"].astype(str),
+    }
+    return str(pd.DataFrame(texts).to_string(index=False))
+
+
+def _blank(text: Callable[[float], str]) -> Callable[[float], str]:
+    return lambda value: "" if pd.isna(value) else text(value)
+
+
+def _seconds(value: float) -> str:
+    if pd.isna(value):
+        return ""
+    size, unit = next((pair for pair in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")) if value >= pair[0]), (1e-9, "ns"))
+    return f"{value / size:.3g} {unit}"
+
+
+def _bytes(value: float) -> str:
+    size, unit = next((pair for pair in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if value >= pair[0]), (1, "B"))
+    return f"{value / size:.3g} {unit}"
+
+
+def crossing(timings: pd.DataFrame) -> str:
+    """The finding of a ladder: slowest against fastest at the smallest shape that both ran."""
+    ran = timings.dropna(subset=["median"])
+    if not len(ran):
+        return "no version ran"
+    most = ran.groupby("shape", sort=False)["version"].nunique()
+    rows = ran[ran["shape"] == most.idxmax()].sort_values("median")
+    fastest, slowest = rows.iloc[0], rows.iloc[-1]
+    times = slowest["median"] / fastest["median"]
+    said = f"{times:,.0f}" if times >= 100 else f"{times:.3g}"
+    return f"{fastest['version']} is {said} times as fast as {slowest['version']} at {fastest['shape']}"

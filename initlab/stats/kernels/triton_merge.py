@@ -1,0 +1,126 @@
+# mypy: ignore-errors
+"""The program of `fused_triton.py` that puts the blocks of a tensor together, in Triton's language.
+
+What a block keeps: `triton_kernels.py`. Counts, smallest and largest entry are exact; moments merge by Chan's formula,
+over the blocks of a unit, then over the units, their means all taken from the tensor's smallest entry.
+"""
+
+import triton
+import triton.language as tl
+
+from initlab.stats.kernels.triton_programs import CELLS, INFS, MINUS_INFS, NANS, TALLIES, ZEROS
+
+
+@triton.jit
+def units_merged(cells, blocks, c, units):
+    """The cells of some units over all blocks, by Chan's formula; each unit's mean is a pivot and what is beyond it."""
+    none = tl.zeros_like(units).to(tl.float64)
+    n, pivot, mean, m2, nonzero, heading = none, none, none, none, none, none
+    for block in range(blocks):
+        at, here = cells + block * CELLS * c + units, units < c
+        more = tl.load(at, mask=here, other=0.0)
+        its_pivot = tl.load(at + c, mask=here, other=0.0)
+        pivot = tl.where(n > 0, pivot, its_pivot)  # that of the first block with anything finite
+        total = n + more
+        share = more / tl.maximum(total, 1.0)
+        away = tl.where(more > 0, (its_pivot - pivot) + tl.load(at + 2 * c, mask=here, other=0.0) - mean, 0.0)
+        m2 += tl.load(at + 3 * c, mask=here, other=0.0) + away * away * n * share
+        mean += away * share
+        nonzero += tl.load(at + 4 * c, mask=here, other=0.0)
+        heading += tl.load(at + 5 * c, mask=here, other=0.0)
+        n = total
+    return n, pivot, mean, m2, nonzero, heading
+
+
+@triton.jit
+def moments_merged(cells, fields, step, blocks, c, reference, BATCHED: tl.constexpr, COLUMNS: tl.constexpr):
+    """Stores the fields that come from the cells: mean, m2, within, dead and resultant."""
+    none = tl.zeros((COLUMNS,), tl.float64)
+    n, mean, m2, spread, known, dead, resultant = none, none, none, none, none, none, none
+    for start in range(0, c, COLUMNS):
+        units = start + tl.arange(0, COLUMNS)
+        more, pivot, its_mean, its_m2, nonzero, heading = units_merged(cells, blocks, c, units)
+        some = more > 0
+        away = tl.where(some, (pivot - reference) + its_mean - mean, 0.0)
+        share = more / tl.maximum(n + more, 1.0)
+        m2 += its_m2 + away * away * n * share
+        mean += away * share
+        n += more
+        spread += tl.where(some, its_m2 / tl.maximum(more, 1.0), 0.0)
+        known += some.to(tl.float64)
+        dead += ((nonzero == 0) & (units < c)).to(tl.float64)
+        resultant += heading * heading
+    total = tl.sum(n, 0)
+    middle = tl.sum(n * mean, 0) / total
+    away = mean - middle
+    tl.store(fields + 6 * step, middle + reference)
+    tl.store(fields + 7 * step, tl.where(total > 0, tl.sum(m2 + n * away * away, 0), float("nan")))
+    unknown = tl.sum(none, 0) + float("nan")
+    tl.store(fields + 10 * step, tl.sum(spread, 0) / tl.sum(known, 0) if BATCHED else unknown)
+    tl.store(fields + 11 * step, tl.sum(dead, 0) / c if BATCHED else unknown)
+    tl.store(fields + 13 * step, tl.sum(resultant, 0) if BATCHED else unknown)
+
+
+@triton.jit
+def total_of(counts, chosen):
+    return tl.sum(tl.where(chosen, counts, 0), 0).to(tl.float64)
+
+
+@triton.jit
+def counts_merged(
+    bins, fields, histogram, step, blocks, entries, NORMAL: tl.constexpr, OCTAVES: tl.constexpr,
+    SATURATED: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Stores the histogram, and the fields that are sums of its bins."""
+    place = tl.arange(0, BINS)
+    counts = tl.zeros((BINS,), tl.int32)
+    for block in range(blocks):
+        counts += tl.load(bins + block * BINS + place)
+    tl.store(histogram + place, counts, mask=place < 2 * OCTAVES)
+    octave = place % OCTAVES
+    zeros, nans = total_of(counts, place == 2 * OCTAVES + ZEROS), total_of(counts, place == 2 * OCTAVES + NANS)
+    infs = (place == 2 * OCTAVES + INFS) | (place == 2 * OCTAVES + MINUS_INFS)
+    tl.store(fields, zeros * 0 + entries)
+    tl.store(fields + step, nans)
+    tl.store(fields + 2 * step, total_of(counts, infs))
+    tl.store(fields + 3 * step, total_of(counts, (place < 2 * OCTAVES) & (octave < NORMAL)))
+    tl.store(fields + 4 * step, zeros)
+    tl.store(fields + 5 * step, zeros * 0)
+    closed = total_of(counts, (place >= OCTAVES) & (place < 2 * OCTAVES)) + zeros + nans
+    closed += total_of(counts, place == 2 * OCTAVES + MINUS_INFS)
+    tl.store(fields + 14 * step, closed / entries if SATURATED else closed + float("nan"))
+
+
+@triton.jit
+def merge(
+    cells,
+    tallies,
+    bins,
+    fields,
+    histogram,
+    blocks,
+    c,
+    entries,
+    NORMAL: tl.constexpr,
+    OCTAVES: tl.constexpr,
+    BATCHED: tl.constexpr,
+    SATURATED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """The row (F,) of one tensor, fields of all tensors side by side, and its histogram (2, B), from its blocks."""
+    which, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    cells, tallies, fields = cells + which * blocks * CELLS * c, tallies + which * blocks * TALLIES, fields + which
+    block = tl.arange(0, BLOCKS)
+    low = tl.min(tl.load(tallies + block * TALLIES, mask=block < blocks, other=float("inf")), 0)
+    high = tl.max(tl.load(tallies + block * TALLIES + 1, mask=block < blocks, other=float("-inf")), 0)
+    alive = tl.sum(tl.load(tallies + block * TALLIES + 2, mask=block < blocks, other=0.0), 0)
+    some = low < float("inf")
+    tl.store(fields + 8 * step, tl.where(some, low, float("nan")))
+    tl.store(fields + 9 * step, tl.where(some, high, float("nan")))
+    tl.store(fields + 12 * step, alive if BATCHED else alive + float("nan"))
+    reference = tl.where(some, low, 0.0)
+    moments_merged(cells, fields, step, blocks, c, reference, BATCHED, COLUMNS)
+    bins, histogram = bins + which * blocks * BINS, histogram + which * 2 * OCTAVES
+    counts_merged(bins, fields, histogram, step, blocks, entries, NORMAL, OCTAVES, SATURATED, BINS)

@@ -1,0 +1,264 @@
+"""Rows -> does a study's expected answer hold? A small typed vocabulary, not evaluated Python.
+
+An expectation selects rows of the joined tables, reduces one statistic to a number and compares it. `expected` checks
+its form before anything is measured, `judge` asks the tables. One that selects no rows is a mistake, never a pass.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from initlab.errors import UsageError, choose, nearest, not_one_of
+from initlab.runs.select import (
+    NothingFound,
+    bare,
+    codes,
+    meets,
+    networks,
+    numbers,
+    refuse_condition,
+    said,
+    selected,
+)
+from initlab.studies import reductions
+from initlab.studies.reductions import REDUCTIONS, Measured, reduced
+
+# What `reduce` may say: the reductions of rows, and those that make a number of each network first.
+PER_NETWORK = ("share", "first_layer", "slope")
+REDUCES = (*REDUCTIONS, *PER_NETWORK)
+BAND = "band"
+_IN_BAND = ("mean", "median", "min", "max")  # a number that has a band of its own
+
+# name -> f(measured, numbers, relative tolerance); any comparison with nan fails.
+COMPARISONS: dict[str, Callable[[float, Sequence[float], float], bool]] = {
+    "below": lambda x, v, tolerance: x < v[0],
+    "above": lambda x, v, tolerance: x > v[0],
+    "between": lambda x, v, tolerance: v[0] <= x <= v[1],
+    "equals": lambda x, v, tolerance: abs(x - v[0]) <= tolerance * abs(v[0]) or x == v[0],
+}
+_NUMBERS = {"between": 2}
+_TEXTS = ("say", "table", "statistic", "reduce", "over", "by", "is")
+_NEEDED = ("say", "where", "statistic", "reduce", "is", "value")
+FIELDS = ("say", "table", "where", "statistic", "reduce", "over", "by", "when", "is", "value", "tolerance")
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """One sentence and how it is judged.
+
+    `statistic` (a column, or `ln COLUMN`) of the rows of `table` that meet `where` is reduced to a number: `mean`,
+    `median`, `min`, `max`, `variance`, `nans` (how many) of the rows; `share` of the rows whose statistic lies in
+    `when`; `first_layer`, per network the smallest `over` (layer) at which it does, then the median over networks;
+    `slope` against `over`, the mean over networks (of the runs of one seed, where `over` varies between runs). Without
+    `when` a number other than 0 is asked for, nan included. The number `is` below, above, between or equal to `value`,
+    to a relative `tolerance`, or within the `band` that theory predicts for the mean over the networks; or the values
+    of the column `by` (or `over`) stand in `order`, ascending in that number.
+    """
+
+    say: str
+    where: Mapping[str, Any]
+    statistic: str
+    reduce: str
+    how: str
+    value: tuple[Any, ...]
+    table: str = "stats"
+    over: str = ""
+    by: str = ""
+    when: Any = None
+    tolerance: float = 0.0
+    band: bool = False
+
+    def columns(self) -> list[str]:
+        """The columns that it names; with a band the statistic is a row of the table `theory`."""
+        return [bare(name) for name in (*self.where, "" if self.band else self.statistic, self.over, self.by) if name]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was expected, what was measured and how surely; several numbers where an order is judged."""
+
+    say: str
+    holds: bool
+    measured: tuple[Measured, ...]
+    beside: str = ""  # what it was compared with, where the sentence cannot know it
+
+    def __str__(self) -> str:
+        told = ", ".join(_text(one) for one in self.measured)
+        return f"{'holds' if self.holds else 'FAILS'}: {self.say} (measured {told}{self.beside})"
+
+
+def _text(one: Measured) -> str:
+    number = "never" if one.number == math.inf else f"{one.number:.6g}"
+    spread = f" +- {float(f'{one.error:.1g}'):g}" if math.isfinite(one.error) else ""  # 10, not 1e+01
+    return f"{one.of}{': ' if one.of else ''}{number}{spread}"
+
+
+def expected(given: Any, tables: Mapping[str, Collection[str] | None] | None = None) -> Expectation:
+    """The expectation that the fields describe, or one line about what is wrong with its form.
+
+    `tables` are those that there may be, with their columns where they are known before anything is measured.
+    """
+    if not isinstance(given, Mapping):
+        raise UsageError(f"expect: {given!r} is no expectation; one is {{say: ..., where: ..., statistic: ..., ...}}")
+    try:
+        made = _made(given)
+        known = choose(tables, made.table, "table") if tables is not None else None
+        for name in made.columns() if known is not None else ():
+            choose(dict.fromkeys(known or ()), name, f"column of {made.table}")
+    except UsageError as error:
+        raise _of(given.get("say", "an expectation"), error) from error
+    return made
+
+
+def _of(say: object, error: UsageError) -> UsageError:
+    """The same mistake with the sentence that it is in."""
+    return type(error)(f"expect: {str(say)!r}: {error}")
+
+
+def _made(given: Mapping[str, Any]) -> Expectation:
+    for name in given:
+        if name not in FIELDS:
+            raise UsageError(f"{name}: no such field{nearest(str(name), FIELDS)}; fields are {', '.join(FIELDS)}")
+    band = given.get("tolerance") == BAND
+    for name in _NEEDED:
+        if name not in given and not (band and name == "value"):
+            raise UsageError(f"has no `{name}`")
+    for name in _TEXTS:
+        if name in given and (not isinstance(given[name], str) or not given[name].strip()):
+            raise UsageError(f"{name}={given[name]}: must be text")
+    if not isinstance(given["where"], Mapping):
+        raise UsageError(f"where={given['where']}: must be {{column: value, list of values, or {{min: a, max: b}}}}")
+    for name, wanted in given["where"].items():
+        refuse_condition(f"where.{name}", wanted)
+    reduce, how = given["reduce"], given["is"]
+    choose(dict.fromkeys(REDUCES), reduce, "reduce")
+    choose(dict.fromkeys([*COMPARISONS, "order"]), how, "is")
+    _refuse_unused(given, reduce, how)
+    over, by = given.get("over", ""), given.get("by", "")
+    if how == "order" and not by:
+        over, by = "", over
+    if how == "order" and (not by or (reduce == "slope" and not over)):
+        raise UsageError("`is: order` needs `by`: the column whose values are ordered (`over`, where nothing else is)")
+    over = over or ("layer" if reduce == "first_layer" else "")
+    return Expectation(
+        given["say"], dict(given["where"]), given["statistic"], reduce, how, () if band else _values(given, how),
+        given.get("table", "theory" if band else "stats"), over, by, given.get("when"), _tolerance(given, how), band,
+    )  # fmt: skip
+
+
+def _refuse_unused(given: Mapping[str, Any], reduce: str, how: str) -> None:
+    """A field that would be passed over in silence is a mistake of whoever wrote it."""
+    if "when" in given:
+        if reduce not in ("share", "first_layer"):
+            raise UsageError(f"`when` is for share and first_layer, not for {reduce}")
+        refuse_condition("when", given["when"])
+    if reduce == "slope" and "over" not in given:
+        raise UsageError("`reduce: slope` needs `over`: the column that it is taken against")
+    if "over" in given and reduce not in ("slope", "first_layer") and how != "order":
+        raise UsageError(f"`over` is for slope, first_layer and order, not for {reduce}")
+    if "by" in given and how != "order":
+        raise UsageError(f"`by` is for `is: order`, not for {how}")
+
+
+def _values(given: Mapping[str, Any], how: str) -> tuple[Any, ...]:
+    value = given["value"]
+    found = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if how == "order":
+        if len(found) < 2 or len(set(map(str, found))) < len(found):
+            raise UsageError(f"value={value}: an order is of two or more different values")
+        return found
+    if len(found) != _NUMBERS.get(how, 1):
+        raise UsageError(f"`is: {how}` takes {_NUMBERS.get(how, 1)} number(s) as value, not {len(found)}")
+    for one in found:
+        if isinstance(one, bool) or not isinstance(one, int | float) or math.isnan(one):
+            raise UsageError(f"value={one}: must be a number")
+    if how == "between" and found[0] > found[1]:
+        raise UsageError(f"value={value}: the smaller number comes first")
+    return tuple(map(float, found))
+
+
+def _tolerance(given: Mapping[str, Any], how: str) -> float:
+    tolerance = given.get("tolerance", 0.0)
+    if "tolerance" in given and how != "equals":
+        raise UsageError(f"`tolerance` is for `is: equals`, not for {how}")
+    if tolerance == BAND:
+        if "value" in given:
+            raise UsageError("`tolerance: band` takes no value: theory has it")
+        if given["reduce"] not in _IN_BAND:
+            raise not_one_of("with `tolerance: band`, reduce", given["reduce"], _IN_BAND)
+        if given.get("table", "theory") != "theory":
+            raise UsageError(f"`tolerance: band` is about table: theory, not {given['table']}")
+        return 0.0
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not tolerance >= 0:
+        raise UsageError(f"tolerance={tolerance}: must be a number from 0 on, or `band`")
+    return float(tolerance)
+
+
+def judge(expectation: Expectation | Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> Verdict:
+    """What the tables say of one expectation; `NothingFound` where they say nothing."""
+    one = expectation if isinstance(expectation, Expectation) else expected(expectation)
+    try:
+        if one.table not in tables:
+            raise NothingFound(f"no job has written a table `{one.table}`")
+        table = tables[one.table]
+        for name in one.columns():
+            choose(table, name, f"column of {one.table}")
+        if one.band:
+            return _in_band(one, table)
+        rows = selected(table, one.where)
+        if one.how == "order":
+            return _in_order(one, rows)
+        found = _reduced(one, rows)
+        return Verdict(one.say, COMPARISONS[one.how](found.number, one.value, one.tolerance), (found,))
+    except UsageError as error:
+        raise _of(one.say, error) from error
+
+
+def _reduced(one: Expectation, rows: pd.DataFrame, of: str = "") -> Measured:
+    """The statistic of these rows as one number, with its error over networks."""
+    values, owner = numbers(rows, one.statistic), networks(rows)
+    if one.reduce in REDUCTIONS:
+        return reduced(one.reduce, values, owner, of)
+    met = values != 0 if one.when is None else meets(pd.Series(values, name="when"), one.when)
+    if one.reduce == "share":
+        return reduced("mean", met.astype(float), owner, of)
+    over = numbers(rows, one.over)
+    if not reductions.varies_inside(over, owner):
+        owner = codes(rows, ("seed",))  # the runs of one seed are one line
+    if one.reduce == "first_layer":
+        found = reductions.first(met, over, owner)
+        return reduced("median", found, np.arange(len(found)), of)
+    with np.errstate(all="ignore"):
+        found = reductions.slopes(values, over, owner)
+    return reduced("mean", found, np.arange(len(found)), of)
+
+
+def _in_order(one: Expectation, rows: pd.DataFrame) -> Verdict:
+    """The values of a column, each with its number: do they ascend as they are written?"""
+    found = []
+    for value in one.value:
+        mine = rows[meets(rows[one.by], value)]
+        if not len(mine):
+            raise NothingFound(f"selects no rows with {one.by}={said(value)}")
+        found.append(_reduced(one, mine, str(value)))
+    holds = all(a.number < b.number for a, b in pairwise(found))
+    return Verdict(one.say, holds, tuple(sorted(found, key=lambda m: (math.isnan(m.number), m.number))))
+
+
+def _in_band(one: Expectation, theory: pd.DataFrame) -> Verdict:
+    """The mean over the networks, measured (seed -1), against its 95 % band; several rows are reduced alike."""
+    where = {**one.where, "statistic": one.statistic}
+    whole = selected(theory, {**where, "seed": -1})
+    number, low, high = (
+        reduced(one.reduce, numbers(whole, name), np.zeros(len(whole), int)).number
+        for name in ("measured", "band_low", "band_high")
+    )
+    each = selected(theory, where)
+    error = reduced(one.reduce, numbers(each, "measured"), networks(each)).error
+    beside = f", band {low:.6g} to {high:.6g}"
+    return Verdict(one.say, low <= number <= high, (Measured(number, error),), beside)

@@ -1,0 +1,106 @@
+"""A study: a question, the figure and the expectations that answer it. Prepared before anything is measured.
+
+Plain values in, verdicts out; knows nothing of Hydra. What came out stays in the folder as expect.json.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from initlab.config import COLUMNS, option_names
+from initlab.errors import UsageError
+from initlab.figures.figure_spec import Picture, picture
+from initlab.job.settings import StudyConfig
+from initlab.runs.recorder import TABLES, write_text
+from initlab.runs.schema import BESIDE, OWN
+from initlab.studies.expect import Expectation, Verdict, expected, judge
+
+ANSWERS = "expect.json"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a configuration asks; without a question and expectations it is an ordinary run."""
+
+    name: str
+    about: StudyConfig
+    expect: tuple[Expectation, ...]
+    figure: Picture | None = None
+    overrides: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.about.question or self.expect)
+
+    def tables(self) -> set[str]:
+        """The tables that the answers are in, and the figure."""
+        return {one.table for one in self.expect} | (self.figure.tables() if self.figure else set())
+
+
+def prepare(name: str, about: StudyConfig, expect: Sequence[Any], overrides: Iterable[str] = ()) -> Study:
+    """Refuse every mistake of form, and every column that no table can have."""
+    for option, amount in vars(about.cost).items():
+        if amount is not None and not amount >= 0:
+            raise UsageError(f"study.cost.{option}={amount}: must be at least 0")
+    beside = {*COLUMNS, *BESIDE, *option_names()}
+    known = {table: {*OWN[table], *beside} if table in OWN else None for table in TABLES}
+    wanted = tuple(expected(one, known) for one in expect)
+    return Study(name, about, wanted, picture(vars(about.figure), known), tuple(overrides))
+
+
+def answer(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path) -> tuple[list[Verdict], list[UsageError]]:
+    """Judge every expectation and keep the answers in the folder; beside them the expectations that ask for nothing."""
+    verdicts, mistakes = [], []
+    for one in study.expect:
+        try:
+            verdicts.append(judge(one, tables))
+        except UsageError as error:
+            mistakes.append(error)
+    kept = {
+        "study": study.name,
+        "question": study.about.question,
+        "source": study.about.source,
+        "cost": vars(study.about.cost),
+        "overrides": list(study.overrides),
+        "holds": sum(verdict.holds for verdict in verdicts),
+        "of": len(study.expect),
+        "verdicts": [_kept(verdict) for verdict in verdicts],
+    }
+    write_text(folder / ANSWERS, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+    return verdicts, mistakes
+
+
+def draw(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path, verdicts: Sequence[Verdict]) -> Path | None:
+    """Its own figure, titled with the question; None where it has none."""
+    if study.figure is None:
+        return None
+    from initlab.figures.study_figure import draw_study  # seaborn takes a second to import
+
+    path = folder / f"{study.name}.png"
+    said = count(verdicts, len(study.expect)) if verdicts else ""
+    try:
+        draw_study(study.figure, tables, study.about.question or study.name, said).savefig(path, dpi=110)
+    except UsageError as error:
+        raise type(error)(f"study.figure: {error}") from error
+    return path
+
+
+def _kept(verdict: Verdict) -> dict[str, Any]:
+    """JSON has no nan and no inf: they are kept as words."""
+    numbers = [{"of": one.of, "number": _number(one.number), "error": _number(one.error)} for one in verdict.measured]
+    return {"say": verdict.say, "holds": verdict.holds, "measured": numbers, "said": str(verdict)}
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def count(verdicts: Sequence[Verdict], of: int) -> str:
+    """`7 of 7 expectations hold`; of all there are, also those about which the tables say nothing."""
+    one = "expectation holds" if of == 1 else "expectations hold"
+    silent = f", {of - len(verdicts)} cannot be judged" if of > len(verdicts) else ""
+    return f"{sum(verdict.holds for verdict in verdicts)} of {of} {one}{silent}"

@@ -1,0 +1,161 @@
+"""Jobs of a sweep as one program: which can share one, how many at a time, and what becomes of each. Knows no Hydra.
+
+A fault in a shared program is looked for in halves, down to the job that has it: the others are measured all the same.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TypeVar
+
+import pandas as pd
+
+from initlab.config import seeds
+from initlab.errors import UsageError
+from initlab.job.prepare import Job
+from initlab.job.settings import Config
+from initlab.job.shared_program import Ensemble, run_together
+from initlab.nn.init import RULES
+from initlab.tasks.ensemble.device import find_device
+from initlab.tasks.ensemble.networks import CACHED
+
+SHARING = ("lab", "stack", "train")  # the tasks whose stages are all ensembles
+ON_A_GPU = 1024  # networks whose rows are in memory at once
+JOBS = 256  # whose folders are claimed at once: each claim is an open file
+PATIENCE = 30.0  # seconds that rows of a short stage wait in memory before they are written
+
+T = TypeVar("T")
+
+
+def shared_by(config: Config) -> str | None:
+    """What jobs of one program have in common, as text; None for a job that runs alone.
+
+    They may differ in their networks: rule, gain, seed, and where gradient descent trains them also learning rate. A
+    rule that looks at data runs alone, since it tells in the log of its job how it went.
+    """
+    given = asdict(config)
+    known = RULES.get(config.init.name)
+    attempts = (known.attempts if known else 0) if config.init.attempts is None else config.init.attempts
+    fitted = attempts or any(name in RULES and RULES[name].attempts for name in config.sweep.init or ())
+    if config.task not in SHARING or fitted:
+        return None
+    for name in ("init", "seed", "seeds", "sweep", "study", "expect"):
+        del given[name]
+    if config.train.optimizer == "sgd" or config.task == "stack":
+        del given["train"]["lr"]
+    else:
+        given["factors"] = (config.init.name, config.init.base_width, config.sweep.init)
+    return repr(given)
+
+
+def size_of(config: Config) -> int:
+    """Networks of a job."""
+    axes = (config.sweep.init, config.sweep.gain, config.sweep.lr)
+    return len(seeds(config)) * math.prod(len(axis) for axis in axes if axis is not None)
+
+
+def packs(jobs: Iterable[T], sizes: Iterable[int], most: int) -> Iterator[list[T]]:
+    """Whole jobs in their order, as many as have `most` networks, at least one and at most JOBS."""
+    pack: list[T] = []
+    count = 0
+    for job, size in zip(jobs, sizes, strict=True):
+        if pack and (count + size > most or len(pack) == JOBS):
+            yield pack
+            pack, count = [], 0
+        pack.append(job)
+        count += size
+    if pack:
+        yield pack
+
+
+def most_together(config: Config, sizes: Sequence[int]) -> int:
+    """Networks of one program for jobs of these sizes: on a CPU what a cache holds.
+
+    Stacks whose chunks are whole jobs anyway go on in one program: what is then shared is the comparison with theory.
+    """
+    try:
+        if find_device(config.device).type != "cpu":
+            return ON_A_GPU
+    except UsageError:  # said when the job is prepared
+        return 1
+    return 8 * CACHED if config.task == "stack" and all(size % CACHED == 0 for size in sizes) else CACHED
+
+
+class _Running:
+    """A job on its way: takes the rows of its networks until something of its own goes wrong."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.fault, self._mark = job, None, 0  # type: Job, Exception | None, int
+        job.recorder.patience = PATIENCE
+
+    def open(self) -> None:
+        try:
+            self.job.recorder.__enter__()
+        except Exception as fault:
+            self.fault = fault
+
+    def add(self, frames: Mapping[str, pd.DataFrame]) -> None:
+        if self.fault is None:
+            try:
+                self.job.recorder.add(frames)
+            except Exception as fault:
+                self.fault = fault
+
+    def note(self, text: str) -> None:
+        self.job.recorder.note(text)
+
+    def begin_stage(self) -> None:
+        self._mark = self.job.recorder.mark()
+
+    def rewind(self) -> None:
+        self.job.recorder.rewind(self._mark)
+
+    def close(self, stop: BaseException | None) -> None:
+        ended = self.fault or stop
+        try:
+            self.job.recorder.__exit__(type(ended) if ended else None, ended, None)
+        except Exception as fault:
+            self.fault = self.fault or fault
+
+
+def run_jobs(jobs: Sequence[Job]) -> list[Exception | None]:
+    """Measure and record all jobs, stage by stage in shared programs; the fault of each that has one.
+
+    Jobs must be of one program, see `shared_by`. However it ends, every run folder says how.
+    """
+    running = [_Running(job) for job in jobs]
+    try:
+        for one in running:
+            one.open()
+        for k in range(len(jobs[0].stages) if jobs else 0):
+            _stage([one for one in running if one.fault is None], k)
+    except BaseException as stop:
+        for one in running:
+            one.close(stop)
+        raise
+    for one in running:
+        one.close(None)
+    return [one.fault for one in running]
+
+
+def _stage(running: Sequence[_Running], k: int) -> None:
+    if not running:
+        return
+    for one in running:
+        one.begin_stage()
+    stages = [one.job.stages[k] for one in running]
+    shared = [stage for stage in stages if isinstance(stage, Ensemble)]
+    try:
+        if len(shared) == len(stages):
+            run_together(shared, running)
+        else:  # a stage of one job alone
+            stages[0](running[0].job.recorder)
+    except Exception as fault:
+        if len(running) == 1:
+            running[0].fault = fault
+            return
+        for one in running:
+            one.rewind()
+        middle = len(running) // 2
+        _stage([one for one in running[:middle] if one.fault is None], k)
+        _stage([one for one in running[middle:] if one.fault is None], k)

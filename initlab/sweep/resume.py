@@ -1,0 +1,186 @@
+"""What the folder of a sweep holds, and what of a list of jobs is left to do there. Runs nothing, changes nothing.
+
+Jobs are the same when their overrides are; their numbers are only names of folders. A sweep may therefore be resumed
+with more values than it was begun with, never with fewer or others.
+"""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from omegaconf import DictConfig, OmegaConf
+
+from initlab.config import leaves
+from initlab.errors import UsageError
+from initlab.runs.lock import claimed
+from initlab.runs.recorder import about, machine
+from initlab.sweep.callback import swept
+
+Job = Sequence[str]  # the overrides of one job
+FREE = ("resume", "plots", "expect", "study")  # what may differ: no number depends on it
+_MAGIC = b"PAR1"  # how every whole parquet file ends
+
+
+class Held(NamedTuple):
+    """A job that was begun in the folder."""
+
+    folder: Path
+    number: int
+    overrides: Job
+    done: bool
+    code: str | None  # what made it: versions and revision
+
+
+class Left(NamedTuple):
+    """What is to be launched: the jobs, with the numbers that name their folders; and how many are kept."""
+
+    jobs: Sequence[Job]
+    numbers: Sequence[int]
+    kept: int
+
+
+def expand(arguments: Iterable[str], params: Mapping[str, Any] | None) -> list[list[str]]:
+    """All jobs of a sweep: every combination of the values on the command line and in the study's `params`."""
+    jobs: list[list[str]] = BasicSweeper.split_arguments(swept(arguments, params), None)[0]
+    return jobs
+
+
+def left(folder: Path, config: DictConfig, jobs: Sequence[Job]) -> Left:
+    """What of `jobs` is not done in the folder of a sweep; a UsageError if it is not the folder of this sweep."""
+    _refuse_other(folder, _begun(folder), config, jobs)
+    runs = list(_runs(folder))
+    alive = [run for run in runs if claimed(run.folder)]
+    if alive:
+        raise UsageError(
+            f"resume={folder}: {len(alive)} of its jobs are at work, the first in {alive[0].folder}; "
+            "wait for their end or stop them"
+        )
+    by_overrides = defaultdict(list)
+    for run in sorted(runs, key=lambda run: (run.done, -run.number)):  # the last is taken first: done, lowest number
+        by_overrides[_key(run.overrides)].append(run)
+    taken = {run.number for run in runs}
+    free = (number for number in count() if number not in taken)
+    found = [(job, matches.pop() if (matches := by_overrides[_key(job)]) else None) for job in jobs]
+    strange = [run for matches in by_overrides.values() for run in matches]
+    if strange:
+        raise UsageError(f"resume={folder}: its job {_said(strange[0].overrides)} is not in this sweep")
+    todo = [(job, run.number if run else next(free)) for job, run in found if not (run and run.done)]
+    return Left([job for job, _ in todo], [number for _, number in todo], len(jobs) - len(todo))
+
+
+def refuse_no_sweep(folder: Path) -> None:
+    """A UsageError where no sweep was begun; nothing is touched."""
+    path = folder / "multirun.yaml"
+    if not path.is_file():
+        if not folder.is_dir():
+            raise UsageError(f"resume={folder}: no such folder")
+        above = [f"; that is {parent}" for parent in folder.absolute().parents[:3] if (parent / path.name).is_file()]
+        raise UsageError(f"resume={folder}: not the folder of a sweep{''.join(above[:1])}")
+
+
+def other_code(folder: Path) -> str | None:
+    """A line if jobs that are kept were made by another version of the code than this one."""
+    done = [run for run in _runs(folder) if run.done]
+    now = _code(machine())
+    others = sorted({run.code or "an unknown version" for run in done} - {now})
+    if not others:
+        return None
+    number = sum(run.code != now for run in done)
+    return (
+        f"{folder}: {number} of its {len(done)} jobs that are kept were made by {' and '.join(others)}, this is {now}"
+    )
+
+
+def _begun(folder: Path) -> DictConfig:
+    """The configuration that a sweep was begun with."""
+    path = folder / "multirun.yaml"
+    try:
+        begun = OmegaConf.load(path)
+        if not isinstance(begun, DictConfig) or "task" not in begun:
+            raise UsageError(f"resume={folder}: not a sweep of initlab's")
+        _ = begun.hydra.overrides.task, begun.hydra.sweeper, begun.hydra.job.config_name
+    except UsageError:
+        raise
+    except Exception as error:  # any file may bear this name
+        raise UsageError(f"{path}: cannot be read ({type(error).__name__})") from error
+    return begun
+
+
+def _refuse_other(folder: Path, begun: DictConfig, config: DictConfig, jobs: Sequence[Job]) -> None:
+    """The command must make every job that the sweep was begun with, from the same configuration."""
+    then, now = begun.hydra.job.config_name, config.hydra.job.config_name
+    if then != now:
+        raise UsageError(f"resume={folder}: a sweep of `{then}`, and this is `{now}`")
+    before = expand(begun.hydra.overrides.task, begun.hydra.sweeper.get("params"))
+    keys = {_key(job) for job in jobs}
+    missing = [job for job in before if _key(job) not in keys]
+    if missing:
+        raise UsageError(
+            f"resume={folder}: {len(missing)} of its {len(before)} jobs are not in this sweep, the first is "
+            f"{_said(missing[0])}; resume with the command that it was begun with"
+        )
+    said = {word.lstrip("+~").partition("=")[0].partition("@")[0] for job in (*before, *jobs) for word in job}
+    then, now = dict(_leaves(begun)), dict(_leaves(config))
+    for name in sorted({*then, *now}):
+        if then.get(name) != now.get(name) and not any(f"{name}.".startswith(f"{key}.") for key in {*said, *FREE}):
+            was, is_now = (values.get(name, "not there") for values in (then, now))
+            raise UsageError(f"resume={folder}: {name} was {was} there and is {is_now} now")
+
+
+def _runs(folder: Path) -> Iterator[Held]:
+    """Every job that was begun: folders in which Hydra wrote overrides. What lies inside of one is not walked."""
+    for here, folders, files in os.walk(folder):
+        if ".hydra" not in folders:
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            continue
+        folders.clear()
+        path = Path(here)
+        try:
+            overrides = yaml.load((path / ".hydra" / "overrides.yaml").read_text("utf-8"), yaml.CSafeLoader)
+            number = re.search(r"^    num: (\d+)$", (path / ".hydra" / "hydra.yaml").read_text("utf-8"), re.M)
+        except (OSError, ValueError, yaml.YAMLError):
+            continue  # killed before it began: no table can be there
+        if not isinstance(overrides, list) or number is None:
+            continue
+        said = about(path)
+        tables = [path / name for name in files if name.endswith(".parquet")]
+        done = said["status"] == "done" and bool(tables) and all(map(_whole, tables))
+        yield Held(path, int(number[1]), overrides, done, _code(said))
+
+
+def _whole(path: Path) -> bool:
+    """A file that lost its end with the power is no table."""
+    with path.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - len(_MAGIC)))
+        return file.read() == _MAGIC
+
+
+def _code(said: Mapping[str, Any]) -> str | None:
+    try:
+        versions, revision = said["versions"], said.get("git_revision")
+        at = f" at {revision[:12]}{'+' if revision.endswith('+') else ''}" if revision else ""
+        return f"initlab {versions['initlab']}{at} with torch {versions['torch']}"
+    except (KeyError, TypeError, AttributeError):
+        return None
+
+
+def _key(job: Job) -> frozenset[str]:
+    return frozenset(word for word in job if re.split("[.=]", word.lstrip("+"))[0] not in FREE)
+
+
+def _said(job: Job) -> str:
+    return " ".join(sorted(_key(job))) or "without options"
+
+
+def _leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
+    """Everything but Hydra's own."""
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    return leaves({str(key): value for key, value in plain.items() if key != "hydra"})

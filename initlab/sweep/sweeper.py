@@ -1,0 +1,131 @@
+"""From the words of a sweep to its jobs, and from what became of them to lines and a fault. Composes nothing itself.
+
+Hydra's basic sweeper, but that a sweep which was stopped can be finished, that all jobs run before a fault of one is
+raised, and that nothing is written before every job is known to compose.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeperConf
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.sweeper import Sweeper as HydraSweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from initlab.errors import UsageError
+from initlab.sweep import workers
+from initlab.sweep.callback import Sweep
+from initlab.sweep.plugins import PLACE, register
+
+log = logging.getLogger("initlab")
+
+
+class Numbers(int):
+    """Zero, but that adding k gives the k-th of some numbers.
+
+    joblib's, submitit's and ray's launchers name the folder of their k-th job by `initial_job_idx + k`; so the jobs
+    that are left of a sweep keep their numbers and can still all be at work together.
+    """
+
+    numbers: Sequence[int]
+
+    def __new__(cls, numbers: Sequence[int]) -> "Numbers":
+        made = super().__new__(cls, 0)
+        made.numbers = numbers
+        return made
+
+    def __add__(self, k: int) -> int:
+        return self.numbers[k]
+
+
+class Sweeper(HydraSweeper):
+    """`hydra/sweeper=basic` of initlab."""
+
+    __module__ = PLACE
+
+    def __init__(self, max_batch_size: int | None, params: Mapping[str, Any] | None = None) -> None:
+        self.max_batch_size, self.params = max_batch_size, params
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        folder = config.get("resume")
+        if folder is not None:
+            quoted = str(folder).replace("'", "\\'")
+            with open_dict(config):
+                OmegaConf.set_readonly(config.hydra, False)
+                config.hydra.sweep.dir = str(folder)
+                config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")  # the jobs are composed from these
+        self.kind = workers.prepare(config)
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
+        """Run what is to be run; the JobReturns of the launcher, a batch each. Raises the first fault, at the end."""
+        from initlab.runs import recorder
+        from initlab.sweep import resume  # and with it pandas, which a run needs later, if at all
+
+        assert self.config is not None and self.launcher is not None
+        folder = Path(str(self.config.hydra.sweep.dir))
+        jobs = resume.expand(arguments, self.params)
+        asked = self.config.get("resume") is not None
+        if asked:
+            resume.refuse_no_sweep(folder)
+        elif (folder / "multirun.yaml").exists():
+            raise UsageError(f"{folder}: holds a sweep already; choose another hydra.sweep.dir, or say resume={folder}")
+        Sweep.claim(folder)
+        try:
+            left = resume.left(folder, self.config, jobs) if asked else resume.Left(jobs, range(len(jobs)), 0)
+            getattr(self.launcher, "validate_batch_is_legal", self.validate_batch_is_legal)(left.jobs)
+        except BaseException:  # one that stops the program, too
+            if not asked:
+                recorder.discard(folder)
+            raise
+        Sweep.begin(folder, len(left.jobs))
+        recorder.write_text(folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
+        if asked:
+            log.info(f"resuming {folder}: {left.kept} jobs are done and kept, {len(left.jobs)} are left")
+            Sweep.notes.extend(filter(None, [resume.other_code(folder)]))
+        returns = []
+        with workers.environment(self.config, self.kind):
+            for start, stop in self._batches(left.numbers):
+                first = left.numbers[start] if self.kind is None else Numbers(left.numbers[start:stop])
+                returns.append(self.launcher.launch(left.jobs[start:stop], initial_job_idx=first))
+        _raise_first(one for batch in returns for one in batch)
+        return returns
+
+    def _batches(self, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """From where to where the launcher gets jobs at once; in this process those without a gap in their numbers."""
+        assert self.config is not None
+        size = self.max_batch_size
+        if size is None and self.kind is not None:
+            size = self.kind.at_once(int(self.config.threads))
+        if size is not None and size < 1:
+            raise UsageError(f"hydra.sweeper.max_batch_size={size}: must be at least 1")
+        start = 0
+        for stop in range(1, len(numbers) + 1):
+            gap = self.kind is None and stop < len(numbers) and numbers[stop] != numbers[stop - 1] + 1
+            if gap or stop == len(numbers) or stop - start == size:
+                yield start, stop
+                start = stop
+
+
+def _raise_first(returns: Iterator[JobReturn]) -> None:
+    """Mistakes that jobs hand back are kept for the end; the first fault is raised when all of them have been seen."""
+    fault: Any = None
+    for one in returns:
+        if one.status == JobStatus.FAILED:
+            fault = fault or one
+        elif one.return_value:
+            Sweep.mistakes.append(str(one.return_value))
+    if fault is not None:
+        _ = fault.return_value
+
+
+def install() -> None:
+    """Let `hydra/sweeper=basic`, Hydra's default, be this one."""
+    register(Sweeper, "hydra/sweeper", "basic", BasicSweeperConf(_target_=f"{PLACE}.{Sweeper.__name__}"))

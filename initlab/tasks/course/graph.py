@@ -1,0 +1,246 @@
+"""Autograd's graph of one forward pass of any small model, and the gradients that come out of walking it.
+
+Runs the model once, on the batch that it is given or on Gaussian noise, and leaves it as it was: no `.grad`, no buffer
+and no random state is changed. What was decided on the way (which output, which loss) stands in the frame `notes`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from initlab.errors import UsageError, check, choose
+from initlab.nn.activations import ACTIVATIONS
+from initlab.nn.init import Rule, gaussian, rule
+from initlab.scratch import mlp
+from initlab.scratch.autograd_graph import Graph, gradients, walk
+from initlab.scratch.layers import LOSSES
+from initlab.tasks.ensemble.device import DTYPES, find_device
+from initlab.tasks.ensemble.trained_weights import drawn
+
+Frames = dict[str, pd.DataFrame]
+Inputs = Tensor | Sequence[object] | Mapping[str, object]
+LossFunction = Callable[..., Tensor]
+Arguments = dict[str | int, object]  # argument of the model, by name or position -> value
+
+CLASSES = 10  # outputs of the project's own network under a loss over classes
+
+
+def graph(
+    model: nn.Module | None = None,
+    inputs: Inputs | None = None,
+    targets: Tensor | None = None,
+    loss: str | LossFunction | None = None,
+    shapes: Sequence[Sequence[int]] | None = None,
+    init: str | Rule = "kaiming",
+    activation: str = "relu",
+    depth: int = 1,
+    width: int = 50,
+    batch: int = 64,
+    seed: int = 0,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> Frames:
+    """The frames `nodes`, `edges` and `notes`, ready for `scratch.graph.frames_as_text` and `output.graphs.draw_graph`.
+
+    Without a model: the project's MLP of `depth` hidden layers, under `loss` mse (the default) or cross_entropy.
+    With one: `inputs` (a tensor, several in a sequence, or keyword arguments in a mapping), or Gaussian batches of the
+    `shapes`, or of what its first layer takes. `loss` is a name of `LOSSES` or a function of the output and, if they
+    are given, the `targets`; without a loss that fits it is the mean of squares of the output.
+    """
+    notes: list[str] = []
+    place, number = find_device(device), choose(DTYPES, dtype, "dtype")
+    check(batch=batch, seed=seed)
+    if not isinstance(model, nn.Module | None):
+        raise UsageError(f"graph: the model is a {type(model).__name__}; must be an nn.Module")
+    if model is None:
+        loss = loss or "mse"
+        model, made, targets = _own(init, activation, depth, width, batch, seed, loss, targets)
+        model, inputs = model.to(place, number), made if inputs is None and shapes is None else inputs
+        targets = targets.to(place, number if targets.is_floating_point() else targets.dtype)
+    if inputs is None:
+        inputs = _noise(shapes or [_first_shape(model, batch)], seed, notes)
+    arguments = _arguments(inputs)
+    with _as_it_was(model, seed):
+        out = _output(_run(model, _placed(arguments, model)), notes)
+        walked = _walked(_loss(out, targets, loss, notes), _names(model, arguments), notes)
+    return walked | {"notes": pd.DataFrame({"note": notes})}
+
+
+def _walked(loss: Tensor, names: Mapping[str, Tensor], notes: list[str]) -> Frames:
+    found: Graph = walk(loss, names)
+    if found.unreached:
+        notes.append(f"no gradient reaches {', '.join(found.unreached)}")
+    return {"nodes": found.frame(gradients(loss, found)), "edges": found.edges()}
+
+
+def _own(
+    init: str | Rule,
+    activation: str,
+    depth: int,
+    width: int,
+    batch: int,
+    seed: int,
+    loss: str | LossFunction,
+    targets: Tensor | None,
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """The twin of the hand-written MLP with an input as wide as its layers, a Gaussian batch and targets for it."""
+    check(train_depth=depth, train_width=width)
+    classes = isinstance(loss, str) and choose(LOSSES, loss, "train.loss").classes
+    sizes, row = [width] * (depth + 1) + [CLASSES if classes else 1], choose(ACTIVATIONS, activation, "activation")
+    scaling = rule(init) if isinstance(init, str) else init
+    x = gaussian((batch, width), seed, "input")
+    parameters = drawn([scaling], activation, sizes, [seed], x[None]).parameters
+    if targets is None:
+        targets = torch.arange(batch) % CLASSES if classes else gaussian((batch,), seed, "targets")
+    return mlp.twin(parameters, 0, row), x, targets
+
+
+def _first_shape(model: nn.Module, batch: int) -> tuple[int, ...]:
+    """A batch for the model's first layer, if that is a linear one."""
+    first = next((layer for layer in model.modules() if next(layer.parameters(recurse=False), None) is not None), None)
+    if not isinstance(first, nn.Linear):
+        what = "no parameter" if first is None else f"a {type(first).__name__} first"
+        raise UsageError(f"graph: this model has {what}, which does not tell its inputs; give inputs or their shapes")
+    return batch, first.in_features
+
+
+def _noise(shapes: Sequence[Sequence[int]], seed: int, notes: list[str]) -> list[Tensor]:
+    if any(size < 1 for shape in shapes for size in shape):
+        raise UsageError(f"shapes={[list(shape) for shape in shapes]}: every size must be at least 1")
+    notes.append(f"inputs: Gaussian noise of shape {' and '.join(str(tuple(shape)) for shape in shapes)}")
+    return [gaussian(shape, seed, "input", number) for number, shape in enumerate(shapes)]
+
+
+def _arguments(inputs: Inputs) -> Arguments:
+    if isinstance(inputs, Mapping):
+        return {str(name): value for name, value in inputs.items()}
+    return dict(enumerate([inputs] if isinstance(inputs, Tensor) else inputs))
+
+
+def _placed(given: Arguments, model: nn.Module) -> Arguments:
+    """Noise and data go where the model's parameters are, in their format."""
+    like = next(model.parameters(), None)
+    placed: Arguments = {}
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            _refuse_input(name, value)
+            if like is not None:
+                value = value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+        placed[name] = value
+    return placed
+
+
+def _refuse_input(name: str | int, value: Tensor) -> None:
+    if not value.numel():
+        raise UsageError(f"graph: input {name} is empty, its shape is {tuple(value.shape)}")
+    if value.is_floating_point() and not value.isfinite().all():
+        raise UsageError(f"graph: input {name} holds nan or inf, {int((~value.isfinite()).sum())} of {value.numel()}")
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, seed: int) -> Iterator[None]:
+    """Dropout draws from `seed`; running statistics and the caller's random numbers are put back afterwards."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in before:
+                    buffer.copy_(value)
+
+
+def _run(model: nn.Module, inputs: Arguments) -> object:
+    positional = [value for name, value in inputs.items() if isinstance(name, int)]
+    keywords = {name: value for name, value in inputs.items() if isinstance(name, str)}
+    try:
+        return model(*positional, **keywords)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        given = ", ".join(str(tuple(value.shape)) for value in inputs.values() if isinstance(value, Tensor))
+        said = str(error).split("\n")[0]
+        raise UsageError(f"graph: {type(model).__name__} refused inputs of shape {given}: {said}") from error
+
+
+def _tensors(value: object, where: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of nested tuples, lists and dicts, with the way to it."""
+    if isinstance(value, Tensor):
+        yield where, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, f"{where}[{key!r}]")
+    elif isinstance(value, (tuple, list)):
+        for number, item in enumerate(value):
+            yield from _tensors(item, f"{where}[{number}]")
+
+
+def _output(returned: object, notes: list[str]) -> Tensor:
+    """The first floating tensor of what the model returned."""
+    found = list(_tensors(returned))
+    where, out = next(((where, t) for where, t in found if t.is_floating_point()), ("", None))
+    if out is None:
+        what = ", ".join(str(t.dtype).removeprefix("torch.") for _, t in found) or type(returned).__name__
+        raise UsageError(f"graph: the model returned no float tensor but {what}; only those carry gradients")
+    if not out.requires_grad:
+        raise UsageError(
+            "graph: the model's output carries no gradient: it was detached, or no parameter requires one; "
+            "try model.requires_grad_(True)"
+        )
+    if where:
+        notes.append(f"output: of {len(found)} tensors returned the first float one, output{where}")
+    return out
+
+
+def _loss(out: Tensor, targets: Tensor | None, loss: str | LossFunction | None, notes: list[str]) -> Tensor:
+    if callable(loss):
+        return loss(out) if targets is None else loss(out, targets)
+    if loss is not None:
+        choose(LOSSES, loss, "train.loss")
+    if targets is None:
+        if loss is not None:
+            raise UsageError(f"train.loss={loss}: needs targets; give them, or leave the loss out")
+        if out.ndim == 0:
+            notes.append("loss: the output itself, which is one number")
+            return out
+        notes.append("loss: mean of squares of the output")
+        return out.square().mean()
+    name = loss or ("mse" if targets.is_floating_point() else "cross_entropy")
+    notes.append(f"loss: {name}")
+    _refuse_targets(out, targets, name)
+    targets = targets.to(out.device, torch.int64 if LOSSES[name].classes else out.dtype)
+    return LOSSES[name].module(out, targets)
+
+
+def _refuse_targets(out: Tensor, targets: Tensor, loss: str) -> None:
+    """Targets of a shape that would broadcast in silence, of the wrong kind, or beyond the classes."""
+    shape = tuple(out.shape[:1]) if LOSSES[loss].classes else tuple(out.squeeze(-1).shape)
+    if tuple(targets.shape) != shape:
+        raise UsageError(f"train.loss={loss}: targets have shape {tuple(targets.shape)}; this output needs {shape}")
+    if not LOSSES[loss].classes:
+        if not targets.isfinite().all():
+            raise UsageError("targets hold nan or inf")
+        return
+    if targets.is_floating_point():
+        raise UsageError(f"train.loss={loss}: targets are {str(targets.dtype).removeprefix('torch.')}; must be classes")
+    if out.ndim != 2 or targets.min() < 0 or targets.max() >= out.shape[1]:
+        classes = math.prod(out.shape[1:2])
+        raise UsageError(
+            f"train.loss={loss}: targets {targets.min()} to {targets.max()} need classes 0 to {classes - 1}"
+        )
+
+
+def _names(model: nn.Module, inputs: Arguments) -> dict[str, Tensor]:
+    """The parameters, under all their names, and the inputs that ask for a gradient themselves."""
+    asking = {
+        name if isinstance(name, str) else f"input {name}": value
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.requires_grad
+    }
+    return dict(model.named_parameters(remove_duplicate=False)) | asking

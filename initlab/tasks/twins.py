@@ -1,0 +1,240 @@
+"""The two trainings of `train`: an ensemble by hand and its `nn.Module` twins, a step at a time, and their records."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from initlab.engine.fast_network import Engine, Factors
+from initlab.engine.named_tensors import drifts_of, items_of, parameter_items, updates_of
+from initlab.engine.recording import Recording
+from initlab.errors import UsageError, choose
+from initlab.nn.activations import Activation
+from initlab.scratch import mlp
+from initlab.scratch.layers import LOSSES, Loss
+from initlab.scratch.mlp import Parameters
+from initlab.stats.statistics import Blocks, Differences, Key, Rows
+from initlab.tasks.ensemble.networks import repeated
+
+Frames = dict[str, pd.DataFrame]
+Optimizer = Callable[..., torch.optim.Optimizer]
+
+# Elementwise optimizers only: they treat an ensemble as its members.
+OPTIMIZERS: dict[str, Optimizer] = {
+    "sgd": torch.optim.SGD,
+    "momentum": partial(torch.optim.SGD, momentum=0.9),
+    "nesterov": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "rmsprop": torch.optim.RMSprop,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+# They divide a gradient by its own size.
+ADAPTIVE = ("rmsprop", "adam", "adamw")
+# How the modules of an ensemble run on steps that are not recorded; recorded ones go one by one.
+MODULES = {"one_by_one": "each nn.Module by itself", "vmap": "all as one program, torch.func.vmap"}
+FLUSH_SECONDS, FLUSH_ROWS = 30.0, 200_000
+
+
+class Records:
+    """What has been measured and not yet handed over."""
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        deliver: Callable[[Frames], None],
+        histograms: bool,
+        columns: Mapping[str, pd.Categorical | np.ndarray] | None = None,
+    ) -> None:
+        self._columns = columns or {}  # what differs between the networks, one value for each
+        self.rows, self.parity, self.histograms = Rows(seeds, histograms), Differences(seeds), histograms
+        self.losses = Blocks(seeds, ("implementation", "seed", "step"), ("loss", "accuracy"))
+        self._deliver, self._since = deliver, time.monotonic()
+
+    def due(self) -> bool:
+        return len(self.rows) > FLUSH_ROWS or time.monotonic() - self._since > FLUSH_SECONDS
+
+    def flush(self) -> None:
+        if len(self.losses):
+            frames = {"losses": self.losses.frame(), "parity": self.parity.frame()}
+            if self.histograms:
+                frames["histograms"] = self.rows.histograms()
+            found = {"stats": self.rows.frame()} | frames
+            self._deliver({name: self._told(frame) for name, frame in found.items()})
+        self._since = time.monotonic()
+
+    def _told(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The frame, in which networks run fastest, with the columns in which they differ."""
+        return frame.assign(**{name: repeated(each, len(frame)) for name, each in self._columns.items()})
+
+
+class Pair:
+    """An ensemble trained by hand and its twins trained by torch, a step at a time."""
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        activation: Activation,
+        loss: str,
+        optimizer: str,
+        lr: float | Sequence[float],
+        batch: int,
+        records: Records,
+        modules: str = "one_by_one",
+        factors: Sequence[Factors] = (),
+        drift: bool = False,
+    ) -> None:
+        """`factors`, of each network, multiply the learning rates of its layers; none: all are 1.
+
+        With `drift` recorded steps also say how far the preactivations of the first recorded batch have moved.
+        """
+        self.activation, self.loss, self.records = activation, LOSSES[loss], records
+        self.drift, self._start = drift, dict[str, tuple[Tensor, list[Tensor]]]()
+        self.hand: _Hand
+        if optimizer == "sgd":
+            self.hand = _ByEngine(Engine(parameters, activation, loss, lr, batch, factors), records)
+        elif isinstance(lr, Sequence) or any(one != factors[0] for one in factors):
+            raise UsageError(f"train.optimizer={optimizer}: a learning rate for each network needs sgd")
+        else:
+            groups = grouped([p for pair in parameters for p in pair], lr, factors[0] if factors else ())
+            by_optimizer = OPTIMIZERS[optimizer](groups, lr=lr)
+            self.hand = _ByPass(parameters, self.activation, self.loss, by_optimizer, records)
+        self.twins = [mlp.twin(parameters, member, self.activation) for member in range(len(parameters[0][0]))]
+        choose(MODULES, modules, "train.modules")
+        self.at_once = mlp.Together(self.twins, self.loss) if modules == "vmap" else None
+        rates = lr if isinstance(lr, Sequence) else [lr] * len(self.twins)
+        own = factors or [()] * len(self.twins)
+        groups = [
+            group
+            for model, rate, one in zip(self.twins, rates, own, strict=True)
+            for group in grouped(list(model.parameters()), rate, one)
+        ]
+        self.by_torch = OPTIMIZERS[optimizer](groups, lr=rates[0])
+
+    def step(self, step: int, xb: Tensor, yb: Tensor, record: bool) -> None:
+        """One update of both, measured if `record`."""
+        before = mlp.twin_parameters(self.twins) if record else []
+        if record:  # at the module's parameters of this step, and before the two trainings move on
+            by_hand = mlp.by_hand_at_twins(self.twins, xb, yb, self.activation, self.loss)
+            key = partial(Key, "train", "", step)
+            ours = self.hand.parameters()
+            self.records.parity.add(*(parameter_items(key, "forward", pairs) for pairs in (ours, before)))
+            if self.drift:
+                self._note_drift(step, xb, {"scratch": ours, "module": before})
+        self._note("scratch", step, yb, *self.hand.step(step, xb, yb, record))
+        self.by_torch.zero_grad()
+        if record or self.at_once is None:
+            values, out, module = mlp.twin_forward_and_backward(self.twins, xb, yb, self.loss, watch=record)
+        else:
+            (values, out), module = self.at_once.forward_and_backward(xb, yb), None
+        self._note("module", step, yb, values, out)
+        self.by_torch.step()
+        if module is not None:
+            both = [
+                [item for item in items_of("", step, seen, before, self.activation) if item.key.direction == "backward"]
+                for seen in (by_hand, module)
+            ]
+            self.records.parity.add(*both)
+            self.records.rows.add(items_of("module", step, module, before, self.activation))
+            self.records.rows.add(updates_of("module", step, before, mlp.twin_parameters(self.twins)))
+
+    def _note_drift(self, step: int, xb: Tensor, trained: Mapping[str, Parameters]) -> None:
+        for name, pairs in trained.items():
+            if name not in self._start:
+                self._start[name] = xb, mlp.forward(pairs, xb, self.activation)[0]
+            x, start = self._start[name]
+            now = mlp.forward(pairs, x, self.activation)[0]
+            self.records.rows.add(drifts_of(name, step, start, now))
+
+    def flush(self) -> None:
+        """Hand over what the records have, all rows of the recorded steps among them."""
+        self.hand.flush()
+        self.records.flush()
+
+    def _note(self, name: str, step: int, yb: Tensor, loss: Tensor, out: Tensor) -> None:
+        self.records.losses.put([Key("train", name, step, 0, "", "")], _loss_and_accuracy(out, yb, loss, self.loss))
+
+
+def grouped(parameters: Sequence[Tensor], lr: float, factors: Factors) -> list[dict[str, Any]]:
+    """Groups for an optimizer of torch's: parameters w, b, w, b, ... whose learning rates agree."""
+    rates = [lr * one for layer in factors for one in layer] or [lr] * len(parameters)
+    by_rate: dict[float, list[Tensor]] = {}
+    for p, rate in zip(parameters, rates, strict=True):
+        by_rate.setdefault(rate, []).append(p)
+    return [{"params": alike, "lr": rate} for rate, alike in by_rate.items()]
+
+
+class _Hand(Protocol):
+    """A training by hand."""
+
+    def step(self, step: int, xb: Tensor, yb: Tensor, record: bool) -> tuple[Tensor, Tensor]:
+        """One update; losses (E,) and outputs (E, N, O) before it."""
+
+    def parameters(self) -> Parameters:
+        """The weights and biases that the next step starts from."""
+
+    def flush(self) -> None:
+        """Put into the records what is still held back."""
+
+
+class _ByEngine:
+    """Gradient descent on the fast path, where recording costs least."""
+
+    def __init__(self, engine: Engine, records: Records) -> None:
+        self.engine = engine
+        self.recording = Recording(engine, records.rows, histograms=records.histograms)
+
+    def step(self, step: int, xb: Tensor, yb: Tensor, record: bool) -> tuple[Tensor, Tensor]:
+        loss = self.recording.step(xb, yb, step) if record else self.engine.step(xb, yb)
+        return loss, self.engine.out
+
+    def parameters(self) -> Parameters:
+        return self.engine.parameters
+
+    def flush(self) -> None:
+        self.recording.flush()
+
+
+class _ByPass:
+    """Gradients by hand, handed to an optimizer of torch's."""
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        activation: Activation,
+        loss: Loss,
+        optimizer: torch.optim.Optimizer,
+        records: Records,
+    ) -> None:
+        self.own, self.activation, self.loss, self.rows = parameters, activation, loss, records.rows
+        self.optimizer = optimizer
+
+    def step(self, step: int, xb: Tensor, yb: Tensor, record: bool) -> tuple[Tensor, Tensor]:
+        seen = mlp.forward_and_backward(self.own, xb, yb, self.activation, self.loss)
+        before = [(w.clone(), b.clone()) for w, b in self.own] if record else []
+        if record:
+            self.rows.add(items_of("scratch", step, seen, self.own, self.activation))
+        for pair, grads in zip(self.own, seen.parameter_grads, strict=True):
+            for p, g in zip(pair, grads, strict=True):
+                p.grad = g
+        self.optimizer.step()
+        if record:
+            self.rows.add(updates_of("scratch", step, before, self.own))
+        return seen.loss, seen.out
+
+    def parameters(self) -> Parameters:
+        return self.own
+
+    def flush(self) -> None:
+        """Everything is in the records already."""
+
+
+def _loss_and_accuracy(out: Tensor, yb: Tensor, loss: Tensor, kind: Loss) -> Tensor:
+    """(2, 1, E); the accuracy of a regression is nan."""
+    value = loss.double()
+    right = (out.argmax(-1) == yb).double().mean(-1) if kind.classes else torch.full_like(value, torch.nan)
+    return torch.stack([value, right]).unsqueeze(1)

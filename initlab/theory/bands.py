@@ -1,0 +1,239 @@
+"""From laws of tensors to their statistics: centre, spread and bands over seeds, a row a tensor and statistic.
+
+Statistics that cannot be negative are described by mean and standard deviation of their ln, the others as they are.
+Knows laws and simulated networks, neither rules nor activations. Legend: K tensors.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from initlab.stats.statistics import STATISTICS
+from initlab.theory.batch_law import NOTHING, Array, Law
+from initlab.theory.quantiles import IN_LN, NARROW, WIDE
+from initlab.theory.unit_moments import normal_cdf
+
+ROUNDING = 1e-12  # of a measured cosine, which is all that is left to vary where all inputs have become one
+_STEPS = np.array([0.0, -NARROW, NARROW, -WIDE, WIDE])
+QUANTILES = (0.5, 0.16, 0.84, 0.023, 0.977)
+IN_ORDER = ("q", "rms", "mean", "std", "std_within", "norm", "cosine", "frac_zero", "frac_dead", "frac_saturated")
+EDGES = ("band68_low", "band68_high", "band_low", "band_high")
+NUMBERS = ("limit", "ln_limit", "mean", "sd", "predicted", *EDGES)
+
+
+class Rows(NamedTuple):
+    """One statistic of K tensors, in the columns of NUMBERS: (K, 9).
+
+    `limit` is what infinite width gives and `ln_limit` its ln, which does not overflow. `mean` and `sd` are of the
+    statistic's ln if it is one of IN_LN; the rest is of the statistic itself: `predicted`, the median of its law at
+    this width, and the quantiles around it.
+    """
+
+    statistic: str
+    numbers: Array
+
+
+def bands(law: Law, infinite: Law, batch: int, n: NDArray[np.int64], second: Array | None = None) -> list[Rows]:
+    """All statistics of tensors (batch, n); laws with leading dimension K, n (K,).
+
+    `second` (K, 2) replaces the law of ln q where a better one is known.
+    """
+    with np.errstate(all="ignore"):  # a signal that is gone or beyond float64 is data
+        own, limit_q = law.ln_second_moment(), infinite.ln_second_moment()[:, 0]
+        given = own if second is None else second
+        shift = given[:, 0] - own[:, 0]
+        found = _lengths(given, limit_q, np.log(batch * n) / 2)
+        var = np.stack([law.ln_var[:, 0] + shift, law.ln_var[:, 1]], -1)
+        found.append(_in_ln("std", var / 2, infinite.ln_var[:, 0] / 2))
+        if not law.alone:
+            measured = law.reported(batch)
+            inside = np.stack([measured.mean[:, 1] + shift, _root(measured.cov[:, 1, 1])], -1)
+            found.append(_in_ln("std_within", inside / 2, infinite.mean[:, 1] / 2))
+            found.append(_cosine(law, infinite, batch))
+        found += [_share(name, share, infinite.shares[name][:, 0]) for name, share in law.shares.items()]
+        return [*found, _mean(law, infinite, given)]
+
+
+def scaled(limit: Array, law: Array, count: Array | int) -> list[Rows]:
+    """Rows of tensors of so many entries, symmetric about 0, by the law of their ln q: (K,) and (K, 2)."""
+    one = 1 / np.asarray(count, dtype=float)
+    pooled = np.stack([law[:, 0] - one, np.sqrt(law[:, 1] ** 2 + 2 * one**2)], -1)  # a squared mean is chi-square
+    with np.errstate(all="ignore"):
+        return [*_lengths(law, limit, np.log(count) / 2), _in_ln("std", pooled / 2, limit / 2)]
+
+
+def _lengths(law: Array, limit: Array, size: Array) -> list[Rows]:
+    norm = law / 2 + np.stack([size, 0 * size], -1)
+    return [
+        _in_ln("q", law, limit),
+        _in_ln("rms", law / 2, limit / 2),
+        _in_ln("norm", norm, limit / 2 + size),
+    ]
+
+
+def _root(x: Array) -> Array:
+    return np.sqrt(np.maximum(np.nan_to_num(x), 0))
+
+
+def _in_ln(name: str, law: Array, limit: Array) -> Rows:
+    gone = law[:, 0] < NOTHING / 4
+    mean = np.where(gone, -np.inf, law[:, 0])
+    sd = np.where(gone, 0.0, np.nan_to_num(law[:, 1]))
+    limit = np.where(limit < NOTHING / 4, -np.inf, limit)
+    points = np.exp(mean[:, None] + sd[:, None] * _STEPS)
+    return Rows(name, np.column_stack([np.exp(limit), limit, mean, sd, points]))
+
+
+def _cosine(law: Law, infinite: Law, batch: int) -> Rows:
+    """Of vectors brought to one length: (B r - 1)/(B - 1), r = T / (T + W), with ln(T / W) normal.
+
+    Inputs that have nothing in common have B r a gamma variable instead, of as many terms as 1/pair (Wilson & Hilferty
+    1931 for its quantiles).
+    """
+
+    def cosine(ln_ratio: Array) -> Array:
+        return (batch / (1 + np.exp(-np.clip(ln_ratio, -700, 700))) - 1) / (batch - 1)
+
+    centre = law.mean[:, :1] - law.mean[:, 1:]
+    cov = law.cov
+    sd = _root(cov[:, 0, 0] + cov[:, 1, 1] - 2 * cov[:, 0, 1])[:, None]
+    ninth = (2 * law.pair / (1 + law.pair) / 9)[:, None]
+    roots = np.maximum(1e-9, 1 - ninth + _STEPS * np.sqrt(ninth))
+    nothing_common = np.minimum(sd**2, 9 * ninth) / 2 + 3 * np.log(roots)
+    logs = centre + np.where(centre < math.log(3 / batch), nothing_common, _STEPS * sd)
+    points = cosine(logs) + ROUNDING * _STEPS
+    limit = cosine(infinite.mean[:, 0] - infinite.mean[:, 1])
+    width = (points[:, 2] - points[:, 1]) / (2 * NARROW)
+    return Rows("cosine", np.column_stack([limit, _ln(limit), points[:, 0], width, points]))
+
+
+def _ln(x: Array) -> Array:
+    """nan below 0."""
+    return np.log(x)
+
+
+def _share(name: str, moments: Array, limit: Array) -> Rows:
+    mean, sd = moments[:, 0], np.nan_to_num(moments[:, 1])
+    points = np.clip(mean[:, None] + sd[:, None] * _STEPS, 0, 1)
+    return Rows(name, np.column_stack([limit, _ln(limit), mean, sd, points]))
+
+
+# --- the pooled mean, exp(ln q / 2) (centre + lean eta + spread xi) --------------------------------------------------
+
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(16)
+_WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
+
+
+def _mean(law: Law, infinite: Law, second: Array) -> Rows:
+    even = bool((np.abs(law.centre) + np.abs(law.lean) < 1e-6 * law.spread).all())
+    own, spread = second, law.spread
+    if even:  # of n alike units: T/n is its variance, and T fluctuates more than q does
+        shift = second[:, 0] - law.ln_second_moment()[:, 0]
+        own = np.stack([law.mean[:, 0] + shift, _root(law.cov[:, 0, 0])], -1)
+        spread = spread * np.exp((law.ln_q - law.mean[:, 0]) / 2)
+    sd = np.where(np.isfinite(own[:, 1]), own[:, 1] / 2, 0)
+    size = np.exp(np.clip(own[:, 0] / 2, -300, 300))
+    factor = np.exp(sd[:, None] * _NODES)
+    centre = law.centre[:, None] + law.lean[:, None] * _NODES
+    mean = (factor * centre) @ _WEIGHTS
+    square = (factor**2 * (centre**2 + spread[:, None] ** 2)) @ _WEIGHTS
+    if even:
+        points = law.centre[:, None] + spread[:, None] * _symmetric_quantiles(factor)
+    else:
+        points = np.stack([_mixture_quantile(q, factor, centre, spread) for q in QUANTILES], -1)
+    limit = infinite.centre * np.exp(infinite.ln_q / 2)
+    sd = np.sqrt(np.maximum(square - mean**2, 0))
+    return Rows("mean", np.column_stack([limit, _ln(limit), mean * size, sd * size, points * size[:, None]]))
+
+
+def _symmetric_quantiles(factor: Array) -> Array:
+    """Those of factor xi, (K, 5). Newton's method climbs from 0, where the density is largest, and passes no root."""
+    x, wanted = np.zeros((2, len(factor))), np.array([[QUANTILES[2]], [QUANTILES[4]]])
+    for _ in range(40):
+        z = x[..., None] / factor
+        step = (wanted - normal_cdf(z) @ _WEIGHTS) / (np.exp(-z * z / 2) / factor @ _WEIGHTS) * math.sqrt(2 * math.pi)
+        x = x + step
+        if (step <= 1e-9 * x).all():
+            break
+    return np.stack([0 * x[0], -x[0], x[0], -x[1], x[1]], -1)
+
+
+def _mixture_quantile(q: float, factor: Array, centre: Array, spread: Array) -> Array:
+    """Quantiles (K,) of factor (centre + spread xi); factors, centres (K, nodes). Halved, then by Newton's method."""
+    spread = np.maximum(spread, 1e-9 * np.abs(centre).max(-1) + 1e-300)
+
+    def normal(x: Array) -> Array:
+        return np.asarray((x[:, None] / factor - centre) / spread[:, None])
+
+    high = (factor * (np.abs(centre) + 9 * spread[:, None])).max(-1)
+    low = -high
+    for _ in range(18):
+        middle = (low + high) / 2
+        below = normal_cdf(normal(middle)) @ _WEIGHTS < q
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    x = (low + high) / 2
+    for _ in range(2):
+        z = normal(x)
+        density = np.exp(-z * z / 2) / factor @ _WEIGHTS / (spread * math.sqrt(2 * math.pi))
+        x = np.clip(x + (q - normal_cdf(z) @ _WEIGHTS) / density, low, high)
+    return np.asarray(np.where(np.isfinite(x), x, low))
+
+
+def simulated(block: torch.Tensor, limits: dict[str, Array]) -> list[Rows]:
+    """The same rows of one tensor from networks, (S, E); `limits` gives limit and ln_limit of those wanted."""
+    rows = dict(zip(STATISTICS, block.numpy(), strict=True))
+    found = []
+    for name in IN_ORDER:
+        if name not in limits or np.isnan(rows[name]).all():
+            continue
+        values = rows[name][np.isfinite(rows[name])]
+        points = np.quantile(values, QUANTILES)
+        if name in IN_LN:
+            values = np.log(values[values > 0])
+        moments = (values.mean(), values.std()) if len(values) else (-math.inf, math.nan)
+        found.append(Rows(name, np.concatenate([limits[name], moments, points])[None]))
+    return found
+
+
+# --- as a table ---------------------------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """Rows of one tensor and direction with their layers and what is said of their method, (K,) each."""
+
+    layers: NDArray[np.int64]
+    tensor: str
+    direction: str
+    rows: Rows
+    method: Sequence[str] | str
+
+
+def frame(blocks: Sequence[Block]) -> pd.DataFrame:
+    """All rows, layer by layer; what a tensor has no share of is left out."""
+    sizes = [len(block.layers) for block in blocks]
+
+    def column(values: Sequence[str]) -> NDArray[np.object_]:
+        return np.array(values, dtype=object).repeat(sizes)
+
+    layers = np.concatenate([block.layers for block in blocks])
+    order = layers.argsort(kind="stable")
+    said = [
+        np.full(n, b.method, dtype=object) if isinstance(b.method, str) else np.array(b.method, dtype=object)
+        for b, n in zip(blocks, sizes, strict=True)
+    ]
+    names = [block.rows.statistic for block in blocks]
+    numbers = np.concatenate([block.rows.numbers for block in blocks])[order]
+    words = {
+        "tensor": column([block.tensor for block in blocks]),
+        "direction": column([block.direction for block in blocks]),
+        "statistic": column(names),
+        "scale": column(["ln" if name in IN_LN else "linear" for name in names]),
+    }
+    columns = {"layer": layers[order], **{name: values[order] for name, values in words.items()}}
+    columns |= dict(zip(NUMBERS, numbers.T, strict=True))
+    return pd.DataFrame({**columns, "method": np.concatenate(said)[order]})

@@ -1,0 +1,332 @@
+"""Finite width for any activation, forward: the law of a batch, layer after layer, as a lognormal one.
+
+Given a layer's input its preactivations are Gaussian, units are independent, and an average over n of them fluctuates
+by the moments of one unit over n (`unit_laws`). So ln T and ln W of a batch are a Markov chain; their means and
+covariances are carried layer by layer, taken over the whole law of the state and not by slopes at its centre alone: a
+delta method in log space. Two more numbers are carried to leading order: by how much single pairs of inputs, and single
+inputs, differ from the average. Good while L / n is below about 1; beyond, simulate. What a tensor shows in a given
+state: `tensor_laws`. The way back: `gradients`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from initlab.nn.activations import Activation
+from initlab.theory.batch_law import (
+    NOTHING,
+    Array,
+    Law,
+    gaussian_batch,
+    lengths,
+    ln,
+    ln_cov,
+    ln_means,
+    relative_to,
+    sigma_points,
+    total,
+)
+from initlab.theory.unit_moments import COARSE, Units, units
+
+
+class Fitted(NamedTuple):
+    """Weights drawn with variance `drawn`, then divided by the standard deviation of z, over the batch and the units,
+    until its square is within `tolerance` of 1, at most so many times: `lsuv.py`."""
+
+    drawn: float
+    tolerance: float
+    attempts: int
+
+    def weight(self, fan_in: int, entering: float, bias: float) -> float:
+        """Variance of a weight in the end at infinite width, for inputs of second moment `entering`."""
+        found = self.drawn
+        for _ in range(self.attempts):
+            variance = found * fan_in * entering + bias
+            if not 0 < variance < math.inf or abs(variance - 1) < self.tolerance:
+                break
+            found /= variance
+        return found
+
+
+class Layer(NamedTuple):
+    """A linear layer of I inputs and O units as its law needs it. Variances of one weight and of one bias.
+
+    Where the weights are fitted, `weight` is what comes of it at infinite width.
+    """
+
+    fan_in: int
+    fan_out: int
+    weight: float
+    bias: float = 0.0  # normal
+    uniform_bias: float = 0.0
+    orthogonal: bool = False
+    fitted: Fitted | None = None
+
+    @property
+    def pinned(self) -> bool:
+        """Whether a fit has given z the variance 1 exactly, in each network; one within the tolerance is left alone."""
+        return self.fitted is not None and self.fitted.drawn != self.weight and not self.bias + self.uniform_bias
+
+    @property
+    def forward_remain(self) -> float:
+        """Share of the noise quadratic in z that these weights leave; an isometry keeps every product of two inputs."""
+        return max(0.0, 1 - self.fan_out / self.fan_in) if self.orthogonal else 1.0
+
+    @property
+    def backward_remain(self) -> float:
+        return max(0.0, 1 - self.fan_in / self.fan_out) if self.orthogonal else 1.0
+
+
+class Data(NamedTuple):
+    """Batches of data beside the moments of one: in how many directions inputs differ, tr(C)^2 / tr(C^2) of their
+    covariance C, and how ln T and ln W wander from batch to batch: variance, covariance, variance."""
+
+    directions: float = math.inf
+    wander: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+
+class Step(NamedTuple):
+    """A layer passed forward. G nodes of the state below it, M of a unit's batch mean."""
+
+    layer: Layer
+    units: Units
+    mean: Array  # of ln T, ln W of the layer's input, (2,)
+    cov: Array
+    pair: float
+    single: float
+    nodes: Array  # (G, 2)
+    ln_z: Array  # ln T and ln W of the preactivations there, (G, 2)
+    uniform: Array  # share of T that a uniform bias makes up, (G,)
+    damped: Array  # share of q that is not the biases', (G,)
+    means: Array  # of a unit's T, W, mean, (G, 3)
+    unit_cov: Array  # of their averages over the layer's units, (G, 3, 3)
+    given: Array  # the same given m, (3, G, M)
+    ln_x: Array  # ln T and ln W of the activations, (G, 2)
+    bent: Array  # what the spread of lengths does to ln q, (G,)
+    noise: Array  # that this layer's units add to the next state, (2, 2)
+    next_single: float  # spread of the inputs' squared lengths above
+    length_noise: float  # and to the lengths
+
+
+class Chain(NamedTuple):
+    """A stack passed forward: its layers, and the state of its last activations."""
+
+    row: Activation
+    batch: int
+    start: Law
+    steps: list[Step]
+    mean: Array
+    cov: Array
+    pair: float
+    single: float
+
+    @property
+    def weights(self) -> Array:
+        """Of the nodes, (G,)."""
+        return sigma_points(self.mean, self.cov, self.start.alone)[1]
+
+
+def forward(
+    row: Activation,
+    layers: Sequence[Layer],
+    batch: int,
+    q0: float,
+    c0: float,
+    fixed_input: bool,
+    data: Data = Data(),  # noqa: B008 - a tuple
+) -> Chain:
+    """All layers. The input has second moment q0 and mean cosine c0 and, if fixed, fluctuates as `data` say."""
+    start = gaussian_batch(layers[0].fan_in, batch, q0, c0, exact=fixed_input)
+    if fixed_input and batch > 1:
+        t, both, w = data.wander
+        start = replace(start, pair=np.array([1 / data.directions]), cov=np.array([[[t, both], [both, w]]]))
+    mean, cov, pair, single = start.mean[0], start.cov[0], float(start.pair[0]), float(start.single[0])
+    steps = []
+    for layer in layers:
+        step, mean, cov, pair, single = _step(row, layer, batch, (mean, cov, pair, single))
+        steps.append(step)
+    return Chain(row, batch, start, steps, mean, cov, pair, single)
+
+
+_State = tuple[Array, Array, float, float]
+
+
+def _step(row: Activation, layer: Layer, batch: int, state: _State) -> tuple[Step, Array, Array, float, float]:
+    mean, cov, pair, single = state
+    alone = bool(mean[1] == -np.inf)
+    nodes, weights = sigma_points(mean, cov, alone)
+    ln_z, uniform, damped = preactivations(layer, nodes)
+    if single and (damped < 1).any():
+        ln_z[:, 1] = np.logaddexp(ln_z[:, 1], _turned(ln_z, damped, single, batch))
+    if layer.pinned:
+        ln_z += np.exp(ln_z[:, :1]) / layer.fan_out  # the variance is 1, the second moment that and the mean's square
+    u = units(row, ln_z[:, 0], ln_z[:, 1], uniform, COARSE)
+    means, unit_cov, given = _unit(u, batch, uneven(np.array(single), batch), layer, pair)
+    unit_cov /= layer.fan_out
+    shift, noise = ln_cov(relative_to(means[:, :2], unit_cov[:, :2, :2]))
+    (next_pair, next_single), shrink, new = _apart(u, ln_z, means, unit_cov, state, layer, damped, batch)
+    ln_x = ln_means(means[:, :2], alone) + u.ln_scale[:, None] + shift + shrink
+    next_mean, next_cov, own = total(ln_x, noise, weights)
+    alive = np.maximum(means[:, :2].sum(-1), 1e-300)
+    bent = np.log(np.maximum((means[:, :2] * np.exp(shrink)).sum(-1), 1e-300) / alive)
+    step = Step(
+        layer,
+        u,
+        mean,
+        cov,
+        pair,
+        single,
+        nodes,
+        ln_z,
+        uniform,
+        damped,
+        means,
+        unit_cov,
+        given,
+        ln_x,
+        bent,
+        own,
+        next_single,
+        new,
+    )
+    return step, next_mean, next_cov, next_pair, next_single
+
+
+def preactivations(layer: Layer, nodes: Array) -> tuple[Array, Array, Array]:
+    """ln T and ln W of z (G, 2), the share of T that a uniform bias makes up, the share of q that no bias does."""
+    if layer.pinned:
+        ln_z = nodes - np.logaddexp(nodes[:, :1], nodes[:, 1:])
+    else:
+        ln_z = nodes + max(NOTHING, ln(layer.weight * layer.fan_in))
+    if not layer.bias + layer.uniform_bias:
+        return ln_z, np.zeros(len(nodes)), np.ones(len(nodes))
+    weighted = np.logaddexp(ln_z[:, 0], ln_z[:, 1])
+    ln_z[:, 0] = np.logaddexp(ln_z[:, 0], ln(layer.bias + layer.uniform_bias))
+    uniform = np.exp(ln(layer.uniform_bias) - ln_z[:, 0])
+    return ln_z, uniform, np.exp(weighted - np.logaddexp(ln_z[:, 0], ln_z[:, 1]))
+
+
+def _turned(ln_z: Array, damped: Array, single: float, batch: int) -> Array:
+    """ln of what biases add to W, (G,): they turn a difference in length, e x W, out of the direction of x W + b.
+
+    It has the variance e^2 d q then, d the share of q that is the weights', of which e^2 d^2 q still is in the length.
+    """
+    ln_q = np.logaddexp(ln_z[:, 0], ln_z[:, 1])
+    common = np.maximum(np.exp(ln_z[:, 0] - ln_q) - np.exp(ln_z[:, 1] - ln_q) / (batch - 1), 0)
+    return np.asarray(np.log(np.maximum(common * lengths(single) * damped * (1 - damped), 1e-300)) + ln_q)
+
+
+def uneven(single: Array, batch: int) -> Array:
+    """So many times fewer inputs are as good, if lengths squared have this relative variance: B sum K^2 / (sum K)^2."""
+    return np.asarray(batch * (1 + single) / (batch + single))
+
+
+def _unit(u: Units, batch: int, worse: Array, layer: Layer, pair: float) -> tuple[Array, Array, Array]:
+    """Mean (G, 3) and covariance (G, 3, 3) of one unit's squared batch mean, batch variance and batch mean.
+
+    Also the part of each given m, (3, G, M). The e_a add up to 0, so what is linear in them drops out of averages.
+    `worse`: so many times fewer inputs of one length would average as well.
+    """
+    t = (u.variance - u.along**2) / batch
+    apart = (pair - (1 - layer.forward_remain) / layer.fan_out) / 2 * u.over_m(u.bow)[:, None] ** 2
+    given = np.stack([u.mean**2 + t + apart, u.variance - t - apart, u.mean])
+    means = u.over_m(given).T
+    off = (given - means.T[..., None]).transpose(1, 0, 2)
+    cov = (off * u.weights[:, None]) @ off.mT
+    along = (u.third - u.along_square * u.along) / batch
+    inside = np.stack(
+        [
+            4 * u.mean**2 * t + 2 * t**2,
+            np.maximum(u.fourth - u.variance**2 - u.along_square**2, 0) * (worse / batch),
+            t,
+            2 * u.mean * along,
+            2 * u.mean * t,
+            along,
+        ]
+    )
+    curved = np.stack(
+        [2 * u.mean * u.bow, u.curve, u.bow]
+    )  # slopes by the e_a^2, which pairs' products make go together
+    inside += curved[_FIRST] * curved[_SECOND] * (pair / 2)
+    cov += u.over_m(inside)[_SYMMETRIC].transpose(2, 0, 1)
+    remain, together = layer.forward_remain, float(worse) / batch + pair
+    if remain < 1 or layer.pinned:
+        of_m, of_e = u.over_m(given * (u.m**2 - 1)), u.over_m(curved)
+        if remain < 1:
+            cov = without_second_chaos(cov, of_m, of_e * math.sqrt(together), remain)
+        if layer.pinned:
+            cov = possible(cov - remain * _in_the_length(1 - u.inside[:, 0], of_m, of_e, together))
+    return means, cov, given
+
+
+_SYMMETRIC = np.array([[0, 3, 4], [3, 1, 5], [4, 5, 2]])
+_FIRST, _SECOND = np.array([[0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2]])
+
+
+def without_second_chaos(cov: Array, of_m: Array, of_e: Array, remain: float) -> Array:
+    """What orthogonal weights leave of the noise (G, S, S): they keep all products of inputs, so what is quadratic in z
+    does not move. `of_m`, `of_e`: slopes of the S averages by m^2 - 1 and, the inputs together, by e^2 - 1, (S, G).
+    """
+    return possible(cov - (1 - remain) / 2 * (_outer(of_m, of_m) + _outer(of_e, of_e)))
+
+
+def _in_the_length(t: Array, of_m: Array, of_e: Array, together: float) -> Array:
+    """The part of the noise that follows q of z, (G, S, S), which a fit takes out again.
+
+    q fluctuates by the average of t (m^2 - 1) + w (e^2 - 1), and what is scaled by it follows with the slope g.
+    """
+    w = 1 - t
+    g, along = (of_m + of_e) / 2, t * of_m + w * together * of_e
+    return _outer(g, along) + _outer(along, g) - (2 * (t * t + w * w * together))[:, None, None] * _outer(g, g)
+
+
+def _outer(x: Array, y: Array) -> Array:
+    """(S, G) -> (G, S, S)."""
+    found: Array = np.einsum("ig,jg->gij", x, y)
+    return found
+
+
+def sane(x: Array | float) -> float:
+    """A ratio to a signal that is gone is 0."""
+    return float(x) if math.isfinite(x) else 0.0
+
+
+def possible(cov: Array) -> Array:
+    """The nearest thing to these matrices that two variables at a time can have: no variance below 0."""
+    root = np.sqrt(np.maximum(np.einsum("gii->gi", cov), 0))
+    bound = root[:, :, None] * root[:, None]
+    return np.clip(cov, -bound, bound)
+
+
+def _apart(
+    u: Units, ln_z: Array, means: Array, cov: Array, state: _State, layer: Layer, damped: Array, batch: int
+) -> tuple[tuple[float, float], Array, float]:
+    """By how much single pairs and single inputs of the next state differ from the average ones.
+
+    Also what lengths do to ln T and ln W at each node, (G, 2): a convex map of q gains or loses by their spread, and
+    the part of the layer's noise that is in the lengths is no longer in the directions.
+    """
+    mean, _, pair, single = state
+    if mean[1] == -np.inf:
+        return (0.0, 0.0), np.zeros((len(means), 2)), 0.0
+    width, gone = layer.fan_out, 1 - layer.forward_remain
+    t, w = means[:, 0], means[:, 1]
+    inside = u.inside[:, 0]
+    square = u.variance + u.mean**2
+    fourth = u.fourth + 4 * u.third * u.mean + (6 * u.variance + u.mean**2) * u.mean**2
+    fourths = u.over_m(fourth - square**2)
+    slopes, variances = (np.stack([u.slope[0], u.variance[0]]) ** 2 @ u.weights[0]).tolist()
+    slope = slopes * np.exp(np.logaddexp(*ln_z[0]) - u.ln_scale[0]) * inside[0]
+    noise = max(0.0, variances - gone * slope**2) + slope**2 * pair * layer.forward_remain
+    next_pair = (slope**2 * pair + noise / width) / (w[0] ** 2 + cov[0, 1, 1])
+    own = np.maximum(fourths - gone / 2 * u.tilt**2 * (1 - (1 - inside) ** 2), 0)
+    new = own / (width * (t + w) ** 2)
+    before = single * damped**2
+    next_single = (1 + (u.tilt[0] / 2) ** 2 * before[0]) * (1 + new[0]) - 1
+    common = np.maximum(t - w / (batch - 1), 0) * lengths(new)
+    bent = np.log1p(np.maximum(u.bend * (before - gone * 2 / width) / 8, -0.5))  # an isometry's z has one length
+    shrink = np.stack([bent + np.log1p(common / t), bent + np.log1p(-np.minimum(common / w, 0.5))], -1)
+    return (sane(next_pair), sane(next_single)), np.nan_to_num(shrink), float(np.log1p(new[0]))

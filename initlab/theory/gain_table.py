@@ -1,0 +1,165 @@
+"""Every gain of every activation with what it leads to: its fixed point, whether that is stable, what gradients do.
+
+A gain belongs to a promise (`activations.GAIN_KINDS`); this table says which promises it breaks. Infinite width.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import pandas as pd
+
+from initlab.nn.activations import ACTIVATIONS, GAIN_KINDS, TORCH_HAS, Activation, gain
+from initlab.nn.custom_activation import Given, as_activation, name_of
+from initlab.nn.init import Rule
+from initlab.theory.fixed_points import Phase, phase
+
+EDGE = 1e-6
+
+
+class Published(NamedTuple):
+    """Numbers that are in use: where they stand, the kind that they stand for, why they differ from it."""
+
+    source: str
+    meant: str
+    why: str
+    gains: Mapping[str, float]
+
+
+# torch's own stand in WHY_TORCH. Slopes and values at 0 are the limit of small signals, which a deep net leaves.
+PUBLISHED: dict[str, Published] = {
+    "nfnets": Published(
+        "Brock et al. 2021, nfnets/base.py",
+        "std",
+        "a sample's 1/std instead of the integral: all are a little too large",
+        {
+            "linear": 1.0,
+            "relu": 1.7139588594436646,
+            "leaky_relu": 1.70590341091156,
+            "tanh": 1.5939117670059204,
+            "sigmoid": 4.803835391998291,
+            "gelu": 1.7015043497085571,
+            "silu": 1.7881293296813965,
+            "selu": 1.0008515119552612,
+        },
+    ),
+    "slope_at_0": Published(
+        "Glorot & Bengio 2010 as taught: 1, and 4 for sigmoid",
+        "chi",
+        "1/phi'(0): right as long as the signal is small, too small for a signal of 1",
+        {"linear": 1.0, "tanh": 1.0, "sigmoid": 4.0},
+    ),
+    "kumar": Published(
+        "Kumar 2017: 1/(phi'(0) sqrt(1 + phi(0)^2))",
+        "rms",
+        "the activation as its tangent at 0, and that mixed up with its mean",
+        {"linear": 1.0, "tanh": 1.0, "sigmoid": 4 / 1.25**0.5},
+    ),
+    "klambauer": Published("Klambauer et al. 2017", "rms", "what selu's two constants were solved for", {"selu": 1.0}),
+}
+
+# Where torch's number is not the one that keeps gradients, and why.
+WHY_TORCH = {
+    "linear": "the same in every sense",
+    "relu": "keeps second moments both ways; unit variance would take 1.71286, since the mean is not 0",
+    "leaky_relu": "keeps second moments both ways",
+    "tanh": "5/3 is older than the theory and answers to no promise: gradients grow by chi_1 a layer",
+    "sigmoid": "1, as if sigmoid were linear: its slope is at most 1/4, so gradients vanish",
+    "selu": "3/4 was set by experiment, for self-normalization 1 is right; near the chi gain in effect",
+    "gelu": "torch has none; the fixed point of rms repels: take the biases of phases.half_stable too",
+    "silu": "torch has none; the fixed point of rms repels: take the biases of phases.half_stable too",
+}
+
+
+def gain_table(activations: Sequence[Given] = tuple(ACTIVATIONS)) -> pd.DataFrame:
+    """A row per activation and kind of gain, biases 0.
+
+    `q` is the second moment that a signal of 1 runs into, `slope` V' and `chi_1` there; `stability` is stable where
+    V' < 1, marginal at 1, unstable beyond, gone where q is 0 or unbounded. `gradient` is chi_1 in words. `torch` is
+    `torch.nn.init.calculate_gain`'s number (nan where it has none), `ratio` the gain over it, `why` what it is.
+    """
+    rows = []
+    for given in activations:
+        name, row = name_of(given), as_activation(given)
+        known = ACTIVATIONS.get(name) is row and name in TORCH_HAS
+        by_torch = gain(name, "torch") if known else float("nan")
+        for kind in GAIN_KINDS:
+            if kind == "torch" and not known:
+                continue
+            value = gain(row, kind)
+            named = {"activation": name, "kind": kind, **consequences(row, value)}
+            why = WHY_TORCH.get(name, "a function of one's own")
+            rows.append({**named, "torch": by_torch, "ratio": value / by_torch, "why": why})
+    return pd.DataFrame(rows)
+
+
+def published_table() -> pd.DataFrame:
+    """The same of numbers that are in use, torch's first: `kind` is who says it, `source` where, `meant` which gain it
+    stands for, `right` that gain, `deviation` how far it is from it as a share, `why` the reason.
+
+    torch's stand for `chi`: they are called gains of Kaiming's rule, which keeps gradients.
+    """
+    in_use = {
+        "torch": Published(
+            "torch.nn.init.calculate_gain", "chi", "", {name: gain(name, "torch") for name in TORCH_HAS}
+        ),
+        **PUBLISHED,
+    }
+    rows = []
+    for kind, said in in_use.items():
+        for name, value in said.gains.items():
+            right = gain(name, said.meant)
+            why = said.why or WHY_TORCH[name]
+            named = {"activation": name, "kind": kind, **consequences(ACTIVATIONS[name], value)}
+            about = {"source": said.source, "meant": said.meant, "right": right, "deviation": value / right - 1}
+            rows.append({**named, **about, "why": why})
+    return pd.DataFrame(rows)
+
+
+PROMISE = {
+    "chi": "gradients keep their second moment where q = 1",
+    "rms": "preactivations keep their second moment where q = 1",
+    "std": "activations have unit variance where q = 1",
+    "torch": "torch.nn.init.calculate_gain's number",
+}
+
+
+def gain_words(scaling: Rule, row: Activation) -> str:
+    """Which gain a rule takes for an activation, of which kind and what torch has; nothing where the rule has its own.
+
+    >>> gain_words(Rule(), ACTIVATIONS["gelu"])
+    'gain: 1.48111 (chi: gradients keep their second moment where q = 1; torch has none)'
+    """
+    if scaling.gain is not None:
+        return ""
+    kind, value = scaling.gain_kind, scaling.gain_for(row)
+    known = any(ACTIVATIONS[name] is row for name in TORCH_HAS)
+    if kind == "torch":
+        other = f"the one that keeps gradients is {gain(row, 'chi'):.6g}, init.gain_kind=chi"
+    elif not known:
+        other = "torch has none"
+    elif abs((theirs := gain(row, "torch")) / value - 1) < EDGE:
+        other = "torch has the same"
+    else:
+        other = f"torch has {theirs:.6g}, init.gain_kind=torch"
+    return f"gain: {value:.6g} ({kind}: {PROMISE[kind]}; {other})"
+
+
+def consequences(row: Activation, value: float) -> dict[str, object]:
+    """What a gain leads to: the columns `gain`, `q`, `slope`, `chi_1`, `stability`, `gradient`."""
+    at = phase(row, value**2)
+    where = {"gain": value, "q": at.q, "slope": at.slope, "chi_1": at.chi_1}
+    return {**where, "stability": _stability(at), "gradient": _gradient(at.chi_1)}
+
+
+def _stability(at: Phase) -> str:
+    if at.q == 0 or at.q == float("inf"):
+        return "gone"
+    if abs(at.slope - 1) <= EDGE:
+        return "marginal"
+    return "stable" if at.slope < 1 else "unstable"
+
+
+def _gradient(chi_1: float) -> str:
+    if abs(chi_1 - 1) <= EDGE:
+        return "kept"
+    return "grows" if chi_1 > 1 else "vanishes"

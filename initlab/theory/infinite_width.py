@@ -1,0 +1,103 @@
+"""Infinite width: the laws of a stack's tensors when all widths grow together, where nothing fluctuates.
+
+The same two integrals as `closure` on a finer grid, at the one state there is: lengths and correlations by their maps,
+gradients by the slopes' moments. A batch without end is carried, whose T is what pairs have in common, and the batch
+that is asked for taken from it. Source: Poole et al. 2016; Schoenholz et al. 2017.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from initlab.nn.activations import Activation
+from initlab.theory.batch_law import CERTAIN, NOTHING, Array, Law, gaussian_batch, ln
+from initlab.theory.forward_law import Layer, preactivations
+from initlab.theory.tensor_law import Stack
+from initlab.theory.unit_moments import FINE, Joined, Units, closed, saturated, units, zeros
+
+MANY = 2**60  # inputs of a batch without end
+
+
+def infinite_laws(row: Activation, layers: Sequence[Layer], batch: int, q0: float = 1.0, c0: float = 0.0) -> Stack:
+    """Laws of all tensors of a batch; the gradient at the top is unit Gaussian and independent for every input."""
+    with np.errstate(all="ignore"):  # where a signal is gone, ratios to it are nan or inf: data
+        state = gaussian_batch(math.inf, MANY, q0, c0).mean[0]
+        start, ln_z, ln_x, passed = state, [], [], []
+        for layer in layers:
+            z, uniform, _ = preactivations(layer, state[None])
+            passed.append(units(row, z[:, 0], z[:, 1], uniform, FINE))
+            state = _next(passed[-1])
+            ln_z.append(z[0])
+            ln_x.append(state)
+        return _stack(row, layers, batch, start, np.array(ln_z), np.array(ln_x), passed)
+
+
+def _next(u: Units) -> Array:
+    """ln T and ln W of the activations: the square of a unit's batch mean, and the variance inside."""
+    inside = float(u.over_m(u.variance)[0])
+    t = float(u.over_m(u.mean**2)[0]) + inside / MANY
+    return np.array([max(NOTHING, ln(x)) for x in (t, inside * (1 - 1 / MANY))]) + float(u.ln_scale[0])
+
+
+def _stack(
+    row: Activation, layers: Sequence[Layer], batch: int, start: Array, ln_z: Array, ln_x: Array, passed: list[Units]
+) -> Stack:
+    every = Joined(passed)
+    mean = every.over_m(every.row("mean"))[:, 0]
+    ln_scale = np.array([u.ln_scale[0] for u in passed])
+    size = np.exp(np.logaddexp(ln_x[:, 0], ln_x[:, 1]) - ln_scale)
+    gone = np.zeros(len(layers))
+    p = every.probability(zeros(row))[0]
+    shares = {"frac_zero": every.over_m(p)[:, 0], "frac_dead": every.over_m(p**batch)[:, 0]}
+    ln_var = np.log(np.maximum(size - mean**2, 0)) + ln_scale
+    centre = mean / np.sqrt(np.where(size > 0, size, 1))
+    shut = every.over_m(np.stack([every.probability(f(row))[0] for f in (saturated, closed)]))[..., 0]
+    above, below = _down(layers, every)
+    return Stack(
+        _law(start[None], batch),
+        _law(ln_x, batch, shares, ln_var, centre),
+        _law(ln_z, batch, {"frac_zero": gone, "frac_saturated": shut[0]}),
+        _law(above, batch, {"frac_zero": gone}),
+        _law(below, batch, {"frac_zero": shut[1]}),
+    )
+
+
+def _law(
+    mean: Array,
+    batch: int,
+    shares: dict[str, Array] | None = None,
+    ln_var: Array | None = None,
+    centre: Array | None = None,
+) -> Law:
+    """Pooled variance and mean are those of a symmetric tensor unless given."""
+    ln_q = np.logaddexp(mean[..., 0], mean[..., 1])
+    none = np.zeros_like(ln_q)
+    return Law(
+        mean,
+        np.broadcast_to(CERTAIN, (*none.shape, 2, 2)),
+        none,
+        none,
+        ln_var=np.stack([ln_q if ln_var is None else ln_var, none], -1),
+        centre=none if centre is None else centre,
+        spread=none,
+        lean=none,
+        shares={name: np.stack([share, none], -1) for name, share in (shares or {}).items()},
+    ).of_batch(batch)
+
+
+def _down(layers: Sequence[Layer], every: Joined) -> tuple[Array, Array]:
+    """ln T and ln W of the gradients at activations and preactivations, (L, 2) each."""
+    k, k2 = every.over_m(np.stack([every.row("slope") ** 2, every.row("slope2")]))[..., 0]
+    state = gaussian_batch(math.inf, MANY).mean[0]
+    above, below = [], []
+    for layer, common, both in zip(layers[::-1], k[::-1].tolist(), k2[::-1].tolist(), strict=True):
+        above.append(state)
+        ln_q = float(np.logaddexp(*state))
+        t, w = np.exp(state - ln_q).tolist()
+        apart = both - common
+        pair = t * common + (w + t) * apart / MANY, w * (both - apart / MANY) + t * (apart - apart / MANY)
+        state = np.array([max(NOTHING, ln(x)) for x in pair]) + ln_q
+        below.append(state)
+        state = state + max(NOTHING, ln(layer.weight * layer.fan_out))
+    return np.array(above[::-1]), np.array(below[::-1])

@@ -1,0 +1,172 @@
+"""From the states of a stack to the laws of its tensors: what n units show of a state, all layers at once.
+
+Knows the chain of states, not how it came about. Legend: L layers, G nodes of a state, K nodes of all units.
+"""
+
+from dataclasses import replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from initlab.theory.batch_law import Array, Law, ln_cov, ln_noise, spread, symmetric, total
+from initlab.theory.forward_law import Chain, uneven
+from initlab.theory.lsuv_law import left_alone
+from initlab.theory.unit_moments import Intervals, Joined, saturated, zeros
+
+
+class Stack(NamedTuple):
+    """Laws of all tensors with a leading dimension, layer 1 first; of length 1 for the input."""
+
+    input: Law
+    activations: Law
+    preactivations: Law
+    activation_gradients: Law
+    preactivation_gradients: Law
+
+
+def moved(stack: Stack, up: Array) -> Stack:
+    """The laws of a stack whose layers multiply q by exp(up), (L,), more, there and on the way back."""
+    if not up.any():
+        return stack
+    forward, backward = np.cumsum(up), np.cumsum(up[::-1])[::-1] - up
+    by = forward, forward, backward, backward
+    return Stack(stack.input, *(_moved(law, ln_q) for law, ln_q in zip(stack[1:], by, strict=True)))
+
+
+def _moved(law: Law, ln_q: Array) -> Law:
+    return replace(law, mean=law.mean + ln_q[:, None], ln_var=law.ln_var + np.stack([ln_q, 0 * ln_q], -1))
+
+
+class Layers:
+    """What a chain's steps know, side by side: leading dimension L."""
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain, self.batch, self.alone = chain, chain.batch, chain.start.alone
+        self.weights = chain.weights
+        self.width = np.array([step.layer.fan_out for step in chain.steps], dtype=float)
+        self.forward_remain = np.array([step.layer.forward_remain for step in chain.steps])
+        self.pinned = np.array([step.layer.pinned for step in chain.steps])
+
+    def of(self, name: str) -> Array:
+        return np.array([getattr(step, name) for step in self.chain.steps])
+
+    def after(self, name: str) -> Array:
+        """A number of the state above each layer."""
+        return np.array([*(getattr(step, name) for step in self.chain.steps[1:]), getattr(self.chain, name)])
+
+    @cached_property
+    def units(self) -> Joined:
+        return Joined([step.units for step in self.chain.steps])
+
+    @cached_property
+    def ln_scale(self) -> Array:
+        return np.array([step.units.ln_scale for step in self.chain.steps])
+
+    def share(self, intervals: Intervals, single: Array) -> Array:
+        """Share of a layer's entries that lie in these intervals, mean and sd: (L, 2).
+
+        Entries of one unit differ given m, less what averages out since the e_a add up to 0; those of two inputs go
+        together as far as the inputs' product differs from the average one; and weights that keep all products of
+        inputs leave nothing that is quadratic in z. What lengths do is in the law of W already.
+        """
+        u, remain = self.units, self.forward_remain[:, None]
+        p, along, curve = u.probability(intervals)
+        mean, pair = u.over_m(p), self.of("pair")[:, None]
+        own = np.maximum(u.over_m(p * (1 - p) - along**2), 0) * (uneven(single, self.batch) / self.batch)[:, None]
+        together = u.over_m(curve**2) * pair / 2
+        quadratic = u.over_m(p * (u.m**2 - 1)) ** 2 + u.over_m(curve) ** 2 * (1 / self.batch + pair)
+        unit = np.maximum(u.over_m(p**2) - mean**2, 0) + own + together - (1 - remain) / 2 * quadratic
+        noise = np.maximum(unit, 0) / self.width[:, None]
+        return spread(mean, self.weights, noise)
+
+
+def preactivations(layers: Layers) -> Law:
+    """Given the state z is Gaussian, so that T is a chi-square average over the units."""
+    remain, pair, single = layers.forward_remain, layers.of("pair"), layers.of("single")
+    relative = np.zeros((*layers.of("ln_z").shape, 2))
+    relative[..., 0, 0] = (remain / layers.width)[:, None] * (2 - 1.2 * layers.of("uniform") ** 2)
+    if not layers.alone:
+        relative[..., 1, 1] = (remain / layers.width * 2 * (1 / (layers.batch - 1) + pair))[:, None]
+    if layers.pinned.any():
+        relative[layers.pinned] = _pinned(layers, relative)[layers.pinned]
+    shift, noise = ln_cov(relative)
+    mean, cov, _ = total(layers.of("ln_z") + shift, noise, layers.weights)
+    law = Law(mean, cov, pair + remain * (1 + pair) / layers.width, single * layers.of("damped")[:, 0])
+    shares = {
+        "frac_zero": np.zeros((len(mean), 2)),
+        "frac_saturated": layers.share(saturated(layers.chain.row), single),
+    }
+    found = symmetric(replace(law, shares=shares), layers.width)
+    found.ln_var[layers.pinned] = _unit_variance(layers)[layers.pinned]
+    return found
+
+
+def _unit_variance(layers: Layers) -> Array:
+    """ln of the pooled variance of pinned layers, mean and sd (L, 2): 0, but where the fit had nothing to do."""
+    steps = layers.chain.steps
+    alone = np.array([left_alone(s.layer, s.mean, s.cov, s.pair, layers.batch) for s in steps])
+    off = np.array([s.layer.fitted.tolerance if s.layer.fitted else 0.0 for s in steps]) / np.sqrt(3)
+    return np.stack([0 * off, np.sqrt(alone) * off], -1)
+
+
+def _pinned(layers: Layers, relative: Array) -> Array:
+    """Noise of T and W, (L, G, 2, 2), of tensors whose variance is 1: the ratio's, and the squared pooled mean's."""
+    ln_z = layers.of("ln_z")
+    share = np.exp(ln_z - np.logaddexp(ln_z[..., :1], ln_z[..., 1:]))
+    apart = np.eye(2) - share[..., None, :]
+    centre = 2 * (share[..., :1, None] / layers.width[:, None, None, None]) ** 2
+    found: Array = apart @ relative @ apart.mT + centre
+    return found
+
+
+def activations(layers: Layers) -> Law:
+    """Pooled variance, pooled mean and shares beside T and W."""
+    u, weights = layers.units, layers.weights
+    means, cov = layers.of("means"), layers.of("unit_cov")
+    pooled, q = means[..., 2], means[..., 0] + means[..., 1]
+    var = np.maximum(q - pooled**2 - cov[..., 2, 2], 0)
+    one = np.ones_like(pooled)
+    noise = _quadratic(cov, np.stack([one, one, -2 * pooled], -1))
+    shift, own = ln_noise(np.where(var > 0, noise / np.maximum(var, 1e-300) ** 2, 0))
+    safe = np.where(q > 0, q, 1)
+    off = -pooled / (2 * safe)
+    of_ratio, of_ln_q = np.stack([off, off, one], -1), np.stack([one, one, 0 * one], -1) / safe[..., None]
+    ratio, ln_q = pooled / np.sqrt(safe), np.log(safe) + layers.ln_scale
+    pooled_mean = spread(ratio, weights, _quadratic(cov, of_ratio) / safe)
+    law = Law(layers.after("mean"), layers.after("cov"), layers.after("pair"), layers.after("single"))
+    together = np.einsum("...i,...ij,...j->...", of_ratio, cov, of_ln_q) / np.sqrt(safe)
+    together += (ratio - (ratio @ weights)[:, None]) * (ln_q - (ln_q @ weights)[:, None])
+    lean = np.nan_to_num((together @ weights) / law.ln_second_moment()[:, 1])
+    lean = np.clip(lean, -pooled_mean[:, 1], pooled_mean[:, 1])
+    p = u.probability(zeros(layers.chain.row))[0]
+    dead = spread(u.over_m(p**layers.batch), weights)
+    dead[:, 1] = np.sqrt(dead[:, 1] ** 2 + dead[:, 0] * (1 - dead[:, 0]) / layers.width)
+    return replace(
+        law,
+        ln_var=spread(np.log(var) + layers.ln_scale + shift + layers.of("bent"), weights, own),
+        centre=pooled_mean[:, 0],
+        lean=lean,
+        spread=np.sqrt(np.maximum(pooled_mean[:, 1] ** 2 - lean**2, 0)),
+        shares={
+            "frac_zero": layers.share(zeros(layers.chain.row), np.zeros(len(means))),
+            "frac_dead": dead,
+        },
+    )
+
+
+def _quadratic(cov: Array, by: Array) -> Array:
+    """by^T cov by, (..., 3, 3) and (..., 3), at least 0."""
+    return np.asarray(np.maximum(np.einsum("...i,...ij,...j->...", by, cov, by), 0))
+
+
+def seen(law: Law, batch: int, width: Array, remain: Array) -> Law:
+    """The gradient at an activation, as n Gaussian units show it."""
+    relative = np.zeros_like(law.cov)
+    relative[:, 0, 0] = remain * 2 / width
+    if not law.alone:
+        relative[:, 1, 1] = remain * 2 * (1 / (batch - 1) + law.pair) / width
+    shift, noise = ln_cov(relative)
+    pair = law.pair + remain * (1 + law.pair) / width
+    shares = {"frac_zero": np.zeros((len(width), 2))}
+    return symmetric(replace(law, mean=law.mean + shift, cov=law.cov + noise, pair=pair, shares=shares), width)

@@ -1,0 +1,180 @@
+import math
+
+import pytest
+import torch
+
+from initlab.errors import UsageError
+from initlab.nn.init import DISTRIBUTIONS, GENERATORS, RULES, Rule, draw, gaussian, permutation, rule
+
+EVERYONE = pytest.mark.parametrize("name", RULES)
+
+# Weights of 784 x 256 entries: the standard error of their std is std / sqrt(2 n) for a normal law, less for others.
+SHAPE = (784, 256)
+FIVE_SIGMA = 5 / math.sqrt(2 * SHAPE[0] * SHAPE[1])
+
+EXPECTED_STD = {
+    "naive": 1.0,
+    "small": 0.01,
+    "lecun": 1 / math.sqrt(784),
+    "xavier": math.sqrt(2) * math.sqrt(2 / (784 + 256)),
+    "kaiming": math.sqrt(2 / 784),
+    "torch_default": 1 / math.sqrt(3 * 784),
+}
+
+
+@pytest.mark.parametrize(("name", "std"), EXPECTED_STD.items())
+def test_std_of_the_weights(name: str, std: float) -> None:
+    """On a rectangular layer: with fan_in read off the wrong axis every rule but the constant ones fails."""
+    w, _ = draw(rule(name), "relu", SHAPE, [3], 1)
+    assert w.shape == (1, *SHAPE)
+    assert float(w.double().std()) == pytest.approx(std, rel=FIVE_SIGMA)
+    assert abs(float(w.double().mean())) < 5 * std / math.sqrt(w.numel())
+    if name not in ("naive", "small"):
+        wrong_axis, _ = draw(rule(name), "relu", SHAPE[::-1], [3], 1)
+        differs = name != "xavier"
+        assert (abs(float(wrong_axis.double().std()) / std - 1) > 10 * FIVE_SIGMA) == differs
+
+
+@pytest.mark.parametrize("distribution", [name for name in DISTRIBUTIONS if name != "orthogonal"])
+def test_every_distribution_has_the_std_that_was_asked_for(distribution: str) -> None:
+    w, _ = draw(rule("kaiming", distribution=distribution), "relu", SHAPE, [0], 1)
+    assert float(w.double().std()) == pytest.approx(math.sqrt(2 / 784), rel=FIVE_SIGMA)
+
+
+def test_distributions_have_their_shapes() -> None:
+    """Largest |w| / std: sqrt(3) for uniform, 2/0.8796 for truncated, beyond 4 for 200,000 normal numbers."""
+    largest = {
+        name: float(draw(rule("kaiming", distribution=name), "relu", SHAPE, [0], 1)[0].abs().max() / math.sqrt(2 / 784))
+        for name in ("uniform", "truncated_normal", "normal")
+    }
+    assert largest["uniform"] == pytest.approx(math.sqrt(3), rel=1e-3)
+    assert largest["truncated_normal"] == pytest.approx(2 / 0.87962566, rel=1e-2)
+    assert largest["normal"] > 4
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6), (1, 4)])
+def test_orthogonal_is_an_isometry_times_the_gain(shape: tuple[int, int]) -> None:
+    w, _ = draw(rule("orthogonal"), "tanh", shape, [0, 1], 1, dtype=torch.float64)
+    gain = rule("orthogonal").gain_for("tanh")
+    gram = w @ w.mT if shape[0] <= shape[1] else w.mT @ w
+    torch.testing.assert_close(
+        gram, gain**2 * torch.eye(min(shape), dtype=w.dtype).expand_as(gram), rtol=1e-6, atol=1e-6
+    )
+
+
+@EVERYONE
+def test_gain_scales_the_weights(name: str) -> None:
+    """A law: twice the gain, twice every weight, from the same random numbers."""
+    base, _ = draw(rule(name, gain=1.0), "relu", (20, 30), [5], 2)
+    twice, _ = draw(rule(name, gain=2.0), "relu", (20, 30), [5], 2)
+    torch.testing.assert_close(twice, 2 * base, rtol=1e-6, atol=0)
+
+
+@EVERYONE
+def test_numbers_depend_on_seed_and_layer_alone(name: str) -> None:
+    alone, alone_bias = draw(rule(name), "relu", (6, 4), [7], 3)
+    torch.manual_seed(0)
+    gaussian((5,), 7, "something else")
+    together, together_bias = draw(rule(name), "relu", (6, 4), [2, 7, 9], 3)
+    assert torch.equal(together[1], alone[0]) and torch.equal(together_bias[1], alone_bias[0])
+    assert not torch.equal(together[0], together[1])
+    assert not torch.equal(draw(rule(name), "relu", (6, 4), [7], 4)[0], alone)
+
+
+@EVERYONE
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_seed_is_the_same_network_in_every_dtype(name: str, dtype: torch.dtype) -> None:
+    reference, _ = draw(rule(name), "relu", (6, 4), [0], 1, dtype=torch.float64)
+    w, b = draw(rule(name), "relu", (6, 4), [0], 1, dtype=dtype)
+    assert w.dtype == b.dtype == dtype
+    assert torch.equal(w, reference.to(dtype))
+
+
+BY = pytest.mark.parametrize("generator", GENERATORS)
+
+
+@BY
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (100, 100)])
+def test_a_member_is_the_single_network_whoever_draws(
+    distribution: str, shape: tuple[int, int], generator: str
+) -> None:
+    scaling = rule("torch_default", distribution=distribution)
+    w, b = draw(scaling, "tanh", shape, [2, 7, 9], 3, generator=generator)
+    assert w.shape == (3, *shape) and b.shape == (3, shape[1])
+    for member, seed in enumerate([2, 7, 9]):
+        alone, alone_bias = draw(scaling, "tanh", shape, [seed], 3, generator=generator)
+        assert torch.equal(w[member], alone[0]) and torch.equal(b[member], alone_bias[0])
+    assert not torch.equal(w[0], w[1])
+
+
+@BY
+@pytest.mark.parametrize("distribution", [name for name in DISTRIBUTIONS if name != "orthogonal"])
+def test_std_and_mean_of_the_weights_whoever_draws(distribution: str, generator: str) -> None:
+    w, _ = draw(rule("lecun", distribution=distribution), "relu", SHAPE, [1], 2, generator=generator)
+    assert float(w.double().std()) == pytest.approx(1 / math.sqrt(784), rel=FIVE_SIGMA)
+    assert abs(float(w.double().mean())) < 5 / math.sqrt(784 * w.numel())
+
+
+def test_orthogonal_is_an_isometry_whoever_draws() -> None:
+    for shape in ((7, 5), (5, 7)):
+        w, _ = draw(rule("orthogonal", gain=1.0), "relu", shape, [0, 1], 1, torch.float64, generator="philox")
+        gram = w @ w.mT if shape[0] <= shape[1] else w.mT @ w
+        torch.testing.assert_close(gram, torch.eye(5, dtype=w.dtype).expand_as(gram), rtol=1e-6, atol=1e-6)
+
+
+def test_the_generators_draw_different_networks_and_torch_is_the_default() -> None:
+    by_torch, by_philox = (draw(rule("kaiming"), "relu", (6, 4), [0], 1, generator=name)[0] for name in GENERATORS)
+    assert not torch.equal(by_torch, by_philox)
+    assert torch.equal(by_torch, draw(rule("kaiming"), "relu", (6, 4), [0], 1)[0])
+    std = rule("kaiming").gain_for("relu") / math.sqrt(6)
+    assert torch.equal(by_torch[0], gaussian((6, 4), 0, "weight", 1) * std)
+    with pytest.raises(UsageError, match=r"generator=philx: must be one of philox, torch - did you mean philox"):
+        draw(rule("kaiming"), "relu", (6, 4), [0], 1, generator="philx")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", RULES)
+def test_philox_draws_where_the_network_lives_and_the_same_network(name: str) -> None:
+    here = draw(rule(name), "relu", (50, 40), [0, 1], 1, generator="philox")
+    there = draw(rule(name), "relu", (50, 40), [0, 1], 1, device="cuda", generator="philox")
+    for a, b in zip(there, here, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-6)
+
+
+def test_different_things_of_one_seed_are_independent() -> None:
+    x, y = gaussian((100, 100), 0, "input"), gaussian((100, 100), 0, "gradient")
+    assert abs(float((x * y).mean())) < 5 / 100  # five standard errors of a mean over 10,000 products
+    assert sorted(permutation(50, 1, "order").tolist()) == list(range(50))
+    assert not torch.equal(permutation(50, 1, "order"), permutation(50, 2, "order"))
+
+
+def test_only_torch_default_has_biases() -> None:
+    for name in RULES:
+        _, b = draw(rule(name), "relu", (400, 300), [0], 1)
+        assert bool((b != 0).any()) == (name == "torch_default")
+    _, b = draw(rule("torch_default"), "relu", (400, 300), [0], 1)
+    assert 0.99 / 20 < float(b.abs().max()) <= 1 / 20
+
+
+def test_modes_choose_the_axis() -> None:
+    by_mode = {
+        mode: float(draw(rule("kaiming", mode=mode), "linear", SHAPE, [0], 1)[0].double().std())
+        for mode in ("fan_in", "fan_out", "fan_avg", "constant")
+    }
+    assert by_mode["fan_out"] / by_mode["fan_in"] == pytest.approx(math.sqrt(784 / 256), rel=1e-5)
+    assert by_mode["constant"] / by_mode["fan_avg"] == pytest.approx(math.sqrt((784 + 256) / 2), rel=1e-5)
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(UsageError, match=r"init=kaimng: .* did you mean kaiming"):
+        rule("kaimng")
+    with pytest.raises(UsageError, match=r"init.mode=fan_inn"):
+        rule("kaiming", mode="fan_inn")
+    with pytest.raises(UsageError, match=r"init.distribution=gauss"):
+        Rule(distribution="gauss")
+    for bad in (-1.0, math.inf, math.nan):
+        with pytest.raises(UsageError, match=r"init.gain"):
+            Rule(gain=bad)
+        with pytest.raises(UsageError, match=r"init.bias"):
+            Rule(bias=bad)

@@ -1,0 +1,130 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from initlab.runs import summary
+from initlab.tasks.data import load
+from initlab.tasks.stack import stack
+from initlab.tasks.train import train
+
+
+def labelled(init: str, activation: str = "linear", **options: object) -> pd.DataFrame:
+    frame = stack(init, activation, **options).assign(init=init, activation=activation)  # type: ignore[arg-type]
+    return frame.assign(label=summary.labels(frame))
+
+
+@pytest.mark.parametrize(
+    ("init", "said"),
+    [("naive", "not finite from layer 38"), ("small", "exactly 0 from layer 46"), ("lecun", "alive")],
+)
+def test_the_table_says_from_which_layer_on(init: str, said: str) -> None:
+    table = summary.summarize(labelled(init), None, None)
+    assert table["signal"].tolist() == [said]
+    assert said in summary.as_text(table)
+
+
+def test_backward_a_gradient_dies_on_its_way_down() -> None:
+    frame = labelled("small")
+    died = summary.deaths(frame, "backward")
+    assert died["zero"].between(3, 6).all()
+    assert summary.fate(died, "max").startswith("exactly 0 from layer ")
+
+
+def test_some_of_the_networks() -> None:
+    died = pd.DataFrame({"nonfinite": [math.nan, 7.0, 5.0], "zero": [math.nan] * 3})
+    assert summary.fate(died) == "not finite from layer 5 (2 of 3 networks)"
+    assert summary.fate(died, "max") == "not finite from layer 7 (2 of 3 networks)"
+    assert summary.fate(died.iloc[:1]) == "alive"
+
+
+def test_a_network_without_a_number_ranks_above_all_others() -> None:
+    """Neither dropped, which would flatter the rest, nor a reason to hide them."""
+    low, median, high = summary.ranked(np.array([1.0, 2.0, 3.0, math.nan, math.nan]))
+    assert (low, median) == (pytest.approx(1.64), 3)
+    assert math.isnan(high)
+    assert np.nanmedian([1.0, 2.0, 3.0, math.nan, math.nan]) == 2  # what skipping would say
+
+
+def test_labels_name_what_differs() -> None:
+    frame = pd.DataFrame(
+        {
+            "init": ["a", "a", "b", "b"],
+            "activation": "relu",
+            "width": [10, 20, 10, 20],
+            "depth": 5,
+            "gain": [1, 1, 2, 2],
+        }
+    )
+    assert summary.labels(frame).tolist() == [
+        "a, relu, width 10",
+        "a, relu, width 20",
+        "b, relu, width 10",
+        "b, relu, width 20",
+    ]
+    swept = frame.assign(gain=[1.0, 1.5, 2.0, 2.5], width=10)
+    assert summary.labels(swept)[1] == "a, relu, gain 1.5"
+
+
+def test_runs_of_other_seeds_are_one_ensemble_and_repeated_runs_are_not() -> None:
+    frame = pd.DataFrame({"init": "a", "activation": "relu", "seed": [0, 1], "run": ["x/0", "x/1"]})
+    assert set(summary.labels(frame)) == {"a, relu"}
+    assert set(summary.labels(frame.assign(seed=0))) == {"a, relu, 0", "a, relu, 1"}
+
+
+def test_no_two_settings_have_one_label() -> None:
+    """Numbers and folders are short where that tells them apart, and as long as it takes where it does not."""
+    repeated = pd.DataFrame({"init": "a", "activation": "relu", "seed": 0, "run": ["x/one/0", "x/two/0"]})
+    assert set(summary.labels(repeated)) == {"a, relu, one/0", "a, relu, two/0"}
+    near = [1.41421, 1.41422, math.nan, math.nan]
+    frame = pd.DataFrame({"init": "a", "activation": "relu", "gain": near, "width": [5, 5, 5, 6]})
+    assert summary.labels(frame).tolist() == [
+        "a, relu, gain 1.41421, width 5",
+        "a, relu, gain 1.41422, width 5",
+        "a, relu, gain nan, width 5",
+        "a, relu, gain nan, width 6",
+    ]
+
+
+def test_a_run_has_one_label_in_all_tables() -> None:
+    """Also where a table that only some runs have would say less."""
+    stats = pd.DataFrame(
+        {"init": "a", "activation": "relu", "task": ["stack", "lab"], "seed": 0, "run": ["x/0", "x/1"]}
+    )
+    labelled_tables = summary.labelled({"stats": stats, "losses": stats[stats["task"] == "lab"]})
+    assert labelled_tables["losses"]["label"].tolist() == ["a, relu, lab"]
+    assert labelled_tables["stats"]["label"].tolist() == ["a, relu, stack", "a, relu, lab"]
+
+
+def test_a_difference_above_the_limit_is_said() -> None:
+    frames = train(load("digits"), steps=2, seeds=[0])
+    tables = {name: frame.assign(init="kaiming", activation="relu", dtype="float32") for name, frame in frames.items()}
+    assert "above" not in summary.as_text(summary.summarize(tables["stats"], tables["losses"], tables["parity"]))
+    wrong = tables["parity"].assign(relative_error=3e-5)
+    assert "3e-05 (above 1e-05)" in summary.as_text(summary.summarize(tables["stats"], tables["losses"], wrong))
+
+
+def test_summary_of_a_whole_run() -> None:
+    frames = train(load("digits"), steps=3, seeds=range(3))
+    tables = {
+        name: frame.assign(init="kaiming", activation="relu")
+        for name, frame in (frames | {"stats": pd.concat([frames["stats"], stack(depth=4, seeds=range(3))])}).items()
+    }
+    table = summary.summarize(tables["stats"], tables["losses"], tables["parity"])
+    row = table.iloc[0]
+    last = tables["losses"].query("step == 2 and implementation == 'scratch'")["loss"]
+    assert row["loss by hand"] == pytest.approx(last.median(), rel=1e-12)
+    assert 0 < row["gradient difference"] < 1e-5
+    assert row["diverged"] == "0 of 3"
+    text = summary.as_text(table)
+    assert "diverged" not in text and "gradient difference" in text and "16-84 %" in text
+
+
+def test_what_was_not_measured_is_blank_and_nan_is_said() -> None:
+    text = summary.as_text(summary.summarize(labelled("naive", seeds=[0]), None, None))
+    assert "nan" in text
+    frames = train(load("digits"), "naive", depth=50, width=100, steps=1, seeds=[0])
+    tables = {name: frame.assign(init="naive", activation="relu") for name, frame in frames.items()}
+    text = summary.as_text(summary.summarize(tables["stats"], tables["losses"], tables["parity"]))
+    assert "1 of 1" in text and "% not finite" in text and "alive" not in text

@@ -1,0 +1,444 @@
+"""Rows against exact arithmetic. 1e-12 leaves some thousand roundings of float64 to sums of some hundred entries."""
+
+import math
+import random
+from collections.abc import Callable
+from decimal import Decimal, localcontext
+from fractions import Fraction
+from functools import reduce
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from initlab.errors import UsageError
+from initlab.stats import histogram as octaves_module
+from initlab.stats import reference
+from initlab.stats import summarize as moments
+from initlab.stats.statistics import STATISTICS
+from initlab.stats.summarize import FIELDS, Row, derive, histogram, merge, octaves, row, summarize
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+ROADS: dict[str, Callable[[Tensor], Tensor]] = {
+    "summarize": summarize,
+    "plain": lambda x: summarize(x, accelerated=False),
+    "row": lambda x: row(x).fields,
+}
+COUNTED = ("count", "n_nan", "n_inf", "n_subnormal", "n_zero", "min", "max", "dead", "alive", "exponent")
+
+
+def named(fields: Tensor) -> dict[str, float]:
+    return dict(zip(FIELDS, fields.tolist(), strict=True))
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def decimal(value: Fraction) -> Decimal:
+    return Decimal(value.numerator) / Decimal(value.denominator)
+
+
+def mean_and_m2(values: list[Fraction]) -> tuple[Fraction, Fraction]:
+    mean = sum(values, Fraction(0)) / len(values)
+    return mean, sum((v * v for v in values), Fraction(0)) - len(values) * mean * mean
+
+
+def exact(x: Tensor) -> dict[str, Fraction]:
+    """mean, m2 and within of (N, C) in rational arithmetic, the resultant to 60 digits; without the power of two."""
+    rows = [[Fraction(v) if math.isfinite(v) else None for v in line] for line in x.double().tolist()]
+    finite = [v for line in rows for v in line if v is not None]
+    units = [[v for v in unit if v is not None] for unit in zip(*rows, strict=True)]
+    variances = [mean_and_m2(unit)[1] / len(unit) for unit in units if unit]
+    heading = [Decimal(0)] * x.shape[1]
+    with localcontext() as context:
+        context.prec, context.Emax, context.Emin = 60, 10**6, -(10**6)
+        for line in rows:
+            length = decimal(sum((v * v for v in line if v is not None), Fraction(0))).sqrt()
+            if length:
+                heading = [h + decimal(v or Fraction(0)) / length for h, v in zip(heading, line, strict=True)]
+        resultant = sum((h * h for h in heading), Decimal(0))
+    mean, m2 = mean_and_m2(finite)
+    within = sum(variances, Fraction(0)) / len(variances)
+    return {"mean": mean, "m2": m2, "within": within, "resultant": Fraction(resultant), "n": Fraction(len(finite))}
+
+
+def agree(found: dict[str, float], true: dict[str, Fraction], tolerance: float = 1e-12) -> None:
+    """Compared as fractions: squares of what float64 holds leave float64."""
+    scale = Fraction(2) ** int(found["exponent"])
+    second = true["m2"] / true["n"] + true["mean"] ** 2
+    r = Fraction(tolerance)
+    assert (Fraction(found["mean"]) * scale - true["mean"]) ** 2 <= r**2 * second
+    assert abs(Fraction(found["m2"]) * scale**2 - true["m2"]) <= r * true["m2"]
+    assert abs(Fraction(found["within"]) * scale**2 - true["within"]) <= r * true["within"]
+    # The cosine is (resultant - k) / (k (k - 1)): k is its scale where the vectors are nearly orthogonal or cancel.
+    assert abs(Fraction(found["resultant"]) - true["resultant"]) <= r * max(true["resultant"], int(found["alive"]))
+
+
+def half_nan() -> Tensor:
+    x = drawn(12, 7)
+    x.view(-1)[torch.randperm(84, generator=torch.Generator().manual_seed(1))[:42]] = torch.nan
+    return x
+
+
+def with_inf() -> Tensor:
+    x = drawn(12, 7)
+    x[3, 2], x[5], x[7, 0] = torch.inf, -torch.inf, torch.nan
+    return x
+
+
+# What a plain sum of squares is enough for, and where it would be wrong.
+PLAIN: dict[str, Tensor] = {
+    **{f"float32 {scale:g}": (drawn(12, 7) * scale).to(F32) for scale in (1e-30, 1.0, 1e30, 1e37)},
+    "float32 subnormal": (drawn(12, 7) * 1e-40).to(F32),
+    "float16": drawn(12, 7).to(F16),
+    "float16 subnormal": (drawn(12, 7) * 1e-6).to(F16),
+    "bfloat16 subnormal": (drawn(12, 7) * 1e-39).to(BF16),
+    "bfloat16 large": (drawn(12, 7) * 1e38).to(BF16),
+    "float64": drawn(12, 7),
+    "float64 squares near the edge": drawn(12, 7) * 1e110,
+    "relu": drawn(30, 20).relu().to(F32),
+    "a unit is dead": drawn(12, 7).to(F32) * torch.tensor([1.0, 0, 1, 1, 0, 1, 1]),
+    "a vector is dead": drawn(12, 7).to(F32) * (torch.arange(12) != 4)[:, None],
+    "zeros": torch.zeros(4, 3),
+    "collapsed": drawn(1, 20).to(F32) + 1e-3 * drawn(30, 20).to(F32),
+    "float64 vectors far apart": drawn(12, 7) * 10.0 ** torch.arange(-100, 140, 20, dtype=F64)[:, None],
+}
+HARD: dict[str, Tensor] = {
+    **{f"float64 {scale:g}": drawn(12, 7) * scale for scale in (1e-320, 1e-300, 1e-160, 1e160, 1e300, 1e307)},
+    "float64 vectors farther apart": drawn(12, 7) * 10.0 ** torch.arange(-170, 70, 20, dtype=F64)[:, None],
+    "float64 units far apart": drawn(12, 7) * 10.0 ** torch.arange(-150, 200, 50, dtype=F64),
+    "mean a million stds": 1e6 + drawn(12, 7),
+    "mean a million stds in float32": (1e6 + drawn(12, 7)).to(F32),
+    "units' means a million stds": 1e6 * drawn(1, 7) + drawn(12, 7),
+    "a few ulps": 1 + torch.randint(0, 3, (12, 7), generator=torch.Generator().manual_seed(0)) * 2.0**-52,
+    "large and a million stds": (1e6 + drawn(12, 7)) * 1e295,
+    "half nan": half_nan().to(F32),
+    "half nan and large": half_nan() * 1e305,
+    "with inf": with_inf().to(BF16),
+    "with inf and a mean": (1e6 + with_inf()),
+    "one unit all nan": torch.where(torch.arange(7) == 2, torch.nan, drawn(12, 7)),
+    "one entry": torch.tensor([[3.25]]),
+    "one vector": drawn(1, 7).to(F32),
+    "one unit": drawn(12, 1).to(F32) + 20,
+    "constant": torch.full((5, 4), 0.1, dtype=F64),
+    "float64 zeros": torch.zeros(4, 3, dtype=F64),
+}
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("case", PLAIN | HARD)
+def test_rows_are_exact(case: str, road: str) -> None:
+    x = (PLAIN | HARD)[case]
+    agree(named(ROADS[road](x)), exact(x))
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_plain_sums_are_taken_where_they_are_enough(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "safe_row", None)
+    agree(named(summarize(PLAIN[case], accelerated=False)), exact(PLAIN[case]))
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_and_only_there(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "safe_row", None)
+    with pytest.raises(TypeError):
+        summarize(HARD[case], accelerated=False)
+
+
+def test_without_the_check_plain_sums_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "_CANCELLED", -1)
+    monkeypatch.setattr(moments, "_CONSTANT", -1)
+    for case in ("mean a million stds", "units' means a million stds"):
+        with pytest.raises(AssertionError):
+            agree(named(summarize(HARD[case])), exact(HARD[case]))
+
+
+@pytest.mark.parametrize("case", PLAIN | HARD)
+def test_both_roads_count_the_same(case: str) -> None:
+    x = (PLAIN | HARD)[case]
+    a, b = named(summarize(x)), named(row(x).fields)
+    assert [a[name] for name in COUNTED] == [b[name] for name in COUNTED]
+    flat = x.double().flatten().tolist()
+    finite = [v for v in flat if math.isfinite(v)]
+    assert a["count"] == len(flat) and a["n_nan"] + a["n_inf"] == len(flat) - len(finite)
+    assert a["n_nan"] == sum(map(math.isnan, flat)) and a["n_zero"] == flat.count(0)
+    assert a["n_subnormal"] == sum(0 < abs(v) < torch.finfo(x.dtype).tiny for v in finite)
+    assert (a["min"], a["max"]) == (min(finite), max(finite))
+    assert a["dead"] == (x == 0).all(0).double().mean() and a["alive"] == sum(
+        any(v and math.isfinite(v) for v in line) for line in x.tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    "case", ["relu", "collapsed", "float64", "half nan", "with inf and a mean", "units' means a million stds"]
+)
+def test_tensors_larger_than_a_block_are_read_in_parts(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the batch, or of the ensemble; the last part is a shorter one."""
+    x = (PLAIN | HARD)[case]
+    monkeypatch.setattr(moments, "AT_ONCE", 5 * x.shape[1])
+    monkeypatch.setitem(reference.BLOCK, "cpu", 5 * x.shape[1])
+    monkeypatch.setattr(reference, "_FEWEST", 1)
+    for road in ROADS.values():
+        agree(named(road(x)), exact(x))
+    monkeypatch.setattr(moments, "AT_ONCE", 2 * x.numel())
+    whole = summarize(torch.stack([x, x, x]))
+    for k in range(3):
+        torch.testing.assert_close(whole[:, k], summarize(x), rtol=1e-13, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
+def test_with_no_finite_entry_there_is_nothing_to_say(dtype: torch.dtype) -> None:
+    for value, where in ((math.nan, "n_nan"), (math.inf, "n_inf"), (-math.inf, "n_inf")):
+        x = torch.full((4, 3), value, dtype=dtype)
+        found = named(summarize(x))
+        assert found[where] == 12 and found["alive"] == 0 and found["exponent"] == 0
+        assert all(math.isnan(found[name]) for name in ("mean", "m2", "min", "max", "within", "saturated"))
+        assert not histogram(x).any()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (2, 0, 3), (0, 4, 3)])
+def test_an_empty_tensor_has_counts_alone(shape: tuple[int, ...]) -> None:
+    fields = summarize(torch.zeros(shape))
+    assert fields.shape == (len(FIELDS), *shape[:-2])
+    for one in fields.reshape(len(FIELDS), -1).T:
+        found = named(one)
+        assert [found[name] for name in ("count", "n_nan", "n_zero", "alive")] == [0] * 4
+        assert all(math.isnan(found[name]) for name in ("mean", "m2", "min", "max", "within", "dead"))
+
+
+def test_networks_of_an_ensemble_go_their_own_roads() -> None:
+    x = drawn(3, 2, 12, 7).to(F32)
+    x[1, 0] += 1e6
+    x[2, 1, 0, 0] = torch.nan
+    x[0, 1] = 1
+    whole = summarize(x)
+    for i in range(3):
+        for j in range(2):
+            agree(named(whole[:, i, j]), exact(x[i, j]))
+            torch.testing.assert_close(whole[:, i, j], summarize(x[i, j]), rtol=1e-13, atol=0, equal_nan=True)
+
+
+def test_a_tensor_is_read_as_it_lies() -> None:
+    """Transposed, strided, expanded, and part of a graph."""
+    x = drawn(12, 7).to(F32).requires_grad_()
+    for view in (x.mT, x[::2, 1::3], x[:, :1].expand(12, 9), x[None].expand(3, 12, 7)):
+        copied = view.detach().clone(memory_format=torch.contiguous_format)
+        torch.testing.assert_close(summarize(view), summarize(copied), rtol=1e-13, atol=0, equal_nan=True)
+        assert torch.equal(histogram(view), histogram(copied))
+    assert not summarize(x).requires_grad
+
+
+def test_unbatched_tensors_have_no_inputs_to_compare() -> None:
+    x = drawn(12, 7).to(F32)
+    inputs, none = named(summarize(x)), named(summarize(x, batched=False))
+    for name in FIELDS:
+        if name in ("within", "dead", "alive", "resultant", "saturated"):
+            assert math.isnan(none[name])
+        else:
+            assert none[name] == pytest.approx(inputs[name], rel=1e-14, nan_ok=True)  # another order of adding
+    alike = named(row(x, batched=False).fields)
+    assert [name for name in FIELDS if math.isnan(alike[name])] == [name for name in FIELDS if math.isnan(none[name])]
+
+
+# -- histograms
+
+
+def counted(x: Tensor) -> Tensor:
+    lowest, highest = octaves(x.dtype)
+    found = torch.zeros(2, highest - lowest + 1, dtype=torch.int32)
+    for v in x.double().flatten().tolist():
+        if v and math.isfinite(v):
+            found[int(v < 0), math.frexp(v)[1] - 1 - lowest] += 1
+    return found
+
+
+@pytest.mark.parametrize("case", PLAIN | HARD)
+def test_histograms_are_exact(case: str) -> None:
+    x = (PLAIN | HARD)[case][..., :64]
+    assert torch.equal(histogram(x), counted(x))
+
+
+def test_histograms_of_tensors_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut through a network, or between networks; the last part is a shorter one."""
+    x = torch.stack([PLAIN["relu"], PLAIN["collapsed"].abs(), PLAIN["relu"] * -3e-42])
+    true = torch.stack([counted(one) for one in x])
+    for size in (7, x[0].numel() + 1, 2 * x[0].numel()):
+        monkeypatch.setattr(octaves_module, "AT_ONCE", size)
+        assert torch.equal(histogram(x), true)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
+def test_every_octave_of_a_format_has_its_bin(dtype: torch.dtype) -> None:
+    """Both ends of every octave, the neighbours of its first number, zeros of both signs, nan and inf; two networks."""
+    lowest, highest = octaves(dtype)
+    first = [math.ldexp(1.0, k) for k in range(lowest, highest + 1)]
+    info = torch.finfo(dtype)
+    assert (first[0], first[-1]) == (info.smallest_normal * info.eps, 2.0 ** (math.frexp(info.max)[1] - 1))
+    powers = torch.tensor(first, dtype=F64).to(dtype)
+    below = torch.nextafter(powers, torch.zeros_like(powers)) if dtype in (F32, F64) else powers
+    odd = torch.tensor([0.0, -0.0, math.nan, -math.nan, math.inf, -math.inf, info.max, -info.max], dtype=dtype)
+    x = torch.cat([powers, -powers, below, -below, odd]).view(1, -1)
+    assert torch.equal(histogram(x), counted(x))
+    assert (histogram(powers.view(1, -1))[0] == 1).all()
+    assert torch.equal(histogram(torch.stack([x, x.abs()])), torch.stack([counted(x), counted(x.abs())]))
+
+
+# -- merging
+
+
+def scrambled(seed: int, scales: list[float], holes: bool) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(16, 5, generator=generator, dtype=F64)
+    x *= torch.tensor(scales, dtype=F64)[torch.randint(len(scales), (16, 1), generator=generator)]
+    x[:, 1] = x[:, 1].relu()
+    if holes:
+        x[torch.rand(16, 5, generator=generator) < 0.3] = torch.nan
+        x[torch.rand(16, 5, generator=generator) < 0.1] = -torch.inf
+        x[0] = 1  # at least one finite entry
+    return x
+
+
+def same_row(found: Row, x: Tensor) -> None:
+    whole = row(x)
+    a, b = named(found.fields), named(whole.fields)
+    assert [a[name] for name in COUNTED] == [b[name] for name in COUNTED]
+    assert torch.equal(found.histogram, whole.histogram)
+    agree(a, exact(x))
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([[1.0], [1.0, 0.0], [1e-300, 1.0], [1e300, 1e-300, 1.0], [1e160, 1e150], [1e-320], [1e6]]),
+    st.booleans(),
+    st.booleans(),
+    st.lists(st.integers(0, 16), max_size=5),
+    st.randoms(use_true_random=False),
+)
+def test_shards_merge_to_the_whole_in_any_order_and_tree(
+    seed: int, scales: list[float], holes: bool, far: bool, cuts: list[int], chance: random.Random
+) -> None:
+    x = scrambled(seed, scales, holes) + (1e6 if far else 0)
+    edges = [0, *sorted(cuts), 16]
+    rows = [row(x[a:b]) for a, b in pairwise(edges)]
+    while len(rows) > 1:
+        a, b = (rows.pop(chance.randrange(len(rows))) for _ in range(2))
+        rows.append(merge(a, b))
+    same_row(rows[0], x)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+def test_shards_of_small_formats_merge(dtype: torch.dtype) -> None:
+    x = (3 + drawn(20, 6)).to(dtype)
+    same_row(reduce(merge, [row(part) for part in x.split(3)]), x)
+
+
+def test_ensembles_merge_member_by_member() -> None:
+    x = drawn(3, 16, 5) * torch.tensor([1e-200, 1.0, 1e200], dtype=F64)[:, None, None]
+    merged = merge(row(x[:, 9:]), row(x[:, :9]))
+    for k in range(3):
+        same_row(Row(*(part[:, k] if part is merged.fields else part[k] for part in merged)), x[k])
+
+
+def test_merging_weighs_saturated_shares_and_leaves_unbatched_rows_so() -> None:
+    a, b = (row(drawn(n, 3), batched=False) for n in (1, 3))
+    place = list(FIELDS).index("saturated")
+    a.fields[place], b.fields[place] = 1.0, 0.2
+    found = named(merge(a, b).fields)
+    assert found["saturated"] == pytest.approx(0.4, rel=1e-14)
+    assert all(math.isnan(found[name]) for name in ("within", "dead", "alive", "resultant"))
+
+
+def test_a_unit_that_is_silent_in_one_shard_is_not_dead() -> None:
+    quiet, loud = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[1.0, 0.0, 0.0]])
+    assert named(row(quiet).fields)["dead"] == pytest.approx(2 / 3)
+    assert named(merge(row(quiet), row(loud)).fields)["dead"] == pytest.approx(1 / 3)
+
+
+# -- what is derived, what is refused, what waits
+
+
+def test_statistics_are_derived_in_the_order_of_their_table() -> None:
+    assert list(moments._DERIVED) == list(STATISTICS)
+    assert derive(summarize(drawn(2, 3, 4, 5))).shape == (len(STATISTICS), 2, 3)
+
+
+@pytest.mark.parametrize("case", PLAIN | HARD)
+def test_statistics_are_exact_as_far_as_float64_can_say_them(case: str) -> None:
+    x = (PLAIN | HARD)[case]
+    found, true = dict(zip(STATISTICS, derive(summarize(x)).tolist(), strict=True)), exact(x)
+    second = true["m2"] / true["n"] + true["mean"] ** 2
+    with localcontext() as context:
+        context.prec, context.Emax, context.Emin = 60, 10**6, -(10**6)
+        for name, square in (
+            ("std", true["m2"] / true["n"]),
+            ("rms", second),
+            ("norm", second * true["n"]),
+            ("std_within", true["within"]),
+        ):
+            root = float(decimal(square).sqrt())
+            assert found[name] == pytest.approx(root, rel=1e-12, abs=5e-324)
+    assert found["q"] == pytest.approx(float(second) if second < 10**308 else math.inf, rel=1e-12, abs=5e-324)
+
+
+def test_powers_of_two_are_exact() -> None:
+    exponents = range(-1022, 1024)
+    found = reference.power_of_two(torch.tensor(exponents, dtype=F64)).tolist()
+    assert found == [math.ldexp(1.0, e) for e in exponents]
+
+
+def test_mistakes_are_said_in_one_line() -> None:
+    with pytest.raises(UsageError, match=r"^dtype=int64: must be one of float16, bfloat16, float32, float64$"):
+        summarize(torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(UsageError, match=r"^a tensor of shape \(3,\) has no batch and units"):
+        row(torch.zeros(3))
+    with pytest.raises(UsageError, match=r"^merge: \(3,\) units and 277 octaves with \(4,\) units"):
+        merge(row(torch.zeros(2, 3)), row(torch.zeros(2, 4)))
+
+
+class Watched(TorchDispatchMode):
+    """Names of the operations that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+# What makes the processor wait for a GPU: a value, or a shape that depends on values.
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "histc", "is_nonzero", "equal"}
+
+
+def test_what_a_gpu_is_given_never_waits_for_it() -> None:
+    x = HARD["half nan"]
+    with Watched() as seen:
+        whole = row(x)
+        derive(merge(whole, row(x * 2)).fields)
+    assert "sum" in seen.names and not seen.names & WAITING
+    with Watched() as seen:
+        whole.fields[0].item()
+    assert seen.names & WAITING
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", PLAIN | HARD)
+def test_a_gpu_makes_the_same_row(case: str) -> None:
+    x = (PLAIN | HARD)[case]
+    there = x.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fields, counts = summarize(there), histogram(there)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    agree(named(fields.cpu()), exact(x))
+    a, b = named(fields.cpu()), named(summarize(x))
+    assert [a[name] for name in COUNTED] == [b[name] for name in COUNTED]
+    assert torch.equal(counts.cpu(), histogram(x))

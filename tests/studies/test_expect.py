@@ -1,0 +1,224 @@
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from initlab.errors import UsageError
+from initlab.runs.select import NothingFound
+from initlab.studies.expect import Verdict, expected, judge
+from initlab.studies.reductions import Measured, reduced
+
+TABLES = {
+    "stats": pd.DataFrame({"init": ["a", "a", "a", "b"], "layer": [1, 2, 3, 1], "std": [1.0, 2.0, 6.0, math.nan]}),
+    "losses": pd.DataFrame({"step": [0, 1], "loss": [2.0, 1.0]}),
+}
+
+
+def expectation(**changes: Any) -> Mapping[str, Any]:
+    return {"say": "it is so", "where": {"init": "a"}, "statistic": "std", "reduce": "mean"} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "holds"),
+    [
+        ({"is": "equals", "value": 3.0}, True),
+        ({"is": "equals", "value": 3.2, "tolerance": 0.1}, True),
+        ({"is": "equals", "value": 3.2, "tolerance": 0.01}, False),
+        ({"is": "below", "value": 3.0}, False),
+        ({"is": "above", "value": 2.9}, True),
+        ({"is": "between", "value": [2.9, 3.1]}, True),
+        ({"is": "equals", "value": 2.0, "reduce": "median"}, True),
+        ({"is": "equals", "value": 6.0, "reduce": "max"}, True),
+        ({"is": "equals", "value": 1.0, "reduce": "min"}, True),
+        ({"is": "equals", "value": 7.0, "reduce": "variance", "tolerance": 1e-12}, True),  # (4 + 1 + 9) / (3 - 1)
+        ({"is": "equals", "value": 4.0, "where": {"init": "a", "layer": {"min": 2}}}, True),
+        ({"is": "equals", "value": 1.5, "where": {"layer": {"min": 1, "max": 2}, "init": "a"}}, True),
+        ({"is": "equals", "value": 3.5, "where": {"init": "a", "layer": [1, 3]}}, True),
+        ({"is": "equals", "value": 1, "where": {"std": None}, "reduce": "nans"}, True),
+        ({"is": "below", "value": 1e9, "where": {"init": "b"}}, False),  # nan is a result: it satisfies nothing
+        ({"is": "below", "value": 1e9, "where": {"init": ["a", "b"]}, "reduce": "median"}, False),
+        ({"is": "below", "value": 1.6, "table": "losses", "where": {}, "statistic": "loss"}, True),
+        ({"is": "equals", "value": math.log(12) / 3, "statistic": "ln std", "tolerance": 1e-12}, True),
+    ],
+)
+def test_an_expectation_holds_or_fails(changes: dict[str, Any], holds: bool) -> None:
+    assert judge(expectation(**changes), TABLES).holds == holds
+
+
+def test_a_number_that_its_definition_gives_exactly_is_not_bent() -> None:
+    """Sums over networks, weighted, against numpy on the rows themselves."""
+    rng = np.random.default_rng(0)
+    values, owner = rng.normal(size=(2, 999)), np.arange(999) % 37
+    for name, reference in (("mean", np.mean), ("median", np.median), ("min", np.min), ("max", np.max)):
+        assert reduced(name, values[0], owner).number == pytest.approx(reference(values[0]), rel=1e-12)
+        assert reduced(name, values[0][:998], owner[:998]).number == pytest.approx(
+            reference(values[0][:998]), rel=1e-12
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "law"), [("mean", 1.0), ("median", math.sqrt(math.pi / 2)), ("variance", math.sqrt(2))]
+)
+def test_the_error_is_that_of_networks_not_of_rows(name: str, law: float) -> None:
+    """1,000 normal networks: sd / sqrt(1000) times 1, 1.2533 and, for their variance, sqrt(2).
+
+    A bootstrap of 200 draws knows an error to 5 %, that of a median of 1,000 to some 10 % more: 35 % is three of both.
+    Repeating every row 9 times says nothing new, and must not make the error smaller.
+    """
+    values = np.random.default_rng(1).normal(size=1000)
+    once = reduced(name, values, np.arange(1000)).error
+    assert once == pytest.approx(law / math.sqrt(1000), rel=0.35)
+    assert reduced(name, np.repeat(values, 9), np.repeat(np.arange(1000), 9)).error == pytest.approx(once, rel=0.01)
+    rows = reduced(name, np.repeat(values, 9), np.arange(9000)).error
+    assert rows < 0.5 * once  # rows taken for networks would claim a third of the error
+
+
+def test_one_network_has_no_error_and_the_draws_are_always_the_same() -> None:
+    assert math.isnan(reduced("mean", np.arange(5.0), np.zeros(5, int)).error)
+    twice = [reduced("median", np.arange(50.0), np.arange(50)) for _ in range(2)]
+    assert twice[0] == twice[1]
+
+
+def network(seed: int, run: str, std: list[float], **more: Any) -> pd.DataFrame:
+    layers = range(1, len(std) + 1)
+    return pd.DataFrame({"run": run, "seed": seed, "layer": layers, "std": std, **more})
+
+
+HALVING = pd.concat([network(s, "r", [0.5**k * (1 + s) for k in range(1, 6)], init="a") for s in range(3)])
+
+
+def test_slope_is_per_network() -> None:
+    """Networks of one slope and of different heights: pooled rows would have errors, each network has none."""
+    tables = {"stats": HALVING}
+    how = {"where": {}, "statistic": "ln std", "reduce": "slope", "over": "layer", "is": "equals"}
+    found = judge(expectation(**how, value=-math.log(2), tolerance=1e-12), tables)
+    assert found.holds and found.measured[0].error < 1e-12
+    assert not judge(expectation(**how, value=-math.log(2.01), tolerance=1e-3), tables).holds
+    dead = pd.concat([HALVING, network(3, "r", [1.0, 0.0, 0.0, 0.0, 0.0], init="a")])
+    assert not judge(expectation(**how, value=-math.log(2), tolerance=9e9), {"stats": dead}).holds  # ln 0 has no slope
+
+
+def test_slope_over_runs_follows_the_seed() -> None:
+    """Width differs between runs, never inside one: the runs of a seed are the line. Exponent 2 + seed."""
+    runs = [network(s, f"w{w}", [float(w) ** (2 + s)], width=w) for w in (8, 16, 64) for s in range(3)]
+    how = {"where": {"layer": 1}, "statistic": "ln std", "reduce": "slope", "over": "ln width"}
+    found = judge(expectation(**how, **{"is": "equals", "value": 3.0, "tolerance": 1e-12}), {"stats": pd.concat(runs)})
+    assert found.holds and found.measured[0].error == pytest.approx(math.sqrt(2 / 3 / 3), rel=0.3)  # of 3, by 200 draws
+    with pytest.raises(NothingFound, match="one value only"):
+        judge(expectation(**how, **{"is": "equals", "value": 3.0}), {"stats": runs[0]})
+
+
+def test_first_layer_and_share() -> None:
+    tables = {"stats": HALVING}
+    first = {"where": {}, "reduce": "first_layer", "is": "equals"}
+    # std < 0.1: 1/16 at layer 4; of the second network 1/16 at 5; of the third 3/32 at 5
+    found = judge(expectation(**first, when={"max": 0.1}, value=5), tables)
+    assert found.holds and found.measured[0].error > 0
+    assert not judge(expectation(**first, when={"max": 0.1}, value=4), tables).holds
+    never = judge(expectation(**first, when={"min": 100}, value=5), tables)
+    assert not never.holds and str(never) == "FAILS: it is so (measured never)"
+    assert judge(expectation(**first | {"is": "above"}, when={"min": 100}, value=9e9), tables).holds
+    assert judge(expectation(**first, value=1), tables).holds  # anything but 0
+    share = {"where": {}, "reduce": "share", "is": "equals", "tolerance": 1e-12}
+    assert judge(expectation(**share, when={"max": 0.1}, value=4 / 15), tables).holds
+    assert not judge(expectation(**share, when={"max": 0.1}, value=5 / 15), tables).holds
+    losses = pd.DataFrame({"seed": 0, "step": [0, 10, 20], "loss": [2.0, 1.0, 0.5]})
+    over = {"table": "losses", "where": {}, "statistic": "loss", "over": "step", "when": {"max": 1}}
+    assert judge(expectation(**first | over, value=10), {"losses": losses}).holds
+
+
+def test_an_order_is_strict_and_shows_its_numbers() -> None:
+    frame = pd.concat([network(s, i, [v + s], init=i) for i, v in (("a", 1.0), ("b", 3.0), ("c", 3.0)) for s in (0, 1)])
+    how = {"where": {}, "is": "order", "over": "init"}
+    found = judge(expectation(**how, value=["a", "b"]), {"stats": frame})
+    assert found.holds and [one.of for one in found.measured] == ["a", "b"]
+    assert "a: 1.5 +- 0.4, b: 3.5 +- 0.4" in str(found)  # an error of 2 networks 1 apart is sqrt(1/8)
+    assert not judge(expectation(**how, value=["b", "a"]), {"stats": frame}).holds
+    assert not judge(expectation(**how, value=["a", "b", "c"]), {"stats": frame}).holds  # two are equal
+    with pytest.raises(NothingFound, match="init=d"):
+        judge(expectation(**how, value=["a", "d"]), {"stats": frame})
+    falling = pd.concat([HALVING, HALVING.assign(init="b", run="s", std=HALVING["std"] ** 2)])
+    by = {"where": {}, "is": "order", "by": "init", "value": ["b", "a"], "statistic": "ln std"}
+    assert judge(expectation(**by, reduce="slope", over="layer"), {"stats": falling}).holds
+    assert judge(
+        expectation(**by | {"statistic": "std"}, reduce="first_layer", when={"max": 0.1}), {"stats": falling}
+    ).holds
+
+
+def theory(mean: float) -> pd.DataFrame:
+    rows = pd.DataFrame({"run": "r", "seed": [-1, 0, 1], "layer": 1, "statistic": "std", "measured": [mean, 0.5, 1.5]})
+    return rows.assign(predicted=1.0, band_low=[0.9, 0.1, 0.1], band_high=[1.1, 3.0, 3.0])
+
+
+def test_the_band_is_that_of_the_mean_over_the_networks() -> None:
+    how = {"where": {"layer": 1}, "is": "equals", "tolerance": "band"}
+    found = judge(expectation(**how), {"theory": theory(1.05)})
+    assert found.holds and str(found) == "holds: it is so (measured 1.05 +- 0.4, band 0.9 to 1.1)"
+    assert not judge(expectation(**how), {"theory": theory(1.2)}).holds  # though within the band of one network
+    assert not judge(expectation(**how), {"theory": theory(math.nan)}).holds
+    z = {"table": "theory", "where": {"statistic": "std"}, "statistic": "measured", "is": "equals", "value": 1.0}
+    assert judge(expectation(**z), {"theory": theory(99.0)}).holds  # the mean's row counts only where it is asked for
+
+
+@pytest.mark.parametrize(("error", "text"), [(8.0, "+- 8)"), (10.3, "+- 10)"), (0.0123, "+- 0.01)"), (math.nan, "5)")])
+def test_an_error_has_one_digit_and_no_exponent_where_none_is_needed(error: float, text: str) -> None:
+    assert str(Verdict("so", True, (Measured(92.5, error),))).endswith(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"where": {"init": "c"}}, "selects no rows: init=c where there is a, b"),
+        ({"where": {"init": "a", "layer": {"min": 7}}}, "selects no rows: layer=from 7 where there is 1, 2, 3"),
+        ({"where": {"inti": "a"}}, "did you mean init"),
+        ({"where": {"init": {"min": 1}}}, "holds words, not numbers"),
+        ({"where": {"layer": {"mim": 1}}}, "did you mean min"),
+        ({"where": {"layer": {"min": "low"}}}, "must be a number"),
+        ({"where": {"layer": []}}, "empty list"),
+        ({"where": "layer"}, "where=layer"),
+        ({"statistic": "stdd"}, "did you mean std"),
+        ({"statistic": "init"}, "holds words"),
+        ({"statistic": 3}, "must be text"),
+        ({"reduce": "average"}, "must be one of first_layer, max, mean, median, min, nans, share, slope, variance"),
+        ({"is": "under"}, "must be one of above, below, between, equals, order"),
+        ({"value": [1, 2]}, "takes 1 number"),
+        ({"value": "1"}, "value=1: must be a number"),
+        ({"is": "between"}, "takes 2 number"),
+        ({"is": "between", "value": [2, 1]}, "smaller number comes first"),
+        ({"tabel": "stats"}, "did you mean table"),
+        ({"table": "parity"}, "no job has written a table `parity`"),
+        ({"tolerance": 0.1}, "`tolerance` is for `is: equals`"),
+        ({"is": "equals", "tolerance": -1}, "tolerance=-1"),
+        ({"is": "equals", "tolerance": "band"}, "takes no value"),
+        ({"when": {"max": 1}}, "`when` is for share and first_layer"),
+        ({"reduce": "slope"}, "needs `over`"),
+        ({"over": "layer"}, "`over` is for slope"),
+        ({"is": "order", "value": ["a", "b"]}, "needs `by`"),
+        ({"is": "order", "over": "init", "value": ["a"]}, "two or more"),
+        ({"by": "init"}, "`by` is for `is: order`"),
+    ],
+)
+def test_an_expectation_that_cannot_be_judged_is_a_mistake(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=text) as caught:
+        judge(expectation(**{"is": "below", "value": 1.0} | changes), TABLES)
+    assert "'it is so'" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_expectation_must_be_complete() -> None:
+    with pytest.raises(UsageError, match="has no `is`"):
+        judge(expectation(value=1), TABLES)
+    with pytest.raises(UsageError, match="is no expectation"):
+        expected("it grows")
+
+
+def test_a_column_that_is_known_beforehand_is_missed_beforehand() -> None:
+    one, known = expectation(**{"is": "below", "value": 1.0}), {"stats": {"init", "std"}, "losses": None}
+    assert expected(one, known).statistic == "std"
+    with pytest.raises(UsageError, match=r"'it is so': column of stats=stdd: .*did you mean std"):
+        expected(one | {"statistic": "stdd"}, known)
+    assert expected(one | {"table": "losses", "statistic": "stdd"}, known)  # not known: asked later
+    with pytest.raises(UsageError, match="table=lossses"):
+        expected(one | {"table": "lossses"}, known)

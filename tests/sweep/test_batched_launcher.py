@@ -1,0 +1,370 @@
+"""The batched launcher: the same folders with the same numbers as Hydra's own, whatever happens to single jobs."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import OmegaConf, open_dict
+
+from initlab.config import CONF, typed
+from initlab.errors import UsageError
+from initlab.job import stages
+from initlab.runs.recorder import TABLES, Recorder
+from initlab.sweep import batch
+from initlab.sweep.batch import packs
+from initlab.sweep.composing import Composer
+from initlab.tasks import stack as stacking
+
+Lab = Callable[..., tuple[int, str, str]]
+TINY = ("depth=3", "width=8", "batch=16", "plots=false", "train.width=4", "train.steps=3", "train.batch=8")
+BATCHED = "hydra/launcher=batched"
+# Of a quantity that both launchers measured: the ensemble contract, 4 eps of float32 per layer, over up to 4 layers.
+NEAR = 16 * torch.finfo(torch.float32).eps
+
+
+def sweep(lab: Lab, name: str, *words: str) -> tuple[int, str, str]:
+    return lab("-m", *TINY, f"hydra.sweep.dir={name}", *words)
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """What tells two run folders apart, but for time and the launcher's name."""
+    found = []
+    files = [sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()) for folder in (a, b)]
+    if files[0] != files[1]:
+        return [f"files: {set(files[0]) ^ set(files[1])}"]
+    for name in TABLES:
+        if (a / f"{name}.parquet").is_file():
+            found += [f"{name}: {said}" for said in table_differences(a / f"{name}.parquet", b / f"{name}.parquet")]
+    about = [json.loads((folder / "run.json").read_text()) for folder in (a, b)]
+    if list(about[0]) != list(about[1]):
+        found.append(f"run.json: {list(about[0])} {list(about[1])}")
+    timed = ("started", "wall_seconds", "cpu_seconds", "command")
+    found += [f"run.json: {key}" for key in about[0] if key not in timed and about[0][key] != about[1].get(key)]
+    for name in ("config", "overrides"):
+        if (a / f".hydra/{name}.yaml").read_text() != (b / f".hydra/{name}.yaml").read_text():
+            found.append(f"{name}.yaml")
+    whole = [yaml.safe_load((folder / ".hydra/hydra.yaml").read_text())["hydra"] for folder in (a, b)]
+    for one in whole:
+        for name in ("launcher", "sweep"):
+            del one[name]
+        del one["runtime"]["output_dir"], one["runtime"]["choices"]["hydra/launcher"]
+        one["overrides"]["hydra"] = [
+            said for said in one["overrides"]["hydra"] if "launcher" not in said and "dir" not in said
+        ]
+    return found + [f"hydra.yaml: {key}" for key in whole[0] if whole[0][key] != whole[1][key]]
+
+
+def table_differences(a: Path, b: Path) -> list[str]:
+    one, other = pq.read_table(a), pq.read_table(b)
+    if one.schema.names != other.schema.names or len(one) != len(other):
+        return [f"shape: {set(one.schema.names) ^ set(other.schema.names)}, {len(one)} and {len(other)} rows"]
+    if [str(t) for t in one.schema.types] != [str(t) for t in other.schema.types]:
+        return ["types"]
+    x, y = one.to_pandas(), other.to_pandas()
+    found = []
+    for name in x:
+        if x[name].dtype.kind != "f":
+            same = list(map(str, x[name])) == list(map(str, y[name]))
+        else:
+            p, q = x[name].to_numpy(), y[name].to_numpy()
+            finite = np.isfinite(p) & np.isfinite(q)
+            # an error that is relative already is rounding itself
+            scale = 1.0 if name == "relative_error" else float(np.abs(q[finite]).max(initial=0.0))
+            same = np.array_equal(p[~finite], q[~finite], equal_nan=True)
+            # a z is a difference over a spread: what is left of rounding there is many times that of the numbers
+            same &= bool((np.abs(p[finite] - q[finite]) <= (1e3 if name == "z" else 1.0) * NEAR * scale).all())
+        if not same:
+            found.append(str(name))
+    return found
+
+
+def test_a_mixed_sweep_leaves_the_folders_of_hydras_own_launcher(lab: Lab) -> None:
+    axes = ("init=kaiming,torch_default", "activation=relu,tanh", "train.lr=0.1,0.5", "seed=0,2", "seeds=2")
+    for name, how in (("basic", ()), ("batched", (BATCHED,))):
+        code, _, errors = sweep(lab, name, *how, *axes)
+        assert (code, errors) == (0, "")
+    folders = sorted(Path("basic").glob("*/run.json"))
+    assert len(folders) == 16
+    for path in folders:
+        assert differences(path.parent, Path("batched") / path.parent.name) == []
+    assert differences(Path("basic/0"), Path("batched/1")) != []
+    assert table_differences(Path("basic/0/stats.parquet"), Path("batched/2/stats.parquet")) != []
+
+
+KINDS = [
+    ["seed=3"],
+    ["seed=4", "train.lr=0.5"],
+    ["train.lr=1", "theory=off", "inputs=null"],
+    ["init=naive"],
+    ["init=naive", "init.gain=2"],
+    ["init.gain=2", "init=lsuv", "activation=tanh", "seed=2"],
+    ["data=teacher", "init=naive"],
+    ["train.loss=cross_entropy", "data=teacher"],
+    ["data=mnist", "seed=1"],
+    ["activation=relu"],
+    ["++graph.model.a=3", "seed=1"],
+    ["+init.gian=3"],
+    ["~init.gain"],
+    ["init={name: naive}", "seed=2"],
+    ["expect=[]", "sweep.gain=[1,2]", "seed=1"],
+    ["sweep.gain=null"],
+    ["init.name='small'", "seed='3'"],
+    ["depth=${width}"],
+    ["seed=1", "width=20", "depth=${width}"],
+    ["dtype='" + "many words that a line of YAML folds " * 4 + "'"],
+    ["seed=5", "seed=6"],
+    ["seed=x"],
+    ["sede=1"],
+    ["init=kaming"],
+    ["=3"],
+]
+
+
+@pytest.fixture(scope="module")
+def loaders() -> Any:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        words = ["hydra.mode=MULTIRUN", "hydra.sweep.dir=/somewhere"]
+        master = loader.load_configuration("config", words, RunMode.MULTIRUN)
+    return loader, master, Composer(loader, master)  # Hydra itself is free for the tests that run the command line
+
+
+@pytest.mark.parametrize("given", KINDS, ids=" ".join)
+def test_a_job_is_composed_and_written_as_hydra_does(loaders: Any, given: list[str]) -> None:
+    """One composer for all of them: what one job changed must not be seen by the next."""
+    loader, master, composer = loaders
+    try:
+        whole = loader.load_sweep_config(master, list(given))
+    except Exception as error:
+        with pytest.raises(type(error)) as caught:
+            composer.compose(given, 7)
+        assert str(caught.value) == str(error)
+        return
+    composed = composer.compose(given, 7)
+    with open_dict(whole):
+        whole.hydra.job.id = whole.hydra.job.num = 7
+        whole.hydra.runtime.output_dir = "/somewhere/7"
+    task = OmegaConf.masked_copy(whole, [name for name in whole if name != "hydra"])
+    assert composed.files == {
+        "config.yaml": OmegaConf.to_yaml(task),
+        "hydra.yaml": OmegaConf.to_yaml(OmegaConf.masked_copy(whole, "hydra")),
+        "overrides.yaml": OmegaConf.to_yaml(whole.hydra.overrides.task),
+    }
+    assert composed.choices == dict(whole.hydra.runtime.choices) and composed.folder == Path("/somewhere/7")
+    assert composed.job_logging == OmegaConf.to_container(whole.hydra.job_logging, resolve=True)
+    try:
+        assert composed.typed == typed(task)
+    except UsageError as error:
+        assert str(composed.typed) == str(error)
+    assert composed.files != composer.compose(["seed=12345"], 7).files
+
+
+def test_hydra_composes_once_for_many_jobs(loaders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, master, _ = loaders
+    asked, own = [], loader.load_sweep_config
+    monkeypatch.setattr(loader, "load_sweep_config", lambda *what: asked.append(what) or own(*what))
+    composer = Composer(loader, master)
+    for k in range(40):
+        init, activation = ("naive", "lecun")[k % 2], ("relu", "tanh")[k // 20]
+        composer.compose([f"init={init}", f"activation={activation}", f"seed={k}"], k)
+    assert len(asked) == 5  # what they share, and each choice from a group
+
+
+def statuses(folder: str) -> dict[int, str]:
+    return {int(path.parent.name): json.loads(path.read_text())["status"] for path in Path(folder).glob("*/run.json")}
+
+
+def test_a_mistake_in_one_job_leaves_the_others(lab: Lab) -> None:
+    code, _, errors = sweep(lab, "there", BATCHED, "train.batch=8,100000", "seed=0,1", "seeds=1")
+    assert code == 2 and statuses("there") == {0: "done", 1: "done"}
+    assert errors == "initlab: train.batch=100000: data=digits has 1797 training rows; use at most as many\n"
+    assert not [path for path in Path("there/2").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("given", ["init=kaiming,kaming", "seed=0,x", "sede=0,1"])
+def test_a_mistake_that_composing_finds_stops_the_sweep_before_its_first_job(lab: Lab, given: str) -> None:
+    here, there = (sweep(lab, name, *how, given) for name, how in (("there", (BATCHED,)), ("here", ())))
+    assert here[0] == 2 and here[2].count("\n") == 1
+    assert here[2] == there[2] and not statuses("there")
+
+
+def _breaking(own: Any, breaks: Callable[[Mapping[str, Any]], BaseException | None]) -> Any:
+    def broken(*what: Any, **how: Any) -> Any:
+        fault = breaks(how)
+        if fault is not None:
+            raise fault
+        return own(*what, **how)
+
+    return broken
+
+
+def _gains(how: Mapping[str, Any]) -> list[float | None]:
+    return [one.gain for one in how["init"]] if isinstance(how["init"], list) else [how["init"].gain]
+
+
+GAINS = "init.gain=1,1.25,1.5,1.75,2"
+
+
+@pytest.mark.parametrize("stage", ["stack", "train"])
+def test_a_fault_is_found_and_the_others_are_what_they_would_have_been(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    sweep(lab, "whole", BATCHED, GAINS, "seeds=1")
+    fault = _breaking(getattr(stages, stage), lambda how: RuntimeError("broken") if 1.25 in _gains(how) else None)
+    monkeypatch.setattr(stages, stage, fault)
+    code, _, errors = sweep(lab, "part", BATCHED, GAINS, "seeds=1")
+    assert code == 1 and "Error executing job" in errors
+    assert statuses("part") == {0: "done", 1: "failed", 2: "done", 3: "done", 4: "done"}
+    assert "RuntimeError: broken" in Path("part/1/initlab.log").read_text()
+    assert Path("part/1/stats.parquet").is_file() == (stage == "train")  # what was measured before stays
+    for k in (0, 2, 3, 4):
+        assert differences(Path("whole") / str(k), Path("part") / str(k)) == []
+
+
+def test_short_memory_halves_a_program_and_changes_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep(lab, "whole", BATCHED, GAINS, "seeds=1")
+    ran: list[int] = []
+
+    def short(how: Mapping[str, Any]) -> BaseException | None:
+        ran.append(len(how["seeds"]))
+        return torch.OutOfMemoryError("out of memory") if ran[-1] > 2 else None
+
+    monkeypatch.setattr(stages, "train", _breaking(stages.train, short))
+    assert sweep(lab, "halved", BATCHED, GAINS, "seeds=1")[0] == 0
+    assert ran == [5, 2, 3, 1, 2]
+    for k in range(5):
+        assert differences(Path("whole") / str(k), Path("halved") / str(k)) == []
+    monkeypatch.setattr(stages, "train", _breaking(stages.train, lambda _: torch.OutOfMemoryError("out of memory")))
+    code, _, errors = sweep(lab, "none", BATCHED, "init.gain=1,2", "seeds=1")
+    assert code == 2 and "initlab: out of memory; make seeds, width, depth or batch smaller" in errors
+
+
+def test_networks_of_a_program_are_halved_inside_it(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, ran = stacking.Networks, []
+
+    def short(*what: Any) -> Any:
+        ran.append(len(what[3]))
+        if ran[-1] > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return own(*what)
+
+    sweep(lab, "whole", BATCHED, GAINS, "seeds=1", "task=stack")
+    monkeypatch.setattr(stacking, "Networks", short)
+    assert sweep(lab, "halved", BATCHED, GAINS, "seeds=1", "task=stack")[0] == 0
+    assert max(ran) == 5 and sum(n for n in ran if n <= 2) == 5
+    for k in range(5):
+        assert differences(Path("whole") / str(k), Path("halved") / str(k)) == []
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_a_stop_leaves_what_was_measured(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, stop: BaseException, code: int
+) -> None:
+    monkeypatch.setattr(stages, "train", _breaking(stages.train, lambda how: stop if 12 in how["seeds"] else None))
+    assert sweep(lab, "there", BATCHED, "seed=range(0,24)", "seeds=1")[0] == code
+    assert statuses("there") == {k: "done" if k < 8 else "interrupted" for k in range(16)}
+    assert Path("there/12/stats.parquet").is_file() and not Path("there/12/losses.parquet").exists()
+
+
+def test_a_sweep_that_was_stopped_is_finished(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (BATCHED, "seed=range(0,20)", "seeds=1")
+    sweep(lab, "whole", *words)
+    with monkeypatch.context() as broken:
+        fault = KeyboardInterrupt()
+        broken.setattr(stages, "train", _breaking(stages.train, lambda how: fault if 12 in how["seeds"] else None))
+        assert sweep(lab, "there", *words)[0] == 130
+    kept = Path("there/3/stats.parquet").stat().st_mtime_ns
+    assert lab("-m", *TINY, *words, "resume=there")[0] == 0
+    assert statuses("there") == dict.fromkeys(range(20), "done")
+    assert Path("there/3/stats.parquet").stat().st_mtime_ns == kept
+    for k in (3, 12, 19):
+        one, other = Path("whole") / str(k), Path("there") / str(k)
+        for name in ("stats", "losses", "theory"):
+            assert table_differences(one / f"{name}.parquet", other / f"{name}.parquet") == []
+
+
+def test_what_cannot_share_a_program_runs_in_its_turn(lab: Lab) -> None:
+    words = ("task=gains,stack", "init=lsuv,kaiming", "seeds=1")
+    assert [sweep(lab, name, *how, *words)[0] for name, how in (("basic", ()), ("batched", (BATCHED,)))] == [0, 0]
+    for k in range(4):
+        assert differences(Path("basic") / str(k), Path("batched") / str(k)) == []
+
+
+def test_a_folder_in_use_and_one_that_cannot_be_made(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("there/1").mkdir(parents=True)
+    Path("there/1/run.json").write_text("{}")
+    Path("there/2").write_text("a file where a folder should be")
+    code, _, errors = sweep(lab, "there", BATCHED, "seed=range(0,4)", "seeds=1", "task=stack")
+    assert code == 1 and "holds a run already" in errors
+    assert json.loads(Path("there/1/run.json").read_text()) == {}
+    assert all(json.loads(Path(f"there/{k}/run.json").read_text())["status"] == "done" for k in (0, 3))
+
+
+def test_rows_that_cannot_be_written_end_their_own_job(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Recorder.add
+
+    def full(self: Recorder, frames: Any) -> None:
+        if self.folder.name == "1":
+            raise OSError(28, "No space left on device")
+        own(self, frames)
+
+    monkeypatch.setattr(Recorder, "add", full)
+    assert sweep(lab, "there", BATCHED, "seed=range(0,3)", "seeds=1", "task=stack")[0] == 1
+    assert statuses("there") == {0: "done", 1: "failed", 2: "done"}
+
+
+def test_figures_are_drawn_for_each_job(lab: Lab) -> None:
+    assert sweep(lab, "there", BATCHED, "seed=0,1", "seeds=1", "task=stack", "plots=true")[0] == 0
+    assert [len(list(Path(f"there/{k}").glob("*.png"))) for k in (0, 1)] == [2, 2]
+
+
+def test_packs_keep_jobs_whole_and_in_order() -> None:
+    sizes = [3, 3, 3, 8, 1, 20, 2]
+    found = list(packs(range(7), sizes, 8))
+    assert found == [[0, 1], [2], [3], [4], [5], [6]] and [k for pack in found for k in pack] == list(range(7))
+    assert list(packs([], [], 8)) == []
+
+
+def test_jobs_that_may_share_a_program(loaders: Any) -> None:
+    composer = loaders[2]
+
+    def key(*given: str) -> str | None:
+        found = composer.compose(list(given), 0).typed
+        assert not isinstance(found, UsageError)
+        return batch.shared_by(found)
+
+    own = key("seed=0")
+    assert own is not None
+    for alike in (["seed=5", "seeds=2"], ["init=naive"], ["init.gain=3"], ["train.lr=0.7"], ["init=torch_default"]):
+        assert key(*alike) == own
+    for other in (["depth=3"], ["activation=tanh"], ["dtype=float64"], ["train.steps=5"], ["train.optimizer=adam"]):
+        assert key(*other) not in (own, None)
+    assert key("init=lsuv") is None and key("task=gains") is None
+    assert key("train.optimizer=adam", "train.lr=0.1") != key("train.optimizer=adam", "train.lr=0.2")
+
+
+def test_a_record_waits_and_goes_back(tmp_path: Path) -> None:
+    import pandas as pd
+
+    one, other = pd.DataFrame({"a": [1.0]}), pd.DataFrame({"a": [2.0, 3.0]})
+    for patience, parts in ((0.0, 2), (1e9, 0)):
+        folder = tmp_path / str(parts)
+        with Recorder(folder, {"width": 3}, "cpu") as record:
+            record.patience = patience
+            record.add({"stats": one})
+            mark = record.mark()
+            record.add({"stats": one})
+            assert len(list((folder / "parts").glob("*"))) == parts
+            record.rewind(mark)
+            record.add({"stats": other})
+        kept = pq.read_table(folder / "stats.parquet").to_pandas()
+        assert kept["a"].tolist() == [1.0, 2.0, 3.0] and set(kept["width"]) == {3}

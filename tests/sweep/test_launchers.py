@@ -1,0 +1,162 @@
+"""The same six jobs through every launcher: the same tables to the last bit, and the traps of each."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
+
+import initlab
+from initlab.config import EXTRAS, as_usage_error
+from initlab.sweep import workers
+
+WORDS = ("-m", "init=naive,kaiming", "seed=0,1,2", "task=stack", "depth=4", "width=20", "seeds=2", "plots=false")
+PLUGINS = {"joblib": "hydra_joblib_launcher", "submitit_local": "hydra_submitit_launcher", "ray": "hydra_ray_launcher"}
+
+
+def sweep(where: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, with a home of its own: ray keeps a token there."""
+    return subprocess.run(
+        [sys.executable, "-m", "initlab", *words], cwd=where, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(initlab.__file__).parents[1]), "HOME": str(where)},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def basic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("basic")
+    done = sweep(where, *WORDS, "hydra.sweep.dir=six")
+    assert done.returncode == 0, done.stderr
+    return where / "six"
+
+
+@pytest.mark.parametrize("launcher", PLUGINS)
+def test_six_jobs_are_the_same_to_the_last_bit(launcher: str, basic: Path, tmp_path: Path) -> None:
+    pytest.importorskip(f"hydra_plugins.{PLUGINS[launcher]}", reason=f"needs pip install 'initlab[{EXTRAS[launcher]}]'")
+    done = sweep(tmp_path, *WORDS, "hydra.sweep.dir=six", f"hydra/launcher={launcher}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sum(" relu " in line for line in done.stdout.splitlines()) == 6
+    six = tmp_path / "six"
+    for job in range(6):
+        one, other = basic / str(job), six / str(job)
+        names = sorted(path.name for path in one.iterdir())
+        assert names == sorted(path.name for path in other.iterdir())
+        tables = [name for name in names if name.endswith(".parquet")]
+        assert tables == ["stats.parquet", "theory.parquet"]
+        for name in tables:
+            pd.testing.assert_frame_equal(pd.read_parquet(one / name), pd.read_parquet(other / name), check_exact=True)
+        said, here = (json.loads((folder / "run.json").read_text()) for folder in (one, other))
+        assert {key for key in said if said[key] != here[key]} <= {"started", "wall_seconds", "cpu_seconds", "command"}
+        assert here["command"][1:] == [*WORDS, "hydra.sweep.dir=six", f"hydra/launcher={launcher}"]
+    seeds = [{int(seed) for seed in pd.read_parquet(basic / str(k) / "stats.parquet")["seed"]} for k in range(3)]
+    assert seeds == [{0, 1}, {1, 2}, {2, 3}]  # six jobs that differ, or equality says nothing
+
+
+def test_a_mistake_and_a_fault_of_a_worker_reach_the_exit_code(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs pip install 'initlab[parallel]'")
+    (tmp_path / "faulty.py").write_text(
+        "import os, torch\n"
+        "def sine(z):\n"
+        "    if z.numel() == 17 * 20:\n"  # one job's batch and width; what is tried on an activation has other sizes
+        "        raise RuntimeError(f'threads: {os.environ[\"OMP_NUM_THREADS\"]} {torch.get_num_threads()}')\n"
+        "    return torch.sin(z)\n"
+    )
+    words = ("-m", "batch=-1,17,18", "threads=1", "activation._target_=faulty.sine", *WORDS[3:], "seeds=1")
+    one = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=1")
+    done = sweep(tmp_path, *words, "theory=off", "hydra.sweep.dir=x", *one)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "initlab: batch=-1: must be at least 1\n" in done.stderr
+    assert "RuntimeError: threads: 1 1" in done.stdout and "not done: x/1 is failed" in done.stdout
+    assert sorted(path.parent.name for path in tmp_path.glob("x/*/stats.parquet")) == ["2"]
+    assert "the same command with resume=x runs the jobs that are not done" in done.stderr
+
+
+@pytest.mark.parametrize("launcher", EXTRAS)
+def test_a_launcher_that_is_not_there_names_its_extra(launcher: str) -> None:
+    missing = MissingConfigException("no such file", f"hydra/launcher/{launcher}", ["basic"])
+    line = str(as_usage_error(missing))
+    assert line == f"hydra/launcher={launcher}: is not installed; pip install 'initlab[{EXTRAS[launcher]}]'"
+    assert set(EXTRAS) == set(workers.LAUNCHERS)
+
+
+def test_a_misspelt_launcher_is_one_line() -> None:
+    line = str(as_usage_error(MissingConfigException("no such file", "hydra/launcher/jobli", ["basic"])))
+    assert line == (
+        "hydra/launcher=jobli: must be one of basic, joblib, ray, submitit_local, submitit_slurm - did you mean joblib?"
+    )
+
+
+def composed(name: str, launcher: dict[str, object], *said: str, device: str = "auto") -> workers.DictConfig:
+    hydra = {"runtime": {"choices": {"hydra/launcher": name}}, "launcher": launcher, "overrides": {"hydra": list(said)}}
+    return OmegaConf.create({"threads": 3, "device": device, "hydra": hydra})
+
+
+def test_settings_that_would_do_harm_are_filled_and_those_that_were_given_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    config = composed("joblib", {"n_jobs": -1, "batch_size": "auto"})
+    assert workers.prepare(config) is workers.LAUNCHERS["joblib"]
+    assert config.hydra.launcher == {"n_jobs": 2, "batch_size": 1}  # a process per GPU
+    config = composed("joblib", {"n_jobs": -1, "batch_size": "auto"}, device="cpu")
+    workers.prepare(config)
+    assert config.hydra.launcher.n_jobs == -1
+    for given in (composed("joblib", {"n_jobs": 5}), composed("joblib", {"n_jobs": -1}, "hydra.launcher.n_jobs=-1")):
+        before = given.hydra.launcher.n_jobs
+        workers.prepare(given)
+        assert given.hydra.launcher.n_jobs == before
+    for device, gpus in (("cuda", 1), ("auto", None), ("cpu", None)):  # whether a cluster has GPUs nobody knows here
+        config = composed("submitit_slurm", {"cpus_per_task": None, "gpus_per_node": None}, device=device)
+        workers.prepare(config)
+        assert (config.hydra.launcher.cpus_per_task, config.hydra.launcher.gpus_per_node) == (3, gpus)
+    for device, gpus in (("auto", 1), ("cpu", 0)):
+        config = composed("ray", {"ray": {"init": {"address": None}, "remote": {}}}, device=device)
+        workers.prepare(config)
+        assert config.hydra.launcher.ray.remote == {"num_cpus": 3, "num_gpus": gpus}
+        assert config.hydra.launcher.ray.init.include_dashboard is False
+    assert workers.prepare(composed("basic", {})) is None
+
+
+def test_what_the_processes_inherit_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    before = dict(os.environ)
+    local = workers.LAUNCHERS["submitit_local"]
+    with workers.environment(composed("submitit_local", {"gpus_per_node": None}), local):
+        assert os.environ["OMP_NUM_THREADS"] == os.environ["MKL_NUM_THREADS"] == "3"
+        assert os.environ["INITLAB_GPUS"] == "3,5"  # submitit would show none, or count from 0
+        assert not workers.is_worker()  # this process is their parent
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        assert workers.is_worker()
+        monkeypatch.undo()
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        monkeypatch.setattr(sys, "argv", [])
+        with workers.at_work("cpu"):
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
+        monkeypatch.undo()
+    assert "INITLAB_PARENT" not in os.environ and "INITLAB_GPUS" not in os.environ
+    with workers.environment(composed("submitit_local", {"gpus_per_node": 1}), local):
+        assert "INITLAB_GPUS" not in os.environ  # as it was asked for
+    with workers.environment(composed("basic", {}), None):
+        assert "INITLAB_PARENT" not in os.environ
+    assert before["OMP_NUM_THREADS"] == "7"
+
+
+def test_not_all_jobs_are_started_at_once() -> None:
+    """submitit's local executor would start a thousand processes, and Slurm's arrays have an end."""
+    local, slurm = (workers.LAUNCHERS[name].at_once for name in ("submitit_local", "submitit_slurm"))
+    cores = workers._processors()
+    assert local(1) == cores and local(10 * cores) == 1 and slurm(1) == 1000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(find_spec("joblib") is None, reason="needs joblib")
+def test_jobs_in_processes_use_the_gpu(tmp_path: Path) -> None:
+    done = sweep(tmp_path, *WORDS, "hydra.sweep.dir=six", "hydra/launcher=joblib", "device=cuda")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(pd.read_parquet(tmp_path / "six" / "0" / "stats.parquet")["device"]) == {"cuda"}

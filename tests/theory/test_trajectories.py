@@ -1,0 +1,57 @@
+"""Lengths, correlations and slopes layer by layer against the maps themselves and against the fixed points."""
+
+import pytest
+import torch
+
+from initlab.nn.activations import ACTIVATIONS
+from initlab.theory import maps
+from initlab.theory.fixed_points import phase
+from initlab.theory.trajectories import trajectory
+
+SW2 = torch.tensor([0.3, 1.0, 1.7, 2.5, 9.0], dtype=torch.float64)
+SB2 = torch.tensor([0.0, 0.05, 0.3, 1.0, 0.01], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ["linear", "relu", "leaky_relu", "tanh"])
+def test_every_layer_is_the_maps_of_the_one_before(name: str) -> None:
+    """To the table's interpolation: 1e-5 of q and chi_1, 2e-3 of 1 - c while that is not rounding of the maps."""
+    row, depth, c0 = ACTIVATIONS[name], 8, 0.5
+    found = trajectory(row, SW2, SB2, depth, c0)
+    q, c = SW2 + SB2, (SW2 * c0 + SB2) / (SW2 + SB2)
+    for k in range(depth):
+        torch.testing.assert_close(found.q[:, k], q, rtol=1e-5, atol=0)
+        torch.testing.assert_close(found.chi_1[:, k], maps.chi(row, q, SW2), rtol=1e-5, atol=0)
+        seen = 1 - c > 1e-6
+        torch.testing.assert_close(found.apart[:, k][seen], (1 - c)[seen], rtol=2e-3, atol=0)
+        after = maps.length_map(row, q, SW2, SB2)
+        q, c = after, (SW2 * maps.overlap(row, q, c) + SB2) / after
+
+
+def test_deep_down_it_is_at_the_fixed_point() -> None:
+    found = trajectory(ACTIVATIONS["tanh"], SW2[1:4], SB2[1:4], 400, 0.2)
+    for k in range(3):
+        at = phase("tanh", float(SW2[1 + k]), float(SB2[1 + k]))
+        assert float(found.q[k, -1]) == pytest.approx(at.q, rel=1e-5)
+        assert float(1 - found.apart[k, -1]) == pytest.approx(at.c, abs=1e-3)
+        assert float(found.chi_1[k, -1]) == pytest.approx(at.chi_1, rel=1e-5)
+
+
+def test_an_ordered_difference_keeps_shrinking_far_below_rounding() -> None:
+    """1 - c falls by chi_1 a layer, also where c is 1 in float64; in the chaotic phase it does not."""
+    ordered, chaotic = torch.tensor([0.8, 6.0], dtype=torch.float64), torch.full((2,), 0.1, dtype=torch.float64)
+    found = trajectory(ACTIVATIONS["tanh"], ordered, chaotic, 300, 0.5)
+    chi_1 = phase("tanh", 0.8, 0.1).chi_1
+    assert 0 < float(found.apart[0, -1]) < 1e-40
+    assert float(found.apart[0, -1] / found.apart[0, -2]) == pytest.approx(chi_1, rel=1e-4)
+    assert float(found.apart[1, -1] / found.apart[1, -2]) == pytest.approx(1, rel=1e-6)
+
+
+def test_nothing_is_nan_at_the_ends() -> None:
+    """No weights, no biases, neither; a signal that overflows float64."""
+    sw2 = torch.tensor([0.0, 0.0, 1e-3, 1e4], dtype=torch.float64)
+    sb2 = torch.tensor([0.0, 0.5, 0.0, 0.0], dtype=torch.float64)
+    for name in ("relu", "tanh"):
+        found = trajectory(ACTIVATIONS[name], sw2, sb2, 200, 0.5)
+        assert not any(bool(values.isnan().any()) for values in found)
+        assert float(found.q[0, -1]) == 0 and float(found.q[1, -1]) == 0.5 and float(found.apart[1, -1]) == 0
+    assert float(trajectory(ACTIVATIONS["relu"], sw2, sb2, 200, 0.5).q[3, -1]) == torch.inf
