@@ -5,7 +5,8 @@ The rooms, lowest first; imports go from a room to those above it in this list, 
     errors      a user's mistake, in one line
     stats/      numbers about a tensor: the table of statistics, rows that merge, histograms; kernels/ makes them fast
     nn/         networks as data: activations, initialization rules, order-free random numbers
-    theory/     what mean-field theory predicts for a stack, with bands; measured beside predicted
+    meanfield/  infinite width: length and correlation maps, fixed points, critical lines, what a gain leads to
+    theory/     finite width: what is predicted for a stack, with bands, and how far a measurement is from it
     scratch/    the course: matmul, layers, the backward pass by hand, autograd's graph
     probes/     measuring any nn.Module: one pass, or a training loop
     engine/     the fast training of one network or many, and its recorders
@@ -30,11 +31,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from initlab.meanfield.fixed_points import critical as critical
+    from initlab.meanfield.fixed_points import phase as phase
     from initlab.nn.custom_activation import gain as gain
     from initlab.probes.probe import probe as probe
     from initlab.runs.recorder import read as read
-    from initlab.theory.fixed_points import critical as critical
-    from initlab.theory.fixed_points import phase as phase
     from initlab.theory.format_limits import limits as limits
     from initlab.theory.predict import predict as predict
     from initlab.theory.predict import predict_bands as predict_bands
@@ -44,8 +45,8 @@ _PUBLIC = {
     "read": "initlab.runs.recorder",
     "gain": "initlab.nn.custom_activation",
     "limits": "initlab.theory.format_limits",
-    "phase": "initlab.theory.fixed_points",
-    "critical": "initlab.theory.fixed_points",
+    "phase": "initlab.meanfield.fixed_points",
+    "critical": "initlab.meanfield.fixed_points",
     "predict": "initlab.theory.predict",
     "predict_bands": "initlab.theory.predict",
     "probe": "initlab.probes.probe",

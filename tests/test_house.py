@@ -16,7 +16,21 @@ from initlab.tasks.data import SOURCES
 PACKAGE = Path(initlab.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # The rooms, lowest first: a file imports from its own room and from those before it.
-ROOMS = ["errors", "stats", "nn", "theory", "scratch", "probes", "engine", "tasks", "runs", "figures", "studies", "job"]
+ROOMS = [
+    "errors",
+    "stats",
+    "nn",
+    "meanfield",
+    "theory",
+    "scratch",
+    "probes",
+    "engine",
+    "tasks",
+    "runs",
+    "figures",
+    "studies",
+    "job",
+]
 ROOMS += ["sweep", "config", "commands", "__main__"]
 ROOF = {"", "config", "commands", "__main__", "job", "sweep", "studies"}
 UPWARD = {  # (file, room above it): still to be turned round

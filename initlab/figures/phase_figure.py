@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from initlab.figures.axes import sheet
-from initlab.theory.fixed_points import critical_line
+from initlab.meanfield.fixed_points import critical_line
 
 TRAINABLE = 6  # depth scales that gradients and inputs survive, an estimate: Schoenholz et al. 2017
 LINE: dict[str, Any] = {"colors": "white", "linewidths": 2.2}

@@ -15,6 +15,7 @@ from initlab.errors import UsageError, check, choose
 from initlab.job.network_grid import refuse_axes
 from initlab.job.settings import ActivationConfig, Config
 from initlab.job.stages import DRAW_BY_RULE, TAKE_ANY_FUNCTION, TASKS, Stage
+from initlab.meanfield.gain_table import gain_words
 from initlab.nn.activations import ACTIVATIONS, Activation
 from initlab.nn.custom_activation import as_activation, numerical
 from initlab.nn.init import GENERATORS, RULES, Rule, rule
@@ -24,7 +25,6 @@ from initlab.runs.recorder import Recorder
 from initlab.scratch.layers import LOSSES
 from initlab.tasks.ensemble.device import DTYPES, MATMULS, find_device, set_matmul
 from initlab.tasks.twins import MODULES, OPTIMIZERS
-from initlab.theory.gain_table import gain_words
 from initlab.theory.predict import METHODS
 
 

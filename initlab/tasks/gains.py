@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from initlab.theory.gain_table import gain_table, published_table
+from initlab.meanfield.gain_table import gain_table, published_table
 
 EXACT = 1e-5  # a published number this near is the right one, printed with fewer digits
 _SHOWN = {

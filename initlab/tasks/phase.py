@@ -15,12 +15,12 @@ import torch
 from tqdm import tqdm
 
 from initlab.errors import UsageError, check, choose
+from initlab.meanfield.fixed_points import phase_plane
+from initlab.meanfield.trajectories import trajectory
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import DISTRIBUTIONS, GENERATORS
 from initlab.tasks.ensemble.device import DTYPES, find_device
 from initlab.tasks.phase_points import Looked, Place, Points, look
-from initlab.theory.fixed_points import phase_plane
-from initlab.theory.trajectories import trajectory
 
 PLANES = {"sigma": "(sigma_w, sigma_b) at the last layer", "depth": "(sigma_w, layer) at one sigma_b"}
 WEIGHTS = {"common": "all points scale the same random numbers", "fresh": "each point draws its own"}

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from initlab.errors import UsageError, not_one_of
+from initlab.meanfield.maps import growth, moment
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.custom_activation import Given, name_of, numerical
 from initlab.nn.init import Rule
@@ -25,7 +26,6 @@ from initlab.theory.exact import linear_batch, linear_one_input, lognormal, relu
 from initlab.theory.forward_law import Data, Layer
 from initlab.theory.infinite_width import infinite_laws
 from initlab.theory.lsuv_law import fit_noise, ln_weight
-from initlab.theory.maps import growth, moment
 from initlab.theory.quantiles import IN_LN
 from initlab.theory.request import Case, case_of
 from initlab.theory.simulate import simulate

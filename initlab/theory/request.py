@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from initlab.errors import UsageError, check
+from initlab.meanfield.maps import moment
 from initlab.nn.activations import Activation
 from initlab.nn.custom_activation import Given, as_activation
 from initlab.nn.init import MODES, Rule, rule
 from initlab.nn.mup import last_layer
 from initlab.theory.forward_law import Data, Fitted, Layer
-from initlab.theory.maps import moment
 
 
 class Case(NamedTuple):

@@ -21,12 +21,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from initlab.meanfield.maps import moment
 from initlab.nn import unbounded
 from initlab.nn.activations import Activation
 from initlab.nn.unbounded import Scaled
 from initlab.stats.quadrature import gaussian_means
 from initlab.theory.forward_law import Layer
-from initlab.theory.maps import moment
 from initlab.theory.request import Case
 
 

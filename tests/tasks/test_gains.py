@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from initlab.figures.gain_figure import draw_gains
+from initlab.meanfield.gain_table import PUBLISHED
 from initlab.nn.activations import ACTIVATIONS, GAIN_KINDS, TORCH_HAS, gain
 from initlab.tasks.gains import gains, gains_as_text
-from initlab.theory.gain_table import PUBLISHED
 
 
 @pytest.fixture(scope="module")

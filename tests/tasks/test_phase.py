@@ -13,12 +13,12 @@ import torch
 import initlab
 from initlab.errors import UsageError
 from initlab.figures.phase_figure import draw_phase
+from initlab.meanfield.fixed_points import critical
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import Rule, gaussian
 from initlab.tasks.phase import Axis, depth_scale, phase, phase_as_text, steps
 from initlab.tasks.phase_points import Place, Points, look, plan
 from initlab.tasks.stack import stack
-from initlab.theory.fixed_points import critical
 
 SW, SB = Axis(0.5, 3.0, 5), Axis(0.0, 0.8, 3)
 SMALL: dict[str, Any] = {"sw": SW, "sb": SB, "depth": 12, "width": 40, "seeds": [3, 4]}

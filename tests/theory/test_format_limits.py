@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from initlab.errors import UsageError
+from initlab.meanfield.gain_table import gain_table
 from initlab.nn.activations import ACTIVATIONS
 from initlab.tasks.stack import stack
 from initlab.theory.format_limits import FORMATS, limits
-from initlab.theory.gain_table import gain_table
 
 
 def layer(frame: pd.DataFrame, name: str, event: str) -> float:

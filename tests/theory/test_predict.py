@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from initlab.errors import UsageError
+from initlab.meanfield import maps
 from initlab.nn.activations import ACTIVATIONS, gain
 from initlab.nn.init import RULES, rule
 from initlab.stats.statistics import STATISTICS
 from initlab.tasks.stack import stack
-from initlab.theory import maps
 from initlab.theory.predict import predict, predict_bands
 
 KEYS = ["layer", "tensor", "direction"]

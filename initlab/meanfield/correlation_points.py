@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from initlab.meanfield import maps
 from initlab.nn.activations import Activation
 from initlab.stats.quadrature import line
-from initlab.theory import maps
 
 FINE = 14  # nodes a panel for the correlations of a fixed point; 1e-9
 SERIES = 48  # terms of the correlation map's power series

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from initlab.meanfield import maps
+from initlab.meanfield.fixed_points import phase
+from initlab.meanfield.trajectories import trajectory
 from initlab.nn.activations import ACTIVATIONS
-from initlab.theory import maps
-from initlab.theory.fixed_points import phase
-from initlab.theory.trajectories import trajectory
 
 SW2 = torch.tensor([0.3, 1.0, 1.7, 2.5, 9.0], dtype=torch.float64)
 SB2 = torch.tensor([0.0, 0.05, 0.3, 1.0, 0.01], dtype=torch.float64)

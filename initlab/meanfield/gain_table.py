@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from initlab.meanfield.fixed_points import Phase, phase
 from initlab.nn.activations import ACTIVATIONS, GAIN_KINDS, TORCH_HAS, Activation, gain
 from initlab.nn.custom_activation import Given, as_activation, name_of
 from initlab.nn.init import Rule
-from initlab.theory.fixed_points import Phase, phase
 
 EDGE = 1e-6
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from initlab.errors import UsageError
+from initlab.meanfield import maps
+from initlab.meanfield.fixed_points import critical, half_stable, phase, phase_plane
 from initlab.nn.activations import ACTIVATIONS, gain
 from initlab.nn.custom_activation import as_activation
-from initlab.theory import maps
-from initlab.theory.fixed_points import critical, half_stable, phase, phase_plane
 
 EVERYONE = pytest.mark.parametrize("name", ACTIVATIONS)
 

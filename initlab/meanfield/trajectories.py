@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from initlab.meanfield import maps
+from initlab.meanfield.correlation_points import in_octaves
 from initlab.nn.activations import Activation
-from initlab.theory import maps
-from initlab.theory.correlation_points import in_octaves
 
 NODES, PER_PANEL = 16, 10  # of a correlation map: nodes in t from 0 to 1, nodes a panel of its quadrature
 TINY = torch.finfo(torch.float64).tiny

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from initlab.errors import UsageError
+from initlab.meanfield import maps
+from initlab.meanfield.correlation_points import FINE, correlation_fixed_point, in_octaves
 from initlab.nn.activations import Activation
 from initlab.nn.custom_activation import Given, as_activation, name_of
-from initlab.theory import maps
-from initlab.theory.correlation_points import FINE, correlation_fixed_point, in_octaves
 
 EDGE = 1e-9  # a slope this near to 1 is taken for 1
 TOUCH = 1e-7  # so near may V(q) come to q without a crossing, relative to q, for a half-stable point
