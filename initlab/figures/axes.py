@@ -12,15 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from initlab.runs import summary
+from initlab.stats.dtypes import FORMATS
 
 BEYOND = 10.0  # so far does an axis follow a prediction beyond what was measured
-# dtype -> largest number, smallest normal number, smallest number
-LIMITS = {
-    "float16": (65504.0, 6.1e-5, 6.0e-8),
-    "bfloat16": (3.39e38, 1.18e-38, 9.2e-41),
-    "float32": (3.40e38, 1.18e-38, 1.4e-45),
-    "float64": (1.80e308, 2.2e-308, 4.9e-324),
-}
 
 
 def sheet(title: str, rows: int = 1, columns: int = 1, **settings: Any) -> tuple[Figure, list[Axes]]:
@@ -131,7 +125,8 @@ def limits(ax: Axes, dtypes: list[str]) -> None:
     low, high = ax.get_ylim()
     ax.axhline(1, color="0.45", linestyle="--", linewidth=1, zorder=1)
     for dtype in dtypes:
-        for value, name in zip(LIMITS[dtype], ("largest", "smallest normal", "smallest"), strict=True):
+        row = FORMATS[dtype]
+        for value, name in zip((row.max, row.tiny, row.least), ("largest", "smallest normal", "smallest"), strict=True):
             if low / 1e3 < value < high * 1e3 and (value > 1e4 or value < 1e-4):
                 ax.axhline(value, color="0.7", linestyle=":", linewidth=1.2, zorder=1)
                 ax.annotate(

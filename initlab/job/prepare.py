@@ -23,7 +23,8 @@ from initlab.runs import gather, recorder, summary, theory_rows
 from initlab.runs.gather import Run
 from initlab.runs.recorder import Recorder
 from initlab.scratch.layers import LOSSES
-from initlab.tasks.ensemble.device import DTYPES, MATMULS, find_device, set_matmul
+from initlab.stats.dtypes import format_of
+from initlab.tasks.ensemble.device import MATMULS, find_device, set_matmul
 from initlab.tasks.twins import MODULES, OPTIMIZERS
 from initlab.theory.predict import METHODS
 
@@ -91,7 +92,7 @@ def _refuse(config: Config) -> None:
     check(depth=config.depth, width=config.width, batch=config.batch, seed=config.seed, seeds=config.seeds)
     check(every=config.every, threads=config.threads, train_depth=t.depth, train_width=t.width)
     check(train_batch=t.batch, train_steps=t.steps, train_lr=t.lr)
-    choose(DTYPES, config.dtype, "dtype")
+    format_of(config.dtype)
     choose(GENERATORS, config.generator, "generator")
     choose(MATMULS, config.matmul, "matmul")
     choose(OPTIMIZERS, t.optimizer, "train.optimizer")

@@ -15,12 +15,13 @@ from initlab.nn.init import Rule
 from initlab.runs import summary
 from initlab.runs.recorder import Recorder
 from initlab.scratch.graph_text import frames_as_text
+from initlab.stats.dtypes import resolve_dtype
 from initlab.tasks.course.explain import explain
 from initlab.tasks.course.graph import graph
 from initlab.tasks.course.ladders import backward_ladder, matmul_ladder
 from initlab.tasks.course.timing import agreement
 from initlab.tasks.data import TEACHER_ROWS, Data, load
-from initlab.tasks.ensemble.device import DTYPES, find_device
+from initlab.tasks.ensemble.device import find_device
 from initlab.tasks.ensemble.networks import Shape, kept_as_text, plan
 from initlab.tasks.ensemble.with_theory import Seen
 from initlab.tasks.formats import formats, formats_as_text
@@ -43,7 +44,7 @@ def _stack(config: Config, common: Mapping[str, Any]) -> Stage:
     inputs = config.width if config.inputs is None else config.inputs
     check(inputs=inputs)
     shape = Shape(config.depth, config.width, inputs, config.batch)
-    number, place = DTYPES[config.dtype], find_device(config.device)
+    number, place = resolve_dtype(config.dtype), find_device(config.device)
     grid = grid_of(config, common["init"], common["activation"])
     planned = plan(shape, len(grid.seeds), number, place, config.backward)
     asked = {"activation": common["activation"], **shape._asdict()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from initlab.probes.hooks import Hooks
-from initlab.probes.probed_modules import FORMATS
+from initlab.probes.probed_modules import MEASURED
 from initlab.stats.buffer import Buffer, stacks
 from initlab.stats.kernels.addresses import in_reach, jobs
 from initlab.stats.kernels.cpu import JOB
@@ -42,7 +42,12 @@ class Parameters:
             if w.parameters:
                 hooks.number(w)
             for part, p in w.parameters if w.chosen else []:
-                if id(p) not in seen and p.dtype in FORMATS and p.numel() and not isinstance(p, UninitializedParameter):
+                if (
+                    id(p) not in seen
+                    and p.dtype in MEASURED
+                    and p.numel()
+                    and not isinstance(p, UninitializedParameter)
+                ):
                     seen.add(id(p))
                     self._all.append(p)
                     tensor = "bias" if "bias" in part else "weight"

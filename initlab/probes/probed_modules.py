@@ -20,10 +20,11 @@ from torch.nn.modules.conv import _ConvNd
 from initlab.errors import UsageError, nearest
 from initlab.nn.activations import ACTIVATIONS
 from initlab.stats.buffer import Buffer
+from initlab.stats.dtypes import DTYPES, resolve_dtype
 from initlab.stats.keys import Spot
 
 PARAMETRIZED = "parametrizations"
-FORMATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+MEASURED = frozenset(map(resolve_dtype, DTYPES))
 RELU = ACTIVATIONS["relu"]
 
 
@@ -112,7 +113,7 @@ def select(model: nn.Module, layers: str | Sequence[str]) -> list[Watched]:
 
 def measurable(x: Tensor) -> bool:
     """Whether its entries are numbers of a known format that lie in memory one by one; there may be none."""
-    return x.dtype in FORMATS and x.layout is torch.strided and x.numel() > 0
+    return x.dtype in MEASURED and x.layout is torch.strided and x.numel() > 0
 
 
 def tensors(output: object, path: str = "") -> Iterator[tuple[str, Tensor]]:

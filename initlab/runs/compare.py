@@ -14,9 +14,10 @@ import pandas as pd
 
 from initlab.errors import UsageError
 from initlab.runs import collect, distance, gather
-from initlab.runs.distance import BEYOND, EPSILON, Joined, Side
+from initlab.runs.distance import BEYOND, Joined, Side
 from initlab.runs.gather import Run
 from initlab.runs.summary import TELLING
+from initlab.stats.dtypes import epsilon_of
 
 PLACE = ("stage", "implementation", "step", "layer", "tensor", "direction")
 # table -> what names a row beside the setting and the seed. Measured times never repeat and are not compared.
@@ -192,7 +193,7 @@ def _statistics(table: str, a: pd.DataFrame, b: pd.DataFrame, without: set[str])
 def _epsilon(a: pd.DataFrame, b: pd.DataFrame) -> float:
     """That of the coarser number format."""
     formats = {str(value) for frame in (a, b) if "dtype" in frame for value in frame["dtype"].unique()}
-    return max((EPSILON.get(each, EPSILON["float32"]) for each in formats), default=EPSILON["float32"])
+    return epsilon_of(formats)
 
 
 def _first_line(found: Joined, a: Side, b: Side) -> str:

@@ -22,7 +22,6 @@ import pandas as pd
 from initlab.theory.quantiles import IN_LN
 
 BEYOND = 4.0  # spreads; farther than this is a difference
-EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 Floats = np.ndarray
 

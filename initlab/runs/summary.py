@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from initlab.runs import option_labels, theory_rows
+from initlab.stats.dtypes import FORMATS
 
 # Configuration columns that may tell runs apart, in the order in which they are named.
 TELLING = (
@@ -19,7 +20,7 @@ TELLING = (
 )  # fmt: skip
 ALWAYS = ("init", "activation")
 # What the two backward passes are held to at the default shape; the table says where it is passed.
-PARITY_LIMIT = {"float64": 1e-12, "float32": 1e-5}
+PARITY_LIMIT = {name: row.tolerance for name, row in FORMATS.items() if row.eps <= FORMATS["float32"].eps}
 
 
 def telling_columns(frame: pd.DataFrame) -> list[str]:

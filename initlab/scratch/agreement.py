@@ -11,15 +11,8 @@ import torch
 from torch import Tensor
 
 from initlab.errors import UsageError
+from initlab.stats.dtypes import format_of
 from initlab.stats.statistics import relative_error
-
-# Largest ||a - b|| / ||b|| that counts as rounding. For the half formats 16 eps, which is all that they can tell.
-LIMITS: dict[torch.dtype, float] = {
-    torch.float64: 1e-12,
-    torch.float32: 1e-5,
-    torch.float16: 16 * torch.finfo(torch.float16).eps,
-    torch.bfloat16: 16 * torch.finfo(torch.bfloat16).eps,
-}
 
 
 class Difference(NamedTuple):
@@ -83,7 +76,7 @@ def compare(found: Result, reference: Result) -> Agreement:
     rows = [_difference(0, "loss", loss, wanted)]
     for layer, (pair, others) in enumerate(zip(pairs, references, strict=True), start=1):
         rows += [_difference(layer, *both) for both in zip(("weight", "bias"), pair, others, strict=True)]
-    return Agreement(rows, LIMITS[wanted.dtype])
+    return Agreement(rows, format_of(wanted.dtype).tolerance)
 
 
 def _difference(layer: int, tensor: str, a: Tensor, b: Tensor) -> Difference:

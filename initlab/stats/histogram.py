@@ -4,29 +4,22 @@ Read from the bits of the numbers, so it is exact, subnormal numbers included, a
 GPU. Knows nothing of moments. Legend: E ensemble, N batch, C units, B octaves.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from initlab.errors import UsageError
+from initlab.stats.dtypes import format_of
 from initlab.stats.workspace import AT_ONCE, ones, workspace
 
-# Octaves floor(log2 |x|) from the smallest subnormal number to the largest finite one.
-_OCTAVES = {
-    torch.float16: (-24, 15),
-    torch.bfloat16: (-133, 127),
-    torch.float32: (-149, 127),
-    torch.float64: (-1074, 1023),
-}
 # The layout of float64: sign, 11 bits of exponent with this bias, 52 bits of mantissa.
 _MANTISSA, _BIAS, _EXPONENTS = 52, 1023, 2048
 
 
+@cache
 def octaves(dtype: torch.dtype) -> tuple[int, int]:
-    """Lowest and highest octave of a number format."""
-    if dtype not in _OCTAVES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in _OCTAVES)
-        raise UsageError(f"dtype={str(dtype).removeprefix('torch.')}: must be one of {names}")
-    return _OCTAVES[dtype]
+    """Lowest and highest octave floor(log2 |x|) of a number format that networks compute in."""
+    return format_of(dtype).octaves
 
 
 def histogram(x: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from initlab.errors import choose
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import RULES, Rule, draw
 from initlab.nn.unbounded import log2_moments, scaled
+from initlab.stats.dtypes import resolve_dtype
 from initlab.stats.summarize import FIELDS, compiled, summarize
-from initlab.tasks.ensemble.device import DTYPES
 from initlab.tasks.ensemble.networks import Shape, name_of, rules_of
 from initlab.tasks.ensemble.unbounded_twin import NUMBERS
 from initlab.tasks.stack import stack
@@ -48,7 +48,7 @@ def gain_curves(
     shape = Shape(depth, width, width if inputs is None else inputs, batch)
     rules, names = rules_of(inits, len(inits)), [name_of(one) for one in inits]
     shares = choose(ACTIVATIONS, activation, "activation").homogeneous
-    number = choose(DTYPES, how.get("dtype", "float32"), "dtype")
+    number = resolve_dtype(how.get("dtype", "float32"))
     scales = [_scales(one, activation, shape, number) for one in rules]
     kept = _scales(RULES["kaiming"], activation, shape, number)[1]
     nearest = sorted(range(len(rules)), key=lambda k: abs(scales[k][1] - kept))  # it stays in range for longest

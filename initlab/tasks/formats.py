@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from initlab.nn.custom_activation import Given
 from initlab.nn.init import Rule
-from initlab.tasks.ensemble.device import DTYPES
+from initlab.stats.dtypes import DTYPES
 from initlab.tasks.stack import stack
 from initlab.theory.format_limits import limits
 

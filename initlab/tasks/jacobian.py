@@ -14,7 +14,8 @@ from tqdm import tqdm
 from initlab.errors import check, choose
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import Rule
-from initlab.tasks.ensemble.device import DTYPES, find_device
+from initlab.stats.dtypes import resolve_dtype
+from initlab.tasks.ensemble.device import find_device
 from initlab.tasks.ensemble.networks import CACHED, Networks, Shape, rules_of
 from initlab.theory.request import case_of
 from initlab.theory.singular_values import jacobians, log2_power_sums, predicted, singular_values
@@ -45,7 +46,7 @@ def jacobian(
     check(depth=depth, width=width, batch=batch, inputs=shape.inputs, seeds=len(seeds))
     row, number, place = (
         choose(ACTIVATIONS, activation, "activation"),
-        choose(DTYPES, dtype, "dtype"),
+        resolve_dtype(dtype),
         find_device(device),
     )
     rule = rules_of(init, 1)[0]

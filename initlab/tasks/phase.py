@@ -19,7 +19,8 @@ from initlab.meanfield.fixed_points import phase_plane
 from initlab.meanfield.trajectories import trajectory
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import DISTRIBUTIONS, GENERATORS
-from initlab.tasks.ensemble.device import DTYPES, find_device
+from initlab.stats.dtypes import resolve_dtype
+from initlab.tasks.ensemble.device import find_device
 from initlab.tasks.phase_points import Looked, Place, Points, look
 
 PLANES = {"sigma": "(sigma_w, sigma_b) at the last layer", "depth": "(sigma_w, layer) at one sigma_b"}
@@ -101,7 +102,7 @@ def phase(
     choose(DISTRIBUTIONS, distribution, "init.distribution")
     choose(GENERATORS, generator, "generator")
     row = choose(ACTIVATIONS, activation, "activation")
-    place = Place(choose(DTYPES, dtype, "dtype"), find_device(device), generator, chunk)
+    place = Place(resolve_dtype(dtype), find_device(device), generator, chunk)
     points = Points(gains, biases, row, depth, width, batch, correlation, distribution, fresh)
     return _measured(plane, points, activation, seeds, place, progress)
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from initlab.errors import UsageError, check, choose
 from initlab.nn.custom_activation import Given, as_activation
 from initlab.nn.init import Rule, rule
+from initlab.stats.dtypes import resolve_dtype
 from initlab.stats.statistics import STATISTICS, Blocks, Key, measure
-from initlab.tasks.ensemble.device import DTYPES
 
 KEYS = ("stage", "implementation", "seed", "step", "layer", "tensor", "direction")
 # Distribution of a rule -> how torch fills a weight with numbers of this standard deviation.
@@ -46,7 +46,7 @@ def seeded(
     choose(FILL, scaling.distribution, "init.distribution")
     if scaling.bias:
         raise UsageError(f"init.bias={scaling.bias:g}: the seeded stack has no biases")
-    phi, number = as_activation(activation), choose(DTYPES, dtype, "dtype")
+    phi, number = as_activation(activation), resolve_dtype(dtype)
     std = scaling.std_for(phi, (width, width))
     frames = []
     for seed in seeds:

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from initlab.errors import UsageError, check, choose
+from initlab.errors import UsageError, check
 from initlab.nn.activations import ACTIVATIONS, Activation
 from initlab.nn.custom_activation import Given, as_activation
 from initlab.nn.init import Rule
+from initlab.stats.dtypes import resolve_dtype
 from initlab.stats.statistics import STATISTICS, Blocks, Key, saturated_share
 from initlab.stats.summarize import FIELDS, InPlace, compiled, derive, summarize
 from initlab.tasks.ensemble import unbounded_twin
 from initlab.tasks.ensemble.chunks import in_chunks
-from initlab.tasks.ensemble.device import DTYPES, find_device
+from initlab.tasks.ensemble.device import find_device
 from initlab.tasks.ensemble.memory import is_out_of_memory
 from initlab.tasks.ensemble.networks import Networks, Shape, Signal, multiply, name_of, plan, repeated, rules_of, signal
 from initlab.tasks.ensemble.unbounded_twin import Companion
@@ -69,7 +70,7 @@ def stack(
     check(depth=depth, width=width, batch=batch, inputs=shape.inputs, seeds=len(seeds))
     rules, phi = rules_of(init, len(seeds)), as_activation(activation)
     names = None if isinstance(init, str | Rule) else pd.Categorical([name_of(one) for one in init])
-    place, number = find_device(device), choose(DTYPES, dtype, "dtype")
+    place, number = find_device(device), resolve_dtype(dtype)
     planned = plan(shape, len(seeds), number, place, backward)
     collected: dict[int, list[Frames]] = {}
     hand_over = None if emit is None else _one_at_a_time(emit)

@@ -15,8 +15,9 @@ from initlab.nn.custom_activation import Given, as_activation
 from initlab.nn.init import Rule, permutation
 from initlab.nn.mup import learning_rates
 from initlab.scratch.layers import LOSSES
+from initlab.stats.dtypes import resolve_dtype
 from initlab.tasks.data import Data
-from initlab.tasks.ensemble.device import DTYPES, find_device
+from initlab.tasks.ensemble.device import find_device
 from initlab.tasks.ensemble.memory import free_memory, readable
 from initlab.tasks.ensemble.networks import CACHED, name_of, rules_of
 from initlab.tasks.ensemble.trained_weights import drawn
@@ -61,7 +62,7 @@ def train(
     rules, rates, collected = rules_of(init, len(seeds)), _rates(lr, len(seeds)), list[Frames]()
     deliver, place = emit or collected.append, find_device(device)
     sizes = [data.x.shape[1], *[width] * depth, outputs_of(data, loss)]
-    number, row = choose(DTYPES, dtype, "dtype"), as_activation(activation)
+    number, row = resolve_dtype(dtype), as_activation(activation)
     parts = _parts(len(seeds), _together(sizes, batch, len(seeds), number, place))
     choose(OPTIMIZERS, optimizer, "train.optimizer")
     with tqdm(total=steps * len(parts), desc="train", unit="step", disable=None if progress else True) as bar:

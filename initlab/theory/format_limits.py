@@ -7,45 +7,20 @@ Knows formats as they are stored, not how a device accumulates; bfloat16 on a CP
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from initlab.errors import UsageError, not_one_of
 from initlab.nn.custom_activation import Given
 from initlab.nn.init import Rule
+from initlab.stats.dtypes import FORMATS, NumberFormat
 from initlab.theory.batch_law import Array, Law
 from initlab.theory.predict import finite_laws
 from initlab.theory.request import case_of
 from initlab.theory.unit_moments import normal_cdf
 
-
-class Format(NamedTuple):
-    """Largest number, smallest normal one and smallest one at all, as ln."""
-
-    ln_max: float
-    ln_tiny: float
-    ln_least: float
-
-
-def _of(dtype: torch.dtype) -> Format:
-    info = torch.finfo(dtype)
-    return Format(math.log(info.max), math.log(info.tiny), math.log(info.tiny) + math.log(info.eps))
-
-
-FORMATS: dict[str, Format] = {
-    name: _of(getattr(torch, torch_name))
-    for name, torch_name in {
-        "float64": "float64",
-        "float32": "float32",
-        "bfloat16": "bfloat16",
-        "float16": "float16",
-        "float8_e4m3": "float8_e4m3fn",
-        "float8_e5m2": "float8_e5m2",
-    }.items()
-}
 QUANTILES = {"layer_02": 0.023, "layer_16": 0.16, "layer": 0.5, "layer_84": 0.84, "layer_98": 0.977}
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(24)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
@@ -128,9 +103,14 @@ def _below(ln_limit: float, law: Law, batch: int, n: int) -> float:
     return float(1 - _WEIGHTS @ np.exp(batch * n * np.log1p(-np.minimum(entry, 1 - 1e-16))))
 
 
-EVENTS: dict[str, Callable[[Format, Law, int, int], float]] = {
-    "overflow": lambda f, law, batch, n: _exceeds(f.ln_max, law, batch, n),
-    "subnormal": lambda f, law, batch, n: _below(f.ln_tiny, law, batch, n),
-    "zero": lambda f, law, batch, n: _below(f.ln_least - math.log(2), law, batch, n),
-    "all_zero": lambda f, law, batch, n: 1 - _exceeds(f.ln_least - math.log(2), law, batch, n),
+def _ln_zero(f: NumberFormat) -> float:
+    """ln of half the smallest number: what is smaller is rounded to 0."""
+    return math.log(f.tiny) + math.log(f.eps) - math.log(2)
+
+
+EVENTS: dict[str, Callable[[NumberFormat, Law, int, int], float]] = {
+    "overflow": lambda f, law, batch, n: _exceeds(math.log(f.max), law, batch, n),
+    "subnormal": lambda f, law, batch, n: _below(math.log(f.tiny), law, batch, n),
+    "zero": lambda f, law, batch, n: _below(_ln_zero(f), law, batch, n),
+    "all_zero": lambda f, law, batch, n: 1 - _exceeds(_ln_zero(f), law, batch, n),
 }

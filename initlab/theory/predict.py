@@ -14,11 +14,12 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from initlab.errors import UsageError, not_one_of
+from initlab.errors import UsageError
 from initlab.meanfield.maps import growth, moment
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.custom_activation import Given, name_of, numerical
 from initlab.nn.init import Rule
+from initlab.stats.dtypes import format_of
 from initlab.theory.backward_law import laws
 from initlab.theory.bands import EDGES, IN_ORDER, Block, bands, frame, scaled, simulated
 from initlab.theory.batch_law import Array, Law, Moments, ln
@@ -42,7 +43,6 @@ WANDERS = 0.3  # standard deviation of ln q over networks up to which an activat
 SURE = 3  # standard deviations between a fitted layer's variance and the tolerance that decides what becomes of it
 BUDGET = 3e10  # multiplications in float64 that `auto` spends on a simulation: below 10 s
 FLOAT32_IS_FASTER = 3  # times, measured
-FLOATS = ("float16", "bfloat16", "float32", "float64")
 NETWORKS = (100, 1000)  # fewest and most networks of a simulation that chooses for itself
 
 
@@ -62,8 +62,7 @@ def predict(
     finite-width numbers come from, `slope` whether phi' was given or differentiated numerically. Arithmetic is exact:
     `dtype` is kept as a column; where a format ends is `formats.limits`' business. Options: see `predict_bands`.
     """
-    if dtype not in FLOATS:
-        raise not_one_of("dtype", dtype, FLOATS)
+    dtype = format_of(dtype).name
     long = predict_bands(init, activation, depth, width, **options)
     at = long.groupby(_KEYS).ngroup().to_numpy()
     first = np.unique(at, return_index=True)[1]

@@ -12,9 +12,10 @@ from initlab.errors import UsageError
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import draw, gaussian, rule
 from initlab.scratch import backward
-from initlab.scratch.agreement import LIMITS, compare, unit_in_last_place
+from initlab.scratch.agreement import compare, unit_in_last_place
 from initlab.scratch.backward import VERSIONS, plain_loss
 from initlab.scratch.layers import LOSSES
+from initlab.stats.dtypes import DTYPES, resolve_dtype
 
 EAGER = [name for name in VERSIONS if name != "compiled"]
 Parameters = list[tuple[Tensor, Tensor]]
@@ -272,7 +273,7 @@ def test_agreement_says_what_it_found() -> None:
         compare((loss.double(), right), (loss, right))
 
 
-@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("dtype", [resolve_dtype(name) for name in DTYPES])
 def test_units_in_the_last_place(dtype: torch.dtype) -> None:
     """The unit is the gap to the next larger number, at powers of two and next to them, at 0 too."""
     numbers = torch.tensor([1.0, 1.5, 0.75, 2.0, 1024.0, 3e-3, 0.0], dtype=dtype)

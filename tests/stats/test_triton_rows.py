@@ -219,7 +219,7 @@ def test_a_room_is_written_anew(device):
 @DEVICES
 def test_mistakes_are_named(device):
     x = torch.ones(20, 10, device=device)
-    with pytest.raises(UsageError, match=r"float64: must be one of float32, float16, bfloat16"):
+    with pytest.raises(UsageError, match=r"float64: must be one of bfloat16, float16, float32"):
         fused.measured(x.double())
     with pytest.raises(UsageError, match=r"\(20, 10\) float32.*room for \(20, 11\) float32"):
         fused.measure(x, fused.blocks((), (20, 11), torch.float32, device))

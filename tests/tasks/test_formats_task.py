@@ -10,7 +10,7 @@ import torch
 import initlab
 from initlab.errors import UsageError
 from initlab.figures.format_figure import draw_formats
-from initlab.tasks.ensemble.device import DTYPES
+from initlab.stats.dtypes import DTYPES
 from initlab.tasks.formats import HAPPENED, WORDS, formats, formats_as_text
 from initlab.theory.format_limits import EVENTS, FORMATS
 

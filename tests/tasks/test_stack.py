@@ -7,10 +7,10 @@ import torch
 
 from initlab.errors import UsageError
 from initlab.nn.init import GENERATORS, RULES, rule
+from initlab.stats.dtypes import DTYPES
 from initlab.stats.statistics import COUNTS, STATISTICS
 from initlab.tasks import stack as stacking
 from initlab.tasks.ensemble import networks
-from initlab.tasks.ensemble.device import DTYPES
 from initlab.tasks.ensemble.memory import peak_bytes
 from initlab.tasks.ensemble.networks import Plan, Shape, plan
 from initlab.tasks.stack import stack

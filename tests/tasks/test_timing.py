@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from initlab.errors import UsageError
+from initlab.stats.dtypes import DTYPES, resolve_dtype
 from initlab.tasks.course import rotated_timing, timing
 from initlab.tasks.course.timing import COLUMNS, agreement, differences, time_ladder
 from initlab.tasks.ensemble.memory import free_memory, peak_bytes
@@ -117,7 +118,7 @@ def test_tolerances_are_the_dtypes():
     assert agreement(frame, "float32").startswith("All 2")
 
 
-@pytest.mark.parametrize("dtype", timing.TOLERANCES)
+@pytest.mark.parametrize("dtype", [resolve_dtype(name) for name in DTYPES])
 @pytest.mark.parametrize("largest", [1.0, 1.5, 2.0, 3.0, 2.0**-10])
 def test_one_unit_in_the_last_place_of_the_largest_entry_is_one_ulp(dtype, largest):
     expected = torch.tensor([largest, 0.0, -largest / 2], dtype=dtype)

@@ -21,9 +21,12 @@ import torch
 from torch import Tensor
 
 from initlab.errors import UsageError
+from initlab.stats.dtypes import DTYPES as ALL
+from initlab.stats.dtypes import FORMATS, dtype_name, format_of, resolve_dtype
 from initlab.stats.summarize import FIELDS, octaves
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NAMES = tuple(name for name in ALL if FORMATS[name].eps >= FORMATS["float32"].eps)
+DTYPES = tuple(map(resolve_dtype, NAMES))
 # The tile of a batched tensor, the block of one without a batch, and the warps that share one: with half as many warps
 # the float64 copies of a tile do not fit in the registers of an H200 (ptxas: 1.3 kB spilled).
 ROWS, COLUMNS, ENTRIES, WARPS = 16, 128, 2048, 8
@@ -91,7 +94,7 @@ def blocks(
     saturated: bool = False,
 ) -> Blocks:
     """Room for the blocks of tensors (*lead, N, C)."""
-    _refuse_dtype(dtype)
+    format_of(dtype, NAMES)
     n, c = shape
     if n < 1 or c < 1:
         raise UsageError(f"fused statistics of tensors (..., {n}, {c}): must have at least one entry")
@@ -100,12 +103,6 @@ def blocks(
     tallies = torch.zeros(*lead, p, TALLIES, dtype=torch.float64, device=device)
     counts = torch.zeros(*lead, p, _formats(dtype)["BINS"], dtype=torch.int32, device=device)
     return Blocks((n, c), dtype, batched, saturated, cells, tallies, counts)
-
-
-def _refuse_dtype(dtype: torch.dtype) -> None:
-    if dtype not in DTYPES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        raise UsageError(f"fused statistics of {str(dtype).removeprefix('torch.')}: must be one of {names}")
 
 
 def _formats(dtype: torch.dtype) -> dict[str, int]:
@@ -119,11 +116,11 @@ def _refuse(into: Blocks, *tensors: Tensor, batched: bool) -> None:
     """Anything but contiguous tensors of the shape and format that there is room for: one line."""
     expected = (*into.lead, *into.shape)
     for x in tensors:
-        given = f"fused statistics of {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+        given = f"fused statistics of {tuple(x.shape)} {dtype_name(x.dtype)} on {x.device}"
         if reason := missing(x.device):
             raise UsageError(f"{given}: {reason}")
         if tuple(x.shape) != expected or x.dtype != into.dtype or x.device != into.bins.device:
-            wanted = f"{expected} {str(into.dtype).removeprefix('torch.')} on {into.bins.device}"
+            wanted = f"{expected} {dtype_name(into.dtype)} on {into.bins.device}"
             raise UsageError(f"{given}: there is room for {wanted}")
         if not x.is_contiguous():
             raise UsageError(f"{given}: must be contiguous; call .contiguous() first")

@@ -17,8 +17,9 @@ from initlab.nn.activations import ACTIVATIONS, SELU_ALPHA, SELU_SCALE, SLOPE
 from initlab.nn.init import Rule, gaussian, permutation, rule
 from initlab.scratch.classes import LOSS_LAYERS, Act, Lin
 from initlab.scratch.layers import LOSSES, g_of
+from initlab.stats.dtypes import resolve_dtype
 from initlab.stats.statistics import STATISTICS, measure
-from initlab.tasks.ensemble.device import DTYPES, find_device
+from initlab.tasks.ensemble.device import find_device
 from initlab.tasks.ensemble.trained_weights import drawn
 
 
@@ -100,7 +101,7 @@ def explain(
             raise UsageError(f"{name}={size}: must be at least 1")
     choose(ACTIVATIONS, activation, "activation")
     sizes = [inputs, *[width] * depth, classes if choose(LOSSES, loss, "train.loss").classes else 1]
-    number, place = choose(DTYPES, dtype, "dtype"), find_device(device)
+    number, place = resolve_dtype(dtype), find_device(device)
     scaling = rule(init) if isinstance(init, str) else init
     xb = gaussian((batch, inputs), seed, "input").to(place, number)
     parameters = [(w[0], b[0]) for w, b in drawn([scaling], activation, sizes, [seed], xb[None]).parameters]

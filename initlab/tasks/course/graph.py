@@ -18,7 +18,8 @@ from initlab.nn.init import Rule, gaussian, rule
 from initlab.scratch import mlp
 from initlab.scratch.autograd_graph import Graph, gradients, walk
 from initlab.scratch.layers import LOSSES
-from initlab.tasks.ensemble.device import DTYPES, find_device
+from initlab.stats.dtypes import resolve_dtype
+from initlab.tasks.ensemble.device import find_device
 from initlab.tasks.ensemble.trained_weights import drawn
 
 Frames = dict[str, pd.DataFrame]
@@ -52,7 +53,7 @@ def graph(
     are given, the `targets`; without a loss that fits it is the mean of squares of the output.
     """
     notes: list[str] = []
-    place, number = find_device(device), choose(DTYPES, dtype, "dtype")
+    place, number = find_device(device), resolve_dtype(dtype)
     check(batch=batch, seed=seed)
     if not isinstance(model, nn.Module | None):
         raise UsageError(f"graph: the model is a {type(model).__name__}; must be an nn.Module")

@@ -19,9 +19,10 @@ from initlab.scratch import mlp
 from initlab.scratch.backward import VERSIONS, Parameters, Result
 from initlab.scratch.layers import LOSSES
 from initlab.scratch.matmul import LADDER, Rung, Sizes
+from initlab.stats.dtypes import resolve_dtype
 from initlab.tasks.course.rotated_timing import seconds_each
 from initlab.tasks.course.timing import check_timing, time_ladder
-from initlab.tasks.ensemble.device import DTYPES, find_device
+from initlab.tasks.ensemble.device import find_device
 
 BOOK_SHAPE: Sizes = (5, 784, 10)
 CLASSES = 10  # outputs under a loss over classes
@@ -45,7 +46,7 @@ def matmul_ladder(
     The reference is `@` (the rung `matmul`), or the last rung that runs where it was not asked for. A rung of Python
     loops that would take more than `patience` seconds a call, judged by smaller pieces of the same product, is skipped.
     """
-    place, number = find_device(device), choose(DTYPES, dtype, "dtype")
+    place, number = find_device(device), resolve_dtype(dtype)
     table = {name: choose(LADDER, name, "rung") for name in rungs}
     check_timing(table, rounds, seconds)
     if not len(shapes):
@@ -91,7 +92,7 @@ def backward_ladder(
     as data. What is timed is one pass from given parameters to the loss and all gradients of the parameters. The
     reference is `nn.Linear`, torch's own layers and autograd as everybody writes them: a ratio below 1 is faster.
     """
-    place, number = find_device(device), choose(DTYPES, dtype, "dtype")
+    place, number = find_device(device), resolve_dtype(dtype)
     check_timing(versions, rounds, seconds)
     check(train_depth=depth, train_width=width)
     sizes = [inputs, *[width] * depth, CLASSES if choose(LOSSES, loss, "train.loss").classes else 1]

@@ -16,9 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from initlab.errors import UsageError, choose
+from initlab.scratch.agreement import unit_in_last_place
+from initlab.stats.dtypes import format_of
 from initlab.stats.statistics import relative_error
 from initlab.tasks.course.rotated_timing import Call, Runner, calibrate, round_ratios, run_rounds, share_rounds
-from initlab.tasks.ensemble.device import DTYPES, find_device
+from initlab.tasks.ensemble.device import find_device
 from initlab.tasks.ensemble.memory import free_memory, is_out_of_memory, peak_bytes, readable
 
 COLUMNS: dict[str, str] = {
@@ -32,15 +34,6 @@ COLUMNS: dict[str, str] = {
     "relative_error": "||a - b|| / ||b|| against the reference, the largest of the outputs; nan where not finite",
     "ulp": "largest |a - b| in units in the last place of the reference's largest entry",
     "note": "why there is no number, or what is wrong with it; empty if nothing is",
-}
-
-# What rounding may do to sums of up to some 10,000 terms taken in another order: about sqrt(terms) eps, with room for
-# a naive sum. The half formats are for loops that round every partial sum.
-TOLERANCES: dict[torch.dtype, float] = {
-    torch.float16: 3e-2,
-    torch.bfloat16: 2e-1,
-    torch.float32: 1e-5,
-    torch.float64: 1e-12,
 }
 
 
@@ -170,16 +163,14 @@ def _difference(x: Tensor, y: Tensor) -> tuple[float, float, bool]:
     """Relative error, units in the last place, and whether rounding explains them."""
     x, y = x.reshape(1, -1), y.reshape(1, -1)
     error = float(relative_error(x, y)[0])
-    number = y.dtype if y.is_floating_point() else torch.float64
-    exponent = int(torch.frexp(y.abs().amax().double()).exponent) - 1 if not math.isnan(error) else 0
-    info = torch.finfo(number)
-    ulp = info.eps * max(2.0**exponent, info.tiny)
-    return error, float((x.double() - y.double()).abs().amax()) / ulp, error <= TOLERANCES.get(number, 0.0)
+    y = y if y.is_floating_point() else y.double()
+    unit = float(unit_in_last_place(y.abs().amax()))
+    return error, float((x.double() - y.double()).abs().amax()) / unit, error <= format_of(y.dtype).loop_tolerance
 
 
 def agreement(frame: pd.DataFrame, dtype: str = "float32") -> str:
     """One sentence on the whole table: equal up to rounding, or which versions are not."""
-    allowed = TOLERANCES[choose(DTYPES, dtype, "dtype")]
+    allowed = format_of(dtype).loop_tolerance
     ran = frame[frame["median"].notna()]
     if ran.empty:
         return "No version ran."

@@ -1,4 +1,4 @@
-"""Where the tensors live, in which number format, and how a GPU multiplies them."""
+"""Where the tensors live, and how a GPU multiplies them."""
 
 import warnings
 
@@ -6,12 +6,6 @@ import torch
 
 from initlab.errors import UsageError, choose
 
-DTYPES: dict[str, torch.dtype] = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 DEVICES: dict[str, str] = {"auto": "the GPU if there is one", "cpu": "the processor", "cuda": "the GPU, or an error"}
 
 # How a GPU multiplies float32 matrices; bfloat16 throughout is dtype=bfloat16.
