@@ -20,7 +20,8 @@ The rooms, lowest first; imports go from a room to those above it in this list, 
 
 From Python: `initlab.read("outputs/**")` gives the tables of all runs, `initlab.probe(model, x, y, loss)` the rows of
 any nn.Module, `initlab.predict(init, activation, depth, width)` what theory says of a stack (`predict_bands` with the
-bands of every statistic), `initlab.gain("relu")`, `initlab.phase("tanh", sw2, sb2)`, `initlab.critical("tanh", sb2)`,
+bands of every statistic), `initlab.gain("relu")`, `initlab.phase("tanh", sigma_w, sigma_b)`,
+`initlab.critical("tanh", sigma_b)`,
 `initlab.limits("naive", "relu")` where each number format ends a stack;
 `initlab.tasks.stack.stack(...)` and `initlab.tasks.train.train(...)` run the tasks and return their frames.
 """

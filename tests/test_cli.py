@@ -425,7 +425,7 @@ def test_the_researchers_page(lab: Lab, tmp_path: Path) -> None:
     assert gradient["predicted"] == pytest.approx(5013, rel=1e-2) and abs(gradient["z"]) < 3
     assert (gradient["init"], gradient["activation"]) == ("strong", "clip")
     clip = torch.nn.Hardtanh(-2.0, 2.0)
-    where = initlab.phase(clip, sw2=1.5**2)
+    where = initlab.phase(clip, sigma_w=1.5)
     assert where.phase == "chaotic" and where.chi_1 == pytest.approx(1.41, abs=0.005)
     assert initlab.gain(clip) == pytest.approx(1.0236, abs=1e-4)
 

@@ -116,10 +116,10 @@ def _critical(ax: Axes, mean: pd.DataFrame, plane: str, line: pd.DataFrame) -> N
     if (
         plane == "sigma"
         and len(line) > 1
-        and line["sb2"].min() <= max(y[0], 1e-3) ** 2
-        and line["sb2"].max() >= y[-1] ** 2
+        and line["sigma_b"].min() <= max(y[0], 1e-3)
+        and line["sigma_b"].max() >= y[-1]
     ):
-        _white(ax, np.sqrt(line["sw2"]), np.sqrt(line["sb2"]), "-")
+        _white(ax, line["sigma_w"], line["sigma_b"], "-")
     elif min(values.shape) > 1 and values.min() < 0 < values.max():
         for style in (UNDER, LINE):
             ax.contour(x, y, values, levels=[0.0], **style)

@@ -1,6 +1,7 @@
-"""Where two inputs end: the fixed point of the correlation map in the chaotic phase, for many rules at once.
+"""The fixed point of the correlation map in the chaotic phase: how alike two inputs are in the end.
 
-Infinite width. Knows maps and activations, not how a phase is named.
+Computed for many rules at once. In what follows s = sigma_w^2, b = sigma_b^2, q is the second moment of the
+preactivations and c the correlation of two of them, one entry for each rule.
 """
 
 import math
@@ -19,8 +20,8 @@ SERIES = 48  # terms of the correlation map's power series
 NEAR_ONE = 0.97  # from here on the two fixed points are too near for the series
 
 
-def in_octaves(f: Callable[[Activation, Tensor, Tensor], Tensor], row: Activation, q: Tensor, c: Tensor) -> Tensor:
-    """f(row, q, c) where neighbours in q share their panels, which get finer with q."""
+def map_in_octaves(f: Callable[[Activation, Tensor, Tensor], Tensor], row: Activation, q: Tensor, c: Tensor) -> Tensor:
+    """f(row, q, c), sorted into groups of neighbouring q: a group shares the panels of its quadrature."""
     order = q.argsort()
     parts = [f(row, q[part], c[part]) for part in torch.split(order, 256)]
     return torch.empty_like(q).scatter_(0, order, torch.cat(parts))
@@ -31,14 +32,14 @@ def correlation_fixed_point(row: Activation, q: Tensor, s: Tensor, b: Tensor) ->
 
     C is convex on (0, 1), so that Newton's method from the left climbs to the root without passing it.
     """
-    c = _by_series(row, q, s, b)
+    c = _solve_by_series(row, q, s, b)
     near = c > NEAR_ONE
-    c[near] = _climbed(row, q[near], s[near], b[near], torch.zeros_like(c[near]), 8, 1e-5)
-    return _climbed(row, q, s, b, c, FINE, 1e-8)
+    c[near] = _solve_by_newton(row, q[near], s[near], b[near], torch.zeros_like(c[near]), 8, 1e-5)
+    return _solve_by_newton(row, q, s, b, c, FINE, 1e-8)
 
 
-def _by_series(row: Activation, q: Tensor, s: Tensor, b: Tensor) -> Tensor:
-    """The same by C(c) = (sw2 sum_k a_k^2 c^k + sb2) / q, a_k the Hermite coefficients of phi; what is cut is c^K's."""
+def _solve_by_series(row: Activation, q: Tensor, s: Tensor, b: Tensor) -> Tensor:
+    """c* from C(c) = (s sum_k a_k^2 c^k + b) / q, a_k the Hermite coefficients of phi; the rest counts as c^K."""
     parts = []
     for part in torch.split(torch.arange(len(q)), 256):
         u, weights = line(float(q[part].max()))
@@ -59,7 +60,7 @@ def _by_series(row: Activation, q: Tensor, s: Tensor, b: Tensor) -> Tensor:
     return c
 
 
-def _climbed(
+def _solve_by_newton(
     row: Activation, q: Tensor, s: Tensor, b: Tensor, c: Tensor, per_panel: int, enough: float, steps: int = 40
 ) -> Tensor:
     """Newton's method until a step is small, every slope used twice."""
@@ -67,16 +68,11 @@ def _climbed(
     for k in range(steps):
         if not len(part):
             break
-        rest = _residual(row, q[part], s[part], b[part], c[part], per_panel)
+        at = row, q[part], c[part]
+        image = (s[part] * map_in_octaves(partial(maps.overlap, per_panel=per_panel), *at) + b[part]) / q[part]
         if k % 2 == 0:
-            image = in_octaves(partial(maps.slope_overlap, per_panel=per_panel), row, q[part], c[part])
-            slope[part] = 1 - s[part] * image
-        step = torch.where(slope[part] > 0, -rest / slope[part], 0.0)
+            slope[part] = 1 - s[part] * map_in_octaves(partial(maps.slope_overlap, per_panel=per_panel), *at)
+        step = torch.where(slope[part] > 0, (image - c[part]) / slope[part], 0.0)
         c[part] = (c[part] + step).clamp(0, 1)
         part = part[step.abs() > enough]
     return c
-
-
-def _residual(row: Activation, q: Tensor, s: Tensor, b: Tensor, c: Tensor, per_panel: int) -> Tensor:
-    image = s * in_octaves(partial(maps.overlap, per_panel=per_panel), row, q, c) + b
-    return c - image / q

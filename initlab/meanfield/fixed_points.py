@@ -1,7 +1,7 @@
-"""Fixed points of the two maps: ordered, critical or chaotic, how deep a signal reaches, and the critical line.
+"""Fixed points of the length and correlation maps: ordered, critical or chaotic, depth scales, and the critical line.
 
 Poole et al. 2016; Schoenholz, Gilmer, Ganguli & Sohl-Dickstein 2017. A fixed point is the one that a signal of second
-moment q0 = 1 runs into; GELU and its kin have others. Infinite width: see `finite_width` for how far that carries.
+moment q0 = 1 runs into; GELU and similar functions have others. All widths are infinite.
 """
 
 import math
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,26 +18,29 @@ from torch import Tensor
 
 from initlab.errors import UsageError
 from initlab.meanfield import maps
-from initlab.meanfield.correlation_points import FINE, correlation_fixed_point, in_octaves
+from initlab.meanfield.correlation_points import FINE, correlation_fixed_point, map_in_octaves
 from initlab.nn.activations import Activation
 from initlab.nn.custom_activation import Given, as_activation, name_of
 
 EDGE = 1e-9  # a slope this near to 1 is taken for 1
-TOUCH = 1e-7  # so near may V(q) come to q without a crossing, relative to q, for a half-stable point
+TOUCH = 1e-7  # V(q) this near to q, relative to q, without a crossing makes a half-stable point
 STEPS_PER_DECADE = 20
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Where a rule's signal goes in an infinitely wide, infinitely deep net. Second moments and dimensionless slopes.
+    """Where a signal goes in an infinitely wide, infinitely deep net.
 
-    `slope` is V'(q), `chi_1` the slope of the correlation map at 1, `chi` at c; `xi_q`, `xi_c` are depths in layers.
-    `phase` is ordered, critical, chaotic, or unbounded where q grows for ever; what is then undefined is nan.
+    sigma_w: standard deviation of a weight times sqrt(fan_in); sigma_b: of a bias. q: second moment of the
+    preactivations at the fixed point; c: correlation of two inputs there. slope: V'(q); chi_1: slope of the correlation
+    map at 1, the factor per layer of a gradient's second moment; chi: its slope at c. xi_q, xi_c: depths in layers over
+    which a deviation of q and of c shrinks by e. phase: ordered, critical, chaotic, or unbounded where q grows for
+    ever. Numbers that are undefined then are nan.
     """
 
     activation: str
-    sw2: float
-    sb2: float
+    sigma_w: float
+    sigma_b: float
     q: float
     c: float
     slope: float
@@ -48,94 +52,84 @@ class Phase:
 
     @property
     def trainable_depth(self) -> float:
-        """6 xi_c, the empirical estimate of Schoenholz et al. 2017, section 5; layers."""
+        """6 xi_c in layers, the empirical estimate of Schoenholz et al. 2017, section 5."""
         return 6 * self.xi_c
 
 
-def phase(activation: Given, sw2: float, sb2: float = 0.0) -> Phase:
-    """Fixed points, slopes and depths for weights of variance sw2/fan_in and biases of variance sb2."""
-    frame = phase_plane(activation, [sw2], [sb2])
-    row = frame.iloc[0]
-    numbers = {name: float(row[name]) for name in ("sw2", "sb2", "q", "c", "slope", "chi_1", "chi", "xi_q", "xi_c")}
-    return Phase(activation=str(row["activation"]), phase=str(row["phase"]), **numbers)
+def phase(activation: Given, sigma_w: float, sigma_b: float = 0.0) -> Phase:
+    """Say whether a rule is ordered, critical or chaotic at infinite width, with its fixed point and depth scales.
+
+    activation: a name of the table, or an elementwise function. sigma_w: standard deviation of a weight times
+    sqrt(fan_in). sigma_b: standard deviation of a bias. Returns a `Phase`. Raises UsageError for scales that are not
+    finite numbers, at least 0. Source: Poole et al. 2016; Schoenholz et al. 2017.
+
+    >>> phase("relu", sigma_w=2**0.5).phase
+    'critical'
+    """
+    row: dict[str, Any] = phase_plane(activation, [sigma_w], [sigma_b]).to_dict("records")[0]
+    return Phase(**row)
 
 
 def phase_plane(
-    activation: Given, sw2: Sequence[float], sb2: Sequence[float], first_layer: bool = False
+    activation: Given, sigma_w: Sequence[float], sigma_b: Sequence[float], first_layer: bool = False
 ) -> pd.DataFrame:
-    """`phase` for every pair of the two lists, a row each, sb2 slowest.
+    """`phase` for every pair of the two lists: a row each with the fields of `Phase`, sigma_b slowest.
 
-    `first_layer` starts at q = sw2 + sb2, the first preactivation of an input of second moment 1, instead of at q = 1:
-    where there are several fixed points, as of GELU, the two may end in different ones.
+    `first_layer` starts at q = sigma_w^2 + sigma_b^2, the first preactivation of an input of second moment 1, instead
+    of at q = 1: where there are several fixed points, as of GELU, the two may end in different ones.
     """
     row = as_activation(activation)
-    weights, biases = _variances("sw2", sw2), _variances("sb2", sb2)
-    s = weights.repeat(len(biases))
-    b = biases.repeat_interleave(len(weights))
-    q = _length_fixed_point(row, s, b, s + b if first_layer else torch.ones_like(s))
-    slope, chi_1, named = _named(row, q, s, b)
-    c = torch.where(named == _CODES.index("unbounded"), torch.nan, torch.ones_like(q))
-    chaotic = named == _CODES.index("chaotic")
-    if bool(chaotic.any()):
-        c[chaotic] = correlation_fixed_point(row, q[chaotic], s[chaotic], b[chaotic])
+    scales = [torch.tensor(_check_scales(*given)) for given in (("sigma_w", sigma_w), ("sigma_b", sigma_b))]
+    sw = scales[0].repeat(len(scales[1]))
+    sb = scales[1].repeat_interleave(len(scales[0]))
+    s, b = sw * sw, sb * sb
+    q = _solve_length(row, s, b, s + b if first_layer else torch.ones_like(s))
+    slope, chi_1 = s * maps.growth(row, q), s * maps.slope_moment(row, q)
+    names = np.select([q.isinf(), chi_1 > 1 + EDGE, chi_1 < 1 - EDGE], ["unbounded", "chaotic", "ordered"], "critical")
+    c = torch.where(q.isinf(), torch.nan, torch.ones_like(q))
     chi = chi_1.clone()
+    chaotic = torch.from_numpy(names == "chaotic")
     if bool(chaotic.any()):
-        chi[chaotic] = s[chaotic] * in_octaves(partial(maps.slope_overlap, per_panel=FINE), row, q[chaotic], c[chaotic])
-    found = {"sw2": s, "sb2": b, "q": q, "c": c, "slope": slope, "chi_1": chi_1, "chi": chi}
-    frame = pd.DataFrame({name: values.numpy() for name, values in found.items()})
-    frame.insert(0, "activation", name_of(activation))
-    frame["xi_q"], frame["xi_c"] = _depth(slope), _depth(chi)
-    return frame.assign(phase=[_CODES[k] for k in named.tolist()])
+        where = q[chaotic], s[chaotic], b[chaotic]
+        c[chaotic] = correlation_fixed_point(row, *where)
+        overlap = map_in_octaves(partial(maps.slope_overlap, per_panel=FINE), row, q[chaotic], c[chaotic])
+        chi[chaotic] = s[chaotic] * overlap
+    numbers = {"sigma_w": sw, "sigma_b": sb, "q": q, "c": c, "slope": slope, "chi_1": chi_1, "chi": chi}
+    frame = pd.DataFrame({"activation": name_of(activation), **{name: x.numpy() for name, x in numbers.items()}})
+    return frame.assign(xi_q=_depth_scale(slope), xi_c=_depth_scale(chi), phase=names)
 
 
-_CODES = ("ordered", "critical", "chaotic", "unbounded")
-
-
-def _variances(name: str, given: Sequence[float]) -> Tensor:
-    values = torch.tensor([float(x) for x in given], dtype=torch.float64)
-    for value in values.tolist():
+def _check_scales(name: str, given: Sequence[float]) -> np.ndarray:
+    values = np.array([float(x) for x in given])
+    for value in values:
         if not 0 <= value < math.inf:
-            raise UsageError(f"{name}={value:g}: a variance must be a finite number, at least 0")
+            raise UsageError(f"{name}={value:g}: a standard deviation must be a finite number, at least 0")
     return values
 
 
-def _named(row: Activation, q: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """V'(q), chi_1 and which phase, as an index of _CODES."""
-    slope, chi_1 = maps.length_slope(row, q, s), maps.chi(row, q, s)
-    named = torch.ones_like(q, dtype=torch.long)
-    named[chi_1 < 1 - EDGE] = 0
-    named[chi_1 > 1 + EDGE] = 2
-    named[q.isinf()] = 3
-    return slope, chi_1, named
-
-
-def _depth(slope: Tensor) -> np.ndarray:
-    """-1 / ln |slope|, infinite from 1 on: over so many layers a deviation shrinks by e."""
+def _depth_scale(slope: Tensor) -> np.ndarray:
+    """-1 / ln |slope|, infinite from 1 on: a deviation shrinks by e over this many layers."""
     size = slope.abs().numpy()
     with np.errstate(divide="ignore"):
-        return np.where(
-            size < 1 - EDGE, -1 / np.log(np.minimum(size, 1 - EDGE)), np.where(np.isnan(size), size, np.inf)
-        )
+        finite = -1 / np.log(np.minimum(size, 1 - EDGE))
+    return np.where(size < 1 - EDGE, finite, np.where(np.isnan(size), size, np.inf))
 
 
 # --- lengths ---------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=64)
-def _table(row: Activation) -> tuple[Tensor, Tensor, Tensor]:
+def _tabulate(row: Activation) -> tuple[Tensor, Tensor, Tensor]:
     """q from 1e-12 to 1e12 with 1 among them, E[phi^2] and E[phi'^2] there."""
-    q = 10.0 ** (
-        torch.arange(-12 * STEPS_PER_DECADE, 12 * STEPS_PER_DECADE + 1, dtype=torch.float64) / STEPS_PER_DECADE
-    )
-    mean_square = in_octaves(lambda r, x, _: maps.moment(r, x), row, q, q)
-    return q, mean_square, in_octaves(lambda r, x, _: maps.slope_moment(r, x), row, q, q)
+    steps = torch.arange(-12 * STEPS_PER_DECADE, 12 * STEPS_PER_DECADE + 1, dtype=torch.float64)
+    q = 10.0 ** (steps / STEPS_PER_DECADE)
+    mean_square = map_in_octaves(lambda r, x, _: maps.moment(r, x), row, q, q)
+    return q, mean_square, map_in_octaves(lambda r, x, _: maps.slope_moment(r, x), row, q, q)
 
 
-def _length_fixed_point(row: Activation, s: Tensor, b: Tensor, q0: Tensor) -> Tensor:
-    """Where V(q) = q, met first on the way from q0 (to the table's grid) in the direction that V takes; 0 and inf where
-    never.
-    """
-    q, mean_square, _ = _table(row)
+def _solve_length(row: Activation, s: Tensor, b: Tensor, q0: Tensor) -> Tensor:
+    """First q with V(q) = s E[phi^2] + b = q on the way from q0 in the direction that V takes; 0 or inf where none."""
+    q, mean_square, _ = _tabulate(row)
     places = torch.arange(len(q))
     start = ((q0.clamp(q[0], q[-1]).log10() + 12) * STEPS_PER_DECADE).round().long()[:, None]
     gap = s[:, None] * mean_square / q + b[:, None] / q - 1  # (P, grid)
@@ -151,44 +145,40 @@ def _length_fixed_point(row: Activation, s: Tensor, b: Tensor, q0: Tensor) -> Te
         index = torch.where(up, first, len(q) - 1 - first)[found]
         other = torch.where(up[found], index - 1, index + 1)
         low, high = q[torch.minimum(index, other)], q[torch.maximum(index, other)]
-        solved[found] = _refined(row, low, high, s[found], b[found])
+        solved[found] = _refine(row, low, high, s[found], b[found])
     still = at_start.abs() < 1e-13
     solved[still] = q[start[:, 0]][still]
-    valley = _valleys(gap) & ahead & (order <= first[:, None] + 1) & ~still[:, None]
+    turns = torch.zeros_like(gap, dtype=torch.bool)  # where V(q)/q - 1 turns on the grid, near 0
+    left, right = gap[:, 1:-1] - gap[:, :-2], gap[:, 2:] - gap[:, 1:-1]
+    turns[:, 1:-1] = (left * right < 0) & (gap[:, 1:-1].abs() < 0.01) & (left.abs() > 1e-12)
+    valley = turns & ahead & (order <= first[:, None] + 1) & ~still[:, None]
     for k in valley.any(-1).nonzero().flatten().tolist():
         nearest = valley[k].nonzero().flatten()[0 if up[k] else -1]
-        solved[k] = _touching(row, float(q[nearest]), float(s[k]), float(b[k]), float(solved[k]))
+        touching = _find_touching(row, float(q[nearest]), float(s[k]), float(b[k]))
+        solved[k] = solved[k] if touching is None else touching
     return solved
 
 
-def _valleys(gap: Tensor) -> Tensor:
-    """Where V(q)/q - 1 turns on the grid, near 0."""
-    turns = torch.zeros_like(gap, dtype=torch.bool)
-    left, right = gap[:, 1:-1] - gap[:, :-2], gap[:, 2:] - gap[:, 1:-1]
-    turns[:, 1:-1] = (left * right < 0) & (gap[:, 1:-1].abs() < 0.01) & (left.abs() > 1e-12)
-    return turns
-
-
-def _touching(row: Activation, near: float, s: float, b: float, crossing: float) -> float:
-    """The half-stable point: V(q)/q turns there and is 1 to within TOUCH. Else the crossing."""
+def _find_touching(row: Activation, near: float, s: float, b: float) -> float | None:
+    """The half-stable point near this q: V(q)/q turns there and is 1 to within TOUCH. None if it is not."""
     step = 10 ** (1.5 / STEPS_PER_DECADE)
 
-    def turning(x: float) -> float:
+    def turn(x: float) -> float:
         at = torch.tensor([x], dtype=torch.float64)
-        return float(x * maps.length_slope(row, at, s) - maps.length_map(row, at, s, b))
+        return float(x * (s * maps.growth(row, at)) - (s * maps.moment(row, at) + b))
 
-    bottom = _bisected(turning, near / step, near * step)
+    bottom = _bisect(turn, near / step, near * step)
     at = torch.tensor([bottom], dtype=torch.float64)
-    return bottom if abs(float(maps.length_map(row, at, s, b)) / bottom - 1) < TOUCH else crossing
+    return bottom if abs(float(s * maps.moment(row, at) + b) / bottom - 1) < TOUCH else None
 
 
-def _refined(row: Activation, low: Tensor, high: Tensor, s: Tensor, b: Tensor) -> Tensor:
+def _refine(row: Activation, low: Tensor, high: Tensor, s: Tensor, b: Tensor) -> Tensor:
     """Newton's method kept inside a bracket at whose ends V(q) - q has opposite signs."""
-    rising = maps.length_map(row, high, s, b) > high
+    rising = s * maps.moment(row, high) + b > high
     x = (low * high).sqrt()
     for _ in range(60):
-        value = s * in_octaves(lambda r, q, _: maps.moment(r, q), row, x, x) + b
-        slope = s * in_octaves(lambda r, q, _: maps.growth(r, q), row, x, x)
+        value = s * map_in_octaves(lambda r, q, _: maps.moment(r, q), row, x, x) + b
+        slope = s * map_in_octaves(lambda r, q, _: maps.growth(r, q), row, x, x)
         above = (value > x) == rising
         high, low = torch.where(above, x, high), torch.where(above, low, x)
         newton = x - (value - x) / (slope - 1)
@@ -204,55 +194,63 @@ def _refined(row: Activation, low: Tensor, high: Tensor, s: Tensor, b: Tensor) -
 # --- the critical line -----------------------------------------------------------------------------------------------
 
 
-def critical(activation: Given, sb2: float = 0.0) -> float:
-    """sw2 at which chi_1 = 1 for this bias variance.
+def critical(activation: Given, sigma_b: float = 0.0) -> float:
+    """The sigma_w at which gradients neither grow nor vanish with depth (chi_1 = 1), for these biases.
 
-    The line is parametric in its fixed point: sw2 = 1 / E[phi'^2], sb2 = q - sw2 E[phi^2]. Where it meets sb2 more than
-    once the smallest q counts. Rectifiers have chi_1 = 1 at one sw2 for every q, with biases at an unbounded one.
-    Errors: a bias variance that the line never meets.
+    activation: a name of the table, or an elementwise function. sigma_b: standard deviation of a bias. Returns sigma_w,
+    the standard deviation of a weight times sqrt(fan_in). The line is parametric in its fixed point q: sigma_w^2 =
+    1 / E[phi'^2], sigma_b^2 = q - sigma_w^2 E[phi^2]; where it meets sigma_b more than once the smallest q counts.
+    Rectifiers have chi_1 = 1 at one sigma_w for every q. Raises UsageError for a sigma_b that the line never meets.
+    Source: Schoenholz et al. 2017.
+
+    >>> round(critical("relu"), 6)
+    1.414214
     """
     row = as_activation(activation)
-    (wanted,) = _variances("sb2", [sb2]).tolist()
-    q, mean_square, slope_square = _table(row)
+    (given,) = _check_scales("sigma_b", [sigma_b])
+    wanted = float(given) ** 2
+    q, mean_square, slope_square = _tabulate(row)
     bias = q - mean_square / slope_square
     if wanted == 0 and float(row.phi(torch.zeros(1, dtype=torch.float64))) == 0:
-        return 1 / float(maps.slope_moment(row, 0.0))
+        return 1 / math.sqrt(float(maps.slope_moment(row, 0.0)))
     if bool((bias.abs() <= 1e-12 * q).all()):  # scale-free: any q does
-        return 1 / float(slope_square[0])
-    over = (bias >= wanted).int()
-    change = over.diff().nonzero().flatten()
+        return 1 / math.sqrt(float(slope_square[0]))
+    change = (bias >= wanted).int().diff().nonzero().flatten()
     if not len(change):
+        low, high = (max(0.0, float(end)) ** 0.5 for end in (bias.min(), bias.max()))
         raise UsageError(
-            f"sb2={sb2:g}: the critical line of activation={name_of(activation)} has bias variances from "
-            f"{max(0.0, float(bias.min())):.4g} to {float(bias.max()):.4g} only"
+            f"sigma_b={sigma_b:g}: the critical line of activation={name_of(activation)} has sigma_b from {low:.4g} to "
+            f"{high:.4g} only"
         )
     k = int(change[0])
-    root = _bisected(lambda x: _line_bias(row, x) - wanted, float(q[k]), float(q[k + 1]))
-    return 1 / float(maps.slope_moment(row, torch.tensor([root], dtype=torch.float64)))
+    root = _bisect(lambda x: _line_bias(row, x) - wanted, float(q[k]), float(q[k + 1]))
+    return 1 / math.sqrt(float(maps.slope_moment(row, torch.tensor([root], dtype=torch.float64))))
 
 
 def critical_line(activation: Given) -> pd.DataFrame:
-    """The part of the critical line that attracts (V' <= 1): columns q, sw2, sb2, a row for each q of a fine grid.
+    """The part of the critical line that attracts (V' <= 1): columns q, sigma_w, sigma_b, a row for each q of a grid.
 
-    Of a rectifier, whose q is arbitrary there, one row; empty of an activation that has no such part.
+    A rectifier, whose q is arbitrary there, has one row; an activation without such a part has none.
     """
     row = as_activation(activation)
-    q, mean_square, slope_square = _table(row)
-    sw2 = 1 / slope_square
-    sb2 = q - sw2 * mean_square
-    if bool((sb2.abs() <= 1e-12 * q).all()):
-        return pd.DataFrame({"q": [1.0], "sw2": [float(sw2[0])], "sb2": [0.0]})
-    stable = (sb2 >= 0) & (sw2 * in_octaves(lambda r, x, _: maps.growth(r, x), row, q, q) <= 1)
-    return pd.DataFrame({"q": q[stable].numpy(), "sw2": sw2[stable].numpy(), "sb2": sb2[stable].numpy()})
+    q, mean_square, slope_square = _tabulate(row)
+    weight = 1 / slope_square
+    bias = q - weight * mean_square
+    if bool((bias.abs() <= 1e-12 * q).all()):
+        return pd.DataFrame({"q": [1.0], "sigma_w": [float(weight[0]) ** 0.5], "sigma_b": [0.0]})
+    stable = (bias >= 0) & (weight * map_in_octaves(lambda r, x, _: maps.growth(r, x), row, q, q) <= 1)
+    columns = {"q": q, "sigma_w": weight.sqrt(), "sigma_b": bias.sqrt()}
+    return pd.DataFrame({name: values[stable].numpy() for name, values in columns.items()})
 
 
 def half_stable(activation: Given) -> tuple[float, float, float]:
-    """(sw2, sb2, q) on the critical line where V' = 1 too: q attracts from one side only, as slowly as gradients move.
+    """(sigma_w, sigma_b, q) on the critical line where V' = 1 too: q attracts from one side only.
 
-    GELU: (1.98305826, 0.17292239, (3 + sqrt 17)/2). Errors: an activation without such a point.
+    GELU has sigma_w^2 = 1.98305826, sigma_b^2 = 0.17292239, q = (3 + sqrt 17)/2. Raises UsageError for an activation
+    without such a point.
     """
     row = as_activation(activation)
-    q = _table(row)[0]
+    q = _tabulate(row)[0]
     inner = q[(q > 1e-3) & (q < 1e4)]
 
     def excess(x: float) -> float:
@@ -262,19 +260,20 @@ def half_stable(activation: Given) -> tuple[float, float, float]:
     values = [excess(x) for x in inner.tolist()]
     for k, (left, right) in enumerate(pairwise(values)):
         if left * right < 0 and min(abs(left), abs(right)) > 1e-12:
-            root = _bisected(excess, float(inner[k]), float(inner[k + 1]))
+            root = _bisect(excess, float(inner[k]), float(inner[k + 1]))
             at = torch.tensor([root], dtype=torch.float64)
-            return 1 / float(maps.slope_moment(row, at)), _line_bias(row, root), root
+            return float(maps.slope_moment(row, at)) ** -0.5, _line_bias(row, root) ** 0.5, root
     raise UsageError(f"activation={name_of(activation)}: V' and chi_1 are 1 together at no second moment")
 
 
 def _line_bias(row: Activation, q: float) -> float:
+    """sigma_b^2 of the critical line at its fixed point q."""
     at = torch.tensor([q], dtype=torch.float64)
     return q - float(maps.moment(row, at) / maps.slope_moment(row, at))
 
 
-def _bisected(f: Callable[[float], float], low: float, high: float) -> float:
-    """A root between two places of opposite sign, to the last bit."""
+def _bisect(f: Callable[[float], float], low: float, high: float) -> float:
+    """A root between two points of opposite sign, to the last bit."""
     rising = f(high) > 0
     for _ in range(100):
         middle = (low + high) / 2

@@ -1,6 +1,7 @@
 """Every gain of every activation with what it leads to: its fixed point, whether that is stable, what gradients do.
 
-A gain belongs to a promise (`activations.GAIN_KINDS`); this table says which promises it breaks. Infinite width.
+A kind of gain keeps one promise (`activations.GAIN_KINDS`); this table says which others it breaks. All widths are
+infinite.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from initlab.meanfield.fixed_points import Phase, phase
+from initlab.meanfield.fixed_points import phase
 from initlab.nn.activations import ACTIVATIONS, GAIN_KINDS, TORCH_HAS, Activation, gain
 from initlab.nn.custom_activation import Given, as_activation, name_of
 from initlab.nn.init import Rule
@@ -17,7 +18,7 @@ EDGE = 1e-6
 
 
 class Published(NamedTuple):
-    """Numbers that are in use: where they stand, the kind that they stand for, why they differ from it."""
+    """Gains that other libraries use: their source, the kind of gain they stand for, why they differ from it."""
 
     source: str
     meant: str
@@ -65,8 +66,8 @@ WHY_TORCH = {
     "tanh": "5/3 is older than the theory and answers to no promise: gradients grow by chi_1 a layer",
     "sigmoid": "1, as if sigmoid were linear: its slope is at most 1/4, so gradients vanish",
     "selu": "3/4 was set by experiment, for self-normalization 1 is right; near the chi gain in effect",
-    "gelu": "torch has none; the fixed point of rms repels: take the biases of phases.half_stable too",
-    "silu": "torch has none; the fixed point of rms repels: take the biases of phases.half_stable too",
+    "gelu": "torch has none; the fixed point of rms repels: take the biases of fixed_points.half_stable too",
+    "silu": "torch has none; the fixed point of rms repels: take the biases of fixed_points.half_stable too",
 }
 
 
@@ -93,10 +94,11 @@ def gain_table(activations: Sequence[Given] = tuple(ACTIVATIONS)) -> pd.DataFram
 
 
 def published_table() -> pd.DataFrame:
-    """The same of numbers that are in use, torch's first: `kind` is who says it, `source` where, `meant` which gain it
-    stands for, `right` that gain, `deviation` how far it is from it as a share, `why` the reason.
+    """A row per gain that other libraries use, torch's first.
 
-    torch's stand for `chi`: they are called gains of Kaiming's rule, which keeps gradients.
+    Columns: `kind` who uses it, `source`, `meant` the kind of gain it stands for, `right` that gain, `deviation` from
+    it as a share, `why` the reason, and the consequences as in `gain_table`. torch's numbers stand for `chi`: they are
+    called gains of Kaiming's rule, which keeps gradients.
     """
     in_use = {
         "torch": Published(
@@ -105,12 +107,12 @@ def published_table() -> pd.DataFrame:
         **PUBLISHED,
     }
     rows = []
-    for kind, said in in_use.items():
-        for name, value in said.gains.items():
-            right = gain(name, said.meant)
-            why = said.why or WHY_TORCH[name]
+    for kind, numbers in in_use.items():
+        for name, value in numbers.gains.items():
+            right = gain(name, numbers.meant)
+            why = numbers.why or WHY_TORCH[name]
             named = {"activation": name, "kind": kind, **consequences(ACTIVATIONS[name], value)}
-            about = {"source": said.source, "meant": said.meant, "right": right, "deviation": value / right - 1}
+            about = {"source": numbers.source, "meant": numbers.meant, "right": right, "deviation": value / right - 1}
             rows.append({**named, **about, "why": why})
     return pd.DataFrame(rows)
 
@@ -124,7 +126,7 @@ PROMISE = {
 
 
 def gain_words(scaling: Rule, row: Activation) -> str:
-    """Which gain a rule takes for an activation, of which kind and what torch has; nothing where the rule has its own.
+    """Say which gain a rule takes for an activation, of which kind, and what torch has; "" where the rule sets its own.
 
     >>> gain_words(Rule(), ACTIVATIONS["gelu"])
     'gain: 1.48111 (chi: gradients keep their second moment where q = 1; torch has none)'
@@ -137,29 +139,24 @@ def gain_words(scaling: Rule, row: Activation) -> str:
         other = f"the one that keeps gradients is {gain(row, 'chi'):.6g}, init.gain_kind=chi"
     elif not known:
         other = "torch has none"
-    elif abs((theirs := gain(row, "torch")) / value - 1) < EDGE:
+    elif abs((by_torch := gain(row, "torch")) / value - 1) < EDGE:
         other = "torch has the same"
     else:
-        other = f"torch has {theirs:.6g}, init.gain_kind=torch"
+        other = f"torch has {by_torch:.6g}, init.gain_kind=torch"
     return f"gain: {value:.6g} ({kind}: {PROMISE[kind]}; {other})"
 
 
 def consequences(row: Activation, value: float) -> dict[str, object]:
     """What a gain leads to: the columns `gain`, `q`, `slope`, `chi_1`, `stability`, `gradient`."""
-    at = phase(row, value**2)
-    where = {"gain": value, "q": at.q, "slope": at.slope, "chi_1": at.chi_1}
-    return {**where, "stability": _stability(at), "gradient": _gradient(at.chi_1)}
+    at = phase(row, value)
+    stability = _compare_with_one(at.slope, "stable", "marginal", "unstable")
+    if at.q in (0, float("inf")):
+        stability = "gone"
+    gradient = _compare_with_one(at.chi_1, "vanishes", "kept", "grows")
+    return {
+        "gain": value, "q": at.q, "slope": at.slope, "chi_1": at.chi_1, "stability": stability, "gradient": gradient,
+    }  # fmt: skip
 
 
-def _stability(at: Phase) -> str:
-    if at.q == 0 or at.q == float("inf"):
-        return "gone"
-    if abs(at.slope - 1) <= EDGE:
-        return "marginal"
-    return "stable" if at.slope < 1 else "unstable"
-
-
-def _gradient(chi_1: float) -> str:
-    if abs(chi_1 - 1) <= EDGE:
-        return "kept"
-    return "grows" if chi_1 > 1 else "vanishes"
+def _compare_with_one(x: float, below: str, equal: str, above: str) -> str:
+    return equal if abs(x - 1) <= EDGE else below if x < 1 else above

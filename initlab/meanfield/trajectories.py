@@ -1,9 +1,8 @@
-"""Infinite width, layer by layer, for many (sw2, sb2) at once: lengths, correlations and slopes on their way to a fixed
-point.
+"""Lengths, correlations and slopes layer by layer at infinite width, for many (sigma_w, sigma_b) at once.
 
-The maps are those of `maps.py`, tabulated once for an activation and interpolated: cubic in ln q, Chebyshev in t =
+The maps of `maps.py` are tabulated once for an activation and interpolated: cubic in ln q, Chebyshev in t =
 sqrt(1 - c), in which the correlation map of a kinked function is smooth too. Relative error about 1e-5 of q and 1e-3 of
-1 - c (selu at large q: up to 7e-2); `phases.py` has the fixed points themselves to 1e-9. Legend: P rules, L layers.
+1 - c (selu at large q: up to 7e-2); `fixed_points.py` has the fixed points to 1e-9. Legend: P rules, L layers.
 """
 
 import math
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from initlab.meanfield import maps
-from initlab.meanfield.correlation_points import in_octaves
+from initlab.meanfield.correlation_points import map_in_octaves
 from initlab.nn.activations import Activation
 
 NODES, PER_PANEL = 16, 10  # of a correlation map: nodes in t from 0 to 1, nodes a panel of its quadrature
@@ -22,7 +21,7 @@ TINY = torch.finfo(torch.float64).tiny
 
 
 class Grid(NamedTuple):
-    """Of q: powers of ten, and steps a decade. Beyond its ends an activation is taken for what it is there."""
+    """A grid of q: powers of ten, and steps a decade. Beyond its ends an activation is taken for what it is there."""
 
     low: int
     high: int
@@ -40,32 +39,33 @@ LENGTHS, CORRELATIONS = Grid(-12, 8, 16), Grid(-6, 4, 4)
 
 
 class Trajectory(NamedTuple):
-    """Of the preactivations of layers 1 to L, float64 (P, L): second moment, 1 - correlation, chi_1 = sw2 E[phi'^2]."""
+    """The preactivations of layers 1 to L, float64 (P, L): second moment, 1 - correlation, chi_1 = s E[phi'^2]."""
 
     q: Tensor
     apart: Tensor
     chi_1: Tensor
 
 
-def trajectory(row: Activation, sw2: Tensor, sb2: Tensor, depth: int, c0: float = 0.0) -> Trajectory:
-    """From inputs of second moment 1 and correlation c0 on; sw2 and sb2 (P,) in float64.
+def trajectory(row: Activation, sigma_w: Tensor, sigma_b: Tensor, depth: int, c0: float = 0.0) -> Trajectory:
+    """All layers for inputs of second moment 1 and correlation c0; sigma_w and sigma_b (P,) in float64.
 
-    1 - c' = sw2 (E[phi^2] - E[phi(z1) phi(z2)]) / (sw2 E[phi^2] + sb2), from differences, so that a correlation near 1
-    keeps its digits.
+    With s = sigma_w^2 and b = sigma_b^2, 1 - c' = s (E[phi^2] - E[phi(z1) phi(z2)]) / (s E[phi^2] + b) is computed from
+    differences, so that a correlation near 1 keeps its digits.
     """
-    q, apart = sw2 + sb2, (1 - c0) * sw2 / (sw2 + sb2).clamp(min=TINY)
+    s, b = sigma_w * sigma_w, sigma_b * sigma_b
+    q, apart = s + b, (1 - c0) * s / (s + b).clamp(min=TINY)
     found = []
     for _ in range(depth):
-        places, weights = _neighbours(LENGTHS, q)
-        ratio, slope_square = ((table[places] * weights).sum(-1) for table in _means(row))
-        found.append((q, apart, sw2 * slope_square))
-        growth, bias = sw2 * ratio, sb2 / q.clamp(min=TINY)
-        apart = apart * growth * _narrowing(row, q, apart) / (growth + bias).clamp(min=TINY)
-        q = torch.where(q > 0, q * (growth + bias), sb2)
+        places, weights = _interpolate(LENGTHS, q)
+        ratio, slope_square = ((table[places] * weights).sum(-1) for table in _tabulate_means(row))
+        found.append((q, apart, s * slope_square))
+        growth, bias = s * ratio, b / q.clamp(min=TINY)
+        apart = apart * growth * _angle_factor(row, q, apart) / (growth + bias).clamp(min=TINY)
+        q = torch.where(q > 0, q * (growth + bias), b)
     return Trajectory(*(torch.stack(parts, -1) for parts in zip(*found, strict=True)))
 
 
-def _neighbours(grid: Grid, q: Tensor) -> tuple[Tensor, Tensor]:
+def _interpolate(grid: Grid, q: Tensor) -> tuple[Tensor, Tensor]:
     """Four places of the grid about each q (P, 4), and Lagrange's weights of them, cubic in ln q."""
     place = (q.clamp(grid.q(0), grid.q(grid.size - 1)).log10() - grid.low) * grid.steps
     first = (place.floor().long() - 1).clamp(0, grid.size - 4)
@@ -75,16 +75,16 @@ def _neighbours(grid: Grid, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=32)
-def _means(row: Activation) -> tuple[Tensor, Tensor]:
+def _tabulate_means(row: Activation) -> tuple[Tensor, Tensor]:
     """E[phi^2]/q and E[phi'^2] on the grid."""
     q = torch.tensor([LENGTHS.q(k) for k in range(LENGTHS.size)], dtype=torch.float64)
-    square = in_octaves(lambda r, x, _: maps.moment(r, x), row, q, q)
-    return square / q, in_octaves(lambda r, x, _: maps.slope_moment(r, x), row, q, q)
+    square = map_in_octaves(lambda r, x, _: maps.moment(r, x), row, q, q)
+    return square / q, map_in_octaves(lambda r, x, _: maps.slope_moment(r, x), row, q, q)
 
 
-def _narrowing(row: Activation, q: Tensor, apart: Tensor) -> Tensor:
-    """(1 - E[phi(z1) phi(z2)] / E[phi^2]) / (1 - c): by what a layer without biases narrows an angle."""
-    places, weights = _neighbours(CORRELATIONS, torch.ones_like(q) if row.homogeneous else q)
+def _angle_factor(row: Activation, q: Tensor, apart: Tensor) -> Tensor:
+    """(1 - E[phi(z1) phi(z2)] / E[phi^2]) / (1 - c): the factor by which a layer without biases changes 1 - c."""
+    places, weights = _interpolate(CORRELATIONS, torch.ones_like(q) if row.homogeneous else q)
     used, index = torch.unique(places, return_inverse=True)
     table = torch.stack([_coefficients(row, place) for place in used.tolist()])
     angle = torch.acos((2 * apart.clamp(0, 1).sqrt() - 1).clamp(-1, 1))
@@ -94,7 +94,7 @@ def _narrowing(row: Activation, q: Tensor, apart: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _coefficients(row: Activation, place: int) -> Tensor:
-    """Chebyshev coefficients (NODES,) of `_narrowing` in t at one q of the grid.
+    """Chebyshev coefficients (NODES,) of `_angle_factor` in t at one q of the grid.
 
     At t = 0 it is q E[phi'^2]/E[phi^2], elsewhere (1 - E[phi(z1) phi(z2)]/E[phi^2]) / t^2; nodes are the extrema of the
     polynomials, both ends among them.

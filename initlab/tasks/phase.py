@@ -86,10 +86,10 @@ def phase(
     """The table `phase`, a frame for each seed as it comes: a row per point, in the plane `depth` per point and layer.
 
     Measured are the preactivations of `batch` inputs of a given correlation: `q`, `std`, `cosine` (mean over pairs),
-    `chi_1` (sw2 times the mean squared slope), `growth` (its geometric mean over the layers so far: the factor a layer
-    of a gradient's second moment), `frac_saturated`, and `xi_c`, in layers, from how fast the cosine goes to its end;
-    nan where that cannot be seen. A signal that died (`died_at`) has q = 0 or inf, and the cosine and slopes of the
-    last layer at which it was seen alive. `predicted_*` is infinite width at the same layer, `limit_*` at infinite
+    `chi_1` (sigma_w^2 times the mean squared slope), `growth` (its geometric mean over the layers so far: the factor
+    per layer of a gradient's second moment), `frac_saturated`, and `xi_c`, in layers, from how fast the cosine goes to
+    its end; nan where that cannot be seen. A signal that died (`died_at`) has q = 0 or inf, and the cosine and slopes
+    of the last layer at which it was alive. `predicted_*` is infinite width at the same layer, `limit_*` at infinite
     depth. Errors: what `Axis.values` refuses, fewer than 2 inputs, a correlation outside [0, 1).
     """
     gains, biases = _coordinates(plane, sw, sb, sigma_b)
@@ -159,11 +159,9 @@ def _theory(points: Points, activation: str, rows: Sequence[int]) -> pd.DataFram
 def _theory_of(
     points: Points, activation: str, rows: Sequence[int], across: Sequence[float], up: Sequence[float]
 ) -> pd.DataFrame:
-    weights, biases = [x * x for x in across], [x * x for x in up]
-    sw2, sb2 = (torch.tensor(values, dtype=torch.float64) for values in (weights, biases))
-    path = trajectory(
-        points.row, sw2.repeat(len(up)), sb2.repeat_interleave(len(sw2)), points.depth, points.correlation
-    )
+    weights, biases = (torch.tensor(values, dtype=torch.float64) for values in (across, up))
+    scales = weights.repeat(len(up)), biases.repeat_interleave(len(across))
+    path = trajectory(points.row, *scales, points.depth, points.correlation)
     with np.errstate(divide="ignore"):
         growth = np.exp(np.cumsum(np.log(path.chi_1.numpy()), -1) / np.arange(1, points.depth + 1))
     found = {
@@ -172,7 +170,7 @@ def _theory_of(
     }  # fmt: skip
     at = [layer - 1 for layer in rows]
     frame = pd.DataFrame({name: values[:, at].ravel() for name, values in found.items()})
-    limits = phase_plane(activation, weights, biases, first_layer=True)
+    limits = phase_plane(activation, across, up, first_layer=True)
     return frame.assign(**{name: np.repeat(limits[of].to_numpy(), len(rows)) for name, of in LIMITS.items()})
 
 

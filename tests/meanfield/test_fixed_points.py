@@ -39,8 +39,8 @@ def test_relu_has_its_closed_maps() -> None:
     row = ACTIVATIONS["relu"]
     c = torch.linspace(0, 1, 11, dtype=torch.float64)
     kernel = ((1 - c * c).sqrt() + c * (math.pi - torch.acos(c))) / math.pi
-    assert float((maps.correlation_map(row, c, 3.0, 2.0) - kernel).abs().max()) < 1e-12
-    assert float(maps.length_map(row, torch.tensor([5.0]), 2.0, 0.25)[0]) == pytest.approx(5.25, rel=1e-13)
+    assert float((maps.correlation_map(row, c, 3.0, 2.0**0.5) - kernel).abs().max()) < 1e-12
+    assert float(maps.length_map(row, torch.tensor([5.0]), 2.0**0.5, 0.5)[0]) == pytest.approx(5.25, rel=1e-13)
 
 
 @pytest.mark.parametrize("q", [1e-300, 1e-30, 1e30, 1e300])
@@ -50,68 +50,71 @@ def test_maps_outlive_extreme_lengths(q: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "sw2", "sb2"), [("tanh", 1.5, 0.05), ("tanh", 3.0, 0.1), ("selu", 1.2, 0.2), ("gelu", 1.5, 0.3)]
+    ("name", "sigma_w", "sigma_b"), [("tanh", 1.2, 0.2), ("tanh", 1.7, 0.3), ("selu", 1.1, 0.4), ("gelu", 1.2, 0.5)]
 )
-def test_fixed_points_are_fixed(name: str, sw2: float, sb2: float) -> None:
-    row, at = as_activation(name), phase(name, sw2, sb2)
+def test_fixed_points_are_fixed(name: str, sigma_w: float, sigma_b: float) -> None:
+    row, at = as_activation(name), phase(name, sigma_w, sigma_b)
     q = torch.tensor([at.q], dtype=torch.float64)
-    assert float(maps.length_map(row, q, sw2, sb2)[0]) == pytest.approx(at.q, rel=1e-12)
+    assert float(maps.length_map(row, q, sigma_w, sigma_b)[0]) == pytest.approx(at.q, rel=1e-12)
     if at.phase == "chaotic":
         assert 0 < at.c < 1
-        assert float(maps.correlation_map(row, at.c, at.q, sw2, sb2)) == pytest.approx(at.c, abs=1e-9)
-    assert at.chi == pytest.approx(float(maps.chi(row, at.q, sw2, at.c)), rel=1e-8)
+        assert float(maps.correlation_map(row, at.c, at.q, sigma_w, sigma_b)) == pytest.approx(at.c, abs=1e-9)
+    assert at.chi == pytest.approx(float(maps.chi(row, at.q, sigma_w, at.c)), rel=1e-8)
     assert at.xi_q == pytest.approx(-1 / math.log(at.slope), rel=1e-9)
 
 
 def test_iterating_the_maps_arrives_at_the_fixed_points() -> None:
-    for sw2, sb2 in ((1.3, 0.1), (3.0, 0.05)):
-        row, at = as_activation("tanh"), phase("tanh", sw2, sb2)
+    for sigma_w, sigma_b in ((1.1, 0.3), (1.7, 0.2)):
+        row, at = as_activation("tanh"), phase("tanh", sigma_w, sigma_b)
         q = c = torch.tensor([0.5], dtype=torch.float64)
         for _ in range(300):
-            q, c = maps.length_map(row, q, sw2, sb2), maps.correlation_map(row, c, q, sw2, sb2)
+            q, c = maps.length_map(row, q, sigma_w, sigma_b), maps.correlation_map(row, c, q, sigma_w, sigma_b)
         assert float(q[0]) == pytest.approx(at.q, rel=1e-10) and float(c[0]) == pytest.approx(at.c, rel=1e-6)
 
 
 def test_phases_by_name() -> None:
-    assert phase("tanh", 0.5).phase == "ordered" and phase("tanh", 0.5).q == 0
+    assert phase("tanh", 0.7).phase == "ordered" and phase("tanh", 0.7).q == 0
     assert phase("tanh", 1.0).phase == "critical" and phase("tanh", 1.0).xi_c == math.inf
-    assert phase("tanh", 3.0).phase == "chaotic" and phase("tanh", 3.0).c == pytest.approx(0, abs=1e-12)
-    assert phase("relu", 2.0).phase == "critical" and phase("relu", 2.0).q == 1
-    assert phase("relu", 3.0).phase == "unbounded" and math.isnan(phase("relu", 3.0).c)
-    assert phase("relu", 1.0, 0.5).q == pytest.approx(1, rel=1e-12)
-    assert phase("linear", 0.5, 0.1).q == pytest.approx(0.2, rel=1e-12)
-    assert phase("tanh", 1.5, 0.05).trainable_depth == pytest.approx(6 * phase("tanh", 1.5, 0.05).xi_c)
+    assert phase("tanh", 1.7).phase == "chaotic" and phase("tanh", 1.7).c == pytest.approx(0, abs=1e-12)
+    assert phase("relu", 2.0**0.5).phase == "critical" and phase("relu", 2.0**0.5).q == 1
+    assert phase("relu", 1.7).phase == "unbounded" and math.isnan(phase("relu", 1.7).c)
+    assert phase("relu", 1.0, 0.5**0.5).q == pytest.approx(1, rel=1e-12)
+    assert phase("linear", 0.5**0.5, 0.1**0.5).q == pytest.approx(0.2, rel=1e-12)
+    assert phase("tanh", 1.2, 0.2).trainable_depth == pytest.approx(6 * phase("tanh", 1.2, 0.2).xi_c)
 
 
 def test_critical_lines() -> None:
-    assert critical("tanh", 0.05) == pytest.approx(1.760955, abs=5e-7)
+    assert critical("tanh", 0.05**0.5) ** 2 == pytest.approx(1.760955, abs=5e-7)
     assert critical("tanh") == pytest.approx(1, rel=1e-12)
-    assert critical("relu") == pytest.approx(2, rel=1e-12) == critical("relu", 0.3)
-    for name, sb2 in (("tanh", 0.2), ("selu", 0.1), ("gelu", 0.4)):
-        sw2 = critical(name, sb2)
-        assert phase(name, sw2, sb2).chi_1 == pytest.approx(1, abs=1e-6) or phase(name, sw2, sb2).q == math.inf
-        below, above = phase(name, 0.97 * sw2, sb2), phase(name, 1.03 * sw2, sb2)
+    assert critical("relu") == pytest.approx(2**0.5, rel=1e-12) == critical("relu", 0.3)
+    for name, sigma_b in (("tanh", 0.45), ("selu", 0.3), ("gelu", 0.63)):
+        sigma_w = critical(name, sigma_b)
+        assert (
+            phase(name, sigma_w, sigma_b).chi_1 == pytest.approx(1, abs=1e-6)
+            or phase(name, sigma_w, sigma_b).q == math.inf
+        )
+        below, above = phase(name, 0.985 * sigma_w, sigma_b), phase(name, 1.015 * sigma_w, sigma_b)
         assert below.phase == "ordered" and above.phase in ("chaotic", "unbounded")
 
 
 @pytest.mark.parametrize("name", ["linear", "relu", "tanh", "sigmoid", "selu", "gelu"])
 def test_a_critical_point_is_called_critical(name: str) -> None:
     """And a point 1e-7 beside it is not: what is called critical is narrower than any measurement."""
-    biases = {"linear": [0.0], "relu": [0.0], "sigmoid": [0.0, 0.3, 2.0], "selu": [0.05, 0.3], "gelu": [0.2, 0.4]}.get(
-        name, [0.05, 0.3, 2.0]
+    biases = {"linear": [0.0], "relu": [0.0], "sigmoid": [0.0, 0.5, 1.4], "selu": [0.2, 0.5], "gelu": [0.45, 0.6]}.get(
+        name, [0.2, 0.5, 1.4]
     )
-    for sb2 in biases:
-        sw2 = critical(name, sb2)
-        assert phase(name, sw2, sb2).phase == "critical"
-        assert phase(name, sw2 * (1 - 1e-7), sb2).phase == "ordered"
-        assert phase(name, sw2 * (1 + 1e-7), sb2).phase in ("chaotic", "unbounded")
+    for sigma_b in biases:
+        sigma_w = critical(name, sigma_b)
+        assert phase(name, sigma_w, sigma_b).phase == "critical"
+        assert phase(name, sigma_w * (1 - 1e-7), sigma_b).phase == "ordered"
+        assert phase(name, sigma_w * (1 + 1e-7), sigma_b).phase in ("chaotic", "unbounded")
 
 
 def test_gelu_has_a_half_stable_point() -> None:
-    sw2, sb2, q = half_stable("gelu")
-    assert (sw2, sb2) == pytest.approx((1.98305826, 0.17292239), abs=5e-9)
+    sigma_w, sigma_b, q = half_stable("gelu")
+    assert (sigma_w**2, sigma_b**2) == pytest.approx((1.98305826, 0.17292239), abs=5e-9)
     assert q == pytest.approx((3 + math.sqrt(17)) / 2, rel=1e-8)
-    at = phase("gelu", 1.98305826, 0.17292239)  # given to eight digits the two maps touch or cross by 1e-9
+    at = phase("gelu", 1.98305826**0.5, 0.17292239**0.5)  # given to eight digits the two maps touch or cross by 1e-9
     assert at.q == pytest.approx(q, rel=1e-5)
     assert (at.slope, at.chi_1) == pytest.approx((1, 1), abs=1e-6)
     with pytest.raises(UsageError, match="tanh"):
@@ -119,25 +122,25 @@ def test_gelu_has_a_half_stable_point() -> None:
 
 
 def test_torchs_tanh_gain_is_chaotic_and_its_own_is_critical_at_zero() -> None:
-    assert phase("tanh", gain("tanh", "torch") ** 2).chi_1 == pytest.approx(1.2098314, abs=1e-6)
-    assert phase("selu", 0.75**2).chi_1 == pytest.approx(1, abs=0.005)
-    assert phase("gelu", gain("gelu", "rms") ** 2).slope > 1.1
+    assert phase("tanh", gain("tanh", "torch")).chi_1 == pytest.approx(1.2098314, abs=1e-6)
+    assert phase("selu", 0.75).chi_1 == pytest.approx(1, abs=0.005)
+    assert phase("gelu", gain("gelu", "rms")).slope > 1.1
 
 
 def test_a_plane_is_its_points() -> None:
-    plane = phase_plane("tanh", [0.8, 1.5, 3.0], [0.0, 0.3])
+    plane = phase_plane("tanh", [0.9, 1.2, 1.7], [0.0, 0.5])
     assert isinstance(plane, pd.DataFrame) and len(plane) == 6
     for row in plane.itertuples():
-        at = phase("tanh", row.sw2, row.sb2)
+        at = phase("tanh", row.sigma_w, row.sigma_b)
         assert (row.phase, row.q) == (at.phase, pytest.approx(at.q, rel=1e-12))
         assert row.c == pytest.approx(at.c, abs=1e-9)
 
 
 def test_mistakes_are_one_line() -> None:
     for bad in (-1.0, math.nan, math.inf):
-        with pytest.raises(UsageError, match="sw2"):
+        with pytest.raises(UsageError, match="sigma_w"):
             phase("tanh", bad)
-    with pytest.raises(UsageError, match="sb2"):
+    with pytest.raises(UsageError, match="sigma_b"):
         critical("tanh", -0.1)
     with pytest.raises(UsageError, match="did you mean tanh"):
         phase("tahn", 1.0)
