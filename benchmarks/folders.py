@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from initlab.config import COLUMNS
 from initlab.runs.parquet import as_arrow, write
 from initlab.runs.recorder import Recorder
+from initlab.runs.schema import OPTION_OF
 from initlab.tasks import stack as stacks
 
 DEPTH, SEEDS = 31, range(4)  # 1 + 4 * 31 rows of each network: 500
@@ -14,7 +14,7 @@ WORDS = "task init gain_kind mode distribution activation dtype generator matmul
 def run_folders(folder: Path, count: int) -> list[Path]:
     """`count` folders as a sweep over the learning rate leaves them, each with 500 rows of `stats`; their files."""
     frame = stacks.stack("kaiming", depth=DEPTH, width=16, batch=8, seeds=SEEDS)
-    told = {name: "words" if name in WORDS.split() else 1.0 for name in (*COLUMNS, "gain")}
+    told = {name: "words" if name in WORDS.split() else 1.0 for name in (*OPTION_OF, "gain")}
     with Recorder(folder / "0", told, "cpu") as recorder:
         recorder.add({"stats": frame})
     said = (folder / "0" / "run.json").read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import NamedTuple, NoReturn
 from initlab.errors import UsageError, choose, nearest
 
 DIFFERENT = 3  # exit code
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"  # in a checkout
 
 
 class Command(NamedTuple):
@@ -100,12 +101,12 @@ def _gallery_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _gallery(given: argparse.Namespace) -> int:
-    from initlab.studies.gallery import STUDIES, write
+    from initlab.studies.gallery import write
 
     for path in given.outputs or ():
         if not Path(path).is_dir():
             raise UsageError(f"{path}: no such folder")
-    print(write(given.experiments or STUDIES, [Path(path) for path in given.outputs or ["outputs"]]))
+    print(write(given.experiments or EXPERIMENTS, [Path(path) for path in given.outputs or ["outputs"]]))
     return 0
 
 

@@ -14,13 +14,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import initlab
-from initlab.config import COLUMNS, CONF, typed
 from initlab.errors import UsageError
-from initlab.job import prepare
-from initlab.runs.schema import BESIDE, OWN
+from initlab.job import prepare, printout
+from initlab.job.life_cycle import study_of
+from initlab.job.options import option_names, typed
+from initlab.job.settings import CONF
+from initlab.runs.schema import BESIDE, OPTION_OF, OWN
 from initlab.runs.select import NothingFound
 from initlab.studies import study
-from initlab.sweep.callback import study_of
 from initlab.sweep.resume import expand
 
 ROOT = Path(initlab.__file__).parents[1]
@@ -71,8 +72,8 @@ def test_a_study_says_what_it_asks_and_runs(path: Path, composed: Callable[..., 
     assert f"# Launch: python -m initlab -cd experiments -cn {path.stem}" in text
     config = composed(path)
     asked = study_of(config, path.stem, ())
-    assert asked.about.question.endswith("?") and "\n" not in asked.about.question
-    assert asked.about.source and asked.about.cost.runs and asked.about.cost.cpu_seconds
+    assert asked.question.endswith("?") and "\n" not in asked.question
+    assert asked.source and asked.cost["runs"] and asked.cost["cpu_seconds"]
     assert asked.expect and config.hydra.mode.name == "MULTIRUN"
     for number, words in enumerate(first_jobs(config)):
         one = composed(path, *words, f"theory={'off' if number else 'closed'}", "plots=false")
@@ -83,7 +84,7 @@ def test_a_study_says_what_it_asks_and_runs(path: Path, composed: Callable[..., 
         with prepared.recorder as recorder:  # what a job prints is no matter here
             for stage in prepared.stages:
                 stage(recorder)
-    tables = prepare.tables(tmp_path, asked.tables())
+    tables = printout.tables(tmp_path, asked.tables())
     # So small, an expectation may fail and may find no rows of its layer; what it asks must make sense all the same.
     verdicts, mistakes = study.answer(asked, tables, tmp_path)
     assert all(isinstance(mistake, NothingFound) for mistake in mistakes), mistakes
@@ -227,13 +228,12 @@ def test_the_columns_that_are_known_beforehand_are_those_that_are_written(lab: L
     """Both ways: a column that is not known would be refused, one that is known and never written missed."""
     quick = ("depth=2", "width=4", "seeds=1", "train.steps=1", "plots=false")
     assert lab(*quick)[0] == 0 and lab(*quick, "task=seeded", "device=cpu")[0] == 0
-    beside = {*COLUMNS, *BESIDE}
+    beside = {*OPTION_OF, *BESIDE}
     for name, own in OWN.items():
         assert set(initlab.read("outputs/**", table=name)) - beside == set(own) - beside, name
 
 
 def test_a_mistake_in_another_word_than_a_column_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="runs=-1"):
-        about = study.StudyConfig()
-        about.cost.runs = -1
-        study.prepare("x", about, [])
+        about = {"question": "", "source": "", "cost": {"runs": -1}, "figure": {}}
+        study.prepare("x", about, [], option_names())

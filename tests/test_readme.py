@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import initlab
-from initlab.config import option_names
+from initlab.job.options import option_names
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import RULES
 from initlab.stats.statistics import STATISTICS

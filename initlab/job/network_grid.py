@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from initlab.config import seeds
 from initlab.errors import UsageError, check
+from initlab.job.options import seeds
 from initlab.job.settings import Config
 from initlab.nn.activations import Activation
 from initlab.nn.init import Rule, rule

@@ -1,10 +1,16 @@
-"""The types of conf/: one dataclass for each node. Values and comments stand in conf/."""
+"""Where conf/ is, and its types: one dataclass for each node. Values and comments stand in conf/."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = PACKAGE.parent
+# In a checkout conf/ stands beside the package; the wheel carries it inside.
+CONF = ROOT / "conf" if (ROOT / "pyproject.toml").is_file() else PACKAGE / "conf"
 
 
 @dataclass
@@ -140,3 +146,15 @@ class Config:
 
 
 ConfigStore.instance().store(name="schema", node=Config)
+
+
+def by_thousand(key: str, *, _root_: DictConfig) -> str:
+    """The number at `key` as a folder in one of a thousand, 123456 -> 123/123456: for hydra.sweep.subdir.
+
+    A launcher may ask before there is a number; then nothing is named by it yet.
+    """
+    number = OmegaConf.select(_root_, key)
+    return "not numbered" if number is None else f"{int(number) // 1000:03d}/{number}"
+
+
+OmegaConf.register_new_resolver("by_thousand", by_thousand, replace=True)

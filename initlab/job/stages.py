@@ -6,9 +6,9 @@ from typing import Any
 
 import pandas as pd
 
-from initlab.config import instantiated
 from initlab.errors import UsageError, check
 from initlab.job.network_grid import grid_of
+from initlab.job.options import instantiate
 from initlab.job.settings import Config
 from initlab.job.shared_program import Ensemble
 from initlab.nn.init import Rule
@@ -170,7 +170,7 @@ def _graph(config: Config, common: Mapping[str, Any]) -> Stage:
         "loss": None if given.model else t.loss,
     }
     setting = {name: common[name] for name in ("init", "activation", "dtype", "device")}
-    frames = graph(instantiated(given.model), shapes=given.shapes, seed=config.seed, **own, **setting)
+    frames = graph(instantiate(given.model), shapes=given.shapes, seed=config.seed, **own, **setting)
     notes = [f"note: {note}" for note in frames.pop("notes")["note"]]
 
     def run(recorder: Recorder) -> str:

@@ -14,12 +14,10 @@ from typing import Any
 
 import yaml
 
-from initlab.config import ROOT
 from initlab.errors import UsageError
 from initlab.runs.recorder import write_text
 from initlab.studies.study import ANSWERS
 
-STUDIES = ROOT / "experiments"
 BEGIN = "<!-- gallery: written by initlab gallery -->"
 END = "<!-- end of the gallery -->"
 COLOURS = 256  # of a copied figure; the file is a third as large

@@ -12,12 +12,10 @@ from typing import Any
 
 import pandas as pd
 
-from initlab.config import COLUMNS, option_names
 from initlab.errors import UsageError
 from initlab.figures.figure_spec import Picture, picture
-from initlab.job.settings import StudyConfig
 from initlab.runs.recorder import TABLES, write_text
-from initlab.runs.schema import BESIDE, OWN
+from initlab.runs.schema import BESIDE, OPTION_OF, OWN
 from initlab.studies.expect import Expectation, Verdict, expected, judge
 
 ANSWERS = "expect.json"
@@ -28,28 +26,37 @@ class Study:
     """What a configuration asks; without a question and expectations it is an ordinary run."""
 
     name: str
-    about: StudyConfig
+    question: str
+    source: str
+    cost: Mapping[str, float | None]
     expect: tuple[Expectation, ...]
     figure: Picture | None = None
     overrides: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.about.question or self.expect)
+        return bool(self.question or self.expect)
 
     def tables(self) -> set[str]:
         """The tables that the answers are in, and the figure."""
         return {one.table for one in self.expect} | (self.figure.tables() if self.figure else set())
 
 
-def prepare(name: str, about: StudyConfig, expect: Sequence[Any], overrides: Iterable[str] = ()) -> Study:
-    """Refuse every mistake of form, and every column that no table can have."""
-    for option, amount in vars(about.cost).items():
+def prepare(
+    name: str, about: Mapping[str, Any], expect: Sequence[Any], options: Iterable[str], overrides: Iterable[str] = ()
+) -> Study:
+    """Refuse every mistake of form, and every column that no table can have.
+
+    `about` is the node `study` of the file (question, source, cost, figure) and `expect` its list of expectations;
+    `options` are the names that may become columns of a table, `overrides` what the command line changed.
+    """
+    for option, amount in about["cost"].items():
         if amount is not None and not amount >= 0:
             raise UsageError(f"study.cost.{option}={amount}: must be at least 0")
-    beside = {*COLUMNS, *BESIDE, *option_names()}
+    beside = {*OPTION_OF, *BESIDE, *options}
     known = {table: {*OWN[table], *beside} if table in OWN else None for table in TABLES}
     wanted = tuple(expected(one, known) for one in expect)
-    return Study(name, about, wanted, picture(vars(about.figure), known), tuple(overrides))
+    figure = picture(about["figure"], known)
+    return Study(name, about["question"], about["source"], about["cost"], wanted, figure, tuple(overrides))
 
 
 def answer(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path) -> tuple[list[Verdict], list[UsageError]]:
@@ -62,9 +69,9 @@ def answer(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path) -> tu
             mistakes.append(error)
     kept = {
         "study": study.name,
-        "question": study.about.question,
-        "source": study.about.source,
-        "cost": vars(study.about.cost),
+        "question": study.question,
+        "source": study.source,
+        "cost": dict(study.cost),
         "overrides": list(study.overrides),
         "holds": sum(verdict.holds for verdict in verdicts),
         "of": len(study.expect),
@@ -83,7 +90,7 @@ def draw(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path, verdict
     path = folder / f"{study.name}.png"
     said = count(verdicts, len(study.expect)) if verdicts else ""
     try:
-        draw_study(study.figure, tables, study.about.question or study.name, said).savefig(path, dpi=110)
+        draw_study(study.figure, tables, study.question or study.name, said).savefig(path, dpi=110)
     except UsageError as error:
         raise type(error)(f"study.figure: {error}") from error
     return path

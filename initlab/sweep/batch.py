@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import pandas as pd
 
-from initlab.config import seeds
 from initlab.errors import UsageError
+from initlab.job.options import seeds
 from initlab.job.prepare import Job
 from initlab.job.settings import Config
 from initlab.job.shared_program import Ensemble, run_together

@@ -13,6 +13,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from initlab.errors import Fault, UsageError
+from initlab.job.life_cycle import as_ended, begin, outcome
 from initlab.job.settings import Config
 from initlab.runs.lock import claim
 from initlab.sweep.composing import Composed, Composer
@@ -82,7 +83,6 @@ class Batched(Launcher):
             self._hydra_logging()
 
     def _run(self, pack: Sequence[_Sent]) -> dict[int, JobReturn]:
-        from initlab import __main__ as roof
         from initlab.sweep.batch import run_jobs
 
         for one in pack:
@@ -98,7 +98,7 @@ class Batched(Launcher):
                     claims.enter_context(claim(folder))
                     begun.append((one, self._begin(one)))
                 except Exception as error:  # of the folder, say: the others have folders of their own
-                    mistake = error if isinstance(error, UsageError) else roof.ended(error, folder)
+                    mistake = error if isinstance(error, UsageError) else as_ended(error, folder)
                     found[one.number] = self._returned(one, mistake)
             if len(pack) == 1 and begun:  # what is logged on the way is about this job alone
                 with self._job_logging(pack[0].composed):
@@ -111,7 +111,6 @@ class Batched(Launcher):
 
     def _begin(self, one: _Sent) -> "Job":
         """The job, in a folder as Hydra would have made it. Errors: mistakes of the user."""
-        from initlab import __main__ as roof
 
         def config() -> Config:  # asked for in a folder that is free, before the job is prepared
             about = one.composed.folder / str(self._config.hydra.output_subdir)
@@ -123,14 +122,13 @@ class Batched(Launcher):
                     Path(handler["filename"]).touch()
             return _config(one.composed)
 
-        roof.started(one.composed.folder)
+        outcome.started.append(one.composed.folder)
         resumed = self._config.resume is not None
-        return roof.begin(config, one.composed.choices, one.composed.folder, resumed)
+        return begin(config, one.composed.choices, one.composed.folder, resumed)
 
     def _end(self, one: _Sent, job: "Job", fault: Exception | None) -> JobReturn:
         """Draw and say what there is to say; whoever calls has the job's own log open."""
-        from initlab import __main__ as roof
-        from initlab.job.prepare import shown
+        from initlab.job.printout import shown
 
         folder = one.composed.folder
         try:
@@ -139,7 +137,7 @@ class Batched(Launcher):
             job.draw()
             log.info("done: %s", shown(folder))
         except Exception as error:
-            return self._returned(one, roof.ended(error, folder))
+            return self._returned(one, as_ended(error, folder))
         return self._returned(one)
 
     def _returned(self, one: _Sent, error: UsageError | Fault | None = None) -> JobReturn:

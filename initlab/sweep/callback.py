@@ -11,13 +11,14 @@ from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from initlab.errors import UsageError
+from initlab.job.life_cycle import study_of
 from initlab.runs.lock import claim
 from initlab.runs.recorder import refuse_used
-from initlab.studies.study import Study, prepare
+from initlab.studies.study import Study
 
 FINISHED = ".finished"  # a byte for each job that ended in another process, wherever that was
 SECONDS = 0.5  # between two looks at it
@@ -33,8 +34,6 @@ class Sweep(Callback):
     folder: ClassVar[Path | None] = None
     study: ClassVar[Study | None] = None
     plots: ClassVar[bool] = True
-    mistakes: ClassVar[list[str]] = []  # of the user, in jobs that ran elsewhere
-    notes: ClassVar[list[str]] = []  # what should be known of the result
     _bar: ClassVar[Any] = None
     _after: ClassVar[ExitStack] = ExitStack()
 
@@ -52,8 +51,8 @@ class Sweep(Callback):
         except UsageError as error:
             raise Refused(str(error)) from error
         Sweep.plots = bool(config.plots)
-        if Sweep.study.about.question:
-            print(Sweep.study.about.question)
+        if Sweep.study.question:
+            print(Sweep.study.question)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if Sweep._bar is not None:
@@ -65,7 +64,7 @@ class Sweep(Callback):
     @classmethod
     def forget(cls) -> None:
         """Nothing is known yet: a process may run one command after another."""
-        cls.folder, cls.study, cls.plots, cls.mistakes, cls.notes = None, None, True, [], []
+        cls.folder, cls.study, cls.plots = None, None, True
 
     @classmethod
     def claim(cls, folder: Path) -> None:
@@ -101,13 +100,6 @@ class Sweep(Callback):
         """The folder is free again."""
         cls._after.close()
         cls._after = ExitStack()
-
-
-def study_of(config: DictConfig, name: str | None, overrides: Any) -> Study:
-    """The study that a composed configuration is; raises `UsageError` where its form is wrong."""
-    about: Any = OmegaConf.to_object(config.study)
-    expect: Any = OmegaConf.to_container(config.expect, resolve=True)
-    return prepare(str(name), about, expect, [str(one) for one in overrides])
 
 
 def swept(arguments: Iterable[str], params: Mapping[str, Any] | None) -> list[Override]:

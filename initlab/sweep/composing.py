@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import OmegaConfBaseException
 
-from initlab.config import leaves, option_names, typed
 from initlab.errors import UsageError
+from initlab.job.options import leaves, option_names, typed
 from initlab.job.settings import Config
 
 KEPT = 64  # patterns at a time

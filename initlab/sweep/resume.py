@@ -16,8 +16,8 @@ import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from omegaconf import DictConfig, OmegaConf
 
-from initlab.config import leaves
 from initlab.errors import UsageError
+from initlab.job.options import leaves
 from initlab.runs.lock import claimed
 from initlab.runs.recorder import about, machine
 from initlab.sweep.callback import swept

@@ -17,6 +17,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from initlab.errors import UsageError
+from initlab.job.life_cycle import outcome
 from initlab.sweep import workers
 from initlab.sweep.callback import Sweep
 from initlab.sweep.plugins import PLACE, register
@@ -89,7 +90,7 @@ class Sweeper(HydraSweeper):
         recorder.write_text(folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
         if asked:
             log.info(f"resuming {folder}: {left.kept} jobs are done and kept, {len(left.jobs)} are left")
-            Sweep.notes.extend(filter(None, [resume.other_code(folder)]))
+            outcome.notes.extend(filter(None, [resume.other_code(folder)]))
         returns = []
         with workers.environment(self.config, self.kind):
             for start, stop in self._batches(left.numbers):
@@ -121,7 +122,7 @@ def _raise_first(returns: Iterator[JobReturn]) -> None:
         if one.status == JobStatus.FAILED:
             fault = fault or one
         elif one.return_value:
-            Sweep.mistakes.append(str(one.return_value))
+            outcome.mistakes.append(str(one.return_value))
     if fault is not None:
         _ = fault.return_value
 

@@ -15,9 +15,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
 
-from initlab.config import CONF, typed
 from initlab.errors import UsageError
 from initlab.job import stages
+from initlab.job.options import typed
+from initlab.job.settings import CONF
 from initlab.runs.recorder import TABLES, Recorder
 from initlab.sweep import batch
 from initlab.sweep.batch import packs

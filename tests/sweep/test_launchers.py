@@ -13,7 +13,8 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 import initlab
-from initlab.config import EXTRAS, as_usage_error
+from initlab.job import worker_process
+from initlab.job.options import EXTRAS, as_usage_error
 from initlab.sweep import workers
 
 WORDS = ("-m", "init=naive,kaiming", "seed=0,1,2", "task=stack", "depth=4", "width=20", "seeds=2", "plots=false")
@@ -129,14 +130,14 @@ def test_what_the_processes_inherit_is_taken_back(monkeypatch: pytest.MonkeyPatc
     with workers.environment(composed("submitit_local", {"gpus_per_node": None}), local):
         assert os.environ["OMP_NUM_THREADS"] == os.environ["MKL_NUM_THREADS"] == "3"
         assert os.environ["INITLAB_GPUS"] == "3,5"  # submitit would show none, or count from 0
-        assert not workers.is_worker()  # this process is their parent
+        assert not worker_process.is_worker()  # this process is their parent
         monkeypatch.setattr(os, "getpid", lambda: -1)
-        assert workers.is_worker()
+        assert worker_process.is_worker()
         monkeypatch.undo()
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         monkeypatch.setattr(os, "getpid", lambda: -1)
         monkeypatch.setattr(sys, "argv", [])
-        with workers.at_work("cpu"):
+        with worker_process.at_work("cpu"):
             assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
         monkeypatch.undo()
     assert "INITLAB_PARENT" not in os.environ and "INITLAB_GPUS" not in os.environ

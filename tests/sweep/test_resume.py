@@ -17,13 +17,13 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 import initlab
-from initlab.config import by_thousand
 from initlab.errors import Fault, UsageError
-from initlab.job import prepare, stages
+from initlab.job import prepare, stages, worker_process
+from initlab.job.life_cycle import outcome
+from initlab.job.settings import by_thousand
 from initlab.runs import recorder
 from initlab.runs.lock import LOCK, claim, claimed
-from initlab.sweep import sweeper, workers
-from initlab.sweep.callback import Sweep
+from initlab.sweep import sweeper
 from initlab.sweep.sweeper import Numbers
 
 Lab = Callable[..., tuple[int, str, str]]
@@ -259,13 +259,13 @@ def test_what_happened_in_another_process_comes_back() -> None:
         made.return_value, made.status = value, status  # type: ignore[misc]
         return made
 
-    Sweep.mistakes = []
+    outcome.mistakes = []
     fault = pickle.loads(pickle.dumps(Fault("x/0: RuntimeError: a fault of ours")))
     with pytest.raises(Fault, match="a fault of ours"):
         sweeper._raise_first(iter([ended(fault, JobStatus.FAILED), ended("depth=-1: no"), ended(None)]))
-    assert Sweep.mistakes == ["depth=-1: no"]
+    assert outcome.mistakes == ["depth=-1: no"]
     sweeper._raise_first(iter([ended(None)]))
-    Sweep.mistakes = []
+    outcome.mistakes = []
 
 
 def test_one_thing_for_each_that_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,12 +274,12 @@ def test_one_thing_for_each_that_asks(tmp_path: Path, monkeypatch: pytest.Monkey
     got: list[int] = []
 
     def wait() -> None:
-        with workers.one_of(["a", "b"], seconds=0.01) as k:
+        with worker_process.one_of(["a", "b"], seconds=0.01) as k:
             got.append(k)
 
-    with workers.one_of(["a", "b"]) as first:
+    with worker_process.one_of(["a", "b"]) as first:
         assert first == 0
-        with workers.one_of(["a", "b"]) as second:
+        with worker_process.one_of(["a", "b"]) as second:
             assert second == 1
             third = threading.Thread(target=wait)
             third.start()

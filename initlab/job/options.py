@@ -1,7 +1,4 @@
-"""Where conf/ is found, a composed configuration as plain values, and a mistake in an option said in one line.
-
-Below the roof there is no Hydra: tasks get plain values.
-"""
+"""From the composed configuration to plain values, and a mistake in an option as one line."""
 
 import re
 import sys
@@ -10,33 +7,18 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra.utils
-from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from initlab.errors import UsageError, nearest, not_one_of
 from initlab.job.settings import ActivationConfig, Config
+from initlab.runs.schema import OPTION_OF
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-# In a checkout conf/ stands beside the package; the wheel carries it inside.
-CONF = ROOT / "conf" if (ROOT / "pyproject.toml").is_file() else HERE / "conf"
-
-
-def by_thousand(key: str, *, _root_: DictConfig) -> str:
-    """The number at `key` as a folder in one of a thousand, 123456 -> 123/123456: for hydra.sweep.subdir.
-
-    A launcher may ask before there is a number; then nothing is named by it yet.
-    """
-    number = OmegaConf.select(_root_, key)
-    return "not numbered" if number is None else f"{int(number) // 1000:03d}/{number}"
-
-
-OmegaConf.register_new_resolver("by_thousand", by_thousand, replace=True)
+HYDRA_MISTAKES = (HydraException, OmegaConfBaseException)
 
 
 def typed(cfg: DictConfig) -> Config:
@@ -48,7 +30,7 @@ def typed(cfg: DictConfig) -> Config:
         raise as_usage_error(error) from error
 
 
-def instantiated(given: Mapping[str, Any]) -> Any:
+def instantiate(given: Mapping[str, Any]) -> Any:
     """The object that `_target_` and its arguments describe; None for nothing."""
     if not given:
         return None
@@ -70,9 +52,9 @@ def function_of(given: ActivationConfig) -> Callable[[Any], Any] | None:
         return None
     if str(Path.cwd()) not in sys.path:  # the console script starts with its own folder in the path
         sys.path.append(str(Path.cwd()))
-    place, _, name = given._target_.rpartition(".")
+    module_name, _, name = given._target_.rpartition(".")
     try:
-        module = import_module(place)
+        module = import_module(module_name)
         found = getattr(module, name)
         made: Callable[[Any], Any] = found(**given.arguments) if isinstance(found, type) else found
     except Exception as error:  # a module of the user's may raise anything
@@ -139,73 +121,10 @@ _WANTED = {
 }
 
 
-def _refuse_flags(message: str) -> NoReturn:
-    raise UsageError(f"{message}; see --help")
-
-
-GROUPS = ("init", "activation", "data")  # folders of conf/: one file of each is chosen
-
-
-def accepted(words: Sequence[str]) -> list[str]:
-    """The command line as Hydra wants it.
-
-    `--depth=50` is a habit from elsewhere: say how it is written here, and put every other fault of a flag in one line
-    too. The arguments of `graph.model` and of an activation are their own, not the schema's: they may be added without
-    a `+`.
-    """
-    for word in words:
-        bare = word.lstrip("-")
-        if word.startswith("-") and bare.split("=")[0] in set(option_names()):
-            raise UsageError(f"{word}: options have no dashes, write {bare if '=' in bare else bare + '=VALUE'}")
-        name, _, value = word.partition("=")
-        if name in GROUPS and value.startswith("["):  # Hydra would lay one over the other, and run the last
-            values = value.strip("[] ")
-            raise UsageError(f"{word}: one at a time; for several write -m {name}={values or 'A,B'}")
-    parser = get_args_parser()
-    parser.error = _refuse_flags  # type: ignore[method-assign]
-    parser.parse_args(list(words))
-    free = ("graph.model.", "graph.model=", "activation.arguments.")
-    return [f"++{word}" if word.startswith(free) else word for word in words]
-
-
-HYDRA_MISTAKES = (HydraException, OmegaConfBaseException)
-
-# Column of the tables -> option; a name of the trained network that the stack has too gets the prefix `train_`.
-COLUMNS = {
-    "task": "task",
-    "init": "init.name",
-    "gain_kind": "init.gain_kind",
-    "mode": "init.mode",
-    "distribution": "init.distribution",
-    "bias": "init.bias",
-    "attempts": "init.attempts",
-    "tolerance": "init.tolerance",
-    "base_width": "init.base_width",
-    "activation": "activation.name",
-    "depth": "depth",
-    "width": "width",
-    "inputs": "inputs",
-    "batch": "batch",
-    "dtype": "dtype",
-    "generator": "generator",
-    "matmul": "matmul",
-    "data": "data.name",
-    "train_depth": "train.depth",
-    "train_width": "train.width",
-    "train_batch": "train.batch",
-    "steps": "train.steps",
-    "lr": "train.lr",
-    "optimizer": "train.optimizer",
-    "train_loss": "train.loss",
-    "modules": "train.modules",
-    "every": "every",
-}
-
-
 def columns(config: Config) -> dict[str, Any]:
     """The configuration as columns of every table, so that a shard explains itself."""
     found = {}
-    for name, option in COLUMNS.items():
+    for name, option in OPTION_OF.items():
         value: Any = config
         for part in option.split("."):
             value = getattr(value, part)

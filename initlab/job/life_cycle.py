@@ -1,0 +1,176 @@
+"""The life of a job: claimed, prepared, measured, printed and drawn; and how it ended, for the exit code.
+
+Hydra calls `run_composed` for every job, in this process or in one that a launcher started. `outcome` collects what is
+to be said when the command ends. A user's mistake leaves no folder; a fault leaves what was measured.
+"""
+
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from initlab.errors import Fault, UsageError
+
+if TYPE_CHECKING:  # torch and pandas are imported when a job begins: a mistake in an option is found before
+    from initlab.job.prepare import Job
+    from initlab.job.settings import Config
+    from initlab.studies.study import Study
+
+log = logging.getLogger("initlab")
+
+
+@dataclass
+class Outcome:
+    """What the command has to say at its end, and what its exit code follows from."""
+
+    started: list[Path] = field(default_factory=list)  # folders of the jobs that this process began
+    mistakes: list[str] = field(default_factory=list)  # of the user
+    notes: list[str] = field(default_factory=list)  # what should be known of the result
+    failed: list[str] = field(default_factory=list)  # expectations of a study
+
+    def clear(self) -> None:
+        """A process may run one command after another."""
+        for kept in vars(self).values():
+            kept.clear()
+
+
+outcome = Outcome()
+
+
+def run_composed(cfg: DictConfig) -> str | None:
+    """Run one job of Hydra's; returns the mistake of the user that ended it, if one did. Raises `Fault`."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from initlab.job.worker_process import at_work
+    from initlab.runs.lock import claim
+    from initlab.runs.recorder import discard
+
+    if not gc.isenabled():  # the first job of this process; later ones leave garbage that must not be kept
+        gc.freeze()  # what was imported stays, and no collection need look at it again
+        gc.enable()
+    setting = HydraConfig.get()
+    folder = Path(setting.runtime.output_dir)
+    single = setting.mode == RunMode.RUN
+    outcome.started.append(folder)
+    try:
+        if cfg.resume is not None and single:
+            discard(folder)
+            raise UsageError(f"resume={cfg.resume}: is for a sweep; put -m before the options")
+        with at_work(str(cfg.device)), claim(folder):
+            _run(cfg, folder, single)
+    except UsageError as error:
+        outcome.mistakes.append(str(error))
+        return str(error)
+    return None
+
+
+def _run(cfg: DictConfig, folder: Path, single: bool) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    from initlab.job.options import typed
+    from initlab.job.printout import shown
+    from initlab.runs.recorder import discard
+
+    setting = HydraConfig.get()
+    resumed = cfg.resume is not None
+    job = begin(lambda: typed(cfg), dict(setting.runtime.choices), folder, resumed)
+    study = None
+    if single:  # the study of a sweep is judged after its last job
+        try:
+            study = study_of(cfg, setting.job.config_name, setting.overrides.task)
+        except UsageError:
+            discard(folder)
+            raise
+        if study.question:
+            log.info(study.question)
+    try:
+        printed = job.run()
+    except Exception as error:
+        raise as_ended(error, folder) from error
+    if study is None:
+        log.info("done: %s", shown(folder))
+    else:
+        log.info(printed)
+        answer(folder, study, bool(cfg.plots))
+
+
+def begin(config: "Callable[[], Config]", choices: dict[str, str | None], folder: Path, resumed: bool) -> "Job":
+    """The job of this folder, prepared. After a `UsageError` the folder is gone, unless an earlier command made it."""
+    from initlab.job import prepare
+    from initlab.runs.recorder import clear, discard, refuse_used
+
+    if not resumed:
+        refuse_used(folder)
+    try:
+        prepared = prepare.prepare(config(), choices, folder)
+    except UsageError:
+        if not resumed:
+            discard(folder)
+        raise
+    if resumed:
+        clear(folder)  # of a run that did not end: the sweep asks for no other
+    return prepared
+
+
+def as_ended(error: Exception, folder: Path) -> UsageError | Fault:
+    """What ended a job, as it goes on from here: a mistake of the user, or a fault that has been logged."""
+    from initlab.job.printout import shown
+    from initlab.tasks.ensemble.memory import is_out_of_memory
+
+    where = shown(folder)
+    if is_out_of_memory(error):
+        return UsageError(f"out of memory; make seeds, width, depth or batch smaller. What was measured is in {where}")
+    log.error("%s; what was measured is in %s", type(error).__name__, where, exc_info=error)
+    return Fault(f"{where}: {type(error).__name__}: {error}")
+
+
+def study_of(cfg: DictConfig, name: str | None, overrides: Any) -> "Study":
+    """The study that a composed configuration is; raises `UsageError` where its form is wrong."""
+    from initlab.job.options import option_names
+    from initlab.studies.study import prepare
+
+    about: Any = OmegaConf.to_container(cfg.study, resolve=True, throw_on_missing=True)
+    expect: Any = OmegaConf.to_container(cfg.expect, resolve=True)
+    return prepare(str(name), about, expect, option_names(), [str(one) for one in overrides])
+
+
+def answer(folder: Path, study: "Study", plots: bool) -> None:
+    """Print which expectations hold and draw the study's figure; a failure is remembered for the exit code."""
+    from initlab.job.printout import shown, tables
+    from initlab.studies import study as studies
+
+    if not study:
+        return
+    found = tables(folder, study.tables())
+    verdicts, mistakes = studies.answer(study, found, folder)
+    for verdict in verdicts:
+        log.info(str(verdict))
+    path = None
+    try:
+        path = studies.draw(study, found, folder, verdicts) if plots else None
+    except UsageError as error:
+        mistakes.append(error)
+    outcome.mistakes.extend(map(str, mistakes))
+    if path is not None:
+        log.info("figure: %s", shown(path))
+    if verdicts:
+        log.info(studies.count(verdicts, len(study.expect)))
+    outcome.failed.extend(verdict.say for verdict in verdicts if not verdict.holds)
+
+
+def finish_sweep(folder: Path, study: "Study | None", plots: bool) -> None:
+    """The short table, the comparing figures or the study's own, and its verdict, where jobs left something to read."""
+    from initlab.job.printout import report
+    from initlab.runs.recorder import discard
+
+    if next(folder.rglob("run.json"), None) is None:
+        discard(folder)
+        return
+    log.info(report(folder, plots=plots and not (study and study.figure), compare=True))
+    if study is not None:
+        answer(folder, study, plots)
