@@ -19,22 +19,31 @@ from initlab.theory.batch_law import (
     NOTHING,
     Array,
     Law,
+    combine,
     gaussian_batch,
     ln,
     ln_cov,
     ln_means,
+    pool_symmetric_units,
     regressors,
     relative_to,
     slopes,
-    symmetric,
-    total,
 )
-from initlab.theory.forward_law import Data, Layer, Step, forward, possible, sane, uneven, without_second_chaos
+from initlab.theory.forward_law import (
+    Data,
+    Layer,
+    Step,
+    clip_covariance,
+    design_effect,
+    finite_or_zero,
+    forward,
+    remove_quadratic_noise,
+)
 from initlab.theory.tensor_law import Layers, Stack
-from initlab.theory.unit_moments import closed
+from initlab.theory.unit_moments import zero_slope_intervals
 
 
-class _Back(NamedTuple):
+class _Gradient(NamedTuple):
     """State of a gradient: centre, and its dependence on the forward state."""
 
     mean: Array
@@ -43,10 +52,10 @@ class _Back(NamedTuple):
     rest: Array
     by_length: float = 0.0  # one input's ln|g|^2 about the average: slope by its ln|x|^2
     own_length: float = 0.0  # and variance of the rest
-    along: float = 1.0  # share of |g|^2 that lies along x, times the width: 1 for a direction of no meaning
+    alignment: float = 1.0  # width cos^2 angle(g, x); 1 when g is independent of x
 
 
-class _Slopes(NamedTuple):
+class _SlopeMoments(NamedTuple):
     """What the units of a layer do to a gradient, averaged over m; of all layers, with L in front.
 
     Given m a unit's T and W are w X_0 + t X_2 and w X_1 + t X_3 for a gradient of T = t, W = w. k is E[phi']^2 given m,
@@ -89,14 +98,14 @@ def laws(
     """
     with np.errstate(all="ignore"):  # where a signal is gone, ratios to it are nan or inf: data
         passed = Layers(forward(row, layers, batch, q0, c0, fixed_input, data))
-        start = symmetric(passed.chain.start, layers[0].fan_in)
+        start = pool_symmetric_units(passed.chain.start, layers[0].fan_in)
         above, below = _down(passed)
         return Stack(start, tensor_law.activations(passed), tensor_law.preactivations(passed), above, below)
 
 
-def _slopes(layers: Layers) -> _Slopes:
+def _slopes(layers: Layers) -> _SlopeMoments:
     u, batch = layers.units, layers.batch
-    k, k2, along = u.row("slope") ** 2, u.row("slope2"), u.row("slope_along") ** 2
+    k, k2, along = u.row("slope") ** 2, u.row("slope2"), u.row("e1_slope") ** 2
     wide, own = k2 - k, k2 - k - along
     x = np.stack([wide / batch, k2 - wide / batch, k + own / batch, wide - own / batch])
     first, second = np.triu_indices(4)
@@ -109,13 +118,13 @@ def _slopes(layers: Layers) -> _Slopes:
     inside = [2 * wide2 / batch**2, 4 * k_wide / batch + 4 * both / batch**2, 12 * k_own / batch + 6 * own2 / batch**2]
     given = np.concatenate([step.given[:2].reshape(2, -1) for step in layers.chain.steps], -1)
     square = u.row("variance") + u.row("mean") ** 2
-    with_length = _centre(layers, "slope_square") - u.over_m(square * k2)[:, 0]
+    with_length = _centre(layers, "phi2_slope2") - u.over_m(square * k2)[:, 0]
     apart = 1 - np.array([1 - step.units.inside[0, 0] for step in layers.chain.steps]) ** 2
-    with_length -= (1 - layers.forward_remain) / 2 * _centre(layers, "tilt") * _centre(layers, "slope_tilt") * apart
+    with_length -= (1 - layers.forward_remain) / 2 * _centre(layers, "h2_phi2") * _centre(layers, "h2_slope2") * apart
     forward_x = np.moveaxis(u.over_m(given[:, None] * x)[..., 0], -1, 0)
-    bow = np.stack([2 * u.row("slope") * u.row("slope_bow"), u.row("slope2_bow")])
-    by = regressors(layers.of("nodes"), layers.weights, layers.alone)
-    return _Slopes(
+    bow = np.stack([2 * u.row("slope") * u.row("e2_slope"), u.row("e2_slope2")])
+    by = regressors(layers.of("nodes"), layers.weights, layers.single_input)
+    return _SlopeMoments(
         np.moveaxis(u.over_m(x), 0, -1),
         np.moveaxis(xx, (0, 1), (-2, -1)),
         np.stack(inside, -1),
@@ -146,12 +155,12 @@ def _down(layers: Layers) -> tuple[Law, Law]:
     """Laws of the gradients at activations and preactivations."""
     batch, steps = layers.batch, layers.chain.steps
     by_layer = _slopes(layers)
-    back, remain = _Back(gaussian_batch(math.inf, batch).mean[0], 0.0, np.zeros((2, 2)), np.zeros((2, 2))), 1.0
+    back, remain = _Gradient(gaussian_batch(math.inf, batch).mean[0], 0.0, np.zeros((2, 2)), np.zeros((2, 2))), 1.0
     above, below, remains = [], [], []
     for k in range(len(steps) - 1, -1, -1):
         above.append(back)
         remains.append(remain)
-        law, back = _backward(layers, k, _Slopes(*(part[k] for part in by_layer)), back, remain)
+        law, back = _backward(layers, k, _SlopeMoments(*(part[k] for part in by_layer)), back, remain)
         below.append(law)
         remain = steps[k].layer.backward_remain
     noise, cov = layers.of("noise"), layers.of("cov")
@@ -165,16 +174,16 @@ def _down(layers: Layers) -> tuple[Law, Law]:
         none,
     )
     mean, both, pair = (np.array(part[::-1]) for part in zip(*below, strict=True))
-    shares = {"frac_zero": layers.share(closed(layers.chain.row), layers.of("single"))}
+    shares = {"frac_zero": layers.share(zero_slope_intervals(layers.chain.row), layers.of("single"))}
     return (
-        tensor_law.seen(at_activation, batch, layers.width, np.array(remains[::-1])),
-        symmetric(Law(mean, both, pair, none, shares=shares), layers.width),
+        tensor_law.observe_gaussian(at_activation, batch, layers.width, np.array(remains[::-1])),
+        pool_symmetric_units(Law(mean, both, pair, none, shares=shares), layers.width),
     )
 
 
 def _backward(
-    layers: Layers, k: int, s: _Slopes, back: _Back, remain: float
-) -> tuple[tuple[Array, Array, float], _Back]:
+    layers: Layers, k: int, s: _SlopeMoments, back: _Gradient, remain: float
+) -> tuple[tuple[Array, Array, float], _Gradient]:
     """ln T and ln W of dL/dz with their covariance and pair, and the state of the gradient at the activation below."""
     step = layers.chain.steps[k]
     ln_q = np.logaddexp(*back.mean)
@@ -183,47 +192,53 @@ def _backward(
     means = s.x @ coefficients.T
     cov = _unit_cov(layers.batch, step, s, back, coefficients, means, remain)
     shift, noise = ln_cov(relative_to(means, cov))
-    values = ln_means(means, layers.alone) + ln_q + shift + _unequal_slopes(step, s, back) + _aligned(step, s, back)
-    mean, _, own = total(values, noise, layers.weights)
-    kept = _kept(layers, k, s, back)
-    by_state, rest = _carried(step.noise, s, back, values, means[0], own, coefficients, layers.weights, kept)
+    values = (
+        ln_means(means, layers.single_input)
+        + ln_q
+        + shift
+        + _length_effect(step, s, back)
+        + _alignment_effect(step, s, back)
+    )
+    mean, _, own = combine(values, noise, layers.weights)
+    kept = _conserved_alignment(layers, k, s, back)
+    by_state, rest = _propagate(step.noise, s, back, values, means[0], own, coefficients, layers.weights, kept)
     both = by_state @ step.cov @ by_state.T + rest
     pair = _pair(s, back, means[0], cov[0, 1, 1], t, w, remain)
     lengths = _lengths(step, s, back, t, w, remain)
     below = mean + max(NOTHING, ln(step.layer.weight * step.layer.fan_out))
-    if step.layer.pinned:
-        scale, by, noise_of_fit = _fitted(step, s.regressors, layers)
+    if step.layer.is_rescaled:
+        scale, by, noise_of_fit = _rescaled_gradient(step, s.regressors, layers)
         below, by_state, rest = mean + scale, by_state + by, rest + noise_of_fit
-    along = _along(step, s, back)
+    along = _next_alignment(step, s, back)
     through = (
         step.layer.backward_remain * (along - 1) / step.layer.fan_in
     )  # weights have met x, and z is what came of it
-    return (mean, both, pair), _Back(below + math.log1p(through), pair, by_state, rest, *lengths, along)
+    return (mean, both, pair), _Gradient(below + math.log1p(through), pair, by_state, rest, *lengths, along)
 
 
 _NONE = np.zeros((2, 2)), np.zeros((2, 2))
 
 
-def _kept(layers: Layers, k: int, s: _Slopes, back: _Back) -> tuple[Array, Array]:
+def _conserved_alignment(layers: Layers, k: int, s: _SlopeMoments, back: _Gradient) -> tuple[Array, Array]:
     """How ln q of dL/dz follows what a homogeneous phi conserves, by the gradient above and by the forward state there.
 
     x . g of an input is that of the layer below, the fit's factor included. So a share r of |g|^2, 1/n at the top, lies
     along x, where phi' multiplies by more, 1 + eta; and r falls as |x|^2 |g|^2 rises: that returns to where it was.
     """
     chain = layers.chain
-    if not (chain.row.homogeneous and k + 1 < len(chain.steps) and chain.steps[k + 1].layer.pinned):
+    if not (chain.row.homogeneous and k + 1 < len(chain.steps) and chain.steps[k + 1].layer.is_rescaled):
         return _NONE
     x = chain.steps[k + 1]
     by_g, by_x = (np.exp(state - np.logaddexp(*state)) for state in (back.mean, x.mean))
     risen = float(np.logaddexp(*back.mean) + np.logaddexp(*x.mean) - np.logaddexp(*chain.mean))
     together = by_g @ back.by_state + by_x
     spread = float(together @ x.cov @ together + by_g @ back.rest @ by_g)
-    eta = float(chain.steps[k].units.slope_square[0] / s.k2[0]) - 1
-    returns = -eta * back.along / layers.width[-1] * math.exp(min(0.0, spread / 2 - risen))
+    eta = float(chain.steps[k].units.phi2_slope2[0] / s.k2[0]) - 1
+    returns = -eta * back.alignment / layers.width[-1] * math.exp(min(0.0, spread / 2 - risen))
     return np.stack([returns * by_g] * 2), np.stack([returns * by_x] * 2)
 
 
-def _fitted(step: Step, by: Array, layers: Layers) -> tuple[float, Array, float]:
+def _rescaled_gradient(step: Step, by: Array, layers: Layers) -> tuple[float, Array, float]:
     """What fitted weights do to ln q of a gradient: they divide it by what the fit has divided the forward pass by.
 
     Mean, slopes by the forward state (2, 2), and a variance of its own.
@@ -236,41 +251,41 @@ def _fitted(step: Step, by: Array, layers: Layers) -> tuple[float, Array, float]
     return mean, slopes(np.stack([values, values], -1), by, layers.weights), float(own)
 
 
-def _unequal_slopes(step: Step, s: _Slopes, back: _Back) -> float:
+def _length_effect(step: Step, s: _SlopeMoments, back: _Gradient) -> float:
     """What the spread of the inputs' lengths does to ln q: phi'^2 is no line in q, and a gradient that came down
     through layers where its input is long meets the same here."""
     layer, u, k2 = step.layer, step.units, s.k2[0]
     spread = step.single * step.damped[0] ** 2
-    bent = u.slope_bend[0] * (spread - (1 - layer.forward_remain) * 2 / layer.fan_out) / (8 * k2)
-    together = back.by_length * (u.tilt[0] / 2 * u.slope_tilt[0] / (2 * k2) * spread + s.with_length / k2)
-    return sane(np.log1p(max(bent + together, -0.5)))
+    bent = u.h4_slope2[0] * (spread - (1 - layer.forward_remain) * 2 / layer.fan_out) / (8 * k2)
+    together = back.by_length * (u.h2_phi2[0] / 2 * u.h2_slope2[0] / (2 * k2) * spread + s.with_length / k2)
+    return finite_or_zero(np.log1p(max(bent + together, -0.5)))
 
 
-def _aligned(step: Step, s: _Slopes, back: _Back) -> float:
+def _alignment_effect(step: Step, s: _SlopeMoments, back: _Gradient) -> float:
     """What it does to ln q that phi'^2 along x is not the average one, for a gradient with more or less of itself there
     than a direction of no meaning."""
-    eta = step.units.slope_square[0] / s.k2[0] - 1
-    return sane(np.log1p(eta * (back.along - 1) / step.layer.fan_out))
+    eta = step.units.phi2_slope2[0] / s.k2[0] - 1
+    return finite_or_zero(np.log1p(eta * (back.alignment - 1) / step.layer.fan_out))
 
 
-def _along(step: Step, s: _Slopes, back: _Back) -> float:
-    """`_Back.along` one layer down: g . x below is d . z = g . phi'(z) z, of which the part along phi(z) is kept."""
+def _next_alignment(step: Step, s: _SlopeMoments, back: _Gradient) -> float:
+    """`_Gradient.alignment` one layer down: g . x below is d . z = g . phi'(z) z, of which the part along phi(z) is kept."""
     u = step.units
-    kept = u.stretched[0] ** 2
-    return sane((kept * back.along + u.stretched_square[0] - kept) / s.k2[0])
+    kept = u.u_phi_slope[0] ** 2
+    return finite_or_zero((kept * back.alignment + u.u2_slope2[0] - kept) / s.k2[0])
 
 
-def _unequal(step: Step, back: _Back) -> Array:
+def _relative_length_variance(step: Step, back: _Gradient) -> Array:
     """Relative variance of the gradients' squared lengths."""
     return np.array(math.expm1(min(50.0, back.by_length**2 * math.log1p(step.next_single) + back.own_length)))
 
 
 def _unit_cov(
-    batch: int, step: Step, s: _Slopes, back: _Back, coefficients: Array, means: Array, remain: float
+    batch: int, step: Step, s: _SlopeMoments, back: _Gradient, coefficients: Array, means: Array, remain: float
 ) -> Array:
     """Covariance (G, 2, 2) of T and W of dL/dz over a layer's units."""
     t, w = coefficients[0, 2], coefficients[0, 0]
-    worse = uneven(_unequal(step, back), batch)
+    worse = design_effect(_relative_length_variance(step, back), batch)
     squared = coefficients * [0, 0, 1, 1]  # the part of the squared mean of the gradient over the batch
     both = coefficients @ s.xx @ coefficients.T + 2 * squared @ s.xx @ squared.T
     cov = both - means[:, :, None] * means[:, None]
@@ -281,28 +296,28 @@ def _unit_cov(
     inputs = np.array([[t, 0], [-t, 1]])  # T and W by `bows`
     cov += step.pair / 2 * inputs @ s.bows @ inputs.T
     if step.layer.forward_remain < 1:
-        bent = inputs @ s.bow.T * math.sqrt(uneven(np.array(step.single), batch) / batch + step.pair)
-        cov = without_second_chaos(cov, coefficients @ s.by_m.T, bent, step.layer.forward_remain)
+        bent = inputs @ s.bow.T * math.sqrt(design_effect(np.array(step.single), batch) / batch + step.pair)
+        cov = remove_quadratic_noise(cov, coefficients @ s.by_m.T, bent, step.layer.forward_remain)
     if remain < 1:
         linear = s.x @ squared.T
         cov -= (1 - remain) * 2 * linear[:, :, None] * linear[:, None]
         cov[:, 1, 1] -= (1 - remain) * 2 * s.k2**2 * w * w * (worse / batch + back.pair)
-        cov = possible(cov)
+        cov = clip_covariance(cov)
     found: Array = cov / s.width
     return found
 
 
-def _pair(s: _Slopes, back: _Back, means: Array, var: float, t: float, w: float, remain: float) -> float:
+def _pair(s: _SlopeMoments, back: _Gradient, means: Array, var: float, t: float, w: float, remain: float) -> float:
     """By how much the product of two inputs' gradients differs from that of the average two, over W^2."""
     if w == 0:
         return 0.0
     kept = (s.k[0] * w) ** 2
     scatter = s.k2k2[0] * (1 + 2 * t * t + 2 * back.pair * w * w) + 3 * t * t * s.kk[0]
     scatter -= back.pair * kept + 2 * s.k2k[0] * (t + 2 * t * t) + (1 - remain) * kept
-    return sane((kept * back.pair + max(0.0, scatter) / s.width) / (means[1] ** 2 + var))
+    return finite_or_zero((kept * back.pair + max(0.0, scatter) / s.width) / (means[1] ** 2 + var))
 
 
-def _lengths(step: Step, s: _Slopes, back: _Back, t: float, w: float, remain: float) -> tuple[float, float]:
+def _lengths(step: Step, s: _SlopeMoments, back: _Gradient, t: float, w: float, remain: float) -> tuple[float, float]:
     """The same recursion for one input's own part: elasticity by its ln|x|^2 below, and variance of the rest."""
     if w == 0:
         return 0.0, 0.0
@@ -312,14 +327,14 @@ def _lengths(step: Step, s: _Slopes, back: _Back, t: float, w: float, remain: fl
     own = max(0.0, 3 * s.fourth[0] - pairs - quadratic) / (k2**2 * s.width)
     slope = back.by_length
     rest = back.own_length + math.log1p(own) + slope**2 * step.length_noise + 2 * slope * s.with_length / k2
-    found = float(slope * u.tilt[0] / 2 + u.slope_tilt[0] / (2 * k2)), float(max(0.0, rest))
+    found = float(slope * u.h2_phi2[0] / 2 + u.h2_slope2[0] / (2 * k2)), float(max(0.0, rest))
     return found if all(map(math.isfinite, found)) else (0.0, 0.0)
 
 
-def _carried(
+def _propagate(
     noise: Array,
-    s: _Slopes,
-    back: _Back,
+    s: _SlopeMoments,
+    back: _Gradient,
     values: Array,
     means: Array,
     own: Array,

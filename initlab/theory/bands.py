@@ -50,8 +50,8 @@ def bands(law: Law, infinite: Law, batch: int, n: NDArray[np.int64], second: Arr
         found = _lengths(given, limit_q, np.log(batch * n) / 2)
         var = np.stack([law.ln_var[:, 0] + shift, law.ln_var[:, 1]], -1)
         found.append(_in_ln("std", var / 2, infinite.ln_var[:, 0] / 2))
-        if not law.alone:
-            measured = law.reported(batch)
+        if not law.single_input:
+            measured = law.as_measured(batch)
             inside = np.stack([measured.mean[:, 1] + shift, _root(measured.cov[:, 1, 1])], -1)
             found.append(_in_ln("std_within", inside / 2, infinite.mean[:, 1] / 2))
             found.append(_cosine(law, infinite, batch))

@@ -22,7 +22,7 @@ class Law:
 
     `ln_var` is mean and sd of ln of the pooled variance; the pooled mean is exp(ln q / 2) (centre + lean eta +
     spread xi), eta and xi standard normal, eta that of ln q itself; `shares` are fractions, mean and sd. Inputs differ
-    in squared length by the relative variance `single`; T and W are those of inputs of one length, `reported` has the
+    in squared length by the relative variance `single`; T and W are those of inputs of one length, `as_measured` has the
     lengths in. `pair`: variance of a pair's product, over W^2.
     """
 
@@ -37,7 +37,7 @@ class Law:
     shares: dict[str, Array] = field(default_factory=dict)  # (K, 2)
 
     @property
-    def alone(self) -> bool:
+    def single_input(self) -> bool:
         """Whether the batch is a single input, for which W = 0."""
         return bool((self.mean[..., 1] == -np.inf).all())
 
@@ -47,43 +47,43 @@ class Law:
         return np.logaddexp(self.mean[..., 0], self.mean[..., 1])
 
     @property
-    def within(self) -> Array:
+    def within_share(self) -> Array:
         """W / (T + W) at the centre."""
         return np.exp(self.mean[..., 1] - self.ln_q)
 
     @property
-    def certain(self) -> bool:
+    def is_deterministic(self) -> bool:
         """Whether nothing fluctuates, as at infinite width."""
         return math.isnan(self.cov[(0,) * self.cov.ndim])
 
-    def each(self) -> list["Law"]:
+    def split(self) -> list["Law"]:
         """Its K laws, K = 1 each; without their shares."""
         fields = ("mean", "cov", "pair", "single", "ln_var", "centre", "spread", "lean")
         return [Law(*(getattr(self, name)[k : k + 1] for name in fields)) for k in range(len(self.mean))]
 
     def nodes(self) -> tuple[Array, Array]:
         """Nodes (..., G, 2) and weights (G,), exact for polynomials of degree 3 (Julier & Uhlmann 1997)."""
-        if self.certain:
+        if self.is_deterministic:
             return self.mean[..., None, :], np.ones(1)
-        return sigma_points(self.mean, self.cov, self.alone)
+        return sigma_points(self.mean, self.cov, self.single_input)
 
-    def reported(self, batch: int) -> "Law":
+    def as_measured(self, batch: int) -> "Law":
         """The same law with T and W as they are measured.
 
         Of what inputs of different lengths have in common, the variance of their lengths is variance inside the batch.
         """
-        if self.alone or self.certain or not np.any(self.single):
+        if self.single_input or self.is_deterministic or not np.any(self.single):
             return self
         nodes, weights = self.nodes()
         ln_t, ln_w = nodes[..., 0], nodes[..., 1]
         alike = np.maximum(1 - np.exp(ln_w - ln_t) / (batch - 1), 0)  # of T, what pairs have in common
-        common = alike * lengths(self.single)[..., None]
+        common = alike * length_variance(self.single)[..., None]
         moved = np.log(np.maximum(common, 1e-300)) + ln_t
         total_w = np.logaddexp(ln_w, moved)
         noise = np.zeros((*ln_t.shape, 2, 2))
         own = 2 / (batch - 1) + self.single**2 / 3  # the last term is fitted, on ReLU stacks
         noise[..., 1, 1] = np.exp(2 * (moved - total_w)) * own[..., None]
-        mean, cov, _ = total(np.stack([ln_t + np.log1p(-common), total_w], -1), noise, weights)
+        mean, cov, _ = combine(np.stack([ln_t + np.log1p(-common), total_w], -1), noise, weights)
         same = self.single == 0
         return replace(
             self, mean=np.where(same[..., None], self.mean, mean), cov=np.where(same[..., None, None], self.cov, cov)
@@ -96,10 +96,10 @@ class Law:
 
     def ln_second_moment(self) -> Array:
         """ln(T + W), mean and sd: (..., 2)."""
-        if self.certain:
+        if self.is_deterministic:
             return np.stack([self.ln_q, np.zeros_like(self.ln_q)], -1)
         nodes, weights = self.nodes()
-        return spread(np.logaddexp(nodes[..., 0], nodes[..., 1]), weights)
+        return mean_and_sd(np.logaddexp(nodes[..., 0], nodes[..., 1]), weights)
 
 
 _STEP = math.sqrt(3)
@@ -120,7 +120,7 @@ def sigma_points(mean: Array, cov: Array, alone: bool) -> tuple[Array, Array]:
     return mean[..., None, :] + _POINTS[alone] @ root, _POINT_WEIGHTS[alone]
 
 
-def lengths(single: float | Array) -> Array:
+def length_variance(single: float | Array) -> Array:
     """Var |x| / E |x|^2 for lognormal |x|^2 of this relative variance; a quarter of it while small."""
     return np.asarray(1 - (1 + np.asarray(single)) ** -0.25)
 
@@ -144,12 +144,12 @@ def ln_means(means: Array, alone: bool) -> Array:
     return found
 
 
-def spread(values: Array, weights: Array, noise: Array | float = 0.0) -> Array:
+def mean_and_sd(values: Array, weights: Array, noise: Array | float = 0.0) -> Array:
     """Mean and standard deviation (..., 2) of values at nodes (..., G) with a variance of their own at each."""
     mean = values @ weights
     sd = np.sqrt(np.maximum(((values - mean[..., None]) ** 2 + noise) @ weights, 0))
-    sane = np.isfinite(values).all(-1)
-    return np.stack([np.where(sane, mean, values[..., 0]), np.where(sane, sd, np.nan)], -1)
+    finite_or_zero = np.isfinite(values).all(-1)
+    return np.stack([np.where(finite_or_zero, mean, values[..., 0]), np.where(finite_or_zero, sd, np.nan)], -1)
 
 
 _UP_TO_8 = np.arange(8.0)
@@ -203,7 +203,7 @@ def relative_to(means: Array, cov: Array) -> Array:
     return np.where(product > 0, cov / np.where(product > 0, product, 1), 0)
 
 
-def total(values: Array, noise: Array, weights: Array) -> tuple[Array, Array, Array]:
+def combine(values: Array, noise: Array, weights: Array) -> tuple[Array, Array, Array]:
     """Mean (..., 2) and covariance of ln M, (..., G, 2) at the nodes, with noise at each; the noise's by itself."""
     alive = np.where(np.isfinite(values), values, 0)
     mean = weights @ alive
@@ -229,9 +229,9 @@ def slopes(values: Array, by: Array, weights: Array) -> Array:
     return (alive - (weights @ alive)[..., None, :]).mT @ by
 
 
-def symmetric(law: Law, n: Array | float) -> Law:
+def pool_symmetric_units(law: Law, n: Array | float) -> Law:
     """Adds pooled mean and pooled variance of a tensor whose n units are symmetric about 0."""
-    share = 1 - law.within
+    share = 1 - law.within_share
     ln_var = law.ln_second_moment()
     ln_var[..., 0] -= share / n
     ln_var[..., 1] = np.sqrt(ln_var[..., 1] ** 2 + 2 * (share / n) ** 2)  # a squared mean is chi-square

@@ -46,7 +46,7 @@ def limits(
     if options.get("method", "closed") not in ("auto", "closed"):
         raise UsageError(f"method={options['method']}: the ends of number formats are found from closed laws")
     laws, widths, batch = _stack_laws(init, activation, depth, width, **options)
-    rows, each = [], laws.each()
+    rows, each = [], laws.split()
     for name in formats:
         for event, happened in EVENTS.items():
             by_layer = [happened(FORMATS[name], law, batch, n) for law, n in zip(each, widths, strict=True)]
@@ -87,7 +87,7 @@ def _ln_lengths(law: Law) -> Array:
 
 def _exceeds(ln_limit: float, law: Law, batch: int, n: int) -> float:
     """P(some |z| > limit): inputs of one direction count once, since their units are the same numbers."""
-    apart = 1 + (batch - 1) * float(law.within[0])
+    apart = 1 + (batch - 1) * float(law.within_share[0])
     ln_x = np.clip(ln_limit - _ln_rms(law)[:, None] - _ln_lengths(law), -700, 700)
     tail = 2 * normal_cdf(-np.exp(np.minimum(ln_x, 5.0)))  # of one entry, by network and length
     none = np.log(np.maximum(np.exp(n * np.log1p(-np.minimum(tail, 1 - 1e-16))) @ _WEIGHTS, 1e-300))

@@ -20,14 +20,14 @@ from initlab.theory.batch_law import (
     NOTHING,
     Array,
     Law,
+    combine,
     gaussian_batch,
-    lengths,
+    length_variance,
     ln,
     ln_cov,
     ln_means,
     relative_to,
     sigma_points,
-    total,
 )
 from initlab.theory.unit_moments import COARSE, Units, units
 
@@ -66,7 +66,7 @@ class Layer(NamedTuple):
     fitted: Fitted | None = None
 
     @property
-    def pinned(self) -> bool:
+    def is_rescaled(self) -> bool:
         """Whether a fit has given z the variance 1 exactly, in each network; one within the tolerance is left alone."""
         return self.fitted is not None and self.fitted.drawn != self.weight and not self.bias + self.uniform_bias
 
@@ -126,7 +126,7 @@ class Chain(NamedTuple):
     @property
     def weights(self) -> Array:
         """Of the nodes, (G,)."""
-        return sigma_points(self.mean, self.cov, self.start.alone)[1]
+        return sigma_points(self.mean, self.cov, self.start.single_input)[1]
 
 
 def forward(
@@ -160,16 +160,18 @@ def _step(row: Activation, layer: Layer, batch: int, state: _State) -> tuple[Ste
     nodes, weights = sigma_points(mean, cov, alone)
     ln_z, uniform, damped = preactivations(layer, nodes)
     if single and (damped < 1).any():
-        ln_z[:, 1] = np.logaddexp(ln_z[:, 1], _turned(ln_z, damped, single, batch))
-    if layer.pinned:
+        ln_z[:, 1] = np.logaddexp(ln_z[:, 1], _bias_rotation(ln_z, damped, single, batch))
+    if layer.is_rescaled:
         ln_z += np.exp(ln_z[:, :1]) / layer.fan_out  # the variance is 1, the second moment that and the mean's square
     u = units(row, ln_z[:, 0], ln_z[:, 1], uniform, COARSE)
-    means, unit_cov, given = _unit(u, batch, uneven(np.array(single), batch), layer, pair)
+    means, unit_cov, given = _unit(u, batch, design_effect(np.array(single), batch), layer, pair)
     unit_cov /= layer.fan_out
     shift, noise = ln_cov(relative_to(means[:, :2], unit_cov[:, :2, :2]))
-    (next_pair, next_single), shrink, new = _apart(u, ln_z, means, unit_cov, state, layer, damped, batch)
+    (next_pair, next_single), shrink, new = _pair_and_length_spread(
+        u, ln_z, means, unit_cov, state, layer, damped, batch
+    )
     ln_x = ln_means(means[:, :2], alone) + u.ln_scale[:, None] + shift + shrink
-    next_mean, next_cov, own = total(ln_x, noise, weights)
+    next_mean, next_cov, own = combine(ln_x, noise, weights)
     alive = np.maximum(means[:, :2].sum(-1), 1e-300)
     bent = np.log(np.maximum((means[:, :2] * np.exp(shrink)).sum(-1), 1e-300) / alive)
     step = Step(
@@ -197,7 +199,7 @@ def _step(row: Activation, layer: Layer, batch: int, state: _State) -> tuple[Ste
 
 def preactivations(layer: Layer, nodes: Array) -> tuple[Array, Array, Array]:
     """ln T and ln W of z (G, 2), the share of T that a uniform bias makes up, the share of q that no bias does."""
-    if layer.pinned:
+    if layer.is_rescaled:
         ln_z = nodes - np.logaddexp(nodes[:, :1], nodes[:, 1:])
     else:
         ln_z = nodes + max(NOTHING, ln(layer.weight * layer.fan_in))
@@ -209,17 +211,17 @@ def preactivations(layer: Layer, nodes: Array) -> tuple[Array, Array, Array]:
     return ln_z, uniform, np.exp(weighted - np.logaddexp(ln_z[:, 0], ln_z[:, 1]))
 
 
-def _turned(ln_z: Array, damped: Array, single: float, batch: int) -> Array:
+def _bias_rotation(ln_z: Array, damped: Array, single: float, batch: int) -> Array:
     """ln of what biases add to W, (G,): they turn a difference in length, e x W, out of the direction of x W + b.
 
     It has the variance e^2 d q then, d the share of q that is the weights', of which e^2 d^2 q still is in the length.
     """
     ln_q = np.logaddexp(ln_z[:, 0], ln_z[:, 1])
     common = np.maximum(np.exp(ln_z[:, 0] - ln_q) - np.exp(ln_z[:, 1] - ln_q) / (batch - 1), 0)
-    return np.asarray(np.log(np.maximum(common * lengths(single) * damped * (1 - damped), 1e-300)) + ln_q)
+    return np.asarray(np.log(np.maximum(common * length_variance(single) * damped * (1 - damped), 1e-300)) + ln_q)
 
 
-def uneven(single: Array, batch: int) -> Array:
+def design_effect(single: Array, batch: int) -> Array:
     """So many times fewer inputs are as good, if lengths squared have this relative variance: B sum K^2 / (sum K)^2."""
     return np.asarray(batch * (1 + single) / (batch + single))
 
@@ -230,17 +232,17 @@ def _unit(u: Units, batch: int, worse: Array, layer: Layer, pair: float) -> tupl
     Also the part of each given m, (3, G, M). The e_a add up to 0, so what is linear in them drops out of averages.
     `worse`: so many times fewer inputs of one length would average as well.
     """
-    t = (u.variance - u.along**2) / batch
-    apart = (pair - (1 - layer.forward_remain) / layer.fan_out) / 2 * u.over_m(u.bow)[:, None] ** 2
+    t = (u.variance - u.e1**2) / batch
+    apart = (pair - (1 - layer.forward_remain) / layer.fan_out) / 2 * u.over_m(u.e2)[:, None] ** 2
     given = np.stack([u.mean**2 + t + apart, u.variance - t - apart, u.mean])
     means = u.over_m(given).T
     off = (given - means.T[..., None]).transpose(1, 0, 2)
     cov = (off * u.weights[:, None]) @ off.mT
-    along = (u.third - u.along_square * u.along) / batch
+    along = (u.third - u.e1_square * u.e1) / batch
     inside = np.stack(
         [
             4 * u.mean**2 * t + 2 * t**2,
-            np.maximum(u.fourth - u.variance**2 - u.along_square**2, 0) * (worse / batch),
+            np.maximum(u.fourth - u.variance**2 - u.e1_square**2, 0) * (worse / batch),
             t,
             2 * u.mean * along,
             2 * u.mean * t,
@@ -248,17 +250,17 @@ def _unit(u: Units, batch: int, worse: Array, layer: Layer, pair: float) -> tupl
         ]
     )
     curved = np.stack(
-        [2 * u.mean * u.bow, u.curve, u.bow]
+        [2 * u.mean * u.e2, u.e2_square, u.e2]
     )  # slopes by the e_a^2, which pairs' products make go together
     inside += curved[_FIRST] * curved[_SECOND] * (pair / 2)
     cov += u.over_m(inside)[_SYMMETRIC].transpose(2, 0, 1)
     remain, together = layer.forward_remain, float(worse) / batch + pair
-    if remain < 1 or layer.pinned:
+    if remain < 1 or layer.is_rescaled:
         of_m, of_e = u.over_m(given * (u.m**2 - 1)), u.over_m(curved)
         if remain < 1:
-            cov = without_second_chaos(cov, of_m, of_e * math.sqrt(together), remain)
-        if layer.pinned:
-            cov = possible(cov - remain * _in_the_length(1 - u.inside[:, 0], of_m, of_e, together))
+            cov = remove_quadratic_noise(cov, of_m, of_e * math.sqrt(together), remain)
+        if layer.is_rescaled:
+            cov = clip_covariance(cov - remain * _length_noise(1 - u.inside[:, 0], of_m, of_e, together))
     return means, cov, given
 
 
@@ -266,14 +268,14 @@ _SYMMETRIC = np.array([[0, 3, 4], [3, 1, 5], [4, 5, 2]])
 _FIRST, _SECOND = np.array([[0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2]])
 
 
-def without_second_chaos(cov: Array, of_m: Array, of_e: Array, remain: float) -> Array:
+def remove_quadratic_noise(cov: Array, of_m: Array, of_e: Array, remain: float) -> Array:
     """What orthogonal weights leave of the noise (G, S, S): they keep all products of inputs, so what is quadratic in z
     does not move. `of_m`, `of_e`: slopes of the S averages by m^2 - 1 and, the inputs together, by e^2 - 1, (S, G).
     """
-    return possible(cov - (1 - remain) / 2 * (_outer(of_m, of_m) + _outer(of_e, of_e)))
+    return clip_covariance(cov - (1 - remain) / 2 * (_outer(of_m, of_m) + _outer(of_e, of_e)))
 
 
-def _in_the_length(t: Array, of_m: Array, of_e: Array, together: float) -> Array:
+def _length_noise(t: Array, of_m: Array, of_e: Array, together: float) -> Array:
     """The part of the noise that follows q of z, (G, S, S), which a fit takes out again.
 
     q fluctuates by the average of t (m^2 - 1) + w (e^2 - 1), and what is scaled by it follows with the slope g.
@@ -289,19 +291,19 @@ def _outer(x: Array, y: Array) -> Array:
     return found
 
 
-def sane(x: Array | float) -> float:
+def finite_or_zero(x: Array | float) -> float:
     """A ratio to a signal that is gone is 0."""
     return float(x) if math.isfinite(x) else 0.0
 
 
-def possible(cov: Array) -> Array:
+def clip_covariance(cov: Array) -> Array:
     """The nearest thing to these matrices that two variables at a time can have: no variance below 0."""
     root = np.sqrt(np.maximum(np.einsum("gii->gi", cov), 0))
     bound = root[:, :, None] * root[:, None]
     return np.clip(cov, -bound, bound)
 
 
-def _apart(
+def _pair_and_length_spread(
     u: Units, ln_z: Array, means: Array, cov: Array, state: _State, layer: Layer, damped: Array, batch: int
 ) -> tuple[tuple[float, float], Array, float]:
     """By how much single pairs and single inputs of the next state differ from the average ones.
@@ -322,11 +324,11 @@ def _apart(
     slope = slopes * np.exp(np.logaddexp(*ln_z[0]) - u.ln_scale[0]) * inside[0]
     noise = max(0.0, variances - gone * slope**2) + slope**2 * pair * layer.forward_remain
     next_pair = (slope**2 * pair + noise / width) / (w[0] ** 2 + cov[0, 1, 1])
-    own = np.maximum(fourths - gone / 2 * u.tilt**2 * (1 - (1 - inside) ** 2), 0)
+    own = np.maximum(fourths - gone / 2 * u.h2_phi2**2 * (1 - (1 - inside) ** 2), 0)
     new = own / (width * (t + w) ** 2)
     before = single * damped**2
-    next_single = (1 + (u.tilt[0] / 2) ** 2 * before[0]) * (1 + new[0]) - 1
-    common = np.maximum(t - w / (batch - 1), 0) * lengths(new)
-    bent = np.log1p(np.maximum(u.bend * (before - gone * 2 / width) / 8, -0.5))  # an isometry's z has one length
+    next_single = (1 + (u.h2_phi2[0] / 2) ** 2 * before[0]) * (1 + new[0]) - 1
+    common = np.maximum(t - w / (batch - 1), 0) * length_variance(new)
+    bent = np.log1p(np.maximum(u.h4_phi2 * (before - gone * 2 / width) / 8, -0.5))  # an isometry's z has one length
     shrink = np.stack([bent + np.log1p(common / t), bent + np.log1p(-np.minimum(common / w, 0.5))], -1)
-    return (sane(next_pair), sane(next_single)), np.nan_to_num(shrink), float(np.log1p(new[0]))
+    return (finite_or_zero(next_pair), finite_or_zero(next_single)), np.nan_to_num(shrink), float(np.log1p(new[0]))

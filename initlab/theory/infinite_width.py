@@ -14,7 +14,15 @@ from initlab.nn.activations import Activation
 from initlab.theory.batch_law import CERTAIN, NOTHING, Array, Law, gaussian_batch, ln
 from initlab.theory.forward_law import Layer, preactivations
 from initlab.theory.tensor_law import Stack
-from initlab.theory.unit_moments import FINE, Joined, Units, closed, saturated, units, zeros
+from initlab.theory.unit_moments import (
+    FINE,
+    JoinedUnits,
+    Units,
+    saturated_intervals,
+    units,
+    zero_intervals,
+    zero_slope_intervals,
+)
 
 MANY = 2**60  # inputs of a batch without end
 
@@ -43,16 +51,18 @@ def _next(u: Units) -> Array:
 def _stack(
     row: Activation, layers: Sequence[Layer], batch: int, start: Array, ln_z: Array, ln_x: Array, passed: list[Units]
 ) -> Stack:
-    every = Joined(passed)
+    every = JoinedUnits(passed)
     mean = every.over_m(every.row("mean"))[:, 0]
     ln_scale = np.array([u.ln_scale[0] for u in passed])
     size = np.exp(np.logaddexp(ln_x[:, 0], ln_x[:, 1]) - ln_scale)
     gone = np.zeros(len(layers))
-    p = every.probability(zeros(row))[0]
+    p = every.probability(zero_intervals(row))[0]
     shares = {"frac_zero": every.over_m(p)[:, 0], "frac_dead": every.over_m(p**batch)[:, 0]}
     ln_var = np.log(np.maximum(size - mean**2, 0)) + ln_scale
     centre = mean / np.sqrt(np.where(size > 0, size, 1))
-    shut = every.over_m(np.stack([every.probability(f(row))[0] for f in (saturated, closed)]))[..., 0]
+    shut = every.over_m(np.stack([every.probability(f(row))[0] for f in (saturated_intervals, zero_slope_intervals)]))[
+        ..., 0
+    ]
     above, below = _down(layers, every)
     return Stack(
         _law(start[None], batch),
@@ -86,7 +96,7 @@ def _law(
     ).of_batch(batch)
 
 
-def _down(layers: Sequence[Layer], every: Joined) -> tuple[Array, Array]:
+def _down(layers: Sequence[Layer], every: JoinedUnits) -> tuple[Array, Array]:
     """ln T and ln W of the gradients at activations and preactivations, (L, 2) each."""
     k, k2 = every.over_m(np.stack([every.row("slope") ** 2, every.row("slope2")]))[..., 0]
     state = gaussian_batch(math.inf, MANY).mean[0]

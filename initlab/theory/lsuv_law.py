@@ -18,7 +18,7 @@ def ln_weight(layer: Layer, nodes: Array) -> Array:
 
     The pooled variance of z is T + W less its squared mean, T/n on average.
     """
-    if not layer.pinned:
+    if not layer.is_rescaled:
         return np.full(len(nodes), ln(layer.weight))
     ln_q = np.logaddexp(nodes[:, 0], nodes[:, 1])
     mean = np.exp(nodes[:, 0] - ln_q) / layer.fan_out
@@ -27,15 +27,15 @@ def ln_weight(layer: Layer, nodes: Array) -> Array:
 
 def fit_noise(layer: Layer, ln_x: Array, pair: float, batch: int) -> float:
     """Variance of ln of a pinned layer's weight, given its input of these ln T and ln W: of few units it varies."""
-    if not layer.pinned:
+    if not layer.is_rescaled:
         return 0.0
     t, w = (float(x) for x in np.exp(ln_x - np.logaddexp(*ln_x)))
     return layer.forward_remain * 2 / layer.fan_out * (t * t + w * w * (1 / max(1, batch - 1) + pair))
 
 
-def left_alone(layer: Layer, ln_x: Array, cov: Array, pair: float, batch: int) -> float:
+def p_not_rescaled(layer: Layer, ln_x: Array, cov: Array, pair: float, batch: int) -> float:
     """Probability that a pinned layer had no need of its fit; its input has this law of ln T and ln W."""
-    if layer.fitted is None or not (layer.pinned and layer.fitted.drawn > 0):
+    if layer.fitted is None or not (layer.is_rescaled and layer.fitted.drawn > 0):
         return 0.0
     by = np.exp(ln_x - np.logaddexp(*ln_x))
     centre = math.log(layer.fitted.drawn * layer.fan_in) + float(np.logaddexp(*ln_x))

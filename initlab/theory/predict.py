@@ -30,7 +30,7 @@ from initlab.theory.lsuv_law import fit_noise, ln_weight
 from initlab.theory.quantiles import IN_LN
 from initlab.theory.request import Case, case_of
 from initlab.theory.simulate import simulate
-from initlab.theory.tensor_law import Stack, moved
+from initlab.theory.tensor_law import Stack, shift_lengths
 
 METHODS = {
     "auto": "closed laws where they hold, simulation elsewhere if it costs seconds; `method` says what was done",
@@ -166,13 +166,13 @@ _KINDS = (
 
 def _infinite(case: Case) -> Stack:
     layers, up = _of_any_gain(case)
-    return moved(_known_infinite(case.row, layers, case.batch, case.q0, case.c0), up)
+    return shift_lengths(_known_infinite(case.row, layers, case.batch, case.q0, case.c0), up)
 
 
 def finite_laws(case: Case) -> Stack:
     """The laws at finite width."""
     layers, up = _of_any_gain(case)
-    return moved(_known(case.row, layers, case.batch, case.q0, case.c0, case.fixed_input, case.data), up)
+    return shift_lengths(_known(case.row, layers, case.batch, case.q0, case.c0, case.fixed_input, case.data), up)
 
 
 _known, _known_infinite = lru_cache(maxsize=32)(laws), lru_cache(maxsize=32)(infinite_laws)
@@ -240,7 +240,7 @@ def _parameters(case: Case) -> Iterator[Block]:
     noise = 0 / i if case.layers[0].orthogonal else _fourth(case.rule) / (i * o)
     size = np.array([ln(layer.weight) for layer in case.layers])
     law = np.stack([size - noise / 2, np.sqrt(noise)], -1)
-    pinned = np.array([layer.pinned for layer in case.layers])
+    pinned = np.array([layer.is_rescaled for layer in case.layers])
     if pinned.any():
         law[pinned] = _as_fitted(case)[pinned]
     yield from blocks("weight", "forward", size, law, i * o)
@@ -258,7 +258,7 @@ def _as_fitted(case: Case) -> Array:
     """ln q of weights that are fitted to data, mean and sd (L, 2): they are as small as their input was large."""
     x = finite_laws(case)
     below = _below(x.input.ln_second_moment(), x.activations.ln_second_moment())
-    enter = list(zip(case.layers, [*x.input.each(), *x.activations.each()], strict=False))  # none above the last
+    enter = list(zip(case.layers, [*x.input.split(), *x.activations.split()], strict=False))  # none above the last
     noise = np.array([fit_noise(layer, law.mean[0], float(law.pair[0]), case.batch) for layer, law in enter])
     centre = np.concatenate([ln_weight(layer, law.mean) for layer, law in enter])
     return np.stack([centre + noise / 2, np.sqrt(below[:, 1] ** 2 + noise)], -1)
@@ -278,7 +278,7 @@ def _parameter_gradients(stack: Stack, batch: int) -> tuple[Array, Array]:
     below = _below(stack.input.mean, x.mean)
     common, rest = (below + d.mean).T
     var = d.ln_second_moment()[:, 1] ** 2
-    own = np.zeros(len(var)) if d.certain else np.sqrt(np.maximum(d.cov[:, 0, 0], 0))
+    own = np.zeros(len(var)) if d.is_deterministic else np.sqrt(np.maximum(d.cov[:, 0, 0], 0))
     var += _below(stack.input.ln_second_moment(), x.ln_second_moment())[:, 1] ** 2
     centre = 2 * math.log(batch) + np.logaddexp(common, rest - math.log(max(1, batch - 1)))
     return np.stack([centre, np.sqrt(var)], -1), np.stack([2 * math.log(batch) + d.mean[:, 0], own], -1)
@@ -310,7 +310,7 @@ def float32_will_do(case: Case) -> bool:
     """Whether all signals stay well inside its range, six standard deviations included, and inputs apart."""
     for kind in _tensors(case, finite_laws(case)):
         ln_q, spread = kind.law.ln_second_moment().T
-        apart = kind.limit.alone or bool((kind.limit.within > 1e-3).all())
+        apart = kind.limit.single_input or bool((kind.limit.within_share > 1e-3).all())
         if not apart or not bool((np.abs(ln_q) / 2 + 3 * spread < 60).all()):
             return False
     return True

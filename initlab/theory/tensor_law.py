@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from initlab.theory.batch_law import Array, Law, ln_cov, ln_noise, spread, symmetric, total
-from initlab.theory.forward_law import Chain, uneven
-from initlab.theory.lsuv_law import left_alone
-from initlab.theory.unit_moments import Intervals, Joined, saturated, zeros
+from initlab.theory.batch_law import Array, Law, combine, ln_cov, ln_noise, mean_and_sd, pool_symmetric_units
+from initlab.theory.forward_law import Chain, design_effect
+from initlab.theory.lsuv_law import p_not_rescaled
+from initlab.theory.unit_moments import Intervals, JoinedUnits, saturated_intervals, zero_intervals
 
 
 class Stack(NamedTuple):
@@ -25,16 +25,16 @@ class Stack(NamedTuple):
     preactivation_gradients: Law
 
 
-def moved(stack: Stack, up: Array) -> Stack:
+def shift_lengths(stack: Stack, up: Array) -> Stack:
     """The laws of a stack whose layers multiply q by exp(up), (L,), more, there and on the way back."""
     if not up.any():
         return stack
     forward, backward = np.cumsum(up), np.cumsum(up[::-1])[::-1] - up
     by = forward, forward, backward, backward
-    return Stack(stack.input, *(_moved(law, ln_q) for law, ln_q in zip(stack[1:], by, strict=True)))
+    return Stack(stack.input, *(_shift_law(law, ln_q) for law, ln_q in zip(stack[1:], by, strict=True)))
 
 
-def _moved(law: Law, ln_q: Array) -> Law:
+def _shift_law(law: Law, ln_q: Array) -> Law:
     return replace(law, mean=law.mean + ln_q[:, None], ln_var=law.ln_var + np.stack([ln_q, 0 * ln_q], -1))
 
 
@@ -42,11 +42,11 @@ class Layers:
     """What a chain's steps know, side by side: leading dimension L."""
 
     def __init__(self, chain: Chain) -> None:
-        self.chain, self.batch, self.alone = chain, chain.batch, chain.start.alone
+        self.chain, self.batch, self.single_input = chain, chain.batch, chain.start.single_input
         self.weights = chain.weights
         self.width = np.array([step.layer.fan_out for step in chain.steps], dtype=float)
         self.forward_remain = np.array([step.layer.forward_remain for step in chain.steps])
-        self.pinned = np.array([step.layer.pinned for step in chain.steps])
+        self.is_rescaled = np.array([step.layer.is_rescaled for step in chain.steps])
 
     def of(self, name: str) -> Array:
         return np.array([getattr(step, name) for step in self.chain.steps])
@@ -56,8 +56,8 @@ class Layers:
         return np.array([*(getattr(step, name) for step in self.chain.steps[1:]), getattr(self.chain, name)])
 
     @cached_property
-    def units(self) -> Joined:
-        return Joined([step.units for step in self.chain.steps])
+    def units(self) -> JoinedUnits:
+        return JoinedUnits([step.units for step in self.chain.steps])
 
     @cached_property
     def ln_scale(self) -> Array:
@@ -73,12 +73,14 @@ class Layers:
         u, remain = self.units, self.forward_remain[:, None]
         p, along, curve = u.probability(intervals)
         mean, pair = u.over_m(p), self.of("pair")[:, None]
-        own = np.maximum(u.over_m(p * (1 - p) - along**2), 0) * (uneven(single, self.batch) / self.batch)[:, None]
+        own = (
+            np.maximum(u.over_m(p * (1 - p) - along**2), 0) * (design_effect(single, self.batch) / self.batch)[:, None]
+        )
         together = u.over_m(curve**2) * pair / 2
         quadratic = u.over_m(p * (u.m**2 - 1)) ** 2 + u.over_m(curve) ** 2 * (1 / self.batch + pair)
         unit = np.maximum(u.over_m(p**2) - mean**2, 0) + own + together - (1 - remain) / 2 * quadratic
         noise = np.maximum(unit, 0) / self.width[:, None]
-        return spread(mean, self.weights, noise)
+        return mean_and_sd(mean, self.weights, noise)
 
 
 def preactivations(layers: Layers) -> Law:
@@ -86,26 +88,26 @@ def preactivations(layers: Layers) -> Law:
     remain, pair, single = layers.forward_remain, layers.of("pair"), layers.of("single")
     relative = np.zeros((*layers.of("ln_z").shape, 2))
     relative[..., 0, 0] = (remain / layers.width)[:, None] * (2 - 1.2 * layers.of("uniform") ** 2)
-    if not layers.alone:
+    if not layers.single_input:
         relative[..., 1, 1] = (remain / layers.width * 2 * (1 / (layers.batch - 1) + pair))[:, None]
-    if layers.pinned.any():
-        relative[layers.pinned] = _pinned(layers, relative)[layers.pinned]
+    if layers.is_rescaled.any():
+        relative[layers.is_rescaled] = _pinned(layers, relative)[layers.is_rescaled]
     shift, noise = ln_cov(relative)
-    mean, cov, _ = total(layers.of("ln_z") + shift, noise, layers.weights)
+    mean, cov, _ = combine(layers.of("ln_z") + shift, noise, layers.weights)
     law = Law(mean, cov, pair + remain * (1 + pair) / layers.width, single * layers.of("damped")[:, 0])
     shares = {
         "frac_zero": np.zeros((len(mean), 2)),
-        "frac_saturated": layers.share(saturated(layers.chain.row), single),
+        "frac_saturated": layers.share(saturated_intervals(layers.chain.row), single),
     }
-    found = symmetric(replace(law, shares=shares), layers.width)
-    found.ln_var[layers.pinned] = _unit_variance(layers)[layers.pinned]
+    found = pool_symmetric_units(replace(law, shares=shares), layers.width)
+    found.ln_var[layers.is_rescaled] = _unit_variance(layers)[layers.is_rescaled]
     return found
 
 
 def _unit_variance(layers: Layers) -> Array:
     """ln of the pooled variance of pinned layers, mean and sd (L, 2): 0, but where the fit had nothing to do."""
     steps = layers.chain.steps
-    alone = np.array([left_alone(s.layer, s.mean, s.cov, s.pair, layers.batch) for s in steps])
+    alone = np.array([p_not_rescaled(s.layer, s.mean, s.cov, s.pair, layers.batch) for s in steps])
     off = np.array([s.layer.fitted.tolerance if s.layer.fitted else 0.0 for s in steps]) / np.sqrt(3)
     return np.stack([0 * off, np.sqrt(alone) * off], -1)
 
@@ -133,23 +135,23 @@ def activations(layers: Layers) -> Law:
     off = -pooled / (2 * safe)
     of_ratio, of_ln_q = np.stack([off, off, one], -1), np.stack([one, one, 0 * one], -1) / safe[..., None]
     ratio, ln_q = pooled / np.sqrt(safe), np.log(safe) + layers.ln_scale
-    pooled_mean = spread(ratio, weights, _quadratic(cov, of_ratio) / safe)
+    pooled_mean = mean_and_sd(ratio, weights, _quadratic(cov, of_ratio) / safe)
     law = Law(layers.after("mean"), layers.after("cov"), layers.after("pair"), layers.after("single"))
     together = np.einsum("...i,...ij,...j->...", of_ratio, cov, of_ln_q) / np.sqrt(safe)
     together += (ratio - (ratio @ weights)[:, None]) * (ln_q - (ln_q @ weights)[:, None])
     lean = np.nan_to_num((together @ weights) / law.ln_second_moment()[:, 1])
     lean = np.clip(lean, -pooled_mean[:, 1], pooled_mean[:, 1])
-    p = u.probability(zeros(layers.chain.row))[0]
-    dead = spread(u.over_m(p**layers.batch), weights)
+    p = u.probability(zero_intervals(layers.chain.row))[0]
+    dead = mean_and_sd(u.over_m(p**layers.batch), weights)
     dead[:, 1] = np.sqrt(dead[:, 1] ** 2 + dead[:, 0] * (1 - dead[:, 0]) / layers.width)
     return replace(
         law,
-        ln_var=spread(np.log(var) + layers.ln_scale + shift + layers.of("bent"), weights, own),
+        ln_var=mean_and_sd(np.log(var) + layers.ln_scale + shift + layers.of("bent"), weights, own),
         centre=pooled_mean[:, 0],
         lean=lean,
         spread=np.sqrt(np.maximum(pooled_mean[:, 1] ** 2 - lean**2, 0)),
         shares={
-            "frac_zero": layers.share(zeros(layers.chain.row), np.zeros(len(means))),
+            "frac_zero": layers.share(zero_intervals(layers.chain.row), np.zeros(len(means))),
             "frac_dead": dead,
         },
     )
@@ -160,13 +162,15 @@ def _quadratic(cov: Array, by: Array) -> Array:
     return np.asarray(np.maximum(np.einsum("...i,...ij,...j->...", by, cov, by), 0))
 
 
-def seen(law: Law, batch: int, width: Array, remain: Array) -> Law:
+def observe_gaussian(law: Law, batch: int, width: Array, remain: Array) -> Law:
     """The gradient at an activation, as n Gaussian units show it."""
     relative = np.zeros_like(law.cov)
     relative[:, 0, 0] = remain * 2 / width
-    if not law.alone:
+    if not law.single_input:
         relative[:, 1, 1] = remain * 2 * (1 / (batch - 1) + law.pair) / width
     shift, noise = ln_cov(relative)
     pair = law.pair + remain * (1 + law.pair) / width
     shares = {"frac_zero": np.zeros((len(width), 2))}
-    return symmetric(replace(law, mean=law.mean + shift, cov=law.cov + noise, pair=pair, shares=shares), width)
+    return pool_symmetric_units(
+        replace(law, mean=law.mean + shift, cov=law.cov + noise, pair=pair, shares=shares), width
+    )

@@ -48,14 +48,15 @@ FINE = Grid(width=3.0, reach=7.5, nodes=10, halvings=12, means_only=True)  # 1e-
 
 @dataclass(frozen=True)
 class Units:
-    """Moments given m, each (G, M), of phi in units of exp(ln_scale / 2); slopes have no scale.
+    """Moments of phi and phi' in G states given m, (G, M) each; phi in units of exp(ln_scale / 2), slopes as they are.
 
-    mean, variance, third, fourth: central moments of phi. along, along_square: E[phi e], E[(phi - mean)^2 e]. bow,
-    curve: E[phi h], E[(phi - mean)^2 h] with h = e^2 - 1. slope, slope2, slope4: E[phi'], E[phi'^2], E[phi'^4].
-    slope_along, slope_bow, slope2_bow: E[phi' e], E[phi' h], E[phi'^2 h].
-    Over everything, u the preactivation in units of sqrt(q): tilt, bend, (G,), are E[phi^2 (u^2 - 1)] and
-    E[phi^2 (u^4 - 6 u^2 + 3)]; of the first state alone, (1,): slope_tilt, slope_bend the same of phi'^2, slope_square
-    E[phi^2 phi'^2], stretched E[phi phi' u], stretched_square E[phi'^2 u^2].
+    mean, variance, third, fourth: central moments of phi. With the Hermite polynomials He1(e) = e and He2(e) = e^2 - 1
+    of the part e inside the batch: e1 = E[phi e], e2 = E[phi He2], e1_square and e2_square the same of
+    (phi - mean)^2. slope, slope2, slope4 = E[phi'], E[phi'^2], E[phi'^4]; e1_slope, e2_slope, e2_slope2 = E[phi' e],
+    E[phi' He2], E[phi'^2 He2].
+    Over everything, with u the preactivation in units of sqrt(q) and He4(u) = u^4 - 6 u^2 + 3: h2_phi2, h4_phi2 (G,) =
+    E[phi^2 He2(u)], E[phi^2 He4(u)]. In the first state only, (1,): h2_slope2, h4_slope2 the same of phi'^2,
+    phi2_slope2 = E[phi^2 phi'^2], u_phi_slope = E[u phi phi'], u2_slope2 = E[u^2 phi'^2].
     """
 
     m: Array
@@ -67,30 +68,30 @@ class Units:
     variance: Array
     third: Array
     fourth: Array
-    along: Array
-    along_square: Array
-    bow: Array
-    curve: Array
+    e1: Array
+    e1_square: Array
+    e2: Array
+    e2_square: Array
     slope: Array
     slope2: Array
     slope4: Array
-    slope_along: Array
-    slope_bow: Array
-    slope2_bow: Array
-    tilt: Array
-    bend: Array
-    slope_tilt: Array
-    slope_bend: Array
-    slope_square: Array
-    stretched: Array
-    stretched_square: Array
+    e1_slope: Array
+    e2_slope: Array
+    e2_slope2: Array
+    h2_phi2: Array
+    h4_phi2: Array
+    h2_slope2: Array
+    h4_slope2: Array
+    phi2_slope2: Array
+    u_phi_slope: Array
+    u2_slope2: Array
 
     def over_m(self, f: Array) -> Array:
         """E over m, (..., G, M) -> (..., G)."""
         return np.asarray((f * self.weights).sum(-1))
 
 
-class Joined:
+class JoinedUnits:
     """The units of many layers side by side, K = L G M nodes of m in one row, since layers differ in their M."""
 
     def __init__(self, layers: Sequence[Units]) -> None:
@@ -178,16 +179,16 @@ def _means(f: Array, p: Array, weights: Array) -> dict[str, Any]:
 _NOISE = (
     "third",
     "fourth",
-    "along",
-    "along_square",
-    "bow",
-    "curve",
+    "e1",
+    "e1_square",
+    "e2",
+    "e2_square",
     "slope4",
-    "slope_along",
-    "slope_bow",
-    "slope2_bow",
+    "e1_slope",
+    "e2_slope",
+    "e2_slope2",
 )
-_WHOLE = ("tilt", "bend", "slope_tilt", "slope_bend", "slope_square", "stretched", "stretched_square")
+_WHOLE = ("h2_phi2", "h4_phi2", "h2_slope2", "h4_slope2", "phi2_slope2", "u_phi_slope", "u2_slope2")
 
 
 def _moments(f: Array, p: Array, u: Array, e: Array, weights: Array, m_weights: Array) -> dict[str, Any]:
@@ -208,23 +209,23 @@ def _moments(f: Array, p: Array, u: Array, e: Array, weights: Array, m_weights: 
         "variance": _mean(square, weights),
         "third": _mean(square * off, weights),
         "fourth": _mean(square * square, weights),
-        "along": _mean(off, weighted),
-        "along_square": _mean(square, weighted),
-        "bow": _mean(f, bent),
-        "curve": _mean(square, bent),
+        "e1": _mean(off, weighted),
+        "e1_square": _mean(square, weighted),
+        "e2": _mean(f, bent),
+        "e2_square": _mean(square, bent),
         "slope": _mean(p, weights),
         "slope2": _mean(p2, weights),
         "slope4": _mean(p2 * p2, weights),
-        "slope_along": _mean(p, weighted),
-        "slope_bow": _mean(p, bent),
-        "slope2_bow": _mean(p2, bent),
-        "tilt": whole(u2 - 1, squares),
-        "bend": whole(fourth, squares),
-        "slope_tilt": whole(u2[:1] - 1, centre_p2),
-        "slope_bend": whole(fourth[:1], centre_p2),
-        "slope_square": whole(p2[:1], squares[:1]),
-        "stretched": whole(p[:1] * u[:1], f[:1] * weights[:1]),
-        "stretched_square": whole(u2[:1], centre_p2),
+        "e1_slope": _mean(p, weighted),
+        "e2_slope": _mean(p, bent),
+        "e2_slope2": _mean(p2, bent),
+        "h2_phi2": whole(u2 - 1, squares),
+        "h4_phi2": whole(fourth, squares),
+        "h2_slope2": whole(u2[:1] - 1, centre_p2),
+        "h4_slope2": whole(fourth[:1], centre_p2),
+        "phi2_slope2": whole(p2[:1], squares[:1]),
+        "u_phi_slope": whole(p[:1] * u[:1], f[:1] * weights[:1]),
+        "u2_slope2": whole(u2[:1], centre_p2),
     }
 
 
@@ -245,21 +246,21 @@ def _outer(
     that far."""
     levels = min(grid.halvings, max(octaves, math.ceil(math.log2(max(1.0, narrow)) / 2)))
     centres = np.concatenate([k / (scale * np.sqrt(t) + 1e-300) for k in kinks], -1)
-    moving = (centres[..., None] + _around(levels, 0)).reshape(len(t), -1)
+    moving = (centres[..., None] + _halving_offsets(levels, 0)).reshape(len(t), -1)
     if (uniform > 0).any():
         moving = np.concatenate([moving, np.sqrt(3 * uniform)[:, None] * np.array([1.0, -1.0])], -1)
-    m, lengths = _between(moving, grid)
+    m, lengths = _panels_between(moving, grid)
     weights = lengths * _density(m, uniform[:, None])
     return m, weights / weights.sum(-1, keepdims=True)
 
 
 @lru_cache
-def _around(levels: int, first: int) -> Array:
+def _halving_offsets(levels: int, first: int) -> Array:
     halving = 2.0 ** -np.arange(first, levels + 1)
     return np.concatenate([[0.0], halving, -halving])
 
 
-def _between(moving: Array, grid: Grid) -> tuple[Array, Array]:
+def _panels_between(moving: Array, grid: Grid) -> tuple[Array, Array]:
     regular = np.arange(-grid.reach, grid.reach + 0.1, grid.width)
     edges = np.concatenate([np.broadcast_to(regular, (*moving.shape[:-1], len(regular))), moving], -1)
     return panels(np.sort(edges.clip(-grid.reach, grid.reach), -1), grid.nodes)
@@ -282,7 +283,7 @@ def _inner(
         e = np.zeros((*m.shape, 1))
         return e, np.ones_like(e)
     centres = np.stack([(k / scale - np.sqrt(t) * m) / (np.sqrt(w) + 1e-300) for k in kinks], -1)
-    e, lengths = _between((centres[..., None] + _around(octaves, 1)).reshape(*m.shape, -1), grid)
+    e, lengths = _panels_between((centres[..., None] + _halving_offsets(octaves, 1)).reshape(*m.shape, -1), grid)
     weights = lengths * np.exp(-e * e / 2)
     return e, weights / weights.sum(-1, keepdims=True)
 
@@ -290,17 +291,17 @@ def _inner(
 # --- where something is true of z ------------------------------------------------------------------------------------
 
 
-def zeros(row: Activation) -> Intervals:
+def zero_intervals(row: Activation) -> Intervals:
     """Intervals of z in which phi is exactly 0."""
     return _intervals(row, lambda z: row.phi(z) == 0)
 
 
-def closed(row: Activation) -> Intervals:
+def zero_slope_intervals(row: Activation) -> Intervals:
     """Intervals of z that let no gradient pass."""
     return _intervals(row, lambda z: row.slope(z).abs() < 1e-300)
 
 
-def saturated(row: Activation) -> Intervals:
+def saturated_intervals(row: Activation) -> Intervals:
     """Intervals of z in which |phi'| is below 5 % of its largest value."""
     return _intervals(row, lambda z: row.slope(z).abs() < SATURATED * row.largest_slope)
 
