@@ -19,9 +19,8 @@ The rooms, lowest first; imports go from a room to those above it in this list, 
     commands    `initlab collect`, `compare`, `gallery`; __main__ composes the options and runs the jobs
 
 From Python: `initlab.read("outputs/**")` gives the tables of all runs, `initlab.probe(model, x, y, loss)` the rows of
-any nn.Module, `initlab.predict(init, activation, depth, width)` what theory says of a stack (`predict_bands` with the
-bands of every statistic), `initlab.gain("relu")`, `initlab.phase("tanh", sigma_w, sigma_b)`,
-`initlab.critical("tanh", sigma_b)`,
+any nn.Module, `initlab.predict(init, activation, depth, width)` what theory says of a stack,
+`initlab.gain("relu")`, `initlab.phase("tanh", sigma_w, sigma_b)`, `initlab.critical("tanh", sigma_b)`,
 `initlab.limits("naive", "relu")` where each number format ends a stack;
 `initlab.tasks.stack.stack(...)` and `initlab.tasks.train.train(...)` run the tasks and return their frames.
 """
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from initlab.runs.recorder import read as read
     from initlab.theory.format_limits import limits as limits
     from initlab.theory.predict import predict as predict
-    from initlab.theory.predict import predict_bands as predict_bands
 
 # Public name -> where it is defined. Loaded on first use: `import initlab` alone is cheap.
 _PUBLIC = {
@@ -49,7 +47,6 @@ _PUBLIC = {
     "phase": "initlab.meanfield.fixed_points",
     "critical": "initlab.meanfield.fixed_points",
     "predict": "initlab.theory.predict",
-    "predict_bands": "initlab.theory.predict",
     "probe": "initlab.probes.probe",
 }
 

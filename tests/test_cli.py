@@ -367,8 +367,8 @@ def test_every_measured_number_has_its_prediction(lab: Lab) -> None:
 
 
 def test_a_wrong_prediction_is_seen_on_the_command_line(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = stages.beside_stack
-    monkeypatch.setattr(stages, "beside_stack", lambda stats, **asked: told(stats, **{**asked, "init": "lecun"}))
+    told = stages.compare_stack
+    monkeypatch.setattr(stages, "compare_stack", lambda stats, **asked: told(stats, **{**asked, "init": "lecun"}))
     code, out, _ = lab("task=stack", *QUICK)
     assert code == 0 and "theory: 0 of 5 layers within the 95 % band" in out
 
@@ -385,7 +385,7 @@ def test_a_run_says_which_gain_it_took_and_a_sweep_each_note_once(lab: Lab, monk
     def silent(stats: pd.DataFrame, **asked: object) -> pd.DataFrame:
         raise UsageError("not known here")
 
-    monkeypatch.setattr(stages, "beside_stack", silent)
+    monkeypatch.setattr(stages, "compare_stack", silent)
     code, out, _ = lab("-m", "task=stack", "init=kaiming,lecun", "depth=3", "seeds=2", "plots=false")
     assert code == 0 and out.count("theory: no prediction (not known here)\n") == 1
 
@@ -464,9 +464,9 @@ def test_an_activation_that_cannot_be_had_is_one_line(lab: Lab, words: tuple[str
 
 
 def test_the_public_door() -> None:
-    for name in ("read", "probe", "predict", "predict_bands", "phase", "critical", "gain", "limits"):
+    for name in ("read", "probe", "predict", "phase", "critical", "gain", "limits"):
         assert name in dir(initlab) and callable(getattr(initlab, name))
-    last = initlab.predict(init="kaiming", activation="relu", depth=3, width=100, dtype="float32").iloc[-1]
-    assert {"std", "ln_std_mean", "ln_std_sd", "band_low", "band_high", "method"} <= set(last.index)
-    assert initlab.phase("tanh", initlab.critical("tanh", 0.05), 0.05).chi_1 == pytest.approx(1, abs=1e-6)
+    last = initlab.predict(init="kaiming", activation="relu", depth=3, width=100, wide=True).iloc[-1]
+    assert {"std", "ln_std_mean", "ln_std_sd", "std_low", "std_high", "method"} <= set(last.index)
+    assert initlab.phase("tanh", initlab.critical("tanh", 0.2), 0.2).chi_1 == pytest.approx(1, abs=1e-6)
     assert initlab.gain(torch.nn.ReLU(), "std") == pytest.approx(initlab.gain("relu", kind="std"), rel=1e-9)

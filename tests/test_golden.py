@@ -69,8 +69,8 @@ FRAMES: dict[str, Callable[[], pd.DataFrame]] = {
     "train_parity": lambda: _train("parity", loss="mse", drift=True),
     "train_histograms": lambda: _train("histograms", histograms=True),
     "probe": _probe,
-    "predict": lambda: initlab.predict_bands("kaiming", "relu", depth=3, width=12),
-    "predict_tanh": lambda: initlab.predict_bands("xavier", "tanh", depth=3, width=50, sb2=0.1),
+    "predict": lambda: initlab.predict("kaiming", "relu", depth=3, width=12),
+    "predict_tanh": lambda: initlab.predict("xavier", "tanh", depth=3, width=50, sigma_b=0.3),
     "phase": lambda: pd.concat(
         phase("sigma", Axis(1.0, 2.0, 2), Axis(0.0, 0.5, 2), depth=3, width=10, seeds=range(2)), ignore_index=True
     ),

@@ -22,7 +22,7 @@ from initlab.scratch.layers import LOSSES
 from initlab.stats.dtypes import format_of
 from initlab.tasks.ensemble.device import MATMULS, find_device, set_matmul
 from initlab.tasks.twins import MODULES, OPTIMIZERS
-from initlab.theory.predict import METHODS
+from initlab.theory.method import METHODS
 
 
 @dataclass

@@ -16,7 +16,7 @@ from initlab.job.network_grid import Grid
 from initlab.nn.init import Rule
 from initlab.tasks.ensemble.split import Share, run_shared
 from initlab.tasks.ensemble.with_theory import QUICK, Seen
-from initlab.theory.z_scores import worded
+from initlab.theory.z_scores import as_categories
 
 
 class Takes(Protocol):
@@ -163,4 +163,4 @@ def _table(parts: Sequence[pd.DataFrame | Exception], grid: Grid, missing: list[
         for part, first in zip(parts, grid.firsts(), strict=True)
         if not isinstance(part, Exception)
     ]
-    return worded(pd.concat(known, ignore_index=True))
+    return as_categories(pd.concat(known, ignore_index=True))

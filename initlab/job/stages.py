@@ -31,7 +31,7 @@ from initlab.tasks.phase import Axis, phase, phase_as_text
 from initlab.tasks.seeded import seeded
 from initlab.tasks.stack import stack
 from initlab.tasks.train import outputs_of, refuse_mismatch, train
-from initlab.theory.z_scores import Input, beside_stack, beside_training, input_of
+from initlab.theory.z_scores import InputMoments, compare_stack, compare_training, measure_input
 
 Stage = Callable[[Recorder], str]  # measures, records, and says what is to be printed beside the short table
 
@@ -50,7 +50,7 @@ def _stack(config: Config, common: Mapping[str, Any]) -> Stage:
     asked = {"activation": common["activation"], **shape._asdict()}
 
     def predict(stats: pd.DataFrame, rule: Rule, method: str) -> pd.DataFrame:
-        return beside_stack(stats, init=rule, method=method, **asked)
+        return compare_stack(stats, init=rule, method=method, **asked)
 
     return Ensemble(
         partial(stack, **shape._asdict(), backward=config.backward, **_fixed(common)),
@@ -79,7 +79,7 @@ def _seeded(config: Config, common: Mapping[str, Any]) -> Stage:
         def measure() -> None:
             seen.add({"stats": seeded(**asked, seeds=common["seeds"], dtype=config.dtype)})
 
-        beside = partial(beside_stack, **asked, inputs=config.width)
+        beside = partial(compare_stack, **asked, inputs=config.width)
         recorder.note(seen.around(measure, beside, config.theory))
         return ""
 
@@ -97,7 +97,9 @@ def _train(config: Config, common: Mapping[str, Any]) -> Stage:
 
     def predict(stats: pd.DataFrame, rule: Rule, method: str) -> pd.DataFrame:
         widths, given = [*[t.width] * t.depth, outputs_of(data, t.loss)], _input(*source, t.batch)
-        return beside_training(stats, widths, given, t.batch, init=rule, activation=common["activation"], method=method)
+        return compare_training(
+            stats, widths, given, t.batch, init=rule, activation=common["activation"], method=method
+        )
 
     how = {name: value for name, value in vars(t).items() if name != "lr"}
     return Ensemble(
@@ -117,8 +119,8 @@ def _data(name: str, root: str, download: bool, url: str) -> Data:
 
 
 @lru_cache(maxsize=1)
-def _input(name: str, root: str, download: bool, url: str, batch: int) -> Input:
-    return input_of(_data(name, root, download, url).x.numpy(), batch)
+def _input(name: str, root: str, download: bool, url: str, batch: int) -> InputMoments:
+    return measure_input(_data(name, root, download, url).x.numpy(), batch)
 
 
 def _matmul(config: Config, common: Mapping[str, Any]) -> Stage:

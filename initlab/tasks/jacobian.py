@@ -17,8 +17,8 @@ from initlab.nn.init import Rule
 from initlab.stats.dtypes import resolve_dtype
 from initlab.tasks.ensemble.device import find_device
 from initlab.tasks.ensemble.networks import CACHED, Networks, Shape, rules_of
-from initlab.theory.request import case_of
-from initlab.theory.singular_values import jacobians, log2_power_sums, predicted, singular_values
+from initlab.theory.request import parse_request
+from initlab.theory.singular_values import jacobians, log2_power_sums, predict_moments, singular_values
 
 Frames = dict[str, pd.DataFrame]
 
@@ -61,7 +61,7 @@ def jacobian(
                 if layer in shown(depth):
                     spectra.append(_spectrum(layer, group, singular_values(found)))
                 bar.update(len(group))
-    theory = predicted(case_of(rule, activation, depth, width, None, shape.inputs, 1, 1.0, 0.0, False, 0.0, {}))
+    theory = predict_moments(parse_request(rule, activation, depth, width, inputs=shape.inputs, batch=1))
     moments = pd.concat(sums, ignore_index=True).merge(theory, on="layer")
     return {
         name: frame.sort_values(["seed", *keys], ignore_index=True)

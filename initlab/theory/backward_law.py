@@ -269,7 +269,7 @@ def _alignment_effect(step: Step, s: _SlopeMoments, back: _Gradient) -> float:
 
 
 def _next_alignment(step: Step, s: _SlopeMoments, back: _Gradient) -> float:
-    """`_Gradient.alignment` one layer down: g . x below is d . z = g . phi'(z) z, of which the part along phi(z) is kept."""
+    """`_Gradient.alignment` one layer down: g . x below is d . z = g . phi'(z) z; its part along phi(z) stays."""
     u = step.units
     kept = u.u_phi_slope[0] ** 2
     return finite_or_zero((kept * back.alignment + u.u2_slope2[0] - kept) / s.k2[0])

@@ -59,7 +59,7 @@ def bands(law: Law, infinite: Law, batch: int, n: NDArray[np.int64], second: Arr
         return [*found, _mean(law, infinite, given)]
 
 
-def scaled(limit: Array, law: Array, count: Array | int) -> list[Rows]:
+def size_bands(limit: Array, law: Array, count: Array | int) -> list[Rows]:
     """Rows of tensors of so many entries, symmetric about 0, by the law of their ln q: (K,) and (K, 2)."""
     one = 1 / np.asarray(count, dtype=float)
     pooled = np.stack([law[:, 0] - one, np.sqrt(law[:, 1] ** 2 + 2 * one**2)], -1)  # a squared mean is chi-square
@@ -184,7 +184,7 @@ def _mixture_quantile(q: float, factor: Array, centre: Array, spread: Array) -> 
     return np.asarray(np.where(np.isfinite(x), x, low))
 
 
-def simulated(block: torch.Tensor, limits: dict[str, Array]) -> list[Rows]:
+def simulated_bands(block: torch.Tensor, limits: dict[str, Array]) -> list[Rows]:
     """The same rows of one tensor from networks, (S, E); `limits` gives limit and ln_limit of those wanted."""
     rows = dict(zip(STATISTICS, block.numpy(), strict=True))
     found = []
@@ -214,26 +214,26 @@ class Block(NamedTuple):
 
 
 def frame(blocks: Sequence[Block]) -> pd.DataFrame:
-    """All rows, layer by layer; what a tensor has no share of is left out."""
+    """All rows, layer by layer, labels as categories in the order of their first appearance."""
     sizes = [len(block.layers) for block in blocks]
-
-    def column(values: Sequence[str]) -> NDArray[np.object_]:
-        return np.array(values, dtype=object).repeat(sizes)
-
     layers = np.concatenate([block.layers for block in blocks])
     order = layers.argsort(kind="stable")
-    said = [
-        np.full(n, b.method, dtype=object) if isinstance(b.method, str) else np.array(b.method, dtype=object)
-        for b, n in zip(blocks, sizes, strict=True)
-    ]
+
+    def label(values: Sequence[str | Sequence[str]]) -> pd.Categorical:
+        """One label a block, or one a row."""
+        parts = [[one] * n if isinstance(one, str) else list(one) for one, n in zip(values, sizes, strict=True)]
+        codes, names = pd.factorize(np.array([name for part in parts for name in part], dtype=object))
+        return pd.Categorical.from_codes(codes[order], list(names))
+
     names = [block.rows.statistic for block in blocks]
     numbers = np.concatenate([block.rows.numbers for block in blocks])[order]
-    words = {
-        "tensor": column([block.tensor for block in blocks]),
-        "direction": column([block.direction for block in blocks]),
-        "statistic": column(names),
-        "scale": column(["ln" if name in IN_LN else "linear" for name in names]),
+    columns = {
+        "layer": layers[order],
+        "tensor": label([block.tensor for block in blocks]),
+        "direction": label([block.direction for block in blocks]),
+        "statistic": label(names),
+        "scale": label(["ln" if name in IN_LN else "linear" for name in names]),
+        **dict(zip(NUMBERS, numbers.T, strict=True)),
+        "method": label([block.method for block in blocks]),
     }
-    columns = {"layer": layers[order], **{name: values[order] for name, values in words.items()}}
-    columns |= dict(zip(NUMBERS, numbers.T, strict=True))
-    return pd.DataFrame({**columns, "method": np.concatenate(said)[order]})
+    return pd.DataFrame(columns)

@@ -22,8 +22,8 @@ class Law:
 
     `ln_var` is mean and sd of ln of the pooled variance; the pooled mean is exp(ln q / 2) (centre + lean eta +
     spread xi), eta and xi standard normal, eta that of ln q itself; `shares` are fractions, mean and sd. Inputs differ
-    in squared length by the relative variance `single`; T and W are those of inputs of one length, `as_measured` has the
-    lengths in. `pair`: variance of a pair's product, over W^2.
+    in squared length by the relative variance `single`; T and W are those of inputs of one length, `as_measured` has
+    the lengths in. `pair`: variance of a pair's product, over W^2.
     """
 
     mean: Array  # (K, 2)

@@ -17,8 +17,8 @@ from initlab.nn.custom_activation import Given
 from initlab.nn.init import Rule
 from initlab.stats.dtypes import FORMATS, NumberFormat
 from initlab.theory.batch_law import Array, Law
-from initlab.theory.predict import finite_laws
-from initlab.theory.request import case_of
+from initlab.theory.request import parse_request
+from initlab.theory.stack_laws import finite_laws
 from initlab.theory.unit_moments import normal_cdf
 
 QUANTILES = {"layer_02": 0.023, "layer_16": 0.16, "layer": 0.5, "layer_84": 0.84, "layer_98": 0.977}
@@ -38,14 +38,16 @@ def limits(
 
     Events of the preactivations: `overflow`, `subnormal`, `zero` (the first entry of each) and `all_zero`. A layer is
     nan where fewer networks get so far; `share` is that of the networks in which it happens at all. Options: those of
-    `theory.predict_bands`.
+    `theory.predict`.
     """
     for name in formats:
         if name not in FORMATS:
             raise not_one_of("format", name, FORMATS)
     if options.get("method", "closed") not in ("auto", "closed"):
         raise UsageError(f"method={options['method']}: the ends of number formats are found from closed laws")
-    laws, widths, batch = _stack_laws(init, activation, depth, width, **options)
+    options.pop("method", None)
+    request = parse_request(init, activation, depth, width, **options)
+    laws, widths, batch = finite_laws(request).preactivations, request.widths[1:], request.batch
     rows, each = [], laws.split()
     for name in formats:
         for event, happened in EVENTS.items():
@@ -54,18 +56,6 @@ def limits(
             layers = {key: _first(share, q) for key, q in QUANTILES.items()}
             rows.append({"format": name, "event": event, **layers, "share": float(share[-1])})
     return pd.DataFrame(rows)
-
-
-def _stack_laws(
-    init: str | Rule, activation: Given, depth: int, width: int, **options: Any
-) -> tuple[Law, list[int], int]:
-    """Laws of the preactivations, a layer each, their widths, and the batch, for options as in `predict_bands`."""
-    names = ("widths", "inputs", "batch", "q0", "c0", "fixed_input", "sb2")
-    own = {"widths": None, "inputs": None, "batch": 200, "q0": 1.0, "c0": 0.0, "fixed_input": False, "sb2": 0.0}
-    fields = {name: value for name, value in options.items() if name not in (*names, "method")}
-    given = {**own, **{name: value for name, value in options.items() if name in names}}
-    case = case_of(init, activation, depth, width, rule_fields=fields, **given)
-    return finite_laws(case).preactivations, case.widths[1:], case.batch
 
 
 def _first(share: Array, quantile: float) -> float:

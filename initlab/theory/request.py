@@ -1,13 +1,14 @@
-"""What is asked of theory, checked: a rule, an activation and the shapes become layers with their variances.
+"""The question that a prediction answers, checked: rule, activation and shapes become layers with their variances.
 
-Every mistake of the user's is found here, before anything is computed.
+Every mistake of the user is found here, before anything is computed.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,95 +22,102 @@ from initlab.nn.mup import last_layer
 from initlab.theory.forward_law import Data, Fitted, Layer
 
 
-class Case(NamedTuple):
-    """What is asked, checked."""
+@dataclass(frozen=True)
+class Request:
+    """A checked question: a stack of layers, a batch of inputs, and what is known of the inputs.
+
+    batch: number of inputs. q0: their second moment. c0: their mean cosine. fixed_input: the batch has just these
+    moments and wanders as `data` says; else it is drawn anew for each network.
+    """
 
     rule: Rule
     row: Activation
     layers: tuple[Layer, ...]
-    batch: int
-    q0: float
-    c0: float
-    fixed_input: bool
-    data: Data
+    batch: int = 200
+    q0: float = 1.0
+    c0: float = 0.0
+    fixed_input: bool = False
+    data: Data = Data()  # noqa: RUF009 - a tuple
+
+    def __post_init__(self) -> None:
+        for name, value in (("q0", self.q0), ("c0", self.c0)):
+            if not isinstance(value, Real):
+                raise UsageError(f"{name}={value!r}: must be a number")
+        if not 0 <= self.q0 < math.inf:
+            raise UsageError(f"q0={self.q0:g}: a second moment must be a finite number, at least 0")
+        if self.q0 == 0:
+            raise UsageError("q0=0: an input of zeros has nothing to say; it must be positive")
+        if not 0 <= self.c0 < 1:
+            raise UsageError(f"c0={self.c0:g}: the mean cosine of the inputs must be at least 0 and below 1")
 
     @property
     def widths(self) -> list[int]:
+        """Units of the input and of every layer."""
         return [self.layers[0].fan_in, *(layer.fan_out for layer in self.layers)]
 
 
-def case_of(
-    init: str | Rule,
-    activation: Given,
-    depth: int,
-    width: int,
-    widths: Sequence[int] | None,
-    inputs: int | None,
-    batch: int,
-    q0: float,
-    c0: float,
-    fixed_input: bool,
-    sb2: float,
-    rule_fields: Mapping[str, Any],
+def parse_request(
+    init: str | Rule = "kaiming",
+    activation: Given = "relu",
+    depth: int = 50,
+    width: int = 100,
+    widths: Sequence[int] | None = None,
+    inputs: int | None = None,
+    batch: int = 200,
+    sigma_b: float = 0.0,
     outputs: bool = False,
-    data: Data = Data(),  # noqa: B008 - a tuple
-) -> Case:
-    row = as_activation(activation)
-    scaling = _rule(init, rule_fields)
-    units = _units(depth, width, widths, inputs, batch)
-    for name, value in (("q0", q0), ("sb2", sb2), ("c0", c0)):
-        if not isinstance(value, Real):
-            raise UsageError(f"{name}={value!r}: must be a number")
-    for name, value in (("q0", q0), ("sb2", sb2)):
-        if not 0 <= value < math.inf:
-            raise UsageError(f"{name}={value:g}: a second moment must be a finite number, at least 0")
-    if q0 == 0:
-        raise UsageError("q0=0: an input of zeros has nothing to say; it must be positive")
-    if not 0 <= c0 < 1:
-        raise UsageError(f"c0={c0:g}: the inputs' mean cosine must be at least 0 and below 1")
-    layers = _layers(scaling, row, units, q0, sb2, outputs)
-    return Case(scaling, row, layers, int(batch), float(q0), float(c0), fixed_input, data)
+    **options: Any,
+) -> Request:
+    """A question in the words of `predict`, whose docstring names them, as a `Request`."""
+    input_fields = {name: options.pop(name) for name in ("q0", "c0", "fixed_input", "data") if name in options}
+    row, scaling = as_activation(activation), _resolve_rule(init, options)
+    units = _resolve_units(depth, width, widths, inputs, batch)
+    if not isinstance(sigma_b, Real):
+        raise UsageError(f"sigma_b={sigma_b!r}: must be a number")
+    if not 0 <= sigma_b < math.inf:
+        raise UsageError(f"sigma_b={sigma_b:g}: a standard deviation must be a finite number, at least 0")
+    request = Request(scaling, row, (), int(batch), **input_fields)
+    return replace(request, layers=_resolve_layers(scaling, row, units, request.q0, float(sigma_b) ** 2, outputs))
 
 
-def _units(depth: int, width: int, widths: Sequence[int] | None, inputs: int | None, batch: int) -> list[int]:
+def _resolve_units(depth: int, width: int, widths: Sequence[int] | None, inputs: int | None, batch: int) -> list[int]:
     """Units of the input and of every layer: whole numbers, none of them 0."""
     if widths is not None and not isinstance(widths, Sequence | np.ndarray | torch.Tensor):
         raise UsageError(f"widths={widths!r}: must be a list with the units of every layer")
     if widths is None:
-        _whole(depth=depth, width=width, batch=batch)
+        _check_whole(depth=depth, width=width, batch=batch)
     own = [width] * depth if widths is None else list(widths)
     for n in own:
-        _whole(width=n)
-    _whole(depth=len(own), batch=batch)
+        _check_whole(width=n)
+    _check_whole(depth=len(own), batch=batch)
     if inputs is not None:
-        _whole(inputs=inputs)
+        _check_whole(inputs=inputs)
     return [int(n) for n in (own[0] if inputs is None else inputs, *own)]
 
 
-def _whole(**options: object) -> None:
+def _check_whole(**options: object) -> None:
     for name, value in options.items():
         if not isinstance(value, Real) or value != value // 1:
             raise UsageError(f"{name}={value!r}: must be a whole number")
         check(**{name: float(value)})
 
 
-def _rule(init: str | Rule, fields: Mapping[str, Any]) -> Rule:
-    allowed = ("gain", "mode", "distribution", "bias", "gain_kind", "attempts", "tolerance", "base_width")
-    for name in fields:
+def _resolve_rule(init: str | Rule, changes: Mapping[str, Any]) -> Rule:
+    allowed = [field.name for field in fields(Rule)]
+    for name in changes:
         if name not in allowed:
             raise UsageError(f"{name}: no such option of a prediction; a rule has {', '.join(allowed)}")
     if isinstance(init, str):
-        return rule(init, **fields)
-    given = {name: getattr(init, name) for name in allowed}
-    return Rule(**{**given, **{name: value for name, value in fields.items() if value is not None}})
+        return rule(init, **changes)
+    return replace(init, **{name: value for name, value in changes.items() if value is not None})
 
 
-def _layers(
-    given: Rule, row: Activation, widths: Sequence[int], q0: float, sb2: float, outputs: bool
+def _resolve_layers(
+    given: Rule, row: Activation, widths: Sequence[int], q0: float, bias_variance: float, outputs: bool
 ) -> tuple[Layer, ...]:
-    """Where a rule is fitted to data, what that makes of the weights hangs on what enters: layer by layer.
+    """The layers one after the other: a rule that is fitted to data needs the second moment that enters a layer.
 
-    `outputs`: the last layer is a network's, which some rules draw smaller.
+    `outputs`: the last layer is that of a trained network, which some rules draw smaller.
     """
     found: list[Layer] = []
     entering, known = q0, {}
@@ -122,10 +130,10 @@ def _layers(
         fitted = None
         if scaling.attempts:
             fitted = Fitted(weight, scaling.tolerance, scaling.attempts)
-            weight = fitted.weight(fan_in, entering, sb2 + uniform)
-            q = weight * fan_in * entering + sb2 + uniform
+            weight = fitted.weight(fan_in, entering, bias_variance + uniform)
+            q = weight * fan_in * entering + bias_variance + uniform
             if q not in known:
                 known[q] = float(moment(row, q))
             entering = known[q]
-        found.append(Layer(fan_in, fan_out, weight, sb2, uniform, orthogonal, fitted))
+        found.append(Layer(fan_in, fan_out, weight, bias_variance, uniform, orthogonal, fitted))
     return tuple(found)

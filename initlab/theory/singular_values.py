@@ -27,7 +27,7 @@ from initlab.nn.activations import Activation
 from initlab.nn.unbounded import Scaled
 from initlab.stats.quadrature import gaussian_means
 from initlab.theory.forward_law import Layer
-from initlab.theory.request import Case
+from initlab.theory.request import Request
 
 
 def jacobians(layers: Iterable[tuple[Tensor, Tensor | None]], x: Tensor, row: Activation) -> Iterator[Scaled]:
@@ -68,14 +68,14 @@ class Traces(NamedTuple):
     square: float
 
 
-def predicted(case: Case) -> pd.DataFrame:
+def predict_moments(request: Request) -> pd.DataFrame:
     """Per layer the expected mean of s^2 and s^4 over the min(I, O) singular values of a net, and the variance of s^2
     inside a net; `limit_mean_s4` is that of infinite width at the same ratios of widths.
     """
-    inputs = case.widths[0]
+    inputs = request.widths[0]
     now, limit = Traces(math.log(inputs), 1.0, 1 / inputs), 1 / inputs
     rows = []
-    for k, (layer, (mu_1, mu_2)) in enumerate(zip(case.layers, _slopes(case), strict=True), start=1):
+    for k, (layer, (mu_1, mu_2)) in enumerate(zip(request.layers, _slopes(request), strict=True), start=1):
         ratio = mu_2 / mu_1**2 if mu_1 else 1.0
         growth = layer.fan_out * mu_1 * layer.weight
         now = Traces(now.ln_trace + (math.log(growth) if growth else -math.inf), *_next(now, layer, ratio))
@@ -105,15 +105,15 @@ def _next(now: Traces, layer: Layer, ratio: float) -> tuple[float, float]:
     return squared * n / m, square * n / m
 
 
-def _slopes(case: Case) -> Iterator[tuple[float, float]]:
+def _slopes(request: Request) -> Iterator[tuple[float, float]]:
     """E phi'^2 and E phi'^4 of every layer, its second moment of preactivations by the length map."""
-    entering = case.q0
-    for layer in case.layers:
+    entering = request.q0
+    for layer in request.layers:
         q = layer.fan_in * layer.weight * entering + layer.bias + layer.uniform_bias
-        at = torch.tensor(1.0 if case.row.homogeneous else q, dtype=torch.float64).clamp(1e-40, 1e40)
-        mu_1, mu_2 = (_slope_moment(case.row, at, power) for power in (2, 4))
+        at = torch.tensor(1.0 if request.row.homogeneous else q, dtype=torch.float64).clamp(1e-40, 1e40)
+        mu_1, mu_2 = (_slope_moment(request.row, at, power) for power in (2, 4))
         yield mu_1, mu_2
-        entering = float(moment(case.row, q)) if not case.row.homogeneous else entering
+        entering = float(moment(request.row, q)) if not request.row.homogeneous else entering
 
 
 def _slope_moment(row: Activation, q: Tensor, power: int) -> float:

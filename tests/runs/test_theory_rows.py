@@ -7,7 +7,7 @@ from initlab.runs import summary, theory_rows
 from initlab.tasks.data import load
 from initlab.tasks.stack import stack
 from initlab.tasks.train import train
-from initlab.theory.z_scores import beside_stack, beside_training, input_of
+from initlab.theory.z_scores import compare_stack, compare_training, measure_input
 
 SHAPE = {"depth": 12, "width": 60, "inputs": 60, "batch": 30}
 
@@ -15,7 +15,7 @@ SHAPE = {"depth": 12, "width": 60, "inputs": 60, "batch": 30}
 def run(init: str, told: str | None = None, seeds: range = range(4)) -> dict[str, pd.DataFrame]:
     """A run of one rule, compared with what another predicts."""
     stats = stack(init, "relu", seeds=seeds, **SHAPE)
-    theory = beside_stack(stats, told or init, "relu", **SHAPE, method="closed")
+    theory = compare_stack(stats, told or init, "relu", **SHAPE, method="closed")
     columns = {"init": init, "activation": "relu", "dtype": "float32", "run": f"{init} {seeds}"}
     return {name: frame.assign(**columns) for name, frame in (("stats", stats), ("theory", theory))}
 
@@ -62,7 +62,7 @@ def test_a_training_shows_what_is_predicted_of_its_first_step() -> None:
     """A mark and a bar for each layer left of step 0, in both panels, none without a prediction."""
     data = load("digits")
     stats = train(data, "kaiming", "relu", 2, 30, 32, steps=3, seeds=range(3))["stats"]
-    theory = beside_training(stats, [30, 30, 10], input_of(data.x.numpy(), 32), 32, "kaiming", "relu", "closed")
+    theory = compare_training(stats, [30, 30, 10], measure_input(data.x.numpy(), 32), 32, "kaiming", "relu", "closed")
     tables = {name: frame.assign(label="kaiming, relu") for name, frame in (("stats", stats), ("theory", theory))}
     figure = plots.training_activations(tables)
     assert figure is not None

@@ -14,8 +14,8 @@ from initlab.nn import unbounded
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import draw, rule
 from initlab.tasks.jacobian import jacobian, jacobian_as_text, shown
-from initlab.theory.request import case_of
-from initlab.theory.singular_values import jacobians, log2_power_sums, predicted, singular_values
+from initlab.theory.request import parse_request
+from initlab.theory.singular_values import jacobians, log2_power_sums, predict_moments, singular_values
 
 F64 = {"dtype": "float64"}
 
@@ -23,8 +23,8 @@ F64 = {"dtype": "float64"}
 def theory(
     init: str, activation: str, depth: int, width: int, inputs: int | None = None, **fields: object
 ) -> pd.Series:
-    case = case_of(init, activation, depth, width, None, inputs or width, 1, 1.0, 0.0, False, 0.0, fields)
-    return predicted(case).iloc[-1]
+    request = parse_request(init, activation, depth, width, inputs=inputs or width, batch=1, **fields)
+    return predict_moments(request).iloc[-1]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

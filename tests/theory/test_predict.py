@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -12,9 +13,10 @@ from initlab.nn.activations import ACTIVATIONS, gain
 from initlab.nn.init import RULES, rule
 from initlab.stats.statistics import STATISTICS
 from initlab.tasks.stack import stack
-from initlab.theory.predict import predict, predict_bands
+from initlab.theory.predict import predict
 
 KEYS = ["layer", "tensor", "direction"]
+predict_wide = partial(predict, wide=True)
 
 
 def row(frame: pd.DataFrame, layer: int, tensor: str = "activation", direction: str = "forward") -> pd.Series:
@@ -31,46 +33,46 @@ def measured(frame: pd.DataFrame, band: pd.Series) -> np.ndarray:
 def test_infinite_width_is_the_two_maps(name: str) -> None:
     """q, cosine and the gradient's second moment layer by layer, from the one-dimensional quadrature; biases too."""
     phi, sw2, sb2 = ACTIVATIONS[name], 1.1 * gain(name) ** 2, 0.04
-    wide = predict("kaiming", name, 6, 100, gain=math.sqrt(sw2), sb2=sb2, c0=0.3, q0=1.5, batch=4)
+    wide = predict_wide("kaiming", name, 6, 100, gain=math.sqrt(sw2), sigma_b=sb2**0.5, c0=0.3, q0=1.5, batch=4)
     k, c = 1.5, torch.tensor(0.3, dtype=torch.float64)
     q = torch.tensor([sw2 * k + sb2], dtype=torch.float64)
     c = (sw2 * k * c + sb2) / q
     qs = []
     for layer in range(1, 7):
         at = row(wide, layer, "preactivation")
-        assert (at["q"], at["cosine"]) == pytest.approx((float(q), float(c)), rel=1e-7)
+        assert (at["q_limit"], at["cosine_limit"]) == pytest.approx((float(q), float(c)), rel=1e-7)
         k2, overlap = maps.moment(phi, q), maps.overlap(phi, q, c)
-        assert row(wide, layer)["q"] == pytest.approx(float(k2), rel=1e-7)
-        assert row(wide, layer)["cosine"] == pytest.approx(float(overlap / k2), rel=1e-7)
+        assert row(wide, layer)["q_limit"] == pytest.approx(float(k2), rel=1e-7)
+        assert row(wide, layer)["cosine_limit"] == pytest.approx(float(overlap / k2), rel=1e-7)
         mean = float(maps.moment(phi, q, 1))
-        assert row(wide, layer)["mean"] == pytest.approx(mean, rel=1e-6, abs=1e-9)
+        assert row(wide, layer)["mean_limit"] == pytest.approx(mean, rel=1e-6, abs=1e-9)
         qs.append(q)
         q, c = sw2 * k2 + sb2, (sw2 * overlap + sb2) / (sw2 * k2 + sb2)
     gradient = 1.0
     for layer in range(6, 0, -1):
-        assert row(wide, layer, direction="backward")["q"] == pytest.approx(gradient, rel=1e-7)
+        assert row(wide, layer, direction="backward")["q_limit"] == pytest.approx(gradient, rel=1e-7)
         gradient *= sw2 * float(maps.slope_moment(phi, qs[layer - 1]))
 
 
 def test_widths_enter_forward_or_backward_as_the_mode_says() -> None:
     """fan_in: the gradient telescopes to n_L / n_l; fan_out: the signal to n_0 / n_l."""
     widths, inputs = [40, 160, 80], 20
-    forward = predict("kaiming", "linear", widths=widths, inputs=inputs)
-    assert [row(forward, k)["q"] for k in (1, 2, 3)] == pytest.approx([1, 1, 1])
-    assert row(forward, 1, direction="backward")["q"] == pytest.approx(80 / 40)
-    backward = predict("kaiming", "linear", widths=widths, inputs=inputs, mode="fan_out")
-    assert [row(backward, k)["q"] for k in (1, 2, 3)] == pytest.approx([20 / 40, 20 / 160, 20 / 80])
-    assert row(backward, 1, direction="backward")["q"] == pytest.approx(1)
-    orthogonal = predict("orthogonal", "linear", widths=widths, inputs=inputs)
-    assert row(orthogonal, 1)["q"] == pytest.approx(20 / 40)  # an isometry keeps the length, not the mean square
+    forward = predict_wide("kaiming", "linear", widths=widths, inputs=inputs)
+    assert [row(forward, k)["q_limit"] for k in (1, 2, 3)] == pytest.approx([1, 1, 1])
+    assert row(forward, 1, direction="backward")["q_limit"] == pytest.approx(80 / 40)
+    backward = predict_wide("kaiming", "linear", widths=widths, inputs=inputs, mode="fan_out")
+    assert [row(backward, k)["q_limit"] for k in (1, 2, 3)] == pytest.approx([20 / 40, 20 / 160, 20 / 80])
+    assert row(backward, 1, direction="backward")["q_limit"] == pytest.approx(1)
+    orthogonal = predict_wide("orthogonal", "linear", widths=widths, inputs=inputs)
+    assert row(orthogonal, 1)["q_limit"] == pytest.approx(20 / 40)  # an isometry keeps the length, not the mean square
 
 
 def test_columns_are_those_of_the_measured_table() -> None:
-    frame = predict(depth=2, batch=7)
+    frame = predict_wide(depth=2, batch=7)
     names = {"q", "rms", "std", "mean", "std_within", "cosine", "norm", "frac_zero", "frac_dead", "frac_saturated"}
     assert names <= set(frame) and names <= set(STATISTICS)
-    assert {"ln_std", "ln_std_mean", "ln_std_sd", "band_low", "band_high", "band68_low", "method"} <= set(frame)
-    tall = predict_bands(depth=2, batch=7)
+    assert {"ln_std_limit", "ln_std_mean", "ln_std_sd", "std_low", "std_high", "std_limit", "method"} <= set(frame)
+    tall = predict(depth=2, batch=7)
     spread = tall[tall["sd"] > 0]
     for low, high in (("band_low", "band68_low"), ("band68_low", "predicted"), ("predicted", "band68_high")):
         assert (spread[low] <= spread[high]).all()
@@ -78,58 +80,62 @@ def test_columns_are_those_of_the_measured_table() -> None:
 
 
 def test_bands_close_as_the_width_grows() -> None:
-    sd = [row(predict("kaiming", "relu", 5, n), 5)["ln_std_sd"] for n in (200, 800, 3200)]
+    sd = [row(predict_wide("kaiming", "relu", 5, n), 5)["ln_std_sd"] for n in (200, 800, 3200)]
     assert all(a / b == pytest.approx(2, rel=0.1) for a, b in pairwise(sd))
 
 
 def test_scaling_the_weights_shifts_ln_std() -> None:
     """A law of homogeneous stacks, also where std itself has left float64."""
-    one, ten = (predict(rule("kaiming", gain=g), "relu", 60, 100) for g in (1.0, 1e6))
+    one, ten = (predict_wide(rule("kaiming", gain=g), "relu", 60, 100) for g in (1.0, 1e6))
     for layer in (1, 30, 60):
         shift = layer * math.log(1e6)
         assert row(ten, layer)["ln_std_mean"] == pytest.approx(row(one, layer)["ln_std_mean"] + shift, rel=1e-6)
         assert row(ten, layer)["ln_std_sd"] == pytest.approx(row(one, layer)["ln_std_sd"], rel=1e-6)
     for name in ("linear", "gelu"):
-        far = predict("naive", name, 130, 10000, method="closed")
+        far = predict_wide("naive", name, 130, 10000, method="closed")
         assert np.isfinite(far[far["direction"] == "forward"].query("tensor == 'activation'")["ln_std_mean"]).all()
 
 
 def test_kaimings_known_spread() -> None:
     """n = 100, L = 50, B = 200: median pooled std 0.48, 16-84 % of the networks in 0.23-1.00."""
-    last = row(predict(), 50)
+    last = row(predict_wide(), 50)
     assert math.exp(last["ln_std_mean"]) == pytest.approx(0.48, rel=0.1)
-    assert (last["band68_low"], last["band68_high"]) == pytest.approx((0.23, 1.0), rel=0.12)
-    assert last["ln_std"] == pytest.approx(0.5 * math.log(1 - 1 / math.pi), rel=1e-6)
+    assert last["std"] == pytest.approx(math.exp(last["ln_std_mean"]), rel=1e-12)  # the number of this width
+    long = predict()
+    band = row(long[long["statistic"] == "std"], 50)
+    assert (band["band68_low"], band["band68_high"]) == pytest.approx((0.23, 1.0), rel=0.12)
+    assert (band["band_low"], band["band_high"]) == (last["std_low"], last["std_high"])
+    assert last["ln_std_limit"] == pytest.approx(0.5 * math.log(1 - 1 / math.pi), rel=1e-6)
 
 
 def test_torch_default_hides_its_death_from_the_pooled_std() -> None:
-    wide = predict("torch_default", "relu", 50, 100)
-    assert row(wide, 50)["std"] == pytest.approx(0.0355, rel=0.05)
-    assert row(wide, 10)["std_within"] < 1e-4 and row(wide, 50)["cosine"] == pytest.approx(1, abs=1e-9)
+    wide = predict_wide("torch_default", "relu", 50, 100)
+    assert row(wide, 50)["std_limit"] == pytest.approx(0.0355, rel=0.05)
+    assert row(wide, 10)["std_within_limit"] < 1e-4 and row(wide, 50)["cosine_limit"] == pytest.approx(1, abs=1e-9)
 
 
 def test_methods_are_named() -> None:
     assert set(
-        predict("lecun", "linear", 3, batch=1).query("tensor == 'activation' and direction == 'forward' and layer > 0")[
-            "method"
-        ]
+        predict_wide("lecun", "linear", 3, batch=1).query(
+            "tensor == 'activation' and direction == 'forward' and layer > 0"
+        )["method"]
     ) == {"exact-linear"}
-    assert row(predict("kaiming", "relu", 3, batch=1), 3)["method"] == "exact-relu"
-    assert row(predict("lecun", "linear", 3), 3)["method"] == "linear-batch"
-    assert row(predict("kaiming", "tanh", 30, 10, batch=5), 30)["method"] == "simulation"
-    assert row(predict("kaiming", "gelu", 50, 100, batch=20, networks=100), 50)["method"] == "simulation"
-    unknown = predict("kaiming", "gelu", 50, 100, fixed_input=True)  # the chain draws its input
+    assert row(predict_wide("kaiming", "relu", 3, batch=1), 3)["method"] == "exact-relu"
+    assert row(predict_wide("lecun", "linear", 3), 3)["method"] == "linear-batch"
+    assert row(predict_wide("kaiming", "tanh", 30, 10, batch=5), 30)["method"] == "simulation"
+    assert row(predict_wide("kaiming", "gelu", 50, 100, batch=20, networks=100), 50)["method"] == "simulation"
+    unknown = predict_wide("kaiming", "gelu", 50, 100, fixed_input=True)  # the chain draws its input
     assert row(unknown, 50)["method"] == "log-delta, outside its range"
-    own = predict("kaiming", torch.nn.functional.elu, 3)
+    own = predict_wide("kaiming", torch.nn.functional.elu, 3)
     assert set(own["slope"]) == {"numerical derivative"}
 
 
 @pytest.mark.parametrize("name", ["relu", "tanh", "linear"])
-def test_two_roads_to_the_same_law(name: str) -> None:
+def test_two_methods_give_the_same_law(name: str) -> None:
     """The closure against the exact chain, 600 networks, a rectangular stack: 5 standard errors and 5 %."""
     options = {"widths": [40, 60, 30, 50, 50], "inputs": 30, "batch": 10}
-    closed = predict("kaiming", name, method="closed", **options)
-    drawn = predict("kaiming", name, method="simulation", networks=600, **options)
+    closed = predict_wide("kaiming", name, method="closed", **options)
+    drawn = predict_wide("kaiming", name, method="simulation", networks=600, **options)
     for layer, direction in ((1, "forward"), (5, "forward"), (1, "backward")):
         one, other = (row(frame, layer, direction=direction) for frame in (closed, drawn))
         error = 5 * other["ln_std_sd"] / math.sqrt(600)
@@ -142,11 +148,11 @@ def test_any_gain_of_a_homogeneous_stack_is_one_prediction_moved() -> None:
     for; both ways, rectangular, and not for tanh."""
     shape = {"widths": [30, 20, 40], "inputs": 25, "batch": 6, "gain": 1.9, "method": "closed"}
     for name, same in (("relu", True), ("leaky_relu", True), ("tanh", False)):
-        here, there = (predict_bands("kaiming", name, sb2=sb2, **shape) for sb2 in (0.0, 1e-14))
+        here, there = (predict("kaiming", name, sigma_b=sigma_b, **shape) for sigma_b in (0.0, 1e-7))
         there = there[there["tensor"] != "bias"]
         here = here[here["tensor"] != "bias"]
         assert here["mean"].to_numpy() == pytest.approx(there["mean"].to_numpy(), rel=1e-6, abs=1e-6)
-        other = predict_bands("kaiming", name, **{**shape, "gain": 3.8})
+        other = predict("kaiming", name, **{**shape, "gain": 3.8})
         moved = row(wide(other), 3)["ln_q"] - row(wide(here), 3)["ln_q"]
         assert (moved == pytest.approx(6 * math.log(2), rel=1e-9)) == same
 
@@ -164,7 +170,7 @@ def test_a_fit_pins_the_variance_and_not_what_follows_it() -> None:
     """
     shape = {"depth": 10, "width": 100, "batch": 40}
     found = stack("lsuv", "relu", inputs=100, seeds=range(200), dtype="float64", **shape)
-    fitted, plain = (predict_bands(init, "relu", method="closed", **shape) for init in ("lsuv", "orthogonal"))
+    fitted, plain = (predict(init, "relu", method="closed", **shape) for init in ("lsuv", "orthogonal"))
 
     def law(bands: pd.DataFrame, layer: int, tensor: str, direction: str, statistic: str) -> pd.Series:
         at = bands[(bands["layer"] == layer) & (bands["tensor"] == tensor) & (bands["direction"] == direction)]
@@ -185,9 +191,9 @@ def test_a_fit_pins_the_variance_and_not_what_follows_it() -> None:
 
 def test_a_fit_that_some_networks_need_and_some_do_not_is_simulated() -> None:
     """With gain sqrt(2) the variance is about 1 as drawn, within the tolerance or not, network by network."""
-    assert row(predict("lsuv", "relu", 6, 100, batch=80), 6)["method"] == "log-delta"
+    assert row(predict_wide("lsuv", "relu", 6, 100, batch=80), 6)["method"] == "log-delta"
     shape = {"depth": 4, "width": 30, "batch": 10}
-    bands = predict_bands("lsuv", "relu", gain=math.sqrt(2), networks=400, **shape)
+    bands = predict("lsuv", "relu", gain=math.sqrt(2), networks=400, **shape)
     values = stack(rule("lsuv", gain=math.sqrt(2)), "relu", 4, 30, 30, 10, range(300), "float64")
     band = bands[(bands["layer"] == 4) & (bands["tensor"] == "activation") & (bands["direction"] == "forward")]
     band = band[band["statistic"] == "std"].iloc[0]
@@ -204,7 +210,7 @@ def coverage(name: str, init: str, depth: int, width: int, batch: int, networks:
     frame = stack(
         init, name, depth=depth, width=width, batch=batch, seeds=range(1000, 1000 + networks), dtype="float64"
     )
-    bands = predict_bands(init, name, depth, width, batch=batch)
+    bands = predict(init, name, depth, width, batch=batch)
     bands = bands[bands["layer"].isin([1, 10, depth]) & bands["tensor"].isin(["activation", "preactivation"])]
     rows = []
     for _, band in bands.iterrows():
@@ -277,7 +283,7 @@ def test_ln_std_against_a_thousand_networks(name: str, width: int, depth: int) -
     at = (frame["layer"] == depth) & (frame["tensor"] == "activation") & (frame["direction"] == "forward")
     stds = frame[at]["std"].to_numpy()
     values = np.log(stds[stds > 0])  # narrow ReLU stacks die now and then
-    one = row(predict("kaiming", name, depth, width, batch=batch), depth)
+    one = row(predict_wide("kaiming", name, depth, width, batch=batch), depth)
     error = values.std() / math.sqrt(len(values))
     drawn = 2**0.5 if one["method"] == "simulation" else 1.0  # the prediction has an error of its own
     slack = 0.03 * max(abs(values.mean()), values.std())
@@ -296,12 +302,12 @@ def z_of_the_mean(frame: pd.DataFrame, bands: pd.DataFrame, layer: int, directio
 def test_the_rule_of_z_sees_faults_and_no_others() -> None:
     """32 seeds, 10 tanh or linear layers of 100 to 300 units: right rules pass, four wrong ones do not."""
     wide = [200] * 10
-    right = predict_bands("xavier", "tanh", widths=wide, inputs=100, gain=1.3, batch=50)
+    right = predict("xavier", "tanh", widths=wide, inputs=100, gain=1.3, batch=50)
     good = stack(rule("xavier", gain=1.3), "tanh", 10, 200, 100, 50, range(32), "float64")
     assert abs(z_of_the_mean(good, right, 10, "forward")) < 4 and abs(z_of_the_mean(good, right, 1, "backward")) < 4
     off = stack(rule("xavier", gain=1.3 * 1.03), "tanh", 10, 200, 100, 50, range(32), "float64")
     assert abs(z_of_the_mean(off, right, 10, "forward")) > 5
-    swapped = predict_bands("kaiming", "tanh", widths=wide, inputs=100, gain=1.3, batch=50, mode="fan_out")
+    swapped = predict("kaiming", "tanh", widths=wide, inputs=100, gain=1.3, batch=50, mode="fan_out")
     straight = stack(rule("kaiming", gain=1.3), "tanh", 10, 200, 100, 50, range(32), "float64")
     assert abs(z_of_the_mean(straight, swapped, 1, "forward")) > 5
     scaled = good.assign(rms=np.where(good["direction"] == "backward", good["rms"] * 1.1, good["rms"]))
@@ -313,7 +319,7 @@ def test_the_rule_of_z_sees_faults_and_no_others() -> None:
 @pytest.mark.parametrize("init", RULES)
 def test_every_rule_is_predicted(init: str) -> None:
     """Mean of ln rms over 40 networks of 5 rectangular ReLU layers within five standard errors and 4 % of a spread."""
-    bands = predict_bands(init, "relu", widths=[60] * 5, inputs=30, batch=10)
+    bands = predict(init, "relu", widths=[60] * 5, inputs=30, batch=10)
     frame = stack(init, "relu", 5, 60, 30, 10, range(40), "float64")
     for layer, direction in ((1, "forward"), (5, "forward"), (1, "backward")):
         assert abs(z_of_the_mean(frame, bands, layer, direction)) < 5.3, (layer, direction)
@@ -326,7 +332,7 @@ def test_weights_that_are_fitted_to_data_are_predicted_as_such(activation: str) 
     """
     shape = {"depth": 12, "width": 100, "batch": 40}
     frame = stack("lsuv", activation, seeds=range(60), dtype="float64", inputs=100, **shape)
-    right = predict_bands("lsuv", activation, method="closed", **shape)
+    right = predict("lsuv", activation, method="closed", **shape)
     for layer in (1, 2, 7, 12):
         for direction in ("forward", "backward"):
             assert abs(z_of_the_mean(frame, right, layer, direction)) < 4.5, (layer, direction)
@@ -335,15 +341,15 @@ def test_weights_that_are_fitted_to_data_are_predicted_as_such(activation: str) 
         assert (z["std"] - 1).abs().max() < 1e-5
         told = right.query("tensor == 'preactivation' and direction == 'forward' and statistic == 'std' and layer > 1")
         assert (told["predicted"] == 1).all() and (told["sd"] == 0).all()
-        drawn = predict_bands("orthogonal", activation, method="closed", **shape)
+        drawn = predict("orthogonal", activation, method="closed", **shape)
         left = drawn.query("tensor == 'preactivation' and direction == 'forward' and statistic == 'std'")
         assert left.set_index("layer")["sd"][12] > 0.05
 
 
 def test_simulation_knows_fitted_weights() -> None:
-    """Two roads to LSUV's law: the closure and networks drawn and fitted, 300 of them; 5 standard errors and 5 %."""
+    """Two methods for LSUV's law: the closure and networks drawn and fitted, 300 of them; 5 standard errors and 5 %."""
     options = {"widths": [40, 60, 30, 30], "inputs": 30, "batch": 10}
-    closed, drawn = (predict("lsuv", "relu", method=m, networks=300, **options) for m in ("closed", "simulation"))
+    closed, drawn = (predict_wide("lsuv", "relu", method=m, networks=300, **options) for m in ("closed", "simulation"))
     for layer, direction in ((4, "forward"), (1, "backward"), (3, "backward")):
         one, other = (row(frame, layer, direction=direction) for frame in (closed, drawn))
         error = 5 * other["ln_std_sd"] / math.sqrt(300)
@@ -355,7 +361,7 @@ def test_simulation_knows_fitted_weights() -> None:
     "options", [{"gain": 0.0}, {"activation": lambda z: 0 * z, "gain": 1.0}, {"gain": 0.0, "batch": 1}]
 )
 def test_a_signal_that_is_gone_is_data(options: dict) -> None:
-    frame = predict(depth=3, **options)
+    frame = predict_wide(depth=3, **options)
     last = row(frame, 3)
     assert last["q"] == 0 and last["ln_std_mean"] == -math.inf
     assert len(frame) == 1 + 3 * (4 + 3)  # no row is lost
@@ -377,7 +383,7 @@ def test_weight_and_bias_gradients() -> None:
             up = d @ w.mT
         found["weight"].append(float((kept[0][0].mT @ d).square().mean().log()))
         found["bias"].append(float(d.sum(0).square().mean().log()))
-    bands = predict("kaiming", "relu", depth, n, batch=batch)
+    bands = predict_wide("kaiming", "relu", depth, n, batch=batch)
     for tensor, values in found.items():
         at, values = row(bands, 1, tensor, "backward"), np.array(values)
         assert abs(values.mean() - at["ln_q_mean"]) < 5 * values.std() / math.sqrt(60)
@@ -395,11 +401,11 @@ def test_mistakes_are_one_line() -> None:
         ({"widths": []}, "depth=0"),
         ({"inputs": 0}, "inputs=0"),
         ({"depth": "deep"}, "depth='deep': must be a whole number"),
-        ({"dtype": "float31"}, "dtype=float31: .* did you mean float"),
-        ({"sb2": None}, "sb2=None: must be a number"),
+        ({"dtype": "float32"}, "dtype: no such option of a prediction"),
+        ({"sigma_b": None}, "sigma_b=None: must be a number"),
         ({"depth": 0}, "depth=0"),
         ({"batch": 0}, "batch=0"),
-        ({"sb2": -1.0}, "sb2=-1"),
+        ({"sigma_b": -1.0}, "sigma_b=-1"),
         ({"q0": math.nan}, "q0=nan"),
         ({"q0": 0.0}, "q0=0"),
         ({"c0": 1.5}, "c0=1.5"),
@@ -411,5 +417,5 @@ def test_mistakes_are_one_line() -> None:
     ]
     for bad, text in cases:
         with pytest.raises(UsageError, match=text) as said:
-            predict(**bad)
+            predict_wide(**bad)
         assert "\n" not in str(said.value)

@@ -11,14 +11,14 @@ from initlab.tasks.data import load
 from initlab.tasks.stack import stack
 from initlab.tasks.train import train
 from initlab.theory.quantiles import WIDE
-from initlab.theory.z_scores import ENSEMBLE, beside_stack, beside_training, input_of
+from initlab.theory.z_scores import ENSEMBLE, compare_stack, compare_training, measure_input
 
 SHAPE = {"depth": 10, "width": 200, "inputs": 100, "batch": 50}
 XAVIER = rule("xavier", gain=1.3)
 
 
 def beside(stats: pd.DataFrame, init: str | Rule = XAVIER, activation: Given = "tanh", **shape: int) -> pd.DataFrame:
-    return beside_stack(stats, init, activation, **{**SHAPE, **shape}, method="closed")
+    return compare_stack(stats, init, activation, **{**SHAPE, **shape}, method="closed")
 
 
 def measured(init: str | Rule, activation: str = "tanh", networks: int = 32, **shape: int) -> pd.DataFrame:
@@ -121,7 +121,7 @@ def test_moments_of_data(cosine: float) -> None:
     common *= math.sqrt(30) / common.norm()
     x = torch.zeros(20000, 40)
     x[:, :30] = 2 * (math.sqrt(cosine) * common + math.sqrt(1 - cosine) * own)
-    found = input_of(x.numpy())
+    found = measure_input(x.numpy())
     assert found.units == 40
     assert found.q == pytest.approx(4 * 30 / 40, rel=0.02)  # sd of 4,096 rows of 30: 0.4 %
     assert found.cosine == pytest.approx(cosine, abs=0.02)
@@ -132,7 +132,7 @@ def started(init: str, networks: int = 60) -> pd.DataFrame:
     """Step 0 of so many networks of three hidden layers, beside what `kaiming` predicts."""
     data = load("digits")
     stats = train(data, init, "relu", 3, 60, 64, steps=2, seeds=range(networks))["stats"]
-    return beside_training(stats, [60, 60, 60, 10], input_of(data.x.numpy()), 64, "kaiming", "relu", "closed")
+    return compare_training(stats, [60, 60, 60, 10], measure_input(data.x.numpy()), 64, "kaiming", "relu", "closed")
 
 
 def test_step_0_of_a_training_is_predicted_from_the_moments_of_its_data() -> None:
@@ -163,7 +163,7 @@ def test_rules_that_treat_the_last_layer_or_the_data_apart_are_known_at_step_0(i
     stats = train(data, init, activation, 2, 100, 64, steps=1, seeds=range(40))["stats"]
 
     def worst(told: str) -> pd.Series:
-        table = beside_training(stats, widths, input_of(data.x.numpy(), 64), 64, told, activation, "closed")
+        table = compare_training(stats, widths, measure_input(data.x.numpy(), 64), 64, told, activation, "closed")
         mean = table[(table["seed"] == ENSEMBLE) & (table["implementation"] == "scratch")]
         mean = mean[mean["statistic"].isin(["rms", "std", "cosine"])]
         return mean["z"].abs().groupby(mean["tensor"].astype(str)).max()
@@ -175,10 +175,10 @@ def test_rules_that_treat_the_last_layer_or_the_data_apart_are_known_at_step_0(i
 def test_batches_of_data_wander_as_told() -> None:
     """ln of mean square and of variance of Gaussian batches: variances 2/n and 2/(n (B - 1)), 5 standard errors."""
     x = torch.randn(20000, 40, generator=torch.Generator().manual_seed(2)).numpy()
-    t, both, w = input_of(x, 10).wander
+    t, both, w = measure_input(x, 10).wander
     assert t == pytest.approx(2 / 40, rel=5 * math.sqrt(2 / 200)) and w == pytest.approx(2 / 360, rel=0.5)
     assert abs(both) < 5 * math.sqrt(t * w / 200)
-    assert input_of(x).wander == (0.0, 0.0, 0.0) == input_of(x, 1).wander
+    assert measure_input(x).wander == (0.0, 0.0, 0.0) == measure_input(x, 1).wander
 
 
 def test_a_training_that_starts_with_another_rule_is_flagged() -> None:
@@ -193,7 +193,7 @@ def test_the_method_is_the_one_asked_for() -> None:
     shape = {"depth": 12, "width": 8, "inputs": 8, "batch": 5}
     stats = stack("kaiming", "relu", seeds=range(2), **shape)
     said = {
-        method: beside_stack(stats, "kaiming", "relu", **shape, method=method) for method in ("closed", "simulation")
+        method: compare_stack(stats, "kaiming", "relu", **shape, method=method) for method in ("closed", "simulation")
     }
     for method, words in (("closed", "log-delta, outside its range"), ("simulation", "simulation")):
         assert set(said[method].query("statistic == 'rms' and layer > 0")["method"].astype(str)) == {words}
