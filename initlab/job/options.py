@@ -24,10 +24,20 @@ HYDRA_MISTAKES = (HydraException, OmegaConfBaseException)
 def typed(cfg: DictConfig) -> Config:
     """The composed configuration as plain dataclasses; keys that slipped past Hydra with a `+` are refused."""
     try:
+        made: Any = OmegaConf.to_object(cfg)
+        if isinstance(made, Config) and _has_declared_fields(made):
+            return made
         plain = OmegaConf.to_container(cfg, resolve=True)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise as_usage_error(error) from error
+
+
+def _has_declared_fields(node: Any) -> bool:
+    """Whether a dataclass, and every one inside it, has its declared fields and no others."""
+    values = vars(node)
+    inner = [value for value in values.values() if is_dataclass(value)]
+    return len(values) == len(fields(node)) and all(map(_has_declared_fields, inner))
 
 
 def instantiate(given: Mapping[str, Any]) -> Any:

@@ -8,12 +8,11 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from omegaconf import DictConfig, OmegaConf
 
 from initlab.errors import UsageError
@@ -47,8 +46,16 @@ class Left(NamedTuple):
 
 def expand(arguments: Iterable[str], params: Mapping[str, Any] | None) -> list[list[str]]:
     """All jobs of a sweep: every combination of the values on the command line and in the study's `params`."""
-    jobs: list[list[str]] = BasicSweeper.split_arguments(swept(arguments, params), None)[0]
-    return jobs
+    axes: dict[str, list[str]] = {}  # the last word about an option counts
+    for override in swept(arguments, params):
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            axes[key] = [f"{key}={override.get_value_element_as_str()}"]
+        elif override.is_discrete_sweep():
+            axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            raise UsageError(f"{override.input_line}: an interval has no end of values; use range, or list them")
+    return [list(job) for job in product(*axes.values())]
 
 
 def left(folder: Path, config: DictConfig, jobs: Sequence[Job]) -> Left:

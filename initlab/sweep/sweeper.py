@@ -6,10 +6,10 @@ raised, and that nothing is written before every job is known to compose.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeperConf
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper as HydraSweeper
@@ -23,6 +23,15 @@ from initlab.sweep.callback import Sweep
 from initlab.sweep.plugins import PLACE, register
 
 log = logging.getLogger("initlab")
+
+
+@dataclass
+class SweeperConfig:
+    """The fields of Hydra's basic sweeper."""
+
+    _target_: str = f"{PLACE}.Sweeper"
+    max_batch_size: int | None = None
+    params: dict[str, str] | None = None
 
 
 class Numbers(int):
@@ -129,4 +138,4 @@ def _raise_first(returns: Iterator[JobReturn]) -> None:
 
 def install() -> None:
     """Let `hydra/sweeper=basic`, Hydra's default, be this one."""
-    register(Sweeper, "hydra/sweeper", "basic", BasicSweeperConf(_target_=f"{PLACE}.{Sweeper.__name__}"))
+    register(Sweeper, "hydra/sweeper", "basic", SweeperConfig())

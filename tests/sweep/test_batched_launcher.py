@@ -14,15 +14,16 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from initlab.errors import UsageError
 from initlab.job import stages
-from initlab.job.options import typed
-from initlab.job.settings import CONF
+from initlab.job.options import HYDRA_MISTAKES, as_usage_error
+from initlab.job.settings import CONF, Config
 from initlab.runs.recorder import TABLES, Recorder
 from initlab.sweep import batch
 from initlab.sweep.batch import packs
-from initlab.sweep.composing import Composer
+from initlab.sweep.batched_launcher import read_composed
 from initlab.tasks import stack as stacking
 
 Lab = Callable[..., tuple[int, str, str]]
@@ -131,53 +132,38 @@ KINDS = [
 
 
 @pytest.fixture(scope="module")
-def loaders() -> Any:
+def loaded() -> Any:
+    """Hydra's loader and the configuration of a sweep; Hydra itself is free for the tests of the command line."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         words = ["hydra.mode=MULTIRUN", "hydra.sweep.dir=/somewhere"]
-        master = loader.load_configuration("config", words, RunMode.MULTIRUN)
-    return loader, master, Composer(loader, master)  # Hydra itself is free for the tests that run the command line
+        return loader, loader.load_configuration("config", words, RunMode.MULTIRUN)
 
 
 @pytest.mark.parametrize("given", KINDS, ids=" ".join)
-def test_a_job_is_composed_and_written_as_hydra_does(loaders: Any, given: list[str]) -> None:
-    """One composer for all of them: what one job changed must not be seen by the next."""
-    loader, master, composer = loaders
+def test_a_job_is_written_as_hydra_writes_it_and_typed_by_the_schema(loaded: Any, given: list[str]) -> None:
+    loader, master = loaded
     try:
         whole = loader.load_sweep_config(master, list(given))
-    except Exception as error:
-        with pytest.raises(type(error)) as caught:
-            composer.compose(given, 7)
-        assert str(caught.value) == str(error)
+    except (*HYDRA_MISTAKES, ValueError):
         return
-    composed = composer.compose(given, 7)
+    found = read_composed(loader.load_sweep_config(master, list(given)), given, 7)
     with open_dict(whole):
         whole.hydra.job.id = whole.hydra.job.num = 7
         whole.hydra.runtime.output_dir = "/somewhere/7"
     task = OmegaConf.masked_copy(whole, [name for name in whole if name != "hydra"])
-    assert composed.files == {
+    assert found.files == {
         "config.yaml": OmegaConf.to_yaml(task),
         "hydra.yaml": OmegaConf.to_yaml(OmegaConf.masked_copy(whole, "hydra")),
         "overrides.yaml": OmegaConf.to_yaml(whole.hydra.overrides.task),
     }
-    assert composed.choices == dict(whole.hydra.runtime.choices) and composed.folder == Path("/somewhere/7")
-    assert composed.job_logging == OmegaConf.to_container(whole.hydra.job_logging, resolve=True)
+    assert found.choices == dict(whole.hydra.runtime.choices) and found.folder == Path("/somewhere/7")
+    assert found.job_logging == OmegaConf.to_container(whole.hydra.job_logging, resolve=True)
     try:
-        assert composed.typed == typed(task)
-    except UsageError as error:
-        assert str(composed.typed) == str(error)
-    assert composed.files != composer.compose(["seed=12345"], 7).files
-
-
-def test_hydra_composes_once_for_many_jobs(loaders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    loader, master, _ = loaders
-    asked, own = [], loader.load_sweep_config
-    monkeypatch.setattr(loader, "load_sweep_config", lambda *what: asked.append(what) or own(*what))
-    composer = Composer(loader, master)
-    for k in range(40):
-        init, activation = ("naive", "lecun")[k % 2], ("relu", "tanh")[k // 20]
-        composer.compose([f"init={init}", f"activation={activation}", f"seed={k}"], k)
-    assert len(asked) == 5  # what they share, and each choice from a group
+        by_schema: Any = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(task, resolve=True))
+        assert found.config == OmegaConf.to_object(by_schema)
+    except OmegaConfBaseException as error:
+        assert str(found.config) == str(as_usage_error(error))
 
 
 def statuses(folder: str) -> dict[int, str]:
@@ -335,11 +321,11 @@ def test_packs_keep_jobs_whole_and_in_order() -> None:
     assert list(packs([], [], 8)) == []
 
 
-def test_jobs_that_may_share_a_program(loaders: Any) -> None:
-    composer = loaders[2]
+def test_jobs_that_may_share_a_program(loaded: Any) -> None:
+    loader, master = loaded
 
     def key(*given: str) -> str | None:
-        found = composer.compose(list(given), 0).typed
+        found = read_composed(loader.load_sweep_config(master, list(given)), given, 0).config
         assert not isinstance(found, UsageError)
         return batch.shared_by(found)
 
