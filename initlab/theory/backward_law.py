@@ -1,10 +1,10 @@
-"""Finite width for any activation, backward: the law of a gradient on its way down, and a stack's laws altogether.
+"""The law of a gradient on its way down a stack of finite width, and all laws of a stack.
 
-A layer multiplies the gradient by phi'(z) and by the weights' transpose, taken as independent of the forward pass
-(exact at infinite width). The state is again ln T and ln W; it depends on the forward states that it has come through,
-which are correlated from layer to layer, so it is carried as
+A layer multiplies the gradient by phi'(z) and by the transposed weights, taken as independent of the forward pass
+(exact at infinite width). The state is ln T and ln W of the gradient, as in `forward_law`. It depends on the forward
+states of the layers above, which are correlated from layer to layer, so it is carried as
     (ln T, ln W) = P (y - E y) + rest,    y the forward state of the same layer, the rest independent of it.
-A unit's T and W are linear in those of the gradient, so that all that its phi' can do is averaged for all layers first.
+T and W of a unit are linear in those of the gradient, so that moments of phi' are averaged for all layers first.
 """
 
 import math
@@ -44,42 +44,42 @@ from initlab.theory.unit_moments import zero_slope_intervals
 
 
 class _Gradient(NamedTuple):
-    """State of a gradient: centre, and its dependence on the forward state."""
+    """State of a gradient: mean of ln T and ln W, and how they depend on the forward state of the same layer."""
 
     mean: Array
     pair: float
     by_state: Array  # P
     rest: Array
-    by_length: float = 0.0  # one input's ln|g|^2 about the average: slope by its ln|x|^2
-    own_length: float = 0.0  # and variance of the rest
+    by_length: float = 0.0  # slope of ln|g|^2 of one input by its ln|x|^2
+    own_length: float = 0.0  # variance of ln|g|^2 given ln|x|^2
     alignment: float = 1.0  # width cos^2 angle(g, x); 1 when g is independent of x
 
 
 class _SlopeMoments(NamedTuple):
-    """What the units of a layer do to a gradient, averaged over m; of all layers, with L in front.
+    """Moments of phi' over the units of a layer, averaged over m; all layers together have L in front.
 
-    Given m a unit's T and W are w X_0 + t X_2 and w X_1 + t X_3 for a gradient of T = t, W = w. k is E[phi']^2 given m,
-    k2 is E[phi'^2] given m.
+    For a gradient with T = t and W = w, those of a unit given m are w X_0 + t X_2 and w X_1 + t X_3. k stands for
+    E[phi']^2 given m, k2 for E[phi'^2] given m.
     """
 
-    x: Array  # E X, (G, 4)
+    x: Array  # mean of X, (G, 4)
     xx: Array  # E X X^T, (G, 4, 4)
-    t_inside: Array  # of T inside a unit, variance by w^2, w t, t^2, (G, 3)
+    t_inside: Array  # coefficients of w^2, w t, t^2 in the variance of T inside a unit, (G, 3)
     fourth: Array  # E phi'^4, (G,)
     k2: Array  # E k2, (G,)
     k2k2: Array  # E k2^2, (G,)
     kk: Array  # E k^2, (G,)
     k2k: Array  # E k2 k, (G,)
     k: Array  # E k, (G,)
-    bows: Array  # of X_2 and of X_3 + X_2 by the inputs' e^2 - 1: E of their products given m, (G, 2, 2)
-    bow: Array  # and E of themselves, (G, 2)
-    by_m: Array  # of X by m^2 - 1, (G, 4)
+    e2_products: Array  # slopes of X_2 and X_3 + X_2 by He2(e): mean of their products given m, (G, 2, 2)
+    e2_means: Array  # and their own means, (G, 2)
+    by_m: Array  # slopes of X by m^2 - 1, (G, 4)
     forward_x: Array  # E of the forward T and W given m times X, at the centre, (2, 4)
     with_length: Array  # covariance of phi^2 and phi'^2 in a unit, less what isometric weights keep, at the centre, ()
     width: Array
     forward: Array  # E of the forward T and W, at the centre, (2,)
-    jacobian: Array  # of the next forward state by this one, (2, 2)
-    regressors: Array  # of anything at the nodes by the state, (G, 2)
+    jacobian: Array  # slopes of the next forward state by this one, (2, 2)
+    regressors: Array  # weights that give the slope of anything at the nodes by the state, (G, 2)
 
 
 def laws(
@@ -91,15 +91,15 @@ def laws(
     fixed_input: bool = False,
     data: Data = Data(),  # noqa: B008 - a tuple
 ) -> Stack:
-    """Laws of all tensors; the gradient at the top is unit Gaussian and independent for every input.
+    """Laws of all tensors of a stack. The gradient at the top is unit Gaussian and independent for every input.
 
-    `fixed_input`: the input is a batch of second moment q0 and mean cosine c0 that varies as `data` say, else unit
+    `fixed_input`: the input is a batch of second moment q0 and mean cosine c0 that varies as `data` says; else it is
     Gaussian and drawn anew for each network.
     """
     with np.errstate(all="ignore"):  # where a signal is gone, ratios to it are nan or inf: data
         passed = Layers(forward(row, layers, batch, q0, c0, fixed_input, data))
         start = pool_symmetric_units(passed.chain.start, layers[0].fan_in)
-        above, below = _down(passed)
+        above, below = _descend(passed)
         return Stack(start, tensor_law.activations(passed), tensor_law.preactivations(passed), above, below)
 
 
@@ -122,8 +122,8 @@ def _slopes(layers: Layers) -> _SlopeMoments:
     apart = 1 - np.array([1 - step.units.inside[0, 0] for step in layers.chain.steps]) ** 2
     with_length -= (1 - layers.forward_remain) / 2 * _centre(layers, "h2_phi2") * _centre(layers, "h2_slope2") * apart
     forward_x = np.moveaxis(u.over_m(given[:, None] * x)[..., 0], -1, 0)
-    bow = np.stack([2 * u.row("slope") * u.row("e2_slope"), u.row("e2_slope2")])
-    by = regressors(layers.of("nodes"), layers.weights, layers.single_input)
+    e2 = np.stack([2 * u.row("slope") * u.row("e2_slope"), u.row("e2_slope2")])
+    by = regressors(layers.stack("nodes"), layers.weights, layers.single_input)
     return _SlopeMoments(
         np.moveaxis(u.over_m(x), 0, -1),
         np.moveaxis(xx, (0, 1), (-2, -1)),
@@ -134,24 +134,24 @@ def _slopes(layers: Layers) -> _SlopeMoments:
         kk,
         k2k,
         e_k,
-        np.moveaxis(u.over_m(bow[:, None] * bow), (0, 1), (-2, -1)),
-        np.moveaxis(u.over_m(bow), 0, -1),
+        np.moveaxis(u.over_m(e2[:, None] * e2), (0, 1), (-2, -1)),
+        np.moveaxis(u.over_m(e2), 0, -1),
         np.moveaxis(u.over_m(x * (u.m**2 - 1)), 0, -1),
         forward_x,
         with_length / layers.width,
         layers.width,
-        layers.of("means")[:, 0, :2],
-        slopes(layers.of("ln_x"), by, layers.weights),
+        layers.stack("means")[:, 0, :2],
+        slopes(layers.stack("ln_x"), by, layers.weights),
         by,
     )
 
 
 def _centre(layers: Layers, name: str) -> Array:
-    """A moment over everything at the centre of each layer's law, (L,)."""
+    """A moment of `Units` at the first node of each layer, (L,)."""
     return np.array([getattr(step.units, name)[0] for step in layers.chain.steps])
 
 
-def _down(layers: Layers) -> tuple[Law, Law]:
+def _descend(layers: Layers) -> tuple[Law, Law]:
     """Laws of the gradients at activations and preactivations."""
     batch, steps = layers.batch, layers.chain.steps
     by_layer = _slopes(layers)
@@ -163,7 +163,7 @@ def _down(layers: Layers) -> tuple[Law, Law]:
         law, back = _backward(layers, k, _SlopeMoments(*(part[k] for part in by_layer)), back, remain)
         below.append(law)
         remain = steps[k].layer.backward_remain
-    noise, cov = layers.of("noise"), layers.of("cov")
+    noise, cov = layers.stack("noise"), layers.stack("cov")
     next_cov = by_layer.jacobian @ cov @ by_layer.jacobian.mT + noise
     by = np.array([b.by_state for b in above[::-1]])
     none = np.zeros(len(steps))
@@ -174,7 +174,7 @@ def _down(layers: Layers) -> tuple[Law, Law]:
         none,
     )
     mean, both, pair = (np.array(part[::-1]) for part in zip(*below, strict=True))
-    shares = {"frac_zero": layers.share(zero_slope_intervals(layers.chain.row), layers.of("single"))}
+    shares = {"frac_zero": layers.share(zero_slope_intervals(layers.chain.row), layers.stack("single"))}
     return (
         tensor_law.observe_gaussian(at_activation, batch, layers.width, np.array(remains[::-1])),
         pool_symmetric_units(Law(mean, both, pair, none, shares=shares), layers.width),
@@ -192,13 +192,8 @@ def _backward(
     means = s.x @ coefficients.T
     cov = _unit_cov(layers.batch, step, s, back, coefficients, means, remain)
     shift, noise = ln_cov(relative_to(means, cov))
-    values = (
-        ln_means(means, layers.single_input)
-        + ln_q
-        + shift
-        + _length_effect(step, s, back)
-        + _alignment_effect(step, s, back)
-    )
+    long, aligned = _length_effects(step, s, back)
+    values = ln_means(means, layers.single_input) + ln_q + shift + long + aligned
     mean, _, own = combine(values, noise, layers.weights)
     kept = _conserved_alignment(layers, k, s, back)
     by_state, rest = _propagate(step.noise, s, back, values, means[0], own, coefficients, layers.weights, kept)
@@ -210,9 +205,7 @@ def _backward(
         scale, by, noise_of_fit = _rescaled_gradient(step, s.regressors, layers)
         below, by_state, rest = mean + scale, by_state + by, rest + noise_of_fit
     along = _next_alignment(step, s, back)
-    through = (
-        step.layer.backward_remain * (along - 1) / step.layer.fan_in
-    )  # weights have met x, and z is what came of it
+    through = step.layer.backward_remain * (along - 1) / step.layer.fan_in  # the weights depend on x given z
     return (mean, both, pair), _Gradient(below + math.log1p(through), pair, by_state, rest, *lengths, along)
 
 
@@ -220,10 +213,11 @@ _NONE = np.zeros((2, 2)), np.zeros((2, 2))
 
 
 def _conserved_alignment(layers: Layers, k: int, s: _SlopeMoments, back: _Gradient) -> tuple[Array, Array]:
-    """How ln q of dL/dz follows what a homogeneous phi conserves, by the gradient above and by the forward state there.
+    """Slopes of ln q of dL/dz by the gradient above and by the forward state there, from a conserved product.
 
-    x . g of an input is that of the layer below, the fit's factor included. So a share r of |g|^2, 1/n at the top, lies
-    along x, where phi' multiplies by more, 1 + eta; and r falls as |x|^2 |g|^2 rises: that returns to where it was.
+    For a homogeneous phi the product x . g of an input is the same in all layers, the fit's factor included. So a share
+    r of |g|^2 lies along x, 1/n at the top, where phi' multiplies by a factor 1 + eta more; r falls as |x|^2 |g|^2
+    rises, which brings |g|^2 back.
     """
     chain = layers.chain
     if not (chain.row.homogeneous and k + 1 < len(chain.steps) and chain.steps[k + 1].layer.is_rescaled):
@@ -239,9 +233,9 @@ def _conserved_alignment(layers: Layers, k: int, s: _SlopeMoments, back: _Gradie
 
 
 def _rescaled_gradient(step: Step, by: Array, layers: Layers) -> tuple[float, Array, float]:
-    """What fitted weights do to ln q of a gradient: they divide it by what the fit has divided the forward pass by.
+    """Mean, slopes by the forward state (2, 2) and own variance of the factor that a fit (LSUV) puts on a gradient's q.
 
-    Mean, slopes by the forward state (2, 2), and a variance of its own.
+    Fitted weights divide the gradient by the same factor as the forward pass.
     """
     layer, ln_z = step.layer, step.ln_z
     values = np.logaddexp(*ln_z.T) - np.logaddexp(*step.nodes.T)
@@ -251,21 +245,19 @@ def _rescaled_gradient(step: Step, by: Array, layers: Layers) -> tuple[float, Ar
     return mean, slopes(np.stack([values, values], -1), by, layers.weights), float(own)
 
 
-def _length_effect(step: Step, s: _SlopeMoments, back: _Gradient) -> float:
-    """What the spread of the inputs' lengths does to ln q: phi'^2 is no line in q, and a gradient that came down
-    through layers where its input is long meets the same here."""
+def _length_effects(step: Step, s: _SlopeMoments, back: _Gradient) -> tuple[float, float]:
+    """What the spread of the inputs' lengths, and a gradient's alignment with its input, add to ln q.
+
+    phi'^2 is not linear in q, and the gradient of a long input meets long inputs in every layer. Along x the mean of
+    phi'^2 is not the average one, which counts where the alignment is not 1.
+    """
     layer, u, k2 = step.layer, step.units, s.k2[0]
     spread = step.single * step.damped[0] ** 2
     bent = u.h4_slope2[0] * (spread - (1 - layer.forward_remain) * 2 / layer.fan_out) / (8 * k2)
     together = back.by_length * (u.h2_phi2[0] / 2 * u.h2_slope2[0] / (2 * k2) * spread + s.with_length / k2)
-    return finite_or_zero(np.log1p(max(bent + together, -0.5)))
-
-
-def _alignment_effect(step: Step, s: _SlopeMoments, back: _Gradient) -> float:
-    """What it does to ln q that phi'^2 along x is not the average one, for a gradient with more or less of itself there
-    than a direction of no meaning."""
-    eta = step.units.phi2_slope2[0] / s.k2[0] - 1
-    return finite_or_zero(np.log1p(eta * (back.alignment - 1) / step.layer.fan_out))
+    eta = u.phi2_slope2[0] / k2 - 1
+    aligned = finite_or_zero(np.log1p(eta * (back.alignment - 1) / layer.fan_out))
+    return finite_or_zero(np.log1p(max(bent + together, -0.5))), aligned
 
 
 def _next_alignment(step: Step, s: _SlopeMoments, back: _Gradient) -> float:
@@ -275,17 +267,13 @@ def _next_alignment(step: Step, s: _SlopeMoments, back: _Gradient) -> float:
     return finite_or_zero((kept * back.alignment + u.u2_slope2[0] - kept) / s.k2[0])
 
 
-def _relative_length_variance(step: Step, back: _Gradient) -> Array:
-    """Relative variance of the gradients' squared lengths."""
-    return np.array(math.expm1(min(50.0, back.by_length**2 * math.log1p(step.next_single) + back.own_length)))
-
-
 def _unit_cov(
     batch: int, step: Step, s: _SlopeMoments, back: _Gradient, coefficients: Array, means: Array, remain: float
 ) -> Array:
     """Covariance (G, 2, 2) of T and W of dL/dz over a layer's units."""
     t, w = coefficients[0, 2], coefficients[0, 0]
-    worse = design_effect(_relative_length_variance(step, back), batch)
+    ln_length = back.by_length**2 * math.log1p(step.next_single) + back.own_length  # variance of ln |g|^2
+    worse = design_effect(np.array(math.expm1(min(50.0, ln_length))), batch)
     squared = coefficients * [0, 0, 1, 1]  # the part of the squared mean of the gradient over the batch
     both = coefficients @ s.xx @ coefficients.T + 2 * squared @ s.xx @ squared.T
     cov = both - means[:, :, None] * means[:, None]
@@ -293,10 +281,10 @@ def _unit_cov(
     if w > 0:
         fourth = 3 * s.fourth - s.k2k2 * (w * w + 6 * w * t + 3 * t * t)
         cov[:, 1, 1] += np.maximum(fourth, 0) * worse / batch + 2 * back.pair * w * w * s.k2k2
-    inputs = np.array([[t, 0], [-t, 1]])  # T and W by `bows`
-    cov += step.pair / 2 * inputs @ s.bows @ inputs.T
+    inputs = np.array([[t, 0], [-t, 1]])  # T and W by `e2_products`
+    cov += step.pair / 2 * inputs @ s.e2_products @ inputs.T
     if step.layer.forward_remain < 1:
-        bent = inputs @ s.bow.T * math.sqrt(design_effect(np.array(step.single), batch) / batch + step.pair)
+        bent = inputs @ s.e2_means.T * math.sqrt(design_effect(np.array(step.single), batch) / batch + step.pair)
         cov = remove_quadratic_noise(cov, coefficients @ s.by_m.T, bent, step.layer.forward_remain)
     if remain < 1:
         linear = s.x @ squared.T
@@ -308,7 +296,7 @@ def _unit_cov(
 
 
 def _pair(s: _SlopeMoments, back: _Gradient, means: Array, var: float, t: float, w: float, remain: float) -> float:
-    """By how much the product of two inputs' gradients differs from that of the average two, over W^2."""
+    """Variance of the product of two inputs' gradients over pairs, relative to W^2."""
     if w == 0:
         return 0.0
     kept = (s.k[0] * w) ** 2
@@ -318,7 +306,7 @@ def _pair(s: _SlopeMoments, back: _Gradient, means: Array, var: float, t: float,
 
 
 def _lengths(step: Step, s: _SlopeMoments, back: _Gradient, t: float, w: float, remain: float) -> tuple[float, float]:
-    """The same recursion for one input's own part: elasticity by its ln|x|^2 below, and variance of the rest."""
+    """`by_length` and `own_length` of the gradient one layer down."""
     if w == 0:
         return 0.0, 0.0
     u, k2 = step.units, s.k2[0]
@@ -342,7 +330,7 @@ def _propagate(
     weights: Array,
     kept: tuple[Array, Array],
 ) -> tuple[Array, Array]:
-    """How the new state depends on the forward state below, and the covariance of the rest."""
+    """Slopes of the new state by the forward state below it, and the covariance of the rest."""
     size = np.where(means > 0, means, 1)
     by_t, by_w = coefficients * [0, 0, 1, 1] @ s.x[0], coefficients * [1, 1, 0, 0] @ s.x[0]
     by_back = np.stack([by_t, by_w], -1) / size[:, None] + kept[0]

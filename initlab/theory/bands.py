@@ -1,7 +1,7 @@
-"""From laws of tensors to their statistics: centre, spread and bands over seeds, a row a tensor and statistic.
+"""From the laws of tensors to bands of their statistics over networks: one row per tensor and statistic.
 
-Statistics that cannot be negative are described by mean and standard deviation of their ln, the others as they are.
-Knows laws and simulated networks, neither rules nor activations. Legend: K tensors.
+Statistics that cannot be negative are described by mean and standard deviation of their logarithm, the others by their
+own. Legend: K tensors.
 """
 
 import math
@@ -109,18 +109,13 @@ def _cosine(law: Law, infinite: Law, batch: int) -> Rows:
     points = cosine(logs) + ROUNDING * _STEPS
     limit = cosine(infinite.mean[:, 0] - infinite.mean[:, 1])
     width = (points[:, 2] - points[:, 1]) / (2 * NARROW)
-    return Rows("cosine", np.column_stack([limit, _ln(limit), points[:, 0], width, points]))
-
-
-def _ln(x: Array) -> Array:
-    """nan below 0."""
-    return np.log(x)
+    return Rows("cosine", np.column_stack([limit, np.log(limit), points[:, 0], width, points]))
 
 
 def _share(name: str, moments: Array, limit: Array) -> Rows:
     mean, sd = moments[:, 0], np.nan_to_num(moments[:, 1])
     points = np.clip(mean[:, None] + sd[:, None] * _STEPS, 0, 1)
-    return Rows(name, np.column_stack([limit, _ln(limit), mean, sd, points]))
+    return Rows(name, np.column_stack([limit, np.log(limit), mean, sd, points]))
 
 
 # --- the pooled mean, exp(ln q / 2) (centre + lean eta + spread xi) --------------------------------------------------
@@ -148,11 +143,11 @@ def _mean(law: Law, infinite: Law, second: Array) -> Rows:
         points = np.stack([_mixture_quantile(q, factor, centre, spread) for q in QUANTILES], -1)
     limit = infinite.centre * np.exp(infinite.ln_q / 2)
     sd = np.sqrt(np.maximum(square - mean**2, 0))
-    return Rows("mean", np.column_stack([limit, _ln(limit), mean * size, sd * size, points * size[:, None]]))
+    return Rows("mean", np.column_stack([limit, np.log(limit), mean * size, sd * size, points * size[:, None]]))
 
 
 def _symmetric_quantiles(factor: Array) -> Array:
-    """Those of factor xi, (K, 5). Newton's method climbs from 0, where the density is largest, and passes no root."""
+    """Quantiles (K, 5) of factor xi, by Newton's method from 0, where the density is largest: it passes no root."""
     x, wanted = np.zeros((2, len(factor))), np.array([[QUANTILES[2]], [QUANTILES[4]]])
     for _ in range(40):
         z = x[..., None] / factor
@@ -204,7 +199,7 @@ def simulated_bands(block: torch.Tensor, limits: dict[str, Array]) -> list[Rows]
 
 
 class Block(NamedTuple):
-    """Rows of one tensor and direction with their layers and what is said of their method, (K,) each."""
+    """Rows of one tensor and direction with their layers and methods, (K,) each."""
 
     layers: NDArray[np.int64]
     tensor: str

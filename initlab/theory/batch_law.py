@@ -1,8 +1,7 @@
-"""Laws of a tensor's statistics: ln T and ln W of a batch as a normal pair, and what follows from it.
+"""The law of a tensor over networks: ln T and ln W of a batch as a normal pair, and the statistics that follow from it.
 
-T is the mean over units of the squared batch mean, W of the batch variance; T + W is the second moment. Everything is
-carried as ln. Knows averages of independent units and normal laws, neither layers nor activations.
-Legend: G nodes of a law.
+T is the mean over units of the squared batch mean, W the mean over units of the batch variance; T + W is the second
+moment. Everything is carried as a logarithm. Legend: G nodes of a law.
 """
 
 import math
@@ -18,7 +17,7 @@ Moments: TypeAlias = tuple[float, float]  # mean and standard deviation
 
 @dataclass(frozen=True)
 class Law:
-    """ln T and ln W jointly normal, the rest beside it; of K tensors, the layers of a stack.
+    """The law of K tensors, the layers of a stack: ln T and ln W are jointly normal.
 
     `ln_var` is mean and sd of ln of the pooled variance; the pooled mean is exp(ln q / 2) (centre + lean eta +
     spread xi), eta and xi standard normal, eta that of ln q itself; `shares` are fractions, mean and sd. Inputs differ
@@ -57,7 +56,7 @@ class Law:
         return math.isnan(self.cov[(0,) * self.cov.ndim])
 
     def split(self) -> list["Law"]:
-        """Its K laws, K = 1 each; without their shares."""
+        """A list of K laws of one tensor each; without their shares."""
         fields = ("mean", "cov", "pair", "single", "ln_var", "centre", "spread", "lean")
         return [Law(*(getattr(self, name)[k : k + 1] for name in fields)) for k in range(len(self.mean))]
 
@@ -68,10 +67,7 @@ class Law:
         return sigma_points(self.mean, self.cov, self.single_input)
 
     def as_measured(self, batch: int) -> "Law":
-        """The same law with T and W as they are measured.
-
-        Of what inputs of different lengths have in common, the variance of their lengths is variance inside the batch.
-        """
+        """The same law with T and W as they are measured: differences in length count as variance inside the batch."""
         if self.single_input or self.is_deterministic or not np.any(self.single):
             return self
         nodes, weights = self.nodes()
@@ -90,7 +86,7 @@ class Law:
         )
 
     def of_batch(self, batch: int) -> "Law":
-        """So many inputs of a batch without end: 1/B of W is in the batch mean then."""
+        """The law for `batch` inputs of an infinite batch: 1/B of W goes into the batch mean."""
         ln_t = np.logaddexp(self.mean[..., 0], self.mean[..., 1] - math.log(batch))
         return replace(self, mean=np.stack([ln_t, self.mean[..., 1] + ln(1 - 1 / batch)], -1))
 
@@ -107,17 +103,17 @@ _POINTS = {
     True: _STEP * np.array([[0, 0], [1, 0], [-1, 0]]),
     False: _STEP * np.array([[0, 0], [1, 0], [0, 1], [-1, 0], [0, -1]]),
 }
-_POINT_WEIGHTS = {alone: np.array([1 - (len(p) - 1) / 6, *[1 / 6] * (len(p) - 1)]) for alone, p in _POINTS.items()}
+_POINT_WEIGHTS = {single: np.array([1 - (len(p) - 1) / 6, *[1 / 6] * (len(p) - 1)]) for single, p in _POINTS.items()}
 
 
-def sigma_points(mean: Array, cov: Array, alone: bool) -> tuple[Array, Array]:
-    """Nodes (..., G, 2) and their weights (G,); a single input's W stays where it is."""
+def sigma_points(mean: Array, cov: Array, single: bool) -> tuple[Array, Array]:
+    """Nodes (..., G, 2) of a normal pair and their weights (G,); the W of a single input does not vary."""
     root = np.zeros(cov.shape)
     root[..., 0, 0] = first = np.sqrt(np.maximum(cov[..., 0, 0], 1e-10))
-    if not alone:
+    if not single:
         root[..., 0, 1] = low = cov[..., 0, 1] / first
         root[..., 1, 1] = np.sqrt(np.maximum(cov[..., 1, 1] - low * low, 1e-10))
-    return mean[..., None, :] + _POINTS[alone] @ root, _POINT_WEIGHTS[alone]
+    return mean[..., None, :] + _POINTS[single] @ root, _POINT_WEIGHTS[single]
 
 
 def length_variance(single: float | Array) -> Array:
@@ -136,16 +132,16 @@ def ln(x: float) -> float:
     return math.log(x) if x > 0 else -math.inf
 
 
-def ln_means(means: Array, alone: bool) -> Array:
-    """ln of T and W, (G, 2), where a 0 is a signal that is gone, but for the W of a single input, which never was."""
+def ln_means(means: Array, single: bool) -> Array:
+    """ln of T and W, (G, 2): NOTHING for a signal that is gone, -inf for the W of a single input."""
     found = np.where(means > 0, np.log(np.maximum(means, 1e-300)), NOTHING)
-    if alone:
+    if single:
         found[:, 1] = -np.inf
     return found
 
 
 def mean_and_sd(values: Array, weights: Array, noise: Array | float = 0.0) -> Array:
-    """Mean and standard deviation (..., 2) of values at nodes (..., G) with a variance of their own at each."""
+    """Mean and standard deviation (..., 2) of values at nodes (..., G); `noise` is a further variance at each node."""
     mean = values @ weights
     sd = np.sqrt(np.maximum(((values - mean[..., None]) ** 2 + noise) @ weights, 0))
     finite_or_zero = np.isfinite(values).all(-1)
@@ -204,7 +200,7 @@ def relative_to(means: Array, cov: Array) -> Array:
 
 
 def combine(values: Array, noise: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """Mean (..., 2) and covariance of ln M, (..., G, 2) at the nodes, with noise at each; the noise's by itself."""
+    """Mean (..., 2) and covariance of values (..., G, 2) with noise at each node, and the part that is noise."""
     alive = np.where(np.isfinite(values), values, 0)
     mean = weights @ alive
     off = alive - mean[..., None, :]
@@ -213,9 +209,9 @@ def combine(values: Array, noise: Array, weights: Array) -> tuple[Array, Array, 
     return np.where(np.isfinite(first), mean, first), own + (off * weights[:, None]).mT @ off, own
 
 
-def regressors(nodes: Array, weights: Array, alone: bool) -> Array:
+def regressors(nodes: Array, weights: Array, single: bool) -> Array:
     """R (..., G, 2) such that values^T R are the slopes of values, centred, by the state over its whole law."""
-    dims = 1 if alone else 2
+    dims = 1 if single else 2
     off = nodes[..., :dims] - nodes[..., :1, :dims]  # the first node is the centre
     weighted = off * weights[:, None]
     found = np.zeros(nodes.shape)
@@ -230,7 +226,7 @@ def slopes(values: Array, by: Array, weights: Array) -> Array:
 
 
 def pool_symmetric_units(law: Law, n: Array | float) -> Law:
-    """Adds pooled mean and pooled variance of a tensor whose n units are symmetric about 0."""
+    """Add the pooled mean and pooled variance of a tensor whose n units are symmetric about 0."""
     share = 1 - law.within_share
     ln_var = law.ln_second_moment()
     ln_var[..., 0] -= share / n

@@ -1,8 +1,8 @@
 """Exact and closed laws of finite width: how the second moment of a stack spreads over seeds.
 
 Given a layer's input its preactivations are independent Gaussians, so the second moment is a product (one input) or a
-linear recursion (a batch through linear layers) of chi-square averages. Weights are normal with variance sw2/fan; other
-shapes of the same variance differ by O(1/n^2). Knows second moments alone.
+linear recursion (a batch through linear layers) of chi-square averages. Weights are normal with variance
+sigma_w^2/fan; other shapes of the same variance differ by O(1/n^2).
 """
 
 import math
@@ -15,7 +15,7 @@ from initlab.theory.batch_law import Array, Moments, digamma, trigamma
 
 
 def linear_one_input(widths: Sequence[int]) -> Moments:
-    """ln(K_L / (sw2^L K_0)) for widths (I, n_1, .. n_L), one input: a sum of ln(chi2_n / n), exact.
+    """ln(K_L / (sigma_w^(2L) K_0)) for widths (I, n_1, .. n_L), one input: a sum of ln(chi2_n / n), exact.
 
     Mean sum of psi(n/2) - ln(n/2), variance sum of psi'(n/2).
     """
@@ -24,7 +24,7 @@ def linear_one_input(widths: Sequence[int]) -> Moments:
 
 
 def relu_one_input(widths: Sequence[int]) -> Moments:
-    """ln(K_L / K_0) for sw2 = 2 and ReLU, one input: (2/n) chi2_k with k ~ Bin(n, 1/2), exact.
+    """ln(K_L / K_0) for sigma_w^2 = 2 and ReLU, one input: (2/n) chi2_k with k ~ Bin(n, 1/2), exact.
 
     Mean sum of E[psi(k/2)] + ln(4/n), variance sum of E[psi'(k/2)] + Var psi(k/2) (Hanin & Nica 2018 to first order:
     -5/(2n) and 5/n). A layer with no open unit (probability 2^-n) ends the signal; the law is that of the others.
@@ -70,7 +70,7 @@ def kappa(c: Array) -> Array:
 
 
 def relu_batch(widths: Sequence[int], batch: int, c: Sequence[float]) -> Array:
-    """Relative variance of a batch's second moment after each ReLU layer (sw2 = 2), the input first; large n.
+    """Relative variance of a batch's second moment after each ReLU layer (sigma_w^2 = 2), the input first; large n.
 
     (1 - 1/B) (prod (1 + kappa(c_l)/n) - 1) + (1/B) (prod (1 + 5/n) - 1) + 2/(B n), c_l the correlation of the layer's
     preactivations by the infinitely wide map, or one that finite width has lowered.

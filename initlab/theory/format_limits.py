@@ -1,8 +1,8 @@
 """Where a number format ends a stack: the layer at which it overflows, becomes subnormal, holds a zero, is all zero.
 
-A preactivation is exp(ln q / 2) times its input's length times a normal number: the pooled law, the lengths' law and
-the extreme of B n normal numbers together give the share of networks in which an event has happened by a layer.
-Knows formats as they are stored, not how a device accumulates; bfloat16 on a CPU flushes subnormals to 0.
+A preactivation is exp(ln q / 2) times the length of its input times a normal number. The law of q, that of the lengths
+and the extreme of B n normal numbers together give the share of networks in which an event has happened by a layer.
+Formats count as they are stored, not as a device accumulates; bfloat16 on a CPU flushes subnormals to 0.
 """
 
 import math
@@ -34,11 +34,18 @@ def limits(
     formats: Sequence[str] = tuple(FORMATS),
     **options: Any,
 ) -> pd.DataFrame:
-    """One row per format and event: the layer by which it has happened in 2.3, 16, 50, 84 and 97.7 % of the networks.
+    """Predict the layer at which a number format ends a stack's preactivations, as a distribution over networks.
 
-    Events of the preactivations: `overflow`, `subnormal`, `zero` (the first entry of each) and `all_zero`. A layer is
-    nan where fewer networks get so far; `share` is that of the networks in which it happens at all. Options: those of
-    `theory.predict`.
+    init, activation, depth, width and further options: as in `predict`. formats: names of number formats, of float64,
+    float32, bfloat16, float16, float8_e4m3 and float8_e5m2. Returns a row per format and event: `overflow`,
+    `subnormal`, `zero` (the first entry of each) and `all_zero`; `layer_02`, `layer_16`, `layer`, `layer_84`,
+    `layer_98` are the layers by which it has happened in 2.3, 16, 50, 84 and 97.7 % of the networks, nan where fewer
+    get so far; `share` is the share of networks in which it happens at all. Raises UsageError for an unknown format, or
+    what `predict` cannot be asked.
+
+    >>> ends = limits("naive", "linear", depth=50, width=100, formats=["float32"])
+    >>> int(ends.set_index("event").loc["overflow", "layer"])
+    38
     """
     for name in formats:
         if name not in FORMATS:
@@ -75,8 +82,8 @@ def _ln_lengths(law: Law) -> Array:
     return np.asarray(-var + math.sqrt(var) * _NODES)
 
 
-def _exceeds(ln_limit: float, law: Law, batch: int, n: int) -> float:
-    """P(some |z| > limit): inputs of one direction count once, since their units are the same numbers."""
+def _p_some_above(ln_limit: float, law: Law, batch: int, n: int) -> float:
+    """P(some |z| > limit); inputs of the same direction count once, since their units are the same numbers."""
     apart = 1 + (batch - 1) * float(law.within_share[0])
     ln_x = np.clip(ln_limit - _ln_rms(law)[:, None] - _ln_lengths(law), -700, 700)
     tail = 2 * normal_cdf(-np.exp(np.minimum(ln_x, 5.0)))  # of one entry, by network and length
@@ -84,7 +91,7 @@ def _exceeds(ln_limit: float, law: Law, batch: int, n: int) -> float:
     return float(1 - _WEIGHTS @ np.exp(apart * none))
 
 
-def _below(ln_limit: float, law: Law, batch: int, n: int) -> float:
+def _p_some_below(ln_limit: float, law: Law, batch: int, n: int) -> float:
     """P(some |z| < limit), the density of z being flat there."""
     ln_x = np.clip(ln_limit - _ln_rms(law)[:, None] - _ln_lengths(law), -700, 700)
     inside = (2 * normal_cdf(np.exp(np.minimum(ln_x, 5.0))) - 1) @ _WEIGHTS
@@ -99,8 +106,8 @@ def _ln_zero(f: NumberFormat) -> float:
 
 
 EVENTS: dict[str, Callable[[NumberFormat, Law, int, int], float]] = {
-    "overflow": lambda f, law, batch, n: _exceeds(math.log(f.max), law, batch, n),
-    "subnormal": lambda f, law, batch, n: _below(math.log(f.tiny), law, batch, n),
-    "zero": lambda f, law, batch, n: _below(_ln_zero(f), law, batch, n),
-    "all_zero": lambda f, law, batch, n: 1 - _exceeds(_ln_zero(f), law, batch, n),
+    "overflow": lambda f, law, batch, n: _p_some_above(math.log(f.max), law, batch, n),
+    "subnormal": lambda f, law, batch, n: _p_some_below(math.log(f.tiny), law, batch, n),
+    "zero": lambda f, law, batch, n: _p_some_below(_ln_zero(f), law, batch, n),
+    "all_zero": lambda f, law, batch, n: 1 - _p_some_above(_ln_zero(f), law, batch, n),
 }

@@ -1,11 +1,10 @@
-"""Finite width for any activation, forward: the law of a batch, layer after layer, as a lognormal one.
+"""The law of a batch on its way up a stack of finite width, as a lognormal law carried layer by layer.
 
-Given a layer's input its preactivations are Gaussian, units are independent, and an average over n of them fluctuates
-by the moments of one unit over n (`unit_laws`). So ln T and ln W of a batch are a Markov chain; their means and
-covariances are carried layer by layer, taken over the whole law of the state and not by slopes at its centre alone: a
-delta method in log space. Two more numbers are carried to leading order: by how much single pairs of inputs, and single
-inputs, differ from the average. Good while L / n is below about 1; beyond, simulate. What a tensor shows in a given
-state: `tensor_laws`. The way back: `gradients`.
+Given a layer's input its preactivations are Gaussian and its units independent, so that an average over n units
+fluctuates by the moments of one unit over n (`unit_moments`). ln T and ln W of a batch are a Markov chain; their means
+and covariances are carried layer by layer, integrated over the whole law of the state (a delta method in log space).
+Two more numbers are carried to leading order: how much single pairs of inputs, and single inputs, differ from the
+average. This holds while L / n is below about 1; beyond, `simulate`.
 """
 
 import math
@@ -33,8 +32,8 @@ from initlab.theory.unit_moments import COARSE, Units, units
 
 
 class Fitted(NamedTuple):
-    """Weights drawn with variance `drawn`, then divided by the standard deviation of z, over the batch and the units,
-    until its square is within `tolerance` of 1, at most so many times: `lsuv.py`."""
+    """How LSUV fits a layer: its weights are drawn with variance `drawn`, then divided by the standard deviation of z
+    over batch and units until its square is within `tolerance` of 1, at most `attempts` times (`nn/lsuv.py`)."""
 
     drawn: float
     tolerance: float
@@ -52,9 +51,9 @@ class Fitted(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A linear layer of I inputs and O units as its law needs it. Variances of one weight and of one bias.
+    """Fan-in, fan-out and the variances of one weight and one bias of a linear layer.
 
-    Where the weights are fitted, `weight` is what comes of it at infinite width.
+    Where the weights are fitted to data, `weight` is their variance afterwards at infinite width.
     """
 
     fan_in: int
@@ -67,12 +66,12 @@ class Layer(NamedTuple):
 
     @property
     def is_rescaled(self) -> bool:
-        """Whether a fit has given z the variance 1 exactly, in each network; one within the tolerance is left alone."""
+        """Whether a fit has given z the variance 1 in each network; within the tolerance it leaves weights as drawn."""
         return self.fitted is not None and self.fitted.drawn != self.weight and not self.bias + self.uniform_bias
 
     @property
     def forward_remain(self) -> float:
-        """Share of the noise quadratic in z that these weights leave; an isometry keeps every product of two inputs."""
+        """Share of the noise quadratic in z that remains; orthogonal weights keep every product of two inputs."""
         return max(0.0, 1 - self.fan_out / self.fan_in) if self.orthogonal else 1.0
 
     @property
@@ -81,19 +80,19 @@ class Layer(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Batches of data beside the moments of one: in how many directions inputs differ, tr(C)^2 / tr(C^2) of their
-    covariance C, and how ln T and ln W wander from batch to batch: variance, covariance, variance."""
+    """How inputs and batches of data differ. directions: tr(C)^2 / tr(C^2) of the covariance C of the inputs. wander:
+    variance of ln T, covariance of ln T and ln W, variance of ln W over batches."""
 
     directions: float = math.inf
     wander: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 class Step(NamedTuple):
-    """A layer passed forward. G nodes of the state below it, M of a unit's batch mean."""
+    """What the forward pass knows of one layer: G nodes of the state below it, M nodes of a unit's batch mean."""
 
     layer: Layer
     units: Units
-    mean: Array  # of ln T, ln W of the layer's input, (2,)
+    mean: Array  # of ln T and ln W of the layer's input, (2,)
     cov: Array
     pair: float
     single: float
@@ -105,14 +104,14 @@ class Step(NamedTuple):
     unit_cov: Array  # of their averages over the layer's units, (G, 3, 3)
     given: Array  # the same given m, (3, G, M)
     ln_x: Array  # ln T and ln W of the activations, (G, 2)
-    bent: Array  # what the spread of lengths does to ln q, (G,)
-    noise: Array  # that this layer's units add to the next state, (2, 2)
+    bent: Array  # what the spread of lengths adds to ln q, (G,)
+    noise: Array  # covariance that this layer's units add to the next state, (2, 2)
     next_single: float  # spread of the inputs' squared lengths above
     length_noise: float  # and to the lengths
 
 
 class Chain(NamedTuple):
-    """A stack passed forward: its layers, and the state of its last activations."""
+    """The forward pass of a stack: its layers, and the state of its last activations."""
 
     row: Activation
     batch: int
@@ -125,7 +124,7 @@ class Chain(NamedTuple):
 
     @property
     def weights(self) -> Array:
-        """Of the nodes, (G,)."""
+        """Weights of the nodes, (G,)."""
         return sigma_points(self.mean, self.cov, self.start.single_input)[1]
 
 
@@ -138,7 +137,7 @@ def forward(
     fixed_input: bool,
     data: Data = Data(),  # noqa: B008 - a tuple
 ) -> Chain:
-    """All layers. The input has second moment q0 and mean cosine c0 and, if fixed, fluctuates as `data` say."""
+    """Carry the law through all layers. The input has second moment q0 and mean cosine c0; `data` as in `Request`."""
     start = gaussian_batch(layers[0].fan_in, batch, q0, c0, exact=fixed_input)
     if fixed_input and batch > 1:
         t, both, w = data.wander
@@ -156,8 +155,8 @@ _State = tuple[Array, Array, float, float]
 
 def _step(row: Activation, layer: Layer, batch: int, state: _State) -> tuple[Step, Array, Array, float, float]:
     mean, cov, pair, single = state
-    alone = bool(mean[1] == -np.inf)
-    nodes, weights = sigma_points(mean, cov, alone)
+    single_input = bool(mean[1] == -np.inf)
+    nodes, weights = sigma_points(mean, cov, single_input)
     ln_z, uniform, damped = preactivations(layer, nodes)
     if single and (damped < 1).any():
         ln_z[:, 1] = np.logaddexp(ln_z[:, 1], _bias_rotation(ln_z, damped, single, batch))
@@ -170,7 +169,7 @@ def _step(row: Activation, layer: Layer, batch: int, state: _State) -> tuple[Ste
     (next_pair, next_single), shrink, new = _pair_and_length_spread(
         u, ln_z, means, unit_cov, state, layer, damped, batch
     )
-    ln_x = ln_means(means[:, :2], alone) + u.ln_scale[:, None] + shift + shrink
+    ln_x = ln_means(means[:, :2], single_input) + u.ln_scale[:, None] + shift + shrink
     next_mean, next_cov, own = combine(ln_x, noise, weights)
     alive = np.maximum(means[:, :2].sum(-1), 1e-300)
     bent = np.log(np.maximum((means[:, :2] * np.exp(shrink)).sum(-1), 1e-300) / alive)
@@ -212,9 +211,10 @@ def preactivations(layer: Layer, nodes: Array) -> tuple[Array, Array, Array]:
 
 
 def _bias_rotation(ln_z: Array, damped: Array, single: float, batch: int) -> Array:
-    """ln of what biases add to W, (G,): they turn a difference in length, e x W, out of the direction of x W + b.
+    """ln of the variance within the batch that biases cause, (G,).
 
-    It has the variance e^2 d q then, d the share of q that is the weights', of which e^2 d^2 q still is in the length.
+    Two inputs of the same direction but different length are no longer parallel after adding b. With e^2 the variance
+    of the length and d the share of q due to weights, the extra variance is e^2 d (1 - d) q.
     """
     ln_q = np.logaddexp(ln_z[:, 0], ln_z[:, 1])
     common = np.maximum(np.exp(ln_z[:, 0] - ln_q) - np.exp(ln_z[:, 1] - ln_q) / (batch - 1), 0)
@@ -222,7 +222,7 @@ def _bias_rotation(ln_z: Array, damped: Array, single: float, batch: int) -> Arr
 
 
 def design_effect(single: Array, batch: int) -> Array:
-    """So many times fewer inputs are as good, if lengths squared have this relative variance: B sum K^2 / (sum K)^2."""
+    """Factor by which a batch is effectively smaller when squared lengths have relative variance v: B (1+v) / (B+v)."""
     return np.asarray(batch * (1 + single) / (batch + single))
 
 
@@ -230,7 +230,7 @@ def _unit(u: Units, batch: int, worse: Array, layer: Layer, pair: float) -> tupl
     """Mean (G, 3) and covariance (G, 3, 3) of one unit's squared batch mean, batch variance and batch mean.
 
     Also the part of each given m, (3, G, M). The e_a add up to 0, so what is linear in them drops out of averages.
-    `worse`: so many times fewer inputs of one length would average as well.
+    `worse` is the design effect of the inputs' lengths.
     """
     t = (u.variance - u.e1**2) / batch
     apart = (pair - (1 - layer.forward_remain) / layer.fan_out) / 2 * u.over_m(u.e2)[:, None] ** 2
@@ -269,16 +269,16 @@ _FIRST, _SECOND = np.array([[0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2]])
 
 
 def remove_quadratic_noise(cov: Array, of_m: Array, of_e: Array, remain: float) -> Array:
-    """What orthogonal weights leave of the noise (G, S, S): they keep all products of inputs, so what is quadratic in z
-    does not move. `of_m`, `of_e`: slopes of the S averages by m^2 - 1 and, the inputs together, by e^2 - 1, (S, G).
+    """The noise (G, S, S) that orthogonal weights leave: they keep all products of inputs, so that averages quadratic
+    in z do not vary. `of_m`, `of_e` (S, G): slopes of the S averages by m^2 - 1 and, over the inputs, by e^2 - 1.
     """
     return clip_covariance(cov - (1 - remain) / 2 * (_outer(of_m, of_m) + _outer(of_e, of_e)))
 
 
 def _length_noise(t: Array, of_m: Array, of_e: Array, together: float) -> Array:
-    """The part of the noise that follows q of z, (G, S, S), which a fit takes out again.
+    """The part of the noise, (G, S, S), that follows q of z and that a fit (LSUV) removes.
 
-    q fluctuates by the average of t (m^2 - 1) + w (e^2 - 1), and what is scaled by it follows with the slope g.
+    q varies by the average of t (m^2 - 1) + w (e^2 - 1), and the S averages follow it with the slope g.
     """
     w = 1 - t
     g, along = (of_m + of_e) / 2, t * of_m + w * together * of_e
@@ -292,12 +292,12 @@ def _outer(x: Array, y: Array) -> Array:
 
 
 def finite_or_zero(x: Array | float) -> float:
-    """A ratio to a signal that is gone is 0."""
+    """x, or 0 where it is not finite: a ratio to a signal that is gone."""
     return float(x) if math.isfinite(x) else 0.0
 
 
 def clip_covariance(cov: Array) -> Array:
-    """The nearest thing to these matrices that two variables at a time can have: no variance below 0."""
+    """Covariance matrices with no variance below 0 and no correlation beyond 1."""
     root = np.sqrt(np.maximum(np.einsum("gii->gi", cov), 0))
     bound = root[:, :, None] * root[:, None]
     return np.clip(cov, -bound, bound)
@@ -306,10 +306,9 @@ def clip_covariance(cov: Array) -> Array:
 def _pair_and_length_spread(
     u: Units, ln_z: Array, means: Array, cov: Array, state: _State, layer: Layer, damped: Array, batch: int
 ) -> tuple[tuple[float, float], Array, float]:
-    """By how much single pairs and single inputs of the next state differ from the average ones.
+    """Relative variance of pairs' products and of single inputs' squared lengths in the next state.
 
-    Also what lengths do to ln T and ln W at each node, (G, 2): a convex map of q gains or loses by their spread, and
-    the part of the layer's noise that is in the lengths is no longer in the directions.
+    Also what the spread of lengths adds to ln T and ln W at each node, (G, 2), and the layer's own part of it.
     """
     mean, _, pair, single = state
     if mean[1] == -np.inf:

@@ -1,8 +1,8 @@
-"""Infinite width: the laws of a stack's tensors when all widths grow together, where nothing fluctuates.
+"""The laws of a stack's tensors when all widths grow together: nothing fluctuates, each law is a single state.
 
-The same two integrals as `closure` on a finer grid, at the one state there is: lengths and correlations by their maps,
-gradients by the slopes' moments. A batch without end is carried, whose T is what pairs have in common, and the batch
-that is asked for taken from it. Source: Poole et al. 2016; Schoenholz et al. 2017.
+The integrals are those of `forward_law` on a finer grid: lengths and correlations by their maps, gradients by moments
+of phi'. An infinite batch is carried, whose T is what pairs of inputs have in common; the law of the batch that was
+asked for follows from it. Source: Poole et al. 2016; Schoenholz et al. 2017.
 """
 
 import math
@@ -24,7 +24,7 @@ from initlab.theory.unit_moments import (
     zero_slope_intervals,
 )
 
-MANY = 2**60  # inputs of a batch without end
+MANY = 2**60  # inputs of a batch that counts as infinite
 
 
 def infinite_laws(row: Activation, layers: Sequence[Layer], batch: int, q0: float = 1.0, c0: float = 0.0) -> Stack:
@@ -63,7 +63,7 @@ def _stack(
     shut = every.over_m(np.stack([every.probability(f(row))[0] for f in (saturated_intervals, zero_slope_intervals)]))[
         ..., 0
     ]
-    above, below = _down(layers, every)
+    above, below = _descend(layers, every)
     return Stack(
         _law(start[None], batch),
         _law(ln_x, batch, shares, ln_var, centre),
@@ -96,7 +96,7 @@ def _law(
     ).of_batch(batch)
 
 
-def _down(layers: Sequence[Layer], every: JoinedUnits) -> tuple[Array, Array]:
+def _descend(layers: Sequence[Layer], every: JoinedUnits) -> tuple[Array, Array]:
     """ln T and ln W of the gradients at activations and preactivations, (L, 2) each."""
     k, k2 = every.over_m(np.stack([every.row("slope") ** 2, every.row("slope2")]))[..., 0]
     state = gaussian_batch(math.inf, MANY).mean[0]

@@ -1,6 +1,6 @@
-"""What a fit to data makes of weights: as small as their input was large, until what leaves the layer has variance 1.
+"""The law of weights that LSUV has rescaled: the larger a layer's input, the smaller its weights become.
 
-Some layers need no fit in some networks: what was drawn has a variance within the tolerance already, and stays.
+In some networks the drawn weights give a variance within the tolerance already, and are left as they are.
 """
 
 import math
@@ -14,9 +14,9 @@ SELDOM = 1e-3  # share of networks below which a fit is said to be needed by all
 
 
 def ln_weight(layer: Layer, nodes: Array) -> Array:
-    """ln of the variance of one weight at nodes (G, 2) of the layer's input, (G,): of a pinned layer what they make it.
+    """ln of the variance of one weight at nodes (G, 2) of the layer's input, (G,).
 
-    The pooled variance of z is T + W less its squared mean, T/n on average.
+    In a rescaled layer it makes the pooled variance of z, T + W less its squared mean (T/n on average), equal to 1.
     """
     if not layer.is_rescaled:
         return np.full(len(nodes), ln(layer.weight))
@@ -26,7 +26,7 @@ def ln_weight(layer: Layer, nodes: Array) -> Array:
 
 
 def fit_noise(layer: Layer, ln_x: Array, pair: float, batch: int) -> float:
-    """Variance of ln of a pinned layer's weight, given its input of these ln T and ln W: of few units it varies."""
+    """Variance of ln of a rescaled layer's weight variance, given ln T and ln W of its input; large for few units."""
     if not layer.is_rescaled:
         return 0.0
     t, w = (float(x) for x in np.exp(ln_x - np.logaddexp(*ln_x)))
@@ -34,7 +34,7 @@ def fit_noise(layer: Layer, ln_x: Array, pair: float, batch: int) -> float:
 
 
 def p_not_rescaled(layer: Layer, ln_x: Array, cov: Array, pair: float, batch: int) -> float:
-    """Probability that a pinned layer had no need of its fit; its input has this law of ln T and ln W."""
+    """Probability that a rescaled layer was within the tolerance as drawn; mean and covariance are of its input."""
     if layer.fitted is None or not (layer.is_rescaled and layer.fitted.drawn > 0):
         return 0.0
     by = np.exp(ln_x - np.logaddexp(*ln_x))

@@ -137,7 +137,7 @@ _Known: TypeAlias = tuple[Tensor, Tensor] | Tensor
 def _through(chain: _Chain, layer: Layer, x: Tensor) -> tuple[Tensor, _Known, Tensor | float]:
     """z = f x W + b, W or what is known of it: the basis Q (E, I, B) of the inputs and Q^T W (E, B, O); and f, which is
     1 but where a fit scales the weights."""
-    z, biases, passed = _drawn(chain, layer, x)
+    z, biases, passed = _draw_preactivations(chain, layer, x)
     if layer.fitted is None:
         return z + biases, passed, 1.0
     factor = torch.ones(chain.networks, 1, 1, dtype=torch.float64)
@@ -148,7 +148,7 @@ def _through(chain: _Chain, layer: Layer, x: Tensor) -> tuple[Tensor, _Known, Te
     return z * factor.to(z.dtype) + biases, passed, factor.to(z.dtype)
 
 
-def _drawn(chain: _Chain, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | float, _Known]:
+def _draw_preactivations(chain: _Chain, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | float, _Known]:
     """x W, b, and what is known of W."""
     if not chain.short(layer, x.shape[-2]):
         w = chain.weights(layer)

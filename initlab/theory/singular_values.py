@@ -9,7 +9,7 @@ the recursion is exact at every width; for others up to O(1/n). For n -> infinit
 Ganguli 2017 derive with free probability: E s^4 / (E s^2)^2 = 1 + L (mu_2 / mu_1^2 - 1 - s_1), mu_k = E phi'^(2k), s_1
 = -1 for normal and 0 for orthogonal weights.
 
-Legend: E ensemble, I units of the input, O of a layer. Knows nothing of what is drawn.
+Legend: E ensemble, I units of the input, O of a layer.
 """
 
 import math
@@ -69,8 +69,9 @@ class Traces(NamedTuple):
 
 
 def predict_moments(request: Request) -> pd.DataFrame:
-    """Per layer the expected mean of s^2 and s^4 over the min(I, O) singular values of a net, and the variance of s^2
-    inside a net; `limit_mean_s4` is that of infinite width at the same ratios of widths.
+    """Predict for each layer the means of s^2 and s^4 over its min(I, O) singular values s, and the variance of s^2.
+
+    `limit_mean_s4` is the mean of s^4 at infinite width and the same ratios of widths.
     """
     inputs = request.widths[0]
     now, limit = Traces(math.log(inputs), 1.0, 1 / inputs), 1 / inputs

@@ -1,6 +1,6 @@
-"""From the states of a stack to the laws of its tensors: what n units show of a state, all layers at once.
+"""From the states of a stack to the laws of its tensors: the statistics that n units have in a given state.
 
-Knows the chain of states, not how it came about. Legend: L layers, G nodes of a state, K nodes of all units.
+All layers are computed at once. Legend: L layers, G nodes of a state, K nodes of all units.
 """
 
 from dataclasses import replace
@@ -16,7 +16,7 @@ from initlab.theory.unit_moments import Intervals, JoinedUnits, saturated_interv
 
 
 class Stack(NamedTuple):
-    """Laws of all tensors with a leading dimension, layer 1 first; of length 1 for the input."""
+    """Laws of all tensors of a stack, with a leading dimension of layers, layer 1 first; of length 1 for the input."""
 
     input: Law
     activations: Law
@@ -26,7 +26,7 @@ class Stack(NamedTuple):
 
 
 def shift_lengths(stack: Stack, up: Array) -> Stack:
-    """The laws of a stack whose layers multiply q by exp(up), (L,), more, there and on the way back."""
+    """The laws of a stack whose layers multiply q by a further factor exp(up), (L,), forward and backward."""
     if not up.any():
         return stack
     forward, backward = np.cumsum(up), np.cumsum(up[::-1])[::-1] - up
@@ -39,7 +39,7 @@ def _shift_law(law: Law, ln_q: Array) -> Law:
 
 
 class Layers:
-    """What a chain's steps know, side by side: leading dimension L."""
+    """The numbers of all steps of a chain as arrays with leading dimension L."""
 
     def __init__(self, chain: Chain) -> None:
         self.chain, self.batch, self.single_input = chain, chain.batch, chain.start.single_input
@@ -48,11 +48,11 @@ class Layers:
         self.forward_remain = np.array([step.layer.forward_remain for step in chain.steps])
         self.is_rescaled = np.array([step.layer.is_rescaled for step in chain.steps])
 
-    def of(self, name: str) -> Array:
+    def stack(self, name: str) -> Array:
         return np.array([getattr(step, name) for step in self.chain.steps])
 
-    def after(self, name: str) -> Array:
-        """A number of the state above each layer."""
+    def stack_above(self, name: str) -> Array:
+        """A number of the state that leaves each layer."""
         return np.array([*(getattr(step, name) for step in self.chain.steps[1:]), getattr(self.chain, name)])
 
     @cached_property
@@ -64,15 +64,15 @@ class Layers:
         return np.array([step.units.ln_scale for step in self.chain.steps])
 
     def share(self, intervals: Intervals, single: Array) -> Array:
-        """Share of a layer's entries that lie in these intervals, mean and sd: (L, 2).
+        """Share of a layer's entries that lie in these intervals, mean and sd over networks: (L, 2).
 
-        Entries of one unit differ given m, less what averages out since the e_a add up to 0; those of two inputs go
-        together as far as the inputs' product differs from the average one; and weights that keep all products of
-        inputs leave nothing that is quadratic in z. What lengths do is in the law of W already.
+        Its variance has three parts. Entries of one unit differ given m, less what averages out since the e_a add up to
+        0. Entries of two inputs vary together as far as the inputs' product differs from the average one. Orthogonal
+        weights keep all products of inputs and remove what is quadratic in z.
         """
         u, remain = self.units, self.forward_remain[:, None]
         p, along, curve = u.probability(intervals)
-        mean, pair = u.over_m(p), self.of("pair")[:, None]
+        mean, pair = u.over_m(p), self.stack("pair")[:, None]
         own = (
             np.maximum(u.over_m(p * (1 - p) - along**2), 0) * (design_effect(single, self.batch) / self.batch)[:, None]
         )
@@ -85,16 +85,16 @@ class Layers:
 
 def preactivations(layers: Layers) -> Law:
     """Given the state z is Gaussian, so that T is a chi-square average over the units."""
-    remain, pair, single = layers.forward_remain, layers.of("pair"), layers.of("single")
-    relative = np.zeros((*layers.of("ln_z").shape, 2))
-    relative[..., 0, 0] = (remain / layers.width)[:, None] * (2 - 1.2 * layers.of("uniform") ** 2)
+    remain, pair, single = layers.forward_remain, layers.stack("pair"), layers.stack("single")
+    relative = np.zeros((*layers.stack("ln_z").shape, 2))
+    relative[..., 0, 0] = (remain / layers.width)[:, None] * (2 - 1.2 * layers.stack("uniform") ** 2)
     if not layers.single_input:
         relative[..., 1, 1] = (remain / layers.width * 2 * (1 / (layers.batch - 1) + pair))[:, None]
     if layers.is_rescaled.any():
-        relative[layers.is_rescaled] = _pinned(layers, relative)[layers.is_rescaled]
+        relative[layers.is_rescaled] = _rescaled_noise(layers, relative)[layers.is_rescaled]
     shift, noise = ln_cov(relative)
-    mean, cov, _ = combine(layers.of("ln_z") + shift, noise, layers.weights)
-    law = Law(mean, cov, pair + remain * (1 + pair) / layers.width, single * layers.of("damped")[:, 0])
+    mean, cov, _ = combine(layers.stack("ln_z") + shift, noise, layers.weights)
+    law = Law(mean, cov, pair + remain * (1 + pair) / layers.width, single * layers.stack("damped")[:, 0])
     shares = {
         "frac_zero": np.zeros((len(mean), 2)),
         "frac_saturated": layers.share(saturated_intervals(layers.chain.row), single),
@@ -105,16 +105,16 @@ def preactivations(layers: Layers) -> Law:
 
 
 def _unit_variance(layers: Layers) -> Array:
-    """ln of the pooled variance of pinned layers, mean and sd (L, 2): 0, but where the fit had nothing to do."""
+    """ln of the pooled variance of rescaled layers, mean and sd (L, 2): 0, but where the fit had nothing to do."""
     steps = layers.chain.steps
     alone = np.array([p_not_rescaled(s.layer, s.mean, s.cov, s.pair, layers.batch) for s in steps])
     off = np.array([s.layer.fitted.tolerance if s.layer.fitted else 0.0 for s in steps]) / np.sqrt(3)
     return np.stack([0 * off, np.sqrt(alone) * off], -1)
 
 
-def _pinned(layers: Layers, relative: Array) -> Array:
-    """Noise of T and W, (L, G, 2, 2), of tensors whose variance is 1: the ratio's, and the squared pooled mean's."""
-    ln_z = layers.of("ln_z")
+def _rescaled_noise(layers: Layers, relative: Array) -> Array:
+    """Noise of T and W, (L, G, 2, 2), of tensors whose variance is 1: that of T/W and of the squared pooled mean."""
+    ln_z = layers.stack("ln_z")
     share = np.exp(ln_z - np.logaddexp(ln_z[..., :1], ln_z[..., 1:]))
     apart = np.eye(2) - share[..., None, :]
     centre = 2 * (share[..., :1, None] / layers.width[:, None, None, None]) ** 2
@@ -123,9 +123,9 @@ def _pinned(layers: Layers, relative: Array) -> Array:
 
 
 def activations(layers: Layers) -> Law:
-    """Pooled variance, pooled mean and shares beside T and W."""
+    """Law of the activations: T and W, pooled variance, pooled mean and shares."""
     u, weights = layers.units, layers.weights
-    means, cov = layers.of("means"), layers.of("unit_cov")
+    means, cov = layers.stack("means"), layers.stack("unit_cov")
     pooled, q = means[..., 2], means[..., 0] + means[..., 1]
     var = np.maximum(q - pooled**2 - cov[..., 2, 2], 0)
     one = np.ones_like(pooled)
@@ -136,7 +136,9 @@ def activations(layers: Layers) -> Law:
     of_ratio, of_ln_q = np.stack([off, off, one], -1), np.stack([one, one, 0 * one], -1) / safe[..., None]
     ratio, ln_q = pooled / np.sqrt(safe), np.log(safe) + layers.ln_scale
     pooled_mean = mean_and_sd(ratio, weights, _quadratic(cov, of_ratio) / safe)
-    law = Law(layers.after("mean"), layers.after("cov"), layers.after("pair"), layers.after("single"))
+    law = Law(
+        layers.stack_above("mean"), layers.stack_above("cov"), layers.stack_above("pair"), layers.stack_above("single")
+    )
     together = np.einsum("...i,...ij,...j->...", of_ratio, cov, of_ln_q) / np.sqrt(safe)
     together += (ratio - (ratio @ weights)[:, None]) * (ln_q - (ln_q @ weights)[:, None])
     lean = np.nan_to_num((together @ weights) / law.ln_second_moment()[:, 1])
@@ -146,7 +148,7 @@ def activations(layers: Layers) -> Law:
     dead[:, 1] = np.sqrt(dead[:, 1] ** 2 + dead[:, 0] * (1 - dead[:, 0]) / layers.width)
     return replace(
         law,
-        ln_var=mean_and_sd(np.log(var) + layers.ln_scale + shift + layers.of("bent"), weights, own),
+        ln_var=mean_and_sd(np.log(var) + layers.ln_scale + shift + layers.stack("bent"), weights, own),
         centre=pooled_mean[:, 0],
         lean=lean,
         spread=np.sqrt(np.maximum(pooled_mean[:, 1] ** 2 - lean**2, 0)),
@@ -163,7 +165,7 @@ def _quadratic(cov: Array, by: Array) -> Array:
 
 
 def observe_gaussian(law: Law, batch: int, width: Array, remain: Array) -> Law:
-    """The gradient at an activation, as n Gaussian units show it."""
+    """The law of the gradient at an activation, measured on `width` Gaussian units."""
     relative = np.zeros_like(law.cov)
     relative[:, 0, 0] = remain * 2 / width
     if not law.single_input:

@@ -1,11 +1,11 @@
-"""What one unit does to a whole batch: moments of phi and phi' over the inputs, given the unit's batch mean.
+"""Moments of phi and phi' of one unit over the inputs of a batch, given the unit's batch mean.
 
-All inputs of a batch are alike in law, so that a layer's preactivations are z_a = sqrt(T) m + sqrt(W) e_a for a unit:
-T second moment of the unit's batch mean, W variance inside the batch, m and e_a standard normal (m less so with a
-uniform bias), the e_a adding up to 0. Two one-dimensional integrals then give every moment of every pair and quadruple
-of inputs. Everything is in units of its own scale, whose logarithm is kept: nothing overflows.
+All inputs of a batch have the same law, so that the preactivations of a unit are z_a = sqrt(T) m + sqrt(W) e_a: T is
+the second moment of the unit's batch mean, W the variance inside the batch, m and e_a are standard normal (m is not
+quite normal with a uniform bias), and the e_a add up to 0. Two one-dimensional integrals then give every moment of
+every pair and quadruple of inputs. Everything is divided by its own scale, whose logarithm is kept: nothing overflows.
 
-Legend: G states (T, W) at once, M nodes of m, U nodes of e. Knows neither widths nor layers.
+Legend: G states (T, W) at once, M nodes of m, U nodes of e.
 """
 
 import math
@@ -92,7 +92,7 @@ class Units:
 
 
 class JoinedUnits:
-    """The units of many layers side by side, K = L G M nodes of m in one row, since layers differ in their M."""
+    """`Units` of many layers as one row of K nodes of m, since layers differ in their number of nodes M."""
 
     def __init__(self, layers: Sequence[Units]) -> None:
         self._layers = layers
@@ -117,7 +117,7 @@ class JoinedUnits:
         return np.add.reduceat(f * self.weights, self._starts, axis=-1).reshape(*f.shape[:-1], *self._shape)
 
     def probability(self, intervals: Intervals) -> tuple[Array, Array, Array]:
-        """P(z in one of the intervals) given m, and the means of e and of e^2 - 1 there, each (K,)."""
+        """P(z in one of the intervals) given m, and the means of He1(e) and He2(e) there, each (K,)."""
         root_w, centre = np.sqrt(self.inside) + 1e-150, np.sqrt(1 - self.inside) * self.m
         found, along, curve = np.zeros((3, *self.m.shape))
         for low, high in intervals:
@@ -169,7 +169,7 @@ def _mean(x: Array, weights: Array) -> Array:
 
 
 def _means(f: Array, p: Array, weights: Array) -> dict[str, Any]:
-    """What is left when nothing fluctuates; the rest is 0."""
+    """The moments that count at infinite width; the others are 0."""
     centre = _mean(f, weights)
     none = dict.fromkeys(_NOISE, np.zeros_like(centre)) | dict.fromkeys(_WHOLE, np.zeros(len(centre)))
     variance = _mean((f - centre[..., None]) ** 2, weights)
@@ -242,8 +242,7 @@ def _degree(row: Activation, clipped: Array, half: Array) -> Array:
 def _outer(
     t: Array, scale: Array, kinks: list[float], octaves: int, narrow: float, uniform: Array, grid: Grid
 ) -> tuple[Array, Array]:
-    """Nodes of m and weights. Near a kink the moments change over sqrt(W/T) = 1/sqrt(narrow), so edges halve towards it
-    that far."""
+    """Nodes of m and weights; edges halve towards a kink, near which moments change over sqrt(W/T) = 1/sqrt(narrow)."""
     levels = min(grid.halvings, max(octaves, math.ceil(math.log2(max(1.0, narrow)) / 2)))
     centres = np.concatenate([k / (scale * np.sqrt(t) + 1e-300) for k in kinks], -1)
     moving = (centres[..., None] + _halving_offsets(levels, 0)).reshape(len(t), -1)
@@ -267,7 +266,7 @@ def _panels_between(moving: Array, grid: Grid) -> tuple[Array, Array]:
 
 
 def _density(m: Array, uniform: Array) -> Array:
-    """Of unit variance: a normal variable, or its sum with a uniform one that has this share of the variance."""
+    """Density of a normal variable of unit variance, or of its sum with a uniform one that has this share of it."""
     if not (uniform > 0).any():
         return np.exp(-m * m / 2)
     share = uniform.clip(1e-9, 1 - 1e-9)
@@ -288,7 +287,7 @@ def _inner(
     return e, weights / weights.sum(-1, keepdims=True)
 
 
-# --- where something is true of z ------------------------------------------------------------------------------------
+# --- intervals of z ------------------------------------------------------------------------------------
 
 
 def zero_intervals(row: Activation) -> Intervals:
