@@ -28,18 +28,36 @@ def test_two_commands_and_the_checks_take_the_second_from_here() -> None:
     assert "README.md" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def test_every_option_rule_and_activation_is_named() -> None:
-    said = text()
-    for name in [*RULES, *ACTIVATIONS]:
-        assert f"`{name}`" in said
+def table_rows() -> dict[str, str]:
+    """The table of options: what stands in its first column, in code, and what in its second."""
+    part = text()[text().index("## Options") : text().index("Exit codes:")]
+    rows = (line.split("|")[1:3] for line in part.splitlines() if line.startswith("| `"))
+    return {name: values for names, values in rows for name in full_names(names)}
+
+
+def full_names(cell: str) -> list[str]:
+    """`train.depth`, `.width` -> train.depth, train.width."""
+    found: list[str] = []
+    for name in re.findall(r"`([^`]+)`", cell):
+        found.append(found[0].rpartition(".")[0] + name if name.startswith(".") else name)
+    return found
+
+
+def test_every_option_has_its_row_and_every_rule_and_activation_its_name() -> None:
+    rows = table_rows()
+    hidden = {"data.url", "data.root", "data.download"}  # explained in the row of `data`
     for option in option_names():
-        if not option.endswith(".name") and option != "data.url":
-            assert option.split(".")[-1] in said, option
+        shown = option.removesuffix(".name")
+        holds_others = any(other.startswith(f"{shown}.") for other in option_names())
+        deeper = shown.startswith(("phase.", "sweep."))  # the axes have a section
+        assert shown in rows or shown in hidden or holds_others or deeper, option
+    assert set(RULES) <= set(re.findall(r"`(\w+)`", rows["init"]))
+    assert set(ACTIVATIONS) <= set(re.findall(r"`(\w+)`", rows["activation"]))
 
 
 def test_every_statistic_is_explained() -> None:
-    left = [name for name in STATISTICS if f"`{name}`" not in text()]
-    assert left == ["count", "mean", "norm", "min", "max"]  # these explain themselves
+    explained = set(re.findall(r"`(\w+)`", text()[text().index("## Glossary") :]))
+    assert set(STATISTICS) - explained <= {"count", "mean", "norm", "min", "max"}  # these explain themselves
 
 
 def test_links_lead_somewhere() -> None:
@@ -51,3 +69,23 @@ def test_links_lead_somewhere() -> None:
 def test_tested_versions_are_pinned() -> None:
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     assert "\ntorch==2.13.0\n" in pins and "\nhydra-core==1.3" in pins
+
+
+PROSE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "outputs/README.md", "experiments/README.md")
+
+
+def sentences(path: Path) -> list[str]:
+    """Sentences of a page, without code, tables and pictures."""
+    page = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
+    page = "\n".join(line for line in page.splitlines() if not line.startswith(("|", "![", "<!--")))
+    paragraphs = re.split(r"\n\s*\n|\n(?=[-*] )|\n(?=#)", re.sub(r"`[^`]*`", "CODE", page))
+    plain = (" ".join(re.sub(r"\]\([^)]*\)", "]", paragraph).split()) for paragraph in paragraphs)
+    return [one for paragraph in plain for one in re.split(r"(?<=[.!?:;])\s+(?=[A-Z*\"\[])", paragraph) if one]
+
+
+@pytest.mark.parametrize("name", PROSE)
+def test_sentences_are_short(name: str) -> None:
+    """At most 30 words in 19 sentences of 20."""
+    found = sentences(ROOT / name)
+    long = [one for one in found if len(one.split()) > 30]
+    assert len(long) <= len(found) / 20, long
