@@ -55,7 +55,10 @@ def bands(law: Law, infinite: Law, batch: int, n: NDArray[np.int64], second: Arr
             inside = np.stack([measured.mean[:, 1] + shift, _root(measured.cov[:, 1, 1])], -1)
             found.append(_in_ln("std_within", inside / 2, infinite.mean[:, 1] / 2))
             found.append(_cosine(law, infinite, batch))
-        found += [_share(name, share, infinite.shares[name][:, 0]) for name, share in law.shares.items()]
+        for name, share in law.shares.items():
+            moments, limit = np.stack([share[:, 0], np.nan_to_num(share[:, 1])], -1), infinite.shares[name][:, 0]
+            points = np.clip(moments[:, :1] + moments[:, 1:] * _STEPS, 0, 1)
+            found.append(Rows(name, np.column_stack([limit, np.log(limit), moments, points])))
         return [*found, _mean(law, infinite, given)]
 
 
@@ -110,12 +113,6 @@ def _cosine(law: Law, infinite: Law, batch: int) -> Rows:
     limit = cosine(infinite.mean[:, 0] - infinite.mean[:, 1])
     width = (points[:, 2] - points[:, 1]) / (2 * NARROW)
     return Rows("cosine", np.column_stack([limit, np.log(limit), points[:, 0], width, points]))
-
-
-def _share(name: str, moments: Array, limit: Array) -> Rows:
-    mean, sd = moments[:, 0], np.nan_to_num(moments[:, 1])
-    points = np.clip(mean[:, None] + sd[:, None] * _STEPS, 0, 1)
-    return Rows(name, np.column_stack([limit, np.log(limit), mean, sd, points]))
 
 
 # --- the pooled mean, exp(ln q / 2) (centre + lean eta + spread xi) --------------------------------------------------

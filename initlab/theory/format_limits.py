@@ -60,14 +60,11 @@ def limits(
         for event, happened in EVENTS.items():
             by_layer = [happened(FORMATS[name], law, batch, n) for law, n in zip(each, widths, strict=True)]
             share = np.maximum.accumulate(by_layer)
-            layers = {key: _first(share, q) for key, q in QUANTILES.items()}
+            layers = {
+                key: float((share >= q).argmax() + 1) if share[-1] >= q else math.nan for key, q in QUANTILES.items()
+            }
             rows.append({"format": name, "event": event, **layers, "share": float(share[-1])})
     return pd.DataFrame(rows)
-
-
-def _first(share: Array, quantile: float) -> float:
-    reached = share >= quantile
-    return float(reached.argmax() + 1) if reached.any() else math.nan
 
 
 def _ln_rms(law: Law) -> Array:

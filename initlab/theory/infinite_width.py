@@ -35,17 +35,14 @@ def infinite_laws(row: Activation, layers: Sequence[Layer], batch: int, q0: floa
         for layer in layers:
             z, uniform, _ = preactivations(layer, state[None])
             passed.append(units(row, z[:, 0], z[:, 1], uniform, FINE))
-            state = _next(passed[-1])
+            u = passed[-1]
+            inside = float(u.over_m(u.variance)[0])
+            t = float(u.over_m(u.mean**2)[0]) + inside / MANY
+            logs = [max(NOTHING, ln(x)) for x in (t, inside * (1 - 1 / MANY))]
+            state = np.array(logs) + float(u.ln_scale[0])
             ln_z.append(z[0])
             ln_x.append(state)
         return _stack(row, layers, batch, start, np.array(ln_z), np.array(ln_x), passed)
-
-
-def _next(u: Units) -> Array:
-    """ln T and ln W of the activations: the square of a unit's batch mean, and the variance inside."""
-    inside = float(u.over_m(u.variance)[0])
-    t = float(u.over_m(u.mean**2)[0]) + inside / MANY
-    return np.array([max(NOTHING, ln(x)) for x in (t, inside * (1 - 1 / MANY))]) + float(u.ln_scale[0])
 
 
 def _stack(

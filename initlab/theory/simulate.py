@@ -1,9 +1,9 @@
-"""Simulation of the exact law of a stack, without its weights where that is cheaper.
+"""Networks drawn from the exact law of a stack, without drawing all of their weights where that is cheaper.
 
 Given a layer's input X (B x I), z = X W with Gaussian W depends on W only through an orthonormal basis of X's rows:
 with X^T = Q R, z = R^T (Q^T W), and Q^T W is Gaussian. On the way back d W^T = d (Q^T W)^T Q^T + what W does outside
-the basis, independent of everything so far. So B < I inputs cost B^2 I a layer, not B I^2, with no approximation.
-Knows laws and no seeds of the harness: its networks are not those that a run draws.
+the basis, independent of everything so far. So B < I inputs cost B^2 I per layer, not B I^2, with no approximation.
+The networks are not those that a run with the same seed draws.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ INSIDE = 0.9544997361036416  # probability that it is not
 
 
 class _Chain:
-    """Draws what a group of networks needs. E networks, B inputs."""
+    """The random numbers of a group of E networks on B inputs."""
 
     def __init__(self, networks: int, generator: torch.Generator, distribution: str, dtype: torch.dtype) -> None:
         self.networks, self.generator, self.distribution = networks, generator, distribution
@@ -63,7 +63,7 @@ class _Chain:
         return found
 
     def short(self, layer: Layer, batch: int) -> bool:
-        """Whether the weights need not be drawn."""
+        """Whether the projection of the weights on the inputs is enough."""
         return batch < layer.fan_in and self.distribution == "normal" and not layer.orthogonal
 
 
@@ -78,9 +78,10 @@ def simulate(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> dict[Key, Tensor]:
-    """Statistics, in the order of `stats.STATISTICS`, of every tensor in so many fresh networks: (S, E) float64.
+    """Draw networks and take the statistics of every tensor: (S, E) float64 in the order of STATISTICS.
 
-    `dtype` is what the networks are computed in: float32 is twice as fast where no signal leaves its range.
+    row: the activation. batch, q0, c0: number, second moment and mean cosine of the inputs. distribution: of the
+    weights. dtype: what the networks are computed in; float32 is twice as fast where no signal leaves its range.
     """
     widest = max(max(layer.fan_in, layer.fan_out) for layer in layers)
     step = max(1, min(networks, ENTRIES // (widest * max(batch, widest))))
@@ -112,7 +113,7 @@ def _pass(
     note(0, "activation", "forward", x)
     kept: list[tuple[Tensor, Tensor, _Known, Tensor | float]] = []
     for k, layer in enumerate(layers, 1):
-        z, passed, factor = _through(chain, layer, x)
+        z, passed, factor = _pass_layer(chain, layer, x)
         x = row.phi(z)
         block = note(k, "preactivation", "forward", z)
         slope = row.slope(z)
@@ -134,28 +135,28 @@ _SATURATED = list(STATISTICS).index("frac_saturated")
 _Known: TypeAlias = tuple[Tensor, Tensor] | Tensor
 
 
-def _through(chain: _Chain, layer: Layer, x: Tensor) -> tuple[Tensor, _Known, Tensor | float]:
-    """z = f x W + b, W or what is known of it: the basis Q (E, I, B) of the inputs and Q^T W (E, B, O); and f, which is
-    1 but where a fit scales the weights."""
-    z, biases, passed = _draw_preactivations(chain, layer, x)
+def _pass_layer(chain: _Chain, layer: Layer, x: Tensor) -> tuple[Tensor, _Known, Tensor | float]:
+    """z = f x W + b; then W, or the basis Q (E, I, B) of the inputs and Q^T W (E, B, O); then f.
+
+    The factor f is 1 unless LSUV scales the weights.
+    """
+    known: _Known
+    if chain.short(layer, x.shape[-2]):
+        basis, triangle = torch.linalg.qr(x.mT)
+        projected = chain.normal(x.shape[-2], layer.fan_out) * layer.weight**0.5
+        z, known = triangle.mT @ projected, (basis, projected)
+    else:
+        known = chain.weights(layer)
+        z = x @ known
+    biases = chain.biases(layer)
     if layer.fitted is None:
-        return z + biases, passed, 1.0
+        return z + biases, known, 1.0
     factor = torch.ones(chain.networks, 1, 1, dtype=torch.float64)
     for _ in range(layer.fitted.attempts):
         variance = (z * factor.to(z.dtype) + biases).double().var((-2, -1), correction=0, keepdim=True)
         due = (variance - 1).abs() >= layer.fitted.tolerance
         factor = torch.where(due & (variance > 0) & variance.isfinite(), factor / variance.sqrt(), factor)
-    return z * factor.to(z.dtype) + biases, passed, factor.to(z.dtype)
-
-
-def _draw_preactivations(chain: _Chain, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | float, _Known]:
-    """x W, b, and what is known of W."""
-    if not chain.short(layer, x.shape[-2]):
-        w = chain.weights(layer)
-        return x @ w, chain.biases(layer), w
-    basis, triangle = torch.linalg.qr(x.mT)
-    seen = chain.normal(x.shape[-2], layer.fan_out) * layer.weight**0.5
-    return triangle.mT @ seen, chain.biases(layer), (basis, seen)
+    return z * factor.to(z.dtype) + biases, known, factor.to(z.dtype)
 
 
 def _back(chain: _Chain, layer: Layer, d: Tensor, passed: tuple[Tensor, Tensor] | Tensor) -> Tensor:

@@ -108,14 +108,11 @@ def _next(now: Traces, layer: Layer, ratio: float) -> tuple[float, float]:
 
 def _slopes(request: Request) -> Iterator[tuple[float, float]]:
     """E phi'^2 and E phi'^4 of every layer, its second moment of preactivations by the length map."""
-    entering = request.q0
+    entering, row = request.q0, request.row
     for layer in request.layers:
         q = layer.fan_in * layer.weight * entering + layer.bias + layer.uniform_bias
-        at = torch.tensor(1.0 if request.row.homogeneous else q, dtype=torch.float64).clamp(1e-40, 1e40)
-        mu_1, mu_2 = (_slope_moment(request.row, at, power) for power in (2, 4))
+        at = torch.tensor(1.0 if row.homogeneous else q, dtype=torch.float64).clamp(1e-40, 1e40)
+        mu_1 = float(gaussian_means(lambda z, u: row.slope(z) ** 2, at, row.kinks))
+        mu_2 = float(gaussian_means(lambda z, u: row.slope(z) ** 4, at, row.kinks))
         yield mu_1, mu_2
-        entering = float(moment(request.row, q)) if not request.row.homogeneous else entering
-
-
-def _slope_moment(row: Activation, q: Tensor, power: int) -> float:
-    return float(gaussian_means(lambda z, u: row.slope(z) ** power, q, row.kinks))
+        entering = float(moment(row, q)) if not row.homogeneous else entering

@@ -31,11 +31,13 @@ def shift_lengths(stack: Stack, up: Array) -> Stack:
         return stack
     forward, backward = np.cumsum(up), np.cumsum(up[::-1])[::-1] - up
     by = forward, forward, backward, backward
-    return Stack(stack.input, *(_shift_law(law, ln_q) for law, ln_q in zip(stack[1:], by, strict=True)))
-
-
-def _shift_law(law: Law, ln_q: Array) -> Law:
-    return replace(law, mean=law.mean + ln_q[:, None], ln_var=law.ln_var + np.stack([ln_q, 0 * ln_q], -1))
+    return Stack(
+        stack.input,
+        *(
+            replace(law, mean=law.mean + x[:, None], ln_var=law.ln_var + np.stack([x, 0 * x], -1))
+            for law, x in zip(stack[1:], by, strict=True)
+        ),
+    )
 
 
 class Layers:

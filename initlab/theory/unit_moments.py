@@ -10,7 +10,7 @@ Legend: G states (T, W) at once, M nodes of m, U nodes of e.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
@@ -151,8 +151,8 @@ def units(row: Activation, ln_t: Array, ln_w: Array, uniform: Array, grid: Grid 
     octaves = math.ceil(min(30.0, max(0.0, clipped.max() / math.log(2))))
     octaves = max(min(octaves, 1), octaves - grid.wide)
     narrow = float((t / np.maximum(w, 1e-30)).max()) if row.kinks or not w.any() else 1.0
-    m, m_weights = _outer(t, scale, kinks, octaves, narrow, uniform, grid)
-    e, e_weights = _inner(m, t, w, scale, kinks, octaves, grid)
+    m, m_weights = _outer_nodes(t, scale, kinks, octaves, narrow, uniform, grid)
+    e, e_weights = _inner_nodes(m, t, w, scale, kinks, octaves, grid)
     u = (np.sqrt(t) * m)[..., None] + np.sqrt(w)[..., None] * e
     z = torch.from_numpy(scale[..., None] * u)
     f, p = row.phi(z).numpy(), row.slope(z).numpy()
@@ -160,35 +160,17 @@ def units(row: Activation, ln_t: Array, ln_w: Array, uniform: Array, grid: Grid 
     f = f / np.where(size > 0, size, 1)[:, None, None]
     ln_size = np.where(size > 0, np.log(np.where(size > 0, size, 1)), NOTHING)
     ln_scale = 2 * (ln_size + _degree(row, clipped, half) * (half - clipped))
-    found = _means(f, p, e_weights) if grid.means_only else _moments(f, p, u, e, e_weights, m_weights)
-    return Units(m, m_weights, w, scale, ln_scale, **found)
+    if not grid.means_only:
+        return Units(m, m_weights, w, scale, ln_scale, **_moments(f, p, u, e, e_weights, m_weights))
+    zero = {field.name: np.zeros(len(m)) for field in fields(Units)[5:]}  # moments that count at finite width only
+    centre = _mean(f, e_weights)
+    variance = _mean((f - centre[..., None]) ** 2, e_weights)
+    found = {"mean": centre, "variance": variance, "slope": _mean(p, e_weights), "slope2": _mean(p * p, e_weights)}
+    return Units(m, m_weights, w, scale, ln_scale, **{**zero, **found})
 
 
 def _mean(x: Array, weights: Array) -> Array:
     return np.asarray(np.einsum("gmu,gmu->gm", x, weights))
-
-
-def _means(f: Array, p: Array, weights: Array) -> dict[str, Any]:
-    """The moments that count at infinite width; the others are 0."""
-    centre = _mean(f, weights)
-    none = dict.fromkeys(_NOISE, np.zeros_like(centre)) | dict.fromkeys(_WHOLE, np.zeros(len(centre)))
-    variance = _mean((f - centre[..., None]) ** 2, weights)
-    return none | {"mean": centre, "variance": variance, "slope": _mean(p, weights), "slope2": _mean(p * p, weights)}
-
-
-_NOISE = (
-    "third",
-    "fourth",
-    "e1",
-    "e1_square",
-    "e2",
-    "e2_square",
-    "slope4",
-    "e1_slope",
-    "e2_slope",
-    "e2_slope2",
-)
-_WHOLE = ("h2_phi2", "h4_phi2", "h2_slope2", "h4_slope2", "phi2_slope2", "u_phi_slope", "u2_slope2")
 
 
 def _moments(f: Array, p: Array, u: Array, e: Array, weights: Array, m_weights: Array) -> dict[str, Any]:
@@ -239,7 +221,7 @@ def _degree(row: Activation, clipped: Array, half: Array) -> Array:
     return np.asarray((ratio.log() / math.log(2)).round())
 
 
-def _outer(
+def _outer_nodes(
     t: Array, scale: Array, kinks: list[float], octaves: int, narrow: float, uniform: Array, grid: Grid
 ) -> tuple[Array, Array]:
     """Nodes of m and weights; edges halve towards a kink, near which moments change over sqrt(W/T) = 1/sqrt(narrow)."""
@@ -249,7 +231,12 @@ def _outer(
     if (uniform > 0).any():
         moving = np.concatenate([moving, np.sqrt(3 * uniform)[:, None] * np.array([1.0, -1.0])], -1)
     m, lengths = _panels_between(moving, grid)
-    weights = lengths * _density(m, uniform[:, None])
+    density = np.exp(-m * m / 2)
+    if (uniform > 0).any():  # of the sum of a normal variable and a uniform one
+        share = uniform[:, None].clip(1e-9, 1 - 1e-9)
+        half, sigma = np.sqrt(3 * share), np.sqrt(1 - share)
+        density = normal_cdf((m + half) / sigma) - normal_cdf((m - half) / sigma)
+    weights = lengths * density
     return m, weights / weights.sum(-1, keepdims=True)
 
 
@@ -265,16 +252,7 @@ def _panels_between(moving: Array, grid: Grid) -> tuple[Array, Array]:
     return panels(np.sort(edges.clip(-grid.reach, grid.reach), -1), grid.nodes)
 
 
-def _density(m: Array, uniform: Array) -> Array:
-    """Density of a normal variable of unit variance, or of its sum with a uniform one that has this share of it."""
-    if not (uniform > 0).any():
-        return np.exp(-m * m / 2)
-    share = uniform.clip(1e-9, 1 - 1e-9)
-    half, sigma = np.sqrt(3 * share), np.sqrt(1 - share)
-    return normal_cdf((m + half) / sigma) - normal_cdf((m - half) / sigma)
-
-
-def _inner(
+def _inner_nodes(
     m: Array, t: Array, w: Array, scale: Array, kinks: list[float], octaves: int, grid: Grid
 ) -> tuple[Array, Array]:
     """Nodes of e for every m, with edges where z meets a kink; a single one where nothing varies inside."""
@@ -309,22 +287,18 @@ _FOUND: dict[tuple[Activation, str], Intervals] = {}
 
 
 def _intervals(row: Activation, true: Callable[[Tensor], Tensor]) -> Intervals:
-    """From a grid, its edges bisected; beyond |z| = 50 the last answer goes on. Single points have no probability."""
+    """Intervals where `true` holds, found on a grid up to |z| = 50 and refined by bisection; single points do not count."""
     key = (row, true.__qualname__)
     if key not in _FOUND:
         z = torch.linspace(-50, 50, 20_001, dtype=torch.float64) + 1e-4
         holds = true(z)
-        changes = holds.int().diff().nonzero().flatten().tolist()
-        edges = [_edge(true, float(z[k]), float(z[k + 1])) for k in changes]
+        changes = holds.int().diff().nonzero().flatten()
+        low, high = z[changes], z[changes + 1]
+        for _ in range(60):
+            middle = (low + high) / 2
+            same = true(middle) == holds[changes]
+            low, high = torch.where(same, middle, low), torch.where(same, high, middle)
+        edges = high.tolist()
         ends = ([-math.inf] if holds[0] else []) + edges + ([math.inf] if holds[-1] else [])
         _FOUND[key] = tuple(zip(ends[::2], ends[1::2], strict=True))
     return _FOUND[key]
-
-
-def _edge(true: Callable[[Tensor], Tensor], low: float, high: float) -> float:
-    at_low = bool(true(torch.tensor([low], dtype=torch.float64)))
-    for _ in range(60):
-        middle = (low + high) / 2
-        same = bool(true(torch.tensor([middle], dtype=torch.float64))) == at_low
-        low, high = (middle, high) if same else (low, middle)
-    return high
