@@ -287,7 +287,7 @@ _FOUND: dict[tuple[Activation, str], Intervals] = {}
 
 
 def _intervals(row: Activation, true: Callable[[Tensor], Tensor]) -> Intervals:
-    """Intervals where `true` holds, found on a grid up to |z| = 50 and refined by bisection; single points do not count."""
+    """Intervals where `true` holds, found on a grid up to |z| = 50 refined by bisection; single points do not count."""
     key = (row, true.__qualname__)
     if key not in _FOUND:
         z = torch.linspace(-50, 50, 20_001, dtype=torch.float64) + 1e-4
