@@ -105,8 +105,8 @@ def as_usage_error(error: Exception) -> UsageError:
         if group == "hydra/launcher" and name in EXTRAS:
             return UsageError(f"{group}={name}: is not installed; pip install 'initlab[{EXTRAS[name]}]'")
         if error.options:
-            known = [name for name in error.options if not name.endswith(PLUGIN)]
-            known += EXTRAS if group == "hydra/launcher" else ()
+            known = {name for name in error.options if not name.endswith(PLUGIN)}
+            known |= set(EXTRAS) if group == "hydra/launcher" else set()
             return not_one_of(group or "--config-name", name, known)
         return UsageError(f"{error.missing_cfg_file}: no such file below the folders of configurations")
     cause: BaseException | None = error
