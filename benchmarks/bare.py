@@ -74,7 +74,7 @@ def stack_pass(weights: Sequence[Tensor], x: Tensor) -> Contestant:
 def networks_one_by_one(count: int, depth: int, width: int, batch: int, fresh: bool = False) -> Contestant:
     """Tanh networks of a plane, each alone, looked at in the plane's layers; q and mean cosine of the last."""
     scale = width**-0.5
-    looks, closer = (frozenset(layers) for layers in phase.looks("sigma", depth))
+    layers, slopes = (frozenset(some) for some in phase.measured_layers("sigma", depth))
 
     def drawn() -> list[tuple[Tensor, Tensor]]:
         return [(torch.randn(width, width).mul_(scale), torch.randn(width)) for _ in range(depth)]
@@ -86,10 +86,10 @@ def networks_one_by_one(count: int, depth: int, width: int, batch: int, fresh: b
         for layer, (w, b) in enumerate(drawn() if fresh else shared, start=1):
             z = torch.addcmul(b * sb, out @ w, scaled)
             out = torch.tanh(z)
-            if layer in looks:
+            if layer in layers:
                 unit = z / z.norm(dim=-1, keepdim=True)
                 found = z.square().mean(), ((unit @ unit.T).sum() - batch) / (batch * (batch - 1))
-            if layer in closer:
+            if layer in slopes:
                 torch.stack([z.mean(), (1 - out * out).square().mean()])
         return found
 

@@ -25,12 +25,13 @@ from initlab.nn.init import Rule, rule
 from initlab.scratch.backward import VERSIONS, Step
 from initlab.stats.kernels.cpu import library, plain
 from initlab.stats.statistics import Rows
-from initlab.stats.summarize import summarize
 from initlab.tasks import stack as stacks
 from initlab.tasks.curves import gain_curves
-from initlab.tasks.ensemble.networks import Networks, Shape
-from initlab.tasks.phase import looks
-from initlab.tasks.phase_points import Place, Points, look
+from initlab.tasks.ensemble.device import Where
+from initlab.tasks.ensemble.networks import Ensemble, Networks
+from initlab.tasks.ensemble.networks import Net as StackNet
+from initlab.tasks.phase import measured_layers
+from initlab.tasks.phase_points import Points, measure_points
 
 BACKWARD = "fast"  # the row of the backward ladder that initlab trains with
 TABLE_STEPS = 50  # recorded steps of which tables are made at once; a training makes them of more
@@ -185,15 +186,15 @@ def watched_stack(weights: Sequence[Tensor], x: Tensor, accelerated: bool) -> Co
     A call gives the statistics (S + 2, K, 1) of its rows: a run makes one frame of many passes, so none is made here.
     """
     available(accelerated)
-    shape = Shape(len(weights), x.shape[-1], x.shape[-1], x.shape[-2])
-    nets = _Drawn([rule("kaiming")], "relu", shape, [0], x.dtype, x.device)
+    net = StackNet(ACTIVATIONS["relu"], len(weights), x.shape[-1], x.shape[-1], x.shape[-2])
+    nets = _Drawn(net, Ensemble([rule("kaiming")], [0]), Where(x.dtype, x.device))
     nets.given, nets.input = weights, x
-    silent, phi = tqdm(disable=True), ACTIVATIONS["relu"]
+    silent = tqdm(disable=True)
 
     def forward() -> Tensor:
-        record = stacks._Record(nets, None, lambda part: None, False)
-        stacks._Pass(nets, phi, record, summarize, False, silent).forward()
-        return stacks._finished(torch.cat(record._blocks._blocks, 1))
+        record = stacks._Record(nets, lambda part: None, False)
+        stacks._Pass(nets, record, False, silent).forward()
+        return stacks._derive_all(torch.cat(record._blocks._blocks, 1))
 
     return Contestant(road(accelerated, forward))
 
@@ -257,7 +258,7 @@ def plane(count: int, depth: int, width: int, batch: int, fresh: bool = False) -
     """Tanh networks of a plane (sigma_w, sigma_b) as one program, drawn and looked at as `task=phase` does."""
     grid = [k / count for k in range(count)]
     points = Points([0.5 + 2.5 * k for k in grid], grid, ACTIVATIONS["tanh"], depth, width, batch, 0.5, fresh=fresh)
-    return Contestant(lambda: look(points, 0, *looks("sigma", depth), Place()), count)
+    return Contestant(lambda: measure_points(points, 0, *measured_layers("sigma", depth), Where()), count)
 
 
 # --- many run folders ------------------------------------------------------------------------------------------------

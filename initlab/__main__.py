@@ -65,7 +65,7 @@ def _run() -> int:
     from initlab.job.life_cycle import finish_sweep, outcome, run_composed
     from initlab.job.options import HYDRA_MISTAKES, as_usage_error
     from initlab.job.settings import CONF
-    from initlab.sweep import batched_launcher, sweeper, workers
+    from initlab.sweep import batched_launcher, sweeper
     from initlab.sweep.callback import Refused, Sweep
     from initlab.sweep.command_line import check_words
 
@@ -74,7 +74,6 @@ def _run() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sweeper.install()
     batched_launcher.install()
-    workers.install()
     Sweep.forget()
     outcome.clear()
     code = 0

@@ -6,6 +6,7 @@ Every room raises `UsageError` for a mistake in what it was asked; anything else
 import math
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from numbers import Real
 from typing import TypeVar
 
 Row = TypeVar("Row")
@@ -59,13 +60,21 @@ def choose(table: Mapping[str, Row], name: str, what: str) -> Row:
     return table[name]
 
 
-def check(**options: float) -> None:
-    """Refuse numbers below their limit; `train_depth` stands for the option `train.depth`."""
+WHOLE = frozenset(LOWEST) - {"train.lr"}  # whole numbers; the others are any
+
+
+def check(**options: object) -> None:
+    """Refuse what is no number, and numbers outside their limits; `train_depth` stands for the option `train.depth`."""
     for key, value in options.items():
         option = key.replace("train_", "train.", 1)
-        if not math.isfinite(value):
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise UsageError(f"{option}={value!r}: must be a {'whole ' if option in WHOLE else ''}number")
+        number = float(value)
+        if not math.isfinite(number):
             raise UsageError(f"{option}={value}: must be finite")
-        if value < LOWEST[option]:
-            raise UsageError(f"{option}={value:g}: must be at least {LOWEST[option]:g}")
-        if value > HIGHEST.get(option, math.inf):
-            raise UsageError(f"{option}={value:g}: must be at most {HIGHEST[option]:g}")
+        if option in WHOLE and number != number // 1:
+            raise UsageError(f"{option}={value}: must be a whole number")
+        if number < LOWEST[option]:
+            raise UsageError(f"{option}={number:g}: must be at least {LOWEST[option]:g}")
+        if number > HIGHEST.get(option, math.inf):
+            raise UsageError(f"{option}={number:g}: must be at most {HIGHEST[option]:g}")

@@ -17,6 +17,7 @@ import torch
 import initlab
 from initlab.errors import UsageError
 from initlab.job import prepare, stages
+from initlab.tasks import train
 from initlab.tasks.course import ladders
 
 Lab = Callable[..., tuple[int, str, str]]
@@ -154,7 +155,7 @@ def test_a_fault_keeps_its_traceback_and_what_was_measured(lab: Lab, monkeypatch
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(stages, "train", broken)
+    monkeypatch.setattr(train, "run_training", broken)
     code, out, err = lab(*QUICK)
     assert code == 1 and "a fault of ours" in out + err and "Traceback" in out + err
     (folder,) = runs()
@@ -231,13 +232,13 @@ def test_a_stopped_run_keeps_what_it_measured(tmp_path: Path, number: int, code:
 
 
 def test_a_stopped_training_has_its_prediction(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = stages.train
+    whole = train.run_training
 
     def stopped(*args: object, **options: object) -> None:
         whole(*args, **options)  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "train", stopped)
+    monkeypatch.setattr(train, "run_training", stopped)
     assert lab("task=train", "theory=simulation", *QUICK)[0] == 130
     with pytest.warns(UserWarning, match="interrupted"):
         theory = initlab.read("outputs", table="theory")
@@ -263,7 +264,8 @@ def test_a_failed_expectation_is_told_by_the_exit_code(lab: Lab, tmp_path: Path)
 
 
 def test_the_ladder_and_the_graph_from_the_command_line(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "matmul_ladder", lambda **how: ladders.matmul_ladder([(2, 3, 4)], rounds=1, **how))
+    whole = ladders.matmul_ladder
+    monkeypatch.setattr(ladders, "matmul_ladder", lambda **how: whole([(2, 3, 4)], rounds=1, **how))
     code, out, err = lab("task=matmul")
     assert code == 0, err
     assert "einsum" in out and "equal up to rounding" in out
@@ -299,7 +301,8 @@ def test_one_backward_pass_is_explained(lab: Lab) -> None:
 def test_the_backward_ladder_from_the_command_line(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = {"rounds": 1, "seconds": 0.01, "inputs": 4, "versions": ["outer", "engine"]}
     monkeypatch.setattr(stages, "TEACHER_ROWS", 100)
-    monkeypatch.setattr(stages, "backward_ladder", lambda *what, **how: ladders.backward_ladder(*what, **how, **quick))
+    whole = ladders.backward_ladder
+    monkeypatch.setattr(ladders, "backward_ladder", lambda *what, **how: whole(*what, **how, **quick))
     code, out, err = lab("task=backward", "train.batch=7", "train.depth=2", "train.width=3")
     assert code == 0, err
     assert "nn.Linear" in out and "equal up to rounding" in out

@@ -11,17 +11,16 @@ from initlab.errors import UsageError, check, choose
 from initlab.job.network_grid import refuse_axes
 from initlab.job.options import columns, function_of, seeds
 from initlab.job.printout import report
-from initlab.job.settings import ActivationConfig, Config
-from initlab.job.stages import DRAW_BY_RULE, TAKE_ANY_FUNCTION, TASKS, Stage
+from initlab.job.settings import Config
+from initlab.job.stages import TASKS, JobSettings, Stage
 from initlab.meanfield.gain_table import gain_words
-from initlab.nn.activations import ACTIVATIONS, Activation
+from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.custom_activation import as_activation, numerical
-from initlab.nn.init import GENERATORS, RULES, Rule, rule
+from initlab.nn.init import RULES, Rule, rule
 from initlab.runs.recorder import Recorder
-from initlab.scratch.layers import LOSSES
-from initlab.stats.dtypes import format_of
-from initlab.tasks.ensemble.device import MATMULS, find_device, set_matmul
-from initlab.tasks.twins import MODULES, OPTIMIZERS
+from initlab.tasks.ensemble.device import Where, set_matmul
+from initlab.tasks.ensemble.networks import Net
+from initlab.tasks.ensemble.training import Training
 from initlab.theory.method import METHODS
 
 
@@ -48,75 +47,69 @@ class Job:
 
 
 def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> Job:
-    """Refuse every mistake before anything is measured."""
-    stages = choose(TASKS, config.task, "task")
-    _refuse(config)
+    """Refuse every mistake before anything is measured.
+
+    config: the options. choices: of each group of conf/ the file that was chosen. folder: of the run.
+    """
+    task = choose(TASKS, config.task, "task")
+    check(seed=config.seed, seeds=config.seeds, threads=config.threads, train_lr=config.train.lr)
+    choose({**METHODS, "off": ""}, config.theory, "theory")
     refuse_axes(config)
     torch.set_num_threads(config.threads)
     set_matmul(config.matmul)
-    i = config.init
-    scaling = rule(i.name, **{name: value for name, value in vars(i).items() if name != "name"})
-    device = find_device(config.device).type
-    phi = _activation(config.activation)
-    if phi not in ACTIVATIONS.values() and config.task not in TAKE_ANY_FUNCTION:
-        allowed = ", ".join(TAKE_ANY_FUNCTION)
+    settings = resolve(config, choices)
+    activation, device = settings.activation, settings.where.device
+    if not task.any_function and activation not in ACTIVATIONS.values():
+        allowed = ", ".join(name for name, row in TASKS.items() if row.any_function)
         raise UsageError(f"activation._target_={config.activation._target_}: is for task={allowed}")
-    common = {
-        "init": scaling,
-        "activation": phi if config.task in TAKE_ANY_FUNCTION else config.activation.name,
-        "seeds": seeds(config),
-        "dtype": config.dtype,
-        "device": device,
-        "generator": config.generator,
-        "progress": True,
-    }
-    described = _described(config, scaling, phi, choices) | {"device": device}
-    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {config.threads} thread(s)"
-    recorder = Recorder(folder, described, name, seeds=list(seeds(config)))
+    described = _described(settings, choices)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {config.threads} thread(s)"
+    recorder = Recorder(folder, described, name, seeds=list(settings.seeds))
     several = any(vars(config.sweep)[name] is not None for name in ("init", "gain", "lr"))
-    if numerical(phi):
+    if numerical(activation):
         recorder.note(
             f"activation: {described['activation']} came without a derivative; its slope is a difference quotient"
         )
-    words = gain_words(scaling, phi) if config.task in DRAW_BY_RULE and not several else ""
+    words = gain_words(settings.rule, activation) if task.by_rule and not several else ""
     plots = config.plots and config.study.figure.y is None
-    return Job([stage(config, common) for stage in stages], recorder, plots, words, several)
+    return Job(task.prepare(settings), recorder, plots, words, several)
 
 
-def _refuse(config: Config) -> None:
-    t = config.train
-    check(depth=config.depth, width=config.width, batch=config.batch, seed=config.seed, seeds=config.seeds)
-    check(every=config.every, threads=config.threads, train_depth=t.depth, train_width=t.width)
-    check(train_batch=t.batch, train_steps=t.steps, train_lr=t.lr)
-    format_of(config.dtype)
-    choose(GENERATORS, config.generator, "generator")
-    choose(MATMULS, config.matmul, "matmul")
-    choose(OPTIMIZERS, t.optimizer, "train.optimizer")
-    choose(LOSSES, t.loss, "train.loss")
-    choose(MODULES, t.modules, "train.modules")
-    choose({**METHODS, "off": ""}, config.theory, "theory")
-
-
-def _activation(given: ActivationConfig) -> Activation:
-    """The row of the table, or one made of the user's function."""
-    function = function_of(given)
-    if function is None:
-        return choose(ACTIVATIONS, given.name, "activation")
+def resolve(config: Config, choices: Mapping[str, str | None]) -> JobSettings:
+    """The options with their names looked up; a file conf/init/NAME.yaml that names itself is a rule by its fields."""
+    fields = {name: value for name, value in vars(config.init).items() if name != "name"}
+    by_file = config.init.name not in RULES and config.init.name == _file_of("init", choices)
+    scaling = rule(Rule() if by_file else config.init.name, **fields)
+    function = function_of(config.activation)
     try:
-        return as_activation(function)
+        activation = as_activation(config.activation.name if function is None else function)
     except UsageError as error:
-        raise UsageError(f"activation._target_={given._target_}: {str(error).removeprefix('activation: ')}") from error
+        if function is None:
+            raise
+        text = str(error).removeprefix("activation: ")
+        raise UsageError(f"activation._target_={config.activation._target_}: {text}") from error
+    net = Net.of(activation, config.depth, config.width, config.inputs, config.batch)
+    options = {name: value for name, value in vars(config.train).items() if name != "lr"}
+    training = Training(**options, every=config.every, histograms=config.histograms)
+    where = Where.of(config.dtype, config.device, config.generator)
+    return JobSettings(config, scaling, activation, net, training, where, seeds(config))
 
 
-def _described(config: Config, scaling: Rule, phi: Activation, choices: Mapping[str, str | None]) -> dict[str, Any]:
+def _file_of(group: str, choices: Mapping[str, str | None]) -> str:
+    """The name of the file of a group that was chosen, or nothing."""
+    choice = choices.get(group)
+    return Path(choice).stem if isinstance(choice, str) else ""
+
+
+def _described(settings: JobSettings, choices: Mapping[str, str | None]) -> dict[str, Any]:
     """The configuration columns: a rule's name is that of its file, its fields are those in force."""
-    in_force = vars(scaling) | {"gain": scaling.gain_for(phi)}
+    config, scaling = settings.config, settings.rule
     named = columns(config)
     if config.activation._target_ and named["activation"] in {"", *ACTIVATIONS}:
         named["activation"] = config.activation._target_.rpartition(".")[2]
     for group, table in (("init", RULES), ("activation", ACTIVATIONS)):
-        choice = choices.get(group)
-        own = Path(choice).stem if isinstance(choice, str) else ""
-        if own and own not in table:
-            named[group] = own  # a file of the user's own; `init.name=` chooses another row without one
-    return named | in_force
+        name = _file_of(group, choices)
+        if name and name not in table:
+            named[group] = name  # a file of the user's own; `init.name=` chooses another row without one
+    gain = {"gain": scaling.gain_for(settings.activation)}
+    return named | vars(scaling) | gain | {"device": settings.where.device.type}

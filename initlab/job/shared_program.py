@@ -1,166 +1,190 @@
-"""Stages whose networks can share a program: one job's grid of networks, or the networks of many jobs at once.
+"""Stages whose networks run as one batched program: those of one job, or of many jobs at once, with theory beside them.
 
-Knows plain values and whatever has an `add` for frames; nothing of folders.
+A job's networks may lie on a grid; each point of it is an ensemble, with a prediction of its own. Every table that the
+program emits carries the column `network`, a network's place in the program. Here the rows find back to their job.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import pandas as pd
 
 from initlab.errors import UsageError
-from initlab.job.network_grid import Grid
 from initlab.nn.init import Rule
-from initlab.tasks.ensemble.split import Share, run_shared
-from initlab.tasks.ensemble.with_theory import QUICK, Seen
+from initlab.tasks.ensemble.networks import Ensemble
 from initlab.theory.z_scores import as_categories
 
-
-class Takes(Protocol):
-    """A recorder, as far as a stage knows it."""
-
-    def add(self, frames: Mapping[str, pd.DataFrame]) -> None: ...
-
-    def note(self, text: str) -> None: ...
+Frames = Mapping[str, pd.DataFrame]
+Emit = Callable[[Frames], None]
+Prediction: TypeAlias = pd.DataFrame | Exception  # the table `theory` of one point of a grid, or why there is none
+QUICK = "closed"  # the method for a run that is being stopped: a quarter of a second
 
 
-def _all(stats: pd.DataFrame) -> pd.DataFrame:
-    return stats
+class Sink(Protocol):
+    """Where a stage's tables and notes go: a recorder of a run folder, or something that stands for it."""
+
+    def add(self, frames: Frames) -> None:
+        """Take tables, by name."""
+
+    def note(self, text: str) -> None:
+        """Take a sentence for the reader of the run; empty texts are ignored."""
 
 
 @dataclass(frozen=True)
-class Ensemble:
-    """A stage: `program` takes init, seeds, emit and, with `rates`, lr; all else is fixed in it.
+class EnsembleStage:
+    """A stage of a job: a program, the networks that it runs, and what theory says of them.
 
-    `predict` makes the table `theory` of the rows of one rule that are `chosen`, by a method; None where none is
-    wanted. `at_once`: for several ensembles of the rule too, told apart by the column `member`.
+    program: measures an ensemble and emits its tables. predict: makes the table `theory` of rows of `stats`, a rule and
+    a method; None where no prediction is wanted. at_once: `predict` takes several ensembles of one rule together, told
+    apart by the column `member`. step: the only training step that theory knows, None where it knows all rows.
     """
 
-    program: Callable[..., Any]
-    grid: Grid
+    program: Callable[[Ensemble, Emit], object]
+    ensemble: Ensemble
     predict: Callable[[pd.DataFrame, Rule, str], pd.DataFrame] | None
     method: str
-    chosen: Callable[[pd.DataFrame], pd.DataFrame] = _all
-    rates: bool = False
+    step: int | None = None
     at_once: bool = False
     note: str = ""
 
-    def __call__(self, recorder: Takes) -> str:
-        return run_together([self], [recorder])[0]
+    def __call__(self, sink: Sink) -> str:
+        """Measure and record; the text to be printed."""
+        return run_together([self], [sink])[0]
+
+    def first_networks(self) -> range:
+        """The first network of every point of the grid."""
+        return range(0, len(self.ensemble), len(self.ensemble) // self.ensemble.points)
 
 
-def run_together(stages: Sequence[Ensemble], recorders: Sequence[Takes]) -> list[str]:
-    """Run the stages of several jobs as one program, which must be the same but for grids; what each has to say.
+class Tap:
+    """Passes a stage's tables on to its sink, and keeps the rows that theory can predict."""
 
-    A single stage without axes runs as `program` runs by itself. However measuring ends, what was handed over is
-    compared with theory, where it is stopped by formulas; but for a fault of several, which are then measured again.
+    def __init__(self, stage: EnsembleStage, sink: Sink) -> None:
+        self.stage, self.sink = stage, sink
+        self._kept: list[pd.DataFrame] = []
+
+    def add(self, frames: Frames) -> None:
+        """`network` gives way to the columns in which the points of the grid differ."""
+        named = {}
+        for name, frame in frames.items():
+            who = frame["network"].to_numpy()
+            columns = {column: values[who] for column, values in self.stage.ensemble.columns.items()}
+            named[name] = frame.drop(columns="network").assign(**columns)
+        self.sink.add(named)
+        if self.stage.predict is not None and "stats" in frames:
+            stats = frames["stats"]
+            self._kept.append(stats if self.stage.step is None else stats[stats["step"] == self.stage.step])
+
+    def points(self) -> list[pd.DataFrame]:
+        """What was kept, a frame for each point of the grid; none where nothing was measured."""
+        if not self._kept:
+            return []
+        stats = pd.concat(self._kept, ignore_index=True)
+        firsts, point = self.stage.first_networks(), stats["network"].to_numpy()
+        stats = stats.drop(columns="network")
+        return [stats[point // firsts.step == k] for k in range(len(firsts))] if len(firsts) > 1 else [stats]
+
+
+def run_together(stages: Sequence[EnsembleStage], sinks: Sequence[Sink]) -> list[str]:
+    """Run the stages of several jobs as one program; the text of each to be printed.
+
+    stages: of one program, which may differ in their networks. sinks: one for each stage. However measuring ends, what
+    was emitted is compared with theory, where it is stopped by formulas; but for a fault of several stages, which are
+    then measured again.
     """
-    seen = [_seen(stage, recorder) for stage, recorder in zip(stages, recorders, strict=True)]
-    grids, program = [stage.grid for stage in stages], stages[0].program
-    if stages[0].rates:
-        rates = [rate for grid in grids for rate in grid.rates]
-        program = partial(program, lr=rates[0] if len(set(rates)) == 1 else rates)
+    taps = [Tap(stage, sink) for stage, sink in zip(stages, sinks, strict=True)]
+    ensembles = [stage.ensemble for stage in stages]
+    sizes = [len(one) for one in ensembles]
+    owner, first = np.repeat(np.arange(len(stages)), sizes), np.concatenate([[0], np.cumsum(sizes)])
+
+    def emit(frames: Frames) -> None:
+        parts: dict[int, dict[str, pd.DataFrame]] = {}
+        for name, frame in frames.items():
+            for k, rows in _by_code(frame, owner[frame["network"].to_numpy()]):
+                parts.setdefault(k, {})[name] = rows.assign(network=rows["network"].to_numpy() - first[k])
+        for k in sorted(parts):
+            taps[k].add(parts[k])
+
+    rules, seeds, rates = ([x for one in ensembles for x in getattr(one, name)] for name in ("rules", "seeds", "rates"))
+    whole = Ensemble(rules, seeds, rates, {"network": np.arange(len(owner))})
     try:
-        if len(stages) == 1 and not grids[0].columns:
-            program(init=grids[0].rules[0], seeds=grids[0].seeds, emit=seen[0].add)
-        else:
-            run_shared(program, [Share(grid.rules, grid.seeds, one.add) for grid, one in zip(grids, seen, strict=True)])
+        stages[0].program(whole, emit if len(taps) > 1 else taps[0].add)
     except BaseException as stop:
         if len(stages) == 1 or not isinstance(stop, Exception):
-            _compare(stages, seen, QUICK)
+            add_theory(taps, QUICK)
         raise
-    for note, recorder in zip(_compare(stages, seen, stages[0].method), recorders, strict=True):
-        recorder.note(note)
+    add_theory(taps, stages[0].method)
     return [stage.note for stage in stages]
 
 
-def _seen(stage: Ensemble, recorder: Takes) -> Seen:
-    def add(frames: Mapping[str, pd.DataFrame]) -> None:
-        recorder.add({name: stage.grid.named(frame) for name, frame in frames.items()})
-
-    return Seen(add, stage.predict is not None, stage.chosen)
-
-
-def _compare(stages: Sequence[Ensemble], seen: Sequence[Seen], method: str) -> list[str]:
-    """Hand over the tables `theory`; of each stage a note where there is none."""
-    predicted = _predicted(stages, seen, method)
-    said = []
-    for k, one in enumerate(seen):
-        missing: list[str] = []
-        note = one.compare(lambda _, k=k, missing=missing: _table(predicted[k], stages[k].grid, missing))  # type: ignore[misc]
-        said.append("\n".join(text for text in (note, *dict.fromkeys(missing)) if text))
-    return said
+def _by_code(frame: pd.DataFrame, code: np.ndarray) -> list[tuple[int, pd.DataFrame]]:
+    """The rows of each code that occurs, in their order."""
+    order = np.argsort(code, kind="stable")
+    found, starts = np.unique(code[order], return_index=True)
+    if len(found) == 1:
+        return [(int(found[0]), frame)]
+    parts = np.split(order, starts[1:])
+    return [(int(k), frame.iloc[part].reset_index(drop=True)) for k, part in zip(found, parts, strict=True)]
 
 
-def _predicted(stages: Sequence[Ensemble], seen: Sequence[Seen], method: str) -> list[list[pd.DataFrame | Exception]]:
-    """Of every stage and every point of its grid the table `theory`, or why there is none.
+def add_theory(taps: Sequence[Tap], method: str) -> None:
+    """Give every sink its table `theory`, or a note that says why it has none.
 
-    Where predictions can be made for many at once, points of one rule are compared with theirs in one go.
+    Whatever goes wrong with a prediction, what was measured is not lost by it. Where predictions can be made for many
+    points at once, those of one rule are compared with theirs in one go.
     """
-    found: list[list[pd.DataFrame | Exception]] = [[] for _ in stages]
+    found: list[list[Prediction]] = [[] for _ in taps]
     groups: dict[Any, list[tuple[int, int, pd.DataFrame]]] = {}
-    for k, (stage, one) in enumerate(zip(stages, seen, strict=True)):
-        stats = one.rows()
-        if stats is None:
-            continue
-        for point, (first, rows) in enumerate(zip(stage.grid.firsts(), _points(stats, stage.grid), strict=True)):
+    for k, tap in enumerate(taps):
+        for point, rows in enumerate(tap.points()):
             found[k].append(UsageError("nothing was measured"))
-            if rows.empty:  # stopped before
-                continue
-            alike = stage.grid.rules[first] if stage.at_once else (k, point)
-            groups.setdefault(alike, []).append((k, point, rows))
-    for members in groups.values():
-        k, point, _ = members[0]
-        stage = stages[k]
-        assert stage.predict is not None
-        try:
-            together = [rows.assign(member=n) if len(members) > 1 else rows for n, (*_, rows) in enumerate(members)]
-            table = stage.predict(
-                pd.concat(together, ignore_index=True), stage.grid.rules[stage.grid.firsts()[point]], method
-            )
-            parts: Sequence[pd.DataFrame | Exception] = _by_member(table, len(members))
-        except Exception as error:
-            parts = [error] * len(members)
-        for (k, point, _), part in zip(members, parts, strict=True):
+            if len(rows):  # else stopped before
+                rule = tap.stage.ensemble.rules[tap.stage.first_networks()[point]]
+                groups.setdefault((rule, None if tap.stage.at_once else (k, point)), []).append((k, point, rows))
+    for (rule, _), members in groups.items():
+        predict = taps[members[0][0]].stage.predict
+        assert predict is not None
+        for (k, point, _), part in zip(members, _predict(predict, rule, members, method), strict=True):
             found[k][point] = part
-    return found
+    for tap, parts in zip(taps, found, strict=True):
+        if parts:
+            _add_theory(tap, parts)
 
 
-def _points(stats: pd.DataFrame, grid: Grid) -> list[pd.DataFrame]:
-    if grid.points == 1:
-        return [stats]
-    point = stats["network"].to_numpy() // grid.firsts().step
-    return [stats[point == k] for k in range(grid.points)]
+def _predict(
+    predict: Callable[[pd.DataFrame, Rule, str], pd.DataFrame],
+    rule: Rule,
+    members: Sequence[tuple[int, int, pd.DataFrame]],
+    method: str,
+) -> list[Prediction]:
+    """The prediction for each of some points of one rule, made together."""
+    try:
+        if len(members) == 1:
+            return [predict(members[0][2], rule, method)]
+        stats = pd.concat([rows.assign(member=n) for n, (*_, rows) in enumerate(members)], ignore_index=True)
+        table = predict(stats, rule, method)
+        by_member = dict(_by_code(table.drop(columns="member"), table["member"].to_numpy()))
+        return [by_member.get(n, table[:0].drop(columns="member")) for n in range(len(members))]
+    except Exception as error:
+        return [error] * len(members)
 
 
-def _by_member(table: pd.DataFrame, members: int) -> list[pd.DataFrame]:
-    if members == 1:
-        return [table]
-    member = table["member"].to_numpy()
-    order = np.argsort(member, kind="stable")
-    ends = np.cumsum(np.bincount(member, minlength=members))
-    whole = table.drop(columns="member")
-    parts = np.split(order, ends[:-1])
-    return [whole.iloc[part].reset_index(drop=True) for part in parts]
-
-
-def _table(parts: Sequence[pd.DataFrame | Exception], grid: Grid, missing: list[str]) -> pd.DataFrame:
-    """The points of one grid in one table; a point that theory cannot be asked about leaves a note, if others can."""
-    for part in parts:
-        if isinstance(part, Exception) and (len(parts) == 1 or not isinstance(part, UsageError)):
-            raise part
+def _add_theory(tap: Tap, parts: Sequence[Prediction]) -> None:
+    """Give one sink its table; a point that theory cannot be asked about leaves a note, if others can."""
     errors = [part for part in parts if isinstance(part, Exception)]
+    faults = [error for error in errors if not isinstance(error, UsageError)]
+    if faults:
+        text = f"{type(faults[0]).__name__}: {' '.join(str(faults[0]).split())}"
+        tap.sink.note(f"theory: no prediction, a fault of ours ({text})")
+        return
     if len(errors) == len(parts):
-        raise errors[0]
-    missing += [f"theory: no prediction for some networks ({error})" for error in errors]
-    if not grid.columns:
-        return next(part for part in parts if not isinstance(part, Exception))
+        tap.sink.note(f"theory: no prediction ({errors[0]})")
+        return
+    tap.sink.note("\n".join(dict.fromkeys(f"theory: no prediction for some networks ({error})" for error in errors)))
+    firsts = tap.stage.first_networks()
     known = [
-        part.assign(network=first)
-        for part, first in zip(parts, grid.firsts(), strict=True)
-        if not isinstance(part, Exception)
+        part.assign(network=first) for part, first in zip(parts, firsts, strict=True) if not isinstance(part, Exception)
     ]
-    return as_categories(pd.concat(known, ignore_index=True))
+    tap.add({"theory": as_categories(pd.concat(known, ignore_index=True)) if len(firsts) > 1 else known[0]})

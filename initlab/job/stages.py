@@ -1,114 +1,120 @@
-"""The tasks as their stages: each refuses its mistakes when it is made, and measures and records when it is called."""
+"""The tasks as their stages: each refuses its mistakes when it is made, and measures and records when it is called.
 
-from collections.abc import Callable, Mapping
+TASKS names the module of every task, which is imported when the task is asked for, and no other.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from initlab.errors import UsageError, check
+from initlab.errors import UsageError
 from initlab.job.network_grid import grid_of
 from initlab.job.options import instantiate
 from initlab.job.settings import Config
-from initlab.job.shared_program import Ensemble
+from initlab.job.shared_program import EnsembleStage, Sink
+from initlab.nn.activations import Activation
 from initlab.nn.init import Rule
 from initlab.runs import summary
-from initlab.runs.recorder import Recorder
 from initlab.scratch.graph_text import frames_as_text
-from initlab.stats.dtypes import resolve_dtype
-from initlab.tasks.course.explain import explain
-from initlab.tasks.course.graph import graph
-from initlab.tasks.course.ladders import backward_ladder, matmul_ladder
-from initlab.tasks.course.timing import agreement
 from initlab.tasks.data import TEACHER_ROWS, Data, load
-from initlab.tasks.ensemble.device import find_device
-from initlab.tasks.ensemble.networks import Shape, kept_as_text, plan
-from initlab.tasks.ensemble.with_theory import Seen
-from initlab.tasks.formats import formats, formats_as_text
-from initlab.tasks.gains import gains, gains_as_text
-from initlab.tasks.jacobian import jacobian, jacobian_as_text
-from initlab.tasks.phase import Axis, phase, phase_as_text
-from initlab.tasks.seeded import seeded
-from initlab.tasks.stack import stack
-from initlab.tasks.train import outputs_of, refuse_mismatch, train
+from initlab.tasks.ensemble.device import Where
+from initlab.tasks.ensemble.networks import Net
+from initlab.tasks.ensemble.plan import plan
+from initlab.tasks.ensemble.training import Training
 from initlab.theory.z_scores import InputMoments, compare_stack, compare_training, measure_input
 
-Stage = Callable[[Recorder], str]  # measures, records, and says what is to be printed beside the short table
-
-
+Stage = Callable[[Sink], str]  # measures, records, and says what is to be printed beside the short table
 WORTH_SAYING = 2**30  # bytes
 
 
-def _stack(config: Config, common: Mapping[str, Any]) -> Stage:
-    """Plans the memory at once: a network that does not fit alone is a mistake of the user."""
-    inputs = config.width if config.inputs is None else config.inputs
-    check(inputs=inputs)
-    shape = Shape(config.depth, config.width, inputs, config.batch)
-    number, place = resolve_dtype(config.dtype), find_device(config.device)
-    grid = grid_of(config, common["init"], common["activation"])
-    planned = plan(shape, len(grid.seeds), number, place, config.backward)
-    asked = {"activation": common["activation"], **shape._asdict()}
+@dataclass(frozen=True)
+class JobSettings:
+    """A configuration with its names resolved, once: what the stages of a job are made of."""
+
+    config: Config
+    rule: Rule
+    activation: Activation
+    net: Net
+    training: Training
+    where: Where
+    seeds: Sequence[int]
+
+    def keywords(self, *left_out: str) -> dict[str, Any]:
+        """The parameters that the tasks of a stack share, but for some."""
+        net, where = self.net, self.where
+        every = {
+            "init": self.rule, "activation": self.activation, "depth": net.depth, "width": net.width,
+            "inputs": net.inputs, "batch": net.batch, "seeds": self.seeds, "dtype": where.dtype, "device": where.device,
+            "generator": where.generator, "progress": True,
+        }  # fmt: skip
+        return {name: value for name, value in every.items() if name not in left_out}
+
+
+def _record(sink: Sink, frames: Mapping[str, pd.DataFrame], text: str) -> str:
+    sink.add(frames)
+    return text
+
+
+def _stack(task: Any, s: JobSettings) -> Stage:
+    """Plans the memory at once: a network that does not fit is a mistake of the user."""
+    config, net = s.config, s.net
+    ensemble = grid_of(config, s.rule, s.activation, s.seeds)
+    planned = plan(net, len(ensemble), s.where, config.backward)
+    asked = s.keywords("init", "seeds", "dtype", "device", "generator", "progress")
 
     def predict(stats: pd.DataFrame, rule: Rule, method: str) -> pd.DataFrame:
         return compare_stack(stats, init=rule, method=method, **asked)
 
-    return Ensemble(
-        partial(stack, **shape._asdict(), backward=config.backward, **_fixed(common)),
-        grid,
+    return EnsembleStage(
+        lambda networks, emit: task.run_stack(net, networks, s.where, config.backward, emit, progress=True),
+        ensemble,
         None if config.theory == "off" else predict,
         config.theory,
         at_once=True,
-        note=kept_as_text(planned) if planned.kept > WORTH_SAYING else "",
+        note=str(planned) if planned.kept > WORTH_SAYING else "",
     )
 
 
-def _fixed(common: Mapping[str, Any]) -> dict[str, Any]:
-    """What all networks of a program share."""
-    return {name: value for name, value in common.items() if name not in ("init", "seeds")}
-
-
-def _seeded(config: Config, common: Mapping[str, Any]) -> Stage:
-    if common["device"] != "cpu":
-        raise UsageError(f"device={config.device}: task=seeded is about the CPU's numbers; use device=cpu")
-    shape = {name: getattr(config, name) for name in ("depth", "width", "batch")}
-    asked = {**{name: common[name] for name in ("init", "activation")}, **shape}
-
-    def run(recorder: Recorder) -> str:
-        seen = Seen(recorder.add, config.theory != "off", lambda stats: stats)
-
-        def measure() -> None:
-            seen.add({"stats": seeded(**asked, seeds=common["seeds"], dtype=config.dtype)})
-
-        beside = partial(compare_stack, **asked, inputs=config.width)
-        recorder.note(seen.around(measure, beside, config.theory))
-        return ""
-
-    return run
-
-
-def _train(config: Config, common: Mapping[str, Any]) -> Stage:
-    """Loads the data at once: what is wrong with it must show before anything is measured."""
-    source = (config.data.name, config.data.root, config.data.download, config.data.url)
-    data, t = _data(*source), config.train
-    refuse_mismatch(data, t.loss, t.batch)
-    grid = grid_of(config, common["init"], common["activation"])
-    if len(set(grid.rates)) > 1 and t.optimizer != "sgd":
-        raise UsageError(f"sweep.lr: train.optimizer={t.optimizer} has one learning rate for all; use sgd")
+def _seeded(task: Any, s: JobSettings) -> Stage:
+    if s.where.device.type != "cpu":
+        raise UsageError(f"device={s.config.device}: task=seeded is about the CPU's numbers; use device=cpu")
+    asked = {name: value for name, value in s.keywords().items() if name in ("activation", "depth", "width", "batch")}
+    plain = grid_of(s.config, s.rule, s.activation, s.seeds)
 
     def predict(stats: pd.DataFrame, rule: Rule, method: str) -> pd.DataFrame:
-        widths, given = [*[t.width] * t.depth, outputs_of(data, t.loss)], _input(*source, t.batch)
-        return compare_training(
-            stats, widths, given, t.batch, init=rule, activation=common["activation"], method=method
-        )
+        return compare_stack(stats, init=rule, method=method, inputs=s.net.width, **asked)
 
-    how = {name: value for name, value in vars(t).items() if name != "lr"}
-    return Ensemble(
-        partial(train, data, **how, every=config.every, histograms=config.histograms, **_fixed(common)),
-        grid,
+    def program(networks: Any, emit: Callable[[Mapping[str, pd.DataFrame]], None]) -> None:
+        frame = task.seeded(s.rule, **asked, seeds=networks.seeds, dtype=s.where.dtype)
+        emit({"stats": frame.assign(network=pd.Index(networks.seeds).get_indexer(frame["seed"]))})
+
+    return EnsembleStage(program, plain, None if s.config.theory == "off" else predict, s.config.theory)
+
+
+def _train(task: Any, s: JobSettings) -> Stage:
+    """Loads the data at once: what is wrong with it must show before anything is measured."""
+    config, training = s.config, s.training
+    source = (config.data.name, config.data.root, config.data.download, config.data.url)
+    data = _data(*source)
+    training.check_data(data)
+    ensemble = grid_of(config, s.rule, s.activation, s.seeds)
+    if len(set(ensemble.rates)) > 1 and training.optimizer != "sgd":
+        raise UsageError(f"sweep.lr: train.optimizer={training.optimizer} has one learning rate for all; use sgd")
+
+    def predict(stats: pd.DataFrame, rule: Rule, method: str) -> pd.DataFrame:
+        widths, entering = training.sizes(data)[1:], _input(*source, training.batch)
+        return compare_training(stats, widths, entering, training.batch, rule, s.activation, method=method)
+
+    return EnsembleStage(
+        lambda networks, emit: task.run_training(data, training, s.activation, networks, s.where, emit, progress=True),
+        ensemble,
         None if config.theory == "off" else predict,
         config.theory,
-        chosen=lambda stats: stats[stats["step"] == 0],
-        rates=True,
+        step=0,
     )
 
 
@@ -123,137 +129,116 @@ def _input(name: str, root: str, download: bool, url: str, batch: int) -> InputM
     return measure_input(_data(name, root, download, url).x.numpy(), batch)
 
 
-def _matmul(config: Config, common: Mapping[str, Any]) -> Stage:
-    def run(recorder: Recorder) -> str:
-        place = {name: common[name] for name in ("dtype", "device", "progress")}
-        frame = matmul_ladder(seed=config.seed, **place)
-        return _timed(recorder, frame, config.dtype)
-
-    return run
+def _ladder(measure: Callable[..., pd.DataFrame], agreement: Callable[..., str], s: JobSettings, sink: Sink) -> str:
+    place = {"dtype": s.where.dtype, "device": s.where.device, "progress": True}
+    frame = measure(seed=s.config.seed, **place)
+    sink.add({"timings": frame})
+    return f"{summary.timings_as_text(frame)}\n{agreement(frame, s.where.dtype)}"
 
 
-def _backward(config: Config, common: Mapping[str, Any]) -> Stage:
+def _matmul(task: Any, s: JobSettings) -> Stage:
+    return partial(_ladder, task.matmul_ladder, task.agreement, s)
+
+
+def _backward(task: Any, s: JobSettings) -> Stage:
     """The book's regression: its 50,000 rows at once, and minibatches of `train.batch`."""
-    t = config.train
+    t = s.training
     batches = sorted({t.batch, TEACHER_ROWS})
-
-    def run(recorder: Recorder) -> str:
-        place = {name: common[name] for name in ("activation", "dtype", "device", "progress")}
-        frame = backward_ladder(batches, t.depth, t.width, seed=config.seed, **place)
-        return _timed(recorder, frame, config.dtype)
-
-    return run
+    measure = partial(task.backward_ladder, batches, t.depth, t.width, activation=s.config.activation.name)
+    return partial(_ladder, measure, task.agreement, s)
 
 
-def _timed(recorder: Recorder, frame: pd.DataFrame, dtype: str) -> str:
-    recorder.add({"timings": frame})
-    return f"{summary.timings_as_text(frame)}\n{agreement(frame, dtype)}"
+def _explain(task: Any, s: JobSettings) -> Stage:
+    t = s.training
+    where = {"dtype": s.where.dtype, "device": s.where.device}
+    name = s.config.activation.name
+    found = task.explain(t.depth, t.width, t.batch, name, t.loss, s.rule, seed=s.config.seed, **where)
+    return partial(_record, frames={"steps": found.steps, "rules": found.rules}, text=found.text)
 
 
-def _explain(config: Config, common: Mapping[str, Any]) -> Stage:
-    t = config.train
-    place = {name: common[name] for name in ("init", "activation", "dtype", "device")}
-    explanation = explain(t.depth, t.width, t.batch, loss=t.loss, seed=config.seed, **place)
-
-    def run(recorder: Recorder) -> str:
-        recorder.add({"steps": explanation.steps, "rules": explanation.rules})
-        return explanation.text
-
-    return run
-
-
-def _graph(config: Config, common: Mapping[str, Any]) -> Stage:
+def _graph(task: Any, s: JobSettings) -> Stage:
     """Walks the graph at once: a model that cannot be built or run is a mistake of the user."""
-    t, given = config.train, config.graph
-    own: dict[str, Any] = {
-        "depth": t.depth,
-        "width": t.width,
-        "batch": t.batch,
-        "loss": None if given.model else t.loss,
-    }
-    setting = {name: common[name] for name in ("init", "activation", "dtype", "device")}
-    frames = graph(instantiate(given.model), shapes=given.shapes, seed=config.seed, **own, **setting)
+    t, given = s.training, s.config.graph
+    shape = {"depth": t.depth, "width": t.width, "batch": t.batch, "loss": None if given.model else t.loss}
+    where = {"dtype": s.where.dtype, "device": s.where.device}
+    network = {"init": s.rule, "activation": s.config.activation.name, "seed": s.config.seed}
+    frames = task.graph(instantiate(given.model), shapes=given.shapes, **network, **shape, **where)
     notes = [f"note: {note}" for note in frames.pop("notes")["note"]]
-
-    def run(recorder: Recorder) -> str:
-        recorder.add(frames)
-        return "\n".join([frames_as_text(frames["nodes"], frames["edges"]), *notes])
-
-    return run
+    text = "\n".join([frames_as_text(frames["nodes"], frames["edges"]), *notes])
+    return partial(_record, frames=frames, text=text)
 
 
-def _gains(config: Config, common: Mapping[str, Any]) -> Stage:
+def _gains(task: Any, s: JobSettings) -> Stage:
     """Of all activations, whatever the options say."""
 
-    def run(recorder: Recorder) -> str:
-        frame = gains()
-        recorder.add({"gains": frame})
-        return gains_as_text(frame)
+    def run(sink: Sink) -> str:
+        frame = task.gains()
+        return _record(sink, {"gains": frame}, task.gains_as_text(frame))
 
     return run
 
 
-def _jacobian(config: Config, common: Mapping[str, Any]) -> Stage:
-    inputs = config.width if config.inputs is None else config.inputs
-    check(inputs=inputs)
-
-    def run(recorder: Recorder) -> str:
-        frames = jacobian(depth=config.depth, width=config.width, inputs=inputs, batch=config.batch, **common)
-        recorder.add(frames)
-        return jacobian_as_text(frames)
+def _jacobian(task: Any, s: JobSettings) -> Stage:
+    def run(sink: Sink) -> str:
+        frames = task.jacobian(**s.keywords())
+        return _record(sink, frames, task.jacobian_as_text(frames))
 
     return run
 
 
-def _formats(config: Config, common: Mapping[str, Any]) -> Stage:
-    inputs = config.width if config.inputs is None else config.inputs
-    check(inputs=inputs)
-    shape: dict[str, Any] = {name: getattr(config, name) for name in ("depth", "width", "batch")}
-    own = {name: value for name, value in common.items() if name != "dtype"}
-
-    def run(recorder: Recorder) -> str:
-        frames = formats(**shape, inputs=inputs, **own)
-        recorder.add(frames)
-        return formats_as_text(frames)
+def _formats(task: Any, s: JobSettings) -> Stage:
+    def run(sink: Sink) -> str:
+        frames = task.formats(**s.keywords("dtype"))
+        return _record(sink, frames, task.formats_as_text(frames))
 
     return run
 
 
-def _phase(config: Config, common: Mapping[str, Any]) -> Stage:
+def _phase(task: Any, s: JobSettings) -> Stage:
     """Of `init` only the law of the weights counts: their size is what the plane is about."""
-    p = config.phase
-    sw, sb = (Axis(axis.min, axis.max, axis.points) for axis in (p.sw, p.sb))
-    asked = {name: getattr(p, name) for name in ("sigma_b", "batch", "correlation", "weights")}
-    asked |= {name: value for name, value in common.items() if name != "init"}
-    asked |= {"depth": config.depth, "width": config.width, "distribution": common["init"].distribution}
-    frames = phase(p.plane, sw, sb, **asked)
+    p = s.config.phase
+    sigma_w, sigma_b = (task.Axis(axis.min, axis.max, axis.points) for axis in (p.sw, p.sb))
+    asked = {"batch": p.batch, "correlation": p.correlation, "weights": p.weights, "distribution": s.rule.distribution}
+    scales = (sigma_w, sigma_b if p.plane == "sigma" else p.sigma_b)
+    frames = task.phase(p.plane, *scales, **asked, **s.keywords("init", "inputs", "batch"))
 
-    def run(recorder: Recorder) -> str:
+    def run(sink: Sink) -> str:
         kept = []
         for frame in frames:
-            recorder.add({"phase": frame})
+            sink.add({"phase": frame})
             kept.append(frame)
-        return phase_as_text(pd.concat(kept))
+        return str(task.phase_as_text(pd.concat(kept)))
 
     return run
 
 
-# Task -> its stages, each prepared before the first one runs.
-TASKS: dict[str, tuple[Callable[[Config, Mapping[str, Any]], Stage], ...]] = {
-    "lab": (_stack, _train),
-    "stack": (_stack,),
-    "train": (_train,),
-    "seeded": (_seeded,),
-    "matmul": (_matmul,),
-    "backward": (_backward,),
-    "graph": (_graph,),
-    "explain": (_explain,),
-    "gains": (_gains,),
-    "jacobian": (_jacobian,),
-    "formats": (_formats,),
-    "phase": (_phase,),
+class Task(NamedTuple):
+    """What a task is made of: for each stage the module of its functions, and what makes the stage of that module.
+
+    any_function: takes any elementwise function, not only the activations of the table. by_rule: it matters which gain
+    the rule takes.
+    """
+
+    stages: tuple[tuple[str, Callable[[Any, JobSettings], Stage]], ...]
+    any_function: bool = False
+    by_rule: bool = False
+
+    def prepare(self, settings: JobSettings) -> list[Stage]:
+        """All stages, each prepared before the first one runs."""
+        return [make(import_module(f"initlab.tasks.{module}"), settings) for module, make in self.stages]
+
+
+TASKS: dict[str, Task] = {
+    "lab": Task((("stack", _stack), ("train", _train)), any_function=True, by_rule=True),
+    "stack": Task((("stack", _stack),), any_function=True, by_rule=True),
+    "train": Task((("train", _train),), any_function=True, by_rule=True),
+    "seeded": Task((("seeded", _seeded),), any_function=True, by_rule=True),
+    "matmul": Task((("course.ladders", _matmul),)),
+    "backward": Task((("course.ladders", _backward),)),
+    "graph": Task((("course.graph", _graph),)),
+    "explain": Task((("course.explain", _explain),)),
+    "gains": Task((("gains", _gains),)),
+    "jacobian": Task((("jacobian", _jacobian),), by_rule=True),
+    "formats": Task((("formats", _formats),), any_function=True, by_rule=True),
+    "phase": Task((("phase", _phase),)),
 }
-
-
-TAKE_ANY_FUNCTION = ("lab", "stack", "train", "seeded", "formats")  # the other tasks know the rows of the table only
-DRAW_BY_RULE = (*TAKE_ANY_FUNCTION, "jacobian")  # where it matters which gain a rule takes

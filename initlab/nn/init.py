@@ -8,13 +8,14 @@ bits for every device; `philox` draws where the network lives, see `philox.py`. 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from initlab.errors import UsageError, choose
+from initlab.errors import UsageError, choose, nearest
 from initlab.nn import activations, philox
 
 
@@ -41,10 +42,13 @@ class Rule:
         choose(MODES, self.mode, "init.mode")
         choose(DISTRIBUTIONS, self.distribution, "init.distribution")
         choose(activations.GAIN_KINDS, self.gain_kind, "init.gain_kind")
-        if self.gain is not None and not 0 <= self.gain < math.inf:
-            raise UsageError(f"init.gain={self.gain}: must be a finite number, at least 0")
-        if not 0 <= self.bias < math.inf:
-            raise UsageError(f"init.bias={self.bias}: must be a finite number, at least 0")
+        for option in ("gain", "bias", "attempts", "base_width", "tolerance"):
+            value = getattr(self, option)
+            if not isinstance(value, Real) and not (option == "gain" and value is None):
+                raise UsageError(f"init.{option}={value!r}: must be a number")
+        for option, value in (("gain", self.gain or 0.0), ("bias", self.bias)):
+            if not 0 <= value < math.inf:
+                raise UsageError(f"init.{option}={value}: must be a finite number, at least 0")
         for option, value in (("attempts", self.attempts), ("base_width", self.base_width)):
             if value < 0:
                 raise UsageError(f"init.{option}={value}: must be at least 0; 0 is none")
@@ -59,6 +63,8 @@ class Rule:
         """Standard deviation of weights (I, O): the gain in force / sqrt(fan)."""
         return self.gain_for(activation) / math.sqrt(MODES[self.mode](*shape))
 
+
+FIELDS = tuple(field.name for field in fields(Rule))
 
 # What the variance of a weight is divided by.
 MODES: dict[str, Callable[[int, int], float]] = {
@@ -172,14 +178,31 @@ RULES: dict[str, Rule] = {
 }
 
 
-def rule(name: str, **changes: object) -> Rule:
-    """A row of the table, with some of its fields replaced; None keeps the row's own.
+def rule(init: "str | Rule", **changes: object) -> Rule:
+    """A rule by its name, or a `Rule` itself, with some of its fields replaced.
+
+    init: a row of RULES, or a Rule. changes: `gain`, `gain_kind`, `mode`, `distribution`, `bias`, `attempts`,
+    `tolerance`, `base_width`, as in `Rule`; None keeps the rule's own.
+    Errors: an unknown rule or field; a field that is out of its range.
 
     >>> rule("kaiming", mode="fan_out").mode
     'fan_out'
     """
-    row = choose(RULES, name, "init")
-    return replace(row, **{key: value for key, value in changes.items() if value is not None})  # type: ignore[arg-type]
+    if not isinstance(init, str | Rule):
+        raise UsageError(f"init={init!r}: must be a rule's name or a Rule")
+    row = choose(RULES, init, "init") if isinstance(init, str) else init
+    for name in changes:
+        if name not in FIELDS:
+            raise UsageError(f"{name}: a rule has {', '.join(FIELDS)}{nearest(name, FIELDS)}")
+    given = {name: value for name, value in changes.items() if value is not None}
+    return replace(row, **given) if given else row  # type: ignore[arg-type]
+
+
+def rule_name(init: "str | Rule") -> str:
+    """A rule as tables name it: its name in RULES, or for a rule of the user's what it is made of."""
+    if isinstance(init, str):
+        return init
+    return next((name for name, row in RULES.items() if row == init), f"{init.distribution}, {init.mode}")
 
 
 def draw(

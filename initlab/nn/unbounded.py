@@ -1,7 +1,7 @@
 """Numbers without a range: a float64 tensor with its power of two carried beside it.
 
 A layer's linear map and its activation act on such a tensor as they do on plain numbers, whatever its magnitude, so
-that a signal can be followed to 1e1000 or 1e-1000. Knows nothing of stacks and of number formats.
+that a signal can be followed to 1e1000 or 1e-1000.
 Legend: N batch, C units, I fan_in, O fan_out; leading dimensions (...) are networks, each with a power of its own.
 """
 
@@ -26,69 +26,76 @@ class Scaled(NamedTuple):
     exponent: Tensor
 
 
-def scaled(x: Tensor, exponent: Tensor | float = 0.0) -> Scaled:
+def rescale(x: Tensor, exponent: Tensor | float = 0.0) -> Scaled:
     """x * 2^exponent with the largest magnitude of each network moved into its exponent, into [1/2, 1); exact.
 
-    Float64 tensors beyond 2^(+-1000) are moved by 2^1000 alone, since 2^1074 is no float64: into [2^-74, 2^24).
+    Float64 tensors beyond 2^(+-1000) are moved by 2^1000 only, since 2^1074 is no float64: into [2^-74, 2^24).
     """
     wide = x.double()
     peak = wide.abs().amax((-2, -1))
     shift = torch.where(peak.isfinite(), torch.frexp(peak).exponent, 0).clamp(-1000, 1000).double()
-    return Scaled(_times_power(wide, -shift), shift + exponent)
+    return Scaled(times_power(wide, -shift), shift + exponent)
 
 
-def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
+def times_power(x: Tensor, exponent: Tensor) -> Tensor:
+    """x * 2^exponent, x (..., N, C) and exponent (...)."""
     return torch.ldexp(x, exponent[..., None, None])
 
 
-def lin(x: Scaled, w: Tensor, b: Tensor | None = None) -> Scaled:
-    """x w + b; w (..., I, O), b (..., O) of any number format.
-
-    Of the smaller of both terms, what lies below the last digit of the larger is lost, as in any sum.
-    """
-    product = scaled(x.mantissa @ w.double(), x.exponent)
-    if b is None:
-        return product
-    bias = scaled(b.unsqueeze(-2))
-    low = torch.full_like(product.exponent, -torch.inf)
-    exponents = [torch.where(_is_zero(part), low, part.exponent) for part in (product, bias)]
-    top = torch.maximum(*exponents)
-    top = torch.where(top.isfinite(), top, 0)
-    ours, theirs = (_times_power(part.mantissa, (part.exponent - top).clamp(-2000, 0)) for part in (product, bias))
-    return scaled(ours + theirs, top)
-
-
-def _is_zero(x: Scaled) -> Tensor:
-    return (x.mantissa == 0).all(-1).all(-1)
-
-
-def _near(z: Scaled) -> Tensor:
+def to_float64(z: Scaled) -> Tensor:
     """z in float64 with magnitudes moved into 2^-500..2^500, signs and zeros kept."""
-    near = _times_power(z.mantissa, z.exponent.clamp(-600, 600))
+    near = times_power(z.mantissa, z.exponent.clamp(-600, 600))
     moved = torch.copysign(near.abs().clamp(2.0**-_FAR, 2.0**_FAR), near)
     return torch.where(near == 0, near, moved)
 
 
-def act(z: Scaled, row: Activation) -> Scaled:
-    """phi(z) = z phi(s) / s with s = z moved into float64: where s is not z, phi(z) / z no longer depends on |z|.
-
-    An activation that is not 0 at 0 is bounded, and is read off s itself. One that is bounded and 0 at 0, as tanh,
-    is right up to |z| = 2^500.
-    """
-    if row.homogeneous:
-        return Scaled(row.phi(z.mantissa), z.exponent)
-    near = _near(z)
-    value = row.phi(near)
-    if row.phi(torch.zeros((), dtype=torch.float64)) != 0:
-        return scaled(value)
-    return scaled(torch.where(near == 0, 0, z.mantissa * (value / near)), z.exponent)
+def join(a: Scaled, b: Scaled) -> Scaled:
+    """The networks of a and those of b, in this order."""
+    return Scaled(torch.cat([a.mantissa, b.mantissa]), torch.cat([a.exponent, b.exponent]))
 
 
-def pull_back(g: Scaled, z: Scaled, row: Activation) -> Scaled:
-    """g phi'(z), by the activation's own rule."""
-    if row.homogeneous:
-        return Scaled(row.pull_back(g.mantissa, z.mantissa), g.exponent)
-    return scaled(row.pull_back(g.mantissa, _near(z)), g.exponent)
+class Unbounded:
+    """The arithmetic of a pass (`network.Arithmetic`) on such numbers; weights and biases are of any number format."""
+
+    def linear(self, x: Scaled, w: Tensor, b: Tensor | None = None) -> Scaled:
+        """x w + b; w (..., I, O), b (..., O)."""
+        product = rescale(x.mantissa @ w.double(), x.exponent)
+        return product if b is None else self.add(product, rescale(b.unsqueeze(-2)))
+
+    def linear_back(self, g: Scaled, w: Tensor) -> Scaled:
+        return self.linear(g, w.mT)
+
+    def add(self, a: Scaled, b: Scaled) -> Scaled:
+        """a + b. Of the smaller one, what lies below the last digit of the larger is lost, as in any sum."""
+        low = torch.full_like(a.exponent, -torch.inf)
+        exponents = [torch.where((x.mantissa == 0).all(-1).all(-1), low, x.exponent) for x in (a, b)]
+        top = torch.maximum(*exponents)
+        top = torch.where(top.isfinite(), top, 0)
+        first, second = (times_power(x.mantissa, (x.exponent - top).clamp(-2000, 0)) for x in (a, b))
+        return rescale(first + second, top)
+
+    def activate(self, z: Scaled, row: Activation) -> Scaled:
+        """phi(z) = z phi(s) / s with s = z moved into float64: where s is not z, phi(z) / z no longer depends on |z|.
+
+        An activation that is not 0 at 0 is bounded, and is read off s itself. One that is bounded and 0 at 0, as tanh,
+        is right up to |z| = 2^500.
+        """
+        if row.homogeneous:
+            return Scaled(row.phi(z.mantissa), z.exponent)
+        near = to_float64(z)
+        value = row.phi(near)
+        if row.phi(torch.zeros((), dtype=torch.float64)) != 0:
+            return rescale(value)
+        return rescale(torch.where(near == 0, 0, z.mantissa * (value / near)), z.exponent)
+
+    def activate_back(self, g: Scaled, z: Scaled, row: Activation) -> Scaled:
+        """g phi'(z), by the activation's own rule."""
+        if row.homogeneous:
+            return Scaled(row.pull_back(g.mantissa, z.mantissa), g.exponent)
+        return rescale(row.pull_back(g.mantissa, to_float64(z)), g.exponent)
+
+
+UNBOUNDED = Unbounded()
 
 
 def log2_moments(x: Scaled) -> Tensor:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 
 from initlab.errors import UsageError
 from initlab.nn.activations import Activation
 from initlab.probes.probed_modules import RELU, Layer, Place, Watched, as_batch, measurable, tensors
-from initlab.probes.torch_private import global_forward_hooks
 from initlab.stats.buffer import Buffer
 from initlab.stats.kernels.addresses import in_reach
 from initlab.stats.keys import Spot
@@ -186,7 +186,7 @@ class Hooks:
     def _relu(self, place: Place, module: nn.Module, x: Tensor) -> bool:
         """The row of a ReLU's output: perhaps it is there already."""
         buffer, last = self._buffer, self._last
-        plain = len(module._forward_hooks) == 1 and not global_forward_hooks and "forward" not in module.__dict__
+        plain = len(module._forward_hooks) == 1 and not _global_forward_hooks and "forward" not in module.__dict__
         if not (last.foresaw and plain and buffer.foreseen(place.seat, last.row)):
             row = buffer.take(place.seat, x)
             if row < 0:

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from initlab.errors import UsageError, nearest
 from initlab.nn.activations import ACTIVATIONS
-from initlab.probes.torch_private import ConvNd, NormBase
 from initlab.stats.buffer import Buffer
 from initlab.stats.dtypes import DTYPES, resolve_dtype
 from initlab.stats.keys import Spot
@@ -72,8 +73,8 @@ class Watched:
         self.name, self.module, self.chosen = name, module, chosen
         self.parameters = own_parameters(module)
         self.activation = None if self.parameters else _ROWS.get(_described(module))
-        self._second = isinstance(module, (NormBase, nn.GroupNorm))
-        self._from_end = 1 + (len(module.kernel_size) if isinstance(module, ConvNd) else 0)
+        self._second = isinstance(module, (_NormBase, nn.GroupNorm))
+        self._from_end = 1 + (len(module.kernel_size) if isinstance(module, _ConvNd) else 0)
         self.number = self.calls = 0
         self.ran = False
         self.places: dict[tuple[int, int, str, int], Place] = {}

@@ -14,10 +14,10 @@ from initlab.errors import UsageError
 from initlab.job.options import seeds
 from initlab.job.prepare import Job
 from initlab.job.settings import Config
-from initlab.job.shared_program import Ensemble, run_together
+from initlab.job.shared_program import EnsembleStage, run_together
 from initlab.nn.init import RULES
 from initlab.tasks.ensemble.device import find_device
-from initlab.tasks.ensemble.networks import CACHED
+from initlab.tasks.ensemble.plan import CACHED
 
 SHARING = ("lab", "stack", "train")  # the tasks whose stages are all ensembles
 ON_A_GPU = 1024  # networks whose rows are in memory at once
@@ -144,7 +144,7 @@ def _stage(running: Sequence[_Running], k: int) -> None:
     for one in running:
         one.begin_stage()
     stages = [one.job.stages[k] for one in running]
-    shared = [stage for stage in stages if isinstance(stage, Ensemble)]
+    shared = [stage for stage in stages if isinstance(stage, EnsembleStage)]
     try:
         if len(shared) == len(stages):
             run_together(shared, running)

@@ -78,7 +78,6 @@ def left(folder: Path, config: DictConfig, jobs: Sequence[Job]) -> Left:
     if strange:
         raise UsageError(f"resume={folder}: its job {_said(strange[0].overrides)} is not in this sweep")
     todo = [(job, run.number if run else next(free)) for job, run in found if not (run and run.done)]
-    todo.sort(key=lambda one: one[1])  # a launcher takes jobs together whose numbers have no gap
     return Left([job for job, _ in todo], [number for _, number in todo], len(jobs) - len(todo))
 
 

@@ -4,15 +4,18 @@ A CPU and a GPU multiply in float16, bfloat16, float32 and float64; the two floa
 them there is a prediction alone. A CPU's bfloat16 flushes subnormals to 0: its `subnormal` never happens there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm import tqdm
 
 from initlab.nn.custom_activation import Given
-from initlab.nn.init import Rule
+from initlab.nn.init import Rule, rule
 from initlab.stats.dtypes import DTYPES
+from initlab.tasks.ensemble.networks import Seeds, resolve_seeds
 from initlab.tasks.stack import stack
 from initlab.theory.format_limits import limits
 
@@ -41,41 +44,41 @@ def formats(
     width: int = 100,
     inputs: int | None = None,
     batch: int = 200,
-    seeds: Sequence[int] = range(8),
-    device: str = "cpu",
+    seeds: Seeds = 8,
+    device: str | torch.device = "cpu",
     generator: str = "torch",
     progress: bool = False,
+    **rule_fields: Any,
 ) -> Frames:
-    """`formats`: a row per format and event; `ends`: a row per format, event and network, nan where it never happens.
+    """Where number formats end a stack: two tables, `formats` and `ends`.
 
-    In `formats` the layer by which the event has happened: `predicted` in half of all networks, `band_low` and
-    `band_high` in 2.3 and 97.7 %, `predicted_share` in how many at all; `measured` in half of these networks,
-    `measured_low` and `measured_high` in the first and the last, `measured_share`. A layer is nan where fewer networks
-    get so far. Errors: those of `stack` and `signal.formats.limits`.
+    init, activation, depth, width, inputs, batch, seeds, device, generator, progress, rule_fields: as in `stack`; one
+    rule for all networks.
+
+    `formats` has a row per format and event, with the layer by which the event has happened: `predicted` in half of all
+    networks, `band_low` and `band_high` in 2.3 and 97.7 %, `predicted_share` in how many at all; `measured` in half of
+    these networks, `measured_low` and `measured_high` in the first and the last, `measured_share`. A layer is nan where
+    fewer networks get so far. `ends` has a row per format, event and network, nan where it never happens.
+    Errors: those of `stack` and `initlab.limits`.
     """
-    shape = {"depth": depth, "width": width, "inputs": inputs, "batch": batch}
-    told = limits(init, activation, **shape)  # type: ignore[arg-type]
+    scaling, numbers = rule(init, **rule_fields), resolve_seeds(seeds)
+    shape: dict[str, Any] = {"depth": depth, "width": width, "inputs": inputs, "batch": batch}
+    predicted = limits(scaling, activation, **shape).rename(columns=_PREDICTED)
     ends = []
     for dtype in tqdm(DTYPES, desc="formats", unit="format", disable=None if progress else True):
-        place = {"dtype": dtype, "device": device, "generator": generator}
-        stats = stack(init, activation, seeds=seeds, backward=False, **shape, **place)  # type: ignore[arg-type]
-        ends.append(_first_layers(stats, seeds).assign(format=dtype))
+        where: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}
+        stats = stack(scaling, activation, seeds=numbers, backward=False, **shape, **where)
+        z = stats[(stats["tensor"] == "preactivation") & (stats["direction"] == "forward")]
+        for event, happened in HAPPENED.items():
+            first = z[happened(z)].groupby("seed")["layer"].min().reindex(list(numbers)).astype(float)
+            ends.append(first.rename_axis("seed").reset_index().assign(event=event, format=dtype))
     found = pd.concat(ends, ignore_index=True)
-    table = told.rename(columns=_PREDICTED)[["format", "event", *_PREDICTED.values()]]
-    return {"formats": table.merge(_measured(found), "left", ["format", "event"]), "ends": found}
+    table = predicted[["format", "event", *_PREDICTED.values()]].merge(_measure(found), "left", ["format", "event"])
+    return {"formats": table, "ends": found}
 
 
-def _first_layers(stats: pd.DataFrame, seeds: Sequence[int]) -> pd.DataFrame:
-    z = stats[(stats["tensor"] == "preactivation") & (stats["direction"] == "forward")]
-    parts = []
-    for event, happened in HAPPENED.items():
-        first = z[happened(z)].groupby("seed")["layer"].min().reindex(list(seeds)).astype(float)
-        parts.append(first.rename_axis("seed").reset_index().assign(event=event))
-    return pd.concat(parts, ignore_index=True)
-
-
-def _measured(ends: pd.DataFrame) -> pd.DataFrame:
-    """A network in which an event never happens ranks last."""
+def _measure(ends: pd.DataFrame) -> pd.DataFrame:
+    """The measured columns of `formats`; a network in which an event never happens ranks last."""
     rows = []
     for (name, event), layers in ends.groupby(["format", "event"], sort=False)["layer"]:
         ranked = np.sort(np.where(layers.isna(), np.inf, layers))
@@ -97,7 +100,7 @@ def formats_as_text(frames: Frames) -> str:
             "event": rows["event"].map(WORDS),
             "layer predicted": [_span(*row) for row in rows[["predicted", "band_low", "band_high"]].to_numpy()],
             "measured": [_span(*row) for row in rows[["measured", "measured_low", "measured_high"]].to_numpy()],
-            "of networks": [_share(share) for share in rows["measured_share"]],
+            "of networks": ["" if np.isnan(share) else f"{100 * share:.0f} %" for share in rows["measured_share"]],
         }
     )
     held = [name for name in dict.fromkeys(frame["format"]) if name not in set(rows["format"])]
@@ -118,7 +121,3 @@ def _span(centre: float, low: float, high: float) -> str:
         return "-"
     ends = f"{low:.0f} to {high:.0f}" if np.isfinite(high) else f"from {low:.0f}, some never"
     return f"{'never' if np.isnan(centre) else f'{centre:.0f}'}{'' if low == high == centre else f' ({ends})'}"
-
-
-def _share(share: float) -> str:
-    return "" if np.isnan(share) else f"{100 * share:.0f} %"

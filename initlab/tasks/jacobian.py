@@ -5,18 +5,20 @@ average alone. In arithmetic without a range, from the weights of the stack's ow
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from initlab.errors import check, choose
-from initlab.nn.activations import ACTIVATIONS
-from initlab.nn.init import Rule
-from initlab.stats.dtypes import resolve_dtype
-from initlab.tasks.ensemble.device import find_device
-from initlab.tasks.ensemble.networks import CACHED, Networks, Shape, rules_of
+from initlab.nn.custom_activation import Given
+from initlab.nn.init import Rule, rule
+from initlab.nn.unbounded import Scaled
+from initlab.tasks.ensemble.device import Where
+from initlab.tasks.ensemble.networks import Ensemble, Net, Networks, Seeds
+from initlab.tasks.ensemble.plan import CACHED, split
 from initlab.theory.request import parse_request
 from initlab.theory.singular_values import jacobians, log2_power_sums, predict_moments, singular_values
 
@@ -25,16 +27,17 @@ Frames = dict[str, pd.DataFrame]
 
 def jacobian(
     init: str | Rule = "kaiming",
-    activation: str = "relu",
+    activation: Given = "relu",
     depth: int = 50,
     width: int = 100,
     inputs: int | None = None,
     batch: int = 200,
-    seeds: Sequence[int] = range(8),
-    dtype: str = "float32",
-    device: str = "cpu",
+    seeds: Seeds = 8,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
     generator: str = "torch",
     progress: bool = False,
+    **rule_fields: Any,
 ) -> Frames:
     """`jacobian`: mean and variance of the squared singular values s^2 of every layer, measured and predicted;
     `singular_values`: all of them, at layers 1, 2, 5, 10, 20, 50, ... and the last.
@@ -42,26 +45,22 @@ def jacobian(
     At the first input of each network's batch; `batch` matters to a rule that is fitted to data alone. A difference
     of a network's mean of s^2 to the prediction, which is one over all networks, is spread and not an error.
     """
-    shape = Shape(depth, width, width if inputs is None else inputs, batch)
-    check(depth=depth, width=width, batch=batch, inputs=shape.inputs, seeds=len(seeds))
-    row, number, place = (
-        choose(ACTIVATIONS, activation, "activation"),
-        resolve_dtype(dtype),
-        find_device(device),
-    )
-    rule = rules_of(init, 1)[0]
+    net, where = Net.of(activation, depth, width, inputs, batch), Where.of(dtype, device, generator)
+    scaling = rule(init, **rule_fields)
+    ensemble = Ensemble.of(scaling, seeds, net.activation)
     sums, spectra = [], []
-    with tqdm(total=depth * len(seeds), desc="jacobian", unit="layer", disable=None if progress else True) as bar:
-        for group in (seeds[start : start + CACHED] for start in range(0, len(seeds), CACHED)):
-            nets = Networks([rule] * len(group), activation, shape, group, number, place, generator=generator)
-            x = nets.gaussian(shape.inputs, "input")[:, :1]
-            layers = (nets.weights(layer) for layer in range(1, depth + 1))
-            for layer, found in enumerate(jacobians(layers, x, row), start=1):
-                sums.append(_sums(layer, group, log2_power_sums(found), min(shape.inputs, width)))
-                if layer in shown(depth):
-                    spectra.append(_spectrum(layer, group, singular_values(found)))
-                bar.update(len(group))
-    theory = predict_moments(parse_request(rule, activation, depth, width, inputs=shape.inputs, batch=1))
+    with tqdm(total=depth * len(ensemble), desc="jacobian", unit="layer", disable=None if progress else True) as bar:
+        for chunk in split(len(ensemble), CACHED):
+            nets = Networks(net, ensemble.part(chunk), where)
+
+            def keep(layer: int, found: Scaled, seeds: Sequence[int] = nets.ensemble.seeds) -> None:
+                sums.append(_sums(layer, seeds, log2_power_sums(found), min(net.inputs, width)))
+                if layer in shown_layers(depth):
+                    spectra.append(_spectrum(layer, seeds, singular_values(found)))
+                bar.update(len(seeds))
+
+            jacobians(net.network, nets.weights, nets.gaussian(net.inputs, "input")[:, :1], keep)
+    theory = predict_moments(parse_request(scaling, activation, depth, width, inputs=net.inputs, batch=1))
     moments = pd.concat(sums, ignore_index=True).merge(theory, on="layer")
     return {
         name: frame.sort_values(["seed", *keys], ignore_index=True)
@@ -72,10 +71,10 @@ def jacobian(
     }
 
 
-def shown(depth: int) -> list[int]:
+def shown_layers(depth: int) -> list[int]:
     """Layers whose singular values are kept: 1, 2, 5, 10, ... and the last.
 
-    >>> shown(30)
+    >>> shown_layers(30)
     [1, 2, 5, 10, 20, 30]
     """
     steps = [k * 10**power for power in range(len(str(depth))) for k in (1, 2, 5)]

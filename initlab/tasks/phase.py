@@ -1,12 +1,11 @@
 """A plane of networks, measured as one batched program, beside what theory says of every point.
 
 Plane `sigma`: (sigma_w, sigma_b) at the last layer. Plane `depth`: (sigma_w, layer) at one sigma_b. sigma_w is the
-gain: weights have variance sigma_w^2 / fan_in, biases sigma_b^2. Poole et al. 2016; Schoenholz et al. 2017. Knows
-nothing of Hydra nor of figures.
+gain: weights have variance sigma_w^2 / fan_in, biases sigma_b^2. Poole et al. 2016; Schoenholz et al. 2017.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +16,11 @@ from tqdm import tqdm
 from initlab.errors import UsageError, check, choose
 from initlab.meanfield.fixed_points import phase_plane
 from initlab.meanfield.trajectories import trajectory
-from initlab.nn.activations import ACTIVATIONS
-from initlab.nn.init import DISTRIBUTIONS, GENERATORS
-from initlab.stats.dtypes import resolve_dtype
-from initlab.tasks.ensemble.device import find_device
-from initlab.tasks.phase_points import Looked, Place, Points, look
+from initlab.nn.custom_activation import Given, as_activation
+from initlab.nn.init import DISTRIBUTIONS
+from initlab.tasks.ensemble.device import Where
+from initlab.tasks.ensemble.networks import Seeds, resolve_seeds
+from initlab.tasks.phase_points import Measured, Points, measure_points
 
 PLANES = {"sigma": "(sigma_w, sigma_b) at the last layer", "depth": "(sigma_w, layer) at one sigma_b"}
 WEIGHTS = {"common": "all points scale the same random numbers", "fresh": "each point draws its own"}
@@ -38,8 +37,6 @@ LIMITS = {  # column -> that of `phase_plane`
     "predicted_phase": "phase",
 }
 AWAY = 0.1  # |ln chi_1| beyond which a point is away from the critical line
-
-Emit = Callable[[Mapping[str, pd.DataFrame]], object]
 
 
 class Axis(NamedTuple):
@@ -61,76 +58,78 @@ class Axis(NamedTuple):
         return [float(x) for x in np.linspace(self.low, self.high, self.points)]
 
 
-SW, SB = Axis(0.5, 3.0, 64), Axis(0.0, 1.0, 64)
+SIGMA_W, SIGMA_B = Axis(0.5, 3.0, 64), Axis(0.0, 1.0, 64)
 
 
 def phase(
     plane: str = "sigma",
-    sw: Axis = SW,
-    sb: Axis = SB,
-    sigma_b: float = 0.05**0.5,
-    activation: str = "tanh",
+    sigma_w: Axis = SIGMA_W,
+    sigma_b: Axis | float | None = None,
+    activation: Given = "tanh",
     depth: int = 50,
     width: int = 100,
     batch: int = 8,
     correlation: float = 0.5,
     weights: str = "common",
     distribution: str = "normal",
-    seeds: Sequence[int] = range(8),
-    dtype: str = "float32",
-    device: str = "cpu",
+    seeds: Seeds = 8,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
     generator: str = "torch",
     chunk: int = 0,
     progress: bool = False,
 ) -> Iterator[pd.DataFrame]:
     """The table `phase`, a frame for each seed as it comes: a row per point, in the plane `depth` per point and layer.
 
-    Measured are the preactivations of `batch` inputs of a given correlation: `q`, `std`, `cosine` (mean over pairs),
-    `chi_1` (sigma_w^2 times the mean squared slope), `growth` (its geometric mean over the layers so far: the factor
-    per layer of a gradient's second moment), `frac_saturated`, and `xi_c`, in layers, from how fast the cosine goes to
-    its end; nan where that cannot be seen. A signal that died (`died_at`) has q = 0 or inf, and the cosine and slopes
-    of the last layer at which it was alive. `predicted_*` is infinite width at the same layer, `limit_*` at infinite
-    depth. Errors: what `Axis.values` refuses, fewer than 2 inputs, a correlation outside [0, 1).
+    plane: a name of PLANES. sigma_w: the axis of standard deviations of weights times sqrt(fan_in). sigma_b: that of
+    biases, an axis in the plane `sigma` (0 to 1 if None), one number in the plane `depth` (sqrt(0.05) if None).
+    activation: a name of the table. depth, width: of each network. batch: inputs of a network, at least 2. correlation:
+    of every two inputs, from 0 to below 1. weights: a name of WEIGHTS. distribution: of the weights. seeds: how many
+    networks a point has, or their seeds. dtype, device, generator, progress: as in `stack`. chunk: points that go
+    together, 0 as many as caches hold.
+
+    Measured are the preactivations: `q`, `std`, `cosine` (mean over pairs), `chi_1` (sigma_w^2 times the mean squared
+    slope), `growth` (its geometric mean over the layers so far: the factor per layer of a gradient's second moment),
+    `frac_saturated`, and `xi_c`, in layers, from how fast the cosine goes to its end; nan where that cannot be seen. A
+    signal that died (`died_at`) has q = 0 or inf, and the cosine and slopes of the last layer at which it was alive.
+    `predicted_*` is infinite width at the same layer, `limit_*` at infinite depth.
+    Errors: what `Axis.values` refuses, fewer than 2 inputs, a correlation outside [0, 1).
     """
-    gains, biases = _coordinates(plane, sw, sb, sigma_b)
-    check(depth=depth, width=width, batch=batch, seeds=len(seeds))
+    choose(PLANES, plane, "phase.plane")
+    across = sigma_w.values("phase.sw")
+    if plane == "sigma":
+        up = (sigma_b if isinstance(sigma_b, Axis) else SIGMA_B).values("phase.sb")
+    else:
+        up = [0.05**0.5 if sigma_b is None or isinstance(sigma_b, Axis) else sigma_b]
+    if not 0 <= up[0] < math.inf:
+        raise UsageError(f"phase.sigma_b={up[0]:g}: a standard deviation must be a finite number, at least 0")
+    numbers = resolve_seeds(seeds)
+    check(depth=depth, width=width, batch=batch)
     if batch < 2:
         raise UsageError(f"phase.batch={batch}: must be at least 2; one input has no cosine")
     if not 0 <= correlation < 1:
         raise UsageError(f"phase.correlation={correlation:g}: must be at least 0 and below 1")
     fresh = choose(dict(zip(WEIGHTS, (False, True), strict=True)), weights, "phase.weights")
     choose(DISTRIBUTIONS, distribution, "init.distribution")
-    choose(GENERATORS, generator, "generator")
-    row = choose(ACTIVATIONS, activation, "activation")
-    place = Place(resolve_dtype(dtype), find_device(device), generator, chunk)
-    points = Points(gains, biases, row, depth, width, batch, correlation, distribution, fresh)
-    return _measured(plane, points, activation, seeds, place, progress)
+    row, where = as_activation(activation), Where.of(dtype, device, generator)
+    gains, biases = across * len(up), [value for value in up for _ in across]
+    points = Points(gains, biases, row, depth, width, batch, correlation, distribution, fresh, chunk)
+    return _measure(plane, points, numbers, where, progress)
 
 
-def _coordinates(plane: str, sw: Axis, sb: Axis, sigma_b: float) -> tuple[list[float], list[float]]:
-    """(sigma_w, sigma_b) of every point, sigma_b slowest."""
-    choose(PLANES, plane, "phase.plane")
-    if not 0 <= sigma_b < math.inf:
-        raise UsageError(f"phase.sigma_b={sigma_b:g}: a standard deviation must be a finite number, at least 0")
-    across, up = sw.values("phase.sw"), sb.values("phase.sb") if plane == "sigma" else [sigma_b]
-    return across * len(up), [value for value in up for _ in across]
-
-
-def _measured(
-    plane: str, points: Points, activation: str, seeds: Sequence[int], place: Place, progress: bool
-) -> Iterator[pd.DataFrame]:
-    layers, closer = looks(plane, points.depth)
+def _measure(plane: str, points: Points, seeds: Sequence[int], where: Where, progress: bool) -> Iterator[pd.DataFrame]:
+    layers, slopes = measured_layers(plane, points.depth)
     rows = layers if plane == "depth" else [points.depth]
-    theory = _theory(points, activation, rows)
-    total = len(points.sw) * points.depth * len(seeds)
+    theory = _theory(points, rows)
+    total = len(points.sigma_w) * points.depth * len(seeds)
     with tqdm(total=total, desc="phase", unit="layer", unit_scale=True, disable=None if progress else True) as bar:
         for seed in seeds:
-            found = look(points, seed, layers, closer, place, bar.update)
-            yield _frame(points, found, np.array(layers), np.array(closer), rows, theory).assign(seed=seed)
+            found = measure_points(points, seed, layers, slopes, where, bar.update)
+            yield _frame(points, found, np.array(layers), np.array(slopes), rows, theory).assign(seed=seed)
 
 
-def looks(plane: str, depth: int) -> tuple[list[int], list[int]]:
-    """Layers that are looked at, and those at which slopes are taken too, which cost as much as the activation."""
+def measured_layers(plane: str, depth: int) -> tuple[list[int], list[int]]:
+    """Layers that are measured, and those at which slopes are taken too, which cost as much as the activation."""
     every = list(range(1, depth + 1))
     return (every, every) if plane == "depth" else (steps(depth, 1.35), steps(depth, 3.0))
 
@@ -147,53 +146,49 @@ def steps(depth: int, ratio: float) -> list[int]:
     return found
 
 
-def _theory(points: Points, activation: str, rows: Sequence[int]) -> pd.DataFrame:
+def _theory(points: Points, rows: Sequence[int]) -> pd.DataFrame:
     """A row per point and layer of `rows`, points slowest: at this layer, and at infinite depth; in bounded memory."""
-    across = list(dict.fromkeys(points.sw))
-    up = points.sb[:: len(across)]
-    together = max(1, THEORY // len(across))
-    parts = (up[start : start + together] for start in range(0, len(up), together))
-    return pd.concat([_theory_of(points, activation, rows, across, part) for part in parts], ignore_index=True)
-
-
-def _theory_of(
-    points: Points, activation: str, rows: Sequence[int], across: Sequence[float], up: Sequence[float]
-) -> pd.DataFrame:
-    weights, biases = (torch.tensor(values, dtype=torch.float64) for values in (across, up))
-    scales = weights.repeat(len(up)), biases.repeat_interleave(len(across))
-    path = trajectory(points.row, *scales, points.depth, points.correlation)
-    with np.errstate(divide="ignore"):
-        growth = np.exp(np.cumsum(np.log(path.chi_1.numpy()), -1) / np.arange(1, points.depth + 1))
-    found = {
-        "predicted_q": path.q.numpy(), "predicted_cosine": 1 - path.apart.numpy(),
-        "predicted_chi_1": path.chi_1.numpy(), "predicted_growth": growth,
-    }  # fmt: skip
-    at = [layer - 1 for layer in rows]
-    frame = pd.DataFrame({name: values[:, at].ravel() for name, values in found.items()})
-    limits = phase_plane(activation, across, up, first_layer=True)
-    return frame.assign(**{name: np.repeat(limits[of].to_numpy(), len(rows)) for name, of in LIMITS.items()})
+    across, at = list(dict.fromkeys(points.sigma_w)), [layer - 1 for layer in rows]
+    rising = points.sigma_b[:: len(across)]
+    together, frames = max(1, THEORY // len(across)), []
+    for up in (rising[start : start + together] for start in range(0, len(rising), together)):
+        weights, biases = (torch.tensor(values, dtype=torch.float64) for values in (across, up))
+        scales = weights.repeat(len(up)), biases.repeat_interleave(len(across))
+        path = trajectory(points.row, *scales, points.depth, points.correlation)
+        with np.errstate(divide="ignore"):
+            growth = np.exp(np.cumsum(np.log(path.chi_1.numpy()), -1) / np.arange(1, points.depth + 1))
+        found = {
+            "predicted_q": path.q.numpy(), "predicted_cosine": 1 - path.apart.numpy(),
+            "predicted_chi_1": path.chi_1.numpy(), "predicted_growth": growth,
+        }  # fmt: skip
+        frame = pd.DataFrame({name: values[:, at].ravel() for name, values in found.items()})
+        limits = phase_plane(points.row, across, up, first_layer=True)
+        limit = {name: np.repeat(limits[column].to_numpy(), len(rows)) for name, column in LIMITS.items()}
+        frames.append(frame.assign(**limit))
+    return pd.concat(frames, ignore_index=True)
 
 
 def _frame(
-    points: Points, found: Looked, layers: np.ndarray, closer: np.ndarray, rows: Sequence[int], theory: pd.DataFrame
+    points: Points, found: Measured, layers: np.ndarray, slopes: np.ndarray, rows: Sequence[int], theory: pd.DataFrame
 ) -> pd.DataFrame:
-    sw, sb = np.array(points.sw)[:, None], np.array(points.sb)[:, None]
+    sigma_w, sigma_b = np.array(points.sigma_w)[:, None], np.array(points.sigma_b)[:, None]
     died = found.died_at[:, None]
     apart = _lasting(found.apart, layers, died)
-    chi_1 = sw**2 * _lasting(found.slope, closer, died)
-    saturated = _lasting(found.saturated, closer, died)
-    at, near = np.searchsorted(layers, rows), np.searchsorted(closer, rows)
+    chi_1 = sigma_w**2 * _lasting(found.slope, slopes, died)
+    saturated = _lasting(found.saturated, slopes, died)
+    at, near = np.searchsorted(layers, rows), np.searchsorted(slopes, rows)
     with np.errstate(invalid="ignore"):
         std = np.sqrt(np.maximum(found.q[:, at] - found.mean[:, near] ** 2, 0))
     q = found.q[:, at]
     columns = {
-        "gain": sw, "sigma_b": sb, "layer": np.array(rows)[None], "q": q, "std": np.where(np.isfinite(q), std, np.inf),
+        "gain": sigma_w, "sigma_b": sigma_b, "layer": np.array(rows)[None], "q": q,
+        "std": np.where(np.isfinite(q), std, np.inf),
         "cosine": 1 - apart[:, at], "one_minus_cosine": apart[:, at], "chi_1": chi_1[:, near],
-        "growth": _growth(chi_1, closer)[:, near], "frac_saturated": saturated[:, near],
+        "growth": _growth(chi_1, slopes)[:, near], "frac_saturated": saturated[:, near],
         "xi_c": depth_scale(apart, chi_1[:, -1], layers)[:, None], "n_nan": found.nan[:, near],
         "n_inf": found.inf[:, near], "died_at": died,
     }  # fmt: skip
-    shape = (len(sw), len(rows))
+    shape = (len(sigma_w), len(rows))
     frame = pd.DataFrame({name: np.broadcast_to(values, shape).ravel() for name, values in columns.items()})
     frame = frame.astype({"n_nan": "int64", "n_inf": "int64", "died_at": "int64"})
     words = np.where(frame["q"] == np.inf, "unbounded", np.where(frame["chi_1"] > 1, "chaotic", "ordered"))

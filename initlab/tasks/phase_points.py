@@ -3,12 +3,13 @@
     z_l = sigma_w phi(z_{l-1}) G_l / sqrt(n) + sigma_b g_l,  G_l of a standard law, g_l normal; phi(z_0) is the input
 
 All points share G_l and g_l, so that their inputs are rows of one matrix product; or each point has its own. Points go
-through in chunks that stay in a processor's cache, and what is kept of a chunk is a few numbers a layer. Knows nothing
-of planes, theory or tables. Legend: P points, N batch, O units, R layers that are looked at.
+through in chunks that stay in a processor's cache, and what is kept of a chunk is a few numbers a layer.
+Legend: P points, N batch, O units, R layers that are measured.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 from typing import NamedTuple
 
@@ -16,15 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from initlab.errors import choose
 from initlab.nn.activations import Activation
 from initlab.nn.init import DISTRIBUTIONS, GENERATORS, Draw, Generator, Weights
+from initlab.nn.network import dense, forward
+from initlab.stats.statistics import SATURATED
+from initlab.tasks.ensemble.device import Where
 
 CHUNK = {"cpu": 2**20, "cuda": 2**28}  # bytes of a chunk's signal: on a CPU its passes stay in the cache
 KEPT = 2**28  # bytes of weights that are kept for all points; what is more is drawn again for every block of them
 BLOCK = 2**28  # bytes of the signals of such a block
 SAFE = (1e-12, 1e12)  # between these no square leaves the range of float32
-SATURATED = 0.05  # of the largest slope
 EXPONENTS = {torch.float32: 126, torch.float64: 1022}  # powers of two on either side of 1, subnormal ones left out
 
 Advance = Callable[[int], object]  # told how many layers of how many points are done, as their product
@@ -33,10 +35,13 @@ Layer = tuple[Tensor, Tensor]  # (I, O) or (P, I, O), and (O,) or (P, 1, O)
 
 @dataclass(frozen=True)
 class Points:
-    """(sigma_w, sigma_b) of each network, and what they share; `correlation` is that of every two inputs."""
+    """(sigma_w, sigma_b) of each network, and what they share; `correlation` is that of every two inputs.
 
-    sw: Sequence[float]
-    sb: Sequence[float]
+    `fresh`: each point draws its own weights. `chunk`: how many points go together, 0 as many as caches hold.
+    """
+
+    sigma_w: Sequence[float]
+    sigma_b: Sequence[float]
     row: Activation
     depth: int
     width: int
@@ -44,19 +49,10 @@ class Points:
     correlation: float = 0.0
     distribution: str = "normal"
     fresh: bool = False
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where, in which numbers and drawn by whom; `chunk` is how many points go together, 0 as many as caches hold."""
-
-    dtype: torch.dtype = torch.float32
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    generator: str = "torch"
     chunk: int = 0
 
 
-class Plan(NamedTuple):
+class Schedule(NamedTuple):
     """How the points go through, and the most bytes that signals and weights take at once."""
 
     chunk: int  # points in a chunk
@@ -65,8 +61,8 @@ class Plan(NamedTuple):
     held: int
 
 
-class Looked(NamedTuple):
-    """Of every point, float64 (P, R), at the layers asked for; `mean` to `inf` at those looked at closer.
+class Measured(NamedTuple):
+    """Of every point, float64 (P, R): `q` and `apart` at all layers that are measured, the others where slopes are too.
 
     `q` second moment, `apart` = 1 - mean pairwise cosine of the batch; `mean`, `slope` = mean phi'(z)^2, `saturated`
     share, `nan` and `inf` counts. Vectors of length 0 have no cosine; where fewer than two have one, `apart` is 0.
@@ -84,69 +80,92 @@ class Looked(NamedTuple):
     died_at: np.ndarray
 
 
-def plan(points: Points, place: Place) -> Plan:
+def schedule(points: Points, where: Where) -> Schedule:
     """Bounded memory, whatever the number of points: see CHUNK, KEPT and BLOCK."""
-    size, device = place.dtype.itemsize, place.device.type
+    size, count = where.dtype.itemsize, len(points.sigma_w)
     signal, weights = points.batch * points.width * size, points.width * (points.width + 1) * size
-    own = signal + (weights if points.fresh else 0)
-    chunk = min(len(points.sw), place.chunk or max(1, CHUNK[device] // own))
+    each = signal + (weights if points.fresh else 0)
+    chunk = min(count, points.chunk or max(1, CHUNK[where.device.type] // each))
     group = 1 if points.fresh else max(1, min(points.depth, KEPT // weights))
     whole = points.fresh or group == points.depth
-    block = len(points.sw) if whole else min(len(points.sw), max(chunk, BLOCK // signal))
+    block = count if whole else min(count, max(chunk, BLOCK // signal))
     working = 6 * chunk * signal + (chunk if points.fresh else group) * weights
-    return Plan(chunk, block, group, working + (0 if whole else block * signal))
+    return Schedule(chunk, block, group, working + (0 if whole else block * signal))
 
 
-def look(
+def measure_points(
     points: Points,
     seed: int,
     layers: Sequence[int],
-    closer: Sequence[int],
-    place: Place,
+    slopes: Sequence[int],
+    where: Where,
     advance: Advance = lambda done: None,
-) -> Looked:
-    """The networks of one seed, looked at in `layers`, and closer in some of them.
+) -> Measured:
+    """The networks of one seed, measured at `layers`, and with their slopes at those in `slopes`.
 
-    Numbers depend on (seed, layer), and with fresh weights on (sigma_w, sigma_b), alone: not on the other points, nor
+    Numbers depend on (seed, layer), and with fresh weights on (sigma_w, sigma_b), only: not on the other points, nor
     on how many go together. With correlation 0 the point (sigma_w, 0) is the network of `task=stack` with that gain.
     """
-    source = choose(GENERATORS, place.generator, "generator")
-    planned, count = plan(points, place), len(points.sw)
+    planned = schedule(points, where)
     with torch.inference_mode():
-        run = _Run(points, seed, source, place, frozenset(layers), frozenset(closer), planned, advance)
-        found = [run.block(block) for block in _pieces(range(count), planned.block)]
-        return Looked(*(torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)))
+        run = _Run(points, seed, where, frozenset(layers), frozenset(slopes), planned, advance)
+        found = [run.block(block) for block in _pieces(range(len(points.sigma_w)), planned.block)]
+        return Measured(*(torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)))
 
 
 def _pieces(whole: range, size: int) -> list[range]:
     return [whole[start : start + size] for start in range(0, len(whole), size)]
 
 
-def _renamed(draw: Draw, at: str) -> Draw:
-    """The same source under keys of its own."""
+def _with_suffix(draw: Draw, at: str) -> Draw:
+    """The same source of numbers under other keys: `at` is added to what they are for."""
     return lambda shape, seeds, what, layer, device: draw(shape, seeds, what + at, layer, device)
 
 
 class _Chunk:
-    """Some points on their way: their signal, and what has been seen of them."""
+    """Some points on their way: the arithmetic of their pass, their signal, and what has been measured of them."""
 
-    def __init__(self, points: Points, who: range, x: Tensor, place: Place) -> None:
-        self.who = who
-        number = {"dtype": place.dtype, "device": place.device}
-        self.sw, self.sb = (
+    def __init__(self, run: "_Run", who: range) -> None:
+        self.run = run
+        number = {"dtype": run.where.dtype, "device": run.where.device}
+        self.sigma_w, self.sigma_b = (
             torch.tensor([values[k] for k in who], **number)[:, None, None]  # type: ignore[arg-type]
-            for values in (points.sw, points.sb)
+            for values in (run.points.sigma_w, run.points.sigma_b)
         )
-        self.x = x.expand(len(who), *x.shape).contiguous()
-        self.biased = any(points.sb[k] for k in who)
+        self.x = run.x.expand(len(who), *run.x.shape).contiguous()
+        self.biased = any(run.points.sigma_b[k] for k in who)
         self.sizes: list[Tensor] = []
-        self.seen: list[list[Tensor]] = [[] for _ in Looked._fields[:-1]]
+        self.measured: list[list[Tensor]] = [[] for _ in Measured._fields[:-1]]
+
+    def linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """sigma_w x w + sigma_b b."""
+        assert b is not None
+        z = x @ w if w.dim() == 3 else (x.flatten(0, 1) @ w).view_as(x)
+        return torch.addcmul(self.sigma_b * b, z, self.sigma_w, out=z) if self.biased else z.mul_(self.sigma_w)
+
+    def activate(self, z: Tensor, row: Activation) -> Tensor:
+        return row.phi(z)
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def measure(self, layer: int, z: Tensor, a: Tensor) -> None:
+        """Note what is wanted of a layer's preactivations."""
+        size = torch.maximum(z.amax((1, 2)), -z.amin((1, 2)))  # nan where one is; no tensor of |z| is made
+        self.sizes.append(size)
+        if layer in self.run.layers:
+            for into, value in zip(self.measured[:2], lengths(z, size), strict=True):
+                into.append(value)
+        if layer in self.run.slopes:
+            for into, value in zip(self.measured[2:], details(z, size, self.run.points.row), strict=True):
+                into.append(value)
 
     def result(self) -> list[Tensor]:
+        """The fields of `Measured` for these points."""
         sizes = torch.stack(self.sizes, -1)
         dead = ~((sizes > 0) & (sizes < torch.inf))
         died_at = torch.where(dead.any(-1), dead.int().argmax(-1) + 1, 0)
-        return [*(torch.stack(each, -1) for each in self.seen), died_at]
+        return [*(torch.stack(each, -1) for each in self.measured), died_at]
 
 
 @dataclass
@@ -155,26 +174,34 @@ class _Run:
 
     points: Points
     seed: int
-    source: Generator
-    place: Place
+    where: Where
     layers: frozenset[int]
-    closer: frozenset[int]
-    planned: Plan
+    slopes: frozenset[int]
+    planned: Schedule
     advance: Advance
 
     def __post_init__(self) -> None:
-        self.x = self._inputs()
+        """Draw the inputs (N, I): sqrt(c) times what all have in common and sqrt(1 - c) times what is their own."""
+        p, device = self.points, self.where.device
+        self.source = GENERATORS[self.where.generator]
+        each = self.source.gaussian((p.batch, p.width), [self.seed], "input", 0, device)[0]
+        common = self.source.gaussian((1, p.width), [self.seed], "common input", 0, device)[0]
+        mixed = each * sqrt(1 - p.correlation) + common * sqrt(p.correlation) if p.correlation else each
+        self.x = mixed.to(device, self.where.dtype)
+        self.network = dense([p.width] * (p.depth + 1), p.row)
         self.kept: list[Layer] | None = None
 
     def block(self, who: range) -> list[Tensor]:
         """All layers of some points: group by group of layers, and in each chunk by chunk of points."""
         p, chunks, done = self.points, dict[range, _Chunk](), []
         for group in _pieces(range(1, p.depth + 1), p.depth if p.fresh else self.planned.group):
-            shared = None if p.fresh else self._shared(group)
+            shared = [] if p.fresh else self.kept or [self._draw(self.source, layer) for layer in group]
+            self.kept = shared if len(shared) == p.depth else None
             for part in _pieces(who, self.planned.chunk):
-                chunk = chunks.pop(part, None) or _Chunk(p, part, self.x, self.place)
-                for k, layer in enumerate(group):
-                    self._step(chunk, layer, self._fresh(layer, part) if shared is None else shared[k])
+                chunk = chunks.pop(part, None) or _Chunk(self, part)
+
+                weights = partial(self._weights, shared, group[0], part)
+                chunk.x = forward(self.network, weights, chunk.x, chunk.measure, chunk, group)
                 self.advance(len(part) * len(group))
                 if group[-1] == p.depth:
                     done.append(chunk.result())
@@ -182,54 +209,24 @@ class _Run:
                     chunks[part] = chunk
         return [torch.cat(each) for each in zip(*done, strict=True)]
 
-    def _step(self, chunk: _Chunk, layer: int, weights: Layer) -> None:
-        w, b = weights
-        z = chunk.x @ w if w.dim() == 3 else (chunk.x.flatten(0, 1) @ w).view_as(chunk.x)
-        if chunk.biased:
-            torch.addcmul(chunk.sb * b, z, chunk.sw, out=z)
-        else:
-            z.mul_(chunk.sw)
-        size = torch.maximum(z.amax((1, 2)), -z.amin((1, 2)))  # nan where one is; no tensor of |z| is made
-        chunk.sizes.append(size)
-        if layer in self.layers:
-            for into, value in zip(chunk.seen[:2], lengths(z, size), strict=True):
-                into.append(value)
-        if layer in self.closer:
-            for into, value in zip(chunk.seen[2:], details(z, size, self.points.row), strict=True):
-                into.append(value)
-        chunk.x = self.points.row.phi(z)
-
-    def _shared(self, group: Sequence[int]) -> list[Layer]:
-        if self.kept is not None:
-            return self.kept
-        drawn = [self._draw(self.source, layer) for layer in group]
-        self.kept = drawn if len(drawn) == self.points.depth else None
-        return drawn
-
-    def _fresh(self, layer: int, who: range) -> Layer:
-        """A point's own weights, keyed by its coordinates: the same in every plane that holds it."""
+    def _weights(self, shared: Sequence[Layer], first: int, who: range, layer: int) -> Layer:
+        """Those of the group that begins at layer `first`; or each point's own, keyed by its coordinates: the same in
+        every plane that holds it."""
+        if shared:
+            return shared[layer - first]
         drawn = []
         for k in who:
-            at = f" at {self.points.sw[k]!r}, {self.points.sb[k]!r}"
-            own = Generator(*(_renamed(draw, at) for draw in self.source))
-            drawn.append(self._draw(own, layer))
+            at = f" at {self.points.sigma_w[k]!r}, {self.points.sigma_b[k]!r}"
+            drawn.append(self._draw(Generator(*(_with_suffix(draw, at) for draw in self.source)), layer))
         w, b = (torch.stack(parts) for parts in zip(*drawn, strict=True))
         return w, b.unsqueeze(1)
 
     def _draw(self, source: Generator, layer: int) -> Layer:
-        p, place = self.points, self.place
-        own = Weights(source, [self.seed], layer, place.device)
-        w = DISTRIBUTIONS[p.distribution]((p.width, p.width), 1 / sqrt(p.width), own)
-        b = source.gaussian((p.width,), [self.seed], "bias", layer, place.device)
-        return w[0].to(place.device, place.dtype), b[0].to(place.device, place.dtype)
-
-    def _inputs(self) -> Tensor:
-        """(N, I): sqrt(c) times what all inputs have in common and sqrt(1 - c) times what is their own."""
-        p, device = self.points, self.place.device
-        own = self.source.gaussian((p.batch, p.width), [self.seed], "input", 0, device)[0]
-        common = self.source.gaussian((1, p.width), [self.seed], "common input", 0, device)[0]
-        mixed = own * sqrt(1 - p.correlation) + common * sqrt(p.correlation) if p.correlation else own
-        return mixed.to(device, self.place.dtype)
+        p, where = self.points, self.where
+        numbers = Weights(source, [self.seed], layer, where.device)
+        w = DISTRIBUTIONS[p.distribution]((p.width, p.width), 1 / sqrt(p.width), numbers)
+        b = source.gaussian((p.width,), [self.seed], "bias", layer, where.device)
+        return w[0].to(where.device, where.dtype), b[0].to(where.device, where.dtype)
 
 
 def lengths(z: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:

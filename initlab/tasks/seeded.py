@@ -7,6 +7,7 @@ tensor's numbers depend on (seed, what, layer) alone (signal/init.py); here they
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from initlab.errors import UsageError, check, choose
 from initlab.nn.custom_activation import Given, as_activation
 from initlab.nn.init import Rule, rule
+from initlab.nn.network import PLAIN, Network, dense, forward
 from initlab.stats.dtypes import resolve_dtype
 from initlab.stats.statistics import STATISTICS, Blocks, Key, measure
+from initlab.tasks.ensemble.networks import Seeds, resolve_seeds
 
 KEYS = ("stage", "implementation", "seed", "step", "layer", "tensor", "direction")
 # Distribution of a rule -> how torch fills a weight with numbers of this standard deviation.
@@ -32,8 +35,9 @@ def seeded(
     depth: int = 100,
     width: int = 256,
     batch: int = 16,
-    seeds: Sequence[int] = (1,),
-    dtype: str = "float32",
+    seeds: Seeds = (1,),
+    dtype: str | torch.dtype = "float32",
+    **rule_fields: Any,
 ) -> pd.DataFrame:
     """The `stats` rows of the stage `stack`, implementation `module`, and `std_torch`: torch's own std of the tensor.
 
@@ -42,25 +46,26 @@ def seeded(
     Errors: a rule that has biases, or that torch.nn.init has no one-line counterpart for.
     """
     check(depth=depth, width=width, batch=batch)
-    scaling = rule(init) if isinstance(init, str) else init
+    scaling = rule(init, **rule_fields)
     choose(FILL, scaling.distribution, "init.distribution")
     if scaling.bias:
         raise UsageError(f"init.bias={scaling.bias:g}: the seeded stack has no biases")
     phi, number = as_activation(activation), resolve_dtype(dtype)
+    network = dense([width] * (depth + 1), phi)
     std = scaling.std_for(phi, (width, width))
     frames = []
-    for seed in seeds:
+    for seed in resolve_seeds(seeds):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.default_generator.manual_seed(seed)
             layers = [nn.Linear(width, width, bias=False) for _ in range(depth)]
             for layer in layers:
                 FILL[scaling.distribution](layer.weight, std)
             x = torch.randn(batch, width).to(number)
-            frames.append(_through([layer.to(number) for layer in layers], phi.phi, x, seed))
+            frames.append(_measure(network, [layer.weight.mT.to(number) for layer in layers], x, seed))
     return pd.concat(frames, ignore_index=True)
 
 
-def _through(layers: Sequence[nn.Module], phi: Callable[[Tensor], Tensor], x: Tensor, seed: int) -> pd.DataFrame:
+def _measure(network: Network, weights: Sequence[Tensor], x: Tensor, seed: int) -> pd.DataFrame:
     """Rows of one network, the input's first."""
     rows = Blocks([seed], KEYS, [*STATISTICS, "std_torch"])
 
@@ -70,9 +75,10 @@ def _through(layers: Sequence[nn.Module], phi: Callable[[Tensor], Tensor], x: Te
         rows.put([Key("stack", "module", 0, layer, tensor, "forward")], block[:, None, None])
 
     put(0, "activation", x)
-    for k, layer in enumerate(layers, start=1):
-        z = layer(x)
-        x = phi(z)
-        put(k, "preactivation", z)
-        put(k, "activation", x)
+
+    def visit(layer: int, z: Tensor, a: Tensor) -> None:
+        put(layer, "preactivation", z)
+        put(layer, "activation", a)
+
+    forward(network, lambda layer: (weights[layer - 1], None), x, visit, PLAIN)
     return rows.frame()

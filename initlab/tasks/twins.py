@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -13,105 +12,74 @@ from torch import Tensor
 from initlab.engine.fast_network import Engine, Factors
 from initlab.engine.named_tensors import drifts_of, items_of, parameter_items, updates_of
 from initlab.engine.recording import Recording
-from initlab.errors import UsageError, choose
+from initlab.errors import UsageError
 from initlab.nn.activations import Activation
 from initlab.scratch import mlp
 from initlab.scratch.layers import LOSSES, Loss
 from initlab.scratch.mlp import Parameters
 from initlab.stats.statistics import Blocks, Differences, Key, Rows
-from initlab.tasks.ensemble.networks import repeated
+from initlab.tasks.ensemble.networks import Ensemble
+from initlab.tasks.ensemble.training import OPTIMIZERS, Training
 
 Frames = dict[str, pd.DataFrame]
-Optimizer = Callable[..., torch.optim.Optimizer]
-
-# Elementwise optimizers only: they treat an ensemble as its members.
-OPTIMIZERS: dict[str, Optimizer] = {
-    "sgd": torch.optim.SGD,
-    "momentum": partial(torch.optim.SGD, momentum=0.9),
-    "nesterov": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
-    "rmsprop": torch.optim.RMSprop,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
-# They divide a gradient by its own size.
-ADAPTIVE = ("rmsprop", "adam", "adamw")
-# How the modules of an ensemble run on steps that are not recorded; recorded ones go one by one.
-MODULES = {"one_by_one": "each nn.Module by itself", "vmap": "all as one program, torch.func.vmap"}
 FLUSH_SECONDS, FLUSH_ROWS = 30.0, 200_000
 
 
 class Records:
-    """What has been measured and not yet handed over."""
+    """What has been measured of an ensemble and not yet emitted."""
 
-    def __init__(
-        self,
-        seeds: Sequence[int],
-        deliver: Callable[[Frames], None],
-        histograms: bool,
-        columns: Mapping[str, pd.Categorical | np.ndarray] | None = None,
-    ) -> None:
-        self._columns = columns or {}  # what differs between the networks, one value for each
+    def __init__(self, ensemble: Ensemble, emit: Callable[[Frames], object], histograms: bool) -> None:
+        seeds = ensemble.seeds
         self.rows, self.parity, self.histograms = Rows(seeds, histograms), Differences(seeds), histograms
         self.losses = Blocks(seeds, ("implementation", "seed", "step"), ("loss", "accuracy"))
-        self._deliver, self._since = deliver, time.monotonic()
+        self._ensemble, self._emit, self._since = ensemble, emit, time.monotonic()
 
     def due(self) -> bool:
+        """Whether there is enough to emit, or it has waited long enough."""
         return len(self.rows) > FLUSH_ROWS or time.monotonic() - self._since > FLUSH_SECONDS
 
     def flush(self) -> None:
         if len(self.losses):
-            frames = {"losses": self.losses.frame(), "parity": self.parity.frame()}
+            frames = {"stats": self.rows.frame(), "losses": self.losses.frame(), "parity": self.parity.frame()}
             if self.histograms:
                 frames["histograms"] = self.rows.histograms()
-            found = {"stats": self.rows.frame()} | frames
-            self._deliver({name: self._told(frame) for name, frame in found.items()})
+            self._emit({name: self._ensemble.add_columns(frame) for name, frame in frames.items()})
         self._since = time.monotonic()
 
-    def _told(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """The frame, in which networks run fastest, with the columns in which they differ."""
-        return frame.assign(**{name: repeated(each, len(frame)) for name, each in self._columns.items()})
 
-
-class Pair:
+class TwinTraining:
     """An ensemble trained by hand and its twins trained by torch, a step at a time."""
 
     def __init__(
         self,
         parameters: Parameters,
         activation: Activation,
-        loss: str,
-        optimizer: str,
+        training: Training,
         lr: float | Sequence[float],
-        batch: int,
         records: Records,
-        modules: str = "one_by_one",
         factors: Sequence[Factors] = (),
-        drift: bool = False,
     ) -> None:
-        """`factors`, of each network, multiply the learning rates of its layers; none: all are 1.
-
-        With `drift` recorded steps also say how far the preactivations of the first recorded batch have moved.
-        """
-        self.activation, self.loss, self.records = activation, LOSSES[loss], records
-        self.drift, self._start = drift, dict[str, tuple[Tensor, list[Tensor]]]()
+        """`factors`, of each network, multiply the learning rates of its layers; none: all are 1."""
+        self.activation, self.loss, self.records = activation, LOSSES[training.loss], records
+        self.drift, self._start = training.drift, dict[str, tuple[Tensor, list[Tensor]]]()
         self.hand: _Hand
+        optimizer = training.optimizer
         if optimizer == "sgd":
-            self.hand = _ByEngine(Engine(parameters, activation, loss, lr, batch, factors), records)
+            engine = Engine(parameters, activation, training.loss, lr, training.batch, factors)
+            self.hand = _ByEngine(engine, records)
         elif isinstance(lr, Sequence) or any(one != factors[0] for one in factors):
             raise UsageError(f"train.optimizer={optimizer}: a learning rate for each network needs sgd")
         else:
-            groups = grouped([p for pair in parameters for p in pair], lr, factors[0] if factors else ())
-            by_optimizer = OPTIMIZERS[optimizer](groups, lr=lr)
-            self.hand = _ByPass(parameters, self.activation, self.loss, by_optimizer, records)
+            groups = parameter_groups([p for pair in parameters for p in pair], lr, factors[0] if factors else ())
+            self.hand = _ByPass(parameters, activation, self.loss, OPTIMIZERS[optimizer](groups, lr=lr), records)
         self.twins = [mlp.twin(parameters, member, self.activation) for member in range(len(parameters[0][0]))]
-        choose(MODULES, modules, "train.modules")
-        self.at_once = mlp.Together(self.twins, self.loss) if modules == "vmap" else None
+        self.at_once = mlp.Together(self.twins, self.loss) if training.modules == "vmap" else None
         rates = lr if isinstance(lr, Sequence) else [lr] * len(self.twins)
-        own = factors or [()] * len(self.twins)
+        by_layer = factors or [()] * len(self.twins)
         groups = [
             group
-            for model, rate, one in zip(self.twins, rates, own, strict=True)
-            for group in grouped(list(model.parameters()), rate, one)
+            for model, rate, one in zip(self.twins, rates, by_layer, strict=True)
+            for group in parameter_groups(list(model.parameters()), rate, one)
         ]
         self.by_torch = OPTIMIZERS[optimizer](groups, lr=rates[0])
 
@@ -156,10 +124,13 @@ class Pair:
         self.records.flush()
 
     def _note(self, name: str, step: int, yb: Tensor, loss: Tensor, out: Tensor) -> None:
-        self.records.losses.put([Key("train", name, step, 0, "", "")], _loss_and_accuracy(out, yb, loss, self.loss))
+        """Loss and accuracy of every network; the accuracy of a regression is nan."""
+        value = loss.double()
+        right = (out.argmax(-1) == yb).double().mean(-1) if self.loss.classes else torch.full_like(value, torch.nan)
+        self.records.losses.put([Key("train", name, step, 0, "", "")], torch.stack([value, right]).unsqueeze(1))
 
 
-def grouped(parameters: Sequence[Tensor], lr: float, factors: Factors) -> list[dict[str, Any]]:
+def parameter_groups(parameters: Sequence[Tensor], lr: float, factors: Factors) -> list[dict[str, Any]]:
     """Groups for an optimizer of torch's: parameters w, b, w, b, ... whose learning rates agree."""
     rates = [lr * one for layer in factors for one in layer] or [lr] * len(parameters)
     by_rate: dict[float, list[Tensor]] = {}
@@ -231,10 +202,3 @@ class _ByPass:
 
     def flush(self) -> None:
         """Everything is in the records already."""
-
-
-def _loss_and_accuracy(out: Tensor, yb: Tensor, loss: Tensor, kind: Loss) -> Tensor:
-    """(2, 1, E); the accuracy of a regression is nan."""
-    value = loss.double()
-    right = (out.argmax(-1) == yb).double().mean(-1) if kind.classes else torch.full_like(value, torch.nan)
-    return torch.stack([value, right]).unsqueeze(1)

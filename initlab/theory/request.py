@@ -103,6 +103,8 @@ def _check_whole(**options: object) -> None:
 
 
 def _resolve_rule(init: str | Rule, changes: Mapping[str, Any]) -> Rule:
+    if changes.get("residual"):
+        raise UsageError("residual: theory knows stacks without residual connections only")
     allowed = [field.name for field in fields(Rule)]
     for name in changes:
         if name not in allowed:

@@ -13,7 +13,7 @@ Legend: E ensemble, I units of the input, O of a layer.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -22,24 +22,39 @@ import torch
 from torch import Tensor
 
 from initlab.meanfield.maps import moment
-from initlab.nn import unbounded
 from initlab.nn.activations import Activation
-from initlab.nn.unbounded import Scaled
+from initlab.nn.network import Network, Weights, forward
+from initlab.nn.unbounded import UNBOUNDED, Scaled, rescale
 from initlab.stats.quadrature import gaussian_means
 from initlab.theory.forward_law import Layer
 from initlab.theory.request import Request
 
 
-def jacobians(layers: Iterable[tuple[Tensor, Tensor | None]], x: Tensor, row: Activation) -> Iterator[Scaled]:
-    """d phi(z_l) / d x of every layer, (E, I, O), at one input x (E, 1, I) of each network."""
-    signal = unbounded.scaled(x)
+class _Dual(NamedTuple):
+    """A value, (E, 1, units), and its Jacobian by the input, (E, I, units)."""
+
+    value: Scaled
+    jacobian: Scaled
+
+
+class _Forward:
+    """The arithmetic of a pass that carries the Jacobian along: differentiation in forward mode."""
+
+    def linear(self, x: _Dual, w: Tensor, b: Tensor | None) -> _Dual:
+        return _Dual(UNBOUNDED.linear(x.value, w, b), UNBOUNDED.linear(x.jacobian, w))
+
+    def activate(self, z: _Dual, row: Activation) -> _Dual:
+        return _Dual(UNBOUNDED.activate(z.value, row), UNBOUNDED.activate_back(z.jacobian, z.value, row))
+
+    def add(self, a: _Dual, b: _Dual) -> _Dual:
+        return _Dual(UNBOUNDED.add(a.value, b.value), UNBOUNDED.add(a.jacobian, b.jacobian))
+
+
+def jacobians(network: Network, weights: Weights, x: Tensor, visit: Callable[[int, Scaled], object]) -> None:
+    """`visit(layer, d a_l / d x)` for every layer's output a_l, (E, I, O), at one input x (E, 1, I) of each network."""
     eye = torch.eye(x.shape[-1], dtype=torch.float64, device=x.device)
-    product = unbounded.scaled(eye.expand(len(x), -1, -1))
-    for w, b in layers:
-        z = unbounded.lin(signal, w, b)
-        signal = unbounded.act(z, row)
-        product = unbounded.pull_back(unbounded.lin(product, w), z, row)
-        yield product
+    start = _Dual(rescale(x), rescale(eye.expand(len(x), -1, -1)))
+    forward(network, weights, start, lambda layer, z, a: visit(layer, a.jacobian), _Forward())
 
 
 def singular_values(jacobian: Scaled) -> Tensor:

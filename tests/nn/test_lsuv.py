@@ -12,9 +12,9 @@ from initlab.errors import UsageError
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import Rule, draw, rule
 from initlab.nn.lsuv import fit
+from initlab.nn.network import PLAIN, dense
 from initlab.tasks.data import load
-from initlab.tasks.ensemble.networks import affine
-from initlab.tasks.ensemble.trained_weights import drawn
+from initlab.tasks.ensemble.networks import draw_trained
 from initlab.tasks.stack import stack
 from initlab.tasks.train import train
 
@@ -31,7 +31,7 @@ def variances(parameters: Sequence[tuple[Tensor, Tensor]], x: Tensor, activation
     """Of every layer's preactivations, (L, E)."""
     found = []
     for w, b in parameters:
-        z = affine(x, w, b)
+        z = PLAIN.linear(x, w, b)
         found.append(z.var((-2, -1), correction=0))
         x = ACTIVATIONS[activation].phi(z)
     return torch.stack(found)
@@ -41,11 +41,11 @@ def variances(parameters: Sequence[tuple[Tensor, Tensor]], x: Tensor, activation
 def test_every_layer_has_unit_variance(activation: str) -> None:
     """To rounding where a first scaling was due, within the tolerance else; the isometry stays one."""
     x, strict = inputs(3), rule("lsuv", tolerance=1e-9)
-    parameters, found = drawn([strict] * 3, activation, SIZES, [0, 1, 5], x)
+    parameters, found = draw_trained([strict] * 3, activation, SIZES, [0, 1, 5], x)
     assert (variances(parameters, x, activation) - 1).abs().max() < 1e-9
-    loose = drawn([rule("lsuv")] * 3, activation, SIZES, [0, 1, 5], x).parameters
+    loose = draw_trained([rule("lsuv")] * 3, activation, SIZES, [0, 1, 5], x).parameters
     assert (variances(loose, x, activation) - 1).abs().max() < 0.1
-    plain = drawn([rule("orthogonal", gain=1.0)] * 3, activation, SIZES, [0, 1, 5], x).parameters
+    plain = draw_trained([rule("orthogonal", gain=1.0)] * 3, activation, SIZES, [0, 1, 5], x).parameters
     assert (variances(plain, x, activation) - 1).abs().min(0).values.max() > 0.1
     w = parameters[0][0]
     gram = w @ w.mT
@@ -55,7 +55,7 @@ def test_every_layer_has_unit_variance(activation: str) -> None:
 
 def test_what_the_attempts_did_is_told() -> None:
     """Without biases one scaling is enough: attempt 0 is what was drawn, attempt 1 fits."""
-    found = drawn([rule("lsuv", tolerance=1e-6)] * 2, "relu", SIZES, [4, 9], inputs(2)).fit
+    found = draw_trained([rule("lsuv", tolerance=1e-6)] * 2, "relu", SIZES, [4, 9], inputs(2)).fit
     assert found is not None
     frame = found.frame()
     assert list(frame) == ["layer", "attempt", "std", "factor", "outcome", "seed"]
@@ -63,7 +63,7 @@ def test_what_the_attempts_did_is_told() -> None:
     first = frame[frame["attempt"] == 0]
     assert (first["factor"] * first["std"]).to_numpy() == pytest.approx(1, rel=1e-12)
     assert frame[frame["attempt"] == 1]["std"].to_numpy() == pytest.approx(1, rel=1e-6)
-    biased = drawn([rule("lsuv", tolerance=1e-6, bias=2.0)], "relu", SIZES, [4], inputs(1, 0.5)).fit
+    biased = draw_trained([rule("lsuv", tolerance=1e-6, bias=2.0)], "relu", SIZES, [4], inputs(1, 0.5)).fit
     assert biased is not None and biased.frame()["attempt"].max() > 1
 
 
@@ -78,12 +78,12 @@ def test_it_says_when_it_gives_up(given: float, attempts: int, reason: str, capl
         x = inputs(1, 0.1)
     own = rule("lsuv", tolerance=1e-12, attempts=attempts, bias=3.0 if reason == "attempts" else 0.0)
     with caplog.at_level(logging.WARNING):
-        parameters, found = drawn([own], "relu", SIZES, [3], x)
+        parameters, found = draw_trained([own], "relu", SIZES, [3], x)
     assert found is not None and reason in set(found.frame()["outcome"])
     assert caplog.messages[0].startswith("lsuv gives up at layer 1: ") and "first seed 3" in caplog.messages[0]
     assert all(bool(w.isfinite().all()) for w, _ in parameters)
     caplog.clear()
-    drawn([rule("lsuv")], "relu", SIZES, [3], inputs(1))
+    draw_trained([rule("lsuv")], "relu", SIZES, [3], inputs(1))
     assert not caplog.messages
 
 
@@ -93,14 +93,14 @@ def test_a_member_is_the_single_network(dtype: torch.dtype, activation: str) -> 
     """Among networks of other rules, to 4 eps a layer: kernels round these odd shapes by where they lie in memory."""
     x = inputs(3).to(dtype)
     rules = [rule("kaiming"), rule("lsuv", tolerance=1e-4), rule("lsuv")]
-    together = drawn(rules, activation, SIZES, [0, 1, 2], x)
+    together = draw_trained(rules, activation, SIZES, [0, 1, 2], x)
     for k, own in enumerate(rules):
-        alone = drawn([own], activation, SIZES, [k], x[k : k + 1]).parameters
+        alone = draw_trained([own], activation, SIZES, [k], x[k : k + 1]).parameters
         for (w, b), (one, other) in zip(together.parameters, alone, strict=True):
             assert (w[k] - one[0]).norm() <= 16 * torch.finfo(dtype).eps * one[0].norm()
             assert torch.equal(b[k], other[0])
     assert together.fit is not None and set(together.fit.frame()["seed"]) == {1, 2}
-    assert fit([rule("kaiming")], [0], [], x, ACTIVATIONS["relu"], affine) is None
+    assert fit([rule("kaiming")], [0], dense([13, 4], ACTIVATIONS["relu"]), lambda layer: (x, None), x) is None
 
 
 def test_a_stack_is_fitted_to_its_own_input() -> None:

@@ -15,8 +15,8 @@ from initlab.nn.mup import learning_rates
 from initlab.scratch import mlp
 from initlab.scratch.layers import LOSSES
 from initlab.scratch.mlp import Parameters
-from initlab.tasks.ensemble.trained_weights import drawn
-from initlab.tasks.twins import grouped
+from initlab.tasks.ensemble.networks import draw_trained
+from initlab.tasks.twins import parameter_groups
 
 WIDTHS = (64, 1024)
 STEPS = 3
@@ -35,13 +35,14 @@ def test_the_table_of_the_paper() -> None:
 def test_the_output_weights_shrink_with_the_width() -> None:
     x = torch.zeros(2, 5, 7)
     wide = {
-        name: drawn([rule(name)] * 2, "relu", [7, 200, 200, 3], [0, 1], x).parameters for name in ("mup", "kaiming")
+        name: draw_trained([rule(name)] * 2, "relu", [7, 200, 200, 3], [0, 1], x).parameters
+        for name in ("mup", "kaiming")
     }
     for k, factor in enumerate((1.0, 1.0, math.sqrt(50 / 200))):
         torch.testing.assert_close(wide["mup"][k][0], factor * wide["kaiming"][k][0], rtol=1e-6, atol=0)
-    base = [drawn([rule(name)], "relu", [7, 50, 3], [0], x[:1]).parameters[1][0] for name in ("mup", "kaiming")]
+    base = [draw_trained([rule(name)], "relu", [7, 50, 3], [0], x[:1]).parameters[1][0] for name in ("mup", "kaiming")]
     assert torch.equal(*base)
-    alone = drawn([rule("mup")], "relu", [7, 3], [0], x[:1]).parameters[0][0]
+    alone = draw_trained([rule("mup")], "relu", [7, 3], [0], x[:1]).parameters[0][0]
     assert torch.equal(alone, draw(rule("kaiming"), "relu", (7, 3), [0], 1)[0])
 
 
@@ -62,7 +63,7 @@ def started(width: int, init: str, networks: int = 4) -> tuple[Parameters, Tenso
     x = torch.randn(1, 32, 10, generator=generator, dtype=torch.float64).expand(networks, -1, -1)
     y = torch.randint(5, (1, 32), generator=generator).expand(networks, -1)
     sizes = [10, width, width, 5]
-    return drawn([rule_of(init)] * networks, "tanh", sizes, range(networks), x).parameters, x, y, sizes
+    return draw_trained([rule_of(init)] * networks, "tanh", sizes, range(networks), x).parameters, x, y, sizes
 
 
 def by_sgd(width: int, init: str) -> list[float]:
@@ -77,7 +78,9 @@ def by_sgd(width: int, init: str) -> list[float]:
 def by_adam(width: int, init: str) -> list[float]:
     before, x, y, sizes = started(width, init)
     after = [(w.clone(), b.clone()) for w, b in before]
-    groups = grouped([p for pair in after for p in pair], 0.01, learning_rates(rule_of(init), sizes, adaptive=True))
+    groups = parameter_groups(
+        [p for pair in after for p in pair], 0.01, learning_rates(rule_of(init), sizes, adaptive=True)
+    )
     optimizer = torch.optim.Adam(groups)
     for _ in range(STEPS):
         seen = mlp.forward_and_backward(after, x, y, ACTIVATIONS["tanh"], LOSSES["cross_entropy"])

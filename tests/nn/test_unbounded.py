@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from initlab.nn.activations import ACTIVATIONS, SELU_ALPHA, SELU_SCALE, SLOPE
-from initlab.nn.unbounded import Scaled, act, lin, log2_moments, pull_back, scaled
+from initlab.nn.unbounded import UNBOUNDED, Scaled, log2_moments, rescale
 
 mpmath.mp.prec = 200
 POWERS = (-3000, -1080, -700, -60, 0, 3, 60, 700, 1030, 3000)
@@ -18,7 +18,7 @@ def exact(x: Scaled) -> list[mpmath.mpf]:
 
 def at(power: int, seed: int = 0) -> Scaled:
     entries = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return scaled(entries, torch.tensor(float(power), dtype=torch.float64))
+    return rescale(entries, torch.tensor(float(power), dtype=torch.float64))
 
 
 def numbers(*shape: int) -> torch.Tensor:
@@ -63,7 +63,7 @@ AT = [(name, power) for name in PHI for power in POWERS if name not in BOUNDED o
 def test_an_activation_is_right_at_every_magnitude(name: str, power: int) -> None:
     """float64 itself is 0 or inf at most of these; what a bounded activation is handed stays below 2^500."""
     z = at(power)
-    found = act(z, ACTIVATIONS[name])
+    found = UNBOUNDED.activate(z, ACTIVATIONS[name])
     assert close(exact(found), [PHI[name](value) for value in exact(z)], 1e-12)
 
 
@@ -71,7 +71,7 @@ def test_an_activation_is_right_at_every_magnitude(name: str, power: int) -> Non
 @pytest.mark.parametrize("name", [name for name in PHI if name not in BOUNDED])
 def test_a_gradient_is_pulled_back_at_every_magnitude(name: str, power: int) -> None:
     z, g = at(power), at(-power, seed=1)
-    found = exact(pull_back(g, z, ACTIVATIONS[name]))
+    found = exact(UNBOUNDED.activate_back(g, z, ACTIVATIONS[name]))
     step = [abs(value) * MP(2) ** -60 for value in exact(z)]
     slopes = [(PHI[name](v + h) - PHI[name](v - h)) / (2 * h) for v, h in zip(exact(z), step, strict=True)]
     assert close(found, [a * b for a, b in zip(exact(g), slopes, strict=True)], 1e-12)
@@ -83,11 +83,11 @@ def test_a_linear_layer_is_right_at_every_magnitude(power: int) -> None:
     w, b = numbers(5, 4), numbers(4)
     values, weights = exact(x), w.double().tolist()
     plain = [sum(values[5 * n + i] * MP(weights[i][o]) for i in range(5)) for n in range(6) for o in range(4)]
-    assert close(exact(lin(x, w)), plain)
+    assert close(exact(UNBOUNDED.linear(x, w)), plain)
     with_bias = [value + MP(b[k % 4].item()) for k, value in enumerate(plain)]
-    assert close(exact(lin(x, w, b)), with_bias)
-    assert close(exact(lin(x, w, torch.zeros(4))), plain)
-    assert close(exact(lin(scaled(torch.zeros(6, 5)), w, b)), [MP(v) for v in b.tolist() * 6])
+    assert close(exact(UNBOUNDED.linear(x, w, b)), with_bias)
+    assert close(exact(UNBOUNDED.linear(x, w, torch.zeros(4))), plain)
+    assert close(exact(UNBOUNDED.linear(rescale(torch.zeros(6, 5)), w, b)), [MP(v) for v in b.tolist() * 6])
 
 
 @pytest.mark.parametrize("value", [0.0, 5e-324, 3e-310, 1e-40, 1.0, 1e300, 1.7e308])
@@ -96,8 +96,8 @@ def test_scaling_is_exact(value: float, dtype: torch.dtype) -> None:
     x = torch.tensor([[value, -value / 3]], dtype=torch.float64).to(dtype)
     largest = float(x.abs().max())
     if not math.isinf(largest):
-        assert exact(scaled(x)) == [MP(v) for v in x.flatten().tolist()]
-        assert largest == 0 or 2.0**-74 <= float(scaled(x).mantissa.abs().max()) < 2.0**24
+        assert exact(rescale(x)) == [MP(v) for v in x.flatten().tolist()]
+        assert largest == 0 or 2.0**-74 <= float(rescale(x).mantissa.abs().max()) < 2.0**24
 
 
 @pytest.mark.parametrize("power", POWERS)
@@ -111,22 +111,22 @@ def test_log2_of_the_moments(power: int) -> None:
 
 
 def test_equal_entries_have_no_spread_and_zeros_no_size() -> None:
-    assert log2_moments(scaled(torch.full((7, 3), 0.1)))[1] == -math.inf
-    assert log2_moments(scaled(torch.zeros(2, 2))).tolist() == [-math.inf, -math.inf]
+    assert log2_moments(rescale(torch.full((7, 3), 0.1)))[1] == -math.inf
+    assert log2_moments(rescale(torch.zeros(2, 2))).tolist() == [-math.inf, -math.inf]
 
 
 def test_networks_carry_powers_of_their_own() -> None:
     together = Scaled(*(torch.stack(parts) for parts in zip(at(900), at(-900), strict=True)))
     w, b = numbers(2, 5, 4), numbers(2, 4)
-    both = lin(together, w, b)
+    both = UNBOUNDED.linear(together, w, b)
     for k, power in enumerate((900, -900)):
-        alone = lin(at(power), w[k], b[k])
+        alone = UNBOUNDED.linear(at(power), w[k], b[k])
         assert torch.equal(both.exponent[k], alone.exponent)
         torch.testing.assert_close(both.mantissa[k], alone.mantissa, rtol=1e-14, atol=1e-15)
 
 
 def test_nan_and_inf_pass_through() -> None:
-    x = scaled(torch.tensor([[math.nan, 1.0], [math.inf, 2.0]]))
+    x = rescale(torch.tensor([[math.nan, 1.0], [math.inf, 2.0]]))
     assert x.mantissa.isnan().any() and x.mantissa.isinf().any()
     assert math.isnan(float(log2_moments(x)[0]))
-    assert act(x, ACTIVATIONS["relu"]).mantissa.isnan().any()
+    assert UNBOUNDED.activate(x, ACTIVATIONS["relu"]).mantissa.isnan().any()

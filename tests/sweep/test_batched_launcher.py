@@ -1,7 +1,7 @@
 """The batched launcher: the same folders with the same numbers as Hydra's own, whatever happens to single jobs."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from initlab.errors import UsageError
-from initlab.job import stages
 from initlab.job.options import HYDRA_MISTAKES, as_usage_error
 from initlab.job.settings import CONF, Config
 from initlab.runs.recorder import TABLES, Recorder
@@ -25,6 +24,9 @@ from initlab.sweep import batch
 from initlab.sweep.batch import packs
 from initlab.sweep.batched_launcher import read_composed
 from initlab.tasks import stack as stacking
+from initlab.tasks import train as training
+from initlab.tasks.ensemble.networks import Ensemble
+from initlab.tasks.train import run_training
 
 Lab = Callable[..., tuple[int, str, str]]
 TINY = ("depth=3", "width=8", "batch=16", "plots=false", "train.width=4", "train.steps=3", "train.batch=8")
@@ -184,18 +186,14 @@ def test_a_mistake_that_composing_finds_stops_the_sweep_before_its_first_job(lab
     assert here[2] == there[2] and not statuses("there")
 
 
-def _breaking(own: Any, breaks: Callable[[Mapping[str, Any]], BaseException | None]) -> Any:
+def _breaking(own: Any, breaks: Callable[[Ensemble], BaseException | None]) -> Any:
     def broken(*what: Any, **how: Any) -> Any:
-        fault = breaks(how)
+        fault = breaks(next(one for one in what if isinstance(one, Ensemble)))
         if fault is not None:
             raise fault
         return own(*what, **how)
 
     return broken
-
-
-def _gains(how: Mapping[str, Any]) -> list[float | None]:
-    return [one.gain for one in how["init"]] if isinstance(how["init"], list) else [how["init"].gain]
 
 
 GAINS = "init.gain=1,1.25,1.5,1.75,2"
@@ -206,8 +204,12 @@ def test_a_fault_is_found_and_the_others_are_what_they_would_have_been(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     sweep(lab, "whole", BATCHED, GAINS, "seeds=1")
-    fault = _breaking(getattr(stages, stage), lambda how: RuntimeError("broken") if 1.25 in _gains(how) else None)
-    monkeypatch.setattr(stages, stage, fault)
+    module, name = {"stack": (stacking, "run_stack"), "train": (training, "run_training")}[stage]
+
+    def breaks(ensemble: Ensemble) -> BaseException | None:
+        return RuntimeError("broken") if 1.25 in [one.gain for one in ensemble.rules] else None
+
+    monkeypatch.setattr(module, name, _breaking(getattr(module, name), breaks))
     code, _, errors = sweep(lab, "part", BATCHED, GAINS, "seeds=1")
     assert code == 1 and "Error executing job" in errors
     assert statuses("part") == {0: "done", 1: "failed", 2: "done", 3: "done", 4: "done"}
@@ -221,16 +223,17 @@ def test_short_memory_halves_a_program_and_changes_nothing(lab: Lab, monkeypatch
     sweep(lab, "whole", BATCHED, GAINS, "seeds=1")
     ran: list[int] = []
 
-    def short(how: Mapping[str, Any]) -> BaseException | None:
-        ran.append(len(how["seeds"]))
+    def short(ensemble: Ensemble) -> BaseException | None:
+        ran.append(len(ensemble))
         return torch.OutOfMemoryError("out of memory") if ran[-1] > 2 else None
 
-    monkeypatch.setattr(stages, "train", _breaking(stages.train, short))
+    monkeypatch.setattr(training, "run_training", _breaking(run_training, short))
     assert sweep(lab, "halved", BATCHED, GAINS, "seeds=1")[0] == 0
     assert ran == [5, 2, 3, 1, 2]
     for k in range(5):
         assert differences(Path("whole") / str(k), Path("halved") / str(k)) == []
-    monkeypatch.setattr(stages, "train", _breaking(stages.train, lambda _: torch.OutOfMemoryError("out of memory")))
+    always = _breaking(run_training, lambda _: torch.OutOfMemoryError("out of memory"))
+    monkeypatch.setattr(training, "run_training", always)
     code, _, errors = sweep(lab, "none", BATCHED, "init.gain=1,2", "seeds=1")
     assert code == 2 and "initlab: out of memory; make seeds, width, depth or batch smaller" in errors
 
@@ -239,7 +242,7 @@ def test_networks_of_a_program_are_halved_inside_it(lab: Lab, monkeypatch: pytes
     own, ran = stacking.Networks, []
 
     def short(*what: Any) -> Any:
-        ran.append(len(what[3]))
+        ran.append(len(what[1]))
         if ran[-1] > 2:
             raise torch.OutOfMemoryError("out of memory")
         return own(*what)
@@ -256,7 +259,8 @@ def test_networks_of_a_program_are_halved_inside_it(lab: Lab, monkeypatch: pytes
 def test_a_stop_leaves_what_was_measured(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, stop: BaseException, code: int
 ) -> None:
-    monkeypatch.setattr(stages, "train", _breaking(stages.train, lambda how: stop if 12 in how["seeds"] else None))
+    broken = _breaking(run_training, lambda ensemble: stop if 12 in ensemble.seeds else None)
+    monkeypatch.setattr(training, "run_training", broken)
     assert sweep(lab, "there", BATCHED, "seed=range(0,24)", "seeds=1")[0] == code
     assert statuses("there") == {k: "done" if k < 8 else "interrupted" for k in range(16)}
     assert Path("there/12/stats.parquet").is_file() and not Path("there/12/losses.parquet").exists()
@@ -267,7 +271,8 @@ def test_a_sweep_that_was_stopped_is_finished(lab: Lab, monkeypatch: pytest.Monk
     sweep(lab, "whole", *words)
     with monkeypatch.context() as broken:
         fault = KeyboardInterrupt()
-        broken.setattr(stages, "train", _breaking(stages.train, lambda how: fault if 12 in how["seeds"] else None))
+        stops = _breaking(run_training, lambda ensemble: fault if 12 in ensemble.seeds else None)
+        broken.setattr(training, "run_training", stops)
         assert sweep(lab, "there", *words)[0] == 130
     kept = Path("there/3/stats.parquet").stat().st_mtime_ns
     assert lab("-m", *TINY, *words, "resume=there")[0] == 0

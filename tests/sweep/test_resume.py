@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -18,12 +19,15 @@ from omegaconf import OmegaConf
 
 import initlab
 from initlab.errors import Fault, UsageError
-from initlab.job import prepare, stages, worker_process
+from initlab.job import prepare, worker_process
 from initlab.job.life_cycle import outcome
 from initlab.job.settings import by_thousand
 from initlab.runs import recorder
 from initlab.runs.lock import LOCK, claim, claimed
 from initlab.sweep import sweeper
+from initlab.sweep.sweeper import Numbers
+from initlab.tasks import stack as stacking
+from initlab.tasks.ensemble.networks import Net
 
 Lab = Callable[..., tuple[int, str, str]]
 SMALL = ("task=stack", "seeds=2", "theory=off", "plots=false")
@@ -77,15 +81,15 @@ def test_a_killed_sweep_is_finished_and_equals_one_that_was_not(lab: Lab, tmp_pa
 
 
 def test_only_what_is_left_is_run_and_a_failed_job_runs_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, depths = stages.stack, []
+    own, depths = stacking.run_stack, []
 
-    def fails_once(**how: int) -> object:
-        depths.append(how["depth"])
+    def fails_once(net: Net, *what: Any, **how: Any) -> object:
+        depths.append(net.depth)
         if depths == [2, 3]:
             raise RuntimeError("a fault of ours")
-        return own(**how)  # type: ignore[arg-type]
+        return own(net, *what, **how)
 
-    monkeypatch.setattr(stages, "stack", fails_once)
+    monkeypatch.setattr(stacking, "run_stack", fails_once)
     code, _, err = lab("-m", "depth=2,3,4", *SMALL, "hydra.sweep.dir=x")
     assert code == 1 and depths == [2, 3, 4] and statuses(Path("x")) == ["done", "failed", "done"]
     assert "resume=x runs the jobs that are not done" in err
@@ -245,14 +249,9 @@ def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
     assert not (tmp_path / LOCK).exists()
 
 
-def test_jobs_that_are_left_keep_their_numbers_with_every_launcher() -> None:
-    """Launchers number their k-th job by the first number plus k: only jobs without a gap are launched together."""
-    made = sweeper.Sweeper(None)
-    made.kind, made.config = "joblib", OmegaConf.create({"threads": 1})
-    assert list(made._batches([2, 3, 4, 7, 9, 10])) == [(0, 3), (3, 4), (4, 6)]
-    assert list(made._batches([])) == [] and list(made._batches(range(5))) == [(0, 5)]
-    made.max_batch_size = 2
-    assert list(made._batches([2, 3, 4, 7])) == [(0, 2), (2, 3), (3, 4)]
+def test_jobs_that_are_left_keep_their_numbers() -> None:
+    numbers = Numbers([4, 7, 2])
+    assert [numbers + k for k in range(3)] == [4, 7, 2] and numbers == 0
 
 
 def test_what_happened_in_another_process_comes_back() -> None:

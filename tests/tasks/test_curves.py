@@ -1,12 +1,9 @@
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from initlab.errors import UsageError
 from initlab.nn.init import Rule, rule
-from initlab.stats.statistics import STATISTICS
-from initlab.stats.summarize import derive, summarize
 from initlab.tasks import curves
 from initlab.tasks.curves import SCALINGS, gain_curves
 from initlab.tasks.ensemble.unbounded_twin import NUMBERS
@@ -70,17 +67,6 @@ def test_an_activation_with_a_scale_of_its_own_is_run_under_every_rule() -> None
     assert set(found["derived_from"]) == {""}
     for init in ("lecun", "kaiming"):
         assert furthest(found[found["init"] == init], stack(init, "tanh", depth=3, width=10, seeds=[0])) < 1e-13
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_what_is_measured_for_it_is_what_a_whole_row_says(dtype: torch.dtype) -> None:
-    x = (torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0)) + 3).to(dtype)
-    short, whole = (dict(zip(STATISTICS, derive(producer(x)), strict=True)) for producer in (curves._sizes, summarize))
-    for name in ("count", "mean", "std", "rms", "q", "norm"):
-        torch.testing.assert_close(short[name], whole[name], rtol=1e-14, atol=0)
-    assert short["cosine"].isnan().all() and x.dtype == dtype
-    gone = derive(curves._sizes(torch.full((2, 2), torch.inf)))
-    assert not gone[list(STATISTICS).index("rms")].isfinite()
 
 
 def test_a_mistake_is_one_line() -> None:

@@ -10,10 +10,11 @@ import torch
 
 from initlab.errors import UsageError
 from initlab.figures.jacobian_figure import draw_jacobian
-from initlab.nn import unbounded
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import draw, rule
-from initlab.tasks.jacobian import jacobian, jacobian_as_text, shown
+from initlab.nn.network import dense
+from initlab.nn.unbounded import Scaled, rescale
+from initlab.tasks.jacobian import jacobian, jacobian_as_text, shown_layers
 from initlab.theory.request import parse_request
 from initlab.theory.singular_values import jacobians, log2_power_sums, predict_moments, singular_values
 
@@ -35,7 +36,11 @@ def test_the_product_is_autograds_jacobian(activation: str) -> None:
         draw(rule("torch_default", gain=1.5), activation, s, [0, 3], k, torch.float64) for k, s in enumerate(sizes)
     ]
     x = torch.randn(2, 1, 6, dtype=torch.float64)
-    *_, last = jacobians(layers, x, row)
+    found: list[Scaled] = []
+    jacobians(
+        dense([6, 9, 9, 4], row), lambda layer: layers[layer - 1], x, lambda layer, jacobian: found.append(jacobian)
+    )
+    last = found[-1]
     for k in range(2):
 
         def net(inp: torch.Tensor, k: int = k) -> torch.Tensor:
@@ -49,7 +54,7 @@ def test_the_product_is_autograds_jacobian(activation: str) -> None:
 
 
 def test_moments_are_those_of_the_singular_values() -> None:
-    found = unbounded.scaled(torch.randn(3, 7, 5, dtype=torch.float64) * 1e200, 3000.0)
+    found = rescale(torch.randn(3, 7, 5, dtype=torch.float64) * 1e200, 3000.0)
     logs = singular_values(found)
     s = (logs - found.exponent[:, None]).exp2()
     sums = log2_power_sums(found)
@@ -57,7 +62,7 @@ def test_moments_are_those_of_the_singular_values() -> None:
     torch.testing.assert_close((sums[1] - 4 * found.exponent).exp2(), s.pow(4).sum(-1), rtol=1e-10, atol=0)
     broken = found.mantissa.clone()
     broken[1, 0, 0] = torch.nan
-    logs = singular_values(unbounded.Scaled(broken, found.exponent))
+    logs = singular_values(Scaled(broken, found.exponent))
     assert logs[1].isnan().all() and logs[[0, 2]].isfinite().all()
 
 
@@ -134,9 +139,9 @@ def test_a_member_is_the_single_run(init: str) -> None:
 
 
 def test_which_layers_are_kept() -> None:
-    assert shown(1) == [1] and shown(50) == [1, 2, 5, 10, 20, 50] and shown(7) == [1, 2, 5, 7]
+    assert shown_layers(1) == [1] and shown_layers(50) == [1, 2, 5, 10, 20, 50] and shown_layers(7) == [1, 2, 5, 7]
     frames = jacobian(depth=7, width=6, inputs=4, seeds=[0, 1])
-    assert sorted(frames["singular_values"]["layer"].unique()) == shown(7)
+    assert sorted(frames["singular_values"]["layer"].unique()) == shown_layers(7)
     assert len(frames["jacobian"]) == 14 and len(frames["singular_values"]) == 2 * 4 * 4
     assert len(jacobian_as_text(frames).splitlines()) == 5
     ranked = frames["singular_values"].groupby(["seed", "layer"])["singular_value"]
@@ -158,7 +163,7 @@ def test_the_figure_draws_what_is_resolved() -> None:
     figure = draw_jacobian(*(frame.assign(label="kaiming, relu") for frame in frames.values()))
     left, right = figure.axes
     named = [text.get_text() for text in left.get_legend().get_texts()]
-    assert named == [str(layer) for layer in shown(20)]
+    assert named == [str(layer) for layer in shown_layers(20)]
     assert all((np.asarray(line.get_ydata()) > 0).all() for line in left.lines) and left.get_yscale() == "log"
     assert max(line.get_xdata()[-1] for line in left.lines[:-1]) < 0.8  # half of ReLU's singular values are 0
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["kaiming, relu", "predicted"]

@@ -16,12 +16,13 @@ from initlab.figures.phase_figure import draw_phase
 from initlab.meanfield.fixed_points import critical
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import Rule, gaussian
+from initlab.tasks.ensemble.device import Where
 from initlab.tasks.phase import Axis, depth_scale, phase, phase_as_text, steps
-from initlab.tasks.phase_points import Place, Points, look, plan
+from initlab.tasks.phase_points import Points, measure_points, schedule
 from initlab.tasks.stack import stack
 
 SW, SB = Axis(0.5, 3.0, 5), Axis(0.0, 0.8, 3)
-SMALL: dict[str, Any] = {"sw": SW, "sb": SB, "depth": 12, "width": 40, "seeds": [3, 4]}
+SMALL: dict[str, Any] = {"sigma_w": SW, "sigma_b": SB, "depth": 12, "width": 40, "seeds": [3, 4]}
 ROUNDING = 2e-4  # 12 float32 layers, chaotic ones among them, that multiply rounding by 1.5 a layer and more
 
 
@@ -60,7 +61,7 @@ def test_a_point_is_the_network_alone(activation: str) -> None:
 
 def test_without_biases_it_is_the_stack() -> None:
     """The same numbers under the same keys: a row of `stats` with that gain."""
-    found = table(sb=Axis(0, 0, 1), correlation=0.0, sw=Axis(0.5, 2.0, 3))
+    found = table(sigma_b=Axis(0, 0, 1), correlation=0.0, sigma_w=Axis(0.5, 2.0, 3))
     for gain in (0.5, 1.25, 2.0):
         rows = stack(Rule(gain=gain), "tanh", depth=12, width=40, batch=8, seeds=[3, 4], backward=False)
         last = rows[(rows["layer"] == 12) & (rows["tensor"] == "preactivation")].set_index("seed")
@@ -76,7 +77,7 @@ def test_how_many_go_together_changes_nothing(weights: str) -> None:
     pd.testing.assert_frame_equal(
         whole.drop(columns="xi_c"), ones.drop(columns="xi_c"), rtol=20 * ROUNDING, atol=ROUNDING
     )
-    few = table(weights=weights, sw=Axis(1.75, 1.75, 1), sb=Axis(0.4, 0.4, 1))
+    few = table(weights=weights, sigma_w=Axis(1.75, 1.75, 1), sigma_b=Axis(0.4, 0.4, 1))
     same = whole[(whole["gain"] == 1.75) & (whole["sigma_b"] == 0.4)]
     np.testing.assert_allclose(few["q"], same["q"], rtol=ROUNDING)  # nor what else is in the plane
 
@@ -94,7 +95,7 @@ def test_both_sides_of_the_line_are_as_theory_says() -> None:
     """64 networks of width 100 a point. sd of a network's chi_1 is about 0.05 and of its cosine 0.15 in the chaotic
     phase, so that the mean's tolerance is 5 standard errors, beside O(1/n) bias of 2 %.
     """
-    found = table(sw=Axis(0.8, 2.4, 3), sb=Axis(0.3, 0.3, 1), depth=40, width=100, seeds=range(64))
+    found = table(sigma_w=Axis(0.8, 2.4, 3), sigma_b=Axis(0.3, 0.3, 1), depth=40, width=100, seeds=range(64))
     at = found.groupby("gain")[["q", "cosine", "chi_1", "growth"]].mean()
     theory = found.groupby("gain")[["limit_q", "limit_cosine", "limit_chi_1", "predicted_growth"]].first()
     np.testing.assert_allclose(at["q"], theory["limit_q"], rtol=0.06)
@@ -113,7 +114,7 @@ def test_both_sides_of_the_line_are_as_theory_says() -> None:
 
 def test_common_and_fresh_weights_agree_in_the_mean() -> None:
     """48 networks at each of two points: means of q differ by less than 5 standard errors; single networks differ."""
-    asked = {"sw": Axis(0.9, 2.0, 2), "sb": Axis(0.3, 0.3, 1), "seeds": range(48)}
+    asked = {"sigma_w": Axis(0.9, 2.0, 2), "sigma_b": Axis(0.3, 0.3, 1), "seeds": range(48)}
     common, fresh = table(**asked), table(**asked, weights="fresh")
     for name in ("q", "chi_1", "cosine"):
         one, other = (frame.groupby("gain")[name] for frame in (common, fresh))
@@ -126,7 +127,7 @@ def test_layers_of_the_plane_depth_are_the_planes_of_that_depth() -> None:
     deep = table(plane="depth", sigma_b=0.4)
     assert set(deep["layer"]) == set(range(1, 13)) and len(deep) == 2 * 5 * 12
     for depth in (1, 7, 12):
-        last = table(depth=depth, sb=Axis(0.4, 0.4, 1))
+        last = table(depth=depth, sigma_b=Axis(0.4, 0.4, 1))
         mine = deep[deep["layer"] == depth]
         for name in ("q", "cosine", "chi_1", "std", "predicted_q", "predicted_cosine", "predicted_growth"):
             np.testing.assert_allclose(mine[name], last[name], rtol=ROUNDING, atol=ROUNDING)
@@ -134,8 +135,8 @@ def test_layers_of_the_plane_depth_are_the_planes_of_that_depth() -> None:
 
 def test_a_dead_signal_is_data() -> None:
     """Overflow in float16, underflow without biases, no weights at all: counted, and nowhere nan."""
-    hot = table(activation="relu", dtype="float16", sw=Axis(0, 40, 3), sb=Axis(0, 0, 1), depth=30)
-    cold = table(sw=Axis(1e-3, 1e-3, 1), sb=Axis(0, 0, 1), depth=30, activation="tanh")
+    hot = table(activation="relu", dtype="float16", sigma_w=Axis(0, 40, 3), sigma_b=Axis(0, 0, 1), depth=30)
+    cold = table(sigma_w=Axis(1e-3, 1e-3, 1), sigma_b=Axis(0, 0, 1), depth=30, activation="tanh")
     for frame in (hot, cold):
         assert not frame.drop(columns=["xi_c", "predicted_xi_c", "limit_cosine"]).isna().any().any()
     assert (hot[hot["gain"] == 0]["died_at"] == 1).all() and (hot[hot["gain"] == 0]["q"] == 0).all()
@@ -160,17 +161,17 @@ def test_memory_does_not_grow_with_the_plane() -> None:
     row = ACTIVATIONS["tanh"]
     for width, fresh in ((200, False), (200, True), (1000, False)):
         small, large = (
-            plan(Points([1.0] * n, [0.1] * n, row, 100, width, 8, fresh=fresh), Place()).held for n in (256, 65536)
+            schedule(Points([1.0] * n, [0.1] * n, row, 100, width, 8, fresh=fresh), Where()).held for n in (256, 65536)
         )
         assert large < 0.8e9 and large <= 4 * small + 3e8
     whole = 65536 * 8 * 200 * 4
-    assert plan(Points([1.0] * 65536, [0.1] * 65536, row, 100, 200, 8), Place()).held < 0.2 * whole
+    assert schedule(Points([1.0] * 65536, [0.1] * 65536, row, 100, 200, 8), Where()).held < 0.2 * whole
 
 
 def test_closer_looks_are_taken_where_asked() -> None:
     points = Points([1.0, 2.0], [0.1, 0.1], ACTIVATIONS["tanh"], 9, 20, 4)
     done = []
-    found = look(points, 0, [1, 4, 9], [9], Place(), done.append)
+    found = measure_points(points, 0, [1, 4, 9], [9], Where(), done.append)
     assert found.q.shape == found.apart.shape == (2, 3) and found.slope.shape == found.nan.shape == (2, 1)
     assert sum(done) == 18 and found.died_at.tolist() == [0, 0]
     assert steps(9, 2.0) == [1, 2, 4, 8, 9] and steps(1, 2.0) == [1]
@@ -182,11 +183,11 @@ def test_closer_looks_are_taken_where_asked() -> None:
         ({"activation": "tahn"}, "did you mean tanh"),
         ({"plane": "sigmas"}, "phase.plane=sigmas.*did you mean sigma"),
         ({"weights": "new"}, "phase.weights=new: must be one of common, fresh"),
-        ({"sw": Axis(0.5, 3, 0)}, "phase.sw.points=0: must be from 1 to 256"),
-        ({"sw": Axis(0.5, 3, 257)}, "phase.sw.points=257"),
-        ({"sw": Axis(-0.5, 3, 4)}, "phase.sw.min=-0.5"),
-        ({"sb": Axis(0, math.nan, 4)}, "phase.sb.max=nan"),
-        ({"sb": Axis(2, 1, 4)}, "phase.sb.min=2: must not be above phase.sb.max=1"),
+        ({"sigma_w": Axis(0.5, 3, 0)}, "phase.sw.points=0: must be from 1 to 256"),
+        ({"sigma_w": Axis(0.5, 3, 257)}, "phase.sw.points=257"),
+        ({"sigma_w": Axis(-0.5, 3, 4)}, "phase.sw.min=-0.5"),
+        ({"sigma_b": Axis(0, math.nan, 4)}, "phase.sb.max=nan"),
+        ({"sigma_b": Axis(2, 1, 4)}, "phase.sb.min=2: must not be above phase.sb.max=1"),
         ({"sigma_b": -1.0, "plane": "depth"}, "phase.sigma_b=-1"),
         ({"batch": 1}, "phase.batch=1: must be at least 2"),
         ({"correlation": 1.0}, "phase.correlation=1"),
@@ -222,7 +223,11 @@ def test_the_task_writes_its_table_and_draws_it(
 @pytest.mark.parametrize("activation", ["relu", "linear", "gelu", "sigmoid"])
 def test_every_plane_can_be_drawn(activation: str) -> None:
     """One point, no critical line in sight, signals that died: still a figure with a title."""
-    for options in ({"sw": Axis(1, 1, 1), "sb": Axis(0, 0, 1)}, {"sw": Axis(0, 60, 3), "dtype": "float16"}, {}):
+    for options in (
+        {"sigma_w": Axis(1, 1, 1), "sigma_b": Axis(0, 0, 1)},
+        {"sigma_w": Axis(0, 60, 3), "dtype": "float16"},
+        {},
+    ):
         found = table(activation=activation, **options).assign(activation=activation, width=40)
         assert draw_phase(found).get_suptitle().startswith(f"{activation}, 12 layers of 40 units")
 

@@ -10,9 +10,11 @@ from initlab.nn.init import GENERATORS, RULES, rule
 from initlab.stats.dtypes import DTYPES
 from initlab.stats.statistics import COUNTS, STATISTICS
 from initlab.tasks import stack as stacking
-from initlab.tasks.ensemble import networks
+from initlab.tasks.ensemble import plan as planning
+from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.memory import peak_bytes
-from initlab.tasks.ensemble.networks import Plan, Shape, plan
+from initlab.tasks.ensemble.networks import Net
+from initlab.tasks.ensemble.plan import Plan, plan
 from initlab.tasks.stack import stack
 
 NUMBERS = list(STATISTICS)
@@ -217,10 +219,10 @@ def test_rows_are_handed_over_as_they_come(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, RuntimeError])
 def test_rows_outlive_an_interruption(fault: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(self: object, layer: int) -> None:
+    def fails(*arguments: object) -> None:
         raise fault
 
-    monkeypatch.setattr(stacking._Pass, "_down", fails)
+    monkeypatch.setattr(stacking._Buffers, "activate_back", fails)
     parts: list[pd.DataFrame] = []
     with pytest.raises(fault):
         stack(depth=5, width=10, seeds=[0], emit=lambda frames: parts.append(frames["stats"]))
@@ -240,12 +242,12 @@ def test_memory_of_a_forward_pass_does_not_grow_with_depth() -> None:
 
 
 def test_short_memory_draws_twice_then_runs_fewer_then_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape, place = Shape(50, 100, 100, 200), torch.device("cpu")
+    net = Net.of("relu", 50, 100, None, 200)
     usual = stack(depth=50, seeds=range(3))
 
     def planned(free: float) -> Plan:
-        monkeypatch.setattr(networks, "free_memory", lambda device: free)
-        return plan(shape, 3, torch.float32, place)
+        monkeypatch.setattr(planning, "free_memory", lambda device: free)
+        return plan(net, 3, Where())
 
     preactivations = 50 * 200 * 100 * 4
     assert planned(math.inf) == Plan(3, True, 3 * (preactivations + 50 * 100 * 100 * 4))
@@ -255,9 +257,9 @@ def test_short_memory_draws_twice_then_runs_fewer_then_refuses(monkeypatch: pyte
     same(by_network(stack(depth=50, seeds=range(3))), by_network(usual))
     with pytest.raises(UsageError, match=r"5 MB are free and one network keeps 4 MB .* use backward=false"):
         planned(5e6)
-    assert plan(shape, 3, torch.float32, place, backward=False).kept == 0
+    assert plan(net, 3, Where(), backward=False).kept == 0
     with pytest.raises(UsageError, match=r"works on .* use less width or batch"):
-        plan(Shape(50, 1000, 1000, 200), 3, torch.float32, place, backward=False)
+        plan(Net.of("relu", 50, 1000, None, 200), 3, Where(), backward=False)
 
 
 def test_networks_are_halved_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:

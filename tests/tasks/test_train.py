@@ -13,9 +13,11 @@ from initlab.scratch import mlp
 from initlab.scratch.layers import LOSSES
 from initlab.tasks import train as train_module
 from initlab.tasks.data import Data, load
-from initlab.tasks.ensemble.trained_weights import drawn
+from initlab.tasks.ensemble.device import Where
+from initlab.tasks.ensemble.networks import draw_trained
+from initlab.tasks.ensemble.training import MODULES, OPTIMIZERS, Training
 from initlab.tasks.train import train
-from initlab.tasks.twins import MODULES, OPTIMIZERS, Frames, Pair
+from initlab.tasks.twins import Frames, TwinTraining
 
 DIGITS = load("digits")
 LIMIT = {"float32": 1e-5, "float64": 1e-12}
@@ -139,7 +141,7 @@ def test_networks_see_their_own_batches_in_their_own_order() -> None:
     """Two seeds from equal weights would differ; one epoch shows every row once."""
     x = torch.arange(12.0).unsqueeze(1)
     data = Data("count", x, torch.zeros(12), None)
-    seen = list(train_module._batches(data, "mse", 4, 6, [0, 1], torch.float32, torch.device("cpu")))
+    seen = list(train_module._batches(data, Training(batch=4, steps=6, loss="mse"), [0, 1], Where()))
     for member in (0, 1):
         for epoch in (0, 1):
             rows = torch.cat([xb[member] for xb, _ in seen[3 * epoch : 3 * epoch + 3]])
@@ -171,15 +173,15 @@ def test_interrupted_and_flushed() -> None:
     class Stop(BaseException):
         pass
 
-    original = train_module.Pair.step
+    original = train_module.TwinTraining.step
 
-    def stopping(self: Pair, step: int, *rest: Tensor, record: bool) -> None:
+    def stopping(self: TwinTraining, step: int, *rest: Tensor, record: bool) -> None:
         if step == 3:
             raise Stop
         original(self, step, *rest, record=record)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module.Pair, "step", stopping)
+        patch.setattr(train_module.TwinTraining, "step", stopping)
         with pytest.raises(Stop):
             train(DIGITS, steps=10, seeds=[0], emit=kept.append)
     assert sorted(pd.concat([part["losses"] for part in kept])["step"].unique()) == [0, 1, 2]
@@ -311,10 +313,8 @@ def test_drift_is_how_far_the_first_batch_has_moved() -> None:
     """After one step of gradient descent, from the readable pass: z(W - lr g) - z(W) on the batch of step 0."""
     lr, seeds, sizes = 0.05, [3, 4], [64, 12, 10]
     stats = train(DIGITS, width=12, steps=2, lr=lr, seeds=seeds, dtype="float64", drift=True)["stats"]
-    xb, yb = next(
-        iter(train_module._batches(DIGITS, "cross_entropy", 64, 1, seeds, torch.float64, torch.device("cpu")))
-    )
-    start = drawn([RULES["kaiming"]] * 2, "relu", sizes, seeds, xb).parameters
+    xb, yb = next(iter(train_module._batches(DIGITS, Training(steps=1), seeds, Where(torch.float64))))
+    start = draw_trained([RULES["kaiming"]] * 2, "relu", sizes, seeds, xb).parameters
     seen = mlp.forward_and_backward(start, xb, yb, ACTIVATIONS["relu"], LOSSES["cross_entropy"])
     moved = [(w - lr * gw, b - lr * gb) for (w, b), (gw, gb) in zip(start, seen.parameter_grads, strict=True)]
     now = mlp.forward(moved, xb, ACTIVATIONS["relu"])[0]

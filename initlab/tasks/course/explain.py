@@ -20,7 +20,7 @@ from initlab.scratch.layers import LOSSES, g_of
 from initlab.stats.dtypes import resolve_dtype
 from initlab.stats.statistics import STATISTICS, measure
 from initlab.tasks.ensemble.device import find_device
-from initlab.tasks.ensemble.trained_weights import drawn
+from initlab.tasks.ensemble.networks import draw_trained
 
 
 class Symbolic(NamedTuple):
@@ -99,12 +99,12 @@ def explain(
     for name, size in (("inputs", inputs), ("classes", classes)):
         if size < 1:
             raise UsageError(f"{name}={size}: must be at least 1")
-    choose(ACTIVATIONS, activation, "activation")
+    row = choose(ACTIVATIONS, activation, "activation")
     sizes = [inputs, *[width] * depth, classes if choose(LOSSES, loss, "train.loss").classes else 1]
     number, place = resolve_dtype(dtype), find_device(device)
-    scaling = rule(init) if isinstance(init, str) else init
+    scaling = rule(init)
     xb = gaussian((batch, inputs), seed, "input").to(place, number)
-    parameters = [(w[0], b[0]) for w, b in drawn([scaling], activation, sizes, [seed], xb[None]).parameters]
+    parameters = [(w[0], b[0]) for w, b in draw_trained([scaling], row, sizes, [seed], xb[None]).parameters]
     yb = gaussian((batch,), seed, "target").to(number)
     if LOSSES[loss].classes:
         yb = permutation(batch, seed, "target") % classes

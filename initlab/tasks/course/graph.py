@@ -20,7 +20,7 @@ from initlab.scratch.autograd_graph import Graph, gradients, walk
 from initlab.scratch.layers import LOSSES
 from initlab.stats.dtypes import resolve_dtype
 from initlab.tasks.ensemble.device import find_device
-from initlab.tasks.ensemble.trained_weights import drawn
+from initlab.tasks.ensemble.networks import draw_trained
 
 Frames = dict[str, pd.DataFrame]
 Inputs = Tensor | Sequence[object] | Mapping[str, object]
@@ -92,9 +92,9 @@ def _own(
     check(train_depth=depth, train_width=width)
     classes = isinstance(loss, str) and choose(LOSSES, loss, "train.loss").classes
     sizes, row = [width] * (depth + 1) + [CLASSES if classes else 1], choose(ACTIVATIONS, activation, "activation")
-    scaling = rule(init) if isinstance(init, str) else init
+    scaling = rule(init)
     x = gaussian((batch, width), seed, "input")
-    parameters = drawn([scaling], activation, sizes, [seed], x[None]).parameters
+    parameters = draw_trained([scaling], row, sizes, [seed], x[None]).parameters
     if targets is None:
         targets = torch.arange(batch) % CLASSES if classes else gaussian((batch,), seed, "targets")
     return mlp.twin(parameters, 0, row), x, targets

@@ -21,6 +21,7 @@ from initlab.scratch.layers import LOSSES
 from initlab.scratch.matmul import LADDER, Rung, Sizes
 from initlab.stats.dtypes import resolve_dtype
 from initlab.tasks.course.rotated_timing import seconds_each
+from initlab.tasks.course.timing import agreement as agreement
 from initlab.tasks.course.timing import check_timing, time_ladder
 from initlab.tasks.ensemble.device import find_device
 

@@ -168,7 +168,7 @@ def _difference(x: Tensor, y: Tensor) -> tuple[float, float, bool]:
     return error, float((x.double() - y.double()).abs().amax()) / unit, error <= format_of(y.dtype).loop_tolerance
 
 
-def agreement(frame: pd.DataFrame, dtype: str = "float32") -> str:
+def agreement(frame: pd.DataFrame, dtype: str | torch.dtype = "float32") -> str:
     """One sentence on the whole table: equal up to rounding, or which versions are not."""
     allowed = format_of(dtype).loop_tolerance
     ran = frame[frame["median"].notna()]

@@ -1,206 +1,244 @@
-"""The networks of one batched program: which rules they follow, what is drawn for them, how many fit into memory.
+"""The networks of one batched program: what is built, which rules and seeds they have, and what is drawn for them.
 
-Networks may differ in seed, rule and gain; what is drawn for one depends on its own seed and rule alone. Knows nothing
-of what is measured. Legend: E ensemble, N batch, I fan_in, O fan_out.
+Networks may differ in seed, rule, gain and learning rate; what is drawn for one depends on its own seed and rule only.
+Legend: E ensemble, N batch, I fan_in, O fan_out, L layers.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from initlab.errors import UsageError, choose
+from initlab.errors import UsageError, check
 from initlab.nn import lsuv
+from initlab.nn.activations import Activation
 from initlab.nn.custom_activation import Given, as_activation
-from initlab.nn.init import GENERATORS, RULES, Rule, draw, rule
-from initlab.tasks.ensemble.memory import free_memory, readable
+from initlab.nn.init import GENERATORS, RULES, Rule, draw, rule, rule_name
+from initlab.nn.mup import last_layer
+from initlab.nn.network import Network, dense
+from initlab.tasks.ensemble.device import Where
 
-CACHED = 8  # networks whose tensors stay in a processor's cache
-WORKING = 12  # float64 tensors of a layer's shape that its statistics take, at most
+Init = str | Rule | Sequence[str | Rule]
+Seeds = int | Sequence[int]
+Columns = Mapping[str, np.ndarray | pd.Categorical]
 
 
-class Shape(NamedTuple):
-    """A stack: L layers of `width` units on a batch of inputs of `inputs` units."""
+@dataclass(frozen=True)
+class Net:
+    """A stack to be built: `depth` layers of `width` units, fed with `batch` inputs of `inputs` units.
 
-    depth: int
-    width: int
-    inputs: int
-    batch: int
+    Errors: a number that is not whole or below 1.
+    """
 
-    def of(self, layer: int) -> tuple[int, int]:
+    activation: Activation
+    depth: int = 50
+    width: int = 100
+    inputs: int = 100
+    batch: int = 200
+    residual: bool = False
+
+    def __post_init__(self) -> None:
+        check(depth=self.depth, width=self.width, inputs=self.inputs, batch=self.batch)
+
+    @classmethod
+    def of(
+        cls, activation: Given, depth: int, width: int, inputs: int | None, batch: int, residual: bool = False
+    ) -> "Net":
+        """From what a user says: an activation by name, row or function, and `inputs` None for `width`."""
+        return cls(as_activation(activation), depth, width, width if inputs is None else inputs, batch, residual)
+
+    @cached_property
+    def network(self) -> Network:
+        """The architecture as data."""
+        return dense([self.inputs, *[self.width] * self.depth], self.activation, self.residual)
+
+    def shape(self, layer: int) -> tuple[int, int]:
         """(I, O) of a layer's weights."""
         return (self.inputs if layer == 1 else self.width, self.width)
 
-    def said(self) -> str:
+    def __str__(self) -> str:
         return f"depth={self.depth} width={self.width} inputs={self.inputs} batch={self.batch}"
 
 
-class Plan(NamedTuple):
-    """How many networks run together, whether their weights are kept or drawn again, and the bytes that are kept."""
+@dataclass(frozen=True)
+class Ensemble:
+    """A rule and a seed for each network, perhaps a learning rate, and the columns that tell the networks apart.
 
-    networks: int
-    keep_weights: bool
-    kept: float
-
-
-def plan(shape: Shape, networks: int, dtype: torch.dtype, device: torch.device, backward: bool = True) -> Plan:
-    """As many networks as half of the free memory holds, the rest is for those that leave; on a CPU what a cache holds.
-
-    A backward pass keeps L N O preactivations of every network; its weights too if they fit, else they are drawn a
-    second time, which costs about one more matmul per layer. Without it nothing that is kept grows with depth. Refused:
-    a network that does not fit alone.
+    `columns` have a value for each network and are added to every table. The networks lie on `points` of a grid, each
+    an ensemble of as many seeds, the seed running fastest.
     """
-    depth, width, inputs, batch = shape
-    widest = max(width, inputs)
-    working = batch * widest * (3 * dtype.itemsize + 8 * WORKING) + 2 * widest * width * (4 + dtype.itemsize)
-    preactivations = depth * batch * width * dtype.itemsize if backward else 0
-    weights = (inputs + (depth - 1) * width) * width * dtype.itemsize
-    free = free_memory(device)
-    if preactivations + working > free:
-        keeps = f"keeps {readable(preactivations)} for the backward pass; use backward=false, or less depth,"
-        needs = keeps if preactivations > working else f"works on {readable(working)}; use less"
-        raise UsageError(f"{shape.said()}: {readable(free)} are free and one network {needs} width or batch")
-    most = min(networks, CACHED) if device.type == "cpu" else networks
-    together = max(1, int(min(most, free / 2 / (preactivations + working))))
-    keep_weights = backward and together * (preactivations + working + weights) <= free / 2
-    return Plan(together, keep_weights, float(together * (preactivations + weights * keep_weights)))
 
+    rules: Sequence[Rule]
+    seeds: Sequence[int]
+    rates: Sequence[float] = ()
+    columns: Columns = field(default_factory=dict)
+    points: int = 1
 
-def kept_as_text(planned: Plan) -> str:
-    """What a backward pass keeps, in words."""
-    weights = "preactivations and weights" if planned.keep_weights else "preactivations, and draws weights twice"
-    return f"the stack's backward pass keeps {readable(planned.kept)}: {weights}, {planned.networks} networks at a time"
+    @classmethod
+    def of(
+        cls, init: Init, seeds: Seeds, activation: Activation, fields: Mapping[str, Any] | None = None
+    ) -> "Ensemble":
+        """From what a user says: one rule for all, or a sequence with one for each seed, which then has columns.
 
-
-def rules_of(init: str | Rule | Sequence[str | Rule], networks: int) -> list[Rule]:
-    """A rule for each network."""
-    given = [init] * networks if isinstance(init, str | Rule) else list(init)
-    if len(given) != networks:
-        raise UsageError(f"init: {len(given)} rules for {networks} networks; give one rule, or one for each seed")
-    return [rule(one) if isinstance(one, str) else one for one in given]
-
-
-def name_of(init: str | Rule) -> str:
-    """A rule as tables name it: its name, or what it is made of."""
-    if isinstance(init, str):
-        return init
-    own = f"{init.distribution}, {init.mode}"
-    return next((name for name, row in RULES.items() if row == init), own)
-
-
-def repeated(each: pd.Categorical | np.ndarray, rows: int) -> pd.Categorical | np.ndarray:
-    """A column of so many rows, through which the networks run fastest, of one value for each network."""
-    times = rows // len(each)
-    if isinstance(each, pd.Categorical):
-        return pd.Categorical.from_codes(np.tile(each.codes, times), each.categories)
-    return np.tile(each, times)
-
-
-class Signal(NamedTuple):
-    """What passes through a layer, (E, N, O), and the same memory network by network: views are made once."""
-
-    whole: Tensor
-    each: tuple[Tensor, ...]
-
-
-def signal(x: Tensor) -> Signal:
-    return Signal(x, x.unbind())
-
-
-def multiply(x: Signal, w: Tensor, out: Signal) -> None:
-    """out = x w, w (E, I, O); on a CPU one network after another: as fast, and rounded as when alone."""
-    if w.device.type != "cpu":
-        torch.bmm(x.whole, w, out=out.whole)
-        return
-    for one, weight, result in zip(x.each, w.unbind(), out.each, strict=True):
-        torch.mm(one, weight, out=result)
-
-
-def affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    """x w + b for (E, N, I), (E, I, O) and (E, O)."""
-    z = x.new_empty(*x.shape[:-1], w.shape[-1])
-    multiply(signal(x), w, out=signal(z))
-    return z if b is None else z.add_(b.unsqueeze(-2))
-
-
-class Networks:
-    """A chunk of networks: draws what it needs, on its device; what the data rescale is fitted at once."""
-
-    def __init__(
-        self,
-        rules: Sequence[Rule],
-        activation: Given,
-        shape: Shape,
-        seeds: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device,
-        keep_weights: bool = False,
-        generator: str = "torch",
-    ) -> None:
-        self.rules, self.activation, self.shape, self.seeds = rules, as_activation(activation), shape, seeds
-        self.dtype, self.device, self.keep_weights = dtype, device, keep_weights
-        choose(GENERATORS, generator, "generator")
-        self.generator = generator
-        self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
-        self.fit = None
-        if any(one.attempts for one in rules):  # fitted to the input that the stack will see
-            layers = (self._drawn(layer, range(len(self))) for layer in range(1, shape.depth + 1))
-            x, phi = self.gaussian(shape.inputs, "input"), as_activation(activation)
-            self.fit = lsuv.fit(rules, seeds, layers, x, phi, affine)
+        init: a rule's name, a `Rule`, or a sequence of them. seeds: how many networks, or their seeds. fields: fields
+        of a rule that replace its own. Errors: an unknown rule or field; as many rules as networks are not given.
+        """
+        numbers = resolve_seeds(seeds)
+        if isinstance(init, str | Rule):
+            return cls([rule(init, **(fields or {}))] * len(numbers), numbers)
+        if not isinstance(init, Sequence):
+            raise UsageError(f"init={init!r}: must be a rule's name, a Rule, or a sequence with one for each seed")
+        if len(init) != len(numbers):
+            raise UsageError(
+                f"init: {len(init)} rules for {len(numbers)} networks; give one rule, or one for each seed"
+            )
+        rules = [rule(one, **(fields or {})) for one in init]
+        gains = np.array([one.gain_for(activation) for one in rules])
+        return cls(rules, numbers, columns={"init": pd.Categorical([rule_name(one) for one in init]), "gain": gains})
 
     def __len__(self) -> int:
         return len(self.seeds)
+
+    def part(self, chunk: slice) -> "Ensemble":
+        """Some of the networks."""
+        columns = {name: values[chunk] for name, values in self.columns.items()}
+        return Ensemble(self.rules[chunk], self.seeds[chunk], self.rates[chunk], columns)
+
+    def add_columns(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The frame, whose rows run through the networks fastest, with the columns that tell them apart."""
+        return frame.assign(**{name: _repeat(values, len(frame)) for name, values in self.columns.items()})
+
+
+def _repeat(values: pd.Categorical | np.ndarray, rows: int) -> pd.Categorical | np.ndarray:
+    """One value for each network, again and again, for so many rows."""
+    times = rows // len(values)
+    if isinstance(values, pd.Categorical):
+        return pd.Categorical.from_codes(np.tile(values.codes, times), values.categories)
+    return np.tile(values, times)
+
+
+def resolve_seeds(seeds: Seeds) -> Sequence[int]:
+    """The seeds of networks: 0, 1, ... for a number of them, or those of a sequence.
+
+    >>> list(resolve_seeds(3)), resolve_seeds([5, 9])
+    ([0, 1, 2], [5, 9])
+    """
+    if isinstance(seeds, int) and not isinstance(seeds, bool):
+        check(seeds=seeds)
+        return range(seeds)
+    if not isinstance(seeds, Sequence | np.ndarray) or isinstance(seeds, str):
+        raise UsageError(f"seeds={seeds!r}: must be how many networks there are, or a sequence of their seeds")
+    check(seeds=len(seeds))
+    for seed in seeds[:: max(1, len(seeds) - 1)] if isinstance(seeds, range) else seeds:
+        check(seed=seed)
+    return seeds if isinstance(seeds, range) else [int(seed) for seed in seeds]
+
+
+def draw_networks(
+    rules: Sequence[Rule],
+    activation: Activation,
+    shape: tuple[int, int],
+    seeds: Sequence[int],
+    layer: int,
+    where: Where,
+) -> tuple[Tensor, Tensor]:
+    """Weights (E, I, O) and biases (E, O) of a layer, each network by its own rule and seed.
+
+    Networks of one seed share their Gaussian numbers: these are drawn once and scaled by each network's own std.
+    """
+    how = (layer, where.dtype, where.device, where.generator)
+    if all(one == rules[0] for one in rules):
+        return draw(rules[0], activation, shape, seeds, *how)
+    if all(one.distribution == "normal" and not one.bias for one in rules):
+        unique = list(dict.fromkeys(seeds))
+        unit, _ = draw(RULES["naive"], activation, shape, unique, layer, torch.float32, where.device, where.generator)
+        stds = torch.tensor([one.std_for(activation, shape) for one in rules], device=where.device)
+        w = (unit[[unique.index(seed) for seed in seeds]] * stds[:, None, None]).to(where.dtype)
+        return w, w.new_zeros(len(seeds), shape[1])
+    each = [draw(one, activation, shape, [seed], *how) for one, seed in zip(rules, seeds, strict=True)]
+    return torch.cat([w for w, _ in each]), torch.cat([b for _, b in each])
+
+
+class Networks:
+    """A chunk of stacks: draws what it needs, on its device; what the data rescale is fitted at once."""
+
+    def __init__(self, net: Net, ensemble: Ensemble, where: Where, keep_weights: bool = False) -> None:
+        """`keep_weights` holds on to weights that have been drawn; else each is drawn again whenever it is asked for.
+
+        A rule that is fitted to data is fitted to the input that the stack will see, and `fit` says how it went.
+        """
+        self.net, self.ensemble, self.where = net, ensemble, where
+        self._keep, self._kept = keep_weights, dict[int, tuple[Tensor, Tensor | None]]()
+        self.fit = None
+        if any(one.attempts for one in ensemble.rules):
+            x = self.gaussian(net.inputs, "input")
+            self.fit = lsuv.fit(ensemble.rules, ensemble.seeds, net.network, self._draw, x)
+
+    def __len__(self) -> int:
+        return len(self.ensemble)
 
     def weights(self, layer: int, who: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
         """w (E, I, O) and b (E, O) of a layer, None where no network has biases; of all networks, or of some."""
         if layer in self._kept:
             w, b = self._kept[layer]
             return (w, b) if who is None else (w[list(who)], None if b is None else b[list(who)])
-        found = self._drawn(layer, range(len(self)) if who is None else who)
+        w, b = self._draw(layer, who)
         if self.fit is not None:
-            found = self.fit.scaled(layer, found[0], who), found[1]
-        if self.keep_weights and who is None:
-            self._kept[layer] = found
-        return found
+            w = self.fit.scale(layer, w, who)
+        if self._keep and who is None:
+            self._kept[layer] = w, b
+        return w, b
 
-    def _drawn(self, layer: int, who: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        rules, seeds = [self.rules[k] for k in who], [self.seeds[k] for k in who]
-        if all(one == rules[0] for one in rules):
-            w, b = self._draw(rules[0], seeds, layer)
-        elif all(one.distribution == "normal" and not one.bias for one in rules):
-            return self._scaled(layer, rules, seeds), None
-        else:
-            drawn = [self._draw(one, [seed], layer) for one, seed in zip(rules, seeds, strict=True)]
-            w, b = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    def _draw(self, layer: int, who: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
+        rules, seeds = self.ensemble.rules, self.ensemble.seeds
+        if who is not None:
+            rules, seeds = [rules[k] for k in who], [seeds[k] for k in who]
+        w, b = draw_networks(rules, self.net.activation, self.net.shape(layer), seeds, layer, self.where)
         return w, b if any(one.bias for one in rules) else None
-
-    def _draw(
-        self, one: Rule, seeds: Sequence[int], layer: int, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
-        shape, number = self.shape.of(layer), dtype or self.dtype
-        return draw(one, self.activation, shape, seeds, layer, number, self.device, self.generator)
-
-    def _scaled(self, layer: int, rules: Sequence[Rule], seeds: Sequence[int]) -> Tensor:
-        """Networks of one seed share their Gaussian numbers: drawn once, and scaled by each network's own std."""
-        unique = list(dict.fromkeys(seeds))
-        unit, _ = self._draw(RULES["naive"], unique, layer, torch.float32)
-        stds = torch.tensor([one.std_for(self.activation, self.shape.of(layer)) for one in rules], device=self.device)
-        return (unit[[unique.index(seed) for seed in seeds]] * stds[:, None, None]).to(self.dtype)
 
     def gaussian(self, units: int, what: str) -> Tensor:
         """Unit Gaussian numbers (E, N, units); networks of one seed have the same."""
-        source = GENERATORS[self.generator]
-        drawn = source.gaussian((self.shape.batch, units), self.seeds, what, 0, self.device)
-        return drawn.to(self.device, self.dtype)
+        source, where = GENERATORS[self.where.generator], self.where
+        drawn = source.gaussian((self.net.batch, units), self.ensemble.seeds, what, 0, where.device)
+        return drawn.to(where.device, where.dtype)
 
-    def columns(self, frame: pd.DataFrame, inits: pd.Categorical) -> pd.DataFrame:
-        """The frame, whose rows run through the networks fastest, with the columns `init` and `gain`."""
-        own = self.differing(inits).items()
-        return frame.assign(**{name: repeated(each, len(frame)) for name, each in own})
 
-    def differing(self, inits: pd.Categorical) -> dict[str, pd.Categorical | np.ndarray]:
-        """The columns in which networks of several rules differ, a value for each network."""
-        return {"init": inits, "gain": np.array([one.gain_for(self.activation) for one in self.rules])}
+Parameters = list[tuple[Tensor, Tensor]]
+
+
+class Start(NamedTuple):
+    """Where a training starts: [(w (E, I, O), b (E, O)), ...], and how the data rescaled it, if they did."""
+
+    parameters: Parameters
+    fit: lsuv.Fit | None
+
+
+def draw_trained(
+    rules: Sequence[Rule],
+    activation: Given,
+    sizes: Sequence[int],
+    seeds: Sequence[int],
+    x: Tensor,
+    generator: str = "torch",
+) -> Start:
+    """The weights of networks to be trained, layers of `sizes` units, with the dtype and the device of x (E, N, I).
+
+    rules, seeds: one of each for every network. x: what a rule that looks at data is fitted to; no other rule looks at
+    it. The last layer of a network with hidden layers is drawn as its rule says of outputs.
+    """
+    where, shapes, row = Where(x.dtype, x.device, generator), list(pairwise(sizes)), as_activation(activation)
+    found = []
+    for layer, shape in enumerate(shapes, start=1):
+        last = 1 < layer == len(shapes)
+        by_layer = [last_layer(one, row, shape[0]) for one in rules] if last else rules
+        found.append(draw_networks(by_layer, row, shape, seeds, layer, where))
+    fit = lsuv.fit(rules, seeds, dense(sizes, row), lambda layer: found[layer - 1], x)
+    if fit is not None:
+        found = [(fit.scale(layer, w), b) for layer, (w, b) in enumerate(found, start=1)]
+    return Start(found, fit)

@@ -1,0 +1,69 @@
+"""How networks are trained: the optimizers, the ways to run their modules, and all choices in one object."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from initlab.errors import UsageError, check, choose
+from initlab.scratch.layers import LOSSES
+from initlab.tasks.data import Data
+
+Optimizer = Callable[..., torch.optim.Optimizer]
+
+# Elementwise optimizers only: they treat an ensemble as its members.
+OPTIMIZERS: dict[str, Optimizer] = {
+    "sgd": torch.optim.SGD,
+    "momentum": partial(torch.optim.SGD, momentum=0.9),
+    "nesterov": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "rmsprop": torch.optim.RMSprop,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+# They divide a gradient by its own size.
+ADAPTIVE = ("rmsprop", "adam", "adamw")
+# How the modules of an ensemble run on steps that are not recorded; recorded ones go one by one.
+MODULES = {"one_by_one": "each nn.Module by itself", "vmap": "all as one program, torch.func.vmap"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """How networks are trained: `depth` hidden layers of `width` units, on batches of `batch` rows, `steps` updates.
+
+    optimizer: a name of OPTIMIZERS; loss: of LOSSES; modules: of MODULES. drift: also record how far the first batch's
+    preactivations have moved. every: record every k-th step. histograms: record histograms too.
+    Errors: a number out of its range; an unknown name.
+    """
+
+    depth: int = 1
+    width: int = 50
+    batch: int = 64
+    steps: int = 200
+    optimizer: str = "sgd"
+    loss: str = "cross_entropy"
+    modules: str = "one_by_one"
+    drift: bool = False
+    every: int = 1
+    histograms: bool = False
+
+    def __post_init__(self) -> None:
+        check(train_depth=self.depth, train_width=self.width, train_batch=self.batch, train_steps=self.steps)
+        check(every=self.every)
+        choose(OPTIMIZERS, self.optimizer, "train.optimizer")
+        choose(LOSSES, self.loss, "train.loss")
+        choose(MODULES, self.modules, "train.modules")
+
+    def sizes(self, data: Data) -> list[int]:
+        """Units of the data, of every hidden layer, and of the last one: one for each class, or one number."""
+        outputs = data.classes if LOSSES[self.loss].classes and data.classes else 1
+        return [data.x.shape[1], *[self.width] * self.depth, outputs]
+
+    def check_data(self, data: Data) -> None:
+        """Refuse a loss that does not fit the targets, and a batch larger than the data."""
+        if LOSSES[self.loss].classes and data.classes is None:
+            raise UsageError(f"train.loss={self.loss}: data={data.name} has no classes; use train.loss=mse")
+        if self.batch > len(data.x):
+            raise UsageError(
+                f"train.batch={self.batch}: data={data.name} has {len(data.x)} training rows; use at most as many"
+            )
