@@ -1,7 +1,6 @@
-"""Do two versions say the same? Relative error per tensor and units in the last place, never an absolute tolerance.
+"""Compare two results of a backward pass: relative error per tensor, and units in the last place.
 
-An absolute 0.01 passes a gradient of zeros wherever gradients are small; a relative error of zeros is 1. Knows nothing
-of how the gradients were found.
+An absolute tolerance of 0.01 passes a gradient of zeros wherever gradients are small; the relative error of zeros is 1.
 """
 
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ class Difference(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """All tensors of two results beside the limit; `str()` says in a sentence whether they are equal up to rounding."""
+    """All tensors of two results and the limit; `str()` says in a sentence whether they are equal up to rounding."""
 
     rows: list[Difference]
     limit: float
@@ -59,9 +58,9 @@ class Agreement(NamedTuple):
             return f"not comparable: {worst.n_nonfinite} entries of {where} are not finite"
         if all(row.relative_error == 0 for row in self.rows):
             return "equal bit for bit"
-        said = f"relative error at most {worst.relative_error:.1e} (limit {self.limit:.0e})"
+        text = f"relative error at most {worst.relative_error:.1e} (limit {self.limit:.0e})"
         if self.equal:
-            return f"equal up to rounding: {said}, at most {self.ulp:.3g} units in the last place"
+            return f"equal up to rounding: {text}, at most {self.ulp:.3g} units in the last place"
         return f"different: {where} has relative error {worst.relative_error:.1e} (limit {self.limit:.0e})"
 
 
@@ -85,14 +84,9 @@ def _difference(layer: int, tensor: str, a: Tensor, b: Tensor) -> Difference:
         raise UsageError(f"compare: {tensor} of layer {layer} is {given[0]} beside {given[1]}: must be the same")
     flat_a, flat_b = (t.detach().reshape(1, -1) for t in (a, b))
     error, n_bad = relative_error(flat_a, flat_b)
-    ulp, own = _ulps(flat_a, flat_b)
+    gap = (flat_a.double() - flat_b.double()).abs()
+    ulp, own = (float((gap / unit_in_last_place(unit)).amax()) for unit in (flat_b.abs().amax(), flat_b))
     return Difference(layer, tensor, float(error), ulp, own, int(n_bad))
-
-
-def _ulps(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """max |a - b| in units in the last place of the largest |b|, and of each |b| by itself."""
-    gap = (a.double() - b.double()).abs()
-    return float((gap / unit_in_last_place(b.abs().amax())).amax()), float((gap / unit_in_last_place(b)).amax())
 
 
 def unit_in_last_place(x: Tensor) -> Tensor:

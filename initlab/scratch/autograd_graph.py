@@ -1,8 +1,8 @@
-"""Autograd's own graph, walked from the loss to the parameters: each node beside the piece by hand that does its work.
+"""Autograd's own graph, walked from the loss to the parameters, with the hand-written line that does each node's work.
 
 The graph is what the forward pass left behind: `loss.grad_fn` is the first node, `next_functions` are the edges, and a
-leaf is an `AccumulateGrad` that holds its tensor in `variable`. Nothing is computed anew and no `.grad` is touched.
-`gradients` is the whole of backpropagation in one loop over these nodes; it knows nothing of hooks on tensors.
+leaf is an `AccumulateGrad` that holds its tensor in `variable`. Nothing is computed again and no `.grad` is touched.
+`gradients` is the whole of backpropagation in one loop over these nodes, without hooks on tensors.
 """
 
 from collections.abc import Iterator, Mapping
@@ -133,14 +133,14 @@ def _row(node: Node, gradients: Mapping[str, Tensor]) -> tuple[object, ...]:
         ", ".join(map(str, node.shapes)),
         node.in_degree,
         ", ".join("-" if target is None else f"{target[0]}:{target[1]}" for target in node.next),
-        _listed(node.tensors),
-        _listed(node.values),
+        _join_items(node.tensors),
+        _join_items(node.values),
         *by_hand(node.name),
         "" if shown is None else f"{shown.item():.6g}" if shown.ndim == 0 else f"norm {shown.norm().item():.4g}",
     )
 
 
-def _listed(saved: Mapping[str, str]) -> str:
+def _join_items(saved: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {what}" for name, what in saved.items())
 
 
@@ -153,15 +153,23 @@ def walk(loss: Tensor, names: Mapping[str, Tensor] | nn.Module | None = None) ->
     refuse(loss)
     order, in_degree = _order(loss.grad_fn)
     ids = {function: number for number, function in enumerate(order)}
-    owners = _owners(names)
-    leaf = _leaf_names(order, owners)
+    named = names.named_parameters(remove_duplicate=False) if isinstance(names, nn.Module) else (names or {}).items()
+    owners: dict[Tensor, list[str]] = {}  # tensor -> all its names
+    for name, tensor in named:
+        owners.setdefault(tensor, []).append(name)
+    leaf: dict[int, tuple[str, ...]] = {}  # position of each leaf -> its names; one that nobody named is numbered
+    unnamed = 0
+    for number, function in enumerate(order):
+        if function.name().endswith("AccumulateGrad"):
+            unnamed += function.variable not in owners
+            leaf[number] = tuple(owners.get(function.variable, [f"unnamed {unnamed}"]))
     nodes = tuple(
         Node(
             id=number,
             name=function.name().split("::")[-1],
             leaf=leaf.get(number, ()),
             shapes=tuple(tuple(arriving.shape) for arriving in function._input_metadata),
-            **_saved(function),
+            **_saved_values(function),
             next=tuple(None if f is None else (ids[f], which) for f, which in function.next_functions),
             in_degree=in_degree[function],
             function=function,
@@ -189,21 +197,15 @@ def _next(function: Any) -> Iterator[Any]:
     return (following for following, _ in function.next_functions if following is not None)
 
 
-def _in_degrees(root: Any) -> dict[Any, int]:
-    """Edges into every node. A stack, not recursion: a deep network must not meet Python's limit."""
+def _order(root: Any) -> tuple[list[Any], dict[Any, int]]:
+    """Nodes by Kahn's algorithm with autograd's own priority, so that sums are taken in its order; edges into each."""
     degree, waiting = {root: 0}, [root]
-    while waiting:
+    while waiting:  # a stack, not recursion: a deep network must not meet Python's limit
         for following in _next(waiting.pop()):
             if following not in degree:
                 degree[following] = 0
                 waiting.append(following)
             degree[following] += 1
-    return degree
-
-
-def _order(root: Any) -> tuple[list[Any], dict[Any, int]]:
-    """Kahn's algorithm with autograd's own priority, so that sums of gradients are taken in the same order."""
-    degree = _in_degrees(root)
     missing, order = dict(degree), []
     ready: list[tuple[int, int, Any]] = [(0, 0, root)]
     pushed = 1
@@ -217,27 +219,7 @@ def _order(root: Any) -> tuple[list[Any], dict[Any, int]]:
     return order, degree
 
 
-def _owners(names: Mapping[str, Tensor] | nn.Module | None) -> dict[Tensor, list[str]]:
-    """Tensor -> all its names."""
-    named = names.named_parameters(remove_duplicate=False) if isinstance(names, nn.Module) else (names or {}).items()
-    owners: dict[Tensor, list[str]] = {}
-    for name, tensor in named:
-        owners.setdefault(tensor, []).append(name)
-    return owners
-
-
-def _leaf_names(order: list[Any], owners: Mapping[Tensor, list[str]]) -> dict[int, tuple[str, ...]]:
-    """Position of each leaf -> its names; a leaf that nobody named is numbered."""
-    names: dict[int, tuple[str, ...]] = {}
-    unnamed = 0
-    for number, function in enumerate(order):
-        if function.name().endswith("AccumulateGrad"):
-            unnamed += function.variable not in owners
-            names[number] = tuple(owners.get(function.variable, [f"unnamed {unnamed}"]))
-    return names
-
-
-def _saved(function: Any) -> dict[str, dict[str, str]]:
+def _saved_values(function: Any) -> dict[str, dict[str, str]]:
     """What the forward pass left at a node, tensors apart from the rest."""
     tensors: dict[str, str] = {}
     values: dict[str, str] = {}
@@ -248,7 +230,7 @@ def _saved(function: Any) -> dict[str, dict[str, str]]:
         except RuntimeError as error:  # autograd says at length that it cannot give it any more
             tensors[name] = "freed" if "freed" in str(error) else "changed in place since"
             continue
-        (tensors if _holds_tensor(value) else values)[name] = _said(value)
+        (tensors if _holds_tensor(value) else values)[name] = _value_text(value)
     return {"tensors": tensors, "values": values}
 
 
@@ -256,11 +238,11 @@ def _holds_tensor(value: object) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(_holds_tensor, value)))
 
 
-def _said(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{value.item():.6g}" if value.ndim == 0 else str(tuple(value.shape))
     if isinstance(value, (tuple, list)):
-        return f"[{', '.join(map(_said, value))}]"
+        return f"[{', '.join(map(_value_text, value))}]"
     if isinstance(value, int) and value >= 1 << 63:  # autograd shows its negative integers without their sign
         return str(value - (1 << 64))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -286,7 +268,9 @@ def gradients(loss: Tensor, graph: Graph) -> dict[str, Tensor]:
         for target, grad in zip(node.next, _call(node, grads), strict=True):
             if target is not None and grad is not None:
                 to, which = target
-                grad = _fitted(grad, graph.nodes[to].function._input_metadata[which])
+                like = graph.nodes[to].function._input_metadata[which]  # autograd sums over what was broadcast
+                shape = tuple(like.shape)
+                grad = (grad if tuple(grad.shape) == shape else grad.sum_to_size(shape)).to(like.dtype)
                 before = arrived[to][which]
                 arrived[to][which] = grad if before is None else before + grad
     return leaves
@@ -294,32 +278,24 @@ def gradients(loss: Tensor, graph: Graph) -> dict[str, Tensor]:
 
 def _call(node: Node, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The node's own backward; where it cannot be called alone, one line that says which and why."""
+    call = node.function
+    if hasattr(call, "apply"):  # a `torch.autograd.Function` finds zeros, not None, where nothing arrived
+        call = call.apply
+        grads = [
+            torch.zeros(tuple(like.shape), dtype=like.dtype, device=like.device) if grad is None else grad
+            for grad, like in zip(grads, node.function._input_metadata, strict=True)
+        ]
     try:
-        returned = _call_custom(node, grads) if hasattr(node.function, "apply") else node.function(*grads)
+        returned = call(*grads)
     except (RuntimeError, TypeError) as error:
         if "freed" in str(error):
             raise UsageError(
                 f"what {node.name} (node {node.id}) saved has been freed by an earlier backward pass: "
                 "run the forward pass again, or use backward(retain_graph=True)"
             ) from error
-        said = str(error).split("\n")[0]
-        raise UsageError(f"{node.name} (node {node.id}) cannot be called by itself: {said}") from error
+        reason = str(error).split("\n")[0]
+        raise UsageError(f"{node.name} (node {node.id}) cannot be called by itself: {reason}") from error
     return returned if isinstance(returned, tuple) else (returned,)
-
-
-def _call_custom(node: Node, grads: list[Tensor | None]) -> Any:
-    """A `torch.autograd.Function`: it finds zeros, not None, where nothing arrived, as autograd promises it."""
-    filled = [
-        torch.zeros(tuple(like.shape), dtype=like.dtype, device=like.device) if grad is None else grad
-        for grad, like in zip(grads, node.function._input_metadata, strict=True)
-    ]
-    return node.function.apply(*filled)
-
-
-def _fitted(grad: Tensor, like: Any) -> Tensor:
-    """Summed over what was broadcast and in the dtype of what it belongs to: autograd does this between the nodes."""
-    shape = tuple(like.shape)
-    return (grad if tuple(grad.shape) == shape else grad.sum_to_size(shape)).to(like.dtype)
 
 
 class Example(NamedTuple):

@@ -1,7 +1,7 @@
-"""What every version of the backward pass refuses before it starts, each in one line.
+"""Checks before a backward pass: parameters, batch and targets that do not fit are refused in one line.
 
-A mistake that would be silent (targets that broadcast, a wrong class, nan) costs a reader hours; here it costs a check.
-Values that overflow on the way are no mistake: they are what initlab is about.
+Mistakes that would be silent (targets that broadcast, a wrong class, nan) cost a reader hours. Values that overflow on
+the way are no mistake: they are what initlab is about.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,13 @@ def refuse_bad_problem(
         raise UsageError(
             f"yb: shape {given} does not fit xb of {n} rows; must be ({n},){'' if classes else f' or ({n}, 1)'}"
         )
-    (_refuse_classes if classes else _refuse_numbers)(yb, xb, outputs)
+    if classes:
+        _refuse_classes(yb, outputs)
+    elif outputs != 1:
+        raise UsageError(f"loss=mse: the last layer has {outputs} units; must be 1")
+    else:
+        _refuse_dtype("yb", yb, xb)
+        _refuse_nan("yb", yb)
     return yb.reshape(n)
 
 
@@ -83,14 +89,7 @@ def _refuse_nan(name: str, value: Tensor) -> None:
         raise UsageError(f"{name}: {count} of {value.numel()} entries are nan; remove or replace them first")
 
 
-def _refuse_numbers(yb: Tensor, xb: Tensor, outputs: int) -> None:
-    if outputs != 1:
-        raise UsageError(f"loss=mse: the last layer has {outputs} units; must be 1")
-    _refuse_dtype("yb", yb, xb)
-    _refuse_nan("yb", yb)
-
-
-def _refuse_classes(yb: Tensor, xb: Tensor, outputs: int) -> None:
+def _refuse_classes(yb: Tensor, outputs: int) -> None:
     if yb.dtype != torch.int64:
         raise UsageError(f"loss=cross_entropy: yb is {_name(yb)}; must be int64, the number of each row's class")
     low, high = int(yb.min()), int(yb.max())

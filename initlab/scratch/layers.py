@@ -5,7 +5,7 @@ First functions from tensors to tensors, which is what the training engine uses;
 on its tensor as `.g`. `classes.py` lets layers remember their call, `modules.py` hands the same rules to torch.
 
 Everything carries leading ensemble dimensions: inp (..., N, I), w (..., I, O), b (..., O), out (..., N, O); the loss
-and its gradient are per network, (...). The activations and their derivatives are rows of `signal.activations`.
+and its gradient are per network, (...). The activations and their derivatives are rows of `nn.activations`.
 """
 
 from collections.abc import Callable, Sequence

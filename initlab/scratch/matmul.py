@@ -1,8 +1,7 @@
 """The matmul ladder: one product c[i, j] = sum over k of a[i, k] b[k, j], rewritten rung by rung until it is fast.
 
 Every rung is called as f(a, b) with a (M, K) and b (K, N) of one float dtype on one device and gives c (M, N). They
-differ in the order of their sums, hence in the last bits; nan and inf run through all of them. Knows no clock: timing
-the ladder is a task's work.
+differ in the order of their sums, hence in the last bits; nan and inf run through all of them.
 """
 
 import importlib.util
@@ -23,29 +22,26 @@ from torch import Tensor
 from initlab.errors import UsageError
 
 Sizes = tuple[int, int, int]  # M, K, N
-
-
-def _always(device: torch.device) -> str:
-    return ""
+TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One way to multiply. `f` is the bare function; calling the rung checks the shapes first, the same for all.
+    """One way to multiply. Calling the rung checks the shapes first; `f` is the bare function.
 
-    `entries` says how many numbers of the tensors' dtype are live at the peak besides a and b, the result included.
-    `loops` counts the nested Python loops. `missing` says why the rung cannot run on a device; "" where it can.
+    loops: number of nested Python loops. entries: how many numbers of the tensors' dtype are alive at the peak, the
+    result included, a and b not. missing: why the rung cannot run on a device; "" where it can.
     """
 
     f: Callable[[Tensor, Tensor], Tensor]
     loops: int = 0
     entries: Callable[[int, int, int], int] = lambda m, k, n: m * n
-    missing: Callable[[torch.device], str] = _always
+    missing: Callable[[torch.device], str] = lambda device: ""
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         refuse_mismatch(a, b)
         if reason := self.missing(a.device):
-            raise UsageError(f"matmul {self.f.__name__.strip('_')}: {reason}")
+            raise UsageError(f"matmul {self.f.__name__}: {reason}")
         return self.f(a, b)
 
     @property
@@ -54,9 +50,14 @@ class Rung:
         return (self.f.__doc__ or "").partition("\n")[0]
 
 
+def rung(**about: Any) -> Callable[[Callable[[Tensor, Tensor], Tensor]], Rung]:
+    """Decorator: the function as a `Rung` with these fields."""
+    return lambda f: Rung(f, **about)
+
+
 def refuse_mismatch(a: Tensor, b: Tensor) -> None:
     """Anything but a (M, K) and b (K, N) of one float dtype on one device: one line that names both."""
-    given = f"matmul of {_described(a)} and {_described(b)}"
+    given = f"matmul of {_describe(a)} and {_describe(b)}"
     if a.ndim != 2 or b.ndim != 2:
         raise UsageError(f"{given}: both must have two dimensions, (M, K) and (K, N)")
     if a.shape[1] != b.shape[0]:
@@ -67,7 +68,7 @@ def refuse_mismatch(a: Tensor, b: Tensor) -> None:
         raise UsageError(f"{given}: both must be on one device, not {a.device} and {b.device}")
 
 
-def _described(x: Tensor) -> str:
+def _describe(x: Tensor) -> str:
     if not isinstance(x, Tensor):
         raise UsageError(f"matmul of a {type(x).__name__}: both must be torch tensors, (M, K) and (K, N)")
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
@@ -76,7 +77,8 @@ def _described(x: Tensor) -> str:
 # --- the book's rungs ---------------------------------------------------------------------------------------------
 
 
-def _loops(a: Tensor, b: Tensor) -> Tensor:
+@rung(loops=3)
+def loops(a: Tensor, b: Tensor) -> Tensor:
     """Three nested loops over tensors: the definition, and a dispatch of torch for every number."""
     (m, k), n = a.shape, b.shape[1]
     c = a.new_zeros(m, n)
@@ -87,7 +89,8 @@ def _loops(a: Tensor, b: Tensor) -> Tensor:
     return c
 
 
-def _lists(a: Tensor, b: Tensor) -> Tensor:
+@rung(loops=3, entries=lambda m, k, n: 8 * (m * k + k * n + m * n))  # a Python float takes 32 bytes
+def lists(a: Tensor, b: Tensor) -> Tensor:
     """Three nested loops over Python lists: no dispatch. Sums in float64, as Python does, and rounds once."""
     (m, k), n = a.shape, b.shape[1]
     x, y = a.tolist(), b.tolist()
@@ -99,7 +102,8 @@ def _lists(a: Tensor, b: Tensor) -> Tensor:
     return torch.tensor(c, dtype=torch.float64).reshape(m, n).to(a)
 
 
-def _elementwise(a: Tensor, b: Tensor) -> Tensor:
+@rung(loops=2, entries=lambda m, k, n: m * n + k)
+def elementwise(a: Tensor, b: Tensor) -> Tensor:
     """An elementwise product and a sum for the inner loop: c[i, j] = sum(a[i] * b[:, j])."""
     (m, _), n = a.shape, b.shape[1]
     c = a.new_zeros(m, n)
@@ -109,7 +113,8 @@ def _elementwise(a: Tensor, b: Tensor) -> Tensor:
     return c
 
 
-def _row(a: Tensor, b: Tensor) -> Tensor:
+@rung(loops=1, entries=lambda m, k, n: m * n + (k + 1) * n)
+def row(a: Tensor, b: Tensor) -> Tensor:
     """Broadcasting one row at a time: c[i] = sum over k of a[i, k, None] * b, a (K, N) product for every row."""
     c = a.new_zeros(a.shape[0], b.shape[1])
     for i in range(a.shape[0]):
@@ -117,17 +122,20 @@ def _row(a: Tensor, b: Tensor) -> Tensor:
     return c
 
 
-def _outer(a: Tensor, b: Tensor) -> Tensor:
+@rung(entries=lambda m, k, n: m * k * n + m * n)
+def outer(a: Tensor, b: Tensor) -> Tensor:
     """Broadcasting with no loop: all M K N products at once, in memory, then one sum."""
     return (a.unsqueeze(-1) * b).sum(1)
 
 
-def _einsum(a: Tensor, b: Tensor) -> Tensor:
+@rung()
+def einsum(a: Tensor, b: Tensor) -> Tensor:
     """Einstein's notation: the index that is not in the result is summed over."""
     return torch.einsum("ik,kj->ij", a, b)
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+@rung()
+def matmul(a: Tensor, b: Tensor) -> Tensor:
     """The operator `@`: the processor's own matrix product."""
     return a @ b
 
@@ -137,7 +145,8 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 TILE = 128  # three float32 tiles of this side are 192 kB, which a core's second cache holds
 
 
-def _blocked(a: Tensor, b: Tensor) -> Tensor:
+@rung(loops=3)
+def blocked(a: Tensor, b: Tensor) -> Tensor:
     """Blocked: tiles small enough to stay in the cache, which is what `@` does inside."""
     (m, k), n = a.shape, b.shape[1]
     c = a.new_zeros(m, n)
@@ -152,31 +161,13 @@ def _blocked(a: Tensor, b: Tensor) -> Tensor:
 @cache
 def _compile_outer(dtype: torch.dtype, kind: str, ones: tuple[bool, ...]) -> Callable[[Tensor, Tensor], Tensor]:
     """A function for each case that torch compiles apart: after 8 recompilations of one it would run it uncompiled."""
-    copy = FunctionType(_outer.__code__.replace(), _outer.__globals__, "compiled")
+    copy = FunctionType(outer.f.__code__.replace(), outer.f.__globals__, "compiled")
     with warnings.catch_warnings():  # torch's compiler imports what torch itself has deprecated
         warnings.simplefilter("ignore", DeprecationWarning)
         return torch.compile(copy, dynamic=True)
 
 
-def _compiled(a: Tensor, b: Tensor) -> Tensor:
-    """`torch.compile` of the broadcast form: product and sum fused, so that the M K N products are never stored.
-
-    The first call compiles, for seconds; so does the first with another dtype, or with a size of 1. An empty product
-    leaves nothing to compile.
-    """
-    sizes = (*a.shape, b.shape[1])
-    if 0 in sizes:
-        return _outer(a, b)
-    try:
-        return _compile_outer(a.dtype, a.device.type, tuple(size == 1 for size in sizes))(a, b)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as fault:  # every fault of the compilers is one
-        first_line = str(fault).strip().partition("\n")[0]
-        raise UsageError(f"matmul compiled: torch.compile does not work here: {first_line}") from fault
-
-
-def _no_compiler(device: torch.device) -> str:
+def _why_no_compiler(device: torch.device) -> str:
     """A first look that loads no compiler; a compiler that is there and fails is reported by the call."""
     if device.type == "cuda":
         return "" if TRITON else "torch.compile for a GPU needs Triton, which is not installed"
@@ -186,11 +177,30 @@ def _no_compiler(device: torch.device) -> str:
     return "" if shutil.which(compiler) else f"torch.compile for a CPU needs a C++ compiler; there is no {compiler}"
 
 
-TRITON = importlib.util.find_spec("triton") is not None
+@rung(missing=_why_no_compiler)
+def compiled(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.compile` of the broadcast form: product and sum fused, so that the M K N products are never stored.
+
+    The first call compiles, for seconds; so does the first with another dtype, or with a size of 1. An empty product
+    leaves nothing to compile.
+    """
+    sizes = (*a.shape, b.shape[1])
+    if 0 in sizes:
+        return outer.f(a, b)
+    try:
+        return _compile_outer(a.dtype, a.device.type, tuple(size == 1 for size in sizes))(a, b)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as fault:  # every fault of the compilers is one
+        first_line = str(fault).strip().partition("\n")[0]
+        raise UsageError(f"matmul compiled: torch.compile does not work here: {first_line}") from fault
+
 
 if TRITON:
     import triton
     import triton.language as tl
+
+    _jit = cache(triton.jit)  # when first called: a test may have asked for the interpreter by then
 
     # Triton reads this function's source: it is compiled for the GPU and never run by Python. One program makes one
     # tile of c; what a tile has beyond the edges is masked: loaded as 0, and not stored.
@@ -225,12 +235,18 @@ if TRITON:
         tl.store(c + i[:, None] * n + j[None, :], total.to(c.dtype.element_ty), mask=kept)
 
 
-@cache
-def _tile_on_gpu() -> Any:
-    return triton.jit(_tile)
+def _why_no_triton(device: torch.device) -> str:
+    if not TRITON:
+        return "Triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":  # Triton's own interpreter runs the kernel on a CPU, slowly
+        return ""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU here"
+    return "" if device.type == "cuda" else f"needs tensors on a CUDA GPU, not on {device.type}"
 
 
-def _triton(a: Tensor, b: Tensor) -> Tensor:
+@rung(missing=_why_no_triton)
+def triton_kernel(a: Tensor, b: Tensor) -> Tensor:
     """A Triton kernel: the blocked form on a GPU, a program for every tile.
 
     Sums in float32, for float64 tensors in float64.
@@ -243,32 +259,11 @@ def _triton(a: Tensor, b: Tensor) -> Tensor:
     side = 16 if double else 32  # the products of a float64 tile, 16^3, must fit in a program's registers
     grid = (triton.cdiv(m, side), triton.cdiv(n, side))
     with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
-        _tile_on_gpu()[grid](a, b, c, m, k, n, *a.stride(), *b.stride(), SIDE=side, DOUBLE=double)
+        _jit(_tile)[grid](a, b, c, m, k, n, *a.stride(), *b.stride(), SIDE=side, DOUBLE=double)
     return c
 
 
-def _no_triton(device: torch.device) -> str:
-    if not TRITON:
-        return "Triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":  # Triton's own interpreter runs the kernel on a CPU, slowly
-        return ""
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA GPU here"
-    return "" if device.type == "cuda" else f"needs tensors on a CUDA GPU, not on {device.type}"
-
-
 # --- the ladder, in reading order ---------------------------------------------------------------------------------
-
-loops = Rung(_loops, loops=3)
-lists = Rung(_lists, loops=3, entries=lambda m, k, n: 8 * (m * k + k * n + m * n))  # a Python float takes 32 bytes
-elementwise = Rung(_elementwise, loops=2, entries=lambda m, k, n: m * n + k)
-row = Rung(_row, loops=1, entries=lambda m, k, n: m * n + (k + 1) * n)
-outer = Rung(_outer, entries=lambda m, k, n: m * k * n + m * n)
-einsum = Rung(_einsum)
-matmul = Rung(_matmul)
-blocked = Rung(_blocked, loops=3)
-compiled = Rung(_compiled, missing=_no_compiler)
-triton_kernel = Rung(_triton, missing=_no_triton)
 
 LADDER: dict[str, Rung] = {
     "loops": loops,
@@ -284,9 +279,7 @@ LADDER: dict[str, Rung] = {
 }
 
 
-def _runs_somewhere(rung: Rung) -> bool:
-    return any(not rung.missing(torch.device(kind)) for kind in ("cpu", "cuda"))
-
-
 # What this machine can run; the ladder's other rows say by `missing` what they lack.
-RUNGS: dict[str, Rung] = {name: rung for name, rung in LADDER.items() if _runs_somewhere(rung)}
+RUNGS: dict[str, Rung] = {
+    name: one for name, one in LADDER.items() if not all(one.missing(torch.device(kind)) for kind in ("cpu", "cuda"))
+}
