@@ -193,7 +193,7 @@ def rule(init: "str | Rule", **changes: object) -> Rule:
     row = choose(RULES, init, "init") if isinstance(init, str) else init
     for name in changes:
         if name not in FIELDS:
-            raise UsageError(f"{name}: a rule has {', '.join(FIELDS)}{nearest(name, FIELDS)}")
+            raise UsageError(f"{name}: no such option; a rule has {', '.join(FIELDS)}{nearest(name, FIELDS)}")
     given = {name: value for name, value in changes.items() if value is not None}
     return replace(row, **given) if given else row  # type: ignore[arg-type]
 

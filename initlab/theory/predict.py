@@ -144,7 +144,7 @@ def _parameter_blocks(request: Request) -> Iterator[Block]:
         for rows in size_bands(limit, law, count):
             yield Block(every, tensor, direction, rows, "log-delta")
 
-    excess = {"uniform": 0.8, "truncated_normal": 1.0634}.get(request.rule.distribution, 2.0)  # E w^4 / (E w^2)^2 - 1
+    excess = {"uniform": 0.8, "truncated_normal": 1.0634}.get(request.distribution, 2.0)  # E w^4 / (E w^2)^2 - 1
     noise = 0 / i if request.layers[0].orthogonal else excess / (i * o)
     size = np.array([ln(layer.weight) for layer in request.layers])
     law = np.stack([size - noise / 2, np.sqrt(noise)], -1)
@@ -198,9 +198,7 @@ def _simulated_blocks(request: Request, networks: int, seed: int) -> Iterator[Bl
                 limits.setdefault((layer, kind.tensor, kind.direction), {})[rows.statistic] = numbers[:2]
     number = torch.float32 if fits_float32(request) else torch.float64
     moments = request.q0, request.c0
-    found = simulate(
-        request.row, request.layers, request.batch, networks, *moments, request.rule.distribution, seed, number
-    )
+    found = simulate(request.row, request.layers, request.batch, networks, *moments, request.distribution, seed, number)
     for key, block in found.items():
         for rows in simulated_bands(block, limits[key]):
             yield Block(np.array(key[:1]), *key[1:], rows, "simulation")

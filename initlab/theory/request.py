@@ -4,8 +4,8 @@ Every mistake of the user is found here, before anything is computed.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from numbers import Real
 from typing import Any
@@ -30,7 +30,7 @@ class Request:
     moments and wanders as `data` says; else it is drawn anew for each network.
     """
 
-    rule: Rule
+    distribution: str  # of the weights
     row: Activation
     layers: tuple[Layer, ...]
     batch: int = 200
@@ -70,13 +70,15 @@ def parse_request(
 ) -> Request:
     """A question in the words of `predict`, whose docstring names them, as a `Request`."""
     input_fields = {name: options.pop(name) for name in ("q0", "c0", "fixed_input", "data") if name in options}
-    row, scaling = as_activation(activation), _resolve_rule(init, options)
+    if options.pop("residual", False):
+        raise UsageError("residual: theory knows stacks without residual connections only")
+    row, scaling = as_activation(activation), rule(init, **options)
     units = _resolve_units(depth, width, widths, inputs, batch)
     if not isinstance(sigma_b, Real):
         raise UsageError(f"sigma_b={sigma_b!r}: must be a number")
     if not 0 <= sigma_b < math.inf:
         raise UsageError(f"sigma_b={sigma_b:g}: a standard deviation must be a finite number, at least 0")
-    request = Request(scaling, row, (), int(batch), **input_fields)
+    request = Request(scaling.distribution, row, (), int(batch), **input_fields)
     return replace(request, layers=_resolve_layers(scaling, row, units, request.q0, float(sigma_b) ** 2, outputs))
 
 
@@ -85,33 +87,14 @@ def _resolve_units(depth: int, width: int, widths: Sequence[int] | None, inputs:
     if widths is not None and not isinstance(widths, Sequence | np.ndarray | torch.Tensor):
         raise UsageError(f"widths={widths!r}: must be a list with the units of every layer")
     if widths is None:
-        _check_whole(depth=depth, width=width, batch=batch)
+        check(depth=depth, width=width, batch=batch)
     own = [width] * depth if widths is None else list(widths)
     for n in own:
-        _check_whole(width=n)
-    _check_whole(depth=len(own), batch=batch)
+        check(width=n)
+    check(depth=len(own), batch=batch)
     if inputs is not None:
-        _check_whole(inputs=inputs)
+        check(inputs=inputs)
     return [int(n) for n in (own[0] if inputs is None else inputs, *own)]
-
-
-def _check_whole(**options: object) -> None:
-    for name, value in options.items():
-        if not isinstance(value, Real) or value != value // 1:
-            raise UsageError(f"{name}={value!r}: must be a whole number")
-        check(**{name: float(value)})
-
-
-def _resolve_rule(init: str | Rule, changes: Mapping[str, Any]) -> Rule:
-    if changes.get("residual"):
-        raise UsageError("residual: theory knows stacks without residual connections only")
-    allowed = [field.name for field in fields(Rule)]
-    for name in changes:
-        if name not in allowed:
-            raise UsageError(f"{name}: no such option of a prediction; a rule has {', '.join(allowed)}")
-    if isinstance(init, str):
-        return rule(init, **changes)
-    return replace(init, **{name: value for name, value in changes.items() if value is not None})
 
 
 def _resolve_layers(

@@ -401,7 +401,7 @@ def test_mistakes_are_one_line() -> None:
         ({"widths": []}, "depth=0"),
         ({"inputs": 0}, "inputs=0"),
         ({"depth": "deep"}, "depth='deep': must be a whole number"),
-        ({"dtype": "float32"}, "dtype: no such option of a prediction"),
+        ({"dtype": "float32"}, "dtype: no such option; a rule has"),
         ({"sigma_b": None}, "sigma_b=None: must be a number"),
         ({"depth": 0}, "depth=0"),
         ({"batch": 0}, "batch=0"),
