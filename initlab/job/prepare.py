@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
         )
     words = gain_words(settings.rule, activation) if task.by_rule and not several else ""
     plots = config.plots and config.study.figure.y is None
-    return Job(task.prepare(settings), recorder, plots, words, several)
+    stages = [make(import_module(f"initlab.tasks.{module}"), settings) for module, make in task.stages]
+    return Job(stages, recorder, plots, words, several)
 
 
 def resolve(config: Config, choices: Mapping[str, str | None]) -> JobSettings:

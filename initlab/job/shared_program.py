@@ -146,29 +146,25 @@ def add_theory(taps: Sequence[Tap], method: str) -> None:
     for (rule, _), members in groups.items():
         predict = taps[members[0][0]].stage.predict
         assert predict is not None
-        for (k, point, _), part in zip(members, _predict(predict, rule, members, method), strict=True):
+        single = len(members) == 1
+        parts: Sequence[Prediction]
+        try:
+            every = [rows if single else rows.assign(member=n) for n, (*_, rows) in enumerate(members)]
+            table = predict(pd.concat(every, ignore_index=True), rule, method)
+            parts = [table] if single else _by_member(table, len(members))
+        except Exception as error:
+            parts = [error] * len(members)
+        for (k, point, _), part in zip(members, parts, strict=True):
             found[k][point] = part
-    for tap, parts in zip(taps, found, strict=True):
-        if parts:
-            _add_theory(tap, parts)
+    for tap, predictions in zip(taps, found, strict=True):
+        if predictions:
+            _add_theory(tap, predictions)
 
 
-def _predict(
-    predict: Callable[[pd.DataFrame, Rule, str], pd.DataFrame],
-    rule: Rule,
-    members: Sequence[tuple[int, int, pd.DataFrame]],
-    method: str,
-) -> list[Prediction]:
-    """The prediction for each of some points of one rule, made together."""
-    try:
-        if len(members) == 1:
-            return [predict(members[0][2], rule, method)]
-        stats = pd.concat([rows.assign(member=n) for n, (*_, rows) in enumerate(members)], ignore_index=True)
-        table = predict(stats, rule, method)
-        by_member = dict(_by_code(table.drop(columns="member"), table["member"].to_numpy()))
-        return [by_member.get(n, table[:0].drop(columns="member")) for n in range(len(members))]
-    except Exception as error:
-        return [error] * len(members)
+def _by_member(table: pd.DataFrame, members: int) -> list[pd.DataFrame]:
+    whole = table.drop(columns="member")
+    found = dict(_by_code(whole, table["member"].to_numpy()))
+    return [found.get(n, whole[:0]) for n in range(members)]
 
 
 def _add_theory(tap: Tap, parts: Sequence[Prediction]) -> None:

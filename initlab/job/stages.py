@@ -1,12 +1,11 @@
 """The tasks as their stages: each refuses its mistakes when it is made, and measures and records when it is called.
 
-TASKS names the module of every task, which is imported when the task is asked for, and no other.
+TASKS names the module of every task: the one of the task that is asked for is imported, and no other.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -222,10 +221,6 @@ class Task(NamedTuple):
     stages: tuple[tuple[str, Callable[[Any, JobSettings], Stage]], ...]
     any_function: bool = False
     by_rule: bool = False
-
-    def prepare(self, settings: JobSettings) -> list[Stage]:
-        """All stages, each prepared before the first one runs."""
-        return [make(import_module(f"initlab.tasks.{module}"), settings) for module, make in self.stages]
 
 
 TASKS: dict[str, Task] = {
