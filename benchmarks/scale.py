@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 
 from initlab import read
+from initlab.runs import folders
 from initlab.runs import recorder as records
 from initlab.sweep import resume
 from initlab.tasks.stack import stack
@@ -79,16 +80,16 @@ def cpu(act: Callable[[], Any]) -> tuple[float, Any]:
 
 def footprint(root: Path) -> dict[str, float]:
     """Files, folders, bytes as counted and as taken from the disk, and entries of the fullest folder."""
-    files = folders = said = taken = fullest = 0
+    files = below_all = said = taken = fullest = 0
     for here, below, names in os.walk(root):
         fullest = max(fullest, len(below) + len(names))
-        folders += len(below)
+        below_all += len(below)
         files += len(names)
         for name in names:
             state = Path(here, name).stat()
             said, taken = said + state.st_size, taken + state.st_blocks * BLOCK
         taken += Path(here).stat().st_blocks * BLOCK
-    return {"files": files, "folders": folders, "bytes": said, "on disk": taken, "fullest folder": fullest}
+    return {"files": files, "folders": below_all, "bytes": said, "on disk": taken, "fullest folder": fullest}
 
 
 def measure(count: int, tables: dict[str, pd.DataFrame], place: Callable[[int], str], within: str | None) -> pd.Series:
@@ -97,7 +98,7 @@ def measure(count: int, tables: dict[str, pd.DataFrame], place: Callable[[int], 
         root = Path(name)
         times = {"write ms": cpu(lambda: write(root, count, tables, place))[0]}
         size = footprint(root)
-        times["walk ms"] = cpu(lambda: [records.about(folder) for folder in records.run_folders(root)])[0]
+        times["walk ms"] = cpu(lambda: [folders.read_run_json(folder.path) for folder in folders.find_folders(root)])[0]
         times["left ms"] = cpu(lambda: sum(run.done for run in resume._runs(root)))[0]
         times["read ms"], frame = cpu(lambda: read(root))
         assert len(frame) == count * len(tables["stats"])

@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from initlab.meanfield.fixed_points import phase as phase
     from initlab.nn.custom_activation import gain as gain
     from initlab.probes.probe import probe as probe
-    from initlab.runs.recorder import read as read
+    from initlab.runs.read import read as read
     from initlab.theory.format_limits import limits as limits
     from initlab.theory.predict import predict as predict
 
 # Public name -> where it is defined. Loaded on first use: `import initlab` alone is cheap.
 _PUBLIC = {
-    "read": "initlab.runs.recorder",
+    "read": "initlab.runs.read",
     "gain": "initlab.nn.custom_activation",
     "limits": "initlab.theory.format_limits",
     "phase": "initlab.meanfield.fixed_points",

@@ -53,29 +53,30 @@ def _collect_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _collect(given: argparse.Namespace) -> int:
-    from initlab.runs import collect, gather, recorder
+    from initlab.runs import collect
+    from initlab.runs.read import notes
+    from initlab.runs.schema import STATS, TABLES
 
-    choose(recorder.TABLES, given.table, "table")
+    choose(TABLES, given.table, "table")
     if given.to is not None:
         collect.refuse(given.to)
-    found = collect.runs(given.paths, given.table)
-    if not any(each.shards for each in found):
-        _say(gather.notes(found, given.table))
+    runs, frame = collect.collect(given.paths, given.table)
+    if frame is None or given.to is not None:
+        _print_notes(notes(runs, given.table))
+    if frame is None:
         raise UsageError(f"no run with a table `{given.table}` at or below {', '.join(given.paths)}")
-    frame = gather.frame(found)
     if given.to is not None:
-        _say(gather.notes(found, given.table))
         collect.save(frame, given.to)
-        count = sum(bool(each.shards) for each in found)
+        count = sum(run.has_table for run in runs)
         print(f"{given.to}: {len(frame):,} rows of `{given.table}` from {count:,} runs, {frame.shape[1]} columns")
         return 0
-    print("\n".join(collect.account(found, frame, given.table)))
-    if given.table == "stats":
-        print(collect.short_table(found, frame))
+    print("\n".join(collect.describe(runs, frame, given.table)))
+    if given.table == STATS:
+        print(collect.short_table(runs, frame))
     return 0
 
 
-def _say(lines: Sequence[str]) -> None:
+def _print_notes(lines: Sequence[str]) -> None:
     for line in lines:
         print(f"initlab: {line}", file=sys.stderr)
 
@@ -90,7 +91,7 @@ def _compare(given: argparse.Namespace) -> int:
     from initlab.runs.compare import compare
 
     found = compare([given.A], [given.B])
-    _say(found.notes)
+    _print_notes(found.notes)
     print(f"A: {given.A}\nB: {given.B}\n{found}")
     return 0 if found.equal else DIFFERENT
 

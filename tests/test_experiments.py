@@ -19,7 +19,7 @@ from initlab.job import prepare, printout
 from initlab.job.life_cycle import study_of
 from initlab.job.options import option_names, typed
 from initlab.job.settings import CONF
-from initlab.runs.schema import BESIDE, OPTION_OF, OWN
+from initlab.runs.schema import NOT_OPTIONS, OPTION_OF, TABLES, own_columns
 from initlab.runs.select import NothingFound
 from initlab.studies import study
 from initlab.sweep.resume import expand
@@ -84,7 +84,7 @@ def test_a_study_says_what_it_asks_and_runs(path: Path, composed: Callable[..., 
         with prepared.recorder as recorder:  # what a job prints is no matter here
             for stage in prepared.stages:
                 stage(recorder)
-    tables = printout.tables(tmp_path, asked.tables())
+    tables = printout.read_tables(tmp_path, asked.tables())
     # So small, an expectation may fail and may find no rows of its layer; what it asks must make sense all the same.
     verdicts, mistakes = study.answer(asked, tables, tmp_path)
     assert all(isinstance(mistake, NothingFound) for mistake in mistakes), mistakes
@@ -228,9 +228,10 @@ def test_the_columns_that_are_known_beforehand_are_those_that_are_written(lab: L
     """Both ways: a column that is not known would be refused, one that is known and never written missed."""
     quick = ("depth=2", "width=4", "seeds=1", "train.steps=1", "plots=false")
     assert lab(*quick)[0] == 0 and lab(*quick, "task=seeded", "device=cpu")[0] == 0
-    beside = {*OPTION_OF, *BESIDE}
-    for name, own in OWN.items():
-        assert set(initlab.read("outputs/**", table=name)) - beside == set(own) - beside, name
+    configuration = {*OPTION_OF, *NOT_OPTIONS}
+    for name in TABLES:
+        if (own := own_columns(name)) is not None:
+            assert set(initlab.read("outputs/**", table=name)) - configuration == own - configuration, name
 
 
 def test_a_mistake_in_another_word_than_a_column_is_a_usage_error() -> None:

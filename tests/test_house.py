@@ -11,8 +11,7 @@ from initlab.job.options import option_names
 from initlab.job.settings import CONF, Config
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import RULES
-from initlab.runs.schema import OPTION_OF
-from initlab.runs.summary import TELLING
+from initlab.runs.schema import LABELS, OPTION_OF
 from initlab.tasks.data import SOURCES
 
 PACKAGE = Path(initlab.__file__).parent
@@ -109,4 +108,4 @@ def test_every_knob_has_a_comment() -> None:
 
 def test_columns_are_options_and_summaries_know_them() -> None:
     assert set(OPTION_OF.values()) <= set(option_names(Config))
-    assert set(TELLING) <= set(OPTION_OF) | {"gain", "device"}
+    assert set(LABELS) <= set(OPTION_OF) | {"gain", "device"}

@@ -150,7 +150,7 @@ def mark_deaths(
     for label in order:
         mine = died[died["label"].astype(str) == label]
         first = "min" if direction == "forward" else "max"
-        said = summary.fate(mine, first, along)
+        said = summary.signal_status(mine, first, along)
         if said == "alive":
             continue
         column = "nonfinite" if "finite" in said else "zero"

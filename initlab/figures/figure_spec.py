@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from initlab.errors import UsageError, choose
-from initlab.runs import option_labels, summary
-from initlab.runs.select import LN, NothingFound, bare, networks, numbers, refuse_condition, selected
+from initlab.runs import summary
+from initlab.runs.labels import format_numbers, labels
+from initlab.runs.select import LN, NothingFound, bare, networks, numbers, refuse_condition, select
 from initlab.stats.statistics import COUNTS, STATISTICS
 
 SCALES = {"linear": "", "log": ""}
@@ -81,12 +82,12 @@ def rows_of(one: Picture, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     table = choose(tables, one.table, "table")
     for name in one.columns():
         choose(table, name, f"column of {one.table}")
-    rows = selected(table, one.where)
+    rows = select(table, one.where)
     y = numbers(rows, one.y)
     if bare(one.y) in OF_FINITE and {"n_nan", "n_inf"} <= set(rows):
         y = np.where(rows["n_nan"] + rows["n_inf"] > 0, np.nan, y)
     found = pd.DataFrame({"x": _values(rows, one.x), "y": y, "network": networks(rows)})
-    label = _named(rows, one.by) if one.by else summary.labels(rows)
+    label = _named(rows, one.by) if one.by else labels(rows)
     found = found.assign(panel=_named(rows, one.col) if one.col else "", label=label)
     if found.duplicated(["panel", "label", "x", "network"]).any():
         free = [n for n in ("stage", "implementation", "step", "layer", "tensor", "direction") if _several(rows, n)]
@@ -111,7 +112,7 @@ def _named(rows: pd.DataFrame, name: str) -> pd.Categorical:
     column = rows[bare(name)]
     if pd.api.types.is_numeric_dtype(column.dtype):
         values = sorted(column.dropna().unique())
-        names = {value: f"{bare(name)} {said}" for value, said in option_labels.spelled(values).items()}
+        names = {value: f"{bare(name)} {said}" for value, said in format_numbers(values).items()}
         return pd.Categorical(column.map(names), list(names.values()))
     said = column.astype(str)
     return pd.Categorical(said, list(dict.fromkeys(said)))
@@ -121,7 +122,7 @@ def bands(rows: pd.DataFrame) -> pd.DataFrame:
     """Per panel, label and x: `low`, `median`, `high` over the networks; one without a number ranks above all."""
     found = []
     for (panel, label, x), y in rows.groupby(["panel", "label", "x"], observed=True, sort=False)["y"]:
-        low, median, high = summary.ranked(y.to_numpy())
+        low, median, high = summary.rank_quantiles(y.to_numpy())
         found.append((panel, label, x, low, median, high))
     band = pd.DataFrame(found, columns=["panel", "label", "x", "low", "median", "high"])
     return band.sort_values("x", kind="stable") if pd.api.types.is_numeric_dtype(band["x"].dtype) else band
@@ -149,12 +150,12 @@ def predicted(one: Picture, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     theory = tables["theory"]
     where = {name: wanted for name, wanted in one.where.items() if name in theory}
     try:
-        rows = selected(theory, {**where, "statistic": bare(one.y)})
+        rows = select(theory, {**where, "statistic": bare(one.y)})
     except NothingFound:
         return pd.DataFrame(columns=columns)
     log = LN if one.y.startswith(LN) else ""
     lines = {"predicted": "predicted", "low": "band_low", "high": "band_high"}
     found = pd.DataFrame({name: numbers(rows, log + column) for name, column in lines.items()})
-    label = _named(rows, one.by) if one.by else summary.labels(rows)
+    label = _named(rows, one.by) if one.by else labels(rows)
     found = found.assign(x=_values(rows, one.x), panel=_named(rows, one.col) if one.col else "", label=label)
     return found.groupby(["panel", "label", "x"], observed=True, sort=False)[list(lines)].median().reset_index()

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from initlab.figures.axes import layer_axis, sheet
-from initlab.runs import summary
+from initlab.runs.schema import IN_EVERY_LABEL
 
 EVENTS = {"overflow": "first inf", "subnormal": "first subnormal", "zero": "first zero", "all_zero": "all zero"}
 ENDS = {"overflow": "inf", "all_zero": "zeros alone"}  # after these a stack says nothing
@@ -64,5 +64,5 @@ def _finding(frame: pd.DataFrame, order: list[str]) -> str:
     said = [f"{', '.join(names)}: {end} at layer {layer:.0f}" for (end, layer), names in met.items()]
     depth = int(frame["depth"].max())
     holds = [f"{', '.join(held)}: all {depth} layers"] if held else []
-    run = ", ".join(str(frame[name].iloc[0]) for name in summary.ALWAYS if name in frame)
+    run = ", ".join(str(frame[name].iloc[0]) for name in IN_EVERY_LABEL if name in frame)
     return f"Where a number format ends. {run}: " + "; ".join([*said, *holds])

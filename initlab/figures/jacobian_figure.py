@@ -57,7 +57,7 @@ def _spectrum(ax: Axes, rows: pd.DataFrame, colour: object, name: str) -> None:
     if not resolved.any():
         return
     with np.errstate(over="ignore"):
-        low, median, high = np.exp2(summary.ranked(logs[resolved].to_numpy()))
+        low, median, high = np.exp2(summary.rank_quantiles(logs[resolved].to_numpy()))
     x = logs.index.to_numpy()[resolved] / len(logs)
     ax.plot(x, median, color=colour, label=name, marker=few(pd.Series(x)) or None)
     ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -72,7 +72,7 @@ def _unevenness(ax: Axes, rows: pd.DataFrame, colour: object, label: str) -> Non
         own = rows.assign(value=rows["var_s2"] / rows["mean_s2"] ** 2)
         expected = theory["predicted_var_s2"] / (theory["predicted_mean_s4"] - theory["predicted_var_s2"])
     measured = own.pivot(index="layer", columns="seed", values="value")
-    low, median, high = summary.ranked(measured.to_numpy())
+    low, median, high = summary.rank_quantiles(measured.to_numpy())
     ax.plot(measured.index, median, color=colour, label=label, marker=few(pd.Series(measured.index)) or None)
     ax.fill_between(measured.index, low, high, color=colour, alpha=0.2, linewidth=0)
     ax.plot(theory["layer"], expected, color=colour, linestyle="--")
@@ -84,7 +84,9 @@ def _finding(spectra: pd.DataFrame, labels: list[str]) -> str:
     for label in labels:
         rows = last[last["label"].astype(str) == label]
         middle = (rows["rank"].max() + 1) // 2
-        logs = [summary.ranked(rows[rows["rank"] == k]["log2_singular_value"].to_numpy())[1] for k in (1, middle)]
+        logs = [
+            summary.rank_quantiles(rows[rows["rank"] == k]["log2_singular_value"].to_numpy())[1] for k in (1, middle)
+        ]
         low = logs[0] - RESOLVED
         with np.errstate(over="ignore"):
             largest, bound = np.exp2([logs[0], max(logs[1], low)])

@@ -23,6 +23,8 @@ from initlab.figures.histogram_figure import draw_octaves
 from initlab.figures.jacobian_figure import draw_jacobian
 from initlab.figures.phase_figure import draw_phase
 from initlab.runs import summary, theory_rows
+from initlab.runs.labels import add_labels
+from initlab.runs.schema import TABLES
 
 Tables = Mapping[str, pd.DataFrame]
 
@@ -40,7 +42,7 @@ def _stack(tables: Tables, direction: str, what: str) -> Figure | None:
         return None
     found = summary.end_of_signal(stats, direction)
     known = tables.get("theory", pd.DataFrame(columns=theory_rows.NEEDED))
-    kept = theory_rows.within(known, direction)
+    kept = theory_rows.count_in_band(known, direction)
     told = f"; {theory_rows.sentence(next(iter(kept.values())))}" if len(kept) == len(found) == 1 else ""
     figure, (ax,) = sheet(f"{what} through the stack. {summary.findings(found)}{told}")
     # Beyond the format's end the finite entries that are left still have a std: the line ends where the signal does.
@@ -56,7 +58,7 @@ def _stack(tables: Tables, direction: str, what: str) -> Figure | None:
     layer_axis(ax)
     limits(ax, sorted(signal["dtype"].astype(str).unique()) if "dtype" in signal else [])
     ax.set_xlim(band["layer"].min() - 0.5, band["layer"].max() + 0.5)
-    mark_deaths(ax, band, summary.deaths(stats, direction), direction)
+    mark_deaths(ax, band, summary.first_dead_layer(stats, direction), direction)
     return figure
 
 
@@ -274,7 +276,6 @@ def _of(make: Callable[..., Figure | None], *names: str) -> Callable[[Tables], F
 
 
 draw_spectra = _of(draw_jacobian, "jacobian", "singular_values")
-LABELLED = ("stats", "losses", "parity", "jacobian", "singular_values", "theory")
 FIGURES: dict[str, Callable[[Tables], Figure | None]] = {
     "activation_std": activation_std,
     "gradient_std": gradient_std,
@@ -299,8 +300,8 @@ COMPARING: dict[str, Callable[[Tables], Figure | None]] = {
 
 def draw(tables: Tables, folder: Path, compare: bool = False) -> list[Path]:
     """Write every figure that the tables allow as PNG; their paths."""
-    measured = {name: frame for name, frame in tables.items() if name in LABELLED}
-    labelled = {**tables, **summary.labelled(measured)}
+    measured = {name: frame for name, frame in tables.items() if TABLES[name].labelled}
+    labelled = {**tables, **add_labels(measured)}
     paths = []
     for name, make in (COMPARING if compare else FIGURES).items():
         figure = make(labelled)

@@ -46,8 +46,8 @@ def run_composed(cfg: DictConfig) -> str | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from initlab.job.worker_process import at_work
-    from initlab.runs.lock import claim
+    from initlab.job.worker_process import as_worker
+    from initlab.runs.lock import lock_folder
     from initlab.runs.recorder import discard
 
     if not gc.isenabled():  # the first job of this process; later ones leave garbage that must not be kept
@@ -61,7 +61,7 @@ def run_composed(cfg: DictConfig) -> str | None:
         if cfg.resume is not None and single:
             discard(folder)
             raise UsageError(f"resume={cfg.resume}: is for a sweep; put -m before the options")
-        with at_work(str(cfg.device)), claim(folder):
+        with as_worker(str(cfg.device)), lock_folder(folder):
             _run(cfg, folder, single)
     except UsageError as error:
         outcome.mistakes.append(str(error))
@@ -141,12 +141,12 @@ def study_of(cfg: DictConfig, name: str | None, overrides: Any) -> "Study":
 
 def answer(folder: Path, study: "Study", plots: bool) -> None:
     """Print which expectations hold and draw the study's figure; a failure is remembered for the exit code."""
-    from initlab.job.printout import shown, tables
+    from initlab.job.printout import read_tables, shown
     from initlab.studies import study as studies
 
     if not study:
         return
-    found = tables(folder, study.tables())
+    found = read_tables(folder, study.tables())
     verdicts, mistakes = studies.answer(study, found, folder)
     for verdict in verdicts:
         log.info(str(verdict))
@@ -165,12 +165,12 @@ def answer(folder: Path, study: "Study", plots: bool) -> None:
 
 def finish_sweep(folder: Path, study: "Study | None", plots: bool) -> None:
     """The short table, the comparing figures or the study's own, and its verdict, where jobs left something to read."""
-    from initlab.job.printout import report
+    from initlab.job.printout import report_sweep
     from initlab.runs.recorder import discard
 
     if next(folder.rglob("run.json"), None) is None:
         discard(folder)
         return
-    log.info(report(folder, plots=plots and not (study and study.figure), compare=True))
+    log.info(report_sweep(folder, plots and not (study and study.figure)))
     if study is not None:
         answer(folder, study, plots)

@@ -11,7 +11,7 @@ import torch
 from initlab.errors import UsageError, check, choose
 from initlab.job.network_grid import refuse_axes
 from initlab.job.options import columns, function_of, seeds
-from initlab.job.printout import report
+from initlab.job.printout import report_run
 from initlab.job.settings import Config
 from initlab.job.stages import TASKS, JobSettings, Stage
 from initlab.meanfield.gain_table import gain_words
@@ -38,13 +38,13 @@ class Job:
     def run(self) -> str:
         """Measure, record, draw; what is to be printed."""
         with self.recorder:
-            said = [stage(self.recorder) for stage in self.stages]
-        return report(self.recorder.folder, said, self.plots, self.compares, about=self.gain)
+            texts = [stage(self.recorder) for stage in self.stages]
+        return report_run(self.recorder, texts, self.plots, self.compares, self.gain)
 
     def draw(self) -> None:
         """The figures alone, of what is recorded."""
         if self.plots:
-            report(self.recorder.folder, plots=True, compare=self.compares)
+            report_run(self.recorder, [], self.plots, self.compares, self.gain)
 
 
 def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> Job:

@@ -4,60 +4,76 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from initlab.runs import gather, recorder, summary, theory_rows
-from initlab.runs.gather import Run
+from initlab.runs import summary, theory_rows
+from initlab.runs.read import Run, find_runs, read_runs
+from initlab.runs.recorder import Recorder
+from initlab.runs.schema import LOSSES, PARITY, STATS, TABLES, THEORY
 
 
-def tables(folder: Path, names: Iterable[str] = tuple(recorder.TABLES)) -> dict[str, pd.DataFrame]:
-    """What a run folder, or the folder of a sweep, has."""
-    return _tables(gather.found(folder), names)
+def read_tables(folder: Path, names: Iterable[str]) -> dict[str, pd.DataFrame]:
+    """The named tables that a run folder, or the folder of a sweep, has."""
+    return _read_tables(find_runs(folder), names)
 
 
-def _tables(runs: Sequence[Run], names: Iterable[str]) -> dict[str, pd.DataFrame]:
-    every = {name: gather.of(runs, name) for name in names}
-    return {name: gather.frame(some) for name, some in every.items() if any(run.shards for run in some)}
+def _read_tables(runs: Sequence[Run], names: Iterable[str]) -> dict[str, pd.DataFrame]:
+    frames = {name: read_runs(runs, name)[1] for name in names}
+    return {name: frame for name, frame in frames.items() if frame is not None}
 
 
-def report(folder: Path, said: Sequence[str] = (), plots: bool = True, compare: bool = False, about: str = "") -> str:
-    """Draw the figures of a run folder, or those that compare the runs of a sweep; what is to be printed.
+def report_run(recorder: Recorder, texts: Sequence[str], plots: bool, compare: bool, gain: str) -> str:
+    """Draw the figures of a run that has ended, from memory; what is to be printed.
 
-    That is what the stages said, the short table, a line `about` the run, and where the rest is.
+    texts: what its stages have to say. compare: its networks differ, and the figures of a sweep are drawn. gain: which
+    gain the rule took, in words.
     """
-    runs = gather.found(folder)
-    found = _tables(runs, recorder.TABLES)
-    paths = _draw(found, folder, compare) if plots else []
-    lines = [text for text in said if text]
-    if "stats" in found:
-        table = summary.summarize(*(found.get(name) for name in ("stats", "losses", "parity", "theory")))
-        lines.append(summary.as_text(table))
-        if "theory" in table:
-            lines.append(theory_rows.said(list(table["theory"].dropna())))
-    lines += [*([about] if about else []), *notes(runs)]
-    below = Path() if (folder / "run.json").is_file() else Path("*")  # the folders of a sweep's jobs
-    if below.name and not any(folder.glob("*/run.json")):
-        below = Path("*/*")
-    lines.append(f"tables: {shown(folder / below / '*.parquet')}")
-    for run in runs:
-        if run.said["status"] not in ("done", "running"):
-            lines.append(f"not done: {shown(Path(run.folder.path))} is {run.said['status']}")
-    if paths:
-        lines.append(f"plots:  {shown(folder / '*.png')}")
-    return "\n".join(lines)
+    tables = recorder.frames()
+    drawn = plots and bool(_draw(tables, recorder.folder, compare))
+    lines = [text for text in texts if text] + _summarize(tables)
+    lines += [*([gain] if gain else []), *_notes([recorder.about])]
+    return "\n".join([*lines, *_files(recorder.folder, Path(), drawn)])
 
 
-def notes(runs: Sequence[Run]) -> list[str]:
+def report_sweep(folder: Path, plots: bool) -> str:
+    """Draw the figures that compare the runs of a sweep; what is to be printed."""
+    runs = find_runs(folder)
+    tables = _read_tables(runs, TABLES)
+    drawn = plots and bool(_draw(tables, folder, compare=True))
+    below = Path("*") if any(folder.glob("*/run.json")) else Path("*/*")
+    lines = _summarize(tables) + _notes([run.json for run in runs])
+    files = _files(folder, below, drawn)
+    unfinished = [run for run in runs if run.json["status"] not in ("done", "running")]
+    lines += [files[0], *(f"not done: {shown(Path(run.folder.path))} is {run.json['status']}" for run in unfinished)]
+    return "\n".join([*lines, *files[1:]])
+
+
+def _summarize(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """The short table, and how many layers keep to the prediction."""
+    if STATS not in tables:
+        return []
+    table = summary.summarize(*(tables.get(name) for name in (STATS, LOSSES, PARITY, THEORY)))
+    lines = [summary.as_text(table)]
+    return [*lines, theory_rows.describe(list(table["theory"].dropna()))] if "theory" in table else lines
+
+
+def _notes(run_jsons: Sequence[Mapping[str, Any]]) -> list[str]:
     """What runs have to say beside their numbers: each sentence once, and how many say it."""
-    said = Counter(note for run in runs for note in run.said.get("notes", []))
-    return [text if n == len(runs) else f"{text}: {n} of {len(runs)} runs" for text, n in said.items()]
+    counts = Counter(note for run_json in run_jsons for note in run_json.get("notes", []))
+    return [text if n == len(run_jsons) else f"{text}: {n} of {len(run_jsons)} runs" for text, n in counts.items()]
 
 
-def _draw(found: Mapping[str, pd.DataFrame], folder: Path, compare: bool) -> list[Path]:
+def _files(folder: Path, below: Path, drawn: bool) -> list[str]:
+    plots = [f"plots:  {shown(folder / '*.png')}"] if drawn else []
+    return [f"tables: {shown(folder / below / '*.parquet')}", *plots]
+
+
+def _draw(tables: Mapping[str, pd.DataFrame], folder: Path, compare: bool) -> list[Path]:
     from initlab.figures import plots  # seaborn takes a second to import
 
-    return plots.draw(found, folder, compare)
+    return plots.draw(tables, folder, compare)
 
 
 def shown(path: Path) -> str:

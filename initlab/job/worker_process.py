@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from initlab.runs.lock import held
+from initlab.runs.lock import take_lock
 
 
 def is_worker() -> bool:
@@ -18,7 +18,7 @@ def is_worker() -> bool:
 
 
 @contextmanager
-def at_work(device: str) -> Iterator[None]:
+def as_worker(device: str) -> Iterator[None]:
     """Around a job in a process that a launcher started: the command that is recorded, and one GPU for it alone."""
     if not is_worker():
         yield
@@ -34,13 +34,15 @@ def at_work(device: str) -> Iterator[None]:
     if device == "cpu" or not torch.cuda.is_available():
         yield
         return
-    with one_of([f"gpu-{torch.cuda.get_device_properties(k).uuid}" for k in range(torch.cuda.device_count())]) as k:
+    with lock_one_of(
+        [f"gpu-{torch.cuda.get_device_properties(k).uuid}" for k in range(torch.cuda.device_count())]
+    ) as k:
         torch.cuda.set_device(k)
         yield
 
 
 @contextmanager
-def one_of(names: list[str], seconds: float = 0.2) -> Iterator[int]:
+def lock_one_of(names: list[str], seconds: float = 0.2) -> Iterator[int]:
     """Wait until one of the named things is nobody's, and have it until the end of the block: its index.
 
     Every process of this user on this machine that asks in this way is counted, also those of another sweep.
@@ -49,7 +51,7 @@ def one_of(names: list[str], seconds: float = 0.2) -> Iterator[int]:
     folder.mkdir(mode=0o700, exist_ok=True)
     while True:
         for k, name in enumerate(names):
-            descriptor = held(folder / f"{name}.lock")
+            descriptor = take_lock(folder / f"{name}.lock")
             if descriptor is not None:
                 try:
                     yield k

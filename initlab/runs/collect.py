@@ -1,65 +1,68 @@
 """Many runs -> one file, or a short account of them."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 
 from initlab.errors import UsageError, nearest
-from initlab.runs import folders, gather, parquet, recorder, summary
-from initlab.runs.gather import Run
+from initlab.runs import folders, parquet, summary
+from initlab.runs.read import Run, code_notes, find_runs, read_runs
+from initlab.runs.schema import LOSSES, PARITY, STATS, TABLES, THEORY
 
 LONGEST = 40  # rows of the short table; more say nothing to a reader
 FEW = 6  # values that are listed; of more their range is
 
 
-def runs(paths: Sequence[str], table: str) -> list[Run]:
-    """The runs at or below the paths; a path with none is a mistake."""
+def collect(paths: Sequence[str], table: str = STATS) -> tuple[list[Run], pd.DataFrame | None]:
+    """The runs at or below the paths with their rows of a table in one frame, None where no run has it.
+
+    paths: run folders, sweep folders or globs; one of them without a run is a mistake of the user.
+    table: a name of `initlab.runs.schema.TABLES`.
+
+    >>> collect(["nowhere"])
+    Traceback (most recent call last):
+    initlab.errors.UsageError: nowhere: no such folder, and no glob of any
+    """
     for path in paths:
-        if not folders.found(path):
+        if not folders.find_folders(path):
             there = Path(path).exists()
             raise UsageError(f"{path}: {'holds no run of initlab' if there else 'no such folder, and no glob of any'}")
-    found = gather.gather(paths, table)
-    if not found:
+    runs = find_runs(paths)
+    if not runs:
         raise UsageError(f"{', '.join(paths)}: holds no run of initlab")
-    return found
+    return read_runs(runs, table)
 
 
-def account(found: Sequence[Run], frame: pd.DataFrame, table: str) -> list[str]:
+def describe(runs: Sequence[Run], frame: pd.DataFrame, table: str) -> list[str]:
     """How many runs ended how, those that are not done by name, what was read, what differs."""
-    ends = Counter(run.status for run in found)
-    lines = [f"{len(found):,} runs: " + ", ".join(f"{count:,} {status}" for status, count in ends.most_common())]
-    paths = {end: [run.folder.path for run in found if run.status == end] for end in ends if end != "done"}
-    lines += [f"  {end}: {folders.named(some)}" for end, some in paths.items()]
-    lines += gather.versions(found)
+    ends = Counter(run.status for run in runs)
+    lines = [f"{len(runs):,} runs: " + ", ".join(f"{count:,} {status}" for status, count in ends.most_common())]
+    paths = {end: [run.folder.path for run in runs if run.status == end] for end in ends if end != "done"}
+    lines += [f"  {end}: {folders.list_folders(some)}" for end, some in paths.items()]
+    lines += code_notes(runs)
     lines.append(f"{len(frame):,} rows of `{table}`, {frame.shape[1]} columns")
-    told = [f"{name} ({_values(frame[name])})" for name in differing(found, frame)]
-    return [*lines, f"what differs: {'; '.join(told) or 'nothing'}"]
+    differing = [f"{name} ({_format_values(frame[name])})" for name in differing_columns(runs, frame)]
+    return [*lines, f"what differs: {'; '.join(differing) or 'nothing'}"]
 
 
-def differing(found: Sequence[Run], frame: pd.DataFrame) -> list[str]:
+def differing_columns(runs: Sequence[Run], frame: pd.DataFrame) -> list[str]:
     """The configuration columns, `seed` among them, in which the rows differ."""
-    names = dict.fromkeys([*configuration(found, frame), "seed"])  # a swept seed is configuration already
-    return [name for name in names if name in frame and not _constant(frame[name])]
+    names = dict.fromkeys(name for run in runs for name in run.columns)
+    names |= dict.fromkeys([*(key for run in runs for key in run.settings), "seed"])
+    return [name for name in names if name in frame and not _is_constant(frame[name])]
 
 
-def configuration(found: Sequence[Run], frame: pd.DataFrame) -> list[str]:
-    """The columns that say how a run was set."""
-    said = [run.said.get("columns") for run in found]
-    names = dict.fromkeys(name for columns in said if isinstance(columns, Mapping) for name in columns)
-    names |= dict.fromkeys(key for run in found for key in run.set)
-    return [name for name in names if name in frame]
-
-
-def _constant(column: pd.Series) -> bool:
+def _is_constant(column: pd.Series) -> bool:
     values = column.cat.codes.to_numpy() if isinstance(column.dtype, pd.CategoricalDtype) else column.to_numpy()
     return len(values) == 0 or bool((values == values[0]).all()) or bool(pd.isna(column).all())
 
 
-def _values(column: pd.Series) -> str:
+def _format_values(column: pd.Series) -> str:
     values = column.drop_duplicates().dropna()
     unset = ", or not set" if column.isna().any() else ""
     if len(values) > FEW:
@@ -69,12 +72,9 @@ def _values(column: pd.Series) -> str:
     return ", ".join(f"{value:g}" if numbers else str(value) for value in values) + unset
 
 
-def short_table(found: Sequence[Run], stats: pd.DataFrame) -> str:
+def short_table(runs: Sequence[Run], stats: pd.DataFrame) -> str:
     """The table that a sweep ends in."""
-    tables = {}
-    for name in ("losses", "parity", "theory"):
-        some = gather.of(found, name)
-        tables[name] = gather.frame(some) if any(run.shards for run in some) else None
+    tables = {name: read_runs(runs, name)[1] for name in (LOSSES, PARITY, THEORY)}
     table = summary.summarize(stats, **tables)
     text = summary.as_text(table.head(LONGEST))
     more = len(table) - LONGEST
@@ -82,10 +82,6 @@ def short_table(found: Sequence[Run], stats: pd.DataFrame) -> str:
 
 
 # --- one file ---------------------------------------------------------------------------------------------------------
-
-
-def _parquet(table: pa.Table, path: Path) -> None:
-    parquet.write(table, path, collected=True)
 
 
 def _feather(table: pa.Table, path: Path) -> None:
@@ -107,7 +103,11 @@ def _csv(table: pa.Table, path: Path) -> None:
     csv.write_csv(table, str(path))
 
 
-FORMATS: dict[str, Callable[[pa.Table, Path], None]] = {".parquet": _parquet, ".csv": _csv, ".feather": _feather}
+FORMATS: dict[str, Callable[[pa.Table, Path], None]] = {
+    ".parquet": partial(parquet.write, collected=True),
+    ".csv": _csv,
+    ".feather": _feather,
+}
 
 
 def refuse(file: Path) -> None:
@@ -118,22 +118,22 @@ def refuse(file: Path) -> None:
         )
     if file.is_dir() or not file.parent.is_dir():
         raise UsageError(f"{file}: {'is a folder' if file.is_dir() else f'there is no folder {file.parent}'}")
-    if (file.parent / "run.json").exists() and file.stem in recorder.TABLES:
+    if (file.parent / "run.json").exists() and file.stem in TABLES:
         raise UsageError(f"{file}: is a run's own table; choose another name")
 
 
 def save(frame: pd.DataFrame, file: Path) -> None:
     """Write under a temporary name, then rename: what was there stays until the new file is whole."""
     refuse(file)
-    partial = file.with_name(f".{file.name}.part{file.suffix}")
+    temporary = file.with_name(f".{file.name}.part{file.suffix}")
     try:
-        FORMATS[file.suffix](parquet.as_arrow(frame, {}), partial)
-        partial.replace(file)
+        FORMATS[file.suffix](parquet.as_arrow(frame, {}), temporary)
+        temporary.replace(file)
     except (OSError, pa.ArrowException) as error:
         why = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
         stays = "; what was there stays" if file.exists() else ""
         raise UsageError(f"{file}: cannot be written ({why}){stays}") from error
     finally:
-        for left in (partial, partial.with_suffix(".part")):
+        for left in (temporary, temporary.with_suffix(".part")):
             with suppress(OSError):
                 left.unlink(missing_ok=True)

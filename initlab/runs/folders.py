@@ -1,4 +1,4 @@
-"""Run folders: where they lie, how their runs ended, what was set for them. Opens no table."""
+"""Run folders: where they lie, how their runs ended, what was set for them."""
 
 import glob
 import json
@@ -25,7 +25,7 @@ class Folder(NamedTuple):
         return [os.path.join(self.path, "parts", name) for name in self.parts if name.startswith(front)]  # noqa: PTH118
 
 
-def found(paths: Paths) -> list[Folder]:
+def find_folders(paths: Paths) -> list[Folder]:
     """Folders that hold a run, or what is left of one, at or below the given paths or globs; sorted, each once."""
     folders: dict[str, Folder] = {}
     seen: set[str] = set()
@@ -34,11 +34,6 @@ def found(paths: Paths) -> list[Folder]:
             for folder in _walk(match, seen):
                 folders[folder.path] = folder
     return [folders[path] for path in sorted(folders, key=lambda path: path.replace(os.sep, chr(0)))]
-
-
-def run_folders(paths: Paths) -> Iterator[Path]:
-    """The same as paths."""
-    yield from (Path(folder.path) for folder in found(paths))
 
 
 def _matches(path: str) -> Iterator[str]:
@@ -77,7 +72,7 @@ def _walk(top: str, seen: set[str]) -> Iterator[Folder]:
             yield Folder(path.removeprefix("./"), frozenset(files), tuple(parts))
 
 
-def about(folder: Path | str) -> dict[str, Any]:
+def read_run_json(folder: Path | str) -> dict[str, Any]:
     """What run.json says, or a status that says that it cannot be read."""
     try:
         with open(os.path.join(folder, "run.json"), "rb") as file:  # noqa: PTH118, PTH123
@@ -88,16 +83,16 @@ def about(folder: Path | str) -> dict[str, Any]:
         return {"status": f"of unknown status ({type(error).__name__} in run.json)"}
 
 
-def settings(folder: Path | str, said: Mapping[str, Any]) -> dict[str, Any]:
-    """What was set on the command line for a run: {"train.modules": "vmap", ...}; said = what its run.json says."""
-    given = said.get("overrides")
+def read_settings(folder: Path | str, run_json: Mapping[str, Any]) -> dict[str, Any]:
+    """What was set on the command line for a run: {"train.modules": "vmap", ...}, numbers and truth values as such."""
+    given = run_json.get("overrides")
     if given is None:
-        given = overrides(Path(folder))
+        given = read_overrides(Path(folder))
     pairs = (text.lstrip("+").partition("=") for text in given if "=" in text and not text.startswith("~"))
-    return {key: _value(value) for key, _, value in pairs}
+    return {key: _parse(value) for key, _, value in pairs}
 
 
-def overrides(folder: Path) -> list[str]:
+def read_overrides(folder: Path) -> list[str]:
     """The lines that Hydra keeps: a list of YAML, an override a line. Being resumed is no setting of a run."""
     try:
         lines = (folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8").splitlines()
@@ -108,7 +103,7 @@ def overrides(folder: Path) -> list[str]:
     return [text[1:-1].replace("''", "'") if text[:1] == text[-1:] == "'" else text for text in texts]
 
 
-def _value(text: str) -> Any:
+def _parse(text: str) -> Any:
     """A number or a truth value where the text is one."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
@@ -120,13 +115,13 @@ def _value(text: str) -> Any:
     return text
 
 
-def tell_apart(every: Sequence[Mapping[str, Any]]) -> list[str]:
+def differing_keys(every: Sequence[Mapping[str, Any]]) -> list[str]:
     """The keys that were not set to the same value in all runs."""
     keys = dict.fromkeys(key for one in every for key in one)
     return [key for key in keys if len({repr(one.get(key)) for one in every}) > 1]
 
 
-def named(paths: Sequence[str]) -> str:
+def list_folders(paths: Sequence[str]) -> str:
     """Folders by name, those of one sweep together: 'outputs/a: 3, 17; outputs/b'."""
     by_parent: dict[str, list[str]] = {}
     for path in paths:

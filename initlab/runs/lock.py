@@ -1,7 +1,7 @@
-"""One run to a folder: a claim that only a living process can hold. Knows nothing of what is in the folder.
+"""One run to a folder: a lock that only a living process can hold.
 
-A claim is a lock of the operating system on a file of the folder. It ends with its process, however that ends, so what
-run.json calls running and nobody holds was killed. Between machines it reaches as far as the file system's locks do.
+It is a lock of the operating system on a file of the folder. It ends with its process, however that ends: what run.json
+calls running and nobody holds was killed. Between machines it reaches as far as the file system's locks do.
 """
 
 import os
@@ -13,14 +13,14 @@ from initlab.errors import UsageError
 
 try:
     import fcntl
-except ImportError:  # Windows has other locks; there two runs in one folder are told by run.json alone
+except ImportError:  # Windows has other locks; there only run.json tells that a folder is in use
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
 
 
-def held(path: Path) -> int | None:
-    """Take the lock on a file that is made if need be; None if another process, or another claim of this one, has it.
+def take_lock(path: Path) -> int | None:
+    """Take the lock on a file that is made if need be; None if it is taken, by another process or by this one.
 
     The descriptor that is returned keeps it; closing it gives it back.
     """
@@ -42,11 +42,11 @@ def held(path: Path) -> int | None:
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """The folder is this process's until the end of the block; a UsageError if it is another's."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    descriptor = held(path)
+    descriptor = take_lock(path)
     if descriptor is None:
         raise UsageError(f"{folder}: another process is working in it; wait for its end or stop it")
     try:
@@ -56,12 +56,12 @@ def claim(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def claimed(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Is a living process working in the folder?"""
     path = folder / LOCK
     if not path.exists():
         return False
-    descriptor = held(path)
+    descriptor = take_lock(path)
     if descriptor is None:
         return True
     path.unlink(missing_ok=True)

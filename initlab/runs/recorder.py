@@ -1,7 +1,7 @@
-"""What a run folder holds: written part by part while the run goes on, read back as one frame with all others.
+"""Writing a run folder, part by part while the run goes on, so that a kill loses only what was not flushed.
 
 A table is kept as `parts/TABLE-NNNNN.parquet` until the run ends, then as `TABLE.parquet`; every file is written under
-a temporary name and renamed, so a kill loses only what was not flushed. nan is a value here and never becomes null.
+a temporary name and renamed.
 """
 
 import json
@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
@@ -21,37 +20,17 @@ from types import TracebackType
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 import initlab
-from initlab.errors import UsageError, choose
-from initlab.runs import gather, parquet
-from initlab.runs.folders import Paths, overrides
-from initlab.runs.folders import about as about
-from initlab.runs.folders import run_folders as run_folders
+from initlab.errors import UsageError
+from initlab.runs import parquet
+from initlab.runs.folders import read_overrides
 from initlab.runs.lock import LOCK
+from initlab.runs.schema import SCHEMA_VERSION, TABLES
 
-SCHEMA_VERSION = 1
-TABLES = {
-    "stats": "a row per stage, implementation, seed, step, layer, tensor and direction",
-    "theory": "measured and predicted statistics side by side; seed -1 for the mean over the networks",
-    "histograms": "entries by sign and octave, for the rows of `stats`; lists of counts from the octave `first` on",
-    "losses": "loss and accuracy per implementation, seed and step",
-    "parity": "relative error of the hand-written tensors against the module's",
-    "lsuv": "a row per stage, seed, layer and attempt to scale its weights to unit variance",
-    "gains": "a row per activation and gain: what it leads to, and how far it is from what it stands for",
-    "formats": "a row per number format and event: the layer, predicted and measured",
-    "ends": "a row per number format, event and seed: the first layer of it, nan for none",
-    "jacobian": "a row per seed and layer: moments of the squared singular values, measured and predicted",
-    "singular_values": "a row per seed, layer and rank, at some layers",
-    "phase": "a row per seed and point of a plane of networks, or per layer of it: measured and predicted",
-    "timings": "a row per version and shape of a ladder",
-    "nodes": "a row per node of autograd's graph",
-    "edges": "a row per edge of autograd's graph",
-    "steps": "a row per `.g` that one backward pass sets, in order",
-    "rules": "the local rule of each layer and its derivative",
-}
-# What Hydra, and who claimed the folder, have written there before a job begins.
+# What Hydra, and who locked the folder, have written there before a job begins.
 _HYDRAS = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "multirun.yaml")
 _BEFORE_A_RUN = (LOCK, *_HYDRAS, "initlab.log")
 _STAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d+")
@@ -113,18 +92,19 @@ class Recorder:
             "status": "running",
             "started": datetime.now(UTC).isoformat(),
             "columns": self.columns,
-            "overrides": overrides(folder),
+            "overrides": read_overrides(folder),
             **about,
             "device": device,
             **machine(),
         }
         self._start, self._parts = (time.perf_counter(), time.process_time()), 0
-        self._waiting: list[tuple[int, str, Any]] = []
+        self._waiting: list[tuple[int, str, pa.Table]] = []
+        self._tables: dict[str, pa.Table] = {}
         self._written = time.monotonic()
 
     def __enter__(self) -> "Recorder":
         (self.folder / "parts").mkdir(parents=True, exist_ok=True)
-        self._say("running")
+        self._write_status("running")
         return self
 
     def add(self, frames: Mapping[str, pd.DataFrame]) -> None:
@@ -157,20 +137,27 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for name in TABLES:
-            tables = [pq.read_table(path) for path in _parts(self.folder, name)]
-            tables += [table for _, waiting, table in self._waiting if waiting == name]
-            if tables:
-                parquet.write(parquet.joined(tables), self.folder / f"{name}.parquet")
+            parts = [pq.read_table(path) for path in sorted((self.folder / "parts").glob(f"{name}-*.parquet"))]
+            parts += [table for _, waiting, table in self._waiting if waiting == name]
+            if parts:
+                self._tables[name] = parquet.join(parts)
+                parquet.write(self._tables[name], self.folder / f"{name}.parquet")
         shutil.rmtree(self.folder / "parts")
         self._waiting = []
         if error is None:
-            self._say("done")
+            self._write_status("done")
         elif isinstance(error, Exception):
-            self._say("failed", error=f"{type(error).__name__}: {error}")
+            self._write_status("failed", error=f"{type(error).__name__}: {error}")
         else:
-            self._say("interrupted")
+            self._write_status("interrupted")
 
-    def _say(self, status: str, **more: Any) -> None:
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """After the end of the run: its tables, as `initlab.read` reads them, with the folder as column `run`."""
+        frames = {name: table.to_pandas() for name, table in self._tables.items()}
+        folder = str(self.folder)
+        return {name: frame.assign(run=parquet.repeat([folder], [len(frame)])) for name, frame in frames.items()}
+
+    def _write_status(self, status: str, **more: Any) -> None:
         wall, cpu = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
         self.about |= {"status": status, "wall_seconds": round(wall, 3), "cpu_seconds": round(cpu, 3), **more}
         write_text(self.folder / "run.json", json.dumps(self.about, indent=2) + "\n")
@@ -206,23 +193,3 @@ def _git_revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip()
-
-
-def _parts(folder: Path, table: str) -> list[Path]:
-    return sorted((folder / "parts").glob(f"{table}-*.parquet"))
-
-
-def read(paths: Paths = "outputs/**", table: str = "stats") -> pd.DataFrame:
-    """One frame of a table of all runs at or below `paths`, the configuration and the run folder as columns.
-
-    What was swept and is no column of the table becomes one under the option's own name (`data.root`), empty where a
-    run did not set it. A column that some runs have not is nan there. Runs that are not done and files that cannot be
-    read are named in a warning for each kind, and what they have is read. Nothing found is a ValueError.
-    """
-    choose(TABLES, table, "table")
-    runs = gather.gather(paths, table)
-    for note in gather.notes(runs, table):
-        warnings.warn(note, stacklevel=2)
-    if not any(run.shards for run in runs):
-        raise UsageError(f"no run with a table `{table}` at or below {paths}")
-    return gather.frame(runs)

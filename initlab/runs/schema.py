@@ -1,21 +1,116 @@
-"""The columns that a table has of its own, known before anything is measured; beside them stands the configuration.
+"""Every table of a run folder in one place: what it is, its columns, and what is compared, labelled and summarized.
 
-A misspelt column of a study is found by these before its sweep begins. Tables that are not named here are asked later.
+Beside its own columns a table has those of the configuration, so that a file explains itself.
 """
 
-from initlab.stats.statistics import STATISTICS
+from dataclasses import dataclass
 
-_KEYS = ("stage", "implementation", "seed", "step", "layer", "tensor", "direction")
+SCHEMA_VERSION = 1
 
-OWN: dict[str, tuple[str, ...]] = {
-    "stats": (*_KEYS, *STATISTICS, "log2_rms_true", "log2_std_true", "std_torch"),
-    "theory": (*_KEYS, "statistic", "measured", "predicted", "band_low", "band_high", "z", "limit", "method"),
-    "losses": ("implementation", "seed", "step", "loss", "accuracy"),
-    "parity": ("seed", "step", "layer", "tensor", "direction", "relative_error", "n_nonfinite"),
+STATS, THEORY, LOSSES, PARITY = "stats", "theory", "losses", "parity"
+HISTOGRAMS, LSUV, TIMINGS = "histograms", "lsuv", "timings"
+JACOBIAN, SINGULAR_VALUES = "jacobian", "singular_values"
+GAINS, PHASE, FORMATS, ENDS = "gains", "phase", "formats", "ends"
+NODES, EDGES, STEPS, RULES = "nodes", "edges", "steps", "rules"
+
+_TENSOR = ("stage", "implementation", "step", "layer", "tensor", "direction")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a run folder.
+
+    `keys` name a row beside its setting and its seed: two runs are compared row by row, and a table without keys is
+    not compared. Of the other columns only `compared` are, where that is given. `own` are all columns of its own (in
+    `stats` the statistics too), where they are known before anything is measured: a misspelt column of a study is then
+    found before its sweep begins.
+    `labelled`: its rows get the label of their run when figures are drawn.
+    """
+
+    about: str
+    keys: tuple[str, ...] = ()
+    compared: tuple[str, ...] = ()
+    own: tuple[str, ...] | None = None
+    labelled: bool = False
+
+
+TABLES: dict[str, Table] = {
+    STATS: Table(
+        "a row per stage, implementation, seed, step, layer, tensor and direction",
+        keys=_TENSOR,
+        own=(*_TENSOR, "seed", "log2_rms_true", "log2_std_true", "std_torch"),
+        labelled=True,
+    ),
+    LOSSES: Table(
+        "loss and accuracy per implementation, seed and step",
+        keys=("implementation", "step"),
+        own=("implementation", "seed", "step", "loss", "accuracy"),
+        labelled=True,
+    ),
+    PARITY: Table(
+        "relative error of the hand-written tensors against the module's",
+        keys=("step", "layer", "tensor", "direction"),
+        own=("seed", "step", "layer", "tensor", "direction", "relative_error", "n_nonfinite"),
+        labelled=True,
+    ),
+    THEORY: Table(
+        "measured and predicted statistics side by side; seed -1 for the mean over the networks",
+        keys=(*_TENSOR, "statistic"),
+        compared=("predicted", "band_low", "band_high", "limit"),  # the others repeat what STATS holds
+        own=(
+            *(*_TENSOR, "seed", "statistic"),
+            *("measured", "predicted", "band_low", "band_high", "z", "limit", "method"),
+        ),
+        labelled=True,
+    ),
+    HISTOGRAMS: Table("entries by sign and octave, for the rows of `stats`; lists of counts from octave `first` on"),
+    LSUV: Table(
+        "a row per stage, seed, layer and attempt to scale its weights to unit variance",
+        keys=("stage", "layer", "attempt"),
+    ),
+    JACOBIAN: Table(
+        "a row per seed and layer: moments of the squared singular values, measured and predicted",
+        keys=("layer",),
+        labelled=True,
+    ),
+    SINGULAR_VALUES: Table(
+        "a row per seed, layer and rank, at some layers",
+        keys=("layer", "rank"),
+        labelled=True,
+    ),
+    GAINS: Table(
+        "a row per activation and gain: what it leads to, and how far it is from what it stands for",
+        keys=("activation", "gain"),
+    ),
+    PHASE: Table(
+        "a row per seed and point of a plane of networks, or per layer of it: measured and predicted",
+        keys=("gain", "sigma_b", "layer"),
+    ),
+    FORMATS: Table(
+        "a row per number format and event: the layer, predicted and measured",
+        keys=("format", "event"),
+    ),
+    ENDS: Table(
+        "a row per number format, event and seed: the first layer of it, nan for none",
+        keys=("format", "event"),
+    ),
+    TIMINGS: Table("a row per version and shape of a ladder"),  # measured times never repeat
+    NODES: Table("a row per node of autograd's graph"),
+    EDGES: Table("a row per edge of autograd's graph"),
+    STEPS: Table("a row per `.g` that one backward pass sets, in order"),
+    RULES: Table("the local rule of each layer and its derivative"),
 }
-BESIDE = ("gain", "device", "run")  # in every table, and no option
 
-# Column of the tables -> option; a name of the trained network that the stack has too gets the prefix `train_`.
+
+def own_columns(name: str) -> set[str] | None:
+    """The columns that a table has of its own, None where they are not known before it is measured."""
+    from initlab.stats.statistics import STATISTICS  # which needs torch, and reading runs does not
+
+    own = TABLES[name].own
+    return None if own is None else {*own, *(STATISTICS if name == STATS else ())}
+
+
+# Column of every table -> option; a name of the trained network that the stack has too gets the prefix `train_`.
 OPTION_OF = {
     "task": "task",
     "init": "init.name",
@@ -45,3 +140,15 @@ OPTION_OF = {
     "modules": "train.modules",
     "every": "every",
 }
+NOT_OPTIONS = ("gain", "device", "run")  # in every table too
+
+# Configuration columns that may be part of a label, in the order in which they are named.
+LABELS = (
+    "init", "activation", "gain", "mode", "distribution", "bias", "attempts", "tolerance", "base_width", "depth",
+    "width", "inputs", "batch", "dtype", "device", "data", "train_depth", "train_width", "train_batch", "steps", "lr",
+    "optimizer", "train_loss", "every", "task",
+)  # fmt: skip
+IN_EVERY_LABEL = ("init", "activation")
+# They follow from others, and are named only where those do not tell the runs apart.
+DERIVED = ("gain", "mode", "distribution", "bias", "attempts", "tolerance", "base_width", "inputs")
+TASKS_WITH_STATS = ("lab", "stack", "train", "seeded")

@@ -58,7 +58,7 @@ def meets(values: pd.Series, wanted: Any) -> np.ndarray:
     return np.asarray(values == wanted)
 
 
-def selected(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
+def select(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
     """The rows that meet all conditions; `NothingFound` names the condition that leaves none.
 
     Rows with seed -1 are means over the networks: they count only where a condition asks for them.
@@ -70,14 +70,16 @@ def selected(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
         column = choose(frame, name, "column")
         met = chosen & meets(column, wanted)
         if not met.any():
-            raise NothingFound(f"selects no rows: {name}={said(wanted)} where there is {_there(column[chosen])}")
+            raise NothingFound(
+                f"selects no rows: {name}={format_condition(wanted)} where there is {_list_values(column[chosen])}"
+            )
         chosen = met
     if not chosen.any():
         raise NothingFound("selects no rows: the table has none")
     return frame[chosen]
 
 
-def said(wanted: Any) -> str:
+def format_condition(wanted: Any) -> str:
     """A condition in words: `3`, `a or b`, `10 to 20`, `from 10`."""
     if isinstance(wanted, Mapping):
         low, high = (wanted.get(bound) for bound in BOUNDS)
@@ -85,7 +87,7 @@ def said(wanted: Any) -> str:
     return " or ".join(map(str, wanted)) if isinstance(wanted, list | tuple) else str(wanted)
 
 
-def _there(column: pd.Series) -> str:
+def _list_values(column: pd.Series) -> str:
     if pd.api.types.is_numeric_dtype(column.dtype) and column.nunique() > 6:
         return f"{column.min():.6g} to {column.max():.6g}"
     return ", ".join(sorted(map(str, column.unique()))) or "nothing"

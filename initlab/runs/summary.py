@@ -9,75 +9,13 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pandas as pd
 
-from initlab.runs import option_labels, theory_rows
+from initlab.runs import theory_rows
+from initlab.runs.labels import add_labels, format_folders, label_columns
+from initlab.runs.schema import LOSSES, PARITY, STATS, THEORY
 from initlab.stats.dtypes import FORMATS
 
-# Configuration columns that may tell runs apart, in the order in which they are named.
-TELLING = (
-    "init", "activation", "gain", "mode", "distribution", "bias", "attempts", "tolerance", "base_width", "depth",
-    "width", "inputs", "batch", "dtype", "device", "data", "train_depth", "train_width", "train_batch", "steps", "lr",
-    "optimizer", "train_loss", "every", "task",
-)  # fmt: skip
-ALWAYS = ("init", "activation")
 # What the two backward passes are held to at the default shape; the table says where it is passed.
 PARITY_LIMIT = {name: row.tolerance for name, row in FORMATS.items() if row.eps <= FORMATS["float32"].eps}
-
-
-def telling_columns(frame: pd.DataFrame) -> list[str]:
-    """`init` and `activation`, and whatever else differs between the runs; the gain only where those do not tell it.
-
-    Runs that differ in their seeds alone are one ensemble; runs that repeat a network are told apart by their folder.
-    """
-    found = [name for name in TELLING if name in frame and (name in ALWAYS or frame[name].nunique(dropna=False) > 1)]
-    if "run" in frame:
-        networks = frame.loc[frame["seed"] >= 0, [*found, "run", "seed"]].drop_duplicates()  # -1 is a mean over them
-        if networks.duplicated([*found, "seed"]).any():  # runs that differ in nothing that is named here
-            found.append("run")
-    for derived in ("gain", "mode", "distribution", "bias", "attempts", "tolerance", "base_width", "inputs"):
-        if derived in found:
-            others = [name for name in found if name != derived]
-            if (frame.groupby(others, observed=True)[derived].nunique(dropna=False) <= 1).all():
-                found.remove(derived)
-    return found
-
-
-def labels(frame: pd.DataFrame) -> pd.Categorical:
-    """A short name for each row's run: 'kaiming, relu'."""
-    names = telling_columns(frame)
-    codes = frame.groupby(names, observed=True, sort=False, dropna=False).ngroup().to_numpy()
-    one = frame[names].drop_duplicates()
-    told = [option_labels.told("" if name in ALWAYS else name, one[name].tolist()) for name in names]
-    return pd.Categorical.from_codes(codes, [", ".join(row) for row in zip(*told, strict=True)])
-
-
-def labelled(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """The tables with a column `label`, one label for a run, or for a point of its grid, in all of them.
-
-    Which columns tell runs apart is asked of all tables at once: a table that only some runs have says less.
-    """
-    if not tables or any("run" not in frame for frame in tables.values()):
-        return {name: frame.assign(label=labels(frame)) for name, frame in tables.items()}
-    kept = [frame[[c for c in (*TELLING, "run", "seed") if c in frame]].drop_duplicates() for frame in tables.values()]
-    every = pd.concat([frame.astype({"run": str}) for frame in kept], ignore_index=True).drop_duplicates()
-    every = every.assign(label=labels(every))
-    within = every.groupby("run", sort=False)[[name for name in TELLING if name in every]].nunique(dropna=False)
-    inside = [name for name in within if (within[name] > 1).any()]  # axes inside one run
-    every = every.drop_duplicates(["run", *inside])
-    order = list(dict.fromkeys(every["label"].astype(str)))
-    if not inside:
-        of_run = dict(zip(every["run"], every["label"].astype(str), strict=True))
-        return {
-            name: frame.assign(label=pd.Categorical(frame["run"].astype(str).map(of_run), order))
-            for name, frame in tables.items()
-        }
-    by = ["run", *inside]
-    told = every[[*by, "label"]].astype(str)
-    return {
-        name: frame.assign(
-            label=pd.Categorical(frame[by].astype(str).merge(told, "left", by)["label"].to_numpy(), order)
-        )
-        for name, frame in tables.items()
-    }
 
 
 def stack_signal(stats: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
@@ -86,7 +24,7 @@ def stack_signal(stats: pd.DataFrame, direction: str = "forward") -> pd.DataFram
     return rows.sort_values("layer")
 
 
-def deaths(stats: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
+def first_dead_layer(stats: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
     """Per label and seed the first layer, in the direction of travel, that is not finite and that is zero; nan = none.
 
     A layer is not finite if its activation (backward: the gradient with respect to it) has a nan or an inf. Backward
@@ -101,7 +39,7 @@ def deaths(stats: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
     return pd.DataFrame({"nonfinite": bad, "zero": zero}).reindex(everyone).astype(float).reset_index()
 
 
-def fate(died: pd.DataFrame, first: str = "min", along: str = "layer") -> str:
+def signal_status(died: pd.DataFrame, first: str = "min", along: str = "layer") -> str:
     """'alive', or from which layer on the first network of an ensemble died and how many did."""
     for column, said in (("nonfinite", "not finite"), ("zero", "exactly 0")):
         layers = died[column].dropna()
@@ -111,7 +49,7 @@ def fate(died: pd.DataFrame, first: str = "min", along: str = "layer") -> str:
     return "alive"
 
 
-def ranked(values: np.ndarray, shares: tuple[float, ...] = (0.16, 0.5, 0.84)) -> np.ndarray:
+def rank_quantiles(values: np.ndarray, shares: tuple[float, ...] = (0.16, 0.5, 0.84)) -> np.ndarray:
     """Quantiles over the last axis in which a network without a number ranks above all others; nan where one is hit.
 
     A network that exploded is then neither dropped, which would flatter the rest, nor does it hide them.
@@ -126,24 +64,24 @@ def ranked(values: np.ndarray, shares: tuple[float, ...] = (0.16, 0.5, 0.84)) ->
 
 
 def band(frame: pd.DataFrame, along: list[str], value: str) -> pd.DataFrame:
-    """Per label and position `along`: median and 16-84 % of the networks, see `ranked`; needs `label` and `seed`."""
+    """Per label and position: median and 16-84 % of the networks, by `rank_quantiles`; needs `label` and `seed`."""
     found = []
     for label, rows in frame.groupby("label", observed=True):
         networks = rows.pivot(index=along, columns="seed", values=value)
-        low, median, high = ranked(networks.to_numpy())
+        low, median, high = rank_quantiles(networks.to_numpy())
         found.append(networks.index.to_frame(index=False).assign(label=label, low=low, median=median, high=high))
     return pd.concat(found, ignore_index=True)
 
 
 def end_of_signal(stats: pd.DataFrame, direction: str = "forward") -> dict[str, str]:
     """Per label a few words about the std at the end of the way: the last layer forward, the first backward."""
-    signal, died = stack_signal(stats, direction), deaths(stats, direction)
+    signal, died = stack_signal(stats, direction), first_dead_layer(stats, direction)
     signal = signal[signal["layer"] > 0]
     last, travel = ("max", "min") if direction == "forward" else ("min", "max")
     found = {}
     for label, rows in signal.groupby("label", observed=True):
         end = band(rows[rows["layer"] == rows["layer"].agg(last)], ["layer"], "std").iloc[0]
-        said = fate(died[died["label"] == label], travel)
+        said = signal_status(died[died["label"] == label], travel)
         spread = (
             f"std {_number(end['median'])} at layer {end['layer']} ({_number(end['low'])} to {_number(end['high'])})"
         )
@@ -178,30 +116,32 @@ def summarize(
     their predicted band, the last loss by hand and by nn.Module (median over seeds), how many networks diverged, the
     largest relative difference of a gradient.
     """
-    named = {"stats": stats, "losses": losses, "parity": parity, "theory": theory}
-    tables = labelled({name: frame for name, frame in named.items() if frame is not None and len(frame)})
-    stats = tables["stats"]
-    table = stats.drop_duplicates("label").set_index("label")[telling_columns(stats)].astype(object)
+    given = {STATS: stats, LOSSES: losses, PARITY: parity, THEORY: theory}
+    tables = add_labels({name: frame for name, frame in given.items() if frame is not None and len(frame)})
+    stats = tables[STATS]
+    table = stats.drop_duplicates("label").set_index("label")[label_columns(stats)].astype(object)
     signal = stack_signal(stats)
     if len(signal):
         last = signal[signal["layer"] == signal.groupby("label", observed=True)["layer"].transform("max")]
         table["mean"] = band(last, ["layer"], "mean").set_index("label")["median"]
         spread = band(last, ["layer"], "std").set_index("label")
         table["std"], table["std16"], table["std84"] = spread["median"], spread["low"], spread["high"]
-        died = deaths(stats)
-        table["signal"] = pd.Series({label: fate(rows) for label, rows in died.groupby("label", observed=True)})
-    if "theory" in tables:
-        table["theory"] = pd.Series(theory_rows.within(tables["theory"]), dtype=object)
-    if "losses" in tables:
-        losses = tables["losses"]
+        died = first_dead_layer(stats)
+        table["signal"] = pd.Series(
+            {label: signal_status(rows) for label, rows in died.groupby("label", observed=True)}
+        )
+    if THEORY in tables:
+        table["theory"] = pd.Series(theory_rows.count_in_band(tables[THEORY]), dtype=object)
+    if LOSSES in tables:
+        losses = tables[LOSSES]
         last = losses[losses["step"] == losses.groupby("label", observed=True)["step"].transform("max")]
         for name, implementation in (("by hand", "scratch"), ("nn.Module", "module")):
             rows = last[last["implementation"] == implementation]
             table[f"loss {name}"] = band(rows, ["step"], "loss").set_index("label")["median"]
         diverged = last[last["implementation"] == "scratch"].groupby("label", observed=True)["loss"]
         table["diverged"] = diverged.agg(lambda loss: f"{(~np.isfinite(loss)).sum()} of {len(loss)}")
-    if "parity" in tables:
-        parity = tables["parity"]
+    if PARITY in tables:
+        parity = tables[PARITY]
         gradients = parity[parity["direction"] == "backward"].groupby("label", observed=True)
         table["gradient difference"] = gradients["relative_error"].max()
         table["limit"] = gradients["dtype"].first().map(PARITY_LIMIT) if "dtype" in parity else np.nan
@@ -212,7 +152,7 @@ def summarize(
 def as_text(table: pd.DataFrame) -> str:
     """The summary as fixed-width text; what a run has not measured is left blank, nan is a result."""
     if "run" in table:
-        table = table.assign(run=option_labels.folders(table["run"].astype(str).tolist()))
+        table = table.assign(run=format_folders(table["run"].astype(str).tolist()))
     shown = pd.DataFrame({name: [_text(name, row) for _, row in table.iterrows()] for name in _shown_columns(table)})
     return str(shown.to_string(index=False))
 

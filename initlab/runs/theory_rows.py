@@ -1,4 +1,4 @@
-"""The table `theory` -> how many layers keep to their band, and the lines that figures draw. Computes no theory."""
+"""The table `theory` -> how many layers keep to their band, and the lines that figures draw."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ def _rows(theory: pd.DataFrame, direction: str) -> pd.DataFrame:
     return rows[(rows["implementation"] == "scratch") & (rows["tensor"] == "preactivation")]
 
 
-def within(theory: pd.DataFrame, direction: str = "forward") -> dict[str, str]:
+def count_in_band(theory: pd.DataFrame, direction: str = "forward") -> dict[str, str]:
     """Per label how many layers' mean over the ensemble is within the 95 % band: '49 of 50'; needs `label`.
 
     A layer that is not finite is not within. Runs of one label are one ensemble: their z add up like those of networks.
@@ -58,7 +58,7 @@ def sentence(count: str) -> str:
     return f"theory: {kept} layers within the 95 % band{hint}"
 
 
-def said(found: Sequence[str]) -> str:
+def describe(found: Sequence[str]) -> str:
     """The line beneath the short table."""
     if len(found) == 1:
         return f"{sentence(found[0])} ({MEANING})"

@@ -18,12 +18,12 @@ from initlab.runs.select import (
     NothingFound,
     bare,
     codes,
+    format_condition,
     meets,
     networks,
     numbers,
     refuse_condition,
-    said,
-    selected,
+    select,
 )
 from initlab.studies import reductions
 from initlab.studies.reductions import REDUCTIONS, Measured, reduced
@@ -210,7 +210,7 @@ def judge(expectation: Expectation | Mapping[str, Any], tables: Mapping[str, pd.
             choose(table, name, f"column of {one.table}")
         if one.band:
             return _in_band(one, table)
-        rows = selected(table, one.where)
+        rows = select(table, one.where)
         if one.how == "order":
             return _in_order(one, rows)
         found = _reduced(one, rows)
@@ -244,7 +244,7 @@ def _in_order(one: Expectation, rows: pd.DataFrame) -> Verdict:
     for value in one.value:
         mine = rows[meets(rows[one.by], value)]
         if not len(mine):
-            raise NothingFound(f"selects no rows with {one.by}={said(value)}")
+            raise NothingFound(f"selects no rows with {one.by}={format_condition(value)}")
         found.append(_reduced(one, mine, str(value)))
     holds = all(a.number < b.number for a, b in pairwise(found))
     return Verdict(one.say, holds, tuple(sorted(found, key=lambda m: (math.isnan(m.number), m.number))))
@@ -253,12 +253,12 @@ def _in_order(one: Expectation, rows: pd.DataFrame) -> Verdict:
 def _in_band(one: Expectation, theory: pd.DataFrame) -> Verdict:
     """The mean over the networks, measured (seed -1), against its 95 % band; several rows are reduced alike."""
     where = {**one.where, "statistic": one.statistic}
-    whole = selected(theory, {**where, "seed": -1})
+    whole = select(theory, {**where, "seed": -1})
     number, low, high = (
         reduced(one.reduce, numbers(whole, name), np.zeros(len(whole), int)).number
         for name in ("measured", "band_low", "band_high")
     )
-    each = selected(theory, where)
+    each = select(theory, where)
     error = reduced(one.reduce, numbers(each, "measured"), networks(each)).error
     beside = f", band {low:.6g} to {high:.6g}"
     return Verdict(one.say, low <= number <= high, (Measured(number, error),), beside)

@@ -14,8 +14,8 @@ import pandas as pd
 
 from initlab.errors import UsageError
 from initlab.figures.figure_spec import Picture, picture
-from initlab.runs.recorder import TABLES, write_text
-from initlab.runs.schema import BESIDE, OPTION_OF, OWN
+from initlab.runs.recorder import write_text
+from initlab.runs.schema import NOT_OPTIONS, OPTION_OF, TABLES, own_columns
 from initlab.studies.expect import Expectation, Verdict, expected, judge
 
 ANSWERS = "expect.json"
@@ -52,8 +52,9 @@ def prepare(
     for option, amount in about["cost"].items():
         if amount is not None and not amount >= 0:
             raise UsageError(f"study.cost.{option}={amount}: must be at least 0")
-    beside = {*OPTION_OF, *BESIDE, *options}
-    known = {table: {*OWN[table], *beside} if table in OWN else None for table in TABLES}
+    configuration = {*OPTION_OF, *NOT_OPTIONS, *options}
+    own = {table: own_columns(table) for table in TABLES}
+    known = {table: None if columns is None else columns | configuration for table, columns in own.items()}
     wanted = tuple(expected(one, known) for one in expect)
     figure = picture(about["figure"], known)
     return Study(name, about["question"], about["source"], about["cost"], wanted, figure, tuple(overrides))

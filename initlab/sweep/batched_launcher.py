@@ -18,7 +18,7 @@ from initlab.errors import Fault, UsageError
 from initlab.job.life_cycle import as_ended, begin, outcome
 from initlab.job.options import typed
 from initlab.job.settings import Config
-from initlab.runs.lock import claim
+from initlab.runs.lock import lock_folder
 from initlab.sweep.plugins import PLACE, register
 
 if TYPE_CHECKING:  # what measures is imported when there is something to measure
@@ -143,10 +143,10 @@ class Batched(Launcher):
             return {first.number: self._run_by_hydra(first)}
         found: dict[int, JobReturn] = {}
         begun: list[tuple[ComposedJob, Job]] = []
-        with ExitStack() as claims:
+        with ExitStack() as locks:
             for one in pack:
                 try:
-                    claims.enter_context(claim(one.folder))
+                    locks.enter_context(lock_folder(one.folder))
                     begun.append((one, self._begin(one)))
                 except Exception as error:  # of the folder, say: the others have folders of their own
                     mistake = error if isinstance(error, UsageError) else as_ended(error, one.folder)

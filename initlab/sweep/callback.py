@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from initlab.errors import UsageError
 from initlab.job.life_cycle import study_of
-from initlab.runs.lock import claim
+from initlab.runs.lock import lock_folder
 from initlab.runs.recorder import refuse_used
 from initlab.studies.study import Study
 
@@ -67,9 +67,9 @@ class Sweep(Callback):
         cls.folder, cls.study, cls.plots = None, None, True
 
     @classmethod
-    def claim(cls, folder: Path) -> None:
+    def lock(cls, folder: Path) -> None:
         """From now to `close` the folder is this process's; a UsageError if another sweep is working in it."""
-        cls._after.enter_context(claim(folder))
+        cls._after.enter_context(lock_folder(folder))
 
     @classmethod
     def begin(cls, folder: Path, jobs: int) -> None:

@@ -17,8 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from initlab.errors import UsageError
 from initlab.job.options import leaves
-from initlab.runs.lock import claimed
-from initlab.runs.recorder import about, machine
+from initlab.runs.folders import read_run_json
+from initlab.runs.lock import is_locked
+from initlab.runs.recorder import machine
 from initlab.sweep.callback import swept
 
 Job = Sequence[str]  # the overrides of one job
@@ -62,7 +63,7 @@ def left(folder: Path, config: DictConfig, jobs: Sequence[Job]) -> Left:
     """What of `jobs` is not done in the folder of a sweep; a UsageError if it is not the folder of this sweep."""
     _refuse_other(folder, _begun(folder), config, jobs)
     runs = list(_runs(folder))
-    alive = [run for run in runs if claimed(run.folder)]
+    alive = [run for run in runs if is_locked(run.folder)]
     if alive:
         raise UsageError(
             f"resume={folder}: {len(alive)} of its jobs are at work, the first in {alive[0].folder}; "
@@ -155,10 +156,10 @@ def _runs(folder: Path) -> Iterator[Held]:
             continue  # killed before it began: no table can be there
         if not isinstance(overrides, list) or number is None:
             continue
-        said = about(path)
+        run_json = read_run_json(path)
         tables = [path / name for name in files if name.endswith(".parquet")]
-        done = said["status"] == "done" and bool(tables) and all(map(_whole, tables))
-        yield Held(path, int(number[1]), overrides, done, _code(said))
+        done = run_json["status"] == "done" and bool(tables) and all(map(_whole, tables))
+        yield Held(path, int(number[1]), overrides, done, _code(run_json))
 
 
 def _whole(path: Path) -> bool:

@@ -87,7 +87,7 @@ class Sweeper(HydraSweeper):
             resume.refuse_no_sweep(folder)
         elif (folder / "multirun.yaml").exists():
             raise UsageError(f"{folder}: holds a sweep already; choose another hydra.sweep.dir, or say resume={folder}")
-        Sweep.claim(folder)
+        Sweep.lock(folder)
         try:
             left = resume.left(folder, self.config, jobs) if asked else resume.Left(jobs, range(len(jobs)), 0)
             getattr(self.launcher, "validate_batch_is_legal", self.validate_batch_is_legal)(left.jobs)

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from initlab.figures import plots
-from initlab.runs import summary
+from initlab.runs.labels import labels
 from initlab.tasks.data import load
 from initlab.tasks.stack import stack
 from initlab.tasks.train import train
@@ -33,7 +33,7 @@ def run(init: str, activation: str = "relu", **options: object) -> Tables:
 
 def labelled(*runs: Tables) -> Tables:
     joined = {name: pd.concat([one[name] for one in runs], ignore_index=True) for name in runs[0]}
-    return {name: frame.assign(label=summary.labels(frame)) for name, frame in joined.items()}
+    return {name: frame.assign(label=labels(frame)) for name, frame in joined.items()}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from initlab.errors import UsageError
 from initlab.figures.figure_spec import Picture, bands, deaths, picture, predicted, rows_of
 from initlab.figures.study_figure import draw_study
-from initlab.runs.schema import OWN
+from initlab.runs.schema import own_columns
 from initlab.runs.select import NothingFound
 
 
@@ -96,7 +96,7 @@ def test_every_kind_of_figure_is_drawn(one: Picture) -> None:
     assert ("not finite from layer 9" in said) == (one.x == "layer")
 
 
-KNOWN: dict[str, Any] = {"stats": {*OWN["stats"], "init", "run"}, "gains": None}
+KNOWN: dict[str, Any] = {"stats": {*(own_columns("stats") or ()), "init", "run"}, "gains": None}
 
 
 @pytest.mark.parametrize(

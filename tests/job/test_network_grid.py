@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import initlab
-from initlab.runs.summary import labels
+from initlab.runs.labels import labels
 
 Lab = Callable[..., tuple[int, str, str]]
 TINY = ("depth=3", "width=8", "batch=16", "plots=false", "train.width=4", "train.steps=3", "train.batch=8")

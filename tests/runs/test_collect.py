@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 
 from initlab.errors import UsageError
-from initlab.runs import collect, folders, gather
-from initlab.runs.recorder import Recorder, read
+from initlab.runs import collect, folders
+from initlab.runs.read import find_runs, notes, read, read_runs
+from initlab.runs.recorder import Recorder
 
 
 def run(folder: Path, seed: int = 0, rows: int = 3, overrides: str = "", **columns: object) -> Path:
@@ -35,7 +36,7 @@ def change(folder: Path, **said: object) -> None:
 
 
 def said(paths: Path | str, table: str = "stats") -> list[str]:
-    return gather.notes(gather.gather(paths, table), table)
+    return notes(read_runs(find_runs(paths), table)[0], table)
 
 
 def test_swept_keys_that_are_no_columns_become_some(tmp_path: Path) -> None:
@@ -99,9 +100,9 @@ def test_folders_are_found_once_however_they_are_named(tmp_path: Path, monkeypat
         ["outputs", "outputs/x/0"],
         ".",
     ):
-        assert [folder.path for folder in folders.found(paths)] == names, paths
-    assert [folder.path for folder in folders.found("outputs/x/1/stats.parquet")] == names[1:]
-    assert folders.found("elsewhere/**") == []
+        assert [folder.path for folder in folders.find_folders(paths)] == names, paths
+    assert [folder.path for folder in folders.find_folders("outputs/x/1/stats.parquet")] == names[1:]
+    assert folders.find_folders("elsewhere/**") == []
 
 
 def test_a_collected_file_is_no_run(tmp_path: Path) -> None:
@@ -184,8 +185,9 @@ def test_files_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
 def test_an_account_says_once_what_was_swept_and_where_it_was_not_set(tmp_path: Path) -> None:
     run(tmp_path / "0", seed=0, overrides="- seed=0\n- theory=off\n")
     run(tmp_path / "1", seed=1, overrides="- seed=1\n")
-    runs = collect.runs([str(tmp_path)], "stats")
-    text = collect.account(runs, gather.frame(runs), "stats")[-1]
+    runs, frame = collect.collect([str(tmp_path)])
+    assert frame is not None
+    text = collect.describe(runs, frame, "stats")[-1]
     assert text.count("seed (0, 1)") == text.count("seed") == 1 and "theory (off, or not set)" in text
 
 
@@ -194,8 +196,9 @@ def test_an_account_names_what_is_not_whole_and_what_differs(tmp_path: Path) -> 
         run(tmp_path / str(k), seed=k, lr=0.1 * (k % 2))
     change(tmp_path / "1", status="failed")
     (tmp_path / "2" / "stats.parquet").write_bytes(b"PAR1")
-    runs = collect.runs([str(tmp_path)], "stats")
-    text = "\n".join(collect.account(runs, gather.frame(runs), "stats"))
+    runs, frame = collect.collect([str(tmp_path)])
+    assert frame is not None
+    text = "\n".join(collect.describe(runs, frame, "stats"))
     assert "5 runs: 3 done, 1 failed, 1 broken" in text
     assert f"failed: {tmp_path}/1" in text and f"broken: {tmp_path}/2" in text
     assert "12 rows of `stats`" in text and "lr (0, 0.1)" in text and "seed (0, 1, 3, 4)" in text
@@ -207,7 +210,7 @@ def test_paths_without_a_run_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for path, words in ((tmp_path / "photos", "holds no run of initlab"), (tmp_path / "none" / "**", "no such folder")):
         with pytest.raises(UsageError, match=words) as error:
-            collect.runs([str(tmp_path / "0"), str(path)], "stats")
+            collect.collect([str(tmp_path / "0"), str(path)])
         assert "\n" not in str(error.value)
 
 

@@ -9,7 +9,9 @@ import pytest
 
 import initlab
 from initlab.errors import UsageError
-from initlab.runs.recorder import Recorder, discard, read, refuse_used, run_folders
+from initlab.runs.folders import find_folders
+from initlab.runs.read import read
+from initlab.runs.recorder import Recorder, discard, refuse_used
 
 COLUMNS = {"init": "kaiming", "depth": 3, "gain": math.sqrt(2)}
 
@@ -105,7 +107,8 @@ def test_runs_are_joined_whatever_columns_they_have(tmp_path: Path) -> None:
     frame = read(f"{tmp_path}/**").sort_values("std")
     assert frame["init"].tolist() == ["naive", "small"]
     assert frame["extra"].isna().tolist() == [True, False]
-    assert list(run_folders([tmp_path / "x", tmp_path / "x" / "1"])) == [tmp_path / "x" / "0", tmp_path / "x" / "1"]
+    found = find_folders([tmp_path / "x", tmp_path / "x" / "1"])
+    assert [Path(folder.path) for folder in found] == [tmp_path / "x" / "0", tmp_path / "x" / "1"]
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from initlab.runs import summary
+from initlab.runs.labels import add_labels, labels
 from initlab.tasks.data import load
 from initlab.tasks.stack import stack
 from initlab.tasks.train import train
@@ -12,7 +13,7 @@ from initlab.tasks.train import train
 
 def labelled(init: str, activation: str = "linear", **options: object) -> pd.DataFrame:
     frame = stack(init, activation, **options).assign(init=init, activation=activation)  # type: ignore[arg-type]
-    return frame.assign(label=summary.labels(frame))
+    return frame.assign(label=labels(frame))
 
 
 @pytest.mark.parametrize(
@@ -27,21 +28,21 @@ def test_the_table_says_from_which_layer_on(init: str, said: str) -> None:
 
 def test_backward_a_gradient_dies_on_its_way_down() -> None:
     frame = labelled("small")
-    died = summary.deaths(frame, "backward")
+    died = summary.first_dead_layer(frame, "backward")
     assert died["zero"].between(3, 6).all()
-    assert summary.fate(died, "max").startswith("exactly 0 from layer ")
+    assert summary.signal_status(died, "max").startswith("exactly 0 from layer ")
 
 
 def test_some_of_the_networks() -> None:
     died = pd.DataFrame({"nonfinite": [math.nan, 7.0, 5.0], "zero": [math.nan] * 3})
-    assert summary.fate(died) == "not finite from layer 5 (2 of 3 networks)"
-    assert summary.fate(died, "max") == "not finite from layer 7 (2 of 3 networks)"
-    assert summary.fate(died.iloc[:1]) == "alive"
+    assert summary.signal_status(died) == "not finite from layer 5 (2 of 3 networks)"
+    assert summary.signal_status(died, "max") == "not finite from layer 7 (2 of 3 networks)"
+    assert summary.signal_status(died.iloc[:1]) == "alive"
 
 
 def test_a_network_without_a_number_ranks_above_all_others() -> None:
     """Neither dropped, which would flatter the rest, nor a reason to hide them."""
-    low, median, high = summary.ranked(np.array([1.0, 2.0, 3.0, math.nan, math.nan]))
+    low, median, high = summary.rank_quantiles(np.array([1.0, 2.0, 3.0, math.nan, math.nan]))
     assert (low, median) == (pytest.approx(1.64), 3)
     assert math.isnan(high)
     assert np.nanmedian([1.0, 2.0, 3.0, math.nan, math.nan]) == 2  # what skipping would say
@@ -57,29 +58,29 @@ def test_labels_name_what_differs() -> None:
             "gain": [1, 1, 2, 2],
         }
     )
-    assert summary.labels(frame).tolist() == [
+    assert labels(frame).tolist() == [
         "a, relu, width 10",
         "a, relu, width 20",
         "b, relu, width 10",
         "b, relu, width 20",
     ]
     swept = frame.assign(gain=[1.0, 1.5, 2.0, 2.5], width=10)
-    assert summary.labels(swept)[1] == "a, relu, gain 1.5"
+    assert labels(swept)[1] == "a, relu, gain 1.5"
 
 
 def test_runs_of_other_seeds_are_one_ensemble_and_repeated_runs_are_not() -> None:
     frame = pd.DataFrame({"init": "a", "activation": "relu", "seed": [0, 1], "run": ["x/0", "x/1"]})
-    assert set(summary.labels(frame)) == {"a, relu"}
-    assert set(summary.labels(frame.assign(seed=0))) == {"a, relu, 0", "a, relu, 1"}
+    assert set(labels(frame)) == {"a, relu"}
+    assert set(labels(frame.assign(seed=0))) == {"a, relu, 0", "a, relu, 1"}
 
 
 def test_no_two_settings_have_one_label() -> None:
     """Numbers and folders are short where that tells them apart, and as long as it takes where it does not."""
     repeated = pd.DataFrame({"init": "a", "activation": "relu", "seed": 0, "run": ["x/one/0", "x/two/0"]})
-    assert set(summary.labels(repeated)) == {"a, relu, one/0", "a, relu, two/0"}
+    assert set(labels(repeated)) == {"a, relu, one/0", "a, relu, two/0"}
     near = [1.41421, 1.41422, math.nan, math.nan]
     frame = pd.DataFrame({"init": "a", "activation": "relu", "gain": near, "width": [5, 5, 5, 6]})
-    assert summary.labels(frame).tolist() == [
+    assert labels(frame).tolist() == [
         "a, relu, gain 1.41421, width 5",
         "a, relu, gain 1.41422, width 5",
         "a, relu, gain nan, width 5",
@@ -92,7 +93,7 @@ def test_a_run_has_one_label_in_all_tables() -> None:
     stats = pd.DataFrame(
         {"init": "a", "activation": "relu", "task": ["stack", "lab"], "seed": 0, "run": ["x/0", "x/1"]}
     )
-    labelled_tables = summary.labelled({"stats": stats, "losses": stats[stats["task"] == "lab"]})
+    labelled_tables = add_labels({"stats": stats, "losses": stats[stats["task"] == "lab"]})
     assert labelled_tables["losses"]["label"].tolist() == ["a, relu, lab"]
     assert labelled_tables["stats"]["label"].tolist() == ["a, relu, stack", "a, relu, lab"]
 

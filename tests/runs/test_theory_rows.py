@@ -4,6 +4,7 @@ import pytest
 
 from initlab.figures import plots
 from initlab.runs import summary, theory_rows
+from initlab.runs.labels import add_labels
 from initlab.tasks.data import load
 from initlab.tasks.stack import stack
 from initlab.tasks.train import train
@@ -21,7 +22,7 @@ def run(init: str, told: str | None = None, seeds: range = range(4)) -> dict[str
 
 
 def labelled(*runs: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    return summary.labelled({name: pd.concat([one[name] for one in runs], ignore_index=True) for name in runs[0]})
+    return add_labels({name: pd.concat([one[name] for one in runs], ignore_index=True) for name in runs[0]})
 
 
 def words(figure: object) -> str:
@@ -30,12 +31,12 @@ def words(figure: object) -> str:
 
 
 def test_layers_within_their_band_are_counted() -> None:
-    kept = theory_rows.within(labelled(run("kaiming"))["theory"])
+    kept = theory_rows.count_in_band(labelled(run("kaiming"))["theory"])
     assert set(kept) == {"kaiming, relu"}
     count = int(kept["kaiming, relu"].split(" of 12")[0])
     assert count >= 6
-    assert theory_rows.within(labelled(run("lecun", told="kaiming"))["theory"]) == {"lecun, relu": "0 of 12"}
-    both = theory_rows.within(labelled(run("kaiming"), run("lecun", told="kaiming"))["theory"])
+    assert theory_rows.count_in_band(labelled(run("lecun", told="kaiming"))["theory"]) == {"lecun, relu": "0 of 12"}
+    both = theory_rows.count_in_band(labelled(run("kaiming"), run("lecun", told="kaiming"))["theory"])
     assert both == kept | {"lecun, relu": "0 of 12"}
 
 
@@ -44,14 +45,16 @@ def test_runs_that_differ_in_their_seeds_are_one_ensemble() -> None:
     assert set(tables["theory"]["label"]) == {"kaiming, relu"}
     z = tables["theory"].query("seed < 0 and statistic == 'std' and tensor == 'activation' and direction == 'forward'")
     joint = z.groupby("layer")["z"].sum().drop(0) / np.sqrt(2)
-    assert theory_rows.within(tables["theory"]) == {"kaiming, relu": f"{(joint.abs() <= 1.9953933).sum()} of 12"}
+    assert theory_rows.count_in_band(tables["theory"]) == {"kaiming, relu": f"{(joint.abs() <= 1.9953933).sum()} of 12"}
 
 
 def test_the_line_beneath_the_table() -> None:
-    assert theory_rows.said(["49 of 50"]).startswith("theory: 49 of 50 layers within the 95 % band (std")
-    assert ", outside its range: theory=simulation knows more (std" in theory_rows.said(["49 of 50, outside its range"])
-    assert theory_rows.said(["1 of 2", "2 of 2"]).startswith("theory: layers within the 95 % band")
-    assert theory_rows.said(["1 of 2", "2 of 2, outside its range"]).endswith("theory=simulation knows more")
+    assert theory_rows.describe(["49 of 50"]).startswith("theory: 49 of 50 layers within the 95 % band (std")
+    assert ", outside its range: theory=simulation knows more (std" in theory_rows.describe(
+        ["49 of 50, outside its range"]
+    )
+    assert theory_rows.describe(["1 of 2", "2 of 2"]).startswith("theory: layers within the 95 % band")
+    assert theory_rows.describe(["1 of 2", "2 of 2, outside its range"]).endswith("theory=simulation knows more")
     tables = run("kaiming")
     text = summary.as_text(summary.summarize(tables["stats"], None, None, tables["theory"]))
     assert text.splitlines()[0].split()[-1] == "theory" and " of 12" in text

@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from initlab.errors import UsageError
 from initlab.job.options import HYDRA_MISTAKES, as_usage_error
 from initlab.job.settings import CONF, Config
-from initlab.runs.recorder import TABLES, Recorder
+from initlab.runs.recorder import Recorder
+from initlab.runs.schema import TABLES
 from initlab.sweep import batch
 from initlab.sweep.batch import packs
 from initlab.sweep.batched_launcher import read_composed

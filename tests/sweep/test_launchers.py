@@ -137,7 +137,7 @@ def test_what_the_processes_inherit_is_taken_back(monkeypatch: pytest.MonkeyPatc
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         monkeypatch.setattr(os, "getpid", lambda: -1)
         monkeypatch.setattr(sys, "argv", [])
-        with worker_process.at_work("cpu"):
+        with worker_process.as_worker("cpu"):
             assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
         monkeypatch.undo()
     assert "INITLAB_PARENT" not in os.environ and "INITLAB_GPUS" not in os.environ

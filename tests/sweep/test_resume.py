@@ -22,8 +22,8 @@ from initlab.errors import Fault, UsageError
 from initlab.job import prepare, worker_process
 from initlab.job.life_cycle import outcome
 from initlab.job.settings import by_thousand
-from initlab.runs import recorder
-from initlab.runs.lock import LOCK, claim, claimed
+from initlab.runs.folders import read_run_json
+from initlab.runs.lock import LOCK, is_locked, lock_folder
 from initlab.sweep import sweeper
 from initlab.sweep.sweeper import Numbers
 from initlab.tasks import stack as stacking
@@ -36,7 +36,7 @@ HERE = os.environ | {"PYTHONPATH": str(Path(initlab.__file__).parents[1])}
 
 
 def statuses(folder: Path) -> list[str]:
-    return [recorder.about(path)["status"] for path in sorted(folder.glob("[0-9]*"))]
+    return [read_run_json(path)["status"] for path in sorted(folder.glob("[0-9]*"))]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -222,30 +222,30 @@ def test_two_versions_of_the_code_in_one_sweep_are_named(lab: Lab, two: Path) ->
 def test_what_is_still_at_work_is_not_begun_again(lab: Lab, two: Path) -> None:
     (two / "1" / "stats.parquet").unlink()
     for folder, text in ((two, "another process is working in it"), (two / "1", "1 of its jobs are at work")):
-        with claim(folder):
+        with lock_folder(folder):
             before = contents(two)
             code, _, err = lab("-m", "init=naive,kaiming", "depth=3", *SMALL, "resume=x")
             assert code == 2 and text in err and err.count("\n") == 1
             assert contents(two) == before
     assert lab("-m", "init=naive,kaiming", "depth=3", *SMALL, "resume=x")[0] == 0
-    with claim(Path("y")):
+    with lock_folder(Path("y")):
         code, _, err = lab("depth=3", *SMALL, "hydra.run.dir=y")
     assert code == 2 and "another process is working in it" in err and not list(Path("y").glob("*.parquet"))
 
 
 def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
-    held = "import sys, time; from pathlib import Path; from initlab.runs.lock import claim\n"
-    held += f"with claim(Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"
+    held = "import sys, time; from pathlib import Path; from initlab.runs.lock import lock_folder\n"
+    held += f"with lock_folder(Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE, env=HERE)
     assert process.stdout is not None and process.stdout.readline() == b"held\n"
-    assert claimed(tmp_path)
-    with pytest.raises(UsageError, match="another process"), claim(tmp_path):
+    assert is_locked(tmp_path)
+    with pytest.raises(UsageError, match="another process"), lock_folder(tmp_path):
         pass
     process.kill()
     process.communicate()
-    assert (tmp_path / LOCK).exists() and not claimed(tmp_path)
-    with claim(tmp_path):
-        assert claimed(tmp_path)
+    assert (tmp_path / LOCK).exists() and not is_locked(tmp_path)
+    with lock_folder(tmp_path):
+        assert is_locked(tmp_path)
     assert not (tmp_path / LOCK).exists()
 
 
@@ -277,12 +277,12 @@ def test_one_thing_for_each_that_asks(tmp_path: Path, monkeypatch: pytest.Monkey
     got: list[int] = []
 
     def wait() -> None:
-        with worker_process.one_of(["a", "b"], seconds=0.01) as k:
+        with worker_process.lock_one_of(["a", "b"], seconds=0.01) as k:
             got.append(k)
 
-    with worker_process.one_of(["a", "b"]) as first:
+    with worker_process.lock_one_of(["a", "b"]) as first:
         assert first == 0
-        with worker_process.one_of(["a", "b"]) as second:
+        with worker_process.lock_one_of(["a", "b"]) as second:
             assert second == 1
             third = threading.Thread(target=wait)
             third.start()
