@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -17,8 +17,12 @@ import torch
 import initlab
 from initlab.errors import UsageError
 from initlab.job import prepare, stages
+from initlab.job.settings import CONF
+from initlab.scratch.layers import LOSSES
+from initlab.stats.dtypes import DTYPES
 from initlab.tasks import train
 from initlab.tasks.course import ladders
+from initlab.tasks.ensemble.training import OPTIMIZERS
 
 Lab = Callable[..., tuple[int, str, str]]
 QUICK = ("depth=5", "seeds=2", "train.steps=3", "plots=false")
@@ -47,18 +51,17 @@ def test_one_run_leaves_a_whole_folder_and_a_table(lab: Lab) -> None:
 
 
 def test_garbage_is_collected_in_jobs_and_afterwards(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While torch is imported nothing is; what is there before the second job of a sweep is not kept for ever."""
-    seen = []
+    """Only while torch is imported it is not: that makes no garbage and many objects."""
+    enabled = []
     own = prepare.prepare
 
     def watched(*given: object) -> prepare.Job:
-        seen.append((gc.isenabled(), gc.get_freeze_count()))
+        enabled.append(gc.isenabled())
         return own(*given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(prepare, "prepare", watched)
     assert lab("-m", "depth=2,3", "task=stack", "plots=false", "seeds=1")[0] == 0
-    (first, kept), (second, kept_then) = seen
-    assert first and second and 0 < kept_then <= kept
+    assert enabled == [True, True]
     assert lab("depht=2")[0] == 2 and gc.isenabled()
     gc.unfreeze()
 
@@ -83,9 +86,17 @@ def test_a_rule_of_ones_own_is_one_file(lab: Lab, tmp_path: Path) -> None:
     assert set(frame["init"]) == {"half"} and set(frame["gain"]) == {0.5} and set(frame["distribution"]) == {"uniform"}
 
 
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def choices(group: str) -> str:
+    """The files of a group of conf/, as a mistake in its name lists them."""
+    return listed(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
 MISTAKES = {
-    "init=kaimng": "initlab: init=kaimng: must be one of kaiming, lecun, lsuv, mup, naive, orthogonal, small, "
-    "torch_default, xavier - did you mean kaiming?",
+    "init=kaimng": f"initlab: init=kaimng: must be one of {choices('init')} - did you mean kaiming?",
     "dept=50": "initlab: dept: no such option - did you mean depth?; see --help",
     "train.dept=50": "initlab: train.dept: no such option - did you mean train.depth?; see --help",
     "+init.gian=3": "initlab: init.gian: no such option - did you mean init.gain?; see --help",
@@ -103,19 +114,15 @@ MISTAKES = {
     "-cn": "initlab: argument --config-name/-cn: expected one argument; see --help",
     "init=null": "initlab: Config group override must be a string or a list. Got NoneType",
     "hydra.run.dir=/dev/null/x": "initlab: [Errno 20] Not a directory: '/dev/null/x'",
-    "activation=ReLU": "initlab: activation=ReLU: must be one of gelu, leaky_relu, linear, relu, selu, sigmoid, silu, "
-    "tanh - did you mean relu?",
+    "activation=ReLU": f"initlab: activation=ReLU: must be one of {choices('activation')} - did you mean relu?",
     "seed=99999999999999999999": "initlab: seed=1e+20: must be at most 4.61169e+18",
     "threads=100000": "initlab: threads=100000: must be at most 1024",
     "depth": "initlab: depth: not an option; options are key=value, see --help",
     "init.mode=fan": "initlab: init.mode=fan: must be one of constant, fan_avg, fan_in, fan_out - did you mean fan_in?",
-    "dtype=float31": "initlab: dtype=float31: must be one of bfloat16, float16, float32, float64 "
-    "- did you mean float32?",
-    "task=lb": "initlab: task=lb: must be one of backward, explain, formats, gains, graph, jacobian, lab, matmul, "
-    "phase, seeded, stack, train - did you mean lab?",
-    "train.loss=mae": "initlab: train.loss=mae: must be one of cross_entropy, mse - did you mean mse?",
-    "train.optimizer=adma": "initlab: train.optimizer=adma: must be one of adam, adamw, momentum, nesterov, rmsprop, "
-    "sgd - did you mean adam?",
+    "dtype=float31": f"initlab: dtype=float31: must be one of {listed(DTYPES)} - did you mean float32?",
+    "task=lb": f"initlab: task=lb: must be one of {listed(stages.TASKS)} - did you mean lab?",
+    "train.loss=mae": f"initlab: train.loss=mae: must be one of {listed(LOSSES)} - did you mean mse?",
+    "train.optimizer=adma": f"initlab: train.optimizer=adma: must be one of {listed(OPTIMIZERS)} - did you mean adam?",
     "train.batch=9999": "initlab: train.batch=9999: data=digits has 1797 training rows; use at most as many",
     "data=mnist": "initlab: data=mnist: no MNIST files in data.root=data/mnist; put train-images-idx3-ubyte and "
     "train-labels-idx1-ubyte (or .gz, or mnist.npz) there, or say data.download=true",
@@ -197,14 +204,14 @@ def _fresh(code: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("words", [[], ["--help"]])
 def test_import_and_help_are_light(words: list[str]) -> None:
-    """Neither torch nor pandas nor seaborn; CPU time under a second."""
+    """Neither torch nor pandas nor polars nor seaborn."""
     act = (
         "import runpy; runpy.run_module('initlab', run_name='__main__', alter_sys=True)" if words else "import initlab"
     )
     done = _fresh(
-        f"import sys, time\nsys.argv[1:] = {words}\ntry:\n    {act}\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'pandas', 'seaborn', 'matplotlib'} & set(sys.modules)\n"
-        "assert not heavy, heavy\nassert time.process_time() < 1, time.process_time()"
+        f"import sys\nsys.argv[1:] = {words}\ntry:\n    {act}\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'pandas', 'polars', 'seaborn', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
     )
     assert done.returncode == 0, done.stderr
 
@@ -216,12 +223,11 @@ def test_a_stopped_run_keeps_what_it_measured(tmp_path: Path, number: int, code:
         cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(Path(initlab.__file__).parents[1])},
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("outputs/**/parts/stats-*.parquet")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(0.5)
+    while not list(tmp_path.glob("outputs/**/parts/theory-*.parquet")):  # the stack is done, and the training is not
+        assert process.poll() is None
+        time.sleep(0.05)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode == code and "Traceback" not in err
     with pytest.warns(UserWarning, match="interrupted"):
         frame = initlab.read(tmp_path / "outputs")

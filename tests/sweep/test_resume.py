@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
@@ -51,19 +50,32 @@ def assert_same_tables(one: Path, two: Path) -> None:
         pd.testing.assert_frame_equal(pd.read_parquet(one / name), pd.read_parquet(two / name), check_exact=True)
 
 
+# The command line, which stops in the middle of its third job, when it has written some rows, and waits to be killed.
+WAITS = """
+import signal, sys
+from initlab.__main__ import main
+from initlab.runs.recorder import Recorder
+add = Recorder.add
+def wait(self, frames):
+    add(self, frames)
+    if self.folder.name == "2":
+        print("waiting", flush=True)
+        signal.pause()
+Recorder.add = wait
+sys.exit(main())
+"""
+
+
 def test_a_killed_sweep_is_finished_and_equals_one_that_was_not(lab: Lab, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "initlab", *SIX, "hydra.sweep.dir=killed"],
-        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=HERE,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("killed/*/run.json"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITS, *SIX, "hydra.sweep.dir=killed"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=HERE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and b"waiting\n" in iter(process.stdout.readline, b"")
+        process.kill()
     killed = Path("killed")
     before = statuses(killed)
-    assert "done" in before and before.count("done") < 6
+    assert before == ["done", "done", "running"] and list(killed.glob("2/parts/stats-*.parquet"))
     kept = {path: path.stat().st_mtime_ns for path in killed.glob("*/*") if before[int(path.parent.name)] == "done"}
     code, out, err = lab(*SIX, "resume=killed")
     assert code == 0, err
@@ -234,9 +246,9 @@ def test_what_is_still_at_work_is_not_begun_again(lab: Lab, two: Path) -> None:
 
 
 def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
-    held = "import sys, time; from pathlib import Path; from initlab.runs.lock import lock_folder\n"
-    held += f"with lock_folder(Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE, env=HERE)
+    held = "import sys; from pathlib import Path; from initlab.runs.lock import lock_folder\n"
+    held += f"with lock_folder(Path({str(tmp_path)!r})): print('held', flush=True); sys.stdin.read()"
+    process = subprocess.Popen([sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=HERE)
     assert process.stdout is not None and process.stdout.readline() == b"held\n"
     assert is_locked(tmp_path)
     with pytest.raises(UsageError, match="another process"), lock_folder(tmp_path):
@@ -275,9 +287,16 @@ def test_one_thing_for_each_that_asks(tmp_path: Path, monkeypatch: pytest.Monkey
     """GPUs are handed out so: never two at a time, and who waits gets what is given back."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     got: list[int] = []
+    tried, own = threading.Event(), time.sleep
+
+    def sleep(seconds: float) -> None:
+        tried.set()
+        own(seconds)
+
+    monkeypatch.setattr(worker_process.time, "sleep", sleep)
 
     def wait() -> None:
-        with worker_process.lock_one_of(["a", "b"], seconds=0.01) as k:
+        with worker_process.lock_one_of(["a", "b"], seconds=0.001) as k:
             got.append(k)
 
     with worker_process.lock_one_of(["a", "b"]) as first:
@@ -286,9 +305,9 @@ def test_one_thing_for_each_that_asks(tmp_path: Path, monkeypatch: pytest.Monkey
             assert second == 1
             third = threading.Thread(target=wait)
             third.start()
-            third.join(0.1)
+            tried.wait()
             assert got == []
-        third.join(10)
+        third.join()
     assert got == [1]
 
 
