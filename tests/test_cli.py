@@ -18,6 +18,7 @@ import initlab
 from initlab.errors import UsageError
 from initlab.job import prepare, stages
 from initlab.job.settings import CONF
+from initlab.nn.init import RULES
 from initlab.scratch.layers import LOSSES
 from initlab.stats.dtypes import DTYPES
 from initlab.tasks import train
@@ -77,9 +78,11 @@ def test_a_sweep_ends_in_one_table(lab: Lab) -> None:
     assert "alive" in table["lecun"] and "alive" in table["kaiming"]
 
 
-def test_a_rule_of_ones_own_is_one_file(lab: Lab, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["lecun", "half"])
+def test_a_rule_of_ones_own_is_one_file(lab: Lab, tmp_path: Path, name: str) -> None:
+    """A row of the table with some fields changed, or a rule of another name by its fields."""
     (tmp_path / "mine" / "init").mkdir(parents=True)
-    (tmp_path / "mine" / "init" / "half.yaml").write_text("name: kaiming\ngain: 0.5\ndistribution: uniform\n")
+    (tmp_path / "mine" / "init" / "half.yaml").write_text(f"name: {name}\ngain: 0.5\ndistribution: uniform\n")
     code, _, err = lab("-cd", "mine", "init=half", "task=stack", *QUICK)
     assert code == 0, err
     frame = initlab.read("outputs")
@@ -97,6 +100,7 @@ def choices(group: str) -> str:
 
 MISTAKES = {
     "init=kaimng": f"initlab: init=kaimng: must be one of {choices('init')} - did you mean kaiming?",
+    "init.name=half": f"initlab: init=half: must be one of {listed(RULES)}",
     "dept=50": "initlab: dept: no such option - did you mean depth?; see --help",
     "train.dept=50": "initlab: train.dept: no such option - did you mean train.depth?; see --help",
     "+init.gian=3": "initlab: init.gian: no such option - did you mean init.gain?; see --help",

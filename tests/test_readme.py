@@ -52,7 +52,7 @@ def test_every_option_has_its_row_and_every_rule_and_activation_its_name() -> No
         deeper = shown.startswith(("phase.", "sweep."))  # the axes have a section
         assert shown in rows or shown in hidden or holds_others or deeper, option
     assert set(RULES) <= set(re.findall(r"`(\w+)`", rows["init"]))
-    assert set(ACTIVATIONS) <= set(re.findall(r"`(\w+)`", rows["activation"]))
+    assert set(re.findall(r"`(\w+)`", rows["activation"])) <= set(ACTIVATIONS)
 
 
 def test_every_statistic_is_explained() -> None:

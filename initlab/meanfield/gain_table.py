@@ -88,7 +88,7 @@ def gain_table(activations: Sequence[Given] = tuple(ACTIVATIONS)) -> pd.DataFram
                 continue
             value = gain(row, kind)
             named = {"activation": name, "kind": kind, **consequences(row, value)}
-            why = WHY_TORCH.get(name, "a function of one's own")
+            why = WHY_TORCH.get(name, "torch has none" if name in ACTIVATIONS else "a function of one's own")
             rows.append({**named, "torch": by_torch, "ratio": value / by_torch, "why": why})
     return pd.DataFrame(rows)
 

@@ -1,6 +1,7 @@
 """The table of activations: phi, its derivative written by hand, its torch module and the gains that it needs.
 
-Knows nothing of layers or weights. `u` is standard normal throughout; gains assume a preactivation of unit variance.
+A new activation is a row here, and a file conf/activation/NAME.yaml. `u` is standard normal throughout; gains assume a
+preactivation of unit variance.
 """
 
 import math
@@ -10,12 +11,13 @@ from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, leaky_relu, selu, silu
+from torch.nn.functional import elu, gelu, hardswish, leaky_relu, mish, relu6, selu, silu, softplus
 
 from initlab.errors import UsageError, choose
 from initlab.stats.quadrature import gaussian_mean
 
 SLOPE = 0.01  # of leaky_relu below zero, as in torch
+GELU_SCALE, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715  # of gelu's approximation by tanh
 SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772  # Klambauer et al. 2017, appendix A.1
 
 
@@ -30,18 +32,23 @@ class Activation:
     largest_slope: float = 1.0  # max |phi'|: what `frac_saturated` is measured against
     backward: Callable[[Tensor, Tensor], Tensor] | None = None
     homogeneous: bool = False  # phi(k z) = k phi(z) for k > 0
+    formula: str = ""  # phi of one number z, as SymPy reads it
+    derivative: str = ""  # and phi'
 
     def pull_back(self, grad: Tensor, z: Tensor) -> Tensor:
         """dL/dz from dL/dphi: grad * phi'(z), or the row's own rule where 0 * inf must be 0 as in autograd."""
         return grad * self.slope(z) if self.backward is None else self.backward(grad, z)
 
 
-def _normal_cdf(z: Tensor) -> Tensor:
-    return 0.5 * torch.erfc(-z * math.sqrt(0.5))
+def _gelu_slope(z: Tensor) -> Tensor:
+    cdf = 0.5 * torch.erfc(-z * math.sqrt(0.5))
+    return cdf + z * (torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi))
 
 
-def _normal_pdf(z: Tensor) -> Tensor:
-    return torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+def _gelu_tanh_slope(z: Tensor) -> Tensor:
+    near = z.clamp(-50, 50)  # beyond, tanh is 1 or -1, and z^3 would leave the number format
+    t = torch.tanh(GELU_SCALE * (near + GELU_CUBIC * near**3))
+    return 0.5 * (1 + t) + 0.5 * near * (1 - t * t) * GELU_SCALE * (1 + 3 * GELU_CUBIC * near * near)
 
 
 def _sigmoid_slope(z: Tensor) -> Tensor:
@@ -54,8 +61,17 @@ def _silu_slope(z: Tensor) -> Tensor:
     return s * (1 + z * (1 - s))
 
 
-def _selu_slope(z: Tensor) -> Tensor:
-    return SELU_SCALE * torch.where(z > 0, 1.0, SELU_ALPHA * torch.exp(z.clamp(max=0)))
+def _mish_slope(z: Tensor) -> Tensor:
+    t = torch.tanh(softplus(z))
+    return t + z * torch.sigmoid(z) * (1 - t * t)
+
+
+def _hardswish_back(grad: Tensor, z: Tensor) -> Tensor:
+    return torch.where(z < -3, 0, torch.where(z <= 3, grad * (z / 3 + 0.5), grad))
+
+
+def _below_zero(above: str, below: str) -> str:
+    return f"Piecewise(({above}, z > 0), ({below}, True))"
 
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -65,6 +81,8 @@ ACTIVATIONS: dict[str, Activation] = {
         module=nn.Identity,
         backward=lambda grad, z: grad,
         homogeneous=True,
+        formula="z",
+        derivative="1",
     ),
     "relu": Activation(
         phi=torch.relu,
@@ -73,6 +91,8 @@ ACTIVATIONS: dict[str, Activation] = {
         kinks=(0.0,),
         backward=lambda grad, z: grad.masked_fill(z <= 0, 0),
         homogeneous=True,
+        formula=_below_zero("z", "0"),
+        derivative=_below_zero("1", "0"),
     ),
     "leaky_relu": Activation(
         phi=partial(leaky_relu, negative_slope=SLOPE),
@@ -81,59 +101,118 @@ ACTIVATIONS: dict[str, Activation] = {
         kinks=(0.0,),
         backward=lambda grad, z: torch.where(z > 0, grad, SLOPE * grad),
         homogeneous=True,
+        formula=_below_zero("z", f"{SLOPE}*z"),
+        derivative=_below_zero("1", f"{SLOPE}"),
     ),
     "tanh": Activation(
         phi=torch.tanh,
         slope=lambda z: 1 - torch.tanh(z).square(),
         module=nn.Tanh,
+        formula="tanh(z)",
+        derivative="1 - tanh(z)**2",
     ),
     "sigmoid": Activation(
         phi=torch.sigmoid,
         slope=_sigmoid_slope,
         module=nn.Sigmoid,
         largest_slope=0.25,
+        formula="1/(1 + exp(-z))",
+        derivative="exp(-z)/(1 + exp(-z))**2",
     ),
     "gelu": Activation(  # z Phi(z), Hendrycks & Gimpel 2016; exact, not the tanh approximation
         phi=gelu,
-        slope=lambda z: _normal_cdf(z) + z * _normal_pdf(z),
+        slope=_gelu_slope,
         module=nn.GELU,
         largest_slope=1.1289043,  # at z = sqrt(2)
+        formula="z*(1 + erf(z/sqrt(2)))/2",
+        derivative="(1 + erf(z/sqrt(2)))/2 + z*exp(-z**2/2)/sqrt(2*pi)",
     ),
     "silu": Activation(  # z sigmoid(z), Elfwing et al. 2017
         phi=silu,
         slope=_silu_slope,
         module=nn.SiLU,
         largest_slope=1.0998393,  # at z = 2.3993573
+        formula="z/(1 + exp(-z))",
+        derivative="1/(1 + exp(-z)) + z*exp(-z)/(1 + exp(-z))**2",
     ),
     "selu": Activation(  # Klambauer et al. 2017
         phi=selu,
-        slope=_selu_slope,
+        slope=lambda z: SELU_SCALE * torch.where(z > 0, 1.0, SELU_ALPHA * torch.exp(z.clamp(max=0))),
         module=nn.SELU,
         kinks=(0.0,),
         largest_slope=SELU_SCALE * SELU_ALPHA,
+        formula=f"{SELU_SCALE}*" + _below_zero("z", f"{SELU_ALPHA}*(exp(z) - 1)"),
+        derivative=f"{SELU_SCALE}*" + _below_zero("1", f"{SELU_ALPHA}*exp(z)"),
+    ),
+    "elu": Activation(  # Clevert et al. 2015, alpha = 1
+        phi=elu,
+        slope=lambda z: torch.exp(z.clamp(max=0)),
+        module=nn.ELU,
+        kinks=(0.0,),
+        formula=_below_zero("z", "exp(z) - 1"),
+        derivative=_below_zero("1", "exp(z)"),
+    ),
+    "softplus": Activation(  # log(1 + e^z), Dugas et al. 2000; torch takes z from 20 on, which is off by 2e-9
+        phi=partial(softplus, threshold=40),
+        slope=torch.sigmoid,
+        module=partial(nn.Softplus, threshold=40),
+        formula="log(1 + exp(z))",
+        derivative="1/(1 + exp(-z))",
+    ),
+    "mish": Activation(  # z tanh(softplus(z)), Misra 2019
+        phi=mish,
+        slope=_mish_slope,
+        module=nn.Mish,
+        largest_slope=1.0884982,  # at z = 1.490571
+        formula="z*tanh(log(1 + exp(z)))",
+        derivative="tanh(log(1 + exp(z))) + z*(1 - tanh(log(1 + exp(z)))**2)/(1 + exp(-z))",
+    ),
+    "gelu_tanh": Activation(  # the approximation of gelu by tanh, Hendrycks & Gimpel 2016
+        phi=partial(gelu, approximate="tanh"),
+        slope=_gelu_tanh_slope,
+        module=partial(nn.GELU, approximate="tanh"),
+        largest_slope=1.1289931,  # at z = 1.418504
+        formula=f"z*(1 + tanh(sqrt(2/pi)*(z + {GELU_CUBIC}*z**3)))/2",
+        derivative=f"(1 + tanh(sqrt(2/pi)*(z + {GELU_CUBIC}*z**3)))/2"
+        f" + z*(1 - tanh(sqrt(2/pi)*(z + {GELU_CUBIC}*z**3))**2)*sqrt(2/pi)*(1 + {3 * GELU_CUBIC}*z**2)/2",
+    ),
+    "hardswish": Activation(  # z relu6(z + 3)/6, Howard et al. 2019
+        phi=hardswish,
+        slope=lambda z: _hardswish_back(torch.ones_like(z), z),
+        module=nn.Hardswish,
+        kinks=(-3.0, 3.0),
+        largest_slope=1.5,  # at z = 3
+        backward=_hardswish_back,
+        formula="Piecewise((0, z < -3), (z, z > 3), (z*(z + 3)/6, True))",
+        derivative="Piecewise((0, z < -3), (1, z > 3), (z/3 + 1/2, True))",
+    ),
+    "relu6": Activation(  # min(max(z, 0), 6), Krizhevsky 2010
+        phi=relu6,
+        slope=lambda z: ((z > 0) & (z < 6)).to(z.dtype),
+        module=nn.ReLU6,
+        kinks=(0.0, 6.0),
+        backward=lambda grad, z: grad.masked_fill((z <= 0) | (z >= 6), 0),
+        formula="Piecewise((0, z < 0), (6, z > 6), (z, True))",
+        derivative="Piecewise((0, z < 0), (0, z > 6), (1, True))",
     ),
 }
+ACTIVATIONS["swish"] = ACTIVATIONS["silu"]  # its name in Ramachandran et al. 2017
+
+
+TORCH_HAS = ("linear", "relu", "leaky_relu", "tanh", "sigmoid", "selu")
 
 
 def _torch_gain(row: Activation) -> float:
-    """`torch.nn.init.calculate_gain`, under torch's own names; it has none for gelu, silu and a user's function."""
+    """`torch.nn.init.calculate_gain`, under torch's own names; it has none for the others and a user's function."""
     name = next((name for name, known in ACTIVATIONS.items() if known is row), "a function of one's own")
     if name not in TORCH_HAS:
         raise UsageError(f"init.gain_kind=torch: torch has no gain for activation={name}; use chi, rms or std")
     return float(nn.init.calculate_gain(name, SLOPE if name == "leaky_relu" else None))  # type: ignore[arg-type]
 
 
-def _rms_gain(row: Activation) -> float:
-    return _inverse_root(gaussian_mean(lambda z: row.phi(z).square(), row.kinks))
-
-
 def _std_gain(row: Activation) -> float:
     mean = gaussian_mean(row.phi, row.kinks)
     return _inverse_root(gaussian_mean(lambda z: (row.phi(z) - mean).square(), row.kinks))
-
-
-def _chi_gain(row: Activation) -> float:
-    return _inverse_root(gaussian_mean(lambda z: row.slope(z).square(), row.kinks))
 
 
 def _inverse_root(moment: float) -> float:
@@ -142,10 +221,11 @@ def _inverse_root(moment: float) -> float:
     return 1 / math.sqrt(moment)
 
 
-TORCH_HAS = ("linear", "relu", "leaky_relu", "tanh", "sigmoid", "selu")
 GAIN_KINDS: dict[str, Callable[[Activation], float]] = {
-    "chi": _chi_gain,  # E[phi'(u)^2] gain^2 = 1: gradients keep their second moment (He et al. 2015, eq. 14)
-    "rms": _rms_gain,  # E[phi(u)^2] gain^2 = 1: the next preactivation keeps its second moment
+    # E[phi'(u)^2] gain^2 = 1: gradients keep their second moment (He et al. 2015, eq. 14)
+    "chi": lambda row: _inverse_root(gaussian_mean(lambda z: row.slope(z).square(), row.kinks)),
+    # E[phi(u)^2] gain^2 = 1: the next preactivation keeps its second moment
+    "rms": lambda row: _inverse_root(gaussian_mean(lambda z: row.phi(z).square(), row.kinks)),
     "std": _std_gain,  # Var[phi(u)] gain^2 = 1: activations scaled by the gain have unit variance
     "torch": _torch_gain,
 }
@@ -154,6 +234,9 @@ GAIN_KINDS: dict[str, Callable[[Activation], float]] = {
 @lru_cache
 def gain(activation: str | Activation, kind: str = "chi") -> float:
     """Gain (dimensionless) by which the weights of an activation are scaled; for ReLU sqrt(2) in all kinds but `std`.
+
+    activation: a name of ACTIVATIONS, or a row. kind: a name of GAIN_KINDS, which says what the gain keeps where the
+    preactivations are unit Gaussian. Errors: an unknown name or kind; torch's gain where torch has none.
 
     >>> round(gain("relu"), 12), round(gain("relu", "rms"), 12), round(gain("relu", "std"), 5)
     (1.414213562373, 1.414213562373, 1.71286)

@@ -77,16 +77,20 @@ class Unbounded:
     def activate(self, z: Scaled, row: Activation) -> Scaled:
         """phi(z) = z phi(s) / s with s = z moved into float64: where s is not z, phi(z) / z no longer depends on |z|.
 
-        An activation that is not 0 at 0 is bounded, and is read off s itself. One that is bounded and 0 at 0, as tanh,
-        is right up to |z| = 2^500.
+        An activation that is not 0 at 0 is read off s itself, but where it grows with z. One that is bounded and 0 at
+        0, as tanh, is right up to |z| = 2^500.
         """
         if row.homogeneous:
             return Scaled(row.phi(z.mantissa), z.exponent)
         near = to_float64(z)
         value = row.phi(near)
-        if row.phi(torch.zeros((), dtype=torch.float64)) != 0:
+        ratio = torch.where(near == 0, 0, z.mantissa * (value / near))
+        if row.phi(torch.zeros((), dtype=torch.float64)) == 0:
+            return rescale(ratio, z.exponent)
+        grows = value.abs() > 2.0 ** (_FAR - 100)
+        if not bool(grows.any()):
             return rescale(value)
-        return rescale(torch.where(near == 0, 0, z.mantissa * (value / near)), z.exponent)
+        return self.add(rescale(torch.where(grows, ratio, 0), z.exponent), rescale(torch.where(grows, 0, value)))
 
     def activate_back(self, g: Scaled, z: Scaled, row: Activation) -> Scaled:
         """g phi'(z), by the activation's own rule."""

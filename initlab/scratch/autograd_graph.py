@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from initlab.errors import UsageError
+from initlab.nn.activations import ACTIVATIONS
 from initlab.scratch.graph_text import frames_as_text
 
 
@@ -75,7 +76,10 @@ def by_hand(name: str) -> Hand:
     >>> by_hand("AddmmBackward0").piece
     'Lin.bwd'
     """
-    return HAND.get(name.rstrip("0123456789").removesuffix("Backward"), Hand("", ""))
+    kind = name.rstrip("0123456789").removesuffix("Backward")
+    activation = next((name for name in ACTIVATIONS if name.replace("_", "") == kind.lower()), "")
+    other = Hand(f"pull_back ({activation})", "inp.g = g * phi'(inp)") if activation else Hand("", "")
+    return HAND.get(kind, other)
 
 
 @dataclass(frozen=True, eq=False)

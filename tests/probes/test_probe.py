@@ -162,7 +162,7 @@ def test_saturation_is_that_of_the_preactivation(name: str, layers: str | list[s
 
 def test_saturation_of_what_the_table_does_not_know_is_nan() -> None:
     x, _ = batch()
-    for other in (nn.LeakyReLU(0.3), nn.GELU(approximate="tanh"), nn.Softplus()):
+    for other in (nn.LeakyReLU(0.3), nn.ELU(2.0), nn.Softplus(beta=2)):
         rows = initlab.probe(mlp(other), x)
         assert rows["frac_saturated"].isna().all()
     overwritten = nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5, inplace=True), nn.ReLU(), nn.Linear(4, 2))

@@ -13,7 +13,7 @@ import pandas as pd
 from torch import Tensor
 
 from initlab.errors import UsageError, check, choose
-from initlab.nn.activations import ACTIVATIONS, SELU_ALPHA, SELU_SCALE, SLOPE
+from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import Rule, gaussian, permutation, rule
 from initlab.scratch.classes import LOSS_LAYERS, Act, Lin
 from initlab.scratch.layers import LOSSES, g_of
@@ -30,28 +30,10 @@ class Symbolic(NamedTuple):
     derivatives: dict[str, str]
 
 
-def _phi(formula: str, derivative: str) -> Symbolic:
-    return Symbolic(formula, {"z": derivative})
-
-
-def _halves(above: str, below: str) -> str:
-    return f"Piecewise(({above}, z > 0), ({below}, True))"
-
-
 # Every activation, loss and the linear layer, for one entry. In a loss `out` is one entry of the last layer, N the
 # batch; `rest` is the sum of exp over the other classes, `hit` 1 for the target's class and 0 for the others.
 SYMBOLIC: dict[str, Symbolic] = {
-    "linear": _phi("z", "1"),
-    "relu": _phi(_halves("z", "0"), _halves("1", "0")),
-    "leaky_relu": _phi(_halves("z", f"{SLOPE}*z"), _halves("1", f"{SLOPE}")),
-    "tanh": _phi("tanh(z)", "1 - tanh(z)**2"),
-    "sigmoid": _phi("1/(1 + exp(-z))", "exp(-z)/(1 + exp(-z))**2"),
-    "gelu": _phi("z*(1 + erf(z/sqrt(2)))/2", "(1 + erf(z/sqrt(2)))/2 + z*exp(-z**2/2)/sqrt(2*pi)"),
-    "silu": _phi("z/(1 + exp(-z))", "1/(1 + exp(-z)) + z*exp(-z)/(1 + exp(-z))**2"),
-    "selu": _phi(
-        f"{SELU_SCALE}*" + _halves("z", f"{SELU_ALPHA}*(exp(z) - 1)"),
-        f"{SELU_SCALE}*" + _halves("1", f"{SELU_ALPHA}*exp(z)"),
-    ),
+    **{name: Symbolic(row.formula, {"z": row.derivative}) for name, row in ACTIVATIONS.items()},
     "lin": Symbolic("inp*w + b", {"inp": "w", "w": "inp", "b": "1"}),
     "mse": Symbolic("(out - targ)**2/N", {"out": "2*(out - targ)/N"}),
     "cross_entropy": Symbolic("(log(exp(out) + rest) - hit*out)/N", {"out": "(exp(out)/(exp(out) + rest) - hit)/N"}),
