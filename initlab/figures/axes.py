@@ -1,4 +1,4 @@
-"""What figures are made of: a sheet with its title, lines with bands, ends of the number formats, marks of death."""
+"""What figures are made of: a new figure with its title, lines with bands, ends of number formats, marks of death."""
 
 import textwrap
 from collections.abc import Mapping
@@ -17,7 +17,8 @@ from initlab.stats.dtypes import FORMATS
 BEYOND = 10.0  # so far does an axis follow a prediction beyond what was measured
 
 
-def sheet(title: str, rows: int = 1, columns: int = 1, **settings: Any) -> tuple[Figure, list[Axes]]:
+def new_figure(title: str, rows: int = 1, columns: int = 1, **settings: Any) -> tuple[Figure, list[Axes]]:
+    """An empty figure with a title that states the finding, and its axes row by row; settings go to `subplots`."""
     sns.set_theme(style="whitegrid", palette="colorblind", context="notebook")
     figure = Figure(figsize=(5.5 * columns + 4, 2.6 * rows + 2.9), layout="constrained")
     figure.suptitle("\n".join(textwrap.wrap(title, 52 * columns + 34)), fontsize=12)
@@ -25,7 +26,7 @@ def sheet(title: str, rows: int = 1, columns: int = 1, **settings: Any) -> tuple
     return figure, list(axes.flat)
 
 
-def few(values: pd.Series) -> str:
+def marker_if_sparse(values: pd.Series) -> str:
     """A marker where a line would have too few points to be seen."""
     return "o" if values.nunique() <= 3 else ""
 
@@ -33,12 +34,12 @@ def few(values: pd.Series) -> str:
 Colours = dict[str, tuple[float, float, float]]
 
 
-def coloured(order: list[str], palette: str = "colorblind") -> Colours:
+def assign_colours(order: list[str], palette: str = "colorblind") -> Colours:
     """A colour for each label, in their order."""
     return dict(zip(order, sns.color_palette(palette, len(order)), strict=True))
 
 
-def banded(
+def plot_bands(
     ax: Axes,
     band: pd.DataFrame,
     x: str,
@@ -48,11 +49,11 @@ def banded(
 ) -> None:
     """A line of medians and a band from 16 to 84 % for every label, told apart by colour and by dashes."""
     band = band.assign(label=band["label"].astype(str).map(lambda name: (names or {}).get(name, name)))
-    colours = colours or coloured(list(band["label"].unique()))
+    colours = colours or assign_colours(list(band["label"].unique()))
     order = list(colours)
     sns.lineplot(
         data=band, x=x, y="median", hue="label", style="label", hue_order=order, style_order=order,
-        palette=colours, errorbar=None, ax=ax, marker=marker or few(band[x]) or None, markersize=6,
+        palette=colours, errorbar=None, ax=ax, marker=marker or marker_if_sparse(band[x]) or None, markersize=6,
     )  # fmt: skip
     for label, rows in band.groupby("label"):
         ax.fill_between(rows[x], rows["low"], rows["high"], color=colours[label], alpha=0.2, linewidth=0)
@@ -67,7 +68,9 @@ def legend(ax: Axes, labels: int) -> None:
         ax.legend(title=None)
 
 
-def beside(ax: Axes, lines: pd.DataFrame, order: list[str], x: str = "layer", colours: Colours | None = None) -> None:
+def plot_theory(
+    ax: Axes, lines: pd.DataFrame, order: list[str], x: str = "layer", colours: Colours | None = None
+) -> None:
     """What theory predicts: dashed with the 95 % band of one network, or circles where several labels share the axes.
 
     The axis follows the band as far as the measured values reach, and a little beyond.
@@ -84,7 +87,7 @@ def beside(ax: Axes, lines: pd.DataFrame, order: list[str], x: str = "layer", co
         if len(ends):
             low, high = min(low, max(ends.min(), low / BEYOND)), max(high, min(ends.max(), high * BEYOND))
     else:
-        colours = colours or coloured(order)
+        colours = colours or assign_colours(order)
         style: dict[str, Any] = {"marker": "o", "fillstyle": "none", "markersize": 6, "linestyle": ""}
         for label, mine in lines.groupby("label", observed=True):
             few_points = mine[mine[x].rank() % max(1, len(mine) // 10) == 0]
@@ -94,10 +97,8 @@ def beside(ax: Axes, lines: pd.DataFrame, order: list[str], x: str = "layer", co
     legend(ax, len(order))
 
 
-def at_the_start(ax: Axes, known: pd.DataFrame, colours: Mapping[int, object], steps: int) -> None:
-    """What theory predicts of every layer before the first update, left of step 0, with 95 % of networks: it says
-    nothing of later steps.
-    """
+def plot_start(ax: Axes, known: pd.DataFrame, colours: Mapping[int, object], steps: int) -> None:
+    """Diamonds left of step 0: the prediction for step 0 of every layer, with its 95 % band; there is none later."""
     if not len(known):
         return
     gap = max(steps, 1) * min(0.014, 0.11 / len(known))
@@ -109,18 +110,25 @@ def at_the_start(ax: Axes, known: pd.DataFrame, colours: Mapping[int, object], s
 
 def log_scale(ax: Axes, values: pd.Series | np.ndarray, least: float = 1.0) -> None:
     """A log axis, unless there is nothing that it could show or less than the factor `least` between the values."""
-    seen = np.asarray(values, dtype=float)
-    seen = seen[np.isfinite(seen) & (seen > 0)]
-    if len(seen) and seen.max() >= least * seen.min():
+    positive = np.asarray(values, dtype=float)
+    positive = positive[np.isfinite(positive) & (positive > 0)]
+    if len(positive) and positive.max() >= least * positive.min():
         ax.set_yscale("log")
 
 
+def cell_edges(centres: np.ndarray) -> np.ndarray:
+    """The edges of the cells of a heat map, from their centres, which are evenly spaced."""
+    half = (centres[1] - centres[0]) / 2 if len(centres) > 1 else 0.5
+    return np.append(centres - half, centres[-1] + half)
+
+
 def layer_axis(ax: Axes) -> None:
+    """Layers are whole numbers."""
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("layer")
 
 
-def limits(ax: Axes, dtypes: list[str]) -> None:
+def mark_format_limits(ax: Axes, dtypes: list[str]) -> None:
     """Grey lines: 1, and the ends of the number formats where the curves come near them."""
     low, high = ax.get_ylim()
     ax.axhline(1, color="0.45", linestyle="--", linewidth=1, zorder=1)
@@ -135,7 +143,7 @@ def limits(ax: Axes, dtypes: list[str]) -> None:
                 )  # fmt: skip
 
 
-def mark_deaths(
+def mark_dead_layers(
     ax: Axes,
     band: pd.DataFrame,
     died: pd.DataFrame,
@@ -145,31 +153,26 @@ def mark_deaths(
 ) -> None:
     """A cross on the axis and a label at the layer from which a signal is not finite or exactly 0."""
     order = list(band["label"].astype(str).unique())
-    colours = colours or coloured(order)
+    colours = colours or assign_colours(order)
     height = 0
     for label in order:
         mine = died[died["label"].astype(str) == label]
         first = "min" if direction == "forward" else "max"
-        said = summary.signal_status(mine, first, along)
-        if said == "alive":
+        status = summary.signal_status(mine, first, along)
+        if status == "alive":
             continue
-        column = "nonfinite" if "finite" in said else "zero"
+        column = "nonfinite" if "finite" in status else "zero"
         layer, y = mine[column].agg(first), 0.04 + 0.075 * height
         height += 1
         ax.axvline(layer, color=colours[label], linestyle=":", linewidth=1.4)
         ax.plot(
-            [layer],
-            [y],
-            marker="X",
-            markersize=9,
-            color=colours[label],
-            transform=ax.get_xaxis_transform(),
+            [layer], [y], marker="X", markersize=9, color=colours[label], transform=ax.get_xaxis_transform(),
             clip_on=False,
-        )
+        )  # fmt: skip
         left = layer > ax.get_xlim()[1] / 2
         name = f"{label}: " if len(order) > 1 else ""
         ax.annotate(
-            name + said, (layer, y), xycoords=ax.get_xaxis_transform(), xytext=(-9 if left else 9, 0),
+            name + status, (layer, y), xycoords=ax.get_xaxis_transform(), xytext=(-9 if left else 9, 0),
             textcoords="offset points", ha="right" if left else "left", va="center", fontsize=9,
             color=colours[label], bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.85},
         )  # fmt: skip

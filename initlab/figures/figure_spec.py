@@ -1,4 +1,4 @@
-"""What a study's figure shows: its few words, checked beforehand, and the bands that are drawn. Draws nothing."""
+"""What a study's figure shows: its fields, checked before anything is measured, and the rows and bands to draw."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ import pandas as pd
 from initlab.errors import UsageError, choose
 from initlab.runs import summary
 from initlab.runs.labels import format_numbers, labels
+from initlab.runs.schema import STATS, TABLES, THEORY
 from initlab.runs.select import LN, NothingFound, bare, networks, numbers, refuse_condition, select
 from initlab.stats.statistics import COUNTS, STATISTICS
 
@@ -19,7 +20,7 @@ OF_FINITE = {name for name in STATISTICS if name not in COUNTS and not name.star
 
 
 @dataclass(frozen=True)
-class Picture:
+class FigureSpec:
     """`y` over `x` in `table` where `where` holds: median and 16-84 % of networks, a line per value of `by`.
 
     Without `by` a line per setting, as in the short table; a panel per value of `col`; `theory` adds what is predicted.
@@ -27,7 +28,7 @@ class Picture:
 
     x: str
     y: str
-    table: str = "stats"
+    table: str = STATS
     where: Mapping[str, Any] = field(default_factory=dict)
     by: str = ""
     col: str = ""
@@ -39,7 +40,7 @@ class Picture:
         return [bare(name) for name in (*self.where, self.x, self.y, self.by, self.col) if name]
 
     def tables(self) -> set[str]:
-        return {self.table, "theory"} if self.theory else {self.table}
+        return {self.table, THEORY} if self.theory else {self.table}
 
     @property
     def backwards(self) -> bool:
@@ -47,8 +48,11 @@ class Picture:
         return self.x == "layer" and self.where.get("direction") == "backward"
 
 
-def picture(given: Mapping[str, Any], tables: Mapping[str, Collection[str] | None]) -> Picture | None:
-    """The figure that the fields describe, None for none; one line about what is wrong with them."""
+def parse_figure(given: Mapping[str, Any], tables: Mapping[str, Collection[str] | None]) -> FigureSpec | None:
+    """The figure that the fields of `study.figure` describe, None for none.
+
+    tables: the tables that there may be, with their columns where they are known. Raises `UsageError`, in one line.
+    """
     fields = {name: value for name, value in given.items() if value is not None}
     try:
         if "y" not in fields:
@@ -62,22 +66,18 @@ def picture(given: Mapping[str, Any], tables: Mapping[str, Collection[str] | Non
             choose(SCALES, fields.get(name, "linear"), name)
         for name, wanted in fields.get("where", {}).items():
             refuse_condition(f"where.{name}", wanted)
-        made = Picture(**fields)
-        _check_columns(made, tables)
+        spec = FigureSpec(**fields)
+        known = choose(tables, spec.table, "table")
+        for name in spec.columns() if known is not None else ():
+            choose(dict.fromkeys(known or ()), name, f"column of {spec.table}")
+        if spec.theory and (spec.table != STATS or bare(spec.y) not in STATISTICS):
+            raise UsageError(f"theory=true: theory knows statistics of the table {STATS} only")
     except UsageError as error:
         raise UsageError(f"study.figure: {error}") from error
-    return made
+    return spec
 
 
-def _check_columns(made: Picture, tables: Mapping[str, Collection[str] | None]) -> None:
-    known = choose(tables, made.table, "table")
-    for name in made.columns() if known is not None else ():
-        choose(dict.fromkeys(known or ()), name, f"column of {made.table}")
-    if made.theory and (made.table != "stats" or bare(made.y) not in STATISTICS):
-        raise UsageError("theory=true: theory knows statistics of the table stats only")
-
-
-def rows_of(one: Picture, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def select_rows(one: FigureSpec, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """A row per network and point: `panel`, `label`, `x`, `y`, `network`; a y that is not finite is nan or inf."""
     table = choose(tables, one.table, "table")
     for name in one.columns():
@@ -87,18 +87,14 @@ def rows_of(one: Picture, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     if bare(one.y) in OF_FINITE and {"n_nan", "n_inf"} <= set(rows):
         y = np.where(rows["n_nan"] + rows["n_inf"] > 0, np.nan, y)
     found = pd.DataFrame({"x": _values(rows, one.x), "y": y, "network": networks(rows)})
-    label = _named(rows, one.by) if one.by else labels(rows)
-    found = found.assign(panel=_named(rows, one.col) if one.col else "", label=label)
+    label = _label(rows, one.by) if one.by else labels(rows)
+    found = found.assign(panel=_label(rows, one.col) if one.col else "", label=label)
     if found.duplicated(["panel", "label", "x", "network"]).any():
-        free = [n for n in ("stage", "implementation", "step", "layer", "tensor", "direction") if _several(rows, n)]
-        free = [n for n in free if n not in one.columns()]
+        keys = [n for n in TABLES[STATS].keys if n in rows and n not in one.columns()]
+        free = [n for n in keys if rows[n].nunique() > 1]
         hint = f"; say {' or '.join(free)} in `where`" if free else ""
         raise UsageError(f"a network has several rows at one {one.x}{hint}")
     return found
-
-
-def _several(rows: pd.DataFrame, name: str) -> bool:
-    return name in rows and rows[name].nunique() > 1
 
 
 def _values(rows: pd.DataFrame, name: str) -> np.ndarray:
@@ -107,15 +103,15 @@ def _values(rows: pd.DataFrame, name: str) -> np.ndarray:
     return numbers(rows, name)
 
 
-def _named(rows: pd.DataFrame, name: str) -> pd.Categorical:
-    """Words as they are, in the order in which they come; numbers with their column's name, ascending."""
+def _label(rows: pd.DataFrame, name: str) -> pd.Categorical:
+    """Text as it is, in the order in which it comes; numbers with their column's name, ascending."""
     column = rows[bare(name)]
     if pd.api.types.is_numeric_dtype(column.dtype):
         values = sorted(column.dropna().unique())
-        names = {value: f"{bare(name)} {said}" for value, said in format_numbers(values).items()}
+        names = {value: f"{bare(name)} {text}" for value, text in format_numbers(values).items()}
         return pd.Categorical(column.map(names), list(names.values()))
-    said = column.astype(str)
-    return pd.Categorical(said, list(dict.fromkeys(said)))
+    texts = column.astype(str)
+    return pd.Categorical(texts, list(dict.fromkeys(texts)))
 
 
 def bands(rows: pd.DataFrame) -> pd.DataFrame:
@@ -128,7 +124,7 @@ def bands(rows: pd.DataFrame) -> pd.DataFrame:
     return band.sort_values("x", kind="stable") if pd.api.types.is_numeric_dtype(band["x"].dtype) else band
 
 
-def deaths(rows: pd.DataFrame, one: Picture) -> pd.DataFrame:
+def first_dead(rows: pd.DataFrame, one: FigureSpec) -> pd.DataFrame:
     """Per panel, label and network the first x at which y is not finite, and on a log axis is 0; nan for none."""
     first = "max" if one.backwards else "min"
     keys = ["panel", "label", "network"]
@@ -142,12 +138,12 @@ def deaths(rows: pd.DataFrame, one: Picture) -> pd.DataFrame:
     return pd.DataFrame(ends).reindex(everyone).astype(float).reset_index()
 
 
-def predicted(one: Picture, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def find_predictions(one: FigureSpec, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """What theory says of the same rows: `panel`, `label`, `x`, `predicted`, `low`, `high` of one network."""
     columns = ["panel", "label", "x", "predicted", "low", "high"]
-    if "theory" not in tables:
+    if THEORY not in tables:
         return pd.DataFrame(columns=columns)
-    theory = tables["theory"]
+    theory = tables[THEORY]
     where = {name: wanted for name, wanted in one.where.items() if name in theory}
     try:
         rows = select(theory, {**where, "statistic": bare(one.y)})
@@ -156,6 +152,6 @@ def predicted(one: Picture, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     log = LN if one.y.startswith(LN) else ""
     lines = {"predicted": "predicted", "low": "band_low", "high": "band_high"}
     found = pd.DataFrame({name: numbers(rows, log + column) for name, column in lines.items()})
-    label = _named(rows, one.by) if one.by else labels(rows)
-    found = found.assign(x=_values(rows, one.x), panel=_named(rows, one.col) if one.col else "", label=label)
+    label = _label(rows, one.by) if one.by else labels(rows)
+    found = found.assign(x=_values(rows, one.x), panel=_label(rows, one.col) if one.col else "", label=label)
     return found.groupby(["panel", "label", "x"], observed=True, sort=False)[list(lines)].median().reset_index()

@@ -1,4 +1,4 @@
-"""Where number formats end a stack -> figure: a row for each format, a mark at the layer of each event."""
+"""The figure of where number formats end a stack: a row for each format, a mark at the layer of each event."""
 
 import numpy as np
 import pandas as pd
@@ -6,13 +6,13 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from initlab.figures.axes import layer_axis, sheet
+from initlab.figures.axes import layer_axis, new_figure
 from initlab.runs.schema import IN_EVERY_LABEL
 
 EVENTS = {"overflow": "first inf", "subnormal": "first subnormal", "zero": "first zero", "all_zero": "all zero"}
-ENDS = {"overflow": "inf", "all_zero": "zeros alone"}  # after these a stack says nothing
-APART = 0.2  # between the events of one format, in rows
-BESIDE = 0.08  # between predicted and measured
+ENDS = {"overflow": "inf", "all_zero": "zeros alone"}  # after these a stack carries no signal
+EVENT_GAP = 0.2  # between the events of one format, in rows
+PREDICTED_GAP = 0.08  # between predicted and measured
 
 
 def draw_formats(frame: pd.DataFrame) -> Figure:
@@ -21,14 +21,15 @@ def draw_formats(frame: pd.DataFrame) -> Figure:
     An event that fewer than half of the networks meet has no mark.
     """
     order = list(dict.fromkeys(frame["format"].astype(str)))
-    figure, (ax,) = sheet(_finding(frame, order))
+    figure, (ax,) = new_figure(_title(frame, order))
     figure.set_size_inches(9.5, 0.75 * len(order) + 2.4)
     ax.set_xlim(0, float(frame["depth"].max()) + 1)
-    for (event, name), colour, place in zip(EVENTS.items(), sns.color_palette("colorblind", 4), range(4), strict=True):
+    colours = sns.color_palette("colorblind", len(EVENTS))
+    for position, ((event, name), colour) in enumerate(zip(EVENTS.items(), colours, strict=True)):
         rows = frame[frame["event"] == event]
-        y = np.array([order.index(one) for one in rows["format"].astype(str)]) + APART * (place - 1.5)
-        _marks(ax, rows[["band_low", "predicted", "band_high"]], y - BESIDE / 2, colour, filled=True)
-        _marks(ax, rows[["measured_low", "measured", "measured_high"]], y + BESIDE / 2, colour, filled=False)
+        y = np.array([order.index(one) for one in rows["format"].astype(str)]) + EVENT_GAP * (position - 1.5)
+        _marks(ax, rows[["band_low", "predicted", "band_high"]], y - PREDICTED_GAP / 2, colour, filled=True)
+        _marks(ax, rows[["measured_low", "measured", "measured_high"]], y + PREDICTED_GAP / 2, colour, filled=False)
         ax.plot([], [], "o", color=colour, label=name)
     ax.plot([], [], "o", markerfacecolor="white", markeredgecolor="0.3", label="measured (full: predicted)")
     ax.set_yticks(range(len(order)), order)
@@ -50,8 +51,8 @@ def _marks(ax: Axes, spans: pd.DataFrame, y: np.ndarray, colour: object, filled:
             ax.plot([centre], [row], "o", markersize=6, markeredgecolor=colour, markerfacecolor=face)
 
 
-def _finding(frame: pd.DataFrame, order: list[str]) -> str:
-    """Which format ends where, in words: by what was measured, or by what is predicted where nothing was."""
+def _title(frame: pd.DataFrame, order: list[str]) -> str:
+    """Which format ends where: by what was measured, or by what is predicted where nothing was."""
     met: dict[tuple[str, float], list[str]] = {}
     held = []
     for name in order:
@@ -61,8 +62,8 @@ def _finding(frame: pd.DataFrame, order: list[str]) -> str:
             met.setdefault((ENDS[str(layers.idxmin())], layers.min()), []).append(name)
         else:
             held.append(name)
-    said = [f"{', '.join(names)}: {end} at layer {layer:.0f}" for (end, layer), names in met.items()]
+    ended = [f"{', '.join(names)}: {end} at layer {layer:.0f}" for (end, layer), names in met.items()]
     depth = int(frame["depth"].max())
     holds = [f"{', '.join(held)}: all {depth} layers"] if held else []
     run = ", ".join(str(frame[name].iloc[0]) for name in IN_EVERY_LABEL if name in frame)
-    return f"Where a number format ends. {run}: " + "; ".join([*said, *holds])
+    return f"Where a number format ends. {run}: " + "; ".join([*ended, *holds])

@@ -1,4 +1,7 @@
-"""The gains of all activations -> figure: how large they are, and what a gradient meets at the fixed point of each."""
+"""The figure of the gains of all activations: how large they are, and what a gradient meets at the fixed point of each.
+
+At a fixed point of the variance, chi_1 is the factor by which a layer multiplies the second moment of a gradient.
+"""
 
 import pandas as pd
 import seaborn as sns
@@ -6,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from initlab.figures.axes import sheet
+from initlab.figures.axes import new_figure
 
 KINDS = {"chi": "o", "rms": "s", "std": "D", "torch": "^"}  # kind -> marker; published tables are in the text
 STABLE = ("stable", "marginal")
-APART = 0.17  # between the kinds of one activation, in rows
+KIND_GAP = 0.17  # between the kinds of one activation, in rows
 
 
 def draw_gains(frame: pd.DataFrame) -> Figure:
@@ -19,13 +22,13 @@ def draw_gains(frame: pd.DataFrame) -> Figure:
     shown = frame[frame["kind"].isin(list(KINDS))]
     lasting = shown[(shown["kind"] == "chi") & shown["stability"].isin(STABLE) & (shown["gradient"] == "kept")]
     keeps = ", ".join(lasting["activation"])
-    figure, (left, right) = sheet(
+    figure, (left, right) = new_figure(
         f"A gain that keeps gradients at q = 1 goes on keeping them only where phi has no scale of its own: {keeps}",
         1, 2, sharey=True,
     )  # fmt: skip
     figure.set_size_inches(12, 0.55 * len(order) + 1.6)
     for ax, value in ((left, "gain"), (right, "chi_1")):
-        _dots(ax, shown, value, order)
+        _plot_gains(ax, shown, value, order)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
@@ -41,11 +44,12 @@ def draw_gains(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def _dots(ax: Axes, frame: pd.DataFrame, value: str, order: list[str]) -> None:
+def _plot_gains(ax: Axes, frame: pd.DataFrame, value: str, order: list[str]) -> None:
+    """A marker per activation and kind of gain, activations from top to bottom."""
     colours = sns.color_palette("colorblind", len(KINDS))
     for k, (kind, marker) in enumerate(KINDS.items()):
         mine = frame[frame["kind"] == kind]
-        rows = [order.index(name) + APART * (k - 1.5) for name in mine["activation"]]
+        rows = [order.index(name) + KIND_GAP * (k - 1.5) for name in mine["activation"]]
         for y, x, stability in zip(rows, mine[value], mine["stability"], strict=True):
             filled = stability in STABLE
             ax.plot(

@@ -1,8 +1,4 @@
-"""The two frames of autograd's graph -> figure: the loss on top, the leaves below, a box per node.
-
-Takes `nodes` and `edges` as they come out of a walked graph and computes nothing but where the boxes stand. Lengths
-are inches.
-"""
+"""The figure of autograd's graph: the loss on top, the leaves below, a box per node. Lengths are inches."""
 
 import re
 import textwrap
@@ -10,6 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -38,7 +35,7 @@ GREY = "#949494"
 
 @dataclass
 class _Box:
-    """Text of a node, or with no text the place where a long edge passes a layer."""
+    """Text of a node, or without text the point where a long edge passes a layer."""
 
     layer: int
     lines: list[tuple[str, Mapping[str, object]]] = field(default_factory=list)  # text and how it is set
@@ -63,17 +60,20 @@ def _width(text: str, bold: bool) -> float:
 
 
 def draw_graph(nodes: pd.DataFrame, edges: pd.DataFrame, limit: int = 150) -> Figure:
-    """Boxes in layers by their longest distance to the loss: node, leaf, shape, what was saved; beneath it the work by
-    hand, in its colour.
+    """Boxes in layers by their longest distance to the loss; arrows are the gradients on their way to the leaves.
 
-    Arrows are the gradients on their way from the loss to the leaves. A graph of more than `limit` nodes is cut off
-    after the first ones, and the title says so.
+    nodes, edges: the tables of a walked graph. A box has the node, its shape and what was saved; beneath it the
+    hand-written piece that does the same, in its colour. A graph of more than `limit` nodes is cut off after the first
+    ones, and the title says so.
     """
     shown = nodes[nodes["id"] < limit]
     kept = edges[edges["target"] < limit]
-    boxes, ways = _boxes(shown, kept)
-    _place(boxes, ways)
-    title = _title(nodes, edges, len(shown))
+    boxes, paths = _boxes(shown, kept)
+    _arrange(boxes, paths)
+    leaves, longest = int((nodes["leaf"] != "").sum()), max(_layers(nodes, edges).values())
+    text = f"Autograd's graph: {len(nodes)} nodes, {leaves} of them leaves, at most {longest} steps from the loss"
+    cut = f" (the first {len(shown)} nodes are drawn)" if len(shown) < len(nodes) else ""
+    title = textwrap.wrap(text + cut, 64)
     left, right = min(b.x - b.width / 2 for b in boxes.values()), max(b.x + b.width / 2 for b in boxes.values())
     spare = max(0.0, max(_width(line, True) for line in title) * 1.3 - (right - left)) / 2
     bottom = max(b.top + b.height for b in boxes.values())
@@ -84,19 +84,11 @@ def draw_graph(nodes: pd.DataFrame, edges: pd.DataFrame, limit: int = 150) -> Fi
     ax.set(xlim=(left - spare - ACROSS, right + spare + ACROSS), ylim=(bottom + ACROSS, -head))
     ax.axis("off")
     ax.text((left + right) / 2, 0.15 - head, "\n".join(title), ha="center", va="top", fontsize=11, linespacing=1.3)
-    for way in ways:
-        _draw_way(ax, [boxes[key] for key in way])
+    for path in paths:
+        _draw_arrow(ax, [boxes[key] for key in path])
     for box in boxes.values():
         _draw_box(ax, box)
     return figure
-
-
-def _title(nodes: pd.DataFrame, edges: pd.DataFrame, shown: int) -> list[str]:
-    leaves = int((nodes["leaf"] != "").sum())
-    longest = max(_layers(nodes, edges).values())
-    said = f"Autograd's graph: {len(nodes)} nodes, {leaves} of them leaves, at most {longest} steps from the loss"
-    cut = f" (the first {shown} nodes are drawn)" if shown < len(nodes) else ""
-    return textwrap.wrap(said + cut, 64)
 
 
 def _layers(nodes: pd.DataFrame, edges: pd.DataFrame) -> dict[int, int]:
@@ -108,66 +100,53 @@ def _layers(nodes: pd.DataFrame, edges: pd.DataFrame) -> dict[int, int]:
 
 
 def _boxes(nodes: pd.DataFrame, edges: pd.DataFrame) -> tuple[dict[Hashable, _Box], list[list[Hashable]]]:
-    """The boxes by node, and the way of every edge; an edge across several layers gets a place in each of them."""
+    """The boxes by node, and the path of every edge; one across several layers gets an empty box in each."""
     layer = _layers(nodes, edges)
     boxes: dict[Hashable, _Box] = {}
     for row in nodes.to_dict("records"):
         boxes[row["id"]] = _Box(layer[row["id"]], _lines(row), _colour(row["hand"]))
-    ways: list[list[Hashable]] = []
+    paths: list[list[Hashable]] = []
     for number, (source, target) in enumerate(edges[["source", "target"]].to_numpy().tolist()):
         between = range(layer[source] + 1, layer[target])
         boxes |= {("edge", number, passed): _Box(passed) for passed in between}
-        ways.append([source, *(("edge", number, passed) for passed in between), target])
-    return boxes, ways
+        paths.append([source, *(("edge", number, passed) for passed in between), target])
+    return boxes, paths
 
 
 def _lines(row: Mapping[Hashable, object]) -> list[tuple[str, Mapping[str, object]]]:
     """A node's text, top to bottom; the last lines say who does the same by hand."""
-    by_hand = {"color": _darker(_colour(row["hand"])), "weight": "bold"}
+    colour = tuple(0.72 * part for part in to_rgb(_colour(row["hand"])))  # letters need more contrast than lines
+    by_hand = {"color": colour, "weight": "bold"}
     several = int(str(row["in_degree"])) > 1
     shape = "one number" if row["shape"] == "()" else str(row["shape"])
+    # lines break neither inside a shape nor before it
+    saved = re.sub(r"(?<=\d), (?=\d+[,)])", ",\u00a0", str(row["saved_tensors"])).replace(" (", "\u00a0(")
+    rules = [] if row["leaf"] else str(row["rule"]).split("; ")  # a leaf needs none beside its `p.g += g`
     plain = [
         f"{row['leaf']}, {shape}" if row["leaf"] else shape,
         *([f"{row['in_degree']} gradients arrive and add up"] if several else []),
         *([f"gradient {row['gradient']}"] if row["gradient"] else []),
-        *_wrapped_saved(str(row["saved_tensors"])),
+        *textwrap.wrap(f"saved {saved}" if saved else "", WRAP),
     ]
     return [
         (str(row["node"]), {"weight": "bold"}),
         *((text, {}) for text in plain),
         *((text, by_hand) for text in textwrap.wrap(str(row["hand"]), WRAP)),
-        *((text, {"color": "0.35", "style": "italic"}) for text in _wrapped_rule(row)),
+        *((text, {"color": "0.35", "style": "italic"}) for rule in rules for text in textwrap.wrap(rule, WRAP + 4)),
     ]
-
-
-def _wrapped_saved(saved: str) -> list[str]:
-    """Lines that break neither inside a shape nor before it."""
-    unbroken = re.sub(r"(?<=\d), (?=\d+[,)])", ",\u00a0", saved).replace(" (", "\u00a0(")
-    return textwrap.wrap(f"saved {unbroken}" if saved else "", WRAP)
-
-
-def _darker(colour: str) -> tuple[float, ...]:
-    """Letters need more contrast than lines."""
-    return tuple(0.72 * part for part in to_rgb(colour))
-
-
-def _wrapped_rule(row: Mapping[Hashable, object]) -> list[str]:
-    """A line per gradient; a leaf needs none beside its `p.g += g`."""
-    parts = [] if row["leaf"] else str(row["rule"]).split("; ")
-    return [line for part in parts for line in textwrap.wrap(part, WRAP + 4)]
 
 
 def _colour(hand: object) -> str:
     return next((colour for start, colour in COLOURS.items() if str(hand).startswith(start)), GREY)
 
 
-def _place(boxes: Mapping[Hashable, _Box], ways: Sequence[Sequence[Hashable]]) -> None:
+def _arrange(boxes: Mapping[Hashable, _Box], paths: Sequence[Sequence[Hashable]]) -> None:
     """Layer by layer from the loss: each box beneath the middle of those that point to it, or near it."""
     above: dict[Hashable, list[Hashable]] = {}
-    for way in ways:
-        for upper, lower in pairwise(way):
+    for path in paths:
+        for upper, lower in pairwise(path):
             above.setdefault(lower, []).append(upper)
-    order = {key: number for number, key in enumerate(dict.fromkeys(key for way in ways for key in way))}
+    order = {key: number for number, key in enumerate(dict.fromkeys(key for path in paths for key in path))}
     top = 0.0
     for layer in range(1 + max(box.layer for box in boxes.values())):
         wish = {
@@ -176,12 +155,12 @@ def _place(boxes: Mapping[Hashable, _Box], ways: Sequence[Sequence[Hashable]]) -
             if box.layer == layer
         }
         row = sorted(wish, key=lambda key: (round(wish[key], 6), order.get(key, 0)))
-        for key, x in zip(row, _apart([wish[key] for key in row], [boxes[key].width for key in row]), strict=True):
+        for key, x in zip(row, _spread([wish[key] for key in row], [boxes[key].width for key in row]), strict=True):
             boxes[key].x, boxes[key].top = x, top
         top += max(boxes[key].height for key in row) + DOWN
 
 
-def _apart(wishes: Sequence[float], widths: Sequence[float]) -> list[float]:
+def _spread(wishes: Sequence[float], widths: Sequence[float]) -> list[float]:
     """Positions nearest to the wishes (least squares) at which neighbours do not touch: pool adjacent violators."""
     offsets = [0.0]
     for left, right in pairwise(widths):
@@ -200,40 +179,21 @@ def _apart(wishes: Sequence[float], widths: Sequence[float]) -> list[float]:
 def _draw_box(ax: Axes, box: _Box) -> None:
     if not box.lines:
         return
-    ax.add_patch(
-        FancyBboxPatch(
-            (box.x - box.width / 2, box.top),
-            box.width,
-            box.height,
-            boxstyle="round,pad=0,rounding_size=0.06",
-            facecolor="white",
-            edgecolor=box.colour,
-            linewidth=1.5,
-            zorder=2,
-        )
-    )
+    shape: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.06", "linewidth": 1.5, "zorder": 2}
+    corner = (box.x - box.width / 2, box.top)
+    ax.add_patch(FancyBboxPatch(corner, box.width, box.height, facecolor="white", edgecolor=box.colour, **shape))
     for number, (text, how) in enumerate(box.lines):
         y = box.top + PAD + (number + 0.5) * LINE
         ax.text(box.x, y, text, ha="center", va="center", fontsize=SIZE, zorder=3, **how)  # type: ignore[arg-type]
 
 
-def _draw_way(ax: Axes, way: Sequence[_Box]) -> None:
+def _draw_arrow(ax: Axes, path: Sequence[_Box]) -> None:
     """A curve from box to box, vertical where it leaves and arrives."""
-    vertices, codes = [(way[0].x, way[0].top + way[0].height)], [Path.MOVETO]
-    for upper, lower in pairwise(way):
+    vertices, codes = [(path[0].x, path[0].top + path[0].height)], [Path.MOVETO]
+    for upper, lower in pairwise(path):
         start, end = (upper.x, upper.top + upper.height), (lower.x, lower.top)
         middle = (start[1] + end[1]) / 2
         vertices += [(start[0], middle), (end[0], middle), end]
         codes += [Path.CURVE4] * 3
-    ax.add_patch(
-        FancyArrowPatch(
-            path=Path(vertices, codes),
-            arrowstyle="-|>",
-            mutation_scale=9,
-            color="0.45",
-            linewidth=1.1,
-            zorder=1,
-            shrinkA=0,
-            shrinkB=0,
-        )
-    )
+    shape: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 9, "shrinkA": 0, "shrinkB": 0}
+    ax.add_patch(FancyArrowPatch(path=Path(vertices, codes), color="0.45", linewidth=1.1, zorder=1, **shape))

@@ -1,13 +1,12 @@
-"""Histograms over the training -> figure: which powers of two a tensor's entries have, step by step."""
+"""The figure of histograms over the training: which powers of two a tensor's entries have, step by step."""
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from initlab.figures.axes import sheet
+from initlab.figures.axes import new_figure
 
 SHOWN = (("preactivation", "forward", "preactivations"), ("weight", "backward", "weight gradients"))
 
@@ -15,7 +14,7 @@ SHOWN = (("preactivation", "forward", "preactivations"), ("weight", "backward", 
 def shares(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps, octaves, and the share (octaves, steps) of a step's entries in each octave, all networks together."""
     steps = np.sort(rows["step"].unique())
-    place = {step: k for k, step in enumerate(steps)}
+    position = {step: k for k, step in enumerate(steps)}
     length = rows["positive"].map(len)
     filled = rows[length > 0]
     if not len(filled):
@@ -25,7 +24,7 @@ def shares(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     for step, first, positive, negative in zip(
         filled["step"], filled["first"], filled["positive"], filled["negative"], strict=True
     ):
-        counts[first - low : first - low + len(positive), place[step]] += np.add(positive, negative)
+        counts[first - low : first - low + len(positive), position[step]] += np.add(positive, negative)
     total = counts.sum(0)
     return steps, np.arange(low, high), np.divide(counts, total, out=np.zeros_like(counts), where=total > 0)
 
@@ -37,13 +36,20 @@ def draw_octaves(histograms: pd.DataFrame) -> Figure | None:
         return None
     last = int(rows["layer"].max())
     layers = sorted({1, (1 + last) // 2, last})
-    figure, axes = sheet(_finding(rows, last), len(SHOWN), len(layers), sharex=True, sharey="row")
+    figure, axes = new_figure(_title(rows, last), len(SHOWN), len(layers), sharex=True, sharey="row")
     mesh = None
     for ax, (tensor, direction, name), layer in zip(
-        axes, [shown for shown in SHOWN for _ in layers], layers * len(SHOWN), strict=True
+        axes, [one for one in SHOWN for _ in layers], layers * len(SHOWN), strict=True
     ):
         chosen = (rows["tensor"] == tensor) & (rows["direction"] == direction) & (rows["layer"] == layer)
-        mesh = _mesh(ax, *shares(rows[chosen])) or mesh
+        steps, octaves, share = shares(rows[chosen])
+        ax.grid(False)
+        ax.set_facecolor("0.92")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(octaves):
+            shown = np.ma.masked_less_equal(share, 0)
+            mesh = ax.pcolormesh(steps, octaves, shown, norm=LogNorm(1e-4, 1), cmap="viridis", shading="nearest")
         ax.set_title(f"{name}, layer {layer}", fontsize=10)
     for ax in axes[-len(layers) :]:
         ax.set_xlabel("training step")
@@ -54,25 +60,14 @@ def draw_octaves(histograms: pd.DataFrame) -> Figure | None:
     return figure
 
 
-def _mesh(ax: Axes, steps: np.ndarray, octaves: np.ndarray, share: np.ndarray):  # type: ignore[no-untyped-def]
-    ax.grid(False)
-    ax.set_facecolor("0.92")
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    if not len(octaves):
-        return None
-    shown = np.ma.masked_less_equal(share, 0)
-    return ax.pcolormesh(steps, octaves, shown, norm=LogNorm(1e-4, 1), cmap="viridis", shading="nearest")
-
-
-def _finding(rows: pd.DataFrame, last: int) -> str:
+def _title(rows: pd.DataFrame, last: int) -> str:
     gradients = rows[(rows["tensor"] == "weight") & (rows["direction"] == "backward")]
-    said = []
+    texts = []
     for layer in sorted({1, last}):
         _, octaves, share = shares(gradients[gradients["layer"] == layer])
         if not len(octaves):
-            said.append(f"layer {layer}: no entry but 0, nan and inf")
+            texts.append(f"layer {layer}: no entry but 0, nan and inf")
             continue
         typical = [int(octaves[np.argmax(share[:, step])]) for step in (0, -1)]
-        said.append(f"layer {layer}: most often 2^{typical[0]} at first, 2^{typical[1]} at last")
-    return f"Weight gradients by octave. {'; '.join(said)}"
+        texts.append(f"layer {layer}: most often 2^{typical[0]} at first, 2^{typical[1]} at last")
+    return f"Weight gradients by octave. {'; '.join(texts)}"

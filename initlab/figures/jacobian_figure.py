@@ -1,4 +1,4 @@
-"""Singular values through a stack -> figure: the spectrum of some layers, and how uneven it is, beside theory."""
+"""The figure of the singular values of a stack: the spectrum of some layers, and how uneven it is, beside theory."""
 
 import numpy as np
 import pandas as pd
@@ -7,27 +7,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from initlab.figures.axes import few, log_scale, sheet
+from initlab.figures.axes import log_scale, marker_if_sparse, new_figure
 from initlab.runs import summary
 
 RESOLVED = 45  # octaves below the largest singular value; what lies deeper is the rounding of float64
 
 
 def draw_jacobian(moments: pd.DataFrame, spectra: pd.DataFrame) -> Figure:
-    """Left the singular values by rank, of one run layer by layer, of several at their last layers; right the variance
+    """Left the singular values by rank: of one run layer by layer, of several at their last layers. Right the variance
     of s^2 in units of its squared mean, measured (median and 16-84 % of networks) and predicted (dashed).
 
     nan, inf and 0 are not drawn; where nothing can be, the title still says what there is.
     """
     labels = list(dict.fromkeys(moments["label"].astype(str)))
     several = len(labels) > 1
-    figure, (left, right) = sheet(_finding(spectra, labels), 1, 2)
-    curves = _last(spectra) if several else spectra.assign(label=spectra["layer"].astype(str))
+    figure, (left, right) = new_figure(_title(spectra, labels), 1, 2)
+    curves = _last_layers(spectra) if several else spectra.assign(label=spectra["layer"].astype(str))
     names = labels if several else list(dict.fromkeys(curves["label"]))
     own = sns.color_palette("colorblind", len(names)) if several else sns.color_palette("viridis", len(names))
     colours = dict(zip(names, own, strict=True))
     for name in names:
-        _spectrum(left, curves[curves["label"].astype(str) == name], colours[name], name)
+        _plot_spectrum(left, curves[curves["label"].astype(str) == name], colours[name], name)
     log_scale(left, np.concatenate([line.get_ydata() for line in left.lines]) if left.lines else np.array([]))
     left.axhline(1, color="0.45", linestyle="--", linewidth=1, zorder=1)
     left.set_xlabel("rank / number of singular values")
@@ -35,7 +35,7 @@ def draw_jacobian(moments: pd.DataFrame, spectra: pd.DataFrame) -> Figure:
     if len(left.lines) > 1:
         left.legend(title=None if several else "layer")
     for label in labels:
-        _unevenness(right, moments[moments["label"].astype(str) == label], colours.get(label, "C0"), label)
+        _plot_variance(right, moments[moments["label"].astype(str) == label], colours.get(label, "C0"), label)
     log_scale(right, np.concatenate([line.get_ydata() for line in right.lines]))
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set_xlabel("layer")
@@ -45,12 +45,12 @@ def draw_jacobian(moments: pd.DataFrame, spectra: pd.DataFrame) -> Figure:
     return figure
 
 
-def _last(spectra: pd.DataFrame) -> pd.DataFrame:
+def _last_layers(spectra: pd.DataFrame) -> pd.DataFrame:
     last = spectra.groupby("label", observed=True)["layer"].transform("max")
     return spectra[spectra["layer"] == last]
 
 
-def _spectrum(ax: Axes, rows: pd.DataFrame, colour: object, name: str) -> None:
+def _plot_spectrum(ax: Axes, rows: pd.DataFrame, colour: object, name: str) -> None:
     """A line as far as every network's values are resolved and not 0."""
     logs = rows.pivot(index="rank", columns="seed", values="log2_singular_value")
     resolved = (logs >= logs.max() - RESOLVED).all(axis=1).to_numpy() & np.isfinite(logs).all(axis=1).to_numpy()
@@ -59,13 +59,14 @@ def _spectrum(ax: Axes, rows: pd.DataFrame, colour: object, name: str) -> None:
     with np.errstate(over="ignore"):
         low, median, high = np.exp2(summary.rank_quantiles(logs[resolved].to_numpy()))
     x = logs.index.to_numpy()[resolved] / len(logs)
-    ax.plot(x, median, color=colour, label=name, marker=few(pd.Series(x)) or None)
+    ax.plot(x, median, color=colour, label=name, marker=marker_if_sparse(pd.Series(x)) or None)
     ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
-def _unevenness(ax: Axes, rows: pd.DataFrame, colour: object, label: str) -> None:
-    """Measured: each network's own ratio. Predicted: the expectation of its numerator over that of its denominator,
-    which sees the same few large networks in both.
+def _plot_variance(ax: Axes, rows: pd.DataFrame, colour: object, label: str) -> None:
+    """Measured: each network's own ratio. Predicted: expected numerator over expected denominator.
+
+    Few large networks rule both expectations, and cancel in their ratio.
     """
     theory = rows.drop_duplicates("layer").sort_values("layer")
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -73,14 +74,16 @@ def _unevenness(ax: Axes, rows: pd.DataFrame, colour: object, label: str) -> Non
         expected = theory["predicted_var_s2"] / (theory["predicted_mean_s4"] - theory["predicted_var_s2"])
     measured = own.pivot(index="layer", columns="seed", values="value")
     low, median, high = summary.rank_quantiles(measured.to_numpy())
-    ax.plot(measured.index, median, color=colour, label=label, marker=few(pd.Series(measured.index)) or None)
+    ax.plot(
+        measured.index, median, color=colour, label=label, marker=marker_if_sparse(pd.Series(measured.index)) or None
+    )
     ax.fill_between(measured.index, low, high, color=colour, alpha=0.2, linewidth=0)
     ax.plot(theory["layer"], expected, color=colour, linestyle="--")
 
 
-def _finding(spectra: pd.DataFrame, labels: list[str]) -> str:
+def _title(spectra: pd.DataFrame, labels: list[str]) -> str:
     found = {}
-    last = _last(spectra)
+    last = _last_layers(spectra)
     for label in labels:
         rows = last[last["label"].astype(str) == label]
         middle = (rows["rank"].max() + 1) // 2

@@ -1,4 +1,4 @@
-"""A plane of networks -> figure: what was measured beside what theory says, in the same colours.
+"""The figure of a plane of networks: what was measured beside what theory predicts, in the same colours.
 
 Brightness alone tells the values apart, so that the maps read in grey too.
 """
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from initlab.figures.axes import sheet
+from initlab.figures.axes import cell_edges, new_figure
 from initlab.meanfield.fixed_points import critical_line
 
 TRAINABLE = 6  # depth scales that gradients and inputs survive, an estimate: Schoenholz et al. 2017
@@ -23,11 +23,11 @@ WIDEST = 1e6  # between the ends of a logarithmic colour scale
 
 
 class Map(NamedTuple):
-    """What is shown: columns measured and predicted, words, and whether colours are logarithmic."""
+    """What is shown: columns measured and predicted, their label, and whether colours are logarithmic."""
 
     measured: str
     predicted: str
-    said: str
+    label: str
     log: bool
 
 
@@ -53,18 +53,18 @@ def draw_phase(frame: pd.DataFrame) -> Figure:
     with np.errstate(invalid="ignore", over="ignore"):
         mean = frame.groupby([up, "gain"])[list(numbers)].mean()
     line = critical_line(str(frame["activation"].iloc[0]))
-    figure, axes = sheet(_finding(frame, plane), 2, 2, sharex=True, sharey=True)
+    figure, axes = new_figure(_title(frame, plane), 2, 2, sharex=True, sharey=True)
     figure.set_size_inches(12, 9)
     for row, shown in enumerate(MAPS[plane]):
         pair = axes[2 * row : 2 * row + 2]
         tables = [mean[name].unstack("gain") for name in (shown.measured, shown.predicted)]
         norm = _norm(np.stack([table.to_numpy() for table in tables]), shown)
         for ax, table, where in zip(pair, tables, ("measured", "theory, infinite width"), strict=True):
-            mesh = _map(ax, table, norm)
-            _critical(ax, mean, plane, line)
-            ax.set_title(f"{shown.said}: {where}", fontsize=11)
-        _died(pair[0], mean)
-        bar = figure.colorbar(mesh, ax=pair, label=shown.said)
+            mesh = _plot_map(ax, table, norm)
+            _plot_critical(ax, mean, plane, line)
+            ax.set_title(f"{shown.label}: {where}", fontsize=11)
+        _mark_dead(pair[0], mean)
+        bar = figure.colorbar(mesh, ax=pair, label=shown.label)
         if shown.log and norm.vmax < 100 * norm.vmin:  # type: ignore[operator]
             bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -73,70 +73,67 @@ def draw_phase(frame: pd.DataFrame) -> Figure:
         ax.set_xlabel("sigma_w = std of a weight × sqrt(fan_in)")
     for ax in axes[::2]:
         ax.set_ylabel("layer" if plane == "depth" else "sigma_b = std of a bias")
-    figure.legend(
-        handles=_handles(plane, bool((frame["died_at"] > 0).any())), loc="outside lower center", ncols=3, frameon=False
-    )
+    line_style: dict[str, Any] = {"color": "0.2", "linewidth": 2.5}
+    handles = [Line2D([], [], **line_style, label="critical: chi_1 = 1 at infinite depth")]
+    if plane == "depth":
+        handles.append(Line2D([], [], **line_style, linestyle="--", label="6 xi_c, trainable depth (estimate)"))
+    if (frame["died_at"] > 0).any():
+        handles.append(Line2D([], [], color="0.6", marker="x", linestyle="", label="a network's signal died"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
 def _norm(values: np.ndarray, shown: Map) -> Normalize:
     if not shown.log:
         return Normalize(min(0.0, float(np.nanmin(values))), 1.0)
-    seen = values[np.isfinite(values) & (values > 0)]
-    if not len(seen):
+    positive = values[np.isfinite(values) & (values > 0)]
+    if not len(positive):
         return LogNorm(0.1, 10)
-    low, high = max(seen.min(), WIDEST**-0.5), min(seen.max(), WIDEST**0.5)
+    low, high = max(positive.min(), WIDEST**-0.5), min(positive.max(), WIDEST**0.5)
     return LogNorm(min(low, high / 2), max(high, 2 * low))
 
 
-def _map(ax: Axes, table: pd.DataFrame, norm: Normalize) -> Any:
+def _plot_map(ax: Axes, table: pd.DataFrame, norm: Normalize) -> Any:
     values = np.nan_to_num(table.to_numpy(dtype=float), posinf=np.finfo(float).max, nan=np.nan)
     if isinstance(norm, LogNorm):
         values = np.clip(values, norm.vmin, norm.vmax)
     ax.set_facecolor("0.75")
     ax.grid(visible=False)
-    return ax.pcolormesh(
-        _edges(table.columns.to_numpy()), _edges(table.index.to_numpy()), np.ma.masked_invalid(values), norm=norm,
-        cmap="viridis", rasterized=True,
-    )  # fmt: skip
+    x, y = cell_edges(table.columns.to_numpy()), cell_edges(table.index.to_numpy())
+    return ax.pcolormesh(x, y, np.ma.masked_invalid(values), norm=norm, cmap="viridis", rasterized=True)
 
 
-def _edges(centres: np.ndarray) -> np.ndarray:
-    half = (centres[1] - centres[0]) / 2 if len(centres) > 1 else 0.5
-    return np.append(centres - half, centres[-1] + half)
-
-
-def _critical(ax: Axes, mean: pd.DataFrame, plane: str, line: pd.DataFrame) -> None:
+def _plot_critical(ax: Axes, mean: pd.DataFrame, plane: str, line: pd.DataFrame) -> None:
     """Where chi_1 of the fixed point is 1: the line itself where it crosses all of the plane, else where the points'
     own chi_1 passes 1, as where q has two fixed points; over layers also 6 xi_c.
     """
     chi_1 = mean["limit_chi_1"].unstack("gain")
     x, y, values = chi_1.columns.to_numpy(), chi_1.index.to_numpy(), np.log(chi_1.clip(lower=1e-300).to_numpy())
-    across, up = _edges(x), _edges(y)
+    across, up = cell_edges(x), cell_edges(y)
     if (
         plane == "sigma"
         and len(line) > 1
         and line["sigma_b"].min() <= max(y[0], 1e-3)
         and line["sigma_b"].max() >= y[-1]
     ):
-        _white(ax, line["sigma_w"], line["sigma_b"], "-")
+        _plot_white(ax, line["sigma_w"], line["sigma_b"], "-")
     elif min(values.shape) > 1 and values.min() < 0 < values.max():
         for style in (UNDER, LINE):
             ax.contour(x, y, values, levels=[0.0], **style)
     if plane == "depth":
         depth = TRAINABLE * mean["predicted_xi_c"].groupby("gain").first()
-        _white(ax, depth.index, depth, "--")
+        _plot_white(ax, depth.index, depth, "--")
     ax.set_xlim(across[0], across[-1])
     ax.set_ylim(up[0], up[-1])
 
 
-def _white(ax: Axes, x: Any, y: Any, linestyle: str) -> None:
-    """White on black, seen on every colour."""
+def _plot_white(ax: Axes, x: Any, y: Any, linestyle: str) -> None:
+    """White on black, visible on every colour."""
     ax.plot(x, y, color="black", linewidth=UNDER["linewidths"])
     ax.plot(x, y, color="white", linewidth=LINE["linewidths"], linestyle=linestyle)
 
 
-def _died(ax: Axes, mean: pd.DataFrame) -> None:
+def _mark_dead(ax: Axes, mean: pd.DataFrame) -> None:
     dead = mean[mean["died_at"] > 0].reset_index()
     up = dead.columns[0]
     if up == "layer":
@@ -145,24 +142,13 @@ def _died(ax: Axes, mean: pd.DataFrame) -> None:
     ax.plot(dead["gain"][::many], dead[up][::many], "x", color="0.6", markersize=3)
 
 
-def _handles(plane: str, died: bool) -> list[Line2D]:
-    found = [Line2D([], [], color="0.2", linewidth=2.5, label="critical: chi_1 = 1 at infinite depth")]
-    if plane == "depth":
-        found.append(
-            Line2D([], [], color="0.2", linewidth=2.5, linestyle="--", label="6 xi_c, trainable depth (estimate)")
-        )
-    if died:
-        found.append(Line2D([], [], color="0.6", marker="x", linestyle="", label="a network's signal died"))
-    return found
-
-
-def _finding(frame: pd.DataFrame, plane: str) -> str:
+def _title(frame: pd.DataFrame, plane: str) -> str:
     last = frame[frame["layer"] == frame["layer"].max()]
     mean = last.groupby(["gain", "sigma_b"])[["chi_1", "limit_chi_1", "cosine", "predicted_cosine"]].mean()
-    apart = (mean["cosine"] - mean["predicted_cosine"]).abs()
+    difference = (mean["cosine"] - mean["predicted_cosine"]).abs()
     ordered, predicted = (mean["chi_1"] < 1).mean(), (mean["limit_chi_1"] < 1 - 1e-9).mean()  # to rounding
     about = f"{last['activation'].iloc[0]}, {int(last['layer'].max())} layers of {last['width'].iloc[0]} units: "
     return (
         f"{about}{ordered:.0%} of {len(mean)} points are ordered ({predicted:.0%} predicted); the cosine is "
-        f"{apart.median():.2g} from theory in the median, {apart.max():.2g} at most"
+        f"{difference.median():.2g} from theory in the median, {difference.max():.2g} at most"
     )

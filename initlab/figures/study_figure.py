@@ -11,45 +11,49 @@ from matplotlib.figure import Figure
 from initlab.figures import figure_spec
 from initlab.figures.axes import (
     Colours,
-    banded,
-    beside,
-    coloured,
+    assign_colours,
     layer_axis,
     legend,
-    limits,
     log_scale,
-    mark_deaths,
-    sheet,
+    mark_dead_layers,
+    mark_format_limits,
+    new_figure,
+    plot_bands,
+    plot_theory,
 )
-from initlab.figures.figure_spec import Picture
+from initlab.figures.figure_spec import FigureSpec
 from initlab.runs.select import bare
 
 IN_A_ROW = 3  # panels
-SAID = {"step": "training step"}
+AXIS_LABELS = {"step": "training step"}
 SCALED = ("std", "rms")  # a 1 means something, and so do the ends of the number formats
-FEW = 8  # places on a log axis that are named themselves
+TICKS = 8  # values on a log axis that get a tick each
 ORDERED = 4  # more values of a number than these are told apart by a scale of colours
 
 
-def draw_study(one: Picture, tables: Mapping[str, pd.DataFrame], title: str, subtitle: str = "") -> Figure:
-    """Median and 16-84 % of networks; raises `UsageError` where the tables have no such column or no such rows."""
-    rows = figure_spec.rows_of(one, tables)
+def draw_study(one: FigureSpec, tables: Mapping[str, pd.DataFrame], title: str, subtitle: str = "") -> Figure:
+    """Median and 16-84 % of networks, a panel per value of `one.col`.
+
+    title, subtitle: the study's question and what became of its expectations. Raises `UsageError` where the tables have
+    no such column or no such rows.
+    """
+    rows = figure_spec.select_rows(one, tables)
     table = tables[one.table]
     panels, labels = (list(map(str, dict.fromkeys(rows[of].sort_values()))) for of in ("panel", "label"))
     ordered = bool(one.by) and _is_number(table, one.by) and len(labels) > ORDERED
-    colours = coloured(labels, "viridis" if ordered else "colorblind")
+    colours = assign_colours(labels, "viridis" if ordered else "colorblind")
     across = min(IN_A_ROW, len(panels))
-    figure, axes = sheet("", -(-len(panels) // across), across, sharex=True, sharey=True)
+    figure, axes = new_figure("", -(-len(panels) // across), across, sharex=True, sharey=True)
     wrapped = textwrap.wrap(title, 52 * across + 34)
     figure.suptitle("\n".join([*wrapped, *([subtitle] if subtitle else [])]), fontsize=12)
     several = rows.groupby(["panel", "label", "x"], observed=True).size().max() > 1
     spread = " (median and 16-84 % of networks)" if several else ""
-    for place, (ax, panel) in enumerate(zip(axes, panels, strict=False)):
-        _draw(ax, one, rows, panel, colours, tables)
+    for position, (ax, panel) in enumerate(zip(axes, panels, strict=False)):
+        _draw_panel(ax, one, rows, panel, colours, tables)
         ax.set_title(panel, fontsize=11)
-        ax.set_xlabel(SAID.get(one.x, one.x))
-        ax.set_ylabel(one.y + spread if place % across == 0 else "")
-        if place == min(across, len(panels)) - 1 and len(labels) > 1:
+        ax.set_xlabel(AXIS_LABELS.get(one.x, one.x))
+        ax.set_ylabel(one.y + spread if position % across == 0 else "")
+        if position == min(across, len(panels)) - 1 and len(labels) > 1:
             legend(ax, len(labels))
         elif (shown := ax.get_legend()) is not None:
             shown.remove()
@@ -58,59 +62,56 @@ def draw_study(one: Picture, tables: Mapping[str, pd.DataFrame], title: str, sub
     return figure
 
 
-def _draw(
-    ax: Axes, one: Picture, rows: pd.DataFrame, panel: str, colours: Colours, tables: Mapping[str, pd.DataFrame]
+def _draw_panel(
+    ax: Axes, one: FigureSpec, rows: pd.DataFrame, panel: str, colours: Colours, tables: Mapping[str, pd.DataFrame]
 ) -> None:
-    """One panel."""
+    """One panel: lines over numbers, points over text."""
     mine = rows[rows["panel"].astype(str) == panel]
     band = figure_spec.bands(mine)
     if not _is_number(tables[one.table], one.x):
-        _points(ax, band, colours)
-        _scale(ax, one, rows)
+        _plot_points(ax, band, colours)
+        _set_scales(ax, one, rows)
         return
-    banded(ax, band, "x", colours=colours)
-    _scale(ax, one, rows)
+    plot_bands(ax, band, "x", colours=colours)
+    _set_scales(ax, one, rows)
     if one.theory:
-        lines = figure_spec.predicted(one, tables)
+        lines = figure_spec.find_predictions(one, tables)
         lines = lines[lines["panel"].astype(str) == panel]
         if len(lines):
-            beside(ax, lines, list(colours), "x", colours)
+            plot_theory(ax, lines, list(colours), "x", colours)
     if one.y in SCALED and ax.get_yscale() == "log":
-        limits(ax, [panel] if one.col == "dtype" else sorted(tables[one.table]["dtype"].astype(str).unique()))
+        dtypes = [panel] if one.col == "dtype" else sorted(tables[one.table]["dtype"].astype(str).unique())
+        mark_format_limits(ax, dtypes)
     if one.x == "layer":
         layer_axis(ax)
         ax.set_xlim(rows["x"].min() - 0.5, rows["x"].max() + 0.5)
-    died = figure_spec.deaths(mine, one)
-    mark_deaths(ax, band, died, "backward" if one.backwards else "forward", one.x, colours)
+    died = figure_spec.first_dead(mine, one)
+    mark_dead_layers(ax, band, died, "backward" if one.backwards else "forward", one.x, colours)
 
 
 def _is_number(table: pd.DataFrame, name: str) -> bool:
     return bool(pd.api.types.is_numeric_dtype(table[bare(name)].dtype))
 
 
-def _scale(ax: Axes, one: Picture, rows: pd.DataFrame) -> None:
+def _set_scales(ax: Axes, one: FigureSpec, rows: pd.DataFrame) -> None:
     """A log axis where it is asked for and there is something that it can show."""
     if one.y_scale == "log":
         log_scale(ax, rows["y"])
-    if one.x_scale == "log" and _all_positive(rows["x"]):
+    if one.x_scale == "log" and pd.api.types.is_numeric_dtype(rows["x"].dtype) and (rows["x"] > 0).all():
         ax.set_xscale("log")
         measured = np.unique(rows["x"])
-        if len(measured) <= FEW:
+        if len(measured) <= TICKS:
             ax.set_xticks(measured, [f"{x:.4g}" for x in measured])
             ax.minorticks_off()
 
 
-def _all_positive(values: pd.Series) -> bool:
-    return pd.api.types.is_numeric_dtype(values.dtype) and bool((values > 0).all())
-
-
-def _points(ax: Axes, band: pd.DataFrame, colours: Colours) -> None:
-    """Words have no line between them: a point with its band for each, the labels side by side."""
-    words = list(dict.fromkeys(band["x"]))
-    for place, (label, colour) in enumerate(colours.items()):
+def _plot_points(ax: Axes, band: pd.DataFrame, colours: Colours) -> None:
+    """Text has no line between its values: a point with its band for each, the labels side by side."""
+    texts = list(dict.fromkeys(band["x"]))
+    for position, (label, colour) in enumerate(colours.items()):
         mine = band[band["label"].astype(str) == label]
-        at = np.array([words.index(word) for word in mine["x"]]) + 0.6 * ((place + 0.5) / len(colours) - 0.5)
+        x = np.array([texts.index(text) for text in mine["x"]]) + 0.6 * ((position + 0.5) / len(colours) - 0.5)
         spread = np.abs(mine[["low", "high"]].to_numpy().T - mine["median"].to_numpy())
-        ax.errorbar(at, mine["median"], spread, color=colour, marker="o", linestyle="", capsize=3, label=label)
-    ax.set_xticks(range(len(words)), words)
-    ax.set_xlim(-0.5, len(words) - 0.5)
+        ax.errorbar(x, mine["median"], spread, color=colour, marker="o", linestyle="", capsize=3, label=label)
+    ax.set_xticks(range(len(texts)), texts)
+    ax.set_xlim(-0.5, len(texts) - 0.5)

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from initlab.errors import UsageError
-from initlab.figures.figure_spec import Picture, picture
+from initlab.figures.figure_spec import FigureSpec, parse_figure
 from initlab.runs.recorder import write_text
 from initlab.runs.schema import NOT_OPTIONS, OPTION_OF, TABLES, own_columns
 from initlab.studies.expect import Expectation, Verdict, expected, judge
@@ -30,7 +30,7 @@ class Study:
     source: str
     cost: Mapping[str, float | None]
     expect: tuple[Expectation, ...]
-    figure: Picture | None = None
+    figure: FigureSpec | None = None
     overrides: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
@@ -56,7 +56,7 @@ def prepare(
     own = {table: own_columns(table) for table in TABLES}
     known = {table: None if columns is None else columns | configuration for table, columns in own.items()}
     wanted = tuple(expected(one, known) for one in expect)
-    figure = picture(about["figure"], known)
+    figure = parse_figure(about["figure"], known)
     return Study(name, about["question"], about["source"], about["cost"], wanted, figure, tuple(overrides))
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torch import Tensor, nn
 
-from initlab.figures.graph_figure import _apart, draw_graph
+from initlab.figures.graph_figure import _spread, draw_graph
 from initlab.scratch.autograd_graph import textbook_example
 from initlab.tasks.course.graph import graph
 
@@ -85,7 +85,7 @@ def test_a_long_graph_is_cut_off_and_says_so() -> None:
 
 
 def test_places_keep_their_distance_and_stay_near_their_wish() -> None:
-    assert _apart([0.0, 10.0], [1.0, 1.0]) == [0.0, 10.0]
-    left, right = _apart([5.0, 5.0], [1.0, 1.0])
+    assert _spread([0.0, 10.0], [1.0, 1.0]) == [0.0, 10.0]
+    left, right = _spread([5.0, 5.0], [1.0, 1.0])
     assert right - left == pytest.approx(1.3)
     assert left + right == pytest.approx(10.0)

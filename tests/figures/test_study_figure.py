@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from initlab.errors import UsageError
-from initlab.figures.figure_spec import Picture, bands, deaths, picture, predicted, rows_of
+from initlab.figures.figure_spec import FigureSpec, bands, find_predictions, first_dead, parse_figure, select_rows
 from initlab.figures.study_figure import draw_study
 from initlab.runs.schema import own_columns
 from initlab.runs.select import NothingFound
@@ -24,26 +24,26 @@ def stats(**columns: Any) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True).assign(activation="relu", n_nan=0, n_inf=0, width=8, **columns)
 
 
-LINES = Picture("layer", "std", by="init", y_scale="log")
+LINES = FigureSpec("layer", "std", by="init", y_scale="log")
 
 
 def test_a_band_is_over_networks_in_the_order_of_the_rows() -> None:
-    rows = rows_of(LINES, {"stats": stats()})
+    rows = select_rows(LINES, {"stats": stats()})
     band = bands(rows)
     assert list(rows["label"].cat.categories) == ["b", "a"] and len(band) == 20
     last = band[(band["label"] == "a") & (band["x"] == 10)].iloc[0]
     assert last["median"] == 3 * 2**10 and last["low"] == pytest.approx(1.64 * 2**10)  # ranks 0.16 * 4 of 1, 2, ...
-    assert bands(rows_of(Picture("layer", "ln std", by="init"), {"stats": stats()}))["median"].iloc[-1] == math.log(
-        3072
-    )
+    assert bands(select_rows(FigureSpec("layer", "ln std", by="init"), {"stats": stats()}))["median"].iloc[
+        -1
+    ] == math.log(3072)
 
 
 def test_numbers_are_named_and_ascend_and_words_keep_their_order() -> None:
     wide = pd.concat([stats(), stats().assign(run="w", width=4)])
-    rows = rows_of(Picture("init", "std", by="width", where={"layer": 3}), {"stats": wide})
+    rows = select_rows(FigureSpec("init", "std", by="width", where={"layer": 3}), {"stats": wide})
     assert list(rows["label"].cat.categories) == ["width 4", "width 8"]
     assert list(dict.fromkeys(bands(rows)["x"])) == ["b", "a"]
-    panels = rows_of(Picture("layer", "std", col="init"), {"stats": stats()})
+    panels = select_rows(FigureSpec("layer", "std", col="init"), {"stats": stats()})
     assert list(panels["panel"].cat.categories) == ["b", "a"] and list(panels["label"].unique()) == [
         "b, relu",
         "a, relu",
@@ -54,13 +54,13 @@ def test_a_death_is_where_the_first_entry_is_lost_not_where_the_last_is() -> Non
     frame = stats()
     frame.loc[(frame["init"] == "a") & (frame["layer"] >= 7) & (frame["seed"] == 2), "n_inf"] = 1
     frame.loc[(frame["init"] == "b") & (frame["layer"] >= 9), "std"] = 0.0
-    rows = rows_of(LINES, {"stats": frame})
-    died = deaths(rows, LINES).groupby("label", observed=True)[["nonfinite", "zero"]].min()
+    rows = select_rows(LINES, {"stats": frame})
+    died = first_dead(rows, LINES).groupby("label", observed=True)[["nonfinite", "zero"]].min()
     assert died.loc["a", "nonfinite"] == 7 and math.isnan(died.loc["a", "zero"])
     assert died.loc["b", "zero"] == 9 and math.isnan(died.loc["b", "nonfinite"])
-    assert deaths(rows, Picture("layer", "std"))["zero"].isna().all()  # a linear axis shows a 0
-    back = Picture("layer", "std", by="init", where={"direction": "backward"}, y_scale="log")
-    died = deaths(rows, back).groupby("label", observed=True)["nonfinite"].max()
+    assert first_dead(rows, FigureSpec("layer", "std"))["zero"].isna().all()  # a linear axis shows a 0
+    back = FigureSpec("layer", "std", by="init", where={"direction": "backward"}, y_scale="log")
+    died = first_dead(rows, back).groupby("label", observed=True)["nonfinite"].max()
     assert died["a"] == 10  # the gradient comes from there
 
 
@@ -69,22 +69,22 @@ def test_theory_has_the_rows_of_the_figure() -> None:
     theory = frame.assign(statistic="std", predicted=1.0, band_low=0.5, band_high=2.0)
     other = theory.assign(statistic="mean", predicted=9.0)
     whole = theory.assign(seed=-1, predicted=9.0)
-    one = Picture("layer", "std", where={"tensor": "activation", "n_nan": 0}, by="init", theory=True)
-    lines = predicted(one, {"stats": frame, "theory": pd.concat([theory, other, whole])})
+    one = FigureSpec("layer", "std", where={"tensor": "activation", "n_nan": 0}, by="init", theory=True)
+    lines = find_predictions(one, {"stats": frame, "theory": pd.concat([theory, other, whole])})
     assert len(lines) == 20 and set(lines["predicted"]) == {1.0} and set(lines["high"]) == {2.0}
-    assert not len(predicted(one, {"stats": frame}))
+    assert not len(find_predictions(one, {"stats": frame}))
 
 
 @pytest.mark.parametrize(
     "one",
     [
         LINES,
-        Picture("layer", "ln std", col="init"),
-        Picture("init", "std", where={"layer": 2}),
-        Picture("layer", "std", where={"layer": {"min": 2}}, by="seed", col="init", x_scale="log", theory=True),
+        FigureSpec("layer", "ln std", col="init"),
+        FigureSpec("init", "std", where={"layer": 2}),
+        FigureSpec("layer", "std", where={"layer": {"min": 2}}, by="seed", col="init", x_scale="log", theory=True),
     ],
 )
-def test_every_kind_of_figure_is_drawn(one: Picture) -> None:
+def test_every_kind_of_figure_is_drawn(one: FigureSpec) -> None:
     frame = stats(statistic="std", predicted=1.0, band_low=0.5, band_high=2.0)
     frame.loc[frame["layer"] > 8, "std"] = math.nan
     figure = draw_study(one, {"stats": frame, "theory": frame}, "Is it so? " * 30, "1 of 1 expectations hold")
@@ -116,29 +116,29 @@ KNOWN: dict[str, Any] = {"stats": {*(own_columns("stats") or ()), "init", "run"}
 )
 def test_a_figure_that_cannot_be_drawn_is_a_mistake_beforehand(fields: dict[str, Any], text: str) -> None:
     with pytest.raises(UsageError, match=text) as caught:
-        picture(fields, KNOWN)
+        parse_figure(fields, KNOWN)
     assert str(caught.value).startswith("study.figure: ")
 
 
 def test_a_figure_of_its_own_or_none() -> None:
-    assert picture({"y": None, "table": "stats", "y_scale": "log", "where": {}}, KNOWN) is None
-    assert picture({"y": "std", "x": "layer", "by": None}, KNOWN) == Picture("layer", "std")
+    assert parse_figure({"y": None, "table": "stats", "y_scale": "log", "where": {}}, KNOWN) is None
+    assert parse_figure({"y": "std", "x": "layer", "by": None}, KNOWN) == FigureSpec("layer", "std")
 
 
 def test_rows_that_are_not_told_apart_are_a_mistake() -> None:
     twice = pd.concat([stats(tensor="activation"), stats(tensor="weight")])
     with pytest.raises(UsageError, match="several rows at one layer; say tensor in `where`"):
-        rows_of(LINES, {"stats": twice})
+        select_rows(LINES, {"stats": twice})
     with pytest.raises(NothingFound, match="layer=99"):
-        rows_of(Picture("layer", "std", where={"layer": 99}), {"stats": stats()})
+        select_rows(FigureSpec("layer", "std", where={"layer": 99}), {"stats": stats()})
     with pytest.raises(UsageError, match="did you mean std"):
-        rows_of(Picture("layer", "stdd"), {"stats": stats()})
+        select_rows(FigureSpec("layer", "stdd"), {"stats": stats()})
 
 
 def test_a_panel_of_one_number_format_shows_the_ends_of_that_one() -> None:
     both = {"stats": pd.concat([stats(), stats().assign(run="h", dtype="float16")]).assign(std=lambda f: f["std"] * 10)}
-    figure = draw_study(Picture("layer", "std", by="init", col="dtype", y_scale="log"), both, "")
+    figure = draw_study(FigureSpec("layer", "std", by="init", col="dtype", y_scale="log"), both, "")
     said = [{text.get_text() for text in ax.texts} for ax in figure.axes]
     assert not any("float16" in text for text in said[0]) and "largest float16" in said[1]
-    (mixed,) = draw_study(Picture("layer", "std", by="dtype", where={"init": "a"}, y_scale="log"), both, "").axes
+    (mixed,) = draw_study(FigureSpec("layer", "std", by="dtype", where={"init": "a"}, y_scale="log"), both, "").axes
     assert "largest float16" in {text.get_text() for text in mixed.texts}
