@@ -40,33 +40,39 @@ class Activation:
         return grad * self.slope(z) if self.backward is None else self.backward(grad, z)
 
 
-def _gelu_slope(z: Tensor) -> Tensor:
+def gelu_slope(z: Tensor) -> Tensor:
+    """Phi(z) + z phi(z), the normal distribution and its density."""
     cdf = 0.5 * torch.erfc(-z * math.sqrt(0.5))
     return cdf + z * (torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi))
 
 
-def _gelu_tanh_slope(z: Tensor) -> Tensor:
+def gelu_tanh_slope(z: Tensor) -> Tensor:
+    """(1 + t)/2 + z (1 - t^2) u'/2 with t = tanh(u), u = sqrt(2/pi) (z + 0.044715 z^3)."""
     near = z.clamp(-50, 50)  # beyond, tanh is 1 or -1, and z^3 would leave the number format
     t = torch.tanh(GELU_SCALE * (near + GELU_CUBIC * near**3))
     return 0.5 * (1 + t) + 0.5 * near * (1 - t * t) * GELU_SCALE * (1 + 3 * GELU_CUBIC * near * near)
 
 
-def _sigmoid_slope(z: Tensor) -> Tensor:
+def sigmoid_slope(z: Tensor) -> Tensor:
+    """s (1 - s), s = sigmoid(z)."""
     s = torch.sigmoid(z)
     return s * (1 - s)
 
 
-def _silu_slope(z: Tensor) -> Tensor:
+def silu_slope(z: Tensor) -> Tensor:
+    """s (1 + z (1 - s)), s = sigmoid(z)."""
     s = torch.sigmoid(z)
     return s * (1 + z * (1 - s))
 
 
-def _mish_slope(z: Tensor) -> Tensor:
+def mish_slope(z: Tensor) -> Tensor:
+    """t + z sigmoid(z) (1 - t^2), t = tanh(softplus(z))."""
     t = torch.tanh(softplus(z))
     return t + z * torch.sigmoid(z) * (1 - t * t)
 
 
-def _hardswish_back(grad: Tensor, z: Tensor) -> Tensor:
+def hardswish_back(grad: Tensor, z: Tensor) -> Tensor:
+    """grad times 0 below -3, z/3 + 1/2 up to 3, and 1 above."""
     return torch.where(z < -3, 0, torch.where(z <= 3, grad * (z / 3 + 0.5), grad))
 
 
@@ -113,7 +119,7 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "sigmoid": Activation(
         phi=torch.sigmoid,
-        slope=_sigmoid_slope,
+        slope=sigmoid_slope,
         module=nn.Sigmoid,
         largest_slope=0.25,
         formula="1/(1 + exp(-z))",
@@ -121,7 +127,7 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "gelu": Activation(  # z Phi(z), Hendrycks & Gimpel 2016; exact, not the tanh approximation
         phi=gelu,
-        slope=_gelu_slope,
+        slope=gelu_slope,
         module=nn.GELU,
         largest_slope=1.1289043,  # at z = sqrt(2)
         formula="z*(1 + erf(z/sqrt(2)))/2",
@@ -129,7 +135,7 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "silu": Activation(  # z sigmoid(z), Elfwing et al. 2017
         phi=silu,
-        slope=_silu_slope,
+        slope=silu_slope,
         module=nn.SiLU,
         largest_slope=1.0998393,  # at z = 2.3993573
         formula="z/(1 + exp(-z))",
@@ -161,7 +167,7 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "mish": Activation(  # z tanh(softplus(z)), Misra 2019
         phi=mish,
-        slope=_mish_slope,
+        slope=mish_slope,
         module=nn.Mish,
         largest_slope=1.0884982,  # at z = 1.490571
         formula="z*tanh(log(1 + exp(z)))",
@@ -169,7 +175,7 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "gelu_tanh": Activation(  # the approximation of gelu by tanh, Hendrycks & Gimpel 2016
         phi=partial(gelu, approximate="tanh"),
-        slope=_gelu_tanh_slope,
+        slope=gelu_tanh_slope,
         module=partial(nn.GELU, approximate="tanh"),
         largest_slope=1.1289931,  # at z = 1.418504
         formula=f"z*(1 + tanh(sqrt(2/pi)*(z + {GELU_CUBIC}*z**3)))/2",
@@ -178,11 +184,11 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "hardswish": Activation(  # z relu6(z + 3)/6, Howard et al. 2019
         phi=hardswish,
-        slope=lambda z: _hardswish_back(torch.ones_like(z), z),
+        slope=lambda z: hardswish_back(torch.ones_like(z), z),
         module=nn.Hardswish,
         kinks=(-3.0, 3.0),
         largest_slope=1.5,  # at z = 3
-        backward=_hardswish_back,
+        backward=hardswish_back,
         formula="Piecewise((0, z < -3), (z, z > 3), (z*(z + 3)/6, True))",
         derivative="Piecewise((0, z < -3), (1, z > 3), (z/3 + 1/2, True))",
     ),
@@ -202,15 +208,16 @@ ACTIVATIONS["swish"] = ACTIVATIONS["silu"]  # its name in Ramachandran et al. 20
 TORCH_HAS = ("linear", "relu", "leaky_relu", "tanh", "sigmoid", "selu")
 
 
-def _torch_gain(row: Activation) -> float:
+def torch_gain(row: Activation) -> float:
     """`torch.nn.init.calculate_gain`, under torch's own names; it has none for the others and a user's function."""
-    name = next((name for name, known in ACTIVATIONS.items() if known is row), "a function of one's own")
+    name = next((name for name, known in ACTIVATIONS.items() if known is row), "a custom function")
     if name not in TORCH_HAS:
         raise UsageError(f"init.gain_kind=torch: torch has no gain for activation={name}; use chi, rms or std")
     return float(nn.init.calculate_gain(name, SLOPE if name == "leaky_relu" else None))  # type: ignore[arg-type]
 
 
-def _std_gain(row: Activation) -> float:
+def std_gain(row: Activation) -> float:
+    """1 / sqrt(Var[phi(u)])."""
     mean = gaussian_mean(row.phi, row.kinks)
     return _inverse_root(gaussian_mean(lambda z: (row.phi(z) - mean).square(), row.kinks))
 
@@ -226,8 +233,8 @@ GAIN_KINDS: dict[str, Callable[[Activation], float]] = {
     "chi": lambda row: _inverse_root(gaussian_mean(lambda z: row.slope(z).square(), row.kinks)),
     # E[phi(u)^2] gain^2 = 1: the next preactivation keeps its second moment
     "rms": lambda row: _inverse_root(gaussian_mean(lambda z: row.phi(z).square(), row.kinks)),
-    "std": _std_gain,  # Var[phi(u)] gain^2 = 1: activations scaled by the gain have unit variance
-    "torch": _torch_gain,
+    "std": std_gain,  # Var[phi(u)] gain^2 = 1: activations scaled by the gain have unit variance
+    "torch": torch_gain,
 }
 
 

@@ -1,6 +1,6 @@
-"""A function of one's own as a row of the table of activations: checked, its kinks found, its slope by differences.
+"""A custom function as a row of the table of activations: checked, its kinks found, its slope by differences.
 
-Knows what a function must be so that theory holds for it: elementwise, finite, the same at every call.
+Theory holds for functions that are elementwise, finite and the same at every call: others are refused.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def name_of(given: Given) -> str:
 
 
 def as_activation(given: Given) -> Activation:
-    """The row: a name of the table, a row itself, or any elementwise function of a tensor.
+    """The row of an activation, however it is given: its name, a row itself, or any elementwise function of a tensor.
 
     Errors: an unknown name; a function that is not elementwise or not finite.
     """
@@ -39,7 +39,7 @@ def as_activation(given: Given) -> Activation:
         return given
     if not callable(given):
         raise UsageError(f"activation={given!r}: must be a name, a row of the table or an elementwise function")
-    return _row(given)
+    return row_of(given)
 
 
 def numerical(row: Activation) -> bool:
@@ -76,38 +76,43 @@ class Elementwise(nn.Module):
 
 
 def gain(activation: Given, kind: str = "chi") -> float:
-    """Gain (dimensionless) by which an activation's weights are scaled: kind `chi` keeps gradients, E[phi'(u)^2] gain^2
-    = 1; `rms` second moments, E[phi(u)^2] gain^2 = 1; `std` the variance of activations; `torch` is calculate_gain's.
+    """Gain (dimensionless) by which the weights of an activation are scaled.
 
+    activation: a name of the table, a row of it, or an elementwise function. kind: `chi` keeps gradients,
+    E[phi'(u)^2] gain^2 = 1 with u standard normal; `rms` second moments, E[phi(u)^2] gain^2 = 1; `std` the variance of
+    activations, Var[phi(u)] gain^2 = 1; `torch` is torch.nn.init.calculate_gain's number.
     Errors: an unknown name or kind; a function that is no activation; no gain of this kind.
+
+    >>> round(gain("tanh"), 5), round(gain(torch.sin), 4)
+    (1.46741, 1.3273)
     """
     return activations.gain(activation if isinstance(activation, str) else as_activation(activation), kind)
 
 
 @lru_cache
-def _row(phi: Callable[[Tensor], Tensor]) -> Activation:
-    """Checked on a grid; kinks searched there too."""
+def row_of(phi: Callable[[Tensor], Tensor]) -> Activation:
+    """An elementwise function as a row of the table: checked on a grid, where its kinks are searched too."""
     grid = torch.linspace(-REACH, REACH, 4096, dtype=torch.float64)
-    values = _evaluated(phi, grid)
-    _evaluated(phi, torch.arange(-REACH, REACH + 1 / 32, 1 / 16, dtype=torch.float64))  # poles like round numbers
+    values = _evaluate(phi, grid)
+    _evaluate(phi, torch.arange(-REACH, REACH + 1 / 32, 1 / 16, dtype=torch.float64))  # poles like round numbers
     part = grid.flip(0)[:1000].reshape(10, 100)
-    if not torch.allclose(_evaluated(phi, part).reshape(-1), values.flip(0)[:1000], rtol=1e-12, atol=0):
+    if not torch.allclose(_evaluate(phi, part).reshape(-1), values.flip(0)[:1000], rtol=1e-12, atol=0):
         raise UsageError("activation: not an elementwise function; phi(z) of an entry must depend on that entry alone")
-    kinks = _kinks(phi, grid)
+    kinks = find_kinks(phi, grid)
     slope = _Differences(phi, kinks)
     largest = float(slope(grid).abs().max())
-    module = partial(Elementwise, phi)
-    return Activation(phi=phi, slope=slope, module=module, kinks=kinks, largest_slope=largest)
+    return Activation(phi=phi, slope=slope, module=partial(Elementwise, phi), kinks=kinks, largest_slope=largest)
 
 
-def _evaluated(phi: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+def _evaluate(phi: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """phi(z), or one line on what is wrong with phi."""
     try:
-        given = z.clone()
-        value = phi(given)
+        argument = z.clone()
+        value = phi(argument)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"activation: cannot be called with a float64 tensor ({reason})") from error
-    if not torch.equal(given, z):
+    if not torch.equal(argument, z):
         raise UsageError("activation: changes its argument in place; it must leave it as it is")
     if not isinstance(value, Tensor) or value.shape != z.shape:
         raise UsageError("activation: not an elementwise function; it must return a tensor of its argument's shape")
@@ -117,36 +122,34 @@ def _evaluated(phi: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     return value.double()
 
 
-def _kinks(phi: Callable[[Tensor], Tensor], grid: Tensor) -> tuple[float, ...]:
-    """Places where the slope jumps: cells in which it changes as much however small they are made."""
-    offset = 0.37 * float(grid[1] - grid[0])  # so that no edge of a cell is a round number
-    edges = grid + offset
-    found: list[float] = []
-    slope = _edge_slope(phi, edges)
+def find_kinks(phi: Callable[[Tensor], Tensor], grid: Tensor) -> tuple[float, ...]:
+    """Where the slope of phi jumps between the points of a grid, to about 1e-9.
+
+    A cell of the grid holds a kink if the slope changes as much across it however small it is made. The kink is where
+    the straight lines from both sides meet; a jump of phi itself is put in the middle of the cell.
+    """
+    edges = grid + 0.37 * float(grid[1] - grid[0])  # so that no edge of a cell is a round number
+    slope = _slope_at(phi, edges)
     jump = slope.diff().abs()
+    found: list[float] = []
     for index in (jump > 1e-3 * slope.abs().max()).nonzero().flatten().tolist():
         low, high = float(edges[index]), float(edges[index + 1])
-        whole = float(jump[index])
         for _ in range(12):
             middle = (low + high) / 2
-            ends = _edge_slope(phi, torch.tensor([low, middle, high], dtype=torch.float64)).diff().abs().tolist()
+            ends = _slope_at(phi, torch.tensor([low, middle, high], dtype=torch.float64)).diff().abs().tolist()
             low, high = (low, middle) if ends[0] >= ends[1] else (middle, high)
-        if max(ends) > 0.5 * whole:
-            found.append(_meeting(phi, low, high))
+        if max(ends) <= 0.5 * float(jump[index]):
+            continue
+        width = high - low + 1e-6
+        points = torch.tensor([low - 2 * width, low - width, high + width, high + 2 * width], dtype=torch.float64)
+        a, b, c, d = phi(points).double().tolist()
+        left, right = (b - a) / width, (d - c) / width
+        x = (c - b + left * float(points[1]) - right * float(points[2])) / (left - right) if left != right else low
+        kink = x if low - width <= x <= high + width else (low + high) / 2
+        found.append(float(round(kink)) if abs(kink - round(kink)) < 1e-6 else float(kink))
     return tuple(found)
 
 
-def _edge_slope(phi: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+def _slope_at(phi: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     step = 1e-7
     return (phi(z + step) - phi(z - step)).double() / (2 * step)
-
-
-def _meeting(phi: Callable[[Tensor], Tensor], low: float, high: float) -> float:
-    """Where the straight lines from both sides of a cell meet, to about 1e-9; a jump of phi is left at the middle."""
-    width = high - low + 1e-6
-    places = torch.tensor([low - 2 * width, low - width, high + width, high + 2 * width], dtype=torch.float64)
-    a, b, c, d = phi(places).double().tolist()
-    left, right = (b - a) / width, (d - c) / width
-    x = (c - b + left * float(places[1]) - right * float(places[2])) / (left - right) if left != right else low
-    meeting = x if low - width <= x <= high + width else (low + high) / 2
-    return float(round(meeting)) if abs(meeting - round(meeting)) < 1e-6 else float(meeting)

@@ -1,7 +1,7 @@
-"""The variance-scaling formula and its named rules.
+"""The variance-scaling formula and its named rules, as `torch.nn.init` has them, with order-free random numbers.
 
 Weights have shape (I, O), I = fan_in, O = fan_out, as in the book's `x @ w`; torch's `nn.Linear` stores the transpose.
-Each tensor's random numbers depend on (seed, what it is, layer) alone, are drawn in float32 and converted: a seed means
+Each tensor's random numbers depend on (seed, what it is, layer) only, are drawn in float32 and converted: a seed means
 the same network in every dtype, at every depth and in every ensemble. The generator `torch` draws on the CPU, the same
 bits for every device; `philox` draws where the network lives, see `philox.py`. Legend: E ensemble.
 """
@@ -21,12 +21,17 @@ from initlab.nn import activations, philox
 
 @dataclass(frozen=True)
 class Rule:
-    """Weights of standard deviation gain / sqrt(fan), fan chosen by `mode`, shape of the law by `distribution`.
+    """Weights of standard deviation gain / sqrt(fan), as LeCun et al. 1998, Glorot & Bengio 2010 and He et al. 2015.
 
-    `gain` None asks for the gain of the activation, of kind `gain_kind` (see `activations.GAIN_KINDS`).
-    `bias` is the half-width of a uniform bias in units of 1/sqrt(fan_in); 0 starts biases at 0. With `attempts` above 0
-    what is drawn is a start that the data rescale, until variances are within `tolerance` of 1: `lsuv.py`. With a
-    `base_width` above 0 the last layer and the learning rates follow the width: `mup.py`.
+    gain: dimensionless; None takes the one that the activation needs, of kind `gain_kind`, a name of
+    `activations.GAIN_KINDS`. mode: which fan, a name of MODES. distribution: a name of DISTRIBUTIONS. bias: half-width
+    of a uniform bias in units of 1/sqrt(fan_in); 0 starts biases at 0. attempts: if above 0, the drawn weights are
+    rescaled on the first batch, at most so many times, until variances are within `tolerance` of 1 (lsuv.py).
+    base_width: if above 0, the last layer and the learning rates follow the width relative to it (mup.py).
+    Errors: an unknown name; a number outside its range.
+
+    >>> round(Rule(gain=2.0).std_for("relu", (100, 50)), 12)
+    0.2
     """
 
     gain: float | None = None
@@ -132,25 +137,27 @@ class Weights:
         return self.generator.uniform(shape, self.seeds, "weight", self.layer, self.device)
 
 
-def _normal(shape: tuple[int, int], std: float, drawn: Weights) -> Tensor:
-    return drawn.gaussian(shape).mul_(std)
+def draw_normal(shape: tuple[int, int], std: float, numbers: Weights) -> Tensor:
+    """N(0, std^2)."""
+    return numbers.gaussian(shape).mul_(std)
 
 
-def _uniform(shape: tuple[int, int], std: float, drawn: Weights) -> Tensor:
-    return drawn.uniform(shape).mul_(std * math.sqrt(3))
+def draw_uniform(shape: tuple[int, int], std: float, numbers: Weights) -> Tensor:
+    """U(-sqrt(3) std, sqrt(3) std)."""
+    return numbers.uniform(shape).mul_(std * math.sqrt(3))
 
 
-def _truncated(shape: tuple[int, int], std: float, drawn: Weights) -> Tensor:
+def draw_truncated(shape: tuple[int, int], std: float, numbers: Weights) -> Tensor:
     """Normal cut off at two sigma of its parent, widened so that the standard deviation is the one asked for."""
     edge = math.erf(math.sqrt(2))  # P(|u| < 2)
-    z: Tensor = torch.erfinv(drawn.uniform(shape).mul_(edge)).mul_(math.sqrt(2))
+    z: Tensor = torch.erfinv(numbers.uniform(shape).mul_(edge)).mul_(math.sqrt(2))
     return z.clamp_(-2, 2).mul_(std / 0.87962566103423978)  # sqrt(1 - 4 pdf(2) / P(|u| < 2))
 
 
-def _orthogonal(shape: tuple[int, int], std: float, drawn: Weights) -> Tensor:
+def draw_orthogonal(shape: tuple[int, int], std: float, numbers: Weights) -> Tensor:
     """std sqrt(fan) times a matrix with orthonormal rows or columns, uniform (Mezzadri 2007: QR, signs of R)."""
     i, o = shape
-    q, r = torch.linalg.qr(drawn.gaussian((max(i, o), min(i, o))).double())
+    q, r = torch.linalg.qr(numbers.gaussian((max(i, o), min(i, o))).double())
     q *= r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     isometry: Tensor = q if i >= o else q.mT
     return (isometry * (std * math.sqrt(i))).float()
@@ -158,10 +165,10 @@ def _orthogonal(shape: tuple[int, int], std: float, drawn: Weights) -> Tensor:
 
 # name -> f((I, O), std, random numbers): float32 (E, I, O), where the random numbers are
 DISTRIBUTIONS: dict[str, Callable[[tuple[int, int], float, Weights], Tensor]] = {
-    "normal": _normal,
-    "uniform": _uniform,
-    "truncated_normal": _truncated,
-    "orthogonal": _orthogonal,
+    "normal": draw_normal,
+    "uniform": draw_uniform,
+    "truncated_normal": draw_truncated,
+    "orthogonal": draw_orthogonal,
 }
 
 
@@ -215,7 +222,16 @@ def draw(
     device: str | torch.device = "cpu",
     generator: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Weights (E, I, O) and biases (E, O) of one layer for an ensemble, a network per seed."""
+    """Weights (E, I, O) and biases (E, O) of one layer for an ensemble, a network per seed.
+
+    rule: how they are distributed. activation: what the layer is followed by, for a gain that depends on it. shape:
+    (I, O). seeds: one for each network. layer: its number, which the random numbers depend on. dtype, device: of the
+    result. generator: a name of GENERATORS. Errors: an unknown generator; a gain that the activation has not.
+
+    >>> w, b = draw(RULES["kaiming"], "relu", (200, 100), seeds=[0, 1], layer=1)
+    >>> tuple(w.shape), tuple(b.shape), round(float(w.std()), 2)
+    ((2, 200, 100), (2, 100), 0.1)
+    """
     fan_in, fan_out = shape
     std = rule.std_for(activation, shape)
     source = choose(GENERATORS, generator, "generator")

@@ -4,7 +4,7 @@ Salmon, Moraes, Dror & Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3",
 of (seed, what it is, layer) and of its position in the tensor alone: no state, no order, and one program draws a whole
 ensemble. The integers are the same on every device. Uniform numbers are exact in float32; normal ones are made in
 float64 and rounded once, so that two devices' logarithms and cosines can differ by one rounding of float32, and rarely.
-On a GPU with Triton `triton_philox.py` makes the same numbers in one pass. Knows nothing of rules or of layers.
+On a GPU with Triton `triton_philox.py` makes the same numbers in one pass.
 Legend: E ensemble.
 """
 
@@ -57,11 +57,10 @@ def words(keys: Sequence[int], n: int, device: str | torch.device = "cpu") -> Te
     return drawn.flatten(1)[:, :n]
 
 
-def _in_one_pass(device: str | torch.device) -> bool:
-    return TRITON and torch.device(device).type == "cuda"
-
-
-def _one_pass(keys: Sequence[int], shape: Sequence[int], device: str | torch.device, normal: bool) -> Tensor:
+def _by_triton(keys: Sequence[int], shape: Sequence[int], device: str | torch.device, normal: bool) -> Tensor | None:
+    """The numbers in one pass, where Triton and a GPU are there."""
+    if not TRITON or torch.device(device).type != "cuda":
+        return None
     from initlab.nn import triton_philox
 
     found: Tensor = triton_philox.draw(keys, shape, torch.device(device), normal)
@@ -73,8 +72,8 @@ def uniform(
 ) -> Tensor:
     """Uniform numbers on (-1, 1), float32 (E, *shape): the odd multiples of 2^-24, from a word's upper 24 bits."""
     keys = [key(seed, what, layer) for seed in seeds]
-    if _in_one_pass(device):
-        return _one_pass(keys, shape, device, normal=False)
+    if (found := _by_triton(keys, shape, device, normal=False)) is not None:
+        return found
     odd = (words(keys, math.prod(shape), device) >> 8) * 2 + (1 - 2**24)
     return odd.float().mul_(2.0**-24).reshape(len(seeds), *shape)
 
@@ -88,8 +87,8 @@ def gaussian(
     logarithm is of 0; |z| stays below sqrt(66 ln 2) = 6.76.
     """
     keys = [key(seed, what, layer) for seed in seeds]
-    if _in_one_pass(device):
-        return _one_pass(keys, shape, device, normal=True)
+    if (found := _by_triton(keys, shape, device, normal=True)) is not None:
+        return found
     pairs = words(keys, -(-math.prod(shape) // 2) * 2, device).reshape(len(seeds), -1, 2)
     u, v = pairs.double().add_(0.5).mul_(2.0**-32).unbind(-1)
     radius, angle = u.log().mul_(-2).sqrt_(), v * (2 * math.pi)

@@ -29,13 +29,13 @@ def normal_pair(first, second):
 
 
 @triton.jit
-def even(word):
+def to_uniform(word):
     """An odd multiple of 2^-24 in (-1, 1), exactly."""
     return ((word >> 8).to(tl.int32) * 2 + (1 - 16777216)).to(tl.float32) * STEP
 
 
 @triton.jit
-def drawn(keys, out, entries, NORMAL: tl.constexpr, COUNTERS: tl.constexpr):
+def draw_kernel(keys, out, entries, NORMAL: tl.constexpr, COUNTERS: tl.constexpr):
     """Four entries of one network's tensor for each counter."""
     network = tl.program_id(0).to(tl.int64)
     counter = tl.program_id(1).to(tl.int64) * COUNTERS + tl.arange(0, COUNTERS)
@@ -46,13 +46,13 @@ def drawn(keys, out, entries, NORMAL: tl.constexpr, COUNTERS: tl.constexpr):
         w, x = normal_pair(a, b)
         y, z = normal_pair(c, d)
     else:
-        w, x, y, z = even(a), even(b), even(c), even(d)
-    place = counter * 4
-    at = out + network * entries + place
-    tl.store(at, w, mask=place < entries)
-    tl.store(at + 1, x, mask=place + 1 < entries)
-    tl.store(at + 2, y, mask=place + 2 < entries)
-    tl.store(at + 3, z, mask=place + 3 < entries)
+        w, x, y, z = to_uniform(a), to_uniform(b), to_uniform(c), to_uniform(d)
+    entry = counter * 4
+    at = out + network * entries + entry
+    tl.store(at, w, mask=entry < entries)
+    tl.store(at + 1, x, mask=entry + 1 < entries)
+    tl.store(at + 2, y, mask=entry + 2 < entries)
+    tl.store(at + 3, z, mask=entry + 3 < entries)
 
 
 def draw(keys: Sequence[int], shape: Sequence[int], device: torch.device, normal: bool) -> Tensor:
@@ -63,5 +63,5 @@ def draw(keys: Sequence[int], shape: Sequence[int], device: torch.device, normal
     if out.numel():
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             grid = (len(keys), triton.cdiv(entries, 4 * COUNTERS))
-            drawn[grid](signed, out, entries, NORMAL=normal, COUNTERS=COUNTERS)
+            draw_kernel[grid](signed, out, entries, NORMAL=normal, COUNTERS=COUNTERS)
     return out

@@ -78,4 +78,4 @@ def test_random_numbers(normal, entries):
     from initlab.nn import triton_philox
 
     sizes = {"NORMAL": normal, "COUNTERS": triton_philox.COUNTERS}
-    assert accepted(triton_philox.drawn, ["*i64", "*fp32", entries], **sizes) > 0
+    assert accepted(triton_philox.draw_kernel, ["*i64", "*fp32", entries], **sizes) > 0
