@@ -147,24 +147,24 @@ def answer(folder: Path, study: "Study", plots: bool) -> None:
     if not study:
         return
     found = read_tables(folder, study.tables())
-    verdicts, mistakes = studies.answer(study, found, folder)
-    for verdict in verdicts:
-        log.info(str(verdict))
+    answers, mistakes = studies.answer(study, found, folder)
+    for one in answers:
+        log.info(str(one))
     path = None
     try:
-        path = studies.draw(study, found, folder, verdicts) if plots else None
+        path = studies.draw(study, found, folder, answers) if plots else None
     except UsageError as error:
         mistakes.append(error)
     outcome.mistakes.extend(map(str, mistakes))
     if path is not None:
         log.info("figure: %s", shown(path))
-    if verdicts:
-        log.info(studies.count(verdicts, len(study.expect)))
-    outcome.failed.extend(verdict.say for verdict in verdicts if not verdict.holds)
+    if answers:
+        log.info(studies.count(answers, len(study.expect)))
+    outcome.failed.extend(one.say for one in answers if not one.holds)
 
 
 def finish_sweep(folder: Path, study: "Study | None", plots: bool) -> None:
-    """The short table, the comparing figures or the study's own, and its verdict, where jobs left something to read."""
+    """The short table, the comparing figures or the study's own, and its answers, where jobs left something to read."""
     from initlab.job.printout import report_sweep
     from initlab.runs.recorder import discard
 

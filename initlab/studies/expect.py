@@ -1,7 +1,7 @@
-"""Rows -> does a study's expected answer hold? A small typed vocabulary, not evaluated Python.
+"""Expectations: what a study says that its tables will show, and whether it does. Typed fields, no evaluated Python.
 
-An expectation selects rows of the joined tables, reduces one statistic to a number and compares it. `expected` checks
-its form before anything is measured, `judge` asks the tables. One that selects no rows is a mistake, never a pass.
+An expectation selects rows of the joined tables, reduces one statistic to a number and compares it. `parse_expectation`
+checks its form before anything is measured, `judge` asks the tables. One that selects no rows is a mistake, no pass.
 """
 
 import math
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from initlab.errors import UsageError, choose, nearest, not_one_of
+from initlab.runs.schema import STATS, THEORY
 from initlab.runs.select import (
     NothingFound,
     bare,
@@ -26,13 +27,13 @@ from initlab.runs.select import (
     select,
 )
 from initlab.studies import reductions
-from initlab.studies.reductions import REDUCTIONS, Measured, reduced
+from initlab.studies.reductions import REDUCTIONS, Measured, reduce_rows
 
 # What `reduce` may say: the reductions of rows, and those that make a number of each network first.
 PER_NETWORK = ("share", "first_layer", "slope")
 REDUCES = (*REDUCTIONS, *PER_NETWORK)
 BAND = "band"
-_IN_BAND = ("mean", "median", "min", "max")  # a number that has a band of its own
+_WITH_BAND = ("mean", "median", "min", "max")  # a number that has a band of its own
 
 # name -> f(measured, numbers, relative tolerance); any comparison with nan fails.
 COMPARISONS: dict[str, Callable[[float, Sequence[float], float], bool]] = {
@@ -66,7 +67,7 @@ class Expectation:
     reduce: str
     how: str
     value: tuple[Any, ...]
-    table: str = "stats"
+    table: str = STATS
     over: str = ""
     by: str = ""
     when: Any = None
@@ -79,48 +80,52 @@ class Expectation:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Answer:
     """What was expected, what was measured and how surely; several numbers where an order is judged."""
 
     say: str
     holds: bool
     measured: tuple[Measured, ...]
-    beside: str = ""  # what it was compared with, where the sentence cannot know it
+    band: str = ""  # what it was compared with, where the sentence cannot know it
 
     def __str__(self) -> str:
-        told = ", ".join(_text(one) for one in self.measured)
-        return f"{'holds' if self.holds else 'FAILS'}: {self.say} (measured {told}{self.beside})"
+        numbers = ", ".join(_format_measured(one) for one in self.measured)
+        return f"{'holds' if self.holds else 'FAILS'}: {self.say} (measured {numbers}{self.band})"
 
 
-def _text(one: Measured) -> str:
-    number = "never" if one.number == math.inf else f"{one.number:.6g}"
-    spread = f" +- {float(f'{one.error:.1g}'):g}" if math.isfinite(one.error) else ""  # 10, not 1e+01
-    return f"{one.of}{': ' if one.of else ''}{number}{spread}"
+def _format_measured(one: Measured) -> str:
+    """The number in three digits, or in as many as its error leaves meaningful, and one more; the error in one."""
+    number, error = one.number, one.error
+    if math.isfinite(number) and math.isfinite(error) and error > 0:
+        number = round(number, 1 - math.floor(math.log10(error)))
+    text = "never" if number == math.inf else f"{float(f'{number:.3g}'):g}"  # 10, not 1e+01
+    spread = f" +- {float(f'{error:.1g}'):g}" if math.isfinite(error) else ""
+    return f"{one.of}{': ' if one.of else ''}{text}{spread}"
 
 
-def expected(given: Any, tables: Mapping[str, Collection[str] | None] | None = None) -> Expectation:
-    """The expectation that the fields describe, or one line about what is wrong with its form.
+def parse_expectation(given: Any, tables: Mapping[str, Collection[str] | None] | None = None) -> Expectation:
+    """The expectation that the fields describe. Raises `UsageError`, one line about what is wrong with its form.
 
-    `tables` are those that there may be, with their columns where they are known before anything is measured.
+    tables: those that there may be, with their columns where they are known before anything is measured.
     """
     if not isinstance(given, Mapping):
         raise UsageError(f"expect: {given!r} is no expectation; one is {{say: ..., where: ..., statistic: ..., ...}}")
     try:
-        made = _made(given)
-        known = choose(tables, made.table, "table") if tables is not None else None
-        for name in made.columns() if known is not None else ():
-            choose(dict.fromkeys(known or ()), name, f"column of {made.table}")
+        one = _parse_fields(given)
+        known = choose(tables, one.table, "table") if tables is not None else None
+        for name in one.columns() if known is not None else ():
+            choose(dict.fromkeys(known or ()), name, f"column of {one.table}")
     except UsageError as error:
-        raise _of(given.get("say", "an expectation"), error) from error
-    return made
+        raise _name_sentence(given.get("say", "an expectation"), error) from error
+    return one
 
 
-def _of(say: object, error: UsageError) -> UsageError:
+def _name_sentence(say: object, error: UsageError) -> UsageError:
     """The same mistake with the sentence that it is in."""
     return type(error)(f"expect: {str(say)!r}: {error}")
 
 
-def _made(given: Mapping[str, Any]) -> Expectation:
+def _parse_fields(given: Mapping[str, Any]) -> Expectation:
     for name in given:
         if name not in FIELDS:
             raise UsageError(f"{name}: no such field{nearest(str(name), FIELDS)}; fields are {', '.join(FIELDS)}")
@@ -146,8 +151,8 @@ def _made(given: Mapping[str, Any]) -> Expectation:
         raise UsageError("`is: order` needs `by`: the column whose values are ordered (`over`, where nothing else is)")
     over = over or ("layer" if reduce == "first_layer" else "")
     return Expectation(
-        given["say"], dict(given["where"]), given["statistic"], reduce, how, () if band else _values(given, how),
-        given.get("table", "theory" if band else "stats"), over, by, given.get("when"), _tolerance(given, how), band,
+        given["say"], dict(given["where"]), given["statistic"], reduce, how, () if band else _parse_value(given, how),
+        given.get("table", THEORY if band else STATS), over, by, given.get("when"), _parse_tolerance(given, how), band,
     )  # fmt: skip
 
 
@@ -165,7 +170,7 @@ def _refuse_unused(given: Mapping[str, Any], reduce: str, how: str) -> None:
         raise UsageError(f"`by` is for `is: order`, not for {how}")
 
 
-def _values(given: Mapping[str, Any], how: str) -> tuple[Any, ...]:
+def _parse_value(given: Mapping[str, Any], how: str) -> tuple[Any, ...]:
     value = given["value"]
     found = tuple(value) if isinstance(value, list | tuple) else (value,)
     if how == "order":
@@ -182,26 +187,26 @@ def _values(given: Mapping[str, Any], how: str) -> tuple[Any, ...]:
     return tuple(map(float, found))
 
 
-def _tolerance(given: Mapping[str, Any], how: str) -> float:
+def _parse_tolerance(given: Mapping[str, Any], how: str) -> float:
     tolerance = given.get("tolerance", 0.0)
     if "tolerance" in given and how != "equals":
         raise UsageError(f"`tolerance` is for `is: equals`, not for {how}")
     if tolerance == BAND:
         if "value" in given:
             raise UsageError("`tolerance: band` takes no value: theory has it")
-        if given["reduce"] not in _IN_BAND:
-            raise not_one_of("with `tolerance: band`, reduce", given["reduce"], _IN_BAND)
-        if given.get("table", "theory") != "theory":
-            raise UsageError(f"`tolerance: band` is about table: theory, not {given['table']}")
+        if given["reduce"] not in _WITH_BAND:
+            raise not_one_of("with `tolerance: band`, reduce", given["reduce"], _WITH_BAND)
+        if given.get("table", THEORY) != THEORY:
+            raise UsageError(f"`tolerance: band` is about table: {THEORY}, not {given['table']}")
         return 0.0
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not tolerance >= 0:
         raise UsageError(f"tolerance={tolerance}: must be a number from 0 on, or `band`")
     return float(tolerance)
 
 
-def judge(expectation: Expectation | Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> Verdict:
-    """What the tables say of one expectation; `NothingFound` where they say nothing."""
-    one = expectation if isinstance(expectation, Expectation) else expected(expectation)
+def judge(expectation: Expectation | Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> Answer:
+    """Whether one expectation holds, by the tables. Raises `NothingFound` where they have no such rows."""
+    one = expectation if isinstance(expectation, Expectation) else parse_expectation(expectation)
     try:
         if one.table not in tables:
             raise NothingFound(f"no job has written a table `{one.table}`")
@@ -209,56 +214,56 @@ def judge(expectation: Expectation | Mapping[str, Any], tables: Mapping[str, pd.
         for name in one.columns():
             choose(table, name, f"column of {one.table}")
         if one.band:
-            return _in_band(one, table)
+            return _judge_band(one, table)
         rows = select(table, one.where)
         if one.how == "order":
-            return _in_order(one, rows)
-        found = _reduced(one, rows)
-        return Verdict(one.say, COMPARISONS[one.how](found.number, one.value, one.tolerance), (found,))
+            return _judge_order(one, rows)
+        found = _reduce(one, rows)
+        return Answer(one.say, COMPARISONS[one.how](found.number, one.value, one.tolerance), (found,))
     except UsageError as error:
-        raise _of(one.say, error) from error
+        raise _name_sentence(one.say, error) from error
 
 
-def _reduced(one: Expectation, rows: pd.DataFrame, of: str = "") -> Measured:
-    """The statistic of these rows as one number, with its error over networks."""
+def _reduce(one: Expectation, rows: pd.DataFrame, of: str = "") -> Measured:
+    """The statistic of these rows as one number, with its standard error over networks."""
     values, owner = numbers(rows, one.statistic), networks(rows)
     if one.reduce in REDUCTIONS:
-        return reduced(one.reduce, values, owner, of)
+        return reduce_rows(one.reduce, values, owner, of)
     met = values != 0 if one.when is None else meets(pd.Series(values, name="when"), one.when)
     if one.reduce == "share":
-        return reduced("mean", met.astype(float), owner, of)
+        return reduce_rows("mean", met.astype(float), owner, of)
     over = numbers(rows, one.over)
     if not reductions.varies_inside(over, owner):
         owner = codes(rows, ("seed",))  # the runs of one seed are one line
     if one.reduce == "first_layer":
         found = reductions.first(met, over, owner)
-        return reduced("median", found, np.arange(len(found)), of)
+        return reduce_rows("median", found, np.arange(len(found)), of)
     with np.errstate(all="ignore"):
         found = reductions.slopes(values, over, owner)
-    return reduced("mean", found, np.arange(len(found)), of)
+    return reduce_rows("mean", found, np.arange(len(found)), of)
 
 
-def _in_order(one: Expectation, rows: pd.DataFrame) -> Verdict:
+def _judge_order(one: Expectation, rows: pd.DataFrame) -> Answer:
     """The values of a column, each with its number: do they ascend as they are written?"""
     found = []
     for value in one.value:
         mine = rows[meets(rows[one.by], value)]
         if not len(mine):
             raise NothingFound(f"selects no rows with {one.by}={format_condition(value)}")
-        found.append(_reduced(one, mine, str(value)))
+        found.append(_reduce(one, mine, str(value)))
     holds = all(a.number < b.number for a, b in pairwise(found))
-    return Verdict(one.say, holds, tuple(sorted(found, key=lambda m: (math.isnan(m.number), m.number))))
+    return Answer(one.say, holds, tuple(sorted(found, key=lambda m: (math.isnan(m.number), m.number))))
 
 
-def _in_band(one: Expectation, theory: pd.DataFrame) -> Verdict:
+def _judge_band(one: Expectation, theory: pd.DataFrame) -> Answer:
     """The mean over the networks, measured (seed -1), against its 95 % band; several rows are reduced alike."""
     where = {**one.where, "statistic": one.statistic}
     whole = select(theory, {**where, "seed": -1})
     number, low, high = (
-        reduced(one.reduce, numbers(whole, name), np.zeros(len(whole), int)).number
+        reduce_rows(one.reduce, numbers(whole, name), np.zeros(len(whole), int)).number
         for name in ("measured", "band_low", "band_high")
     )
     each = select(theory, where)
-    error = reduced(one.reduce, numbers(each, "measured"), networks(each)).error
-    beside = f", band {low:.6g} to {high:.6g}"
-    return Verdict(one.say, low <= number <= high, (Measured(number, error),), beside)
+    error = reduce_rows(one.reduce, numbers(each, "measured"), networks(each)).error
+    band = f", band {low:.3g} to {high:.3g}"
+    return Answer(one.say, low <= number <= high, (Measured(number, error),), band)

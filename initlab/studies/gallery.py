@@ -1,9 +1,9 @@
-"""experiments/README.md, written anew: every study with its question, source, cost, and what its newest sweep said.
+"""Writes experiments/README.md: every study with its question, source, cost, and what its newest sweep showed.
 
     initlab gallery [--experiments FOLDER] [PATH ...]
 
 Only sweeps at a study's own size count: those of the launch line alone, without further options. Their figures are
-copied beside the studies. What stands outside of the two marks in the README is left as it is.
+copied beside the studies. Only the text between the two marks of the README is replaced.
 """
 
 import json
@@ -24,47 +24,47 @@ COLOURS = 256  # of a copied figure; the file is a third as large
 
 
 def write(experiments: Path, outputs: Iterable[Path]) -> str:
-    """Rewrite the README between its marks; a word about what was found."""
+    """Rewrite the README of the studies between its marks, from the sweeps below `outputs`; returns a line about it."""
     readme = experiments / "README.md"
     if not readme.is_file():
         raise UsageError(f"{readme}: no such file; --experiments names the folder of the studies")
     text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise UsageError(f"{readme}: the gallery goes between the lines {BEGIN} and {END}")
-    found = newest(outputs)
-    said = studies(experiments)
-    for name in said:
-        if name in found and (figure := found[name].parent / f"{name}.png").is_file():
+    newest = find_newest(outputs)
+    studies = read_studies(experiments)
+    for name in studies:
+        if name in newest and (figure := newest[name].parent / f"{name}.png").is_file():
             copy_small(figure, experiments / f"{name}.png")
-    verdicts = {name: verdict(text, name, found.get(name)) for name in said}
+    answers = {name: answer_lines(text, name, newest.get(name)) for name in studies}
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    sections = [section(name, about, verdicts[name], experiments) for name, about in said.items()]
-    page = "\n".join([table(said, verdicts), *sections])
+    sections = [section(name, about, answers[name], experiments) for name, about in studies.items()]
+    page = "\n".join([table(studies, answers), *sections])
     write_text(readme, f"{before}{BEGIN}\n\n{page}\n{after}")
-    return f"{readme}: {len(said)} studies, {len(set(found) & set(said))} of them with a new sweep"
+    return f"{readme}: {len(studies)} studies, {len(set(newest) & set(studies))} of them with a new sweep"
 
 
-def studies(experiments: Path) -> dict[str, Mapping[str, Any]]:
+def read_studies(experiments: Path) -> dict[str, Mapping[str, Any]]:
     """Name -> the node `study`, for every study of the folder."""
     files = sorted(experiments.glob("*.yaml"))
     return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")).get("study", {}) for file in files}
 
 
-def newest(outputs: Iterable[Path]) -> dict[str, Path]:
+def find_newest(outputs: Iterable[Path]) -> dict[str, Path]:
     """Name -> the answers of its newest whole sweep at the study's own size; the folders' names are their times."""
     found: dict[str, Path] = {}
     for path in sorted(path for folder in outputs for path in folder.rglob(ANSWERS)):
-        said = json.loads(path.read_text(encoding="utf-8"))
+        answers = json.loads(path.read_text(encoding="utf-8"))
         runs = [json.loads(run.read_text(encoding="utf-8"))["status"] for run in path.parent.glob("*/run.json")]
-        whole = bool(runs) and set(runs) == {"done"} and not said["overrides"]
-        older = found.get(said["study"])
+        whole = bool(runs) and set(runs) == {"done"} and not answers["overrides"]
+        older = found.get(answers["study"])
         if whole and (older is None or older.parent.name <= path.parent.name):
-            found[said["study"]] = path
+            found[answers["study"]] = path
     return found
 
 
 def copy_small(figure: Path, to: Path) -> None:
-    """The figure with a palette of its own, in a third of the bytes.
+    """Copy a figure with a palette, in a third of the bytes.
 
     The palette covers the colours that there are, however few pixels have them: two lines never become one colour.
     """
@@ -77,31 +77,31 @@ def copy_small(figure: Path, to: Path) -> None:
     partial.replace(to)
 
 
-def verdict(text: str, name: str, answers: Path | None) -> list[str]:
+def answer_lines(text: str, name: str, answers: Path | None) -> list[str]:
     """How many expectations hold, then each of them: of the new sweep, or as the README has them; [] if never run."""
     if answers is None:
         old = re.search(rf"^### `{re.escape(name)}`$(.*?)(?=^### |\Z|^<!--)", text, re.M | re.S)
         return re.findall(r"^(?:\*\*\d+ of .*|- (?:holds|FAILS): .*)$", old[1], re.M) if old else []
-    said = json.loads(answers.read_text(encoding="utf-8"))
-    return [f"**{said['holds']} of {said['of']} hold**", *(f"- {one['said']}" for one in said["verdicts"])]
+    kept = json.loads(answers.read_text(encoding="utf-8"))
+    return [f"**{kept['holds']} of {kept['of']} hold**", *(f"- {one['said']}" for one in kept["verdicts"])]
 
 
-def table(said: Mapping[str, Mapping[str, Any]], verdicts: Mapping[str, Sequence[str]]) -> str:
+def table(studies: Mapping[str, Mapping[str, Any]], answers: Mapping[str, Sequence[str]]) -> str:
     """The index: a line for every study."""
     rows = ["| study | question | runs | CPU s | GPU s | expectations |", "|---|---|---|---|---|---|"]
-    for name, about in said.items():
+    for name, about in studies.items():
         cost = about.get("cost") or {}
         costs = [f"{cost[of]:g}" if cost.get(of) is not None else "" for of in ("runs", "cpu_seconds", "gpu_seconds")]
-        hold = (verdicts[name] or ["not run yet"])[0].strip("*")
+        hold = (answers[name] or ["not run yet"])[0].strip("*")
         rows.append("| " + " | ".join([f"[`{name}`](#{name})", about.get("question", ""), *costs, hold]) + " |")
     return "\n".join(rows) + "\n"
 
 
-def section(name: str, about: Mapping[str, Any], verdicts: Sequence[str], experiments: Path) -> str:
-    """A study's place in the gallery: question, source, verdict, figure."""
+def section(name: str, about: Mapping[str, Any], answers: Sequence[str], experiments: Path) -> str:
+    """A study's section of the gallery: question, source, answers, figure."""
     source = " ".join(str(about.get("source", "")).split())
     lines = [f"### `{name}`", "", about.get("question", ""), "", f"Source: {source}.", ""]
-    lines += [*verdicts[:1], "", *verdicts[1:], ""] if verdicts else []
+    lines += [*answers[:1], "", *answers[1:], ""] if answers else []
     if (experiments / f"{name}.png").is_file():
         lines += [f"![{about.get('question', name)}]({name}.png)", ""]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Rows of many networks -> one number, and its standard error by drawing the networks again.
+"""Rows of many networks as one number, with its standard error by drawing the networks again (the bootstrap).
 
 A reduction is written once, over weighted networks: with all weights 1 it is the measurement, with the counts of a draw
 with replacement it is one repetition of the bootstrap. Networks are drawn, not rows: the layers of one network are not
@@ -55,13 +55,13 @@ def _median(values: Numbers, owner: Numbers, weights: Numbers) -> Numbers:
     held = np.bincount(cells, minlength=blocks * drawn.shape[1]).reshape(blocks, -1)
     until = np.cumsum(drawn @ held.T, axis=1)
 
-    def at(rank: Numbers) -> Numbers:
+    def value_at(rank: Numbers) -> Numbers:
         block = (until <= rank[:, None]).sum(axis=1)
         before = np.take_along_axis(np.pad(until, ((0, 0), (1, 0))), block[:, None], axis=1)
         inside = before + np.cumsum(np.take_along_axis(drawn, whose.reshape(blocks, -1)[block], axis=1), axis=1)
         return np.asarray(ranked[block * _BLOCK + (inside <= rank[:, None]).sum(axis=1)])
 
-    middle = 0.5 * at((until[:, -1] - 1) // 2) + 0.5 * at(until[:, -1] // 2)
+    middle = 0.5 * value_at((until[:, -1] - 1) // 2) + 0.5 * value_at(until[:, -1] // 2)
     return np.where(_nans(values, owner, weights) > 0, np.nan, middle)
 
 
@@ -117,8 +117,12 @@ def draws(networks: int) -> Numbers:
     return np.random.default_rng(0).multinomial(networks, np.full(networks, 1 / networks), size=DRAWS).astype(float)
 
 
-def reduced(name: str, values: Numbers, owner: Numbers, of: str = "") -> Measured:
-    """The number and its bootstrap error; values (R,), owner (R,): which network each row is about, 0 to E - 1."""
+def reduce_rows(name: str, values: Numbers, owner: Numbers, of: str = "") -> Measured:
+    """One number and its bootstrap error.
+
+    name: a reduction of the table. values (R,): the statistic of each row. owner (R,): which network each row is
+    about, 0 to E - 1. of: what the number is about, for the reader.
+    """
     reduction, networks = REDUCTIONS[name], int(owner.max()) + 1
     with np.errstate(all="ignore"):
         number = float(reduction(values, owner, np.ones((1, networks)))[0])

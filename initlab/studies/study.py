@@ -1,6 +1,6 @@
-"""A study: a question, the figure and the expectations that answer it. Prepared before anything is measured.
+"""A study: a question, with the figure and the expectations that answer it; checked before anything is measured.
 
-Plain values in, verdicts out; knows nothing of Hydra. What came out stays in the folder as expect.json.
+The answers stay in the folder as expect.json.
 """
 
 import json
@@ -16,7 +16,7 @@ from initlab.errors import UsageError
 from initlab.figures.figure_spec import FigureSpec, parse_figure
 from initlab.runs.recorder import write_text
 from initlab.runs.schema import NOT_OPTIONS, OPTION_OF, TABLES, own_columns
-from initlab.studies.expect import Expectation, Verdict, expected, judge
+from initlab.studies.expect import Answer, Expectation, judge, parse_expectation
 
 ANSWERS = "expect.json"
 
@@ -55,60 +55,60 @@ def prepare(
     configuration = {*OPTION_OF, *NOT_OPTIONS, *options}
     own = {table: own_columns(table) for table in TABLES}
     known = {table: None if columns is None else columns | configuration for table, columns in own.items()}
-    wanted = tuple(expected(one, known) for one in expect)
+    wanted = tuple(parse_expectation(one, known) for one in expect)
     figure = parse_figure(about["figure"], known)
     return Study(name, about["question"], about["source"], about["cost"], wanted, figure, tuple(overrides))
 
 
-def answer(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path) -> tuple[list[Verdict], list[UsageError]]:
-    """Judge every expectation and keep the answers in the folder; beside them the expectations that ask for nothing."""
-    verdicts, mistakes = [], []
+def answer(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path) -> tuple[list[Answer], list[UsageError]]:
+    """Judge every expectation and keep the answers in the folder; returns them, and what could not be judged."""
+    answers, mistakes = [], []
     for one in study.expect:
         try:
-            verdicts.append(judge(one, tables))
+            answers.append(judge(one, tables))
         except UsageError as error:
             mistakes.append(error)
-    kept = {
+    record = {
         "study": study.name,
         "question": study.question,
         "source": study.source,
         "cost": dict(study.cost),
         "overrides": list(study.overrides),
-        "holds": sum(verdict.holds for verdict in verdicts),
+        "holds": sum(answer.holds for answer in answers),
         "of": len(study.expect),
-        "verdicts": [_kept(verdict) for verdict in verdicts],
+        "verdicts": [_as_json(answer) for answer in answers],
     }
-    write_text(folder / ANSWERS, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
-    return verdicts, mistakes
+    write_text(folder / ANSWERS, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    return answers, mistakes
 
 
-def draw(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path, verdicts: Sequence[Verdict]) -> Path | None:
+def draw(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path, answers: Sequence[Answer]) -> Path | None:
     """Its own figure, titled with the question; None where it has none."""
     if study.figure is None:
         return None
     from initlab.figures.study_figure import draw_study  # seaborn takes a second to import
 
     path = folder / f"{study.name}.png"
-    said = count(verdicts, len(study.expect)) if verdicts else ""
+    subtitle = count(answers, len(study.expect)) if answers else ""
     try:
-        draw_study(study.figure, tables, study.question or study.name, said).savefig(path, dpi=110)
+        draw_study(study.figure, tables, study.question or study.name, subtitle).savefig(path, dpi=110)
     except UsageError as error:
         raise type(error)(f"study.figure: {error}") from error
     return path
 
 
-def _kept(verdict: Verdict) -> dict[str, Any]:
-    """JSON has no nan and no inf: they are kept as words."""
-    numbers = [{"of": one.of, "number": _number(one.number), "error": _number(one.error)} for one in verdict.measured]
-    return {"say": verdict.say, "holds": verdict.holds, "measured": numbers, "said": str(verdict)}
+def _as_json(answer: Answer) -> dict[str, Any]:
+    """JSON has no nan and no inf: they are kept as text."""
+
+    def number(value: float) -> float | str:
+        return value if math.isfinite(value) else str(value)
+
+    measured = [{"of": one.of, "number": number(one.number), "error": number(one.error)} for one in answer.measured]
+    return {"say": answer.say, "holds": answer.holds, "measured": measured, "said": str(answer)}
 
 
-def _number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
-
-
-def count(verdicts: Sequence[Verdict], of: int) -> str:
+def count(answers: Sequence[Answer], of: int) -> str:
     """`7 of 7 expectations hold`; of all there are, also those about which the tables say nothing."""
     one = "expectation holds" if of == 1 else "expectations hold"
-    silent = f", {of - len(verdicts)} cannot be judged" if of > len(verdicts) else ""
-    return f"{sum(verdict.holds for verdict in verdicts)} of {of} {one}{silent}"
+    silent = f", {of - len(answers)} cannot be judged" if of > len(answers) else ""
+    return f"{sum(answer.holds for answer in answers)} of {of} {one}{silent}"

@@ -8,8 +8,8 @@ import pytest
 
 from initlab.errors import UsageError
 from initlab.runs.select import NothingFound
-from initlab.studies.expect import Verdict, expected, judge
-from initlab.studies.reductions import Measured, reduced
+from initlab.studies.expect import Answer, judge, parse_expectation
+from initlab.studies.reductions import Measured, reduce_rows
 
 TABLES = {
     "stats": pd.DataFrame({"init": ["a", "a", "a", "b"], "layer": [1, 2, 3, 1], "std": [1.0, 2.0, 6.0, math.nan]}),
@@ -53,8 +53,8 @@ def test_a_number_that_its_definition_gives_exactly_is_not_bent() -> None:
     rng = np.random.default_rng(0)
     values, owner = rng.normal(size=(2, 999)), np.arange(999) % 37
     for name, reference in (("mean", np.mean), ("median", np.median), ("min", np.min), ("max", np.max)):
-        assert reduced(name, values[0], owner).number == pytest.approx(reference(values[0]), rel=1e-12)
-        assert reduced(name, values[0][:998], owner[:998]).number == pytest.approx(
+        assert reduce_rows(name, values[0], owner).number == pytest.approx(reference(values[0]), rel=1e-12)
+        assert reduce_rows(name, values[0][:998], owner[:998]).number == pytest.approx(
             reference(values[0][:998]), rel=1e-12
         )
 
@@ -69,16 +69,16 @@ def test_the_error_is_that_of_networks_not_of_rows(name: str, law: float) -> Non
     Repeating every row 9 times says nothing new, and must not make the error smaller.
     """
     values = np.random.default_rng(1).normal(size=1000)
-    once = reduced(name, values, np.arange(1000)).error
+    once = reduce_rows(name, values, np.arange(1000)).error
     assert once == pytest.approx(law / math.sqrt(1000), rel=0.35)
-    assert reduced(name, np.repeat(values, 9), np.repeat(np.arange(1000), 9)).error == pytest.approx(once, rel=0.01)
-    rows = reduced(name, np.repeat(values, 9), np.arange(9000)).error
+    assert reduce_rows(name, np.repeat(values, 9), np.repeat(np.arange(1000), 9)).error == pytest.approx(once, rel=0.01)
+    rows = reduce_rows(name, np.repeat(values, 9), np.arange(9000)).error
     assert rows < 0.5 * once  # rows taken for networks would claim a third of the error
 
 
 def test_one_network_has_no_error_and_the_draws_are_always_the_same() -> None:
-    assert math.isnan(reduced("mean", np.arange(5.0), np.zeros(5, int)).error)
-    twice = [reduced("median", np.arange(50.0), np.arange(50)) for _ in range(2)]
+    assert math.isnan(reduce_rows("mean", np.arange(5.0), np.zeros(5, int)).error)
+    twice = [reduce_rows("median", np.arange(50.0), np.arange(50)) for _ in range(2)]
     assert twice[0] == twice[1]
 
 
@@ -165,7 +165,7 @@ def test_the_band_is_that_of_the_mean_over_the_networks() -> None:
 
 @pytest.mark.parametrize(("error", "text"), [(8.0, "+- 8)"), (10.3, "+- 10)"), (0.0123, "+- 0.01)"), (math.nan, "5)")])
 def test_an_error_has_one_digit_and_no_exponent_where_none_is_needed(error: float, text: str) -> None:
-    assert str(Verdict("so", True, (Measured(92.5, error),))).endswith(text)
+    assert str(Answer("so", True, (Measured(92.5, error),))).endswith(text)
 
 
 @pytest.mark.parametrize(
@@ -211,14 +211,14 @@ def test_an_expectation_must_be_complete() -> None:
     with pytest.raises(UsageError, match="has no `is`"):
         judge(expectation(value=1), TABLES)
     with pytest.raises(UsageError, match="is no expectation"):
-        expected("it grows")
+        parse_expectation("it grows")
 
 
 def test_a_column_that_is_known_beforehand_is_missed_beforehand() -> None:
     one, known = expectation(**{"is": "below", "value": 1.0}), {"stats": {"init", "std"}, "losses": None}
-    assert expected(one, known).statistic == "std"
+    assert parse_expectation(one, known).statistic == "std"
     with pytest.raises(UsageError, match=r"'it is so': column of stats=stdd: .*did you mean std"):
-        expected(one | {"statistic": "stdd"}, known)
-    assert expected(one | {"table": "losses", "statistic": "stdd"}, known)  # not known: asked later
+        parse_expectation(one | {"statistic": "stdd"}, known)
+    assert parse_expectation(one | {"table": "losses", "statistic": "stdd"}, known)  # not known: asked later
     with pytest.raises(UsageError, match="table=lossses"):
-        expected(one | {"table": "lossses"}, known)
+        parse_expectation(one | {"table": "lossses"}, known)
