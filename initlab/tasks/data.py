@@ -46,23 +46,31 @@ class Data:
 
 
 def load(name: str = "digits", root: str | Path = "data/mnist", download: bool = False, url: str = MNIST_URL) -> Data:
-    """One of the sources; `root`, `download` and `url` concern MNIST alone."""
+    """Load the training split of a source.
+
+    name: `digits` (shipped), `teacher` (drawn), `mnist` (from files). root: MNIST's folder. download: whether its files
+    may be fetched from `url`. Errors: an unknown source; files that are missing, broken or not MNIST.
+
+    >>> tuple(load("digits").x.shape)
+    (1797, 64)
+    """
     return choose(SOURCES, name, "data")(Path(root).expanduser(), download, url)
 
 
-def _standardized(pixels: np.ndarray) -> Tensor:
+def standardize(pixels: np.ndarray) -> Tensor:
+    """Images as rows (n, I), with mean 0 and standard deviation 1 over all pixels of all images."""
     flat = pixels.reshape(len(pixels), -1).astype(np.float32)
     mean, std = flat.mean(dtype=np.float64), flat.std(dtype=np.float64)
     return torch.from_numpy((flat - np.float32(mean)) / np.float32(std if std > 0 else 1))
 
 
-def _digits(root: Path, download: bool, url: str) -> Data:
+def load_digits(root: Path, download: bool, url: str) -> Data:
     """1,797 images of 8 x 8: the test set of UCI's handwritten digits (Alpaydin & Kaynak 1998)."""
     with np.load(Path(__file__).with_name("digits.npz")) as stored:
-        return Data("digits", _standardized(stored["images"]), torch.from_numpy(stored["labels"].astype(np.int64)), 10)
+        return Data("digits", standardize(stored["images"]), torch.from_numpy(stored["labels"].astype(np.int64)), 10)
 
 
-def _teacher(root: Path, download: bool, url: str) -> Data:
+def draw_teacher(root: Path, download: bool, url: str) -> Data:
     """50,000 x 784 standard normal inputs, targets of a fixed random 784-50-1 ReLU network, standardized."""
     n, fan_in, hidden = TEACHER_ROWS, 784, 50
     x = gaussian((n, fan_in), 0, "teacher input")
@@ -74,12 +82,12 @@ def _teacher(root: Path, download: bool, url: str) -> Data:
     return Data("teacher", x, (y - y.mean()) / y.std(), None)
 
 
-def _mnist(root: Path, download: bool, url: str) -> Data:
+def load_mnist(root: Path, download: bool, url: str) -> Data:
     """MNIST's training split from IDX files (plain or .gz, also in torchvision's MNIST/raw) or from an .npz file."""
-    found = _mnist_pair(root)
+    found = find_mnist(root)
     if found is None and download:
-        _fetch(root, url)
-        found = _mnist_pair(root)
+        fetch_mnist(root, url)
+        found = find_mnist(root)
     if found is None:
         raise UsageError(
             f"data=mnist: no MNIST files in data.root={root}; put train-images-idx3-ubyte and train-labels-idx1-ubyte "
@@ -98,13 +106,17 @@ def _mnist(root: Path, download: bool, url: str) -> Data:
         raise UsageError(f"data=mnist: {len(images)} images but {len(labels)} labels in data.root={root}")
     if labels.min() < 0 or labels.max() > 9:
         raise UsageError(f"data=mnist: labels run from {labels.min()} to {labels.max()}, not from 0 to 9")
-    return Data("mnist", _standardized(images), torch.from_numpy(labels.astype(np.int64)), 10)
+    return Data("mnist", standardize(images), torch.from_numpy(labels.astype(np.int64)), 10)
 
 
-SOURCES: dict[str, Callable[[Path, bool, str], Data]] = {"digits": _digits, "mnist": _mnist, "teacher": _teacher}
+SOURCES: dict[str, Callable[[Path, bool, str], Data]] = {
+    "digits": load_digits,
+    "mnist": load_mnist,
+    "teacher": draw_teacher,
+}
 
 
-def _mnist_pair(root: Path) -> tuple[np.ndarray, np.ndarray] | None:
+def find_mnist(root: Path) -> tuple[np.ndarray, np.ndarray] | None:
     """Images and labels, or None where a file is missing; IDX before .npz."""
     paths = []
     for name in MNIST_FILES:
@@ -116,10 +128,10 @@ def _mnist_pair(root: Path) -> tuple[np.ndarray, np.ndarray] | None:
     if images and labels:
         return read_idx(images), read_idx(labels)
     archives = sorted(root.glob("*.npz"), key=lambda path: (path.name != "mnist.npz", path.name))
-    return _read_npz(archives[0]) if archives else None
+    return read_npz(archives[0]) if archives else None
 
 
-def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """`x_train` and `y_train`, as Keras names them."""
     try:
         with path.open("rb") as file, np.lib.npyio.NpzFile(file) as stored:
@@ -149,7 +161,7 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 
-def _fetch(root: Path, url: str) -> None:
+def fetch_mnist(root: Path, url: str) -> None:
     """Download what is missing, once, and keep a file only if its md5 sum is right."""
     for name, md5 in MNIST_FILES.items():
         if (root / name).is_file():

@@ -12,7 +12,14 @@ _SHOWN = {
 
 
 def gains() -> pd.DataFrame:
-    """The rows of `gain_table` and `published_table` as one table, by activation; torch's stand there once."""
+    """Every gain of every activation and every number in use: `gain_table` and `published_table` as one table.
+
+    Sorted by activation; torch's numbers stand there once.
+
+    >>> frame = gains().set_index(["activation", "kind"])
+    >>> round(float(frame.loc[("tanh", "chi"), "gain"]), 5), round(float(frame.loc[("tanh", "torch"), "gain"]), 5)
+    (1.46741, 1.66667)
+    """
     published = published_table()
     own = gain_table().drop(columns="why")
     derived = own[own["kind"] != "torch"].assign(source="", deviation=0.0, why="")
@@ -29,12 +36,15 @@ def gains_as_text(frame: pd.DataFrame) -> str:
     """The table, and a line for every number in use that is not the gain that it stands for."""
     table = frame.loc[frame["source"].isin(["", "torch.nn.init.calculate_gain"]), list(_SHOWN)].rename(columns=_SHOWN)
     text = table.to_string(index=False, float_format=lambda value: f"{value:.6g}")
-    off = frame[frame["deviation"].abs() > EXACT]
+    wrong = frame[frame["deviation"].abs() > EXACT]
     lines = ["", "Numbers in use that are not the gain that they stand for:"]
-    for (kind, source), rows in off.groupby(["kind", "source"], sort=False):
+    for (kind, source), rows in wrong.groupby(["kind", "source"], sort=False):
         shared = rows["why"].nunique() == 1
         lines.append(f"{kind} ({source}){': ' + rows['why'].iloc[0] if shared else ''}")
-        lines += [f"  {_deviation(row)}{'' if shared else '; ' + row['why']}" for _, row in rows.iterrows()]
+        for _, row in rows.iterrows():
+            side = "above" if row["deviation"] > 0 else "below"
+            size = f"{100 * abs(row['deviation']):.3g} % {side} {row['meant']} {row['right']:.6g}"
+            lines.append(f"  {row['activation']} {row['gain']:.6g}: {size}{'' if shared else '; ' + row['why']}")
     right = frame[(frame["source"] != "") & (frame["deviation"].abs() <= EXACT)]
     named = [f"{kind} {', '.join(rows['activation'])}" for kind, rows in right.groupby("kind", sort=False)]
     lines += [f"Right: {'; '.join(named)}.", _PROMISES]
@@ -46,9 +56,3 @@ _PROMISES = (
     " q* to which a gain leads, chi_1 is what a gradient's second moment is multiplied by in every layer, and q* is"
     " stable where V' < 1. init=kaiming takes chi; init.gain_kind= takes another."
 )
-
-
-def _deviation(row: pd.Series) -> str:
-    sign = "above" if row["deviation"] > 0 else "below"
-    size = f"{100 * abs(row['deviation']):.3g} %"
-    return f"{row['activation']} {row['gain']:.6g}: {size} {sign} {row['meant']} {row['right']:.6g}"

@@ -39,11 +39,19 @@ def jacobian(
     progress: bool = False,
     **rule_fields: Any,
 ) -> Frames:
-    """`jacobian`: mean and variance of the squared singular values s^2 of every layer, measured and predicted;
-    `singular_values`: all of them, at layers 1, 2, 5, 10, 20, 50, ... and the last.
+    """The singular values of every layer's Jacobian by the input: two tables, `jacobian` and `singular_values`.
 
-    At the first input of each network's batch; `batch` matters to a rule that is fitted to data alone. A difference
-    of a network's mean of s^2 to the prediction, which is one over all networks, is spread and not an error.
+    init, activation, depth, width, inputs, batch, seeds, dtype, device, generator, progress, rule_fields: as in
+    `stack`; one rule for all networks. The Jacobian is taken at the first input of each network's batch; `batch`
+    matters only to a rule that is fitted to data.
+
+    `jacobian` has the mean and the variance of the squared singular values s^2 of every layer, measured and predicted;
+    `singular_values` all of them, at layers 1, 2, 5, 10, 20, 50, ... and the last. The prediction is the mean over all
+    networks, so that a single network's difference to it is spread and no error.
+
+    >>> tables = jacobian("orthogonal", "linear", depth=2, width=3, seeds=1)
+    >>> tables["singular_values"]["singular_value"].round(5).tolist()
+    [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
     net, where = Net.of(activation, depth, width, inputs, batch), Where.of(dtype, device, generator)
     scaling = rule(init, **rule_fields)
@@ -54,9 +62,9 @@ def jacobian(
             nets = Networks(net, ensemble.part(chunk), where)
 
             def keep(layer: int, found: Scaled, seeds: Sequence[int] = nets.ensemble.seeds) -> None:
-                sums.append(_sums(layer, seeds, log2_power_sums(found), min(net.inputs, width)))
+                sums.append(moments_frame(layer, seeds, log2_power_sums(found), min(net.inputs, width)))
                 if layer in shown_layers(depth):
-                    spectra.append(_spectrum(layer, seeds, singular_values(found)))
+                    spectra.append(spectrum_frame(layer, seeds, singular_values(found)))
                 bar.update(len(seeds))
 
             jacobians(net.network, nets.weights, nets.gaussian(net.inputs, "input")[:, :1], keep)
@@ -81,7 +89,8 @@ def shown_layers(depth: int) -> list[int]:
     return [*(layer for layer in steps if layer < depth), depth]
 
 
-def _sums(layer: int, seeds: Sequence[int], log2: Tensor, count: int) -> pd.DataFrame:
+def moments_frame(layer: int, seeds: Sequence[int], log2: Tensor, count: int) -> pd.DataFrame:
+    """A row per network: means of s^2 and s^4 over `count` singular values, from log2 of their sums (2, E)."""
     means = log2.cpu().numpy() - np.log2(count)
     with np.errstate(over="ignore", invalid="ignore"):
         s2, s4 = np.exp2(means)
@@ -94,7 +103,8 @@ def _sums(layer: int, seeds: Sequence[int], log2: Tensor, count: int) -> pd.Data
         )  # fmt: skip
 
 
-def _spectrum(layer: int, seeds: Sequence[int], log2: Tensor) -> pd.DataFrame:
+def spectrum_frame(layer: int, seeds: Sequence[int], log2: Tensor) -> pd.DataFrame:
+    """A row per network and singular value, from their log2 (E, count), largest first."""
     count = log2.shape[-1]
     logs = log2.cpu().numpy().reshape(-1)
     with np.errstate(over="ignore"):

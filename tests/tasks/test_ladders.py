@@ -4,6 +4,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 
 from initlab.errors import UsageError
 from initlab.scratch.backward import VERSIONS
@@ -77,7 +78,7 @@ def test_a_rung_that_cannot_run_here_stays_with_its_reason():
 
 
 def test_pieces_grow_eightfold_and_cut_only_what_is_looped_over():
-    assert ladders._pieces((5000, 784, 10), 1) == [
+    assert ladders.pieces((5000, 784, 10), 1) == [
         (1, 784, 10),
         (2, 784, 10),
         (10, 784, 10),
@@ -85,11 +86,11 @@ def test_pieces_grow_eightfold_and_cut_only_what_is_looped_over():
         (625, 784, 10),
     ]
     for sizes in [(5000, 784, 10), (10, 10**6, 3), (1000, 1000, 1000)]:
-        pieces = [*ladders._pieces(sizes, 3), sizes]
+        pieces = [*ladders.pieces(sizes, 3), sizes]
         works = [m * k * n for m, k, n in pieces]
         assert works[0] <= 4096 and works == sorted(works)
         assert all(larger <= 8 * smaller for smaller, larger in pairwise(works))
-    assert ladders._pieces((1000, 1000, 1000), 0) == []
+    assert ladders.pieces((1000, 1000, 1000), 0) == []
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_the_books_shape_is_among_the_sizes_of_the_sweep():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(LADDER["compiled"].missing(ladders.find_device("cpu"))), reason="no compiler here")
+@pytest.mark.skipif(bool(LADDER["compiled"].missing(torch.device("cpu"))), reason="no compiler here")
 def test_the_compiled_rung_is_timed_and_never_holds_the_products():
     frame = matmul_ladder([BOOK_SHAPE], ["outer", "compiled", "matmul"], **QUICK).set_index("version")
     assert frame["note"]["compiled"] == ""

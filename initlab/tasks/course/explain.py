@@ -2,7 +2,7 @@
 
 The pass is really made, by the classes of `scratch/classes.py`, and watched from outside: before and after each
 `backward()` every tensor is asked for its `.g`. Beside it stand the local rules with their derivatives as text that
-SymPy can read; the tests let SymPy differentiate them. Knows nothing of autograd, whose own graph is `task=graph`.
+SymPy can read; the tests let SymPy differentiate them. Autograd's own graph is `task=graph`.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from initlab.errors import UsageError, check, choose
@@ -17,9 +18,8 @@ from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import Rule, gaussian, permutation, rule
 from initlab.scratch.classes import LOSS_LAYERS, Act, Lin
 from initlab.scratch.layers import LOSSES, g_of
-from initlab.stats.dtypes import resolve_dtype
 from initlab.stats.statistics import STATISTICS, measure
-from initlab.tasks.ensemble.device import find_device
+from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.networks import draw_trained
 
 
@@ -50,7 +50,7 @@ SETS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Explanation:
-    """`steps`: a row per tensor that is set; `rules`: a row per derivative; `text`: both told in order."""
+    """`steps`: a row per tensor that is set; `rules`: a row per derivative; `text`: both in words."""
 
     steps: pd.DataFrame
     rules: pd.DataFrame
@@ -70,12 +70,17 @@ def explain(
     inputs: int = 10,
     classes: int = 10,
     seed: int = 0,
-    dtype: str = "float32",
-    device: str = "cpu",
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
 ) -> Explanation:
-    """Follow one forward and one backward pass of `depth` hidden layers over a Gaussian batch.
+    """Follow one forward and one backward pass of `depth` hidden layers of `width` units over a Gaussian batch.
 
-    Under mse the network ends in one unit and the targets are Gaussian, else in `classes` units and classes.
+    batch: rows of `inputs` units. activation, loss: names of the tables. init: a rule's name or a `Rule`. Under mse the
+    network ends in one unit and the targets are Gaussian, else in `classes` units and classes. seed: of the weights,
+    the batch and the targets. dtype, device: as in `stack`. Errors: an unknown name, a number out of its range.
+
+    >>> explain(depth=1, width=3, batch=2).steps[["name", "sets", "tensor"]].iloc[-1].tolist()
+    ['lin1', 'self.b.g', 'b1.g']
     """
     check(train_depth=depth, train_width=width, train_batch=batch, seed=seed)
     for name, size in (("inputs", inputs), ("classes", classes)):
@@ -83,59 +88,49 @@ def explain(
             raise UsageError(f"{name}={size}: must be at least 1")
     row = choose(ACTIVATIONS, activation, "activation")
     sizes = [inputs, *[width] * depth, classes if choose(LOSSES, loss, "train.loss").classes else 1]
-    number, place = resolve_dtype(dtype), find_device(device)
-    scaling = rule(init)
-    xb = gaussian((batch, inputs), seed, "input").to(place, number)
-    parameters = [(w[0], b[0]) for w, b in draw_trained([scaling], row, sizes, [seed], xb[None]).parameters]
-    yb = gaussian((batch,), seed, "target").to(number)
+    where = Where.of(dtype, device)
+    xb = gaussian((batch, inputs), seed, "input").to(where.device, where.dtype)
+    parameters = [(w[0], b[0]) for w, b in draw_trained([rule(init)], row, sizes, [seed], xb[None]).parameters]
+    yb = gaussian((batch,), seed, "target").to(where.dtype)
     if LOSSES[loss].classes:
         yb = permutation(batch, seed, "target") % classes
-    steps = _followed(parameters, xb, yb.to(place), activation, loss)
-    rules = _rules(["lin", *[activation] * (depth > 0), loss])
-    return Explanation(steps, rules, _told(steps, rules))
+    steps = follow_pass(parameters, xb, yb.to(where.device), activation, loss)
+    rules = [
+        {"rule": name, "formula": SYMBOLIC[name].formula, "with_respect_to": variable, "derivative": derivative}
+        for name in ["lin", *[activation] * (depth > 0), loss]
+        for variable, derivative in SYMBOLIC[name].derivatives.items()
+    ]
+    return Explanation(steps, pd.DataFrame(rules), pass_as_text(steps, pd.DataFrame(rules)))
 
 
-# --- the pass, watched ------------------------------------------------------------------------------------------------
-
-
-class _Place(NamedTuple):
+class NamedLayer(NamedTuple):
     """A layer's object, the number of its linear layer, and how it is called: lin1, relu1, ..., mse."""
 
     object: Any
     layer: int
     name: str
 
-    @property
-    def sets(self) -> dict[str, str]:
-        return SETS[type(self.object).__name__]
 
-
-def _followed(
+def follow_pass(
     parameters: Sequence[tuple[Tensor, Tensor]], xb: Tensor, yb: Tensor, activation: str, loss: str
 ) -> pd.DataFrame:
     """The classes of the book run one by one, forward and in reverse; a row for everything that one of them sets."""
-    places, watch = _places(parameters, activation, loss), _Watch()
+    layers: list[NamedLayer] = []
+    watch = _Watch()
     watch.name(xb, "xb")
-    for k, pair in enumerate(parameters, start=1):
-        for value, letter in zip(pair, "wb", strict=True):
-            watch.name(value, f"{letter}{k}")
-    value = xb
-    for place in places:
-        value = place.object(value) if place is not places[-1] else place.object(value, yb)
-        watch.forward(place, value)
-    for k in range(len(places) - 1, -1, -1):
-        watch.backward(places[k], places[k - 1] if k else None)
-    return pd.DataFrame(watch.rows)
-
-
-def _places(parameters: Sequence[tuple[Tensor, Tensor]], activation: str, loss: str) -> list[_Place]:
-    places = []
     for k, (w, b) in enumerate(parameters, start=1):
-        places += [
-            _Place(Lin(w, b, inp_grad=k > 1), k, f"lin{k}"),
-            _Place(Act(ACTIVATIONS[activation]), k, f"{activation}{k}"),
-        ]
-    return [*places[:-1], _Place(LOSS_LAYERS[loss](), len(parameters), loss)]
+        watch.name(w, f"w{k}")
+        watch.name(b, f"b{k}")
+        layers.append(NamedLayer(Lin(w, b, inp_grad=k > 1), k, f"lin{k}"))
+        layers.append(NamedLayer(Act(ACTIVATIONS[activation]), k, f"{activation}{k}"))
+    layers[-1] = NamedLayer(LOSS_LAYERS[loss](), len(parameters), loss)
+    value = xb
+    for layer in layers:
+        value = layer.object(value) if layer is not layers[-1] else layer.object(value, yb)
+        watch.forward(layer, value)
+    for k in range(len(layers) - 1, -1, -1):
+        watch.backward(layers[k], layers[k - 1] if k else None)
+    return pd.DataFrame(watch.rows)
 
 
 class _Watch:
@@ -153,55 +148,37 @@ class _Watch:
     def name_of(self, value: Tensor) -> str:
         return next(name for known, name in self._tensors if known is value)
 
-    def forward(self, place: _Place, out: Tensor) -> None:
+    def forward(self, layer: NamedLayer, out: Tensor) -> None:
         self.step += 1
-        letter = {Lin: "z", Act: "a"}.get(type(place.object))
-        self.name(out, f"{letter}{place.layer}" if letter else "loss")
-        self._note("forward", place, "out", out, reads=self.name_of(place.object.inp))
+        letter = {Lin: "z", Act: "a"}.get(type(layer.object))
+        self.name(out, f"{letter}{layer.layer}" if letter else "loss")
+        self._note("forward", layer, "out", out, reads=self.name_of(layer.object.inp))
 
-    def backward(self, place: _Place, below: _Place | None) -> None:
+    def backward(self, layer: NamedLayer, below: NamedLayer | None) -> None:
         """Run the layer's backward; whatever has a `.g` that it had not before was set by it."""
         self.step += 1
         before = {name for value, name in self._tensors if hasattr(value, "g")}
-        place.object.backward()
-        out = self.name_of(place.object.out)
+        layer.object.backward()
+        out = self.name_of(layer.object.out)
         step, setter = self._setter.get(out, (0, ""))
         for value, name in self._tensors:
             if hasattr(value, "g") and name not in before:
-                attribute = next(a for a in ("inp", "w", "b") if getattr(place.object, a, None) is value)
+                attribute = next(a for a in ("inp", "w", "b") if getattr(layer.object, a, None) is value)
                 reader = below.name if attribute == "inp" and below else "optimizer"
                 origin = {"reads": f"{out}.g" if setter else "", "set_by": setter, "set_in": step, "read_by": reader}
-                self._note("backward", place, f"{attribute}.g", g_of(value), **origin)
-                self._setter[name] = (self.step, place.name)
+                self._note("backward", layer, f"{attribute}.g", g_of(value), **origin)
+                self._setter[name] = (self.step, layer.name)
 
-    def _note(self, direction: str, place: _Place, attribute: str, value: Tensor, **more: object) -> None:
-        owner = getattr(place.object, attribute.removesuffix(".g"))
+    def _note(self, direction: str, layer: NamedLayer, attribute: str, value: Tensor, **more: object) -> None:
+        owner = getattr(layer.object, attribute.removesuffix(".g"))
+        numbers = dict(zip(STATISTICS, measure(value.reshape(1, -1), batched=False).tolist(), strict=True))
         row = {
-            "step": self.step, "direction": direction, "layer": place.layer, "name": place.name,
+            "step": self.step, "direction": direction, "layer": layer.layer, "name": layer.name,
             "sets": f"self.{attribute}", "tensor": self.name_of(owner) + ".g" * attribute.endswith(".g"),
-            "formula": place.sets[attribute], "reads": "", "set_by": "", "set_in": 0, "read_by": "",
-            "shape": "x".join(map(str, value.shape)) or "number",
+            "formula": SETS[type(layer.object).__name__][attribute], "reads": "", "set_by": "", "set_in": 0,
+            "read_by": "", "shape": "x".join(map(str, value.shape)) or "number",
         }  # fmt: skip
-        self.rows.append(row | more | _sizes(value))
-
-
-def _sizes(value: Tensor) -> dict[str, float]:
-    """Norm and rms, which outlive the number format."""
-    found = dict(zip(STATISTICS, measure(value.reshape(1, -1), batched=False).tolist(), strict=True))
-    return {"norm": found["norm"], "rms": found["rms"]}
-
-
-# --- the telling ------------------------------------------------------------------------------------------------------
-
-
-def _rules(names: Sequence[str]) -> pd.DataFrame:
-    """The local rules that this network uses, a row per derivative."""
-    rows = [
-        {"rule": name, "formula": SYMBOLIC[name].formula, "with_respect_to": variable, "derivative": derivative}
-        for name in names
-        for variable, derivative in SYMBOLIC[name].derivatives.items()
-    ]
-    return pd.DataFrame(rows)
+        self.rows.append(row | more | {"norm": numbers["norm"], "rms": numbers["rms"]})
 
 
 ANSWERS = """\
@@ -216,34 +193,26 @@ Why no xb.g?
 """
 
 
-def _told(steps: pd.DataFrame, rules: pd.DataFrame) -> str:
-    """All of it as text: forward, backward, the questions that readers ask, the local rules."""
+def pass_as_text(steps: pd.DataFrame, rules: pd.DataFrame) -> str:
+    """The pass in words: forward, backward, the questions that readers ask, the local rules."""
     backward = steps[steps["direction"] == "backward"]
     first, second = backward.iloc[0], backward.iloc[1]
-    words = {"above": first["name"], "step": first["step"], "below": second["name"], "next": second["step"]}
-    answers = ANSWERS.format(tensor=second["reads"].removesuffix(".g"), **words)
+    names = {"above": first["name"], "step": first["step"], "below": second["name"], "next": second["step"]}
+    answers = ANSWERS.format(tensor=second["reads"].removesuffix(".g"), **names)
     lines = ["Forward: each layer keeps what came in, self.inp, and what went out, self.out."]
-    lines += [_forward_line(row) for row in steps[steps["direction"] == "forward"].itertuples()]
+    for row in steps[steps["direction"] == "forward"].itertuples():
+        reads = f"inp is {row.reads}; {row.shape}, norm {row.norm:.4g}"
+        lines.append(f"  {row.step}. {row.name}: {row.tensor} = {row.formula}, {reads}")
     lines += ["", "Backward: the same objects in reverse. Each reads self.out.g and sets the .g of what came in."]
-    for _, rows in backward.groupby("step"):
-        lines += _backward_lines(list(rows.itertuples()))
+    for number, rows in backward.groupby("step"):
+        source = rows.iloc[0]
+        given = f"self.out.g, which is {source['reads']}, set by {source['set_by']} in step {source['set_in']}"
+        reads = given if source["set_by"] else "no gradient: dL/dL = 1"
+        lines.append(f"  {number}. {source['name']}.backward() reads {reads}")
+        for row in rows.itertuples():
+            reader = f"{row.read_by} reads it as self.out.g" if row.read_by != "optimizer" else "for the optimizer"
+            what = f"{row.sets} = {row.formula}: {row.tensor}, {row.shape}, norm {row.norm:.4g}"
+            lines.append(f"       {what}; {reader}")
     lines += ["", answers, "The local rules, for one entry (SymPy's notation):"]
     lines += [f"  {r.rule}: d/d{r.with_respect_to} [{r.formula}] = {r.derivative}" for r in rules.itertuples()]
     return "\n".join(lines) + "\n"
-
-
-def _forward_line(row: Any) -> str:
-    return (
-        f"  {row.step}. {row.name}: {row.tensor} = {row.formula}, inp is {row.reads}; {row.shape}, norm {row.norm:.4g}"
-    )
-
-
-def _backward_lines(rows: list[Any]) -> list[str]:
-    """A sentence on what is read, then a line for each `.g` that is set."""
-    first = rows[0]
-    source = f"self.out.g, which is {first.reads}, set by {first.set_by} in step {first.set_in}"
-    lines = [f"  {first.step}. {first.name}.backward() reads {source if first.set_by else 'no gradient: dL/dL = 1'}"]
-    for row in rows:
-        reader = f"{row.read_by} reads it as self.out.g" if row.read_by != "optimizer" else "for the optimizer"
-        lines.append(f"       {row.sets} = {row.formula}: {row.tensor}, {row.shape}, norm {row.norm:.4g}; {reader}")
-    return lines

@@ -16,10 +16,9 @@ from initlab.errors import UsageError, check, choose
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import Rule, gaussian, rule
 from initlab.scratch import mlp
-from initlab.scratch.autograd_graph import Graph, gradients, walk
+from initlab.scratch.autograd_graph import gradients, walk
 from initlab.scratch.layers import LOSSES
-from initlab.stats.dtypes import resolve_dtype
-from initlab.tasks.ensemble.device import find_device
+from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.networks import draw_trained
 
 Frames = dict[str, pd.DataFrame]
@@ -42,44 +41,54 @@ def graph(
     width: int = 50,
     batch: int = 64,
     seed: int = 0,
-    dtype: str = "float32",
-    device: str = "cpu",
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
 ) -> Frames:
-    """The frames `nodes`, `edges` and `notes`, ready for `scratch.graph.frames_as_text` and `output.graphs.draw_graph`.
+    """Walk autograd's graph of one forward pass: the frames `nodes`, `edges` and `notes`.
 
-    Without a model: the project's MLP of `depth` hidden layers, under `loss` mse (the default) or cross_entropy.
-    With one: `inputs` (a tensor, several in a sequence, or keyword arguments in a mapping), or Gaussian batches of the
-    `shapes`, or of what its first layer takes. `loss` is a name of `LOSSES` or a function of the output and, if they
-    are given, the `targets`; without a loss that fits it is the mean of squares of the output.
+    model: any nn.Module; None takes the project's MLP, `depth` hidden layers of `width` units, by the rule `init`.
+    inputs: a tensor, several in a sequence, or keyword arguments in a mapping; None draws Gaussian batches of the
+    `shapes`, or of what the model's first layer takes, `batch` rows. loss: a name of LOSSES, or a function of the
+    output and, if they are given, the `targets`. Without a loss that fits it is the mean of squares of the output, for
+    the project's MLP mse. seed: of all that is drawn. dtype, device: of the project's MLP, as in `stack`.
+    Errors: a model, inputs or targets that do not fit each other; an output that carries no gradient.
+
+    >>> frames = graph(nn.Linear(3, 2), torch.ones(4, 3))
+    >>> frames["nodes"]["node"].tolist()[:3]
+    ['MeanBackward0', 'PowBackward0', 'AddmmBackward0']
     """
     notes: list[str] = []
-    place, number = find_device(device), resolve_dtype(dtype)
+    where = Where.of(dtype, device)
     check(batch=batch, seed=seed)
     if not isinstance(model, nn.Module | None):
         raise UsageError(f"graph: the model is a {type(model).__name__}; must be an nn.Module")
     if model is None:
         loss = loss or "mse"
-        model, made, targets = _own(init, activation, depth, width, batch, seed, loss, targets)
-        model, inputs = model.to(place, number), made if inputs is None and shapes is None else inputs
-        targets = targets.to(place, number if targets.is_floating_point() else targets.dtype)
+        model, made, targets = build_mlp(rule(init), activation, depth, width, batch, seed, loss, targets)
+        model, inputs = model.to(where.device, where.dtype), made if inputs is None and shapes is None else inputs
+        targets = targets.to(where.device, where.dtype if targets.is_floating_point() else targets.dtype)
     if inputs is None:
-        inputs = _noise(shapes or [_first_shape(model, batch)], seed, notes)
-    arguments = _arguments(inputs)
-    with _as_it_was(model, seed):
-        out = _output(_run(model, _placed(arguments, model)), notes)
-        walked = _walked(_loss(out, targets, loss, notes), _names(model, arguments), notes)
-    return walked | {"notes": pd.DataFrame({"note": notes})}
+        shapes = shapes or [_first_shape(model, batch)]
+        if any(size < 1 for shape in shapes for size in shape):
+            raise UsageError(f"shapes={[list(shape) for shape in shapes]}: every size must be at least 1")
+        notes.append(f"inputs: Gaussian noise of shape {' and '.join(str(tuple(shape)) for shape in shapes)}")
+        inputs = [gaussian(shape, seed, "input", number) for number, shape in enumerate(shapes)]
+    if isinstance(inputs, Mapping):
+        arguments: Arguments = {str(name): value for name, value in inputs.items()}
+    else:
+        arguments = dict(enumerate([inputs] if isinstance(inputs, Tensor) else inputs))
+    with _restoring(model, seed):
+        out = _first_float(_run(model, _move(arguments, model)), notes)
+        value = _loss(out, targets, loss, notes)
+        found = walk(value, _names(model, arguments))
+        if found.unreached:
+            notes.append(f"no gradient reaches {', '.join(found.unreached)}")
+        frames = {"nodes": found.frame(gradients(value, found)), "edges": found.edges()}
+    return frames | {"notes": pd.DataFrame({"note": notes})}
 
 
-def _walked(loss: Tensor, names: Mapping[str, Tensor], notes: list[str]) -> Frames:
-    found: Graph = walk(loss, names)
-    if found.unreached:
-        notes.append(f"no gradient reaches {', '.join(found.unreached)}")
-    return {"nodes": found.frame(gradients(loss, found)), "edges": found.edges()}
-
-
-def _own(
-    init: str | Rule,
+def build_mlp(
+    scaling: Rule,
     activation: str,
     depth: int,
     width: int,
@@ -92,7 +101,6 @@ def _own(
     check(train_depth=depth, train_width=width)
     classes = isinstance(loss, str) and choose(LOSSES, loss, "train.loss").classes
     sizes, row = [width] * (depth + 1) + [CLASSES if classes else 1], choose(ACTIVATIONS, activation, "activation")
-    scaling = rule(init)
     x = gaussian((batch, width), seed, "input")
     parameters = draw_trained([scaling], row, sizes, [seed], x[None]).parameters
     if targets is None:
@@ -109,41 +117,25 @@ def _first_shape(model: nn.Module, batch: int) -> tuple[int, ...]:
     return batch, first.in_features
 
 
-def _noise(shapes: Sequence[Sequence[int]], seed: int, notes: list[str]) -> list[Tensor]:
-    if any(size < 1 for shape in shapes for size in shape):
-        raise UsageError(f"shapes={[list(shape) for shape in shapes]}: every size must be at least 1")
-    notes.append(f"inputs: Gaussian noise of shape {' and '.join(str(tuple(shape)) for shape in shapes)}")
-    return [gaussian(shape, seed, "input", number) for number, shape in enumerate(shapes)]
-
-
-def _arguments(inputs: Inputs) -> Arguments:
-    if isinstance(inputs, Mapping):
-        return {str(name): value for name, value in inputs.items()}
-    return dict(enumerate([inputs] if isinstance(inputs, Tensor) else inputs))
-
-
-def _placed(given: Arguments, model: nn.Module) -> Arguments:
-    """Noise and data go where the model's parameters are, in their format."""
+def _move(given: Arguments, model: nn.Module) -> Arguments:
+    """Noise and data go where the model's parameters are, in their format; empty and non-finite ones are refused."""
     like = next(model.parameters(), None)
-    placed: Arguments = {}
+    moved: Arguments = {}
     for name, value in given.items():
         if isinstance(value, Tensor):
-            _refuse_input(name, value)
+            if not value.numel():
+                raise UsageError(f"graph: input {name} is empty, its shape is {tuple(value.shape)}")
+            if value.is_floating_point() and not value.isfinite().all():
+                count = int((~value.isfinite()).sum())
+                raise UsageError(f"graph: input {name} holds nan or inf, {count} of {value.numel()}")
             if like is not None:
                 value = value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
-        placed[name] = value
-    return placed
-
-
-def _refuse_input(name: str | int, value: Tensor) -> None:
-    if not value.numel():
-        raise UsageError(f"graph: input {name} is empty, its shape is {tuple(value.shape)}")
-    if value.is_floating_point() and not value.isfinite().all():
-        raise UsageError(f"graph: input {name} holds nan or inf, {int((~value.isfinite()).sum())} of {value.numel()}")
+        moved[name] = value
+    return moved
 
 
 @contextmanager
-def _as_it_was(model: nn.Module, seed: int) -> Iterator[None]:
+def _restoring(model: nn.Module, seed: int) -> Iterator[None]:
     """Dropout draws from `seed`; running statistics and the caller's random numbers are put back afterwards."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -166,8 +158,8 @@ def _run(model: nn.Module, inputs: Arguments) -> object:
         return model(*positional, **keywords)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         given = ", ".join(str(tuple(value.shape)) for value in inputs.values() if isinstance(value, Tensor))
-        said = str(error).split("\n")[0]
-        raise UsageError(f"graph: {type(model).__name__} refused inputs of shape {given}: {said}") from error
+        text = str(error).split("\n")[0]
+        raise UsageError(f"graph: {type(model).__name__} refused inputs of shape {given}: {text}") from error
 
 
 def _tensors(value: object, where: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -182,7 +174,7 @@ def _tensors(value: object, where: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(item, f"{where}[{number}]")
 
 
-def _output(returned: object, notes: list[str]) -> Tensor:
+def _first_float(returned: object, notes: list[str]) -> Tensor:
     """The first floating tensor of what the model returned."""
     found = list(_tensors(returned))
     where, out = next(((where, t) for where, t in found if t.is_floating_point()), ("", None))
@@ -214,12 +206,12 @@ def _loss(out: Tensor, targets: Tensor | None, loss: str | LossFunction | None, 
         return out.square().mean()
     name = loss or ("mse" if targets.is_floating_point() else "cross_entropy")
     notes.append(f"loss: {name}")
-    _refuse_targets(out, targets, name)
+    _check_targets(out, targets, name)
     targets = targets.to(out.device, torch.int64 if LOSSES[name].classes else out.dtype)
     return LOSSES[name].module(out, targets)
 
 
-def _refuse_targets(out: Tensor, targets: Tensor, loss: str) -> None:
+def _check_targets(out: Tensor, targets: Tensor, loss: str) -> None:
     """Targets of a shape that would broadcast in silence, of the wrong kind, or beyond the classes."""
     shape = tuple(out.shape[:1]) if LOSSES[loss].classes else tuple(out.squeeze(-1).shape)
     if tuple(targets.shape) != shape:

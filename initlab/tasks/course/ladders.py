@@ -1,7 +1,4 @@
-"""The book's ladders, timed: every rung at every shape, with those that cannot run or would take too long named.
-
-Knows the rungs' shapes and needs; how to time fairly is known to `timing`.
-"""
+"""The book's ladders, timed: every rung at every shape, with those that cannot run or would take too long named."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,11 +16,10 @@ from initlab.scratch import mlp
 from initlab.scratch.backward import VERSIONS, Parameters, Result
 from initlab.scratch.layers import LOSSES
 from initlab.scratch.matmul import LADDER, Rung, Sizes
-from initlab.stats.dtypes import resolve_dtype
 from initlab.tasks.course.rotated_timing import seconds_each
 from initlab.tasks.course.timing import agreement as agreement
 from initlab.tasks.course.timing import check_timing, time_ladder
-from initlab.tasks.ensemble.device import find_device
+from initlab.tasks.ensemble.device import Where
 
 BOOK_SHAPE: Sizes = (5, 784, 10)
 CLASSES = 10  # outputs under a loss over classes
@@ -33,8 +29,8 @@ SHAPES: tuple[Sizes, ...] = tuple((rows, 784, 10) for rows in (1, 5, 50, 500, 50
 def matmul_ladder(
     shapes: Sequence[Sizes] = SHAPES,
     rungs: Sequence[str] = tuple(LADDER),
-    dtype: str = "float32",
-    device: str = "cpu",
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
     seed: int = 0,
     patience: float = 2.0,
     memory_limit: float | None = None,
@@ -42,27 +38,32 @@ def matmul_ladder(
     seconds: float = 0.3,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """The rungs of the matmul ladder at each shape (M, K, N): `time_ladder`'s columns, and `rows`, which is M.
+    """Time the rungs of the matmul ladder at each shape (M, K, N): `time_ladder`'s columns, and `rows`, which is M.
 
-    The reference is `@` (the rung `matmul`), or the last rung that runs where it was not asked for. A rung of Python
-    loops that would take more than `patience` seconds a call, judged by smaller pieces of the same product, is skipped.
+    rungs: names of LADDER. dtype, device: as in `stack`. seed: of the matrices. patience: longest call, in seconds.
+    memory_limit: in bytes. rounds, seconds, progress: as in `time_ladder`. The reference is `@` (the rung `matmul`), or
+    the last rung that runs where it was not asked for. A rung of Python loops that would take more than `patience`
+    seconds a call, judged by smaller pieces of the same product, is skipped.
     """
-    place, number = find_device(device), resolve_dtype(dtype)
+    where = Where.of(dtype, device)
     table = {name: choose(LADDER, name, "rung") for name in rungs}
     check_timing(table, rounds, seconds)
     if not len(shapes):
         raise UsageError("shapes: at least one (M, K, N)")
     frames = []
-    for m, k, n in map(_checked, shapes):
-        a, b = (gaussian(s, seed, what).to(place, number) for s, what in (((m, k), "a"), ((k, n), "b")))
+    for shape in shapes:
+        if len(shape) != 3 or not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise UsageError(f"shape {tuple(shape)}: must be three whole numbers (M, K, N), none below 0")
+        m, k, n = shape
+        a, b = (gaussian(s, seed, what).to(where.device, where.dtype) for s, what in (((m, k), "a"), ((k, n), "b")))
         frame = time_ladder(
             {name: partial(rung.f, a, b) for name, rung in table.items()},
             shape=f"{m}x{k} @ {k}x{n}",
             reference="matmul" if "matmul" in table else None,
-            skip={name: reason for name, rung in table.items() if (reason := _why_not(rung, a, b, patience))},
+            skip={name: reason for name, rung in table.items() if (reason := skip_reason(rung, a, b, patience))},
             needs={name: float(rung.entries(m, k, n) * a.element_size()) for name, rung in table.items()},
             memory_limit=memory_limit,
-            device=place.type,
+            device=where.device.type,
             rounds=rounds,
             seconds=seconds,
             progress=progress,
@@ -79,40 +80,43 @@ def backward_ladder(
     activation: str = "relu",
     loss: str = "mse",
     versions: Sequence[str] = tuple(VERSIONS),
-    dtype: str = "float32",
-    device: str = "cpu",
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
     seed: int = 0,
     memory_limit: float | None = None,
     rounds: int = 15,
     seconds: float = 0.3,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Every version of the backward pass at each batch: `time_ladder`'s columns, and `rows`, which is the batch.
+    """Time every version of the backward pass at each batch: `time_ladder`'s columns, and `rows`, which is the batch.
 
+    activation, loss, versions: names of the tables; seed: of weights and batch; the others as in `matmul_ladder`.
     The book's network, `inputs` -> `depth` times `width` -> 1 (10 classes under cross_entropy), kaiming weights, noise
     as data. What is timed is one pass from given parameters to the loss and all gradients of the parameters. The
     reference is `nn.Linear`, torch's own layers and autograd as everybody writes them: a ratio below 1 is faster.
     """
-    place, number = find_device(device), resolve_dtype(dtype)
+    where = Where.of(dtype, device)
     check_timing(versions, rounds, seconds)
     check(train_depth=depth, train_width=width)
     sizes = [inputs, *[width] * depth, CLASSES if choose(LOSSES, loss, "train.loss").classes else 1]
     parameters = [
         (w[0], b[0])
         for layer, shape in enumerate(pairwise(sizes), start=1)
-        for w, b in [draw(rule("kaiming"), activation, shape, [seed], layer, number, place)]
+        for w, b in [draw(rule("kaiming"), activation, shape, [seed], layer, where.dtype, where.device)]
     ]
     table = {name: choose(VERSIONS, name, "version") for name in versions}
-    missing = {name: reason for name, row in table.items() if (reason := row.unavailable(place.type))}
+    missing = {name: reason for name, row in table.items() if (reason := row.unavailable(where.device.type))}
     frames = []
     for batch in batches:
-        xb, yb = _problem(batch, inputs, sizes[-1], seed)
-        xb, yb = xb.to(place, number), yb.to(place, number if yb.is_floating_point() else yb.dtype)
+        check(train_batch=batch)
+        xb = gaussian((batch, inputs), seed, "input").to(where.device, where.dtype)
+        noise = gaussian((batch,), seed, "target").to(where.device, where.dtype)
+        yb = noise if sizes[-1] == 1 else torch.arange(batch, device=where.device).remainder(sizes[-1])
         steps = {
-            name: partial(_missing if name in missing else row.bind(parameters, activation, loss), xb, yb)
+            name: partial(_never_called if name in missing else row.bind(parameters, activation, loss), xb, yb)
             for name, row in table.items()
         }
-        steps["nn.Linear"] = partial(_plain_torch(parameters, activation, loss), xb, yb)
+        steps["nn.Linear"] = partial(plain_torch(parameters, activation, loss), xb, yb)
         frame = time_ladder(
             steps,
             shape=f"{batch}x{'-'.join(map(str, sizes))}",
@@ -120,7 +124,7 @@ def backward_ladder(
             skip={name: f"unavailable: {reason}" for name, reason in missing.items()},
             needs={name: float(row.memory(sizes, batch, xb.element_size())) for name, row in table.items()},
             memory_limit=memory_limit,
-            device=place.type,
+            device=where.device.type,
             rounds=rounds,
             seconds=seconds,
             progress=progress,
@@ -129,18 +133,11 @@ def backward_ladder(
     return pd.concat(frames, ignore_index=True)
 
 
-def _problem(batch: int, inputs: int, outputs: int, seed: int) -> tuple[Tensor, Tensor]:
-    check(train_batch=batch)
-    noise = gaussian((batch,), seed, "target")
-    classes = torch.arange(batch).remainder(outputs)
-    return gaussian((batch, inputs), seed, "input"), noise if outputs == 1 else classes
+def _never_called(xb: Tensor, yb: Tensor) -> None:
+    """Stands for a version that cannot run here."""
 
 
-def _missing(xb: Tensor, yb: Tensor) -> None:
-    """Stands for a version that cannot run here; it is skipped, never called."""
-
-
-def _plain_torch(parameters: Parameters, activation: str, loss: str) -> Callable[[Tensor, Tensor], Result]:
+def plain_torch(parameters: Parameters, activation: str, loss: str) -> Callable[[Tensor, Tensor], Result]:
     """nn.Linear and torch's modules, `loss.backward()`; the gradients in our layout, w (I, O)."""
     model = mlp.twin([(w.unsqueeze(0), b.unsqueeze(0)) for w, b in parameters], 0, ACTIVATIONS[activation])
     objective = LOSSES[loss].module
@@ -155,37 +152,28 @@ def _plain_torch(parameters: Parameters, activation: str, loss: str) -> Callable
     return step
 
 
-def _checked(shape: Sequence[int]) -> Sizes:
-    if len(shape) != 3 or not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise UsageError(f"shape {tuple(shape)}: must be three whole numbers (M, K, N), none below 0")
-    m, k, n = shape
-    return m, k, n
+def skip_reason(rung: Rung, a: Tensor, b: Tensor, patience: float) -> str:
+    """Why a rung is not timed on a product: it is unavailable, or a call would take more than `patience` seconds.
 
-
-def _why_not(rung: Rung, a: Tensor, b: Tensor, patience: float) -> str:
+    The seconds are extrapolated from the first piece of the product whose eightfold is too long.
+    """
     if reason := rung.missing(a.device):
         return f"unavailable: {reason}"
-    expected = _expected_seconds(rung, a, b, patience)
-    return f"skipped: would take about {expected:.2g} s a call" if expected > patience else ""
-
-
-def _expected_seconds(rung: Rung, a: Tensor, b: Tensor, patience: float) -> float:
-    """Seconds a call, extrapolated from the first piece whose eightfold is too long; 0 if none is, or without loops."""
     (m, k), n = a.shape, b.shape[1]
-    for rows, middle, columns in _pieces((m, k, n), rung.loops):
-        piece = partial(rung.f, a[:rows, :middle], b[:middle, :columns])
-        each = seconds_each(piece, 1, a.device)
+    for rows, middle, columns in pieces((m, k, n), rung.loops):
+        each = seconds_each(partial(rung.f, a[:rows, :middle], b[:middle, :columns]), 1, a.device)
         if 8 * each > patience:
-            return each * (m * k * n) / (rows * middle * columns)
-    return 0.0
+            expected = each * (m * k * n) / (rows * middle * columns)
+            return f"skipped: would take about {expected:.2g} s a call" if expected > patience else ""
+    return ""
 
 
-def _pieces(sizes: Sizes, loops: int) -> list[Sizes]:
+def pieces(sizes: Sizes, loops: int) -> list[Sizes]:
     """Smaller and smaller products, the longest side that is looped over cut to an eighth each time; smallest first."""
-    pieces, left = [], list(sizes)
+    found, left = [], list(sizes)
     looped = [(), (0,), (0, 2), (0, 2, 1)][loops]
     while math.prod(left) > 4096 and any(left[side] > 1 for side in looped):
         longest = max(looped, key=left.__getitem__)
         left[longest] = math.ceil(left[longest] / 8)
-        pieces.append((left[0], left[1], left[2]))
-    return pieces[::-1]
+        found.append((left[0], left[1], left[2]))
+    return found[::-1]

@@ -1,8 +1,7 @@
 """Calls timed against each other: samples long enough for the clock, rounds in rotated order, ratios within a round.
 
 Each round times all calls in turn, so that a machine that slows down slows all of them, and the order rotates, so that
-none always follows the same neighbour. Knows nothing of what the calls compute or whether they agree.
-On a CPU they run with the number of threads that torch is set to.
+none always follows the same neighbour. On a CPU they run with the number of threads that torch is set to.
 """
 
 import gc

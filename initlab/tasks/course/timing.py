@@ -1,7 +1,7 @@
 """Timing a ladder: versions of one computation, side by side, with their memory and their agreement in the same run.
 
-Every version is warmed up and compared with the reference before `rounds` times all of them. Knows nothing of what the
-versions compute. On a CPU they run with the number of threads that torch is set to.
+Every version is warmed up and compared with the reference before all of them are timed in rounds. On a CPU they run
+with the number of threads that torch is set to.
 """
 
 import math
@@ -89,14 +89,22 @@ def time_ladder(
         if not row.note and (needed := (needs or {}).get(row.name, 0)) > limit:
             row.note = f"skipped: needs {readable(needed)}, allowed are {readable(limit)}"
     with tqdm(total=len(rows) + rounds, desc=shape, unit="step", disable=None if progress else True) as bar:
-        chosen = _prepare(rows, reference, place, bar)
+        chosen = _compare_first_calls(rows, reference, place, bar)
         runners = [row.runner for row in rows]
         share_rounds(runners, rounds, seconds)
         run_rounds(runners, place, done=bar.update)
-    return pd.DataFrame([_as_row(row, shape, chosen) for row in rows], columns=list(COLUMNS))
+    table = []
+    for row in rows:
+        quartiles = np.quantile(list(row.runner.samples.values()) or [math.nan], (0.5, 0.25, 0.75))
+        ratios = [] if chosen is None else round_ratios(row.runner, chosen.runner)
+        ratio = float(np.median(ratios or [math.nan]))
+        table.append((row.name, shape, *quartiles.tolist(), ratio, row.peak, row.error, row.ulp, row.note))
+    return pd.DataFrame(table, columns=list(COLUMNS))
 
 
-def _prepare(rows: list[_Version], reference: str | None, device: torch.device, bar: tqdm) -> _Version | None:
+def _compare_first_calls(
+    rows: list[_Version], reference: str | None, device: torch.device, bar: tqdm
+) -> _Version | None:
     """First calls: the reference's, then the others', each compared with it; then memory and the length of a sample."""
     chosen, expected = None, None
     for row in reversed(rows):
@@ -152,20 +160,18 @@ def differences(
     shapes, wanted = ([tuple(t.shape) for t in tensors] for tensors in (out, expected))
     if shapes != wanted:
         return math.inf, math.inf, f"differs from {name}: gives {shapes}, not {wanted}"
-    pairs = [_difference(x, y) for x, y in zip(out, expected, strict=True) if y.numel()]
-    if any(math.isnan(error) for error, _, _ in pairs):
+    errors, ulps, equal = [0.0], [0.0], True
+    for x, y in zip(out, expected, strict=True):
+        if not y.numel():
+            continue
+        x, y = x.reshape(1, -1), y.reshape(1, -1)
+        errors.append(float(relative_error(x, y)[0]))
+        y = y if y.is_floating_point() else y.double()
+        ulps.append(float((x.double() - y.double()).abs().amax()) / float(unit_in_last_place(y.abs().amax())))
+        equal &= errors[-1] <= format_of(y.dtype).loop_tolerance
+    if any(map(math.isnan, errors)):
         return math.nan, math.nan, f"cannot be compared with {name}: not finite"
-    note = "" if all(equal for *_, equal in pairs) else f"differs from {name} by more than rounding"
-    return max((error for error, *_ in pairs), default=0.0), max((ulp for _, ulp, _ in pairs), default=0.0), note
-
-
-def _difference(x: Tensor, y: Tensor) -> tuple[float, float, bool]:
-    """Relative error, units in the last place, and whether rounding explains them."""
-    x, y = x.reshape(1, -1), y.reshape(1, -1)
-    error = float(relative_error(x, y)[0])
-    y = y if y.is_floating_point() else y.double()
-    unit = float(unit_in_last_place(y.abs().amax()))
-    return error, float((x.double() - y.double()).abs().amax()) / unit, error <= format_of(y.dtype).loop_tolerance
+    return max(errors), max(ulps), "" if equal else f"differs from {name} by more than rounding"
 
 
 def agreement(frame: pd.DataFrame, dtype: str | torch.dtype = "float32") -> str:
@@ -185,10 +191,3 @@ def agreement(frame: pd.DataFrame, dtype: str | torch.dtype = "float32") -> str:
     error, ulp, count = ran["relative_error"].max(), ran["ulp"].max(), ran["version"].nunique()
     numbers = f"relative error at most {error:.2g}, {ulp:.2g} units in the last place"
     return f"All {count} versions are equal up to rounding: {numbers}."
-
-
-def _as_row(row: _Version, shape: str, reference: _Version | None) -> dict[str, object]:
-    q25, median, q75 = np.quantile(list(row.runner.samples.values()) or [math.nan], (0.25, 0.5, 0.75))
-    ratios = [] if reference is None else round_ratios(row.runner, reference.runner)
-    measured = (median, q25, q75, np.median(ratios or [math.nan]), row.peak, row.error, row.ulp)
-    return dict(zip(COLUMNS, (row.name, shape, *(float(x) for x in measured), row.note), strict=True))

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much a call holds at its peak. Knows nothing of time."""
+"""How much memory there is, and how much a call holds at its peak."""
 
 import math
 import os
@@ -14,30 +14,22 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + cached)
-    return min(_available(), _left_in_container())
+    found = [math.inf]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+        # What control groups (version 2) leave of their limit.
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        found += [] if limit == "max" else [float(limit) - float(used)]
+    except OSError:
+        pass
+    return min(found)
 
 
 def readable(count: float) -> str:
     """Bytes with a decimal prefix: 7.84 GB."""
     power = min(4, max(0, int(math.log10(max(count, 1)) / 3))) if math.isfinite(count) else 0
     return f"{count / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
-def _available() -> float:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return math.inf
-
-
-def _left_in_container() -> float:
-    """What control groups (version 2) leave of their limit."""
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        return math.inf if limit == "max" else float(limit) - float(used)
-    except OSError:
-        return math.inf
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> float:
