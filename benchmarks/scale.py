@@ -99,7 +99,7 @@ def measure(count: int, tables: dict[str, pd.DataFrame], place: Callable[[int], 
         times = {"write ms": cpu(lambda: write(root, count, tables, place))[0]}
         size = footprint(root)
         times["walk ms"] = cpu(lambda: [folders.read_run_json(folder.path) for folder in folders.find_folders(root)])[0]
-        times["left ms"] = cpu(lambda: sum(run.done for run in resume._runs(root)))[0]
+        times["left ms"] = cpu(lambda: sum(run.done for run in resume.find_jobs(root)))[0]
         times["read ms"], frame = cpu(lambda: read(root))
         assert len(frame) == count * len(tables["stats"])
         one = root / "all.parquet"

@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 import initlab
 from initlab import commands
@@ -67,7 +68,6 @@ def _run() -> int:
     from initlab.job.settings import CONF
     from initlab.sweep import batched_launcher, sweeper
     from initlab.sweep.callback import Refused, Sweep
-    from initlab.sweep.command_line import check_words
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler that counts memory warns about its own start
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them
@@ -116,6 +116,39 @@ def _run() -> int:
 
 def _tell(line: str) -> None:
     print(f"initlab: {line}", file=sys.stderr)
+
+
+GROUPS = ("init", "activation", "data")  # folders of conf/: one file of each is chosen
+
+
+def check_words(words: Sequence[str]) -> list[str]:
+    """The command line as Hydra wants it.
+
+    `--depth=50` is a habit from elsewhere: say how it is written here, and put every other fault of a flag in one line
+    too. The arguments of `graph.model` and of an activation are their own, not the schema's: they may be added without
+    a `+`.
+    """
+    from initlab.job.options import option_names
+    from initlab.sweep.hydra_private import get_args_parser
+
+    options = set(option_names())
+    for word in words:
+        bare = word.lstrip("-")
+        if word.startswith("-") and bare.split("=")[0] in options:
+            raise UsageError(f"{word}: options have no dashes, write {bare if '=' in bare else bare + '=VALUE'}")
+        name, _, value = word.partition("=")
+        if name in GROUPS and value.startswith("["):  # Hydra would lay one over the other, and run the last
+            values = value.strip("[] ")
+            raise UsageError(f"{word}: one at a time; for several write -m {name}={values or 'A,B'}")
+
+    def refuse(message: str) -> NoReturn:
+        raise UsageError(f"{message}; see --help")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args(list(words))
+    free = ("graph.model.", "graph.model=", "activation.arguments.")
+    return [f"++{word}" if word.startswith(free) else word for word in words]
 
 
 def help_text() -> str:

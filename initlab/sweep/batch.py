@@ -1,6 +1,6 @@
-"""Jobs of a sweep as one program: which can share one, how many at a time, and what becomes of each. Knows no Hydra.
+"""Jobs of a sweep as one program: which can share one, how many at a time, and what becomes of each.
 
-A fault in a shared program is looked for in halves, down to the job that has it: the others are measured all the same.
+A fault in a shared program is looked for in halves, down to the job that has it; the others are measured all the same.
 """
 
 import math
@@ -20,18 +20,18 @@ from initlab.tasks.ensemble.device import find_device
 from initlab.tasks.ensemble.plan import CACHED
 
 SHARING = ("lab", "stack", "train")  # the tasks whose stages are all ensembles
-ON_A_GPU = 1024  # networks whose rows are in memory at once
-JOBS = 256  # whose folders are claimed at once: each claim is an open file
+NETWORKS_ON_GPU = 1024  # networks whose rows are in memory at once
+JOBS = 256  # whose folders are locked at once: each lock is an open file
 PATIENCE = 30.0  # seconds that rows of a short stage wait in memory before they are written
 
 T = TypeVar("T")
 
 
-def shared_by(config: Config) -> str | None:
-    """What jobs of one program have in common, as text; None for a job that runs alone.
+def program_key(config: Config) -> str | None:
+    """What jobs of one program have in common, as text; None for a job that runs by itself.
 
     They may differ in their networks: rule, gain, seed, and where gradient descent trains them also learning rate. A
-    rule that looks at data runs alone, since it tells in the log of its job how it went.
+    rule that looks at data runs by itself, since it logs how it went.
     """
     given = asdict(config)
     known = RULES.get(config.init.name)
@@ -48,13 +48,13 @@ def shared_by(config: Config) -> str | None:
     return repr(given)
 
 
-def size_of(config: Config) -> int:
+def count_networks(config: Config) -> int:
     """Networks of a job."""
     axes = (config.sweep.init, config.sweep.gain, config.sweep.lr)
     return len(seeds(config)) * math.prod(len(axis) for axis in axes if axis is not None)
 
 
-def packs(jobs: Iterable[T], sizes: Iterable[int], most: int) -> Iterator[list[T]]:
+def pack_jobs(jobs: Iterable[T], sizes: Iterable[int], most: int) -> Iterator[list[T]]:
     """Whole jobs in their order, as many as have `most` networks, at least one and at most JOBS."""
     pack: list[T] = []
     count = 0
@@ -68,21 +68,21 @@ def packs(jobs: Iterable[T], sizes: Iterable[int], most: int) -> Iterator[list[T
         yield pack
 
 
-def most_together(config: Config, sizes: Sequence[int]) -> int:
+def most_networks(config: Config, sizes: Sequence[int]) -> int:
     """Networks of one program for jobs of these sizes: on a CPU what a cache holds.
 
     Stacks whose chunks are whole jobs anyway go on in one program: what is then shared is the comparison with theory.
     """
     try:
         if find_device(config.device).type != "cpu":
-            return ON_A_GPU
-    except UsageError:  # said when the job is prepared
+            return NETWORKS_ON_GPU
+    except UsageError:  # raised again when the job is prepared
         return 1
     return 8 * CACHED if config.task == "stack" and all(size % CACHED == 0 for size in sizes) else CACHED
 
 
-class _Running:
-    """A job on its way: takes the rows of its networks until something of its own goes wrong."""
+class _RunningJob:
+    """A job that is measured: records the rows of its networks until something of its own goes wrong."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.fault, self._mark = job, None, 0  # type: Job, Exception | None, int
@@ -104,7 +104,7 @@ class _Running:
     def note(self, text: str) -> None:
         self.job.recorder.note(text)
 
-    def begin_stage(self) -> None:
+    def begin_run_stage(self) -> None:
         self._mark = self.job.recorder.mark()
 
     def rewind(self) -> None:
@@ -121,14 +121,14 @@ class _Running:
 def run_jobs(jobs: Sequence[Job]) -> list[Exception | None]:
     """Measure and record all jobs, stage by stage in shared programs; the fault of each that has one.
 
-    Jobs must be of one program, see `shared_by`. However it ends, every run folder says how.
+    Jobs must be of one program, see `program_key`. However it ends, every run folder says how.
     """
-    running = [_Running(job) for job in jobs]
+    running = [_RunningJob(job) for job in jobs]
     try:
         for one in running:
             one.open()
         for k in range(len(jobs[0].stages) if jobs else 0):
-            _stage([one for one in running if one.fault is None], k)
+            _run_stage([one for one in running if one.fault is None], k)
     except BaseException as stop:
         for one in running:
             one.close(stop)
@@ -138,17 +138,17 @@ def run_jobs(jobs: Sequence[Job]) -> list[Exception | None]:
     return [one.fault for one in running]
 
 
-def _stage(running: Sequence[_Running], k: int) -> None:
+def _run_stage(running: Sequence[_RunningJob], k: int) -> None:
     if not running:
         return
     for one in running:
-        one.begin_stage()
+        one.begin_run_stage()
     stages = [one.job.stages[k] for one in running]
     shared = [stage for stage in stages if isinstance(stage, EnsembleStage)]
     try:
         if len(shared) == len(stages):
             run_together(shared, running)
-        else:  # a stage of one job alone
+        else:  # a stage that only one job can have
             stages[0](running[0].job.recorder)
     except Exception as fault:
         if len(running) == 1:
@@ -157,5 +157,5 @@ def _stage(running: Sequence[_Running], k: int) -> None:
         for one in running:
             one.rewind()
         middle = len(running) // 2
-        _stage([one for one in running[:middle] if one.fault is None], k)
-        _stage([one for one in running[middle:] if one.fault is None], k)
+        _run_stage([one for one in running[:middle] if one.fault is None], k)
+        _run_stage([one for one in running[middle:] if one.fault is None], k)

@@ -19,7 +19,7 @@ from initlab.job.life_cycle import as_ended, begin, outcome
 from initlab.job.options import typed
 from initlab.job.settings import Config
 from initlab.runs.lock import lock_folder
-from initlab.sweep.plugins import PLACE, register
+from initlab.sweep.hydra_private import MODULE, register
 
 if TYPE_CHECKING:  # what measures is imported when there is something to measure
     from initlab.job.prepare import Job
@@ -31,7 +31,7 @@ WINDOW = 1024  # jobs that are looked at together
 
 @dataclass
 class BatchedConfig:
-    _target_: str = f"{PLACE}.Batched"
+    _target_: str = f"{MODULE}.Batched"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Batched(Launcher):
     Every job gets the folder that Hydra's own launcher would make. What cannot share a program runs in its turn.
     """
 
-    __module__ = PLACE
+    __module__ = MODULE
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context, self._task, self._config = hydra_context, task_function, config
@@ -216,18 +216,18 @@ class Batched(Launcher):
 
 def _packs(jobs: Sequence[ComposedJob]) -> Iterator[list[ComposedJob]]:
     """Jobs that run together, in the order of the first of each program; the rest one by one."""
-    from initlab.sweep.batch import most_together, packs, shared_by, size_of
+    from initlab.sweep.batch import count_networks, most_networks, pack_jobs, program_key
 
     programs: dict[object, list[tuple[ComposedJob, Config]]] = {}
     for one in jobs:
-        key = None if isinstance(one.config, UsageError) or one.by_hydra else shared_by(one.config)
+        key = None if isinstance(one.config, UsageError) or one.by_hydra else program_key(one.config)
         programs.setdefault(one.number if key is None else key, []).append((one, one.config))  # type: ignore[arg-type]
     for members in programs.values():
         if len(members) == 1:
             yield [members[0][0]]
             continue
-        sizes = [size_of(config) for _, config in members]
-        yield from packs([one for one, _ in members], sizes, most_together(members[0][1], sizes))
+        sizes = [count_networks(config) for _, config in members]
+        yield from pack_jobs([one for one, _ in members], sizes, most_networks(members[0][1], sizes))
 
 
 def install() -> None:

@@ -1,4 +1,4 @@
-"""What surrounds the jobs of a sweep: its study, checked before the first job; its folder; how far it is."""
+"""What surrounds the jobs of a sweep: its study, checked before the first job; its folder; its progress bar."""
 
 import threading
 from collections.abc import Iterable, Mapping
@@ -102,15 +102,15 @@ class Sweep(Callback):
         cls._after = ExitStack()
 
 
-def swept(arguments: Iterable[str], params: Mapping[str, Any] | None) -> list[Override]:
-    """What the study's file and the command line say of a sweep."""
-    words = [*(f"{key}={value}" for key, value in (params or {}).items()), *arguments]
-    return list(OverridesParser.create().parse_overrides(words))
+def parse_overrides(arguments: Iterable[str], params: Mapping[str, Any] | None) -> list[Override]:
+    """What the study's file (`params`) and the command line say of a sweep, as Hydra parses it."""
+    texts = [*(f"{key}={value}" for key, value in (params or {}).items()), *arguments]
+    return list(OverridesParser.create().parse_overrides(texts))
 
 
 def _refuse_empty(config: DictConfig) -> None:
     try:
-        overrides = swept(config.hydra.overrides.task, config.hydra.sweeper.get("params"))
+        overrides = parse_overrides(config.hydra.overrides.task, config.hydra.sweeper.get("params"))
     except HydraException:  # which Hydra itself will say
         return
     for override in overrides:

@@ -1,4 +1,4 @@
-"""What the folder of a sweep holds, and what of a list of jobs is left to do there. Runs nothing, changes nothing.
+"""What the folder of a sweep holds, and which jobs are left to do there; nothing is run or changed.
 
 Jobs are the same when their overrides are; their numbers are only names of folders. A sweep may therefore be resumed
 with more values than it was begun with, never with fewer or others.
@@ -20,14 +20,14 @@ from initlab.job.options import leaves
 from initlab.runs.folders import read_run_json
 from initlab.runs.lock import is_locked
 from initlab.runs.recorder import machine
-from initlab.sweep.callback import swept
+from initlab.sweep.callback import parse_overrides
 
 Job = Sequence[str]  # the overrides of one job
 FREE = ("resume", "plots", "expect", "study")  # what may differ: no number depends on it
 _MAGIC = b"PAR1"  # how every whole parquet file ends
 
 
-class Held(NamedTuple):
+class BegunJob(NamedTuple):
     """A job that was begun in the folder."""
 
     folder: Path
@@ -48,7 +48,7 @@ class Left(NamedTuple):
 def expand(arguments: Iterable[str], params: Mapping[str, Any] | None) -> list[list[str]]:
     """All jobs of a sweep: every combination of the values on the command line and in the study's `params`."""
     axes: dict[str, list[str]] = {}  # the last word about an option counts
-    for override in swept(arguments, params):
+    for override in parse_overrides(arguments, params):
         key = override.get_key_element()
         if not override.is_sweep_override():
             axes[key] = [f"{key}={override.get_value_element_as_str()}"]
@@ -59,14 +59,14 @@ def expand(arguments: Iterable[str], params: Mapping[str, Any] | None) -> list[l
     return [list(job) for job in product(*axes.values())]
 
 
-def left(folder: Path, config: DictConfig, jobs: Sequence[Job]) -> Left:
+def find_left(folder: Path, config: DictConfig, jobs: Sequence[Job]) -> Left:
     """What of `jobs` is not done in the folder of a sweep; a UsageError if it is not the folder of this sweep."""
-    _refuse_other(folder, _begun(folder), config, jobs)
-    runs = list(_runs(folder))
-    alive = [run for run in runs if is_locked(run.folder)]
-    if alive:
+    _refuse_other(folder, _read_begun(folder), config, jobs)
+    runs = list(find_jobs(folder))
+    running = [run for run in runs if is_locked(run.folder)]
+    if running:
         raise UsageError(
-            f"resume={folder}: {len(alive)} of its jobs are at work, the first in {alive[0].folder}; "
+            f"resume={folder}: {len(running)} of its jobs are at work, the first in {running[0].folder}; "
             "wait for their end or stop them"
         )
     by_overrides = defaultdict(list)
@@ -75,9 +75,9 @@ def left(folder: Path, config: DictConfig, jobs: Sequence[Job]) -> Left:
     taken = {run.number for run in runs}
     free = (number for number in count() if number not in taken)
     found = [(job, matches.pop() if (matches := by_overrides[_key(job)]) else None) for job in jobs]
-    strange = [run for matches in by_overrides.values() for run in matches]
-    if strange:
-        raise UsageError(f"resume={folder}: its job {_said(strange[0].overrides)} is not in this sweep")
+    unknown = [run for matches in by_overrides.values() for run in matches]
+    if unknown:
+        raise UsageError(f"resume={folder}: its job {_format_job(unknown[0].overrides)} is not in this sweep")
     todo = [(job, run.number if run else next(free)) for job, run in found if not (run and run.done)]
     return Left([job for job, _ in todo], [number for _, number in todo], len(jobs) - len(todo))
 
@@ -92,9 +92,9 @@ def refuse_no_sweep(folder: Path) -> None:
         raise UsageError(f"resume={folder}: not the folder of a sweep{''.join(above[:1])}")
 
 
-def other_code(folder: Path) -> str | None:
+def describe_other_code(folder: Path) -> str | None:
     """A line if jobs that are kept were made by another version of the code than this one."""
-    done = [run for run in _runs(folder) if run.done]
+    done = [run for run in find_jobs(folder) if run.done]
     now = _code(machine())
     others = sorted({run.code or "an unknown version" for run in done} - {now})
     if not others:
@@ -105,7 +105,7 @@ def other_code(folder: Path) -> str | None:
     )
 
 
-def _begun(folder: Path) -> DictConfig:
+def _read_begun(folder: Path) -> DictConfig:
     """The configuration that a sweep was begun with."""
     path = folder / "multirun.yaml"
     try:
@@ -131,17 +131,17 @@ def _refuse_other(folder: Path, begun: DictConfig, config: DictConfig, jobs: Seq
     if missing:
         raise UsageError(
             f"resume={folder}: {len(missing)} of its {len(before)} jobs are not in this sweep, the first is "
-            f"{_said(missing[0])}; resume with the command that it was begun with"
+            f"{_format_job(missing[0])}; resume with the command that it was begun with"
         )
-    said = {word.lstrip("+~").partition("=")[0].partition("@")[0] for job in (*before, *jobs) for word in job}
-    then, now = dict(_leaves(begun)), dict(_leaves(config))
+    varied = {word.lstrip("+~").partition("=")[0].partition("@")[0] for job in (*before, *jobs) for word in job}
+    then, now = (_read_options(one) for one in (begun, config))
     for name in sorted({*then, *now}):
-        if then.get(name) != now.get(name) and not any(f"{name}.".startswith(f"{key}.") for key in {*said, *FREE}):
+        if then.get(name) != now.get(name) and not any(f"{name}.".startswith(f"{key}.") for key in {*varied, *FREE}):
             was, is_now = (values.get(name, "not there") for values in (then, now))
             raise UsageError(f"resume={folder}: {name} was {was} there and is {is_now} now")
 
 
-def _runs(folder: Path) -> Iterator[Held]:
+def find_jobs(folder: Path) -> Iterator[BegunJob]:
     """Every job that was begun: folders in which Hydra wrote overrides. What lies inside of one is not walked."""
     for here, folders, files in os.walk(folder):
         if ".hydra" not in folders:
@@ -158,11 +158,11 @@ def _runs(folder: Path) -> Iterator[Held]:
             continue
         run_json = read_run_json(path)
         tables = [path / name for name in files if name.endswith(".parquet")]
-        done = run_json["status"] == "done" and bool(tables) and all(map(_whole, tables))
-        yield Held(path, int(number[1]), overrides, done, _code(run_json))
+        done = run_json["status"] == "done" and bool(tables) and all(map(_is_whole, tables))
+        yield BegunJob(path, int(number[1]), overrides, done, _code(run_json))
 
 
-def _whole(path: Path) -> bool:
+def _is_whole(path: Path) -> bool:
     """A file that lost its end with the power is no table."""
     with path.open("rb") as file:
         file.seek(0, os.SEEK_END)
@@ -170,9 +170,10 @@ def _whole(path: Path) -> bool:
         return file.read() == _MAGIC
 
 
-def _code(said: Mapping[str, Any]) -> str | None:
+def _code(run_json: Mapping[str, Any]) -> str | None:
+    """The version of the code that a run was made with, in words; None where it is not known."""
     try:
-        versions, revision = said["versions"], said.get("git_revision")
+        versions, revision = run_json["versions"], run_json.get("git_revision")
         at = f" at {revision[:12]}{'+' if revision.endswith('+') else ''}" if revision else ""
         return f"initlab {versions['initlab']}{at} with torch {versions['torch']}"
     except (KeyError, TypeError, AttributeError):
@@ -183,12 +184,12 @@ def _key(job: Job) -> frozenset[str]:
     return frozenset(word for word in job if re.split("[.=]", word.lstrip("+"))[0] not in FREE)
 
 
-def _said(job: Job) -> str:
+def _format_job(job: Job) -> str:
     return " ".join(sorted(_key(job))) or "without options"
 
 
-def _leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
-    """Everything but Hydra's own."""
+def _read_options(config: DictConfig) -> dict[str, Any]:
+    """Every option by its dotted name, without Hydra's own."""
     plain = OmegaConf.to_container(config, resolve=False)
     assert isinstance(plain, dict)
-    return leaves({str(key): value for key, value in plain.items() if key != "hydra"})
+    return dict(leaves({str(key): value for key, value in plain.items() if key != "hydra"}))

@@ -1,7 +1,7 @@
-"""From the words of a sweep to its jobs, and from what became of them to lines and a fault. Composes nothing itself.
+"""Hydra's sweeper of initlab: from the options of a sweep to its jobs, and from what became of them to a fault.
 
-Hydra's basic sweeper, but that a sweep which was stopped can be finished, that all jobs run before a fault of one is
-raised, and that nothing is written before every job is known to compose.
+It is Hydra's basic sweeper, with three differences: a sweep that was stopped can be finished, all jobs run before a
+fault of one is raised, and nothing is written before every job is known to compose.
 """
 
 import logging
@@ -20,7 +20,7 @@ from initlab.errors import UsageError
 from initlab.job.life_cycle import outcome
 from initlab.sweep import workers
 from initlab.sweep.callback import Sweep
-from initlab.sweep.plugins import PLACE, register
+from initlab.sweep.hydra_private import MODULE, register
 
 log = logging.getLogger("initlab")
 
@@ -29,7 +29,7 @@ log = logging.getLogger("initlab")
 class SweeperConfig:
     """The fields of Hydra's basic sweeper."""
 
-    _target_: str = f"{PLACE}.Sweeper"
+    _target_: str = f"{MODULE}.Sweeper"
     max_batch_size: int | None = None
     params: dict[str, str] | None = None
 
@@ -55,7 +55,7 @@ class Numbers(int):
 class Sweeper(HydraSweeper):
     """`hydra/sweeper=basic` of initlab."""
 
-    __module__ = PLACE
+    __module__ = MODULE
 
     def __init__(self, max_batch_size: int | None, params: Mapping[str, Any] | None = None) -> None:
         self.max_batch_size, self.params = max_batch_size, params
@@ -75,31 +75,31 @@ class Sweeper(HydraSweeper):
         )
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
-        """Run what is to be run; the JobReturns of the launcher, a batch each. Raises the first fault, at the end."""
+        """Run the jobs; returns the JobReturns of the launcher, a batch each. Raises the first fault, at the end."""
         from initlab.runs import recorder
         from initlab.sweep import resume  # and with it pandas, which a run needs later, if at all
 
         assert self.config is not None and self.launcher is not None
         folder = Path(str(self.config.hydra.sweep.dir))
         jobs = resume.expand(arguments, self.params)
-        asked = self.config.get("resume") is not None
-        if asked:
+        resumed = self.config.get("resume") is not None
+        if resumed:
             resume.refuse_no_sweep(folder)
         elif (folder / "multirun.yaml").exists():
             raise UsageError(f"{folder}: holds a sweep already; choose another hydra.sweep.dir, or say resume={folder}")
         Sweep.lock(folder)
         try:
-            left = resume.left(folder, self.config, jobs) if asked else resume.Left(jobs, range(len(jobs)), 0)
+            left = resume.find_left(folder, self.config, jobs) if resumed else resume.Left(jobs, range(len(jobs)), 0)
             getattr(self.launcher, "validate_batch_is_legal", self.validate_batch_is_legal)(left.jobs)
         except BaseException:  # one that stops the program, too
-            if not asked:
+            if not resumed:
                 recorder.discard(folder)
             raise
         Sweep.begin(folder, len(left.jobs))
         recorder.write_text(folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
-        if asked:
+        if resumed:
             log.info(f"resuming {folder}: {left.kept} jobs are done and kept, {len(left.jobs)} are left")
-            outcome.notes.extend(filter(None, [resume.other_code(folder)]))
+            outcome.notes.extend(filter(None, [resume.describe_other_code(folder)]))
         returns = []
         with workers.environment(self.config, self.kind):
             for start, stop in self._batches(left.numbers):

@@ -22,7 +22,7 @@ from initlab.job.settings import CONF, Config
 from initlab.runs.recorder import Recorder
 from initlab.runs.schema import TABLES
 from initlab.sweep import batch
-from initlab.sweep.batch import packs
+from initlab.sweep.batch import pack_jobs
 from initlab.sweep.batched_launcher import read_composed
 from initlab.tasks import stack as stacking
 from initlab.tasks import train as training
@@ -322,9 +322,9 @@ def test_figures_are_drawn_for_each_job(lab: Lab) -> None:
 
 def test_packs_keep_jobs_whole_and_in_order() -> None:
     sizes = [3, 3, 3, 8, 1, 20, 2]
-    found = list(packs(range(7), sizes, 8))
+    found = list(pack_jobs(range(7), sizes, 8))
     assert found == [[0, 1], [2], [3], [4], [5], [6]] and [k for pack in found for k in pack] == list(range(7))
-    assert list(packs([], [], 8)) == []
+    assert list(pack_jobs([], [], 8)) == []
 
 
 def test_jobs_that_may_share_a_program(loaded: Any) -> None:
@@ -333,7 +333,7 @@ def test_jobs_that_may_share_a_program(loaded: Any) -> None:
     def key(*given: str) -> str | None:
         found = read_composed(loader.load_sweep_config(master, list(given)), given, 0).config
         assert not isinstance(found, UsageError)
-        return batch.shared_by(found)
+        return batch.program_key(found)
 
     own = key("seed=0")
     assert own is not None
