@@ -11,7 +11,7 @@ from initlab.job.options import option_names
 from initlab.job.settings import CONF, Config
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import RULES
-from initlab.runs.schema import LABELS, OPTION_OF
+from initlab.runs.schema import LABELS, OPTION_OF, TABLES
 from initlab.tasks.data import SOURCES
 
 PACKAGE = Path(initlab.__file__).parent
@@ -109,3 +109,29 @@ def test_every_knob_has_a_comment() -> None:
 def test_columns_are_options_and_summaries_know_them() -> None:
     assert set(OPTION_OF.values()) <= set(option_names(Config))
     assert set(LABELS) <= set(OPTION_OF) | {"gain", "device"}
+
+
+def table_literals(tree: ast.AST) -> list[int]:
+    """Lines that list names of tables, or look one up by its literal name."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Tuple | ast.List | ast.Set):
+            names = [one.value for one in node.elts if isinstance(one, ast.Constant)]
+            if sum(name in TABLES for name in names) > 1:
+                lines.append(node.lineno)
+        looked_up = isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "tables"
+        if looked_up and isinstance(node.slice, ast.Constant) and node.slice.value in TABLES:
+            lines.append(node.lineno)
+    return lines
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if room(path) in ("runs", "figures", "studies", "sweep")], **ids
+)
+def test_tables_are_named_in_the_schema_alone(path: Path) -> None:
+    if path.name != "schema.py":
+        assert table_literals(ast.parse(path.read_text(encoding="utf-8"))) == []
+
+
+def test_a_table_named_elsewhere_is_seen() -> None:
+    assert table_literals(ast.parse("x = ('stats', 'theory')\ny = tables['losses']\nz = table['theory']")) == [1, 2]
