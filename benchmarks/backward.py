@@ -8,7 +8,7 @@ from benchmarks import bare, subjects
 from benchmarks.nets import LARGE, batch, parameters
 from benchmarks.race import Asked, Builds, Contestant, NotAvailable, Outcome, Setting, row, run
 from benchmarks.rows import Missing
-from initlab.scratch.backward import VERSIONS
+from initlab.tasks.course.ladders import BACKWARDS
 from initlab.tasks.course.rotated_timing import seconds_each
 from initlab.tasks.ensemble.memory import free_memory, peak_bytes, readable
 
@@ -57,9 +57,9 @@ def _outer(outcome: Outcome, setting: Setting) -> None:
 
 def _ladder(version: str) -> Contestant:
     """A row of initlab's ladder; refused where it would take half of the free memory."""
-    needed, free = VERSIONS[version].memory(LARGE.sizes, LARGE.batch), free_memory(torch.device("cpu"))
+    needed, free = BACKWARDS[version].memory(LARGE.sizes, LARGE.batch), free_memory(torch.device("cpu"))
     if needed > free / 2:
         raise NotAvailable(f"needs {readable(needed)}, half of the free memory is {readable(free / 2)}")
-    step = VERSIONS[version].bind([(w[0], b[0]) for w, b in parameters(LARGE)], "relu", "mse")
+    step = BACKWARDS[version].bind([(w[0], b[0]) for w, b in parameters(LARGE)], "relu", "mse")
     xb, yb = batch(LARGE)
     return Contestant(lambda: step(xb[0], yb[0]))

@@ -35,8 +35,6 @@ IDS: dict[str, str] = {
     "sweep.gains": "the same with the same 8 seeds and another gain in each job",
     "collect": "initlab.read of 3000 run folders of 500 rows / pyarrow.dataset to pandas over the same files",
     "collect.seconds": "CPU seconds of the same initlab.read",
-    "gpu.step.cost": "graph-replayed step with everything recorded / bare replay; 50 layers",
-    "gpu.step.full": "graph-replayed step with everything recorded / eager bare nn.Module step",
     "gpu.stack.nets": "networks per second of a batched stack / one network after the other",
 }
 VARIANTS: dict[str, str] = {
@@ -88,9 +86,6 @@ BARS: dict[tuple[str, str, int], float] = {
     ("sweep.gains", "plain", ANY): 0.2,
     ("collect", "plain", ANY): 0.5,
     ("collect.seconds", "plain", 1): 2.0,
-    ("gpu.step.cost", "width100", ANY): 1.10,
-    ("gpu.step.cost", "width1000", ANY): 1.05,
-    ("gpu.step.full", "accelerated", ANY): 0.2,
     ("gpu.stack.nets", "accelerated", ANY): 100.0,
 }
 

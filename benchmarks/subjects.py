@@ -17,15 +17,16 @@ import initlab
 from benchmarks import bare
 from benchmarks.nets import LR, Net, batch, parameters
 from benchmarks.race import Contestant, NotAvailable
-from initlab.engine.cuda_graph import captured
 from initlab.engine.fast_network import Engine
-from initlab.engine.recording import Recording
+from initlab.engine.recorders import Recording
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import Rule, rule
-from initlab.scratch.backward import VERSIONS, Step
+from initlab.scratch.backward import Step
+from initlab.stats.buffer import StatsBuffer
 from initlab.stats.kernels.cpu import library, plain
-from initlab.stats.statistics import Rows
+from initlab.stats.measure import backend_for
 from initlab.tasks import stack as stacks
+from initlab.tasks.course.ladders import BACKWARDS
 from initlab.tasks.curves import gain_curves
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.networks import Ensemble, Networks
@@ -35,7 +36,6 @@ from initlab.tasks.phase_points import Points, measure_points
 
 BACKWARD = "fast"  # the row of the backward ladder that initlab trains with
 TABLE_STEPS = 50  # recorded steps of which tables are made at once; a training makes them of more
-CAPTURE_AFTER = 3  # steps before a graph is captured
 
 # What is recorded at a step: variant -> options of a Recording.
 RECORDINGS: dict[str, dict[str, bool]] = {
@@ -84,26 +84,22 @@ class Hand:
         available(self.options["accelerated"] and device == "cpu")
         self.batch, self.steps = batch(net, seeds, device), 0
         self.engine = Engine(parameters(net, seeds, device), "relu", "cross_entropy", LR, net.batch)
-        how = self.options
-        self.recording = Recording(self.engine, self._rows(), how["histograms"], how["accelerated"])
-
-    def _rows(self) -> Rows:
-        return Rows(self.seeds, histograms=self.options["histograms"])
+        backend = backend_for(device, accelerated=self.options["accelerated"])
+        self.recording = Recording(self.engine, StatsBuffer(seeds, backend, self.options["histograms"]))
 
     def bare(self) -> Tensor:
         return self.engine.step(*self.batch)
 
     def recorded(self) -> Tensor:
         if not self.keep and self.steps % TABLE_STEPS == 0:
-            self.recording.rows = self._rows()
+            self.recording.buffer.clear()
         self.steps += 1
         return self.recording.step(*self.batch, self.steps - 1)
 
     def tables(self) -> list[Any]:
         """What was recorded since the last time, as frames."""
         self.recording.flush()
-        rows = self.recording.rows
-        return [rows.frame(), rows.histograms()] if self.options["histograms"] else [rows.frame()]
+        return list(self.recording.buffer.take_tables().values())
 
 
 def bare_step(net: Net, seeds: Sequence[int] = (0,)) -> Contestant:
@@ -174,7 +170,7 @@ def first_backward_pass(net: Net) -> Contestant:
 
 
 def _bound(net: Net) -> Step:
-    return VERSIONS[BACKWARD].bind([(w[0], b[0]) for w, b in parameters(net)], "relu", "mse")
+    return BACKWARDS[BACKWARD].bind([(w[0], b[0]) for w, b in parameters(net)], "relu", "mse")
 
 
 # --- a stack ---------------------------------------------------------------------------------------------------------
@@ -192,9 +188,9 @@ def watched_stack(weights: Sequence[Tensor], x: Tensor, accelerated: bool) -> Co
     silent = tqdm(disable=True)
 
     def forward() -> Tensor:
-        record = stacks._Record(nets, lambda part: None, False)
+        record = stacks._Record(nets, backend_for(), lambda part: None, False)
         stacks._Pass(nets, record, False, silent).forward()
-        return stacks._derive_all(torch.cat(record._blocks._blocks, 1))
+        return record.rows.numbers()
 
     return Contestant(road(accelerated, forward))
 
@@ -270,15 +266,6 @@ def collected(folder: Path) -> Contestant:
 
 
 # --- a GPU -----------------------------------------------------------------------------------------------------------
-
-
-def replayed(net: Net, record: str | None) -> Contestant:
-    """A step of the hand-written network captured as a CUDA graph and replayed."""
-    hand = Hand(net, record=record or "plain", device="cuda", keep=True)
-    step = captured(hand.bare if record is None else hand.recorded, torch.device("cuda"), warmup=CAPTURE_AFTER)
-    for _ in range(CAPTURE_AFTER + 1):
-        step()
-    return Contestant(step)
 
 
 def require_gpu() -> None:

@@ -147,7 +147,7 @@ def check_words(words: Sequence[str]) -> list[str]:
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
     parser.parse_args(list(words))
-    free = ("graph.model.", "graph.model=", "activation.arguments.")
+    free = ("graph.model.", "graph.model=", "activation.arguments.", "statistics.")
     return [f"++{word}" if word.startswith(free) else word for word in words]
 
 

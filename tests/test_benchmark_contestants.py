@@ -14,14 +14,13 @@ from benchmarks.folders import run_folders
 from benchmarks.nets import Net
 from benchmarks.race import Asked, Contestant, NotAvailable, Outcome, Setting
 from benchmarks.rows import IDS, VARIANTS
-from initlab.engine import recording
-from initlab.engine.step_buffer import PAGE_STEPS
+from initlab.engine.recorders import MOST_STEPS
 from initlab.nn.init import rule
 from initlab.probes.probe import Probe
-from initlab.stats import buffer, summarize
+from initlab.stats import measure as choice
 from initlab.stats.kernels import cpu
 from initlab.stats.statistics import STATISTICS
-from initlab.tasks.ensemble.unbounded_twin import NUMBERS
+from initlab.stats.statistics import TRUE_COLUMNS as NUMBERS
 
 SMALL = Net(12, 3, 8, 4, 16)
 
@@ -178,9 +177,9 @@ def test_rows_are_let_go_before_they_are_many():
     held = []
     for _ in range(3 * subjects.TABLE_STEPS):
         hand.recorded()
-        held.append(len(hand.recording.rows))
+        held.append(len(hand.recording.buffer))
     a_step = 8 + 6 + 16 + 4  # of z, a, parameters, updates
-    assert 0 < max(held) <= a_step * (subjects.TABLE_STEPS + PAGE_STEPS)
+    assert 0 < max(held) <= a_step * (subjects.TABLE_STEPS + MOST_STEPS)
 
 
 # --- ensembles, backward, stacks --------------------------------------------------------------------------------------
@@ -239,7 +238,7 @@ def test_a_forward_only_stack_counts_a_row_for_each_tensor_and_network(networks)
 
 
 @pytest.fixture
-def roads(monkeypatch):
+def looks(monkeypatch):
     """Whether the compiled passes could be had each time that somebody looked for them."""
     found, own = [], subjects.library
 
@@ -247,8 +246,7 @@ def roads(monkeypatch):
         found.append(not cpu._plain)
         return own()
 
-    for module in (summarize, recording, buffer):
-        monkeypatch.setattr(module, "library", looked)
+    monkeypatch.setattr(choice, "library", looked)
     return found
 
 
@@ -261,13 +259,13 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("build", PLAIN.values(), ids=PLAIN)
-def test_a_plain_contestant_takes_the_plain_road_and_leaves_the_other_open(roads, build):
+def test_a_plain_contestant_leaves_the_compiled_passes_alone_and_to_others(looks, build):
     contestant = build()
     contestant.call()
     contestant.close()
-    assert roads and not any(roads)
-    summarize.summarize(torch.ones(1, 2, 2))
-    assert roads[-1]
+    assert looks and not any(looks)
+    choice.measure(torch.ones(1, 2, 2))
+    assert looks[-1]
 
 
 def test_without_a_compiler_nothing_is_accelerated(monkeypatch):

@@ -483,3 +483,18 @@ def test_the_public_door() -> None:
     assert {"std", "ln_std_mean", "ln_std_sd", "std_low", "std_high", "method"} <= set(last.index)
     assert initlab.phase("tanh", initlab.critical("tanh", 0.2), 0.2).chi_1 == pytest.approx(1, abs=1e-6)
     assert initlab.gain(torch.nn.ReLU(), "std") == pytest.approx(initlab.gain("relu", kind="std"), rel=1e-9)
+
+
+def test_a_statistic_of_the_user_is_a_column(lab, tmp_path):
+    (tmp_path / "of_mine.py").write_text("def top(x):\n    return x.amax((-2, -1))\n")
+    code, _, err = lab(
+        "depth=2", "width=4", "batch=3", "seeds=2", "train.steps=2", "statistics.top=of_mine.top", "plots=false"
+    )
+    assert code == 0, err
+    stats = initlab.read("outputs/**")
+    assert stats["top"].notna().all() and (stats["top"] == stats["max"]).all()
+    assert set(stats["stage"]) == {"stack", "train"}
+    code, _, err = lab("statistics.width=of_mine.top")
+    assert code == 2 and "statistics.width: the tables have a column of this name" in err
+    code, _, err = lab("task=gains", "statistics.top=of_mine.top")
+    assert code == 2 and err.strip() == "initlab: statistics.top: is for task=lab, stack, train"

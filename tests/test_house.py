@@ -35,8 +35,6 @@ ROOMS = [
 ROOMS += ["sweep", "commands", "__main__"]
 ROOF = {"", "commands", "__main__", "job", "sweep", "studies"}
 UPWARD = {  # (file, room above it): still to be turned round
-    ("stats/buffer.py", "nn"),
-    ("scratch/backward.py", "engine"),
 }
 ids = {"ids": lambda path: str(path.relative_to(PACKAGE))}
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from initlab.engine.named_tensors import items_of, updates_of
+from initlab.engine.named_tensors import items_of, update_items
 from initlab.errors import UsageError, choose
-from initlab.nn.activations import ACTIVATIONS, Activation
+from initlab.nn.activations import Activation
 from initlab.nn.custom_activation import Given, as_activation
 from initlab.probes.probe import Sink
 from initlab.scratch import mlp
@@ -155,7 +155,7 @@ class Network:
         self, parameters: Parameters, activation: Activation, loss: Loss, lr: float, factors: Factors = ()
     ) -> None:
         self.activation, self.loss = activation, loss
-        self.in_place = activation is ACTIVATIONS["relu"]
+        self.in_place = activation.rectifies
         self.count = len(parameters[0][0])
         self.lead: tuple[int, ...] = () if self.count == 1 else (self.count,)
         self.sizes = [w.shape[-2] for w, _ in parameters] + [parameters[-1][0].shape[-1]]
@@ -323,8 +323,8 @@ class Engine:
         before, net = self.parameters, self.networks[0]
         seen = mlp.forward_and_backward(before, xb, yb, net.activation, net.loss)
         losses = self._update(xb, yb)
-        updates = updates_of("scratch", step, before, self.parameters)
-        for key, values, saturated in [*items_of("scratch", step, seen, before, net.activation), *updates]:
+        updates = update_items("scratch", before, self.parameters)
+        for key, values, saturated in [*items_of("scratch", seen, before, net.activation), *updates]:
             self._sink.put(key, values, saturated)
         self._sink.end(step)
         return losses

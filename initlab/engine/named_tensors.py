@@ -1,18 +1,41 @@
-"""All tensors of a step of the readable pass, each with the words of its row, for whoever wants to measure them."""
+"""The tensors of a training step under the keys of their rows.
+
+Legend: E ensemble, N batch, I fan_in, O fan_out.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 
 from torch import Tensor
 
 from initlab.nn.activations import Activation
 from initlab.scratch.mlp import Parameters, Pass
-from initlab.stats.statistics import Item, Key, saturated_share
+from initlab.stats.buffer import Item
+from initlab.stats.derive import saturated_share
+from initlab.stats.keys import TensorKey
+
+STAGE = "train"
 
 
-def items_of(implementation: str, step: int, seen: Pass, parameters: Parameters, activation: Activation) -> list[Item]:
-    """All tensors of a pass, to be measured."""
-    key = partial(Key, "train", implementation, step)
+def key_of(implementation: str) -> Callable[[int, str, str], TensorKey]:
+    """Makes the key of (layer, tensor, direction) in a training by `implementation`."""
+    return partial(TensorKey, STAGE, implementation)
+
+
+def network_keys(implementation: str, layers: int) -> list[TensorKey]:
+    """The tensors of a recorded step in the order of the table; the last layer has a preactivation alone."""
+    key, every = key_of(implementation), range(1, layers + 1)
+    both = ("forward", "backward")
+    keys = [key(*one) for one in product(every, ("preactivation",), both)]
+    keys += [key(*one) for one in product(range(1, layers), ("activation",), both)]
+    keys += [key(*one) for one in product(every, ("weight", "bias"), both)]
+    return keys + [key(layer, "update", "forward") for layer in every]
+
+
+def items_of(implementation: str, seen: Pass, parameters: Parameters, activation: Activation) -> list[Item]:
+    """All tensors of a forward and backward pass at these parameters, to be measured."""
+    key = key_of(implementation)
     hidden = seen.preactivations[:-1]
     saturated = [saturated_share(activation.slope(z), activation.largest_slope) for z in hidden]
     items = []
@@ -26,27 +49,26 @@ def items_of(implementation: str, step: int, seen: Pass, parameters: Parameters,
             for layer, (t, share) in enumerate(zip(z, shares, strict=True), start=1)
         ]
         items += [Item(key(layer, "activation", direction), t) for layer, t in enumerate(a, start=1)]
-        items += parameter_items(key, direction, pairs)
+        items += parameter_items(implementation, direction, pairs)
     return items
 
 
-def parameter_items(key: Callable[[int, str, str], Key], direction: str, pairs: Parameters) -> list[Item]:
-    items = []
+def parameter_items(implementation: str, direction: str, pairs: Parameters) -> list[Item]:
+    """Weights (E, I, O) and biases (E, O), or their gradients."""
+    key, items = key_of(implementation), []
     for layer, (w, b) in enumerate(pairs, start=1):
         items += [Item(key(layer, "weight", direction), w), Item(key(layer, "bias", direction), b.unsqueeze(-2))]
     return items
 
 
-def updates_of(implementation: str, step: int, before: Parameters, after: Parameters) -> list[Item]:
-    return [
-        Item(Key("train", implementation, step, layer, "update", "forward"), new - old)
-        for layer, ((old, _), (new, _)) in enumerate(zip(before, after, strict=True), start=1)
-    ]
+def update_items(implementation: str, before: Parameters, after: Parameters) -> list[Item]:
+    """What a step has changed in the weights."""
+    return change_items(implementation, "update", [w for w, _ in before], [w for w, _ in after])
 
 
-def drifts_of(implementation: str, step: int, start: Sequence[Tensor], now: Sequence[Tensor]) -> list[Item]:
-    """Preactivations less those of the same inputs before the first update, layer by layer."""
+def change_items(implementation: str, tensor: str, before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Item]:
+    """after - before, layer by layer: updates, or how far preactivations have moved (`drift`)."""
     return [
-        Item(Key("train", implementation, step, layer, "drift", "forward"), new - old)
-        for layer, (old, new) in enumerate(zip(start, now, strict=True), start=1)
+        Item(TensorKey(STAGE, implementation, layer, tensor, "forward"), new - old)
+        for layer, (old, new) in enumerate(zip(before, after, strict=True), start=1)
     ]

@@ -1,176 +1,206 @@
-"""How a recorded step writes its rows: the same step as the engine's own, and a row for every tensor of every layer.
+"""Recorded steps of an engine: the step itself, and a row for every tensor of every layer.
 
-`Apart` keeps the tensors and describes them afterwards, shape by shape: any activation, number format and device.
-`Fused` lets the compiled passes take their statistics where they make a ReLU, its mask or an update: float32 on a CPU.
-Legend: E ensemble, N batch, I fan_in, O fan_out.
+`FusedRecorder` lets the backend take the statistics where it makes a ReLU, its mask or an update; `PlainRecorder` keeps
+the tensors and measures them afterwards, shape by shape: any activation, number format and device.
+Legend: E ensemble, N batch, I fan_in, O fan_out, K rows of a step, F numbers of a row.
 """
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from initlab.engine.fast_network import KEPT_SPACES, Network, Stack
-from initlab.engine.step_buffer import BIAS_UPDATE, Page, Slot
-from initlab.stats.kernels.cpu import JOB, library
-from initlab.stats.statistics import saturated_share
-from initlab.stats.summarize import FIELDS
+from initlab.engine.fast_network import KEPT_SPACES, Engine, Network, Stack
+from initlab.engine.named_tensors import network_keys
+from initlab.stats.backend import SATURATED, Backend
+from initlab.stats.buffer import StatsBuffer
+from initlab.stats.derive import saturated_share
+from initlab.stats.histogram import Bins, join_bins
+from initlab.stats.reference import FIELDS
 
-_SATURATED = list(FIELDS).index("saturated")
-
-
-class Pen(Protocol):
-    """How a network's step is written down."""
-
-    def step(self, x: Tensor, y: Tensor, at: int) -> Tensor:
-        """One update; the rows at position `at` of the page; the loss before it."""
+MOST_STEPS, MOST_BYTES = 64, 2**24  # that wait to be handed over
+BIAS_UPDATE = "bias update"  # measured with the other updates; the tables have those of weights alone
+Made = tuple[int, str, str]  # layer, tensor and direction of a row, in the order in which rows are made
 
 
-class Apart:
-    """Any activation, number format and device: tensors are kept apart and described afterwards, shape by shape."""
+class Recorder(Protocol):
+    """Makes the steps of one network, and their rows."""
 
-    def __init__(self, net: Network, page: Page, first: int) -> None:
-        self.net, self.page, self.first = net, page, first
+    @property
+    def made(self) -> Sequence[Made]: ...
 
-    def step(self, x: Tensor, y: Tensor, at: int) -> Tensor:
+    def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """One update; the loss before it, () or (E,), and the rows (F, K, E) in the order of `made`."""
+
+
+class Recording:
+    """Recorded steps of an engine; their rows are put into `buffer`, some steps at a time.
+
+    engine: what is trained. buffer: gets the rows, and the histograms if it keeps any; its backend makes them.
+    name: the implementation in the key of the rows.
+    """
+
+    def __init__(self, engine: Engine, buffer: StatsBuffer, name: str = "scratch") -> None:
+        self.engine, self.buffer = engine, buffer
+        self._bins = [None if buffer.bins is None else buffer.backend.bins(net.count) for net in engine.networks]
+        self._recorders = [
+            recorder_for(net, buffer.backend, bins) for net, bins in zip(engine.networks, self._bins, strict=True)
+        ]
+        self._keys = network_keys(name, len(engine.networks[0].w))
+        self._waiting: list[tuple[int, Tensor]] = []
+
+    def step(self, xb: Tensor, yb: Tensor, step: int) -> Tensor:
+        """One update of every network, recorded as that step; the losses before it, (E,). Interrupted: no row."""
+        if len(self._waiting) * self._bytes_of_a_step() >= MOST_BYTES or len(self._waiting) >= MOST_STEPS:
+            self.flush()
+        recorded = [0 if bins is None else len(bins) for bins in self._bins]
+        try:
+            parts = zip(self._recorders, self.engine.parts(xb, yb), strict=True)
+            found = [recorder.step(x, y) for recorder, (x, y) in parts]
+        except BaseException:
+            for bins, rows in zip(self._bins, recorded, strict=True):
+                if bins is not None:
+                    bins.rewind(rows)
+            raise
+        self._waiting.append((step, torch.cat([rows for _, rows in found], -1)))
+        return torch.cat([loss.reshape(-1) for loss, _ in found])
+
+    def flush(self) -> None:
+        """Hand over what has been recorded."""
+        place = {made: k for k, made in enumerate(self._recorders[0].made)}
+        order = [place[key.layer, key.tensor, key.direction] for key in self._keys] if place else []
+        for step, rows in self._waiting:
+            self.buffer.put(self._keys, rows[:, order], step)
+        parts = [join_bins(bins.take(), 0) for bins in self._bins if bins is not None and len(bins)]
+        if parts:
+            counts, lowest = join_bins(parts, 1)
+            counts = counts.view(len(self._waiting), -1, *counts.shape[1:])[:, order].flatten(0, 1)
+            self.buffer.put_bins([(counts, lowest)])
+        self._waiting.clear()
+
+    def _bytes_of_a_step(self) -> int:
+        return self._waiting[0][1].numel() * 8 if self._waiting else 0
+
+
+def recorder_for(net: Network, backend: Backend, bins: Bins | None) -> Recorder:
+    """The faster recorder of those that can record this network."""
+    fused = net.activation.rectifies and backend.fuses(net.w[0])
+    return FusedRecorder(net, backend, bins) if fused else PlainRecorder(net, backend, bins)
+
+
+class PlainRecorder:
+    """A `Recorder` of any activation, number format and device."""
+
+    def __init__(self, net: Network, backend: Backend, bins: Bins | None) -> None:
+        self.net, self._backend, self._bins = net, backend, bins
+        self.made: list[Made] = []
+        self._rows: list[Tensor] = []
+
+    def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         net = self.net
         s = net.space(x.shape[-2], apart=True)
+        self.made, self._rows = [], []
         out = net.forward(x, s)
         net.out = out
         value, g = net.loss.both(out, y)
         net.backward(g, s)
         net.bias_gradients(g, s.bias_sums)
         net.weight_gradients(x, g, s)
-        for stack, tensor, direction in (
-            (s.z, "preactivation", "forward"),
-            (s.a, "activation", "forward"),
-            (s.a_grad, "activation", "backward"),
-            (s.g, "preactivation", "backward"),
+        self._measure(s.z, "preactivation", "forward")
+        self._measure(s.a, "activation", "forward")
+        self._measure(s.a_grad, "activation", "backward")
+        self._measure(s.g, "preactivation", "backward")
+        last = len(net.w) - 1
+        self._measure_run(out[None], last, "preactivation", "forward")
+        self._measure_run(g[None], last, "preactivation", "backward")
+        for values, grads, rates, tensor, change in (
+            (net.w, net.w_grad, net.w_rates, "weight", "update"),
+            (net.b, net.b_grad, net.b_rates, "bias", BIAS_UPDATE),
         ):
-            self._write(at, stack, tensor, direction, batched=True)
-        for values, direction in ((out, "forward"), (g, "backward")):
-            self._write_run(at, values[None], len(net.w) - 1, "preactivation", direction, batched=True)
-        self._saturation(at, s.z)
-        self._update(at, net.w, net.w_grad, net.w_rates, "weight", "update")
-        self._update(at, net.b, net.b_grad, net.b_rates, "bias", BIAS_UPDATE)
-        return value
+            self._measure(values, tensor, "forward")
+            self._measure(grads, tensor, "backward")
+            for run, block, grad, rate in zip(values.runs, values.whole, grads.whole, rates, strict=True):
+                before = block.clone()
+                block.sub_(grad, alpha=rate)
+                self._measure_run(block - before, run.start, change, "forward")
+        return value, torch.cat(self._rows, 1)
 
-    def _update(self, at: int, values: Stack, grads: Stack, rates: Sequence[float], tensor: str, change: str) -> None:
-        self._write(at, values, tensor, "forward", batched=False)
-        self._write(at, grads, tensor, "backward", batched=False)
-        for run, block, grad, rate in zip(values.runs, values.whole, grads.whole, rates, strict=True):
-            before = block.clone()
-            block.sub_(grad, alpha=rate)
-            self._write_run(at, block - before, run.start, change, "forward", batched=False)
-
-    def _write(self, at: int, stack: Stack, tensor: str, direction: str, batched: bool) -> None:
+    def _measure(self, stack: Stack, tensor: str, direction: str) -> None:
         for run, block in zip(stack.runs, stack.whole, strict=True):
-            self._write_run(at, block, run.start, tensor, direction, batched)
+            self._measure_run(block, run.start, tensor, direction)
 
-    def _write_run(self, at: int, block: Tensor, start: int, tensor: str, direction: str, batched: bool) -> None:
+    def _measure_run(self, block: Tensor, start: int, tensor: str, direction: str) -> None:
         """(K, ...) of the layers from `start` + 1 on, as (K, E, N, C); a bias is (1, O)."""
-        places = self.page.rows_of(range(start + 1, start + 1 + len(block)), tensor, direction)
-        rows = block.shape[-2] if block.ndim > 2 else 1
-        self.page.write(at, places, self.first, block.reshape(len(block), self.net.count, rows, -1), batched)
+        batched = tensor in ("preactivation", "activation")
+        count, inputs = self.net.count, block.shape[-2] if block.ndim > 2 else 1
+        rows = self._backend.rows(block.reshape(len(block), count, inputs, -1), batched, self._bins)
+        if (tensor, direction) == ("preactivation", "forward") and start < len(self.net.w) - 1:
+            activation = self.net.activation
+            share = saturated_share(activation.slope(block), activation.largest_slope)
+            rows[SATURATED] = share.reshape(len(block), count)
+        self.made += [(start + 1 + k, tensor, direction) for k in range(len(block))]
+        self._rows.append(rows)
 
-    def _saturation(self, at: int, z: Stack) -> None:
-        row, until = self.net.activation, self.first + self.net.count
-        for run, block in zip(z.runs, z.whole, strict=True):
-            share = saturated_share(row.slope(block), row.largest_slope).reshape(len(block), self.net.count)
-            places = self.page.rows_of(range(run.start + 1, run.stop + 1), "preactivation", "forward")
-            self.page.fields[at, places, self.first : until, _SATURATED] = share
 
+class FusedRecorder:
+    """A `Recorder` of a ReLU network whose backend reads memory once for a pass and its statistics."""
 
-class Fused:
-    """A ReLU network in float32 on a CPU: the compiled passes take the statistics of what they have at hand."""
+    def __init__(self, net: Network, backend: Backend, bins: Bins | None) -> None:
+        self.net, self._backend, self._bins = net, backend, bins
+        by_shape = {w.shape: torch.empty_like(w) for w in net.w.each}  # one gradient of a shape is needed at a time
+        self._grads = [torch.empty_like(net.w[0]), *(by_shape[w.shape] for w in net.w.each[1:])]
+        self._b = [b.view(*net.lead, 1, -1) for b in net.b.each]
+        self._b_grads = [b.view(*net.lead, 1, -1) for b in net.b_grad.each]
+        self._b_sums = [b.view(*net.lead, -1) for b in net.b_grad.each]
+        self._turns: dict[int, list[Tensor]] = {}
+        layers = len(net.w)
+        self.made: list[Made] = []
+        for layer in range(1, layers):
+            self.made += [(layer, "preactivation", "forward"), (layer, "activation", "forward")]
+        self.made += [(layers, "preactivation", "forward"), (layers, "preactivation", "backward")]
+        for layer in range(layers, 0, -1):
+            self.made += [(layer, "weight", "forward"), (layer, "weight", "backward"), (layer, "update", "forward")]
+            if layer > 1:
+                self.made += [(layer - 1, "activation", "backward"), (layer - 1, "preactivation", "backward")]
+        for layer in range(1, layers + 1):
+            self.made += [(layer, "bias", "forward"), (layer, "bias", "backward"), (layer, BIAS_UPDATE, "forward")]
+        self._rows = torch.empty(len(self.made), *net.lead, len(FIELDS), dtype=torch.float64, device=net.w[0].device)
+        sizes = [2] * (layers - 1) + [1, 1] + [3, 2] * (layers - 1) + [3] + [3] * layers
+        self._outs = [
+            out.squeeze(0) if len(out) == 1 else out for out in torch.split(self._rows, sizes)
+        ]  # of each call
 
-    def __init__(self, net: Network, page: Page, first: int) -> None:
-        found = library()
-        assert found is not None
-        self.net, self.page, self.first, self.lib = net, page, first, found
-        by_shape = {w.shape: torch.empty_like(w) for w in net.w.each[1:]}  # one of a shape is ever needed
-        self.grads = [torch.empty_like(net.w[0]), *(by_shape[w.shape] for w in net.w.each[1:])]
-        self._weights = self._updates(net.w.each, self.grads, "weight", "update")
-        self._biases = self._updates(net.b.each, net.b_grad.each, "bias", BIAS_UPDATE)
-        self._of_one_rate = [
-            (int(self._biases[same[0]].ctypes.data), len(same), rate)
-            for rate, same in ((rate, list(same)) for rate, same in groupby(range(len(net.b)), net.b.rates.__getitem__))
-        ]
-        self._prepared: dict[int, _Addresses] = {}
-
-    def step(self, x: Tensor, y: Tensor, at: int) -> Tensor:
-        net, lib, todo = self.net, self.lib, self._addresses(x.shape[-2])
-        rows, arena = self.page.open(at)
+    def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        net, backend, bins, outs = self.net, self._backend, self._bins, iter(self._outs)
+        s, below = net.space(x.shape[-2]), self._gradients(x.shape[-2])
         inp = x
-        for w, b, a, relu in todo.up:
+        for w, b, a in zip(net.w.each, net.b.each, s.a.each, strict=False):
             inp = net.affine(b, inp, w, out=a)
-            lib.relu_job(relu, rows, arena)
-        out = net.affine(net.b[-1], inp, net.w[-1])
-        net.out = out
-        value, g = net.loss.both(out, y)
+            backend.relu_rows_(a, bins, next(outs))
+        net.out = net.affine(net.b[-1], inp, net.w[-1])
+        value, g = net.loss.both(net.out, y)
         torch.sum(g, -2, keepdim=bool(net.lead), out=net.b_grad[-1])
-        for values, job in ((out, todo.out), (g, todo.out_grad)):
-            job[0] = values.data_ptr()
-            lib.describe_job(job.ctypes.data, rows, arena)
-        for w_t, inp_t, grad, update, rate, below, mask in todo.down:
-            net.product(g, w_t, out=below)
-            net.product(inp_t, g, out=grad)
-            lib.update_jobs(update, 1, rate, rows, arena)
-            lib.mask_job(mask, rows, arena)
-            g = below
-        net.product(x.mT, g, out=self.grads[0])
-        lib.update_jobs(self._weights.ctypes.data, 1, net.w.rates[0], rows, arena)
-        for jobs, count, rate in self._of_one_rate:
-            lib.update_jobs(jobs, count, rate, rows, arena)
-        return value
+        backend.rows(net.out, True, bins, next(outs))
+        backend.rows(g, True, bins, next(outs))
+        for k in range(len(net.w) - 1, -1, -1):
+            if k:
+                net.product(g, net.w_t[k], out=below[k - 1])
+            net.product(s.a_t[k - 1] if k else x.mT, g, out=self._grads[k])
+            backend.update_rows_(net.w[k], self._grads[k], net.w.rates[k], bins, next(outs))
+            if k:
+                g = below[k - 1]
+                backend.mask_rows_(g, s.a[k - 1], self._b_sums[k - 1], bins, next(outs))
+        for b, grad, rate in zip(self._b, self._b_grads, net.b.rates, strict=True):
+            backend.update_rows_(b, grad, rate, bins, next(outs))
+        return value, self._rows.reshape(len(self.made), net.count, -1).clone().movedim(-1, 0)
 
-    def _row(self, layer: int, tensor: str, direction: str) -> int:
-        return self.page.place[Slot(layer, tensor, direction)] * self.page.fields.shape[2] + self.first
-
-    def _updates(self, values: Sequence[Tensor], grads: Sequence[Tensor], tensor: str, change: str) -> np.ndarray:
-        jobs = []
-        for layer, (w, g) in enumerate(zip(values, grads, strict=True), start=1):
-            places = [self._row(layer, tensor, way) for way in ("forward", "backward")]
-            shape = [self.net.count, 1, w.numel() // self.net.count]
-            jobs.append([w.data_ptr(), g.data_ptr(), 0, *shape, *places, self._row(layer, change, "forward")])
-        return np.array(jobs, dtype=np.int64)
-
-    def _addresses(self, rows: int) -> "_Addresses":
-        if rows not in self._prepared:
-            if len(self._prepared) == KEPT_SPACES:
-                self._prepared.clear()
-            self._prepared[rows] = _Addresses(self, rows)
-        return self._prepared[rows]
-
-
-class _Addresses:
-    """What a step of so many rows calls, in order: tensors, and the addresses of the jobs of the compiled passes."""
-
-    def __init__(self, pen: Fused, rows: int) -> None:
-        net, s, hidden = pen.net, pen.net.space(rows), range(len(pen.net.w) - 1)
-        self.jobs = np.zeros((2, len(hidden), len(JOB)), dtype=np.int64)
-        relu, mask = ([int(job.ctypes.data) for job in jobs] for jobs in self.jobs)
-        updates = [int(job.ctypes.data) for job in pen._weights]
-        # Two gradients are alive at a time: layers of one width take turns in two pieces of memory.
-        turns = {(a.shape, k): torch.empty_like(a) for a in s.a.each for k in (0, 1)}
-        grads = [turns[s.a[k].shape, k % 2] for k in hidden]
-        for k in hidden:
-            shape = [net.count, rows, net.sizes[k + 1]]
-            z, z_grad = (pen._row(k + 1, "preactivation", way) for way in ("forward", "backward"))
-            a, a_grad = (pen._row(k + 1, "activation", way) for way in ("forward", "backward"))
-            self.jobs[0, k] = [s.a[k].data_ptr(), 0, 0, *shape, z, a, 0]
-            sums = net.b_grad[k].data_ptr()
-            self.jobs[1, k] = [grads[k].data_ptr(), s.a[k].data_ptr(), sums, *shape, a_grad, z_grad, 0]
-        self.up = [(net.w[k], net.b[k], s.a[k], relu[k]) for k in hidden]
-        self.down = [
-            (net.w_t[k + 1], s.a_t[k], pen.grads[k + 1], updates[k + 1], net.w.rates[k + 1], grads[k], mask[k])
-            for k in reversed(hidden)
-        ]
-        shape = [net.count, rows, net.sizes[-1]]
-        self.out, self.out_grad = (
-            np.array([0, 0, 0, *shape, pen._row(len(net.w), "preactivation", way), 0, 0], dtype=np.int64)
-            for way in ("forward", "backward")
-        )
+    def _gradients(self, inputs: int) -> list[Tensor]:
+        """Memory for dL/da of the hidden layers: two are alive at a time, so layers of one width take turns."""
+        if inputs not in self._turns:
+            if len(self._turns) == KEPT_SPACES:
+                self._turns.clear()
+            hidden = self.net.space(inputs).a.each
+            turns = {(a.shape, k): torch.empty_like(a) for a in hidden for k in (0, 1)}
+            self._turns[inputs] = [turns[a.shape, k % 2] for k, a in enumerate(hidden)]
+        return self._turns[inputs]

@@ -12,11 +12,11 @@ from initlab.runs import summary
 from initlab.runs.labels import format_numbers, labels
 from initlab.runs.schema import STATS, TABLES, THEORY
 from initlab.runs.select import LN, NothingFound, bare, networks, numbers, refuse_condition, select
-from initlab.stats.statistics import COUNTS, STATISTICS
+from initlab.stats.statistics import STATISTICS
 
 SCALES = {"linear": "", "log": ""}
 # Statistics of the finite entries: where some entries are not finite the signal has ended, whatever the rest say.
-OF_FINITE = {name for name in STATISTICS if name not in COUNTS and not name.startswith("frac")}
+OF_FINITE = {name for name, row in STATISTICS.items() if not row.is_count and not row.is_share}
 
 
 @dataclass(frozen=True)

@@ -56,22 +56,33 @@ def instantiate(given: Mapping[str, Any]) -> Any:
 def function_of(given: ActivationConfig) -> Callable[[Any], Any] | None:
     """The elementwise function that `_target_` names: a function, with `arguments` if any, or a class made with them.
 
-    None where no `_target_` is given. The folder that the program was started in is searched for it too.
+    None where no `_target_` is given.
     """
-    if not given._target_:
-        return None
+    return import_function("activation._target_", given._target_, given.arguments) if given._target_ else None
+
+
+def statistics_of(config: Config) -> dict[str, Callable[[Any], Any]]:
+    """The functions that `statistics.NAME=package.module.function` names."""
+    return {name: import_function(f"statistics.{name}", path) for name, path in config.statistics.items()}
+
+
+def import_function(option: str, path: str, arguments: Mapping[str, Any] | None = None) -> Callable[[Any], Any]:
+    """The function at `package.module.function`, or an object of the class there, made with the arguments.
+
+    The folder that the program was started in is searched too. Errors: it cannot be had; the option stands in the text.
+    """
     if str(Path.cwd()) not in sys.path:  # the console script starts with its own folder in the path
         sys.path.append(str(Path.cwd()))
-    module_name, _, name = given._target_.rpartition(".")
+    module_name, _, name = path.rpartition(".")
     try:
         module = import_module(module_name)
         found = getattr(module, name)
-        made: Callable[[Any], Any] = found(**given.arguments) if isinstance(found, type) else found
+        made: Callable[[Any], Any] = found(**(arguments or {})) if isinstance(found, type) else found
     except Exception as error:  # a module of the user's may raise anything
         reason = " ".join(str(error).split())
         near = nearest(name, dir(module)) if isinstance(error, AttributeError) else ""
-        raise UsageError(f"activation._target_={given._target_}: cannot be had ({reason}){near}") from error
-    return partial(made, **given.arguments) if given.arguments and made is found else made
+        raise UsageError(f"{option}={path}: cannot be had ({reason}){near}") from error
+    return partial(made, **arguments) if arguments and made is found else made
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ import torch
 
 from initlab.errors import UsageError, check, choose
 from initlab.job.network_grid import refuse_axes
-from initlab.job.options import columns, function_of, seeds
+from initlab.job.options import columns, function_of, seeds, statistics_of
 from initlab.job.printout import report_run
 from initlab.job.settings import Config
 from initlab.job.stages import TASKS, JobSettings, Stage
@@ -19,6 +19,8 @@ from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.custom_activation import as_activation, numerical
 from initlab.nn.init import RULES, Rule, rule
 from initlab.runs.recorder import Recorder
+from initlab.runs.schema import NOT_OPTIONS, OPTION_OF
+from initlab.stats.custom import checked_statistics
 from initlab.tasks.ensemble.device import Where, set_matmul
 from initlab.tasks.ensemble.networks import Net
 from initlab.tasks.ensemble.training import Training
@@ -63,6 +65,9 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     if not task.any_function and activation not in ACTIVATIONS.values():
         allowed = ", ".join(name for name, row in TASKS.items() if row.any_function)
         raise UsageError(f"activation._target_={config.activation._target_}: is for task={allowed}")
+    if settings.statistics and not task.statistics:
+        allowed = ", ".join(name for name, row in TASKS.items() if row.statistics)
+        raise UsageError(f"statistics.{next(iter(settings.statistics))}: is for task={allowed}")
     described = _described(settings, choices)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {config.threads} thread(s)"
     recorder = Recorder(folder, described, name, seeds=list(settings.seeds))
@@ -94,7 +99,8 @@ def resolve(config: Config, choices: Mapping[str, str | None]) -> JobSettings:
     options = {name: value for name, value in vars(config.train).items() if name != "lr"}
     training = Training(**options, every=config.every, histograms=config.histograms)
     where = Where.of(config.dtype, config.device, config.generator)
-    return JobSettings(config, scaling, activation, net, training, where, seeds(config))
+    statistics = checked_statistics(statistics_of(config), (*OPTION_OF, *NOT_OPTIONS))
+    return JobSettings(config, scaling, activation, net, training, where, seeds(config), statistics)
 
 
 def _file_of(group: str, choices: Mapping[str, str | None]) -> str:

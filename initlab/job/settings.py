@@ -139,6 +139,7 @@ class Config:
     theory: str = MISSING
     every: int = MISSING
     histograms: bool = MISSING
+    statistics: dict[str, str] = field(default_factory=dict)
     plots: bool = MISSING
     resume: str | None = None
     study: StudyConfig = field(default_factory=StudyConfig)

@@ -19,6 +19,7 @@ from initlab.nn.activations import Activation
 from initlab.nn.init import Rule
 from initlab.runs import summary
 from initlab.scratch.graph_text import frames_as_text
+from initlab.stats.custom import Function
 from initlab.tasks.data import TEACHER_ROWS, Data, load
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.networks import Net
@@ -41,6 +42,7 @@ class JobSettings:
     training: Training
     where: Where
     seeds: Sequence[int]
+    statistics: Mapping[str, Function]
 
     def keywords(self, *left_out: str) -> dict[str, Any]:
         """The parameters that the tasks of a stack share, but for some."""
@@ -69,7 +71,7 @@ def _stack(task: Any, s: JobSettings) -> Stage:
         return compare_stack(stats, init=rule, method=method, **asked)
 
     return EnsembleStage(
-        lambda networks, emit: task.run_stack(net, networks, s.where, config.backward, emit, progress=True),
+        lambda networks, emit: task.run_stack(net, networks, s.where, config.backward, emit, True, s.statistics),
         ensemble,
         None if config.theory == "off" else predict,
         config.theory,
@@ -109,7 +111,9 @@ def _train(task: Any, s: JobSettings) -> Stage:
         return compare_training(stats, widths, entering, training.batch, rule, s.activation, method=method)
 
     return EnsembleStage(
-        lambda networks, emit: task.run_training(data, training, s.activation, networks, s.where, emit, progress=True),
+        lambda networks, emit: task.run_training(
+            data, training, s.activation, networks, s.where, emit, True, s.statistics
+        ),
         ensemble,
         None if config.theory == "off" else predict,
         config.theory,
@@ -215,18 +219,19 @@ class Task(NamedTuple):
     """What a task is made of: for each stage the module of its functions, and what makes the stage of that module.
 
     any_function: takes any elementwise function, not only the activations of the table. by_rule: it matters which gain
-    the rule takes.
+    the rule takes. statistics: takes statistics of the user.
     """
 
     stages: tuple[tuple[str, Callable[[Any, JobSettings], Stage]], ...]
     any_function: bool = False
     by_rule: bool = False
+    statistics: bool = False
 
 
 TASKS: dict[str, Task] = {
-    "lab": Task((("stack", _stack), ("train", _train)), any_function=True, by_rule=True),
-    "stack": Task((("stack", _stack),), any_function=True, by_rule=True),
-    "train": Task((("train", _train),), any_function=True, by_rule=True),
+    "lab": Task((("stack", _stack), ("train", _train)), any_function=True, by_rule=True, statistics=True),
+    "stack": Task((("stack", _stack),), any_function=True, by_rule=True, statistics=True),
+    "train": Task((("train", _train),), any_function=True, by_rule=True, statistics=True),
     "seeded": Task((("seeded", _seeded),), any_function=True, by_rule=True),
     "matmul": Task((("course.ladders", _matmul),)),
     "backward": Task((("course.ladders", _backward),)),

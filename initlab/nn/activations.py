@@ -34,6 +34,7 @@ class Activation:
     homogeneous: bool = False  # phi(k z) = k phi(z) for k > 0
     formula: str = ""  # phi of one number z, as SymPy reads it
     derivative: str = ""  # and phi'
+    rectifies: bool = False  # phi(z) = max(z, 0): statistics of it can be taken in the pass that makes it
 
     def pull_back(self, grad: Tensor, z: Tensor) -> Tensor:
         """dL/dz from dL/dphi: grad * phi'(z), or the row's own rule where 0 * inf must be 0 as in autograd."""
@@ -99,6 +100,7 @@ ACTIVATIONS: dict[str, Activation] = {
         homogeneous=True,
         formula=_below_zero("z", "0"),
         derivative=_below_zero("1", "0"),
+        rectifies=True,
     ),
     "leaky_relu": Activation(
         phi=partial(leaky_relu, negative_slope=SLOPE),

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from initlab.nn.init import Rule
 from initlab.nn.network import Network, Plain, Weights, forward
+from initlab.stats.derive import derive
+from initlab.stats.measure import backend_for
 from initlab.stats.statistics import STATISTICS
-from initlab.stats.summarize import derive, summarize
 
 FITS, SCALED = "fits", "scaled"
 GIVEN_UP = {
@@ -57,7 +58,7 @@ class Fit(Plain):
         z = super().linear(x, w, b)
         attempt = 0
         while bool(running.any()):
-            found = derive(summarize(z))
+            found = derive(backend_for(z.device).rows(z))
             std, lost = found[_STD], found[_N_NAN] + found[_N_INF] > 0
             outcomes = {
                 "not finite": lost | ~std.isfinite(),

@@ -10,7 +10,7 @@ What is measured: watched.py; how it is numbered: hooks.py; what a step is: loop
 modules: it offers `watch(sink)` and hands its tensors over itself. Knows nothing of tasks and of what the rows mean.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from types import TracebackType
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from initlab.errors import UsageError, check
+from initlab.probes.probe_buffer import ProbeBuffer
 from initlab.probes.probed_modules import select
 from initlab.probes.snapshot import one_pass
-from initlab.probes.steps import Loop
-from initlab.stats.buffer import Buffer
-from initlab.stats.keys import Spot
-from initlab.stats.statistics import Key
+from initlab.probes.steps import StepTracker
+from initlab.stats.custom import Function
+from initlab.stats.keys import TensorKey
+from initlab.stats.measure import backend_for
 
 Emit = Callable[[pd.DataFrame], None]
 
@@ -34,28 +35,22 @@ Emit = Callable[[pd.DataFrame], None]
 class Sink:
     """Where a hand-written network puts its tensors, (N, C) or (E, N, C); they may be overwritten afterwards."""
 
-    def __init__(self, buffer: Buffer, every: int, layers: Sequence[str]) -> None:
+    def __init__(self, buffer: ProbeBuffer, every: int, layers: Sequence[str]) -> None:
         self._buffer, self._every, self._layers = buffer, every, layers
-        self._spots: dict[tuple[Any, ...], Spot | None] = {}
 
     def due(self, step: int) -> bool:
         """Whether the step is recorded; where it is not, nothing need be put."""
         return step % self._every == 0
 
-    def put(self, key: Key, tensor: Tensor, saturated: Tensor | None = None) -> None:
+    def put(self, key: TensorKey, tensor: Tensor, saturated: Tensor | None = None) -> None:
         """A row for each network of the tensor as it is now, with the saturated share (E,) of preactivations."""
-        words = (key.stage, key.implementation, key.layer, key.tensor, key.direction)
-        if words not in self._spots:
-            chosen = any(fnmatchcase(str(key.layer), pattern) for pattern in self._layers)
-            self._spots[words] = Spot(*words) if chosen else None
-        spot = self._spots[words]
         networks = tensor.shape[:-2].numel()
         if networks != len(self._buffer.seeds):
             raise UsageError(f"seeds: {len(self._buffer.seeds)} given, the network has {networks}: must be as many")
-        if spot is not None and tensor.numel():
-            row = self._buffer.put(spot, tensor.detach())
+        if tensor.numel() and any(fnmatchcase(str(key.layer), pattern) for pattern in self._layers):
+            row = self._buffer.put(key, tensor.detach())
             if saturated is not None:
-                self._buffer.share(row, saturated)
+                self._buffer.set_saturated(row, saturated)
 
     def end(self, step: int) -> None:
         """The step is over; its rows can be handed over."""
@@ -72,7 +67,7 @@ class Watchable(Protocol):
 class Probe:
     """Watches from `with` to its end, also when it ends with an exception; `frame` gives the rows of closed steps."""
 
-    def __init__(self, buffer: Buffer, network: Loop | Watchable, sink: Sink) -> None:
+    def __init__(self, buffer: ProbeBuffer, network: StepTracker | Watchable, sink: Sink) -> None:
         self._buffer, self._network, self._sink, self._open = buffer, network, sink, False
 
     def __enter__(self) -> "Probe":
@@ -81,7 +76,7 @@ class Probe:
         with ExitStack() as undo:
             undo.callback(self._release)
             self._open = True
-            if isinstance(self._network, Loop):
+            if isinstance(self._network, StepTracker):
                 self._network.open()
             else:
                 self._network.watch(self._sink)
@@ -90,7 +85,7 @@ class Probe:
 
     def _release(self) -> None:
         self._open = False
-        if isinstance(self._network, Loop):
+        if isinstance(self._network, StepTracker):
             self._network.close()
         else:
             self._network.watch(None)
@@ -100,7 +95,7 @@ class Probe:
             self._release()
         finally:
             self._buffer.flush()
-        if kind is None and isinstance(self._network, Loop):
+        if kind is None and isinstance(self._network, StepTracker):
             self._network.warn(3)
 
     def frame(self) -> pd.DataFrame:
@@ -126,6 +121,7 @@ def probe(
     emit: Emit | None = None,
     flush_steps: int = 100,
     histograms: bool = False,
+    statistics: Mapping[str, Function] | None = None,
 ) -> Probe: ...
 
 
@@ -138,6 +134,7 @@ def probe(
     *,
     layers: str | Iterable[str] = "*",
     seeds: int | Sequence[int] = 0,
+    statistics: Mapping[str, Function] | None = None,
 ) -> pd.DataFrame: ...
 
 
@@ -154,6 +151,7 @@ def probe(
     emit: Emit | None = None,
     flush_steps: int = 100,
     histograms: bool = False,
+    statistics: Mapping[str, Function] | None = None,
 ) -> pd.DataFrame | Probe:
     """Rows of one forward and backward pass on x; without x a context manager around a loop of one's own.
 
@@ -165,13 +163,16 @@ def probe(
     optimizer gets them; updates) or, without an optimizer, with the next forward pass (stage `probe`, no updates). With
     an optimizer, passes under `no_grad` are left out. `layers`: globs on dotted names. `seeds` only labels the rows,
     one for each network of an ensemble. `emit` takes a frame every `flush_steps` recorded steps or 30 seconds.
-    `histograms` counts entries by sign and octave too: `p.histograms()`.
+    `histograms` counts entries by sign and octave too: `p.histograms()`. `statistics`: functions (..., N, C) -> (...)
+    of the user by name, a column each.
 
     Outputs and gradients are bit for bit those of the unwatched model, but for compiled models, whose recorded steps
     run uncompiled, and for torch's fused inference paths of attention, which give way to any hook.
     """
     patterns = [layers] if isinstance(layers, str) else list(layers)
-    buffer = Buffer([seeds] if isinstance(seeds, int) else list(seeds), emit, flush_steps, histograms)
+    networks = [seeds] if isinstance(seeds, int) else list(seeds)
+    # Tensors on a GPU are measured by plain PyTorch.
+    buffer = ProbeBuffer(networks, backend_for("cpu", statistics), emit, flush_steps, histograms)
     check(every=every)
     if x is not None and (optimizer is not None or every != 1 or emit is not None or histograms):
         raise UsageError("probe: x makes one pass and no loop: leave optimizer, every, emit and histograms out")
@@ -179,14 +180,14 @@ def probe(
     sink = Sink(buffer, every, patterns)
     if not isinstance(model, nn.Module):
         return Probe(buffer, model, sink)
-    loop = Loop(model, optimizer, select(model, patterns), every, buffer)
+    loop = StepTracker(model, optimizer, select(model, patterns), every, buffer)
     if x is None:
         return Probe(buffer, loop, sink)
     one_pass(loop, model, x, y, loss)
     return buffer.frame()
 
 
-def _refuse(model: object, x: object, y: object, loss: object, optimizer: object, buffer: Buffer) -> None:
+def _refuse(model: object, x: object, y: object, loss: object, optimizer: object, buffer: ProbeBuffer) -> None:
     """What does not go together, in one line each."""
     if not isinstance(model, nn.Module):
         if not isinstance(model, Watchable) or isinstance(model, type):

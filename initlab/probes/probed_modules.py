@@ -3,13 +3,11 @@
 A module with parameters of its own (Linear, Conv, LayerNorm, Embedding, LSTM, ...) gives preactivations, a leaf without
 (ReLU, Dropout, Flatten, ...) activations. Units are the channels of convolutions, pooling included,
 (N, C, H, W) -> (N H W, C), and the last dimension of everything else, (B, T, C) -> (B T, C).
-Knows nothing of hooks.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,22 +17,21 @@ from torch.nn.modules.conv import _ConvNd
 
 from initlab.errors import UsageError, nearest
 from initlab.nn.activations import ACTIVATIONS
-from initlab.stats.buffer import Buffer
 from initlab.stats.dtypes import DTYPES, resolve_dtype
-from initlab.stats.keys import Spot
+from initlab.stats.keys import TensorKey
 
 PARAMETRIZED = "parametrizations"
 MEASURED = frozenset(map(resolve_dtype, DTYPES))
 RELU = ACTIVATIONS["relu"]
 
 
-def _described(module: nn.Module) -> tuple[type, str]:
+def _module_text(module: nn.Module) -> tuple[type, str]:
     """What a module computes; whether in place makes no difference."""
     return type(module), repr(module).replace(", inplace=True", "").replace("inplace=True", "")
 
 
 # A LeakyReLU of another slope and a GELU by tanh are none of the table's.
-_ROWS = {_described(row.module()): row for row in ACTIVATIONS.values()}
+_ROWS = {_module_text(row.module()): row for row in ACTIVATIONS.values()}
 
 
 class Layer(NamedTuple):
@@ -45,40 +42,18 @@ class Layer(NamedTuple):
     ndim: int
 
 
-class Place:
-    """Where an output and its gradient belong: their spots, and while the shape stays the same their seats."""
-
-    def __init__(self, spot: Spot, axis: int, layer: Layer, see: Callable[["Place", Tensor], None]) -> None:
-        self.spot, self.back_spot, self.axis = spot, spot._replace(direction="backward"), axis
-        self.layer = layer  # its own, or the one below
-        self.see = partial(see, self)  # takes the gradient
-        self.shape: torch.Size | None = None
-        self.before_relu = False  # at its last call
-
-    def sit(self, buffer: Buffer, shape: torch.Size, layer: Layer) -> bool:
-        """Have seats for this shape; False where the units do not come last, and without the compiled pass."""
-        if shape != self.shape:
-            seats = [buffer.seat(spot, shape) for spot in (self.spot, self.back_spot)]
-            if self.axis != len(shape) - 1 or seats[0] is None or seats[1] is None:
-                return False
-            self.shape, self.seat, self.back_seat = shape, seats[0], seats[1]
-        self.layer = layer
-        return True
-
-
-class Watched:
+class ProbedModule:
     """A module under its dotted name, its parameters and its number once it has one."""
 
     def __init__(self, name: str, module: nn.Module, chosen: bool) -> None:
         self.name, self.module, self.chosen = name, module, chosen
         self.parameters = own_parameters(module)
-        self.activation = None if self.parameters else _ROWS.get(_described(module))
+        self.activation = None if self.parameters else _ROWS.get(_module_text(module))
         self._second = isinstance(module, (_NormBase, nn.GroupNorm))
         self._from_end = 1 + (len(module.kernel_size) if isinstance(module, _ConvNd) else 0)
         self.number = self.calls = 0
         self.ran = False
-        self.places: dict[tuple[int, int, str, int], Place] = {}
-        self.direct: list[Place] = []  # of its calls, where the output was one tensor in reach
+        self.keys: dict[tuple[int, int, str], tuple[TensorKey, TensorKey]] = {}  # by layer, call and part
 
     def axis(self, ndim: int) -> int:
         """Which dimension of its output counts units."""
@@ -94,7 +69,7 @@ def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return found
 
 
-def select(model: nn.Module, layers: str | Sequence[str]) -> list[Watched]:
+def select(model: nn.Module, layers: str | Sequence[str]) -> list[ProbedModule]:
     """All modules that give rows, those chosen whose dotted name matches a glob; each glob must match something."""
     named = {
         name.removeprefix("_orig_mod."): module
@@ -108,7 +83,7 @@ def select(model: nn.Module, layers: str | Sequence[str]) -> list[Watched]:
         if not any(fnmatchcase(name, pattern) for name in named):
             shown = ", ".join(list(named)[:8]) + (", ..." if len(named) > 8 else "")
             raise UsageError(f"layers={pattern}: matches none of {shown}{nearest(pattern, named)}")
-    return [Watched(name, m, any(fnmatchcase(name, pattern) for pattern in patterns)) for name, m in named.items()]
+    return [ProbedModule(name, m, any(fnmatchcase(name, pattern) for pattern in patterns)) for name, m in named.items()]
 
 
 def measurable(x: Tensor) -> bool:
@@ -116,7 +91,7 @@ def measurable(x: Tensor) -> bool:
     return x.dtype in MEASURED and x.layout is torch.strided and x.numel() > 0
 
 
-def tensors(output: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
+def find_tensors(output: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors of a nested output that can be measured, each with its path: ("0", ...), ("1.hidden", ...)."""
     if isinstance(output, Tensor):
         if measurable(output):
@@ -130,7 +105,7 @@ def tensors(output: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
     elif is_dataclass(output):
         parts = [(field.name, getattr(output, field.name)) for field in fields(output)]
     for key, value in parts:
-        yield from tensors(value, f"{path}.{key}" if path else str(key))
+        yield from find_tensors(value, f"{path}.{key}" if path else str(key))
 
 
 def as_batch(x: Tensor, axis: int) -> Tensor:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from initlab.errors import UsageError
-from initlab.probes.steps import Loop
+from initlab.probes.steps import StepTracker
 
 _MISFITS = (RuntimeError, ValueError, IndexError, TypeError)
 
 
-def one_pass(loop: Loop, model: nn.Module, x: Any, y: Any, loss: Callable[..., Tensor] | None) -> None:
+def one_pass(tracker: StepTracker, model: nn.Module, x: Any, y: Any, loss: Callable[..., Tensor] | None) -> None:
     """`loss(model(x), y)` and its gradients inside an open loop; everything else is afterwards what it was."""
     if y is not None and loss is None:
         raise UsageError("probe: y without a loss: give one too, such as loss=torch.nn.functional.cross_entropy")
@@ -27,13 +27,13 @@ def one_pass(loop: Loop, model: nn.Module, x: Any, y: Any, loss: Callable[..., T
     _refuse_places(model, batch)
     with torch.inference_mode(False), torch.enable_grad(), _left_as_it_was(model, batch):
         try:
-            loop.open()
+            tracker.open()
             out = _forward(model, x, batch)
             if loss is not None:
                 _backward(_value(loss, out, y), [*model.parameters(), *batch])
         finally:
-            loop.close()
-    loop.warn(4)
+            tracker.close()
+    tracker.warn(4)
 
 
 def _all_tensors(x: Any) -> Iterator[Tensor]:
@@ -50,6 +50,8 @@ def _forward(model: nn.Module, x: Any, batch: list[Tensor]) -> Any:
         if isinstance(x, Mapping):
             return model(**x)
         return model(*x) if isinstance(x, tuple) else model(x)
+    except UsageError:  # says itself what is wrong
+        raise
     except _MISFITS as error:
         shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in batch)
         where = _where(model, error)

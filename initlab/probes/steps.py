@@ -3,7 +3,6 @@
 With an optimizer a step ends with its `step()`: values, gradients and updates belong to the parameters W_k before it.
 Without one every forward pass of the whole model is a step, and there are no updates. On steps that are not recorded
 no module carries a hook. A recorded step of a compiled model runs uncompiled: inside compiled code no hook is heard.
-Knows nothing of frames.
 """
 
 import sys
@@ -17,25 +16,25 @@ from torch import nn
 from initlab.errors import UsageError
 from initlab.probes.hooks import Hook, Hooks
 from initlab.probes.parameters import Parameters
-from initlab.probes.probed_modules import Watched
-from initlab.stats.buffer import Buffer
+from initlab.probes.probe_buffer import ProbeBuffer
+from initlab.probes.probed_modules import ProbedModule
 
 
-class Loop:
+class StepTracker:
     """Records every `every`-th step from `open` to `close`."""
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
-        watched: list[Watched],
+        modules: list[ProbedModule],
         every: int,
-        buffer: Buffer,
+        buffer: ProbeBuffer,
     ) -> None:
         self.step, self._every = 0, every
         self._model, self._optimizer, self._buffer = model, optimizer, buffer
         self._stage = "probe" if optimizer is None else "train"
-        self._hooks = Hooks(watched, buffer, self._stage, training=optimizer is not None)
+        self._hooks = Hooks(modules, buffer, self._stage, training=optimizer is not None)
         self._parameters: Parameters | None = None
         self._outer, self._uncompiled = ExitStack(), ExitStack()
         self._recording = self._running = self._recorded = False
@@ -71,7 +70,7 @@ class Loop:
 
     def warn(self, depth: int) -> None:
         """Name what was chosen and never seen: a selection that looks right and yields nothing."""
-        idle = [w.name or type(w.module).__name__ for w in self._hooks.watched if w.chosen and not w.ran]
+        idle = [w.name or type(w.module).__name__ for w in self._hooks.modules if w.chosen and not w.ran]
         if idle and self._recorded:
             names = ", ".join(idle[:8]) + (f" and {len(idle) - 8} more" if len(idle) > 8 else "")
             text = f"probe: never called in a recorded step: {names}; only their parameters have rows"
@@ -105,15 +104,15 @@ class Loop:
     def _before_update(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._recording:
             self._recorded = True
-            self._all_parameters().values()
+            self._all_parameters().measure_values()
             if not _has_closure(args, kwargs):
-                self._all_parameters().gradients()
+                self._all_parameters().measure_gradients()
 
     def _after_update(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._recording:
             if _has_closure(args, kwargs):  # the gradients were found inside of step()
-                self._all_parameters().gradients()
-            self._all_parameters().updates()
+                self._all_parameters().measure_gradients()
+            self._all_parameters().measure_updates()
         self._end()
         self._begin()
 
@@ -130,9 +129,9 @@ class Loop:
     def _after_pass(self, model: nn.Module, args: Any, output: Any) -> None:
         if self._recording and not torch.compiler.is_compiling():
             self._recorded = True
-            self._all_parameters().values()
+            self._all_parameters().measure_values()
             if torch.is_grad_enabled():
-                self._all_parameters().on_gradients()
+                self._all_parameters().measure_coming_gradients()
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from initlab.theory.quantiles import IN_LN
+from initlab.stats.statistics import IN_LN
 
 BEYOND = 4.0  # spreads; farther than this is a difference
 

@@ -5,6 +5,9 @@ Beside its own columns a table has those of the configuration, so that a file ex
 
 from dataclasses import dataclass
 
+from initlab.stats.keys import KEY_COLUMNS, LOSS_COLUMNS, PARITY_COLUMNS
+from initlab.stats.statistics import NONFINITE, STATISTICS, TORCH_COLUMN, TRUE_COLUMNS
+
 SCHEMA_VERSION = 1
 
 STATS, THEORY, LOSSES, PARITY = "stats", "theory", "losses", "parity"
@@ -13,7 +16,7 @@ JACOBIAN, SINGULAR_VALUES = "jacobian", "singular_values"
 GAINS, PHASE, FORMATS, ENDS = "gains", "phase", "formats", "ends"
 NODES, EDGES, STEPS, RULES = "nodes", "edges", "steps", "rules"
 
-_TENSOR = ("stage", "implementation", "step", "layer", "tensor", "direction")
+_TENSOR = tuple(name for name in KEY_COLUMNS if name != "seed")
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,19 @@ TABLES: dict[str, Table] = {
     STATS: Table(
         "a row per stage, implementation, seed, step, layer, tensor and direction",
         keys=_TENSOR,
-        own=(*_TENSOR, "seed", "log2_rms_true", "log2_std_true", "std_torch"),
+        own=(*KEY_COLUMNS, *TRUE_COLUMNS, TORCH_COLUMN),
         labelled=True,
     ),
     LOSSES: Table(
         "loss and accuracy per implementation, seed and step",
-        keys=("implementation", "step"),
-        own=("implementation", "seed", "step", "loss", "accuracy"),
+        keys=tuple(name for name in LOSS_COLUMNS if name != "seed"),
+        own=(*LOSS_COLUMNS, "loss", "accuracy"),
         labelled=True,
     ),
     PARITY: Table(
         "relative error of the hand-written tensors against the module's",
-        keys=("step", "layer", "tensor", "direction"),
-        own=("seed", "step", "layer", "tensor", "direction", "relative_error", "n_nonfinite"),
+        keys=tuple(name for name in PARITY_COLUMNS if name != "seed"),
+        own=(*PARITY_COLUMNS, "relative_error", NONFINITE),
         labelled=True,
     ),
     THEORY: Table(
@@ -104,8 +107,6 @@ TABLES: dict[str, Table] = {
 
 def own_columns(name: str) -> set[str] | None:
     """The columns that a table has of its own, None where they are not known before it is measured."""
-    from initlab.stats.statistics import STATISTICS  # which needs torch, and reading runs does not
-
     own = TABLES[name].own
     return None if own is None else {*own, *(STATISTICS if name == STATS else ())}
 

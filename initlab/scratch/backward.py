@@ -16,7 +16,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from initlab.engine.fast_network import Engine
 from initlab.errors import UsageError, choose
 from initlab.nn.activations import ACTIVATIONS, Activation
 from initlab.scratch import mlp
@@ -78,18 +77,6 @@ def _engine(parameters: Gradients, activation: str, loss: str) -> Step:
     def step(xb: Tensor, yb: Tensor) -> Result:
         done = mlp.forward_and_backward(parameters, xb, yb, row, objective)
         return done.loss, done.parameter_grads
-
-    return step
-
-
-def _fast(parameters: Gradients, activation: str, loss: str) -> Step:
-    """The engine's memory is its own: the parameters are copied in before each pass, as they may have changed."""
-    engine = Engine([(w.unsqueeze(0), b.unsqueeze(0)) for w, b in parameters], activation, loss)
-
-    def step(xb: Tensor, yb: Tensor) -> Result:
-        engine.load(parameters)
-        losses, found = engine.gradients(xb.unsqueeze(0), yb.unsqueeze(0))
-        return losses[0], [(w[0], b[0]) for w, b in found]
 
     return step
 
@@ -255,7 +242,6 @@ _ROWS = (
     Version("classes", "Lin, Relu, Mse and Model, each remembering its call", _classes),
     Version("layer_function", "LayerFunction with forward and bwd", _layer_function),
     Version("engine", "functions from tensors to tensors", _engine),
-    Version("fast", "the engine that initlab trains with: memory allocated once, overwritten in place", _fast),
     Version("autograd", "autograd on raw tensors", partial(_autograd, plain_loss)),
     Version("autograd_function", "our rules as torch.autograd.Function", partial(_autograd, loss_by_functions)),
     Version("func_grad", "torch.func.grad_and_value of the loss", _func_grad),

@@ -1,11 +1,14 @@
 """How many entries of a tensor lie in which octave: a histogram of log2 |x| by sign that needs no range.
 
-Read from the bits of the numbers, so it is exact, subnormal numbers included, and merging is adding. Never waits for a
-GPU. Knows nothing of moments. Legend: E ensemble, N batch, C units, B octaves.
+Read from the bits of the numbers, so it is exact, subnormal numbers included, and merging is adding. Nothing waits for
+a GPU. Legend: E networks, N batch, C units, K rows, B octaves.
 """
 
+from collections.abc import Sequence
 from functools import cache
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,3 +62,74 @@ def _count(wide: Tensor, offsets: Tensor, counts: Tensor, each: Tensor) -> None:
     place >>= _MANTISSA  # -2048 to 2047: the sign bit makes it negative
     place += offsets
     counts.view(-1).scatter_add_(0, place.view(-1), each)
+
+
+class Bins:
+    """The histograms of rows that are being made, in the order of the rows."""
+
+    def __init__(self, networks: int) -> None:
+        self.networks, self._parts = networks, list[tuple[Tensor, int]]()
+
+    def add(self, counts: Tensor, lowest: int) -> None:
+        """Counts (..., 2, B) of rows of E networks each, the first bin being octave `lowest`.
+
+        On a CPU the octaves that are empty at both ends are left out.
+        """
+        first, end = (0, counts.shape[-1]) if counts.device.type != "cpu" else octaves_with_entries(counts.numpy())
+        rows = counts.shape[:-2].numel() // self.networks
+        counts = counts[..., first:end].reshape(rows, self.networks, 2, end - first)
+        self._parts.append((counts.clone(), lowest + first))
+
+    def __len__(self) -> int:
+        """How many rows have histograms here."""
+        return sum(len(counts) for counts, _ in self._parts)
+
+    def rewind(self, rows: int) -> None:
+        """Forget all but the first rows."""
+        for counts, lowest in self.take():
+            kept = counts[: max(0, rows)]
+            self._parts += [(kept, lowest)] * bool(len(kept))
+            rows -= len(counts)
+
+    def take(self) -> list[tuple[Tensor, int]]:
+        """Counts (K, E, 2, B) and their lowest octave, part by part; they are forgotten here."""
+        parts, self._parts = self._parts, []
+        return parts
+
+
+def join_bins(parts: Sequence[tuple[Tensor, int]], dim: int) -> tuple[Tensor, int]:
+    """Counts (K, E, 2, B) joined along dimension 0 or 1, with bins for the octaves of all of them."""
+    if len(parts) == 1:
+        return parts[0]
+    low = min(lowest for _, lowest in parts)
+    high = max(lowest + counts.shape[-1] for counts, lowest in parts)
+    padded = [
+        torch.nn.functional.pad(counts, (lowest - low, high - lowest - counts.shape[-1])) for counts, lowest in parts
+    ]
+    return torch.cat(padded, dim), low
+
+
+def octaves_with_entries(counts: np.ndarray) -> tuple[int, int]:
+    """First bin of (..., B) that has an entry, and the one after the last; 0, 0 where there is none."""
+    places = np.flatnonzero(counts.any(tuple(range(counts.ndim - 1))))
+    return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
+
+
+def bin_columns(parts: Sequence[tuple[Tensor, int]]) -> dict[str, np.ndarray]:
+    """The columns `first`, `positive` and `negative` of histograms (K, E, 2, B), the networks running fastest.
+
+    `first` is the octave of the first bin; the counts by sign begin there, are as long as each other, and have no empty
+    bins at either end. With no entry in any bin `first` is 0 and the counts are empty.
+    """
+    first, trimmed = [], list[np.ndarray]()
+    for counts, lowest in parts:
+        for each in chain.from_iterable(counts.cpu().numpy().astype(np.int64)):
+            start, end = octaves_with_entries(each)
+            first.append(lowest + start if end else 0)
+            trimmed.append(each[:, start:end])
+    columns = {"first": np.array(first, dtype=np.int64)}
+    for sign, name in enumerate(("positive", "negative")):
+        columns[name] = np.empty(len(trimmed), dtype=object)
+        for k, both in enumerate(trimmed):  # one by one: numpy makes a matrix of lists of one length
+            columns[name][k] = both[sign]
+    return columns

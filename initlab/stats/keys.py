@@ -1,19 +1,27 @@
-"""The words of rows as columns of a tidy frame: which tensor each row is about, and what one row says of another.
+"""Which tensor of which network a row of a table is about, and the columns that say so.
 
-Knows nothing of tensors. Legend: E networks of an ensemble.
+Legend: E networks of an ensemble, K keys.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pandas as pd
 
-WORDS = ("stage", "implementation", "tensor", "direction", "name", "part")  # the columns that repeat few of them
+if TYPE_CHECKING:
+    import pandas as pd
+
+# The columns that stand first in the table `stats`; a step and a seed belong to each row.
+KEY_COLUMNS = ("stage", "implementation", "seed", "step", "layer", "tensor", "direction")
+MODULE_COLUMNS = ("name", "part", "call")  # and behind them in the rows of a probe
+TENSOR_COLUMNS = ("layer", "tensor", "direction")
+PARITY_COLUMNS = ("seed", "step", *TENSOR_COLUMNS)
+LOSS_COLUMNS = ("implementation", "seed", "step")
+TEXT_COLUMNS = ("stage", "implementation", "tensor", "direction", "name", "part")  # each repeats a few texts
 
 
-class Spot(NamedTuple):
-    """Which tensor of a network a row is about, whatever the step; the words stand in the README's glossary."""
+class TensorKey(NamedTuple):
+    """A tensor of a network, at whatever step; the texts are explained in the README's glossary."""
 
     stage: str
     implementation: str
@@ -22,49 +30,51 @@ class Spot(NamedTuple):
     direction: str
     name: str = ""  # dotted name of the module
     part: str = ""  # name of the parameter, or the path in a module's nested output
-    call: int = 0  # how often the module had been called in this step
+    call: int = 0  # how often the module had been called before in this step
 
 
 def key_columns(
-    spots: list[Spot], code: np.ndarray, steps: np.ndarray, seeds: Sequence[int]
-) -> dict[str, np.ndarray | pd.Categorical]:
-    """The words of the rows, a column each in the order of the table; the seed runs fastest."""
+    keys: Sequence[TensorKey],
+    code: np.ndarray,
+    steps: np.ndarray,
+    seeds: Sequence[int],
+    names: Sequence[str] = KEY_COLUMNS,
+) -> "dict[str, np.ndarray | pd.Categorical]":
+    """The key columns of a table of K x E rows, through which the seeds run fastest.
+
+    `code` (K,) says which of `keys` a tensor has, `steps` (K,) its step. Categories stand in the order of the rows.
+    """
+    import pandas as pd
+
+    used, first, code = np.unique(code, return_index=True, return_inverse=True)
+    order = np.argsort(first)  # keys in the order in which they occur
+    keys, code = [keys[k] for k in used[order].tolist()], np.argsort(order)[code]
     repeated = np.repeat(code, len(seeds))
     columns: dict[str, np.ndarray | pd.Categorical] = {}
-    for name in ("stage", "implementation", "seed", "step", "layer", "tensor", "direction", "name", "part", "call"):
+    for name in names:
         if name == "seed":
             columns[name] = np.tile(np.asarray(seeds, dtype=np.int64), len(code))
         elif name == "step":
             columns[name] = np.repeat(steps, len(seeds))
-        elif name in WORDS:
-            codes, found = pd.factorize(np.array([getattr(spot, name) for spot in spots], dtype=object))
-            columns[name] = pd.Categorical.from_codes(codes[repeated], list(found))
+        elif name in TEXT_COLUMNS:
+            codes, texts = pd.factorize(np.array([getattr(key, name) for key in keys], dtype=object))
+            columns[name] = pd.Categorical.from_codes(codes[repeated], list(texts))
         else:
-            columns[name] = np.array([getattr(spot, name) for spot in spots], dtype=np.int64)[repeated]
+            columns[name] = np.array([getattr(key, name) for key in keys], dtype=np.int64)[repeated]
     return columns
 
 
-def update_ratio(spots: list[Spot], code: np.ndarray, steps: np.ndarray, rms: np.ndarray) -> np.ndarray:
-    """rms(update) / rms(weight) of the same step on rows of updates, nan elsewhere, (rows, E)."""
+def update_ratio(codes: Mapping[TensorKey, int], code: np.ndarray, steps: np.ndarray, rms: np.ndarray) -> np.ndarray:
+    """rms(update) / rms(weight) of the same step, on the rows of updates, nan on all others: (K, E) like `rms`.
+
+    `codes` numbers the keys, `code` (K,) and `steps` (K,) say which tensor of which step a row is about.
+    """
     ratio = np.full(rms.shape, np.nan)
-    weights = {
-        spot: place for place, spot in enumerate(spots) if (spot.tensor, spot.direction) == ("weight", "forward")
-    }
-    partner = {
-        place: weights[spot._replace(tensor="weight")]
-        for place, spot in enumerate(spots)
-        if spot.tensor == "update" and spot._replace(tensor="weight") in weights
-    }
-    partner_of = np.full(len(spots) + 1, -1)
-    partner_of[list(partner)] = list(partner.values())
-    keys = np.unique(steps, return_inverse=True)[1] * len(spots)
-    weight = np.flatnonzero(np.isin(code, list(weights.values())))
-    update = np.flatnonzero(partner_of[code] >= 0)
-    if len(weight) and len(update):
-        order = np.argsort((keys + code)[weight], kind="stable")
-        found, sought = (keys + code)[weight][order], (keys + partner_of[code])[update]
-        at = np.searchsorted(found, sought, side="right") - 1  # of several the last
-        met = (at >= 0) & (found[at] == sought)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio[update[met]] = rms[update[met]] / rms[weight[order[at[met]]]]
+    for key, update in codes.items():
+        weight = codes.get(key._replace(tensor="weight"), -1)
+        if key.tensor == "update" and weight >= 0:
+            row_of = dict(zip(steps[code == weight].tolist(), np.flatnonzero(code == weight), strict=True))
+            rows = [row for row in np.flatnonzero(code == update) if steps[row] in row_of]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                ratio[rows] = rms[rows] / rms[[row_of[step] for step in steps[rows].tolist()]]
     return ratio

@@ -1,6 +1,6 @@
-"""Memory that is kept between calls, for a CPU: to give it back and be given it again costs more than the sums in it.
+"""Memory that is kept between calls on a CPU, because allocating it anew costs more than the sums made in it.
 
-Knows nothing of what is computed. Each thread has two blocks of float64; the ones to count with are never written.
+Each thread has two blocks of float64; the ones to count with are never written.
 """
 
 import threading

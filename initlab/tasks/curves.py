@@ -15,13 +15,13 @@ import torch
 from initlab.nn.custom_activation import Given
 from initlab.nn.init import Rule, draw, rule, rule_name
 from initlab.nn.unbounded import log2_moments, rescale
+from initlab.stats.keys import KEY_COLUMNS
+from initlab.stats.statistics import TRUE_COLUMNS
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.networks import Net, Seeds
-from initlab.tasks.ensemble.unbounded_twin import NUMBERS
 from initlab.tasks.stack import stack
 
 SCALINGS = ("naive", "small", "lecun", "xavier", "kaiming")
-KEYS = ["stage", "implementation", "seed", "step", "layer", "tensor", "direction"]
 
 
 def gain_curves(
@@ -67,16 +67,16 @@ def gain_curves(
     curves = []
     for k, family in enumerate(families):
         base = bases[family]
-        logs = np.stack([runs[base][name].to_numpy() for name in NUMBERS])
+        logs = np.stack([runs[base][name].to_numpy() for name in TRUE_COLUMNS])
         curves.append(logs if base == k else logs + _shift(rows, scales[k], scales[base], depth))
     sources = ["" if bases[family] == k else names[bases[family]] for k, family in enumerate(families)]
-    keys = pd.concat([rows[KEYS]] * len(rules), ignore_index=True)
+    keys = pd.concat([rows[list(KEY_COLUMNS)]] * len(rules), ignore_index=True)
     columns = {
         "init": pd.Categorical(names, list(dict.fromkeys(names))).repeat(len(rows)),
         "gain": np.repeat([one.gain_for(net.activation) for one in rules], len(rows)),
         "derived_from": pd.Categorical(sources, list(dict.fromkeys(sources))).repeat(len(rows)),
     }
-    return keys.assign(**columns, **dict(zip(NUMBERS, np.concatenate(curves, 1), strict=True)))
+    return keys.assign(**columns, **dict(zip(TRUE_COLUMNS, np.concatenate(curves, 1), strict=True)))
 
 
 def _scales_only(one: Rule, net: Net) -> bool:

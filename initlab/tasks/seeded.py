@@ -17,11 +17,13 @@ from initlab.errors import UsageError, check, choose
 from initlab.nn.custom_activation import Given, as_activation
 from initlab.nn.init import Rule, rule
 from initlab.nn.network import PLAIN, Network, dense, forward
+from initlab.stats.buffer import RowBuffer
 from initlab.stats.dtypes import resolve_dtype
-from initlab.stats.statistics import STATISTICS, Blocks, Key, measure
+from initlab.stats.keys import KEY_COLUMNS, TensorKey
+from initlab.stats.measure import measure
+from initlab.stats.statistics import STATISTICS, TORCH_COLUMN
 from initlab.tasks.ensemble.networks import Seeds, resolve_seeds
 
-KEYS = ("stage", "implementation", "seed", "step", "layer", "tensor", "direction")
 # Distribution of a rule -> how torch fills a weight with numbers of this standard deviation.
 FILL: dict[str, Callable[[Tensor, float], Tensor]] = {
     "normal": lambda w, std: nn.init.normal_(w, std=std),
@@ -67,12 +69,12 @@ def seeded(
 
 def _measure(network: Network, weights: Sequence[Tensor], x: Tensor, seed: int) -> pd.DataFrame:
     """Rows of one network, the input's first."""
-    rows = Blocks([seed], KEYS, [*STATISTICS, "std_torch"])
+    rows = RowBuffer([seed], KEY_COLUMNS, [*STATISTICS, TORCH_COLUMN])
 
     def put(layer: int, tensor: str, values: Tensor) -> None:
         own = values.std() if values.numel() > 1 else values.new_tensor(math.nan)
         block = torch.cat([measure(values), own.double()[None]])
-        rows.put([Key("stack", "module", 0, layer, tensor, "forward")], block[:, None, None])
+        rows.put([TensorKey("stack", "module", layer, tensor, "forward")], block[:, None, None])
 
     put(0, "activation", x)
 

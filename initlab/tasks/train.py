@@ -1,6 +1,6 @@
 """Two trainings side by side: the MLP by hand and its `nn.Module` twin, from the same weights on the same batches."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,8 @@ from initlab.nn.custom_activation import Given, as_activation
 from initlab.nn.init import permutation
 from initlab.nn.mup import learning_rates
 from initlab.scratch.layers import LOSSES
+from initlab.stats.custom import Function
+from initlab.stats.measure import backend_for
 from initlab.tasks.data import Data, load
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.memory import free_memory, readable
@@ -45,6 +47,7 @@ def train(
     every: int = 1,
     histograms: bool = False,
     generator: str = "torch",
+    statistics: Mapping[str, Function] | None = None,
     emit: Callable[[Frames], object] | None = None,
     progress: bool = False,
     **rule_fields: Any,
@@ -55,9 +58,9 @@ def train(
     network. activation: a name, a row of the table, or an elementwise function. depth: hidden layers. width: units of
     each. batch: rows in a step. steps: updates. lr: learning rate of all networks, or a sequence with one for each.
     optimizer, loss, modules, drift, every, histograms: as in `Training`. seeds: how many networks, or their seeds.
-    dtype, device, generator: as in `stack`. emit: gets the tables every 30 seconds and at the end, also when the
-    training is interrupted; nothing is then returned. progress: show a bar. rule_fields: fields of the rule, as
-    gain=1.5. Where rules or learning rates differ, they are columns.
+    dtype, device, generator, statistics: as in `stack`. emit: gets the tables every 30 seconds and at the end, also
+    when the training is interrupted; nothing is then returned. progress: show a bar. rule_fields: fields of the rule,
+    as gain=1.5. Where rules or learning rates differ, they are columns.
 
     Step k stands for the values and gradients after k updates; the row `update` is W_{k+1} - W_k. With `drift` there
     are rows `drift` too: preactivations at W_k less those at W_0, both of the batch of step 0. A rule that is fitted to
@@ -79,7 +82,7 @@ def train(
     source = load(data) if isinstance(data, str) else data
     collected: list[Frames] = []
     ensemble = replace(ensemble, rates=rates, columns=columns)
-    run_training(source, training, row, ensemble, where, emit or collected.append, progress)
+    run_training(source, training, row, ensemble, where, emit or collected.append, progress, statistics)
     names = dict.fromkeys(name for part in collected for name in part)
     return {name: pd.concat([part[name] for part in collected if name in part], ignore_index=True) for name in names}
 
@@ -92,6 +95,7 @@ def run_training(
     where: Where,
     emit: Callable[[Frames], object],
     progress: bool = False,
+    statistics: Mapping[str, Function] | None = None,
 ) -> None:
     """`train` of what has been resolved; every k-th step is recorded, and emitted however the training ends."""
     training.check_data(data)
@@ -100,7 +104,7 @@ def run_training(
         raise UsageError(f"train.lr: {count}; give one, or one for each seed")
     for rate in ensemble.rates:
         check(train_lr=rate)
-    sizes = training.sizes(data)
+    sizes, backend = training.sizes(data), backend_for(where.device, statistics)
     parts = split(len(ensemble), _most_together(sizes, training.batch, len(ensemble), where))
     total = training.steps * len(parts)
     with tqdm(total=total, desc="train", unit="step", disable=None if progress else True) as bar:
@@ -111,12 +115,12 @@ def run_training(
                 emit({"lsuv": start.fit.frame(some.columns).assign(stage="train")})
             factors = [learning_rates(one, sizes, training.optimizer in ADAPTIVE) for one in some.rules]
             lr = some.rates if len(set(ensemble.rates)) > 1 else some.rates[0]
-            records = Records(some, emit, training.histograms)
+            records = Records(some, backend, emit, training.histograms)
             twins = TwinTraining(start.parameters, activation, training, lr, records, factors)
             try:
                 for step, (xb, yb) in enumerate(_batches(data, training, some.seeds, where)):
                     twins.step(step, xb, yb, record=step % training.every == 0)
-                    if records.due():
+                    if records.rows.due():
                         twins.flush()
                     bar.update()
             finally:

@@ -1,8 +1,6 @@
 """The two trainings of `train`: an ensemble by hand and its `nn.Module` twins, a step at a time, and their records."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import pandas as pd
@@ -10,41 +8,39 @@ import torch
 from torch import Tensor
 
 from initlab.engine.fast_network import Engine, Factors
-from initlab.engine.named_tensors import drifts_of, items_of, parameter_items, updates_of
-from initlab.engine.recording import Recording
+from initlab.engine.named_tensors import change_items, items_of, parameter_items, update_items
+from initlab.engine.recorders import Recording
 from initlab.errors import UsageError
 from initlab.nn.activations import Activation
 from initlab.scratch import mlp
 from initlab.scratch.layers import LOSSES, Loss
 from initlab.scratch.mlp import Parameters
-from initlab.stats.statistics import Blocks, Differences, Key, Rows
+from initlab.stats.backend import Backend
+from initlab.stats.buffer import DifferenceBuffer, RowBuffer, StatsBuffer
+from initlab.stats.keys import LOSS_COLUMNS, TensorKey
 from initlab.tasks.ensemble.networks import Ensemble
 from initlab.tasks.ensemble.training import OPTIMIZERS, Training
 
 Frames = dict[str, pd.DataFrame]
-FLUSH_SECONDS, FLUSH_ROWS = 30.0, 200_000
+FLUSH_ROWS = 200_000
 
 
 class Records:
     """What has been measured of an ensemble and not yet emitted."""
 
-    def __init__(self, ensemble: Ensemble, emit: Callable[[Frames], object], histograms: bool) -> None:
+    def __init__(
+        self, ensemble: Ensemble, backend: Backend, emit: Callable[[Frames], object], histograms: bool
+    ) -> None:
         seeds = ensemble.seeds
-        self.rows, self.parity, self.histograms = Rows(seeds, histograms), Differences(seeds), histograms
-        self.losses = Blocks(seeds, ("implementation", "seed", "step"), ("loss", "accuracy"))
-        self._ensemble, self._emit, self._since = ensemble, emit, time.monotonic()
-
-    def due(self) -> bool:
-        """Whether there is enough to emit, or it has waited long enough."""
-        return len(self.rows) > FLUSH_ROWS or time.monotonic() - self._since > FLUSH_SECONDS
+        self.rows, self.parity = StatsBuffer(seeds, backend, histograms, flush_rows=FLUSH_ROWS), DifferenceBuffer(seeds)
+        self.losses = RowBuffer(seeds, LOSS_COLUMNS, ("loss", "accuracy"))
+        self._ensemble, self._emit = ensemble, emit
 
     def flush(self) -> None:
         if len(self.losses):
-            frames = {"stats": self.rows.frame(), "losses": self.losses.frame(), "parity": self.parity.frame()}
-            if self.histograms:
-                frames["histograms"] = self.rows.histograms()
+            rows = self.rows.take_tables()
+            frames = {"stats": rows.pop("stats"), "losses": self.losses.take(), "parity": self.parity.take(), **rows}
             self._emit({name: self._ensemble.add_columns(frame) for name, frame in frames.items()})
-        self._since = time.monotonic()
 
 
 class TwinTraining:
@@ -88,9 +84,8 @@ class TwinTraining:
         before = mlp.twin_parameters(self.twins) if record else []
         if record:  # at the module's parameters of this step, and before the two trainings move on
             by_hand = mlp.by_hand_at_twins(self.twins, xb, yb, self.activation, self.loss)
-            key = partial(Key, "train", "", step)
             ours = self.hand.parameters()
-            self.records.parity.add(*(parameter_items(key, "forward", pairs) for pairs in (ours, before)))
+            self.records.parity.add(*(parameter_items("", "forward", pairs) for pairs in (ours, before)), step=step)
             if self.drift:
                 self._note_drift(step, xb, {"scratch": ours, "module": before})
         self._note("scratch", step, yb, *self.hand.step(step, xb, yb, record))
@@ -103,12 +98,12 @@ class TwinTraining:
         self.by_torch.step()
         if module is not None:
             both = [
-                [item for item in items_of("", step, seen, before, self.activation) if item.key.direction == "backward"]
+                [item for item in items_of("", seen, before, self.activation) if item.key.direction == "backward"]
                 for seen in (by_hand, module)
             ]
-            self.records.parity.add(*both)
-            self.records.rows.add(items_of("module", step, module, before, self.activation))
-            self.records.rows.add(updates_of("module", step, before, mlp.twin_parameters(self.twins)))
+            self.records.parity.add(*both, step=step)
+            self.records.rows.add(items_of("module", module, before, self.activation), step)
+            self.records.rows.add(update_items("module", before, mlp.twin_parameters(self.twins)), step)
 
     def _note_drift(self, step: int, xb: Tensor, trained: Mapping[str, Parameters]) -> None:
         for name, pairs in trained.items():
@@ -116,7 +111,7 @@ class TwinTraining:
                 self._start[name] = xb, mlp.forward(pairs, xb, self.activation)[0]
             x, start = self._start[name]
             now = mlp.forward(pairs, x, self.activation)[0]
-            self.records.rows.add(drifts_of(name, step, start, now))
+            self.records.rows.add(change_items(name, "drift", start, now), step)
 
     def flush(self) -> None:
         """Hand over what the records have, all rows of the recorded steps among them."""
@@ -127,7 +122,8 @@ class TwinTraining:
         """Loss and accuracy of every network; the accuracy of a regression is nan."""
         value = loss.double()
         right = (out.argmax(-1) == yb).double().mean(-1) if self.loss.classes else torch.full_like(value, torch.nan)
-        self.records.losses.put([Key("train", name, step, 0, "", "")], torch.stack([value, right]).unsqueeze(1))
+        key = TensorKey("train", name, 0, "", "")
+        self.records.losses.put([key], torch.stack([value, right]).unsqueeze(1), step)
 
 
 def parameter_groups(parameters: Sequence[Tensor], lr: float, factors: Factors) -> list[dict[str, Any]]:
@@ -157,7 +153,7 @@ class _ByEngine:
 
     def __init__(self, engine: Engine, records: Records) -> None:
         self.engine = engine
-        self.recording = Recording(engine, records.rows, histograms=records.histograms)
+        self.recording = Recording(engine, records.rows)
 
     def step(self, step: int, xb: Tensor, yb: Tensor, record: bool) -> tuple[Tensor, Tensor]:
         loss = self.recording.step(xb, yb, step) if record else self.engine.step(xb, yb)
@@ -188,13 +184,13 @@ class _ByPass:
         seen = mlp.forward_and_backward(self.own, xb, yb, self.activation, self.loss)
         before = [(w.clone(), b.clone()) for w, b in self.own] if record else []
         if record:
-            self.rows.add(items_of("scratch", step, seen, self.own, self.activation))
+            self.rows.add(items_of("scratch", seen, self.own, self.activation), step)
         for pair, grads in zip(self.own, seen.parameter_grads, strict=True):
             for p, g in zip(pair, grads, strict=True):
                 p.grad = g
         self.optimizer.step()
         if record:
-            self.rows.add(updates_of("scratch", step, before, self.own))
+            self.rows.add(update_items("scratch", before, self.own), step)
         return seen.loss, seen.out
 
     def parameters(self) -> Parameters:

@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from initlab.stats.statistics import STATISTICS
+from initlab.stats.statistics import IN_LN, STATISTICS
 from initlab.theory.batch_law import NOTHING, Array, Law
-from initlab.theory.quantiles import IN_LN, NARROW, WIDE
+from initlab.theory.quantiles import NARROW, WIDE
 from initlab.theory.unit_moments import normal_cdf
 
 ROUNDING = 1e-12  # of a measured cosine, which is all that is left to vary where all inputs have become one

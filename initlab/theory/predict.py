@@ -16,12 +16,12 @@ import torch
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.custom_activation import Given, name_of, numerical
 from initlab.nn.init import Rule
+from initlab.stats.statistics import IN_LN
 from initlab.theory.bands import IN_ORDER, Block, bands, frame, simulated_bands, size_bands
 from initlab.theory.batch_law import Array, Moments, ln
 from initlab.theory.exact import linear_batch, linear_one_input, lognormal, relu_one_input
 from initlab.theory.lsuv_law import fit_noise, ln_weight
 from initlab.theory.method import choose_method, fits_float32
-from initlab.theory.quantiles import IN_LN
 from initlab.theory.request import Request, parse_request
 from initlab.theory.simulate import simulate
 from initlab.theory.stack_laws import enter_layers, finite_laws, limit_laws, tensor_kinds

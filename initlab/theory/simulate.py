@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from initlab.nn.activations import Activation
-from initlab.stats.statistics import STATISTICS, measure, saturated_share
+from initlab.stats.derive import saturated_share
+from initlab.stats.measure import measure
+from initlab.stats.statistics import STATISTICS
 from initlab.theory.forward_law import Layer
 
 Key: TypeAlias = tuple[int, str, str]  # layer, tensor, direction

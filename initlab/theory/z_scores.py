@@ -14,7 +14,7 @@ import pandas as pd
 
 from initlab.nn.custom_activation import Given
 from initlab.nn.init import Rule
-from initlab.stats.keys import WORDS
+from initlab.stats.keys import TEXT_COLUMNS
 from initlab.theory.forward_law import Data
 from initlab.theory.predict import predict
 from initlab.theory.quantiles import NARROW, WIDE
@@ -175,7 +175,7 @@ def compare(stats: pd.DataFrame, bands: pd.DataFrame, over: pd.DataFrame | None 
 def as_categories(frame: pd.DataFrame) -> pd.DataFrame:
     """Columns of labels as categories in alphabetical order, whatever tables were joined."""
     labels = {}
-    for name in (name for name in (*WORDS, "statistic", "method") if name in frame):
+    for name in (name for name in (*TEXT_COLUMNS, "statistic", "method") if name in frame):
         column = frame[name].astype("category").cat.remove_unused_categories()
         labels[name] = column.cat.reorder_categories(sorted(column.cat.categories))
     return frame.assign(**labels)

@@ -6,18 +6,20 @@ import pytest
 import torch
 
 from initlab.figures.histogram_figure import draw_octaves, shares
-from initlab.stats.statistics import Item, Key, Rows
-from initlab.stats.summarize import histogram
+from initlab.stats.buffer import Item, StatsBuffer
+from initlab.stats.histogram import histogram
+from initlab.stats.keys import TensorKey
+from initlab.stats.measure import backend_for
 
 
 def table(scale: float = 1.0, steps: int = 3) -> pd.DataFrame:
-    rows = Rows([0, 1], histograms=True)
+    rows = StatsBuffer([0, 1], backend_for(), histograms=True)
     for step in range(steps):
         for layer in (1, 2, 3):
             for tensor, direction in (("preactivation", "forward"), ("weight", "backward")):
                 x = torch.randn(2, 20, 10) * scale
-                rows.add([Item(Key("train", "scratch", step, layer, tensor, direction), x)])
-    return rows.histograms()
+                rows.add([Item(TensorKey("train", "scratch", layer, tensor, direction), x)], step)
+    return rows.take_tables()["histograms"]
 
 
 def test_shares_are_those_of_all_networks_together() -> None:
@@ -33,9 +35,9 @@ def test_a_scale_of_eight_moves_everything_three_octaves() -> None:
     x = torch.randn(2, 30, 10)
     found = []
     for scale in (1.0, 8.0):
-        rows = Rows([0, 1], histograms=True)
-        rows.add([Item(Key("train", "scratch", 0, 1, "weight", "backward"), x * scale)])
-        found.append(shares(rows.histograms()))
+        rows = StatsBuffer([0, 1], backend_for(), histograms=True)
+        rows.add([Item(TensorKey("train", "scratch", 1, "weight", "backward"), x * scale)], 0)
+        found.append(shares(rows.take_tables()["histograms"]))
     assert np.array_equal(found[0][1] + 3, found[1][1]) and np.array_equal(found[0][2], found[1][2])
     assert int(histogram(x).sum()) == x.numel()
 

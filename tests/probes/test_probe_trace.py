@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 
 import initlab
 from initlab.errors import UsageError
-from initlab.stats import buffer as buffer_module
+from initlab.probes import probe_buffer
+from initlab.stats import backend as backend_module
 from initlab.stats.kernels.cpu import plain
 
 HOOKS = (
@@ -242,8 +243,8 @@ def test_after_an_exception_every_hook_is_gone(where: str, alone: bool, monkeypa
             if step == 2 and where == "forward":
                 model[4].forward = broken  # type: ignore[method-assign]
             if step == 2 and where in ("hook", "block"):  # at once, or when what was gathered is measured
-                monkeypatch.setattr(buffer_module, "summarize", broken)
-                monkeypatch.setattr(buffer_module, "GATHERED", 1 if where == "hook" else 2**18)
+                monkeypatch.setattr(backend_module, "summarize", broken)
+                monkeypatch.setattr(probe_buffer, "BLOCK_ENTRIES", 1 if where == "hook" else 2**18)
             out = model(x)
             if step == 2 and where == "backward":
                 out.register_hook(broken)

@@ -13,9 +13,10 @@ from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import draw, gaussian, rule
 from initlab.scratch import backward
 from initlab.scratch.agreement import compare, unit_in_last_place
-from initlab.scratch.backward import VERSIONS, plain_loss
+from initlab.scratch.backward import plain_loss
 from initlab.scratch.layers import LOSSES
 from initlab.stats.dtypes import DTYPES, resolve_dtype
+from initlab.tasks.course.ladders import BACKWARDS as VERSIONS
 
 EAGER = [name for name in VERSIONS if name != "compiled"]
 Parameters = list[tuple[Tensor, Tensor]]

@@ -9,8 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from initlab.stats.statistics import STATISTICS, Differences, Item, Key, Rows, measure, relative_error, saturated_share
-from initlab.stats.summarize import summarize
+from initlab.stats import buffer as buffer_module
+from initlab.stats.buffer import DifferenceBuffer, Item, RowBuffer, StatsBuffer
+from initlab.stats.derive import derive, relative_error, saturated_share
+from initlab.stats.keys import KEY_COLUMNS, LOSS_COLUMNS, PARITY_COLUMNS, TensorKey, update_ratio
+from initlab.stats.measure import backend_for, measure
+from initlab.stats.statistics import COUNTS, IN_LN, STATISTICS
 
 FORMATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -173,49 +177,83 @@ def test_relative_error_of_zeros_and_of_what_is_not_finite() -> None:
     assert math.isnan(error) and n_bad == 2
 
 
+def test_the_flags_of_the_table_are_true() -> None:
+    x = torch.randn(6, 5)
+    found = described(x, batched=False)
+    missing = {name for name in STATISTICS if math.isnan(found[name])}
+    assert missing == {name for name, row in STATISTICS.items() if row.needs_batch} | {"frac_saturated"}
+    assert all(described(-x)[name] >= 0 for name in IN_LN)
+    assert {name for name in STATISTICS if name in COUNTS} == {"count", "n_nan", "n_inf", "n_subnormal"}
+    shares = {name for name, row in STATISTICS.items() if row.is_share} - missing
+    assert shares and all(0 <= described(x.relu())[name] <= 1 for name in shares)
+
+
+def test_some_statistics_are_derived_by_name() -> None:
+    x = torch.randn(3, 6, 5)
+    rows = backend_for().rows(x)
+    assert derive(rows).shape == (len(STATISTICS), 3)
+    names = list(STATISTICS)
+    assert torch.equal(derive(rows, ("rms", "min")), derive(rows)[[names.index("rms"), names.index("min")]])
+
+
+def rows_of(seeds: list[int], histograms: bool = False) -> StatsBuffer:
+    return StatsBuffer(seeds, backend_for(), histograms)
+
+
+ACTIVATION = TensorKey("stack", "scratch", 1, "activation", "forward")
+
+
 def test_rows_are_tidy() -> None:
-    rows = Rows([4, 7])
-    keys = [Key("stack", "scratch", 0, layer, "activation", "forward") for layer in (1, 2)]
+    rows = rows_of([4, 7])
+    keys = [ACTIVATION._replace(layer=layer) for layer in (1, 2)]
     x = torch.randn(2, 2, 5, 3)
-    weight = Key("train", "module", 3, 1, "weight", "backward")
+    weight = TensorKey("train", "module", 1, "weight", "backward")
     assert len(rows) == 0
-    rows.add([*(Item(key, t) for key, t in zip(keys, x, strict=True)), Item(weight, torch.ones(2, 5, 3))])
+    rows.add([Item(key, t) for key, t in zip(keys, x, strict=True)], step=0)
+    rows.add([Item(weight, torch.ones(2, 5, 3))], step=3)
     assert len(rows) == 6
-    frame = rows.frame()
-    assert len(rows) == 0 and len(rows.frame()) == 0
+    frame = rows.take()
+    assert len(rows) == 0 and len(rows.take()) == 0
     row = frame[(frame["seed"] == 7) & (frame["layer"] == 2)].iloc[0]
     assert row["std"] == pytest.approx(float(x[1, 1].double().numpy().std()), rel=1e-12)
-    assert frame["n_nan"].dtype == np.int64
+    assert frame["n_nan"].dtype == np.int64 and frame["step"].tolist() == [0] * 4 + [3] * 2
     assert frame[frame["tensor"] == "weight"]["frac_dead"].isna().all()
-    assert list(frame.columns[:7]) == ["stage", "implementation", "seed", "step", "layer", "tensor", "direction"]
+    assert tuple(frame.columns[:7]) == KEY_COLUMNS
 
 
 def test_only_activations_have_dead_units() -> None:
-    keys = [Key("stack", "scratch", 0, 1, *about) for about in (("activation", "forward"), ("activation", "backward"))]
-    rows = Rows([0])
-    rows.add([Item(key, torch.zeros(1, 4, 3)) for key in keys])
+    rows = rows_of([0])
+    rows.add([Item(ACTIVATION._replace(direction=way), torch.zeros(1, 4, 3)) for way in ("forward", "backward")], 0)
     np.testing.assert_array_equal(rows.frame()["frac_dead"], [1, math.nan])
 
 
-def test_fields_found_elsewhere_make_the_same_rows() -> None:
-    """The statistics are derived when the frame is made, whoever found the fields."""
-    keys = [Key("stack", "scratch", 0, layer, "activation", "forward") for layer in (1, 2)]
+def test_rows_made_elsewhere_are_the_same_rows() -> None:
+    """The statistics are derived when the frame is made, whoever made the rows."""
+    keys = [ACTIVATION._replace(layer=layer) for layer in (1, 2)]
     x = torch.randn(2, 3, 5, 4)
-    ours, theirs = Rows([0, 1, 2]), Rows([0, 1, 2])
-    ours.add([Item(key, t) for key, t in zip(keys, x, strict=True)])
-    theirs.put(keys, summarize(x))
-    pd.testing.assert_frame_equal(ours.frame(), theirs.frame())
+    a, b = rows_of([0, 1, 2]), rows_of([0, 1, 2])
+    a.add([Item(key, t) for key, t in zip(keys, x, strict=True)], 0)
+    b.put(keys, b.backend.rows(x), 0)
+    pd.testing.assert_frame_equal(a.frame(), b.frame())
+
+
+def test_numbers_behind_the_rows_have_columns_of_their_own() -> None:
+    rows = StatsBuffer([0, 1], backend_for(), more=["one", "two"])
+    x = torch.randn(2, 5, 4)
+    rows.put([ACTIVATION], torch.cat([rows.backend.rows(x), torch.tensor([[1.0, 2.0], [3.0, 4.0]])])[:, None])
+    frame = rows.frame()
+    assert frame.columns[-2:].tolist() == ["one", "two"] and frame["two"].tolist() == [3, 4]
 
 
 def test_histograms_are_rows_of_their_own() -> None:
-    rows = Rows([4, 7], histograms=True)
-    key = Key("stack", "scratch", 0, 1, "activation", "forward")
-    none = key._replace(layer=2)
-    bias = key._replace(tensor="bias", layer=3)
+    rows = rows_of([4, 7], histograms=True)
+    none, bias = ACTIVATION._replace(layer=2), ACTIVATION._replace(tensor="bias", layer=3)
     x = torch.tensor([[[1.0, 1.5, -0.3, 0.0], [2.0, torch.nan, -9.0, 1e-45]], [[3.0] * 4, [torch.inf] * 4]])
-    rows.add([Item(key, x), Item(none, torch.zeros(2, 2, 4)), Item(bias, torch.ones(2, 1, 4, dtype=torch.float64))])
-    frame = rows.histograms()
-    assert list(frame.columns) == [*rows.key_names, "first", "positive", "negative"]
+    items = [Item(ACTIVATION, x), Item(none, torch.zeros(2, 2, 4)), Item(bias, torch.ones(2, 1, 4).double())]
+    rows.add(items, 0)
+    tables = rows.take_tables()
+    frame = tables["histograms"]
+    assert list(frame.columns) == [*KEY_COLUMNS, "first", "positive", "negative"]
     assert frame["seed"].tolist() == [4, 7] * 3 and frame["layer"].tolist() == [1, 1, 2, 2, 3, 3]
     assert frame["first"].tolist() == [-149, 1, 0, 0, 0, 0]
     assert frame["positive"][0].tolist() == [1] + [0] * 148 + [2, 1, 0, 0]
@@ -223,22 +261,39 @@ def test_histograms_are_rows_of_their_own() -> None:
     assert [column[1].tolist() for column in (frame["positive"], frame["negative"])] == [[4], [0]]
     assert len(frame["positive"][2]) == len(frame["negative"][2]) == 0
     assert frame["positive"][5].tolist() == [4]
-    assert len(rows.frame()) == 6 and len(rows.histograms()) == 0
-
-
-def test_histograms_are_kept_only_when_asked_for() -> None:
-    rows = Rows([0])
-    rows.add([Item(Key("stack", "scratch", 0, 1, "activation", "forward"), torch.ones(1, 2, 2))])
-    assert len(rows.histograms()) == 0 and len(rows.frame()) == 1
+    assert len(tables["stats"]) == 6 and len(rows.take_tables()["histograms"]) == 0
+    assert list(rows_of([0]).take_tables()) == ["stats"]
 
 
 def test_differences_are_per_network() -> None:
-    parity = Differences([0, 1])
-    key = Key("train", "", 2, 1, "weight", "backward")
+    parity = DifferenceBuffer([0, 1])
+    key = TensorKey("train", "", 1, "weight", "backward")
     b = torch.ones(2, 3, 3, dtype=torch.float64)
     a = b.clone()
     a[1] *= 1.01
-    parity.add([Item(key, a)], [Item(key, b)])
-    frame = parity.frame()
-    assert frame["relative_error"].tolist() == pytest.approx([0, 0.01])
-    assert list(frame.columns) == ["seed", "step", "layer", "tensor", "direction", "relative_error", "n_nonfinite"]
+    parity.add([Item(key, a)], [Item(key, b)], step=2)
+    frame = parity.take()
+    assert frame["relative_error"].tolist() == pytest.approx([0, 0.01]) and frame["step"].tolist() == [2, 2]
+    assert list(frame.columns) == [*PARITY_COLUMNS, "relative_error", "n_nonfinite"]
+
+
+def test_a_buffer_says_when_it_holds_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = RowBuffer([0, 1], LOSS_COLUMNS, ["loss"], flush_rows=4)
+    key = TensorKey("train", "scratch", 0, "", "")
+    losses.put([key], torch.zeros(1, 1, 2), step=0)
+    assert not losses.due()
+    losses.put([key], torch.ones(1, 1, 2), step=1)
+    assert losses.due() and losses.take()["loss"].tolist() == [0, 0, 1, 1] and not losses.due()
+    losses.put([key], torch.zeros(1, 1, 2), step=2)
+    monkeypatch.setattr(buffer_module, "FLUSH_SECONDS", -1.0)
+    assert losses.due()
+
+
+def test_updates_are_divided_by_the_weights_of_their_step() -> None:
+    """Whatever the order of the rows; a step without its weight has no ratio, of two weights the last one counts."""
+    weight = TensorKey("train", "module", 1, "weight", "forward")
+    codes = {weight: 0, weight._replace(tensor="update"): 1, weight._replace(tensor="bias"): 2}
+    code, steps = np.array([0, 2, 1, 1, 0, 0, 1]), np.array([0, 0, 0, 1, 5, 5, 5])
+    rms = np.array([[2.0], [9.0], [1.0], [1.0], [7.0], [8.0], [2.0]])
+    ratio = update_ratio(codes, code, steps, rms)[:, 0]
+    np.testing.assert_array_equal(ratio, [np.nan, np.nan, 0.5, np.nan, np.nan, np.nan, 0.25])

@@ -19,13 +19,17 @@ from initlab.errors import UsageError
 from initlab.stats import histogram as octaves_module
 from initlab.stats import reference
 from initlab.stats import summarize as moments
+from initlab.stats.derive import derive
+from initlab.stats.histogram import histogram, octaves
+from initlab.stats.measure import backend_for
+from initlab.stats.reference import FIELDS, Row, merge, row
 from initlab.stats.statistics import STATISTICS
-from initlab.stats.summarize import FIELDS, Row, derive, histogram, merge, octaves, row, summarize
+from initlab.stats.summarize import summarize
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-ROADS: dict[str, Callable[[Tensor], Tensor]] = {
-    "summarize": summarize,
-    "plain": lambda x: summarize(x, accelerated=False),
+PRODUCERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "backend": lambda x: backend_for().rows(x),
+    "plain": summarize,
     "row": lambda x: row(x).fields,
 }
 COUNTED = ("count", "n_nan", "n_inf", "n_subnormal", "n_zero", "min", "max", "dead", "alive", "exponent")
@@ -130,24 +134,24 @@ HARD: dict[str, Tensor] = {
 }
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("road", PRODUCERS)
 @pytest.mark.parametrize("case", PLAIN | HARD)
 def test_rows_are_exact(case: str, road: str) -> None:
     x = (PLAIN | HARD)[case]
-    agree(named(ROADS[road](x)), exact(x))
+    agree(named(PRODUCERS[road](x)), exact(x))
 
 
 @pytest.mark.parametrize("case", PLAIN)
 def test_plain_sums_are_taken_where_they_are_enough(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "safe_row", None)
-    agree(named(summarize(PLAIN[case], accelerated=False)), exact(PLAIN[case]))
+    agree(named(summarize(PLAIN[case])), exact(PLAIN[case]))
 
 
 @pytest.mark.parametrize("case", HARD)
 def test_and_only_there(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "safe_row", None)
     with pytest.raises(TypeError):
-        summarize(HARD[case], accelerated=False)
+        summarize(HARD[case])
 
 
 def test_without_the_check_plain_sums_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +187,7 @@ def test_tensors_larger_than_a_block_are_read_in_parts(case: str, monkeypatch: p
     monkeypatch.setattr(moments, "AT_ONCE", 5 * x.shape[1])
     monkeypatch.setitem(reference.BLOCK, "cpu", 5 * x.shape[1])
     monkeypatch.setattr(reference, "_FEWEST", 1)
-    for road in ROADS.values():
+    for road in PRODUCERS.values():
         agree(named(road(x)), exact(x))
     monkeypatch.setattr(moments, "AT_ONCE", 2 * x.numel())
     whole = summarize(torch.stack([x, x, x]))
@@ -361,11 +365,6 @@ def test_a_unit_that_is_silent_in_one_shard_is_not_dead() -> None:
 
 
 # -- what is derived, what is refused, what waits
-
-
-def test_statistics_are_derived_in_the_order_of_their_table() -> None:
-    assert list(moments._DERIVED) == list(STATISTICS)
-    assert derive(summarize(drawn(2, 3, 4, 5))).shape == (len(STATISTICS), 2, 3)
 
 
 @pytest.mark.parametrize("case", PLAIN | HARD)

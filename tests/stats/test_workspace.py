@@ -3,7 +3,8 @@ import threading
 import pytest
 import torch
 
-from initlab.stats.summarize import histogram, summarize
+from initlab.stats.histogram import histogram
+from initlab.stats.summarize import summarize
 from initlab.stats.workspace import AT_ONCE, ones, workspace
 
 F32, F64 = torch.float32, torch.float64

@@ -4,9 +4,9 @@ import pytest
 
 from initlab.errors import UsageError
 from initlab.nn.init import Rule, rule
+from initlab.stats.statistics import TRUE_COLUMNS as NUMBERS
 from initlab.tasks import curves
 from initlab.tasks.curves import SCALINGS, gain_curves
-from initlab.tasks.ensemble.unbounded_twin import NUMBERS
 from initlab.tasks.stack import stack
 
 # Of a layer's log2, as the columns themselves are held to.

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from initlab.errors import UsageError
-from initlab.scratch.backward import VERSIONS
 from initlab.scratch.matmul import LADDER
 from initlab.tasks.course import ladders
-from initlab.tasks.course.ladders import BOOK_SHAPE, SHAPES, matmul_ladder
+from initlab.tasks.course.ladders import BACKWARDS, BOOK_SHAPE, SHAPES, matmul_ladder
 from initlab.tasks.course.timing import COLUMNS, agreement
 
 QUICK = {"rounds": 3, "seconds": 1e-3}
@@ -125,9 +124,9 @@ def test_the_compiled_rung_is_timed_and_never_holds_the_products():
 
 def test_the_backward_ladder_compares_every_version_with_torch() -> None:
     frame = ladders.backward_ladder([3, 8], depth=2, width=5, inputs=4, rounds=1, seconds=0.01,
-                                    versions=[name for name in VERSIONS if name != "compiled"])  # fmt: skip
+                                    versions=[name for name in BACKWARDS if name != "compiled"])  # fmt: skip
     assert set(frame["rows"]) == {3, 8} and set(frame["shape"]) == {"3x4-5-5-1", "8x4-5-5-1"}
-    assert len(frame) == 2 * len(VERSIONS)
+    assert len(frame) == 2 * len(BACKWARDS)
     assert frame["relative_error"].max() < 1e-5 and (frame["median"] > 0).all()
     assert "equal up to rounding" in agreement(frame)
 

@@ -10,8 +10,8 @@ import torch
 
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import Rule, draw, gaussian, rule
+from initlab.stats.statistics import TRUE_COLUMNS as NUMBERS
 from initlab.tasks import stack as stacking
-from initlab.tasks.ensemble.unbounded_twin import NUMBERS
 from initlab.tasks.stack import stack
 
 # Rounding of float32 in a sum over 100 units and over 20000 entries is far below this, in log2.

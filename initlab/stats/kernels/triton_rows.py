@@ -23,7 +23,8 @@ from torch import Tensor
 from initlab.errors import UsageError
 from initlab.stats.dtypes import DTYPES as ALL
 from initlab.stats.dtypes import FORMATS, dtype_name, format_of, resolve_dtype
-from initlab.stats.summarize import FIELDS, octaves
+from initlab.stats.histogram import octaves
+from initlab.stats.reference import FIELDS
 
 NAMES = tuple(name for name in ALL if FORMATS[name].eps >= FORMATS["float32"].eps)
 DTYPES = tuple(map(resolve_dtype, NAMES))

@@ -18,7 +18,8 @@ from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import Rule, gaussian, permutation, rule
 from initlab.scratch.classes import LOSS_LAYERS, Act, Lin
 from initlab.scratch.layers import LOSSES, g_of
-from initlab.stats.statistics import STATISTICS, measure
+from initlab.stats.measure import measure
+from initlab.stats.statistics import STATISTICS
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.networks import draw_trained
 

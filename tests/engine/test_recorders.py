@@ -1,4 +1,4 @@
-"""A recorded step: the rows of the readable pass, whichever pen writes them, and the same training as without."""
+"""A recorded step: the rows of the readable pass, whichever recorder makes them, and the same training as without."""
 
 from itertools import pairwise
 
@@ -10,22 +10,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from initlab.engine import fast_network as fast
-from initlab.engine import step_buffer
+from initlab.engine import recorders
 from initlab.engine.fast_network import KEPT_SPACES, Engine
-from initlab.engine.recorders import Apart, Fused
-from initlab.engine.recording import Recording
+from initlab.engine.recorders import Recording
 from initlab.errors import UsageError
 from initlab.nn.activations import ACTIVATIONS
 from initlab.scratch import mlp
 from initlab.scratch.layers import LOSSES
 from initlab.scratch.mlp import Parameters
+from initlab.stats.buffer import StatsBuffer
+from initlab.stats.derive import saturated_share
+from initlab.stats.histogram import histogram
 from initlab.stats.kernels.cpu import library
-from initlab.stats.statistics import STATISTICS, Rows, measure, saturated_share
-from initlab.stats.summarize import histogram
+from initlab.stats.measure import backend_for, measure
+from initlab.stats.statistics import STATISTICS
 
 SIZES = (20, 9, 9, 9, 3)
 needs_compiler = pytest.mark.skipif(library() is None, reason="no working C++ compiler")
-PENS = [pytest.param(True, marks=needs_compiler, id="fused"), pytest.param(False, id="apart")]
+RECORDERS = [pytest.param(True, marks=needs_compiler, id="fused"), pytest.param(False, id="plain")]
 
 
 def drawn(count: int, dtype: torch.dtype = torch.float32, sizes: tuple[int, ...] = SIZES) -> Parameters:
@@ -39,15 +41,20 @@ def batch_of(count: int, dtype: torch.dtype = torch.float32, sizes: tuple[int, .
     return torch.randn(count, 12, sizes[0]).to(dtype), torch.randint(sizes[-1], (count, 12))
 
 
+def buffer_of(count: int, histograms: bool = False, accelerated: bool = True) -> StatsBuffer:
+    return StatsBuffer(range(count), backend_for("cpu", accelerated=accelerated), histograms)
+
+
 def recorded(
     parameters: Parameters, x: Tensor, y: Tensor, activation: str = "relu", accelerated: bool = True, steps: int = 1
 ) -> tuple[pd.DataFrame, pd.DataFrame, Engine]:
-    engine, rows = Engine(parameters, activation, lr=0.1, batch=12), Rows(range(len(x)), histograms=True)
-    recording = Recording(engine, rows, accelerated=accelerated)
+    engine, rows = Engine(parameters, activation, lr=0.1, batch=12), buffer_of(len(x), True, accelerated)
+    recording = Recording(engine, rows)
     for step in range(steps):
         recording.step(x, y, step)
     recording.flush()
-    return rows.frame(), rows.histograms(), engine
+    tables = rows.take_tables()
+    return tables["stats"], tables["histograms"], engine
 
 
 def tensors_of(parameters: Parameters, x: Tensor, y: Tensor, activation: str) -> dict[tuple[int, str, str], Tensor]:
@@ -69,7 +76,7 @@ def tensors_of(parameters: Parameters, x: Tensor, y: Tensor, activation: str) ->
 
 
 @pytest.mark.parametrize("joint", [True, False])
-@pytest.mark.parametrize("accelerated", PENS)
+@pytest.mark.parametrize("accelerated", RECORDERS)
 @pytest.mark.parametrize("activation", ["relu", "tanh", "leaky_relu"])
 def test_the_rows_of_the_readable_pass(
     activation: str, accelerated: bool, joint: bool, monkeypatch: pytest.MonkeyPatch
@@ -102,7 +109,7 @@ def test_the_rows_of_the_readable_pass(
                     assert abs(ours - theirs) <= 1e-5 * scale, (layer, tensor, way, name, ours, theirs)
 
 
-@pytest.mark.parametrize("accelerated", PENS)
+@pytest.mark.parametrize("accelerated", RECORDERS)
 def test_histograms_count_every_entry(accelerated: bool) -> None:
     parameters, (x, y) = drawn(2), batch_of(2)
     frame, histograms, _ = recorded(parameters, x, y, accelerated=accelerated)
@@ -120,7 +127,7 @@ def test_histograms_count_every_entry(accelerated: bool) -> None:
     assert np.array_equal(whole[1, start : start + len(row["negative"])], row["negative"])
 
 
-@pytest.mark.parametrize("accelerated", PENS)
+@pytest.mark.parametrize("accelerated", RECORDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_recording_changes_nothing_but_rounding(dtype: torch.dtype, accelerated: bool) -> None:
     """Recorded or not, the same training: 12 steps, rounding of the number format a step."""
@@ -135,11 +142,11 @@ def test_recording_changes_nothing_but_rounding(dtype: torch.dtype, accelerated:
             assert torch.linalg.vector_norm(a - b) <= room * torch.linalg.vector_norm(b)
 
 
-def test_steps_keep_their_numbers_over_several_pages() -> None:
+def test_steps_keep_their_numbers_when_rows_are_handed_over_on_the_way() -> None:
     parameters, (x, y) = drawn(1), batch_of(1)
-    engine, rows = Engine(parameters, batch=12), Rows([7])
-    recording = Recording(engine, rows, histograms=False)
-    steps = list(range(0, 10 * (recording.page.steps + 3), 10))
+    rows = StatsBuffer([7], backend_for())
+    recording = Recording(Engine(parameters, batch=12), rows)
+    steps = list(range(0, 10 * (recorders.MOST_STEPS + 3), 10))
     for step in steps:
         recording.step(x, y, step)
     recording.flush()
@@ -148,18 +155,6 @@ def test_steps_keep_their_numbers_over_several_pages() -> None:
     assert sorted(frame["step"].unique()) == steps and set(frame["seed"]) == {7}
     weights = frame[(frame["tensor"] == "weight") & (frame["direction"] == "forward") & (frame["layer"] == 1)]
     assert weights["std"].nunique() == len(steps)
-
-
-@needs_compiler
-def test_the_pen_fits_the_network() -> None:
-    pens = {
-        ("relu", torch.float32): Fused,
-        ("relu", torch.float64): Apart,
-        ("tanh", torch.float32): Apart,
-    }
-    for (activation, dtype), kind in pens.items():
-        engine = Engine(drawn(1, dtype), activation)
-        assert isinstance(Recording(engine, Rows([0])).pens[0], kind)
 
 
 class Counting(TorchDispatchMode):
@@ -177,7 +172,7 @@ def operations(depth: int, record: bool | None) -> list[str]:
     sizes = (20, *[9] * depth, 3)
     parameters, (x, y) = drawn(1, sizes=sizes), batch_of(1, sizes=sizes)
     engine = Engine(parameters, batch=12)
-    recording = Recording(engine, Rows([0]), accelerated=bool(record)) if record is not None else None
+    recording = Recording(engine, buffer_of(1, accelerated=record)) if record is not None else None
     for _ in range(2):
         with Counting() as counting:
             engine.step(x, y) if recording is None else recording.step(x, y, 0)
@@ -202,16 +197,16 @@ def test_a_bare_step_takes_four_operations_a_layer() -> None:
     assert len(many) <= 4.5 * 60
 
 
-@pytest.mark.parametrize("accelerated", PENS)
+@pytest.mark.parametrize("accelerated", RECORDERS)
 @pytest.mark.parametrize("stopped", [0, 3, 4, 5])
 def test_a_step_that_was_interrupted_leaves_no_row(
     accelerated: bool, stopped: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the page was about to be full, and the recording can go on."""
-    monkeypatch.setattr(step_buffer, "PAGE_STEPS", 4)
+    """Also where rows were about to be handed over, and the recording can go on."""
+    monkeypatch.setattr(recorders, "MOST_STEPS", 4)
     parameters, (x, y) = drawn(2), batch_of(2)
-    rows = Rows([0, 1], histograms=True)
-    recording = Recording(Engine(parameters, batch=12), rows, accelerated=accelerated)
+    rows = buffer_of(2, True, accelerated)
+    recording = Recording(Engine(parameters, batch=12), rows)
     for step in range(10):
         if step == stopped:
             with pytest.raises(UsageError):
@@ -219,47 +214,45 @@ def test_a_step_that_was_interrupted_leaves_no_row(
         else:
             recording.step(x, y, step)
     recording.flush()
-    frame, histograms = rows.frame(), rows.histograms()
+    frame, histograms = rows.take_tables().values()
     kept = [step for step in range(10) if step != stopped]
     assert sorted(frame["step"].unique()) == kept and len(frame) % len(kept) == 0
     assert (frame["count"] > 0).all() and frame["rms"].notna().all()
-    assert all(
-        min(min(p), min(n)) >= 0 for p, n in zip(histograms["positive"], histograms["negative"], strict=True) if len(p)
-    )
+    assert histograms["step"].equals(frame["step"])
+    counted = [sum(p) + sum(n) for p, n in zip(histograms["positive"], histograms["negative"], strict=True)]
+    assert np.array_equal(counted, frame["count"] - (frame["frac_zero"] * frame["count"]).round())
 
 
 def test_batch_sizes_that_change_keep_no_memory() -> None:
     engine = Engine(drawn(1), batch=12)
-    recording = Recording(engine, Rows([0]))
+    recording = Recording(engine, buffer_of(1))
     for n in range(2, 40):
         x, y = torch.randn(1, n, SIZES[0]), torch.randint(SIZES[-1], (1, n))
         recording.step(x, y, n)
         engine.step(x, y)
     assert len(engine.networks[0]._spaces) <= KEPT_SPACES
-    assert len(getattr(recording.pens[0], "_prepared", {})) <= KEPT_SPACES
 
 
-@needs_compiler
-def test_a_page_of_histograms_is_handed_over_before_it_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_buffer, "PAGE_BYTES", 2**16)
+@pytest.mark.parametrize("accelerated", RECORDERS)
+def test_rows_that_take_much_memory_are_handed_over_earlier(accelerated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters, (x, y) = drawn(2), batch_of(2)
-    rows, one = Rows([0, 1], histograms=True), Rows([0, 1], histograms=True)
-    recording = Recording(Engine(parameters, batch=12), rows)
-    for step in range(30):
-        recording.step(x, y, step)
-        assert int(recording.page.arena[1]) <= len(recording.page.runs)
-    recording.flush()
-    monkeypatch.undo()
-    usual = Recording(Engine(parameters, batch=12), one)
-    for step in range(30):
-        usual.step(x, y, step)
-    usual.flush()
-    for a, b in ((rows.frame(), one.frame()), (rows.histograms(), one.histograms())):
-        pd.testing.assert_frame_equal(a, b, check_exact=True, check_categorical=False)
+    tables = []
+    for most in (2**14, recorders.MOST_BYTES):
+        monkeypatch.setattr(recorders, "MOST_BYTES", most)
+        rows = buffer_of(2, True, accelerated)
+        recording, handed_over = Recording(Engine(parameters, batch=12), rows), 0
+        for step in range(30):
+            recording.step(x, y, step)
+            handed_over = max(handed_over, len(rows))
+        recording.flush()
+        assert (handed_over > 0) == (most == 2**14)
+        tables.append(rows.take_tables())
+    for name, frame in tables[0].items():
+        pd.testing.assert_frame_equal(frame, tables[1][name], check_exact=True, check_categorical=False)
 
 
 @pytest.mark.parametrize("joint", [True, False])
-@pytest.mark.parametrize("accelerated", PENS)
+@pytest.mark.parametrize("accelerated", RECORDERS)
 def test_layers_with_learning_rates_of_their_own_are_recorded_as_they_move(
     accelerated: bool, joint: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,8 +261,8 @@ def test_layers_with_learning_rates_of_their_own_are_recorded_as_they_move(
     parameters, (x, y) = drawn(2), batch_of(2)
     factors = [(4.0, 4.0), (1.0, 2.0), (0.5, 2.0), (0.25, 1.0)]
     plain, watched = (Engine(parameters, "relu", lr=0.1, batch=12, factors=[factors] * 2) for _ in range(2))
-    rows = Rows(range(2), histograms=False)
-    recording = Recording(watched, rows, histograms=False, accelerated=accelerated)
+    rows = buffer_of(2, accelerated=accelerated)
+    recording = Recording(watched, rows)
     plain.step(x, y)
     recording.step(x, y, 0)
     recording.flush()

@@ -1,0 +1,187 @@
+"""The rows of a probe: tensors come one by one, and the rows of a step can be handed over when the step ends.
+
+Where a backend makes rows quickly a tensor is measured when it comes. Elsewhere small tensors of one shape are copied
+into a block and measured together: what overwrites them afterwards changes no row.
+Legend: E networks, N batch, C units, K rows, F numbers of a row.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from initlab.errors import UsageError
+from initlab.stats.backend import COUNT, N_NAN, N_ZERO, SATURATED, Backend
+from initlab.stats.buffer import BATCHED, StatsBuffer
+from initlab.stats.histogram import bin_columns
+from initlab.stats.keys import KEY_COLUMNS, MODULE_COLUMNS, TEXT_COLUMNS, TensorKey, update_ratio
+from initlab.stats.reference import FIELDS
+from initlab.stats.statistics import COUNTS, UPDATE_RATIO
+
+BLOCK_ENTRIES = 2**18  # entries of a block that a processor's cache holds
+BLOCK_TENSORS = 64  # of a block at most: beyond, copying costs more than measuring
+
+
+class _Block(NamedTuple):
+    """Memory for some tensors of one shape, and the rows that they will be."""
+
+    values: Tensor
+    rows: list[int]
+
+
+class ProbeBuffer(StatsBuffer):
+    """The table `stats` with the columns `name`, `part`, `call` and `update_ratio`.
+
+    With `emit` the rows are handed over every `flush_steps` recorded steps or 30 seconds, and are then forgotten here.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        backend: Backend,
+        emit: Callable[[pd.DataFrame], None] | None = None,
+        flush_steps: int = 100,
+        histograms: bool = False,
+    ) -> None:
+        if flush_steps < 1:
+            raise UsageError(f"flush_steps={flush_steps}: must be at least 1")
+        super().__init__(seeds, backend, histograms, columns=(*KEY_COLUMNS, *MODULE_COLUMNS))
+        self._emit, self._flush_steps = emit, flush_steps
+        self._bin_rows: list[int] = []  # which rows the histograms belong to
+        self._bin_tables: list[pd.DataFrame] = []
+        numbers = len(FIELDS) + len(backend.statistics)
+        self._page = torch.empty(0, len(self.seeds), numbers, dtype=torch.float64)  # rows of the step under way
+        self._lines: list[Tensor] = []  # the same row by row: views are made once
+
+    def clear(self) -> None:
+        super().clear()
+        self._gathered: dict[tuple[object, ...], _Block] = {}
+        self._shares: list[tuple[int, Tensor]] = []  # of a row: its saturated share
+        self._rectified: list[tuple[int, int]] = []  # of a row: that of its ReLU, which says the share
+
+    def put(self, key: TensorKey, x: Tensor) -> int:  # type: ignore[override]
+        """Take the values of (N, C) or (E, N, C) as they are now; gives the number of its row."""
+        row, batched = len(self.rows), key.tensor in BATCHED
+        if row - self.closed >= len(self._lines) or x.device != self._page.device:
+            self._make_room(row + 1 - self.closed, x.device)
+        size = 1 if self.backend.is_quick(x) else min(BLOCK_ENTRIES // x.numel(), BLOCK_TENSORS)
+        if size < 2:
+            self.backend.rows(x, batched, self.bins, self._lines[row - self.closed])
+            if self.bins is not None:
+                self._bin_rows.append(row)
+            self.rows.append(self.codes.setdefault(key, len(self.codes)))
+            return row
+        kind = (x.shape, x.dtype, x.device, batched)
+        if kind not in self._gathered:
+            with torch.inference_mode(False):  # made in inference mode it could not be written to outside of it
+                values = torch.empty((size, *x.shape), dtype=x.dtype, device=x.device)
+            self._gathered[kind] = _Block(values, [])
+        block = self._gathered[kind]
+        block.values[len(block.rows)].copy_(x)
+        block.rows.append(row)
+        self.rows.append(self.codes.setdefault(key, len(self.codes)))
+        if len(block.rows) == size:
+            self._measure_block(block, batched)
+        return row
+
+    def put_each(self, keys: Sequence[TensorKey], tensors: Sequence[Tensor]) -> None:
+        """Measure tensors (O, I) of a single network that have no batch."""
+        if keys:
+            first, rows = len(self.rows) - self.closed, self.backend.rows_of_each(tensors, self.bins)
+            self._make_room(first + len(keys), tensors[0].device)
+            self._page[first : first + len(keys)] = rows.t().unsqueeze(1)
+            self._bin_rows += [] if self.bins is None else range(len(self.rows), len(self.rows) + len(keys))
+            self.rows += [self.codes.setdefault(key, len(self.codes)) for key in keys]
+
+    def _make_room(self, rows: int, device: torch.device) -> None:
+        """Let so many rows of the step under way have room; the memory grows by doubling."""
+        if rows > len(self._page) or (rows == 1 and device != self._page.device):
+            with torch.inference_mode(False):
+                page = torch.empty(max(64, 2 * rows), *self._page.shape[1:], dtype=torch.float64, device=device)
+                page[: len(self._page)].copy_(self._page)
+            self._page, self._lines = page, list(page.unbind())
+
+    def set_saturated(self, row: int, share: Tensor) -> None:
+        """The saturated share of a row of preactivations, (E,) or one number."""
+        self._shares.append((row, share.reshape(1, -1)))
+
+    def set_rectified(self, row: int, activation_row: int) -> None:
+        """Preactivations are saturated where their ReLU, which is measured too, is 0 or nan: nothing to compute."""
+        self._rectified.append((row, activation_row))
+
+    def end_step(self, step: int) -> None:
+        """Close a step: measure what was gathered, and hand over what is due."""
+        for (*_, batched), block in self._gathered.items():
+            self._measure_block(block, bool(batched))
+        self._gathered.clear()  # other shapes may never return
+        self.put_bins([] if self.bins is None else self.bins.take())
+        if len(self.rows) > self.closed:
+            super().put([], self._page[: len(self.rows) - self.closed].clone().movedim(-1, 0), step)
+        if self._emit is not None and (len(self.steps) >= self._flush_steps or self.due()):
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand the rows to `emit` and forget them."""
+        if self._emit is not None and self.steps:
+            if self.bins is not None:
+                self._bin_tables.append(self._name_bins())
+            self._emit(self.frame())
+            self.clear()
+
+    def frame(self) -> pd.DataFrame:
+        """The rows of closed steps: the columns of the table `stats`, and `name`, `part`, `call`, `update_ratio`."""
+        frame = super().frame()
+        rms = frame["rms"].to_numpy().reshape(-1, len(self.seeds))
+        ratio = update_ratio(self.codes, *self.code_and_step(np.arange(self.closed)), rms)
+        return frame.assign(**{UPDATE_RATIO: ratio.reshape(-1)})
+
+    def histograms(self) -> pd.DataFrame:
+        """The table `histograms` of what was closed since it was last asked for, with `name`, `part` and `call`."""
+        if self.bins is None:
+            raise UsageError("histograms: none were recorded; ask for them with histograms=True")
+        tables, self._bin_tables = [*self._bin_tables, self._name_bins()], []
+        return pd.concat(tables, ignore_index=True).astype(dict.fromkeys(TEXT_COLUMNS, "category"))
+
+    def _measure_block(self, block: _Block, batched: bool) -> None:
+        """Measure what waits in a block; if that fails, its rows say that they count nothing."""
+        rows = block.rows.copy()
+        block.rows.clear()
+        if rows:
+            lines = torch.tensor([row - self.closed for row in rows], device=self._page.device)
+            nothing = torch.full((self._page.shape[-1], 1, 1), torch.nan, dtype=torch.float64)
+            nothing[[k for k, name in enumerate(FIELDS) if name in COUNTS]] = 0
+            self._page[lines] = nothing.movedim(0, -1).to(self._page.device)
+            found = self.backend.rows(block.values[: len(rows)], batched, self.bins)
+            self._page[lines] = found.reshape(len(found), len(rows), -1).permute(1, 2, 0).to(self._page.device)
+            self._bin_rows += [] if self.bins is None else rows
+
+    def _statistics(self, rows: Tensor) -> Tensor:
+        shares = [(row, share) for row, share in self._shares if row < self.closed]
+        if shares:
+            share = torch.cat([share.double().cpu().expand(-1, rows.shape[-1]) for _, share in shares])
+            rows[SATURATED, [row for row, _ in shares]] = share
+        pairs = [pair for pair in self._rectified if pair[1] < self.closed]
+        if pairs:
+            z, a = torch.tensor(pairs).T
+            rows[SATURATED, z] = (rows[N_ZERO, a] + rows[N_NAN, a]) / rows[COUNT, a]
+        return super()._statistics(rows)
+
+    def _name_bins(self) -> pd.DataFrame:
+        """The histograms of closed steps under the keys of their rows; those of the step under way stay here."""
+        assert self.bins is not None
+        self.put_bins(self.bins.take())
+        parts, rows = self.counts, np.array(self._bin_rows, dtype=np.int64)
+        ends = np.cumsum([0, *(len(counts) for counts, _ in parts)])
+        closed = [torch.from_numpy(rows[start:end] < self.closed) for start, end in pairwise(ends)]
+        columns = bin_columns([(part[own], low) for (part, low), own in zip(parts, closed, strict=True)])
+        self.counts = [(part[~own], low) for (part, low), own in zip(parts, closed, strict=True) if not own.all()]
+        self._bin_rows = rows[rows >= self.closed].tolist()
+        rows = rows[rows < self.closed]
+        order = np.argsort(rows, kind="stable")
+        each = (order[:, None] * len(self.seeds) + np.arange(len(self.seeds))).reshape(-1)
+        keys = self._key_columns(rows[order])
+        return pd.DataFrame({**keys, **{name: column[each] for name, column in columns.items()}})

@@ -1,0 +1,147 @@
+"""Where rows of statistics come from: one object for each device, and this one in plain PyTorch for all of them.
+
+Whoever wants rows asks `backend_for(device)` (measure.py) once and then its backend: it knows whether there are
+compiled passes and which tensors they take. A method whose name ends in `_` changes a tensor in place and gives the
+rows of what it was and became; a backend that can do so in one reading of memory (`fuses`) does.
+
+    backend = backend_for(z.device)
+    rows = backend.activation_rows_(z, activation)      # z becomes phi(z); rows (F, 2, ...): of z, and of phi(z)
+    rows = backend.gradient_rows_(g, z, activation)     # g = dL/dphi becomes dL/dz; rows (F, 2, ...)
+    values = derive(rows)                               # (S, 2, ...)
+
+With statistics of the user rows are (F + M, ...): their M results stand behind the fields.
+Legend: E networks, N batch, C units, F fields, M functions of the user, K rows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from initlab.stats.custom import Function, checked_statistics, measure_custom
+from initlab.stats.derive import saturated_share
+from initlab.stats.histogram import Bins, histogram, octaves
+from initlab.stats.reference import FIELDS
+from initlab.stats.summarize import summarize
+
+COUNT, N_NAN, N_ZERO, SATURATED = (list(FIELDS).index(name) for name in ("count", "n_nan", "n_zero", "saturated"))
+
+
+class Elementwise(Protocol):
+    """What a backend asks of an activation: a row of the table in nn/activations.py has it all."""
+
+    @property
+    def phi(self) -> Callable[[Tensor], Tensor]: ...
+    @property
+    def slope(self) -> Callable[[Tensor], Tensor]: ...
+    @property
+    def largest_slope(self) -> float: ...
+    @property
+    def rectifies(self) -> bool:
+        """Whether phi(z) is max(z, 0)."""
+
+    def pull_back(self, grad: Tensor, z: Tensor) -> Tensor: ...
+
+
+class Backend:
+    """Rows in plain PyTorch, for tensors of any float format on any device.
+
+    `statistics` are functions of the user by name. All methods take `bins`, which gets the histograms of the rows in
+    their order, made by the method `bins`, and `out`, float64 memory (..., F + M) or (K, ..., F + M) that gets the rows
+    and is given back: nothing is allocated then. Tensors (..., N, C) have the same leading dimensions throughout.
+    """
+
+    def __init__(self, statistics: Mapping[str, Function] | None = None) -> None:
+        self.statistics = checked_statistics(statistics)
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether a pass over a tensor like x and its rows cost one reading of memory."""
+        return False
+
+    def is_quick(self, x: Tensor) -> bool:
+        """Whether the row of a tensor like x costs little by itself; else small ones are better measured together."""
+        return False
+
+    def bins(self, networks: int) -> Bins:
+        """A collector for the histograms of rows of so many networks."""
+        return Bins(networks)
+
+    def rows(self, x: Tensor, batched: bool = True, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
+        """The row of x (..., N, C) over its last two dimensions: float64 (F + M, ...).
+
+        `batched` says that N counts inputs; else what needs a batch is nan. Nothing waits for a GPU.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            return into(out, self._with_custom(summarize(x, batched), x, bins))
+
+    def rows_of_each(self, tensors: Sequence[Tensor], bins: Bins | None = None) -> Tensor:
+        """The rows of tensors (N, C) of one network, of any shapes, that have no batch: (F + M, K)."""
+        groups = groupby(
+            tensors, lambda x: (x.shape, x.dtype, x.device)
+        )  # neighbours of one shape are measured together
+        return torch.cat([self.rows(torch.stack(list(group)), False, bins) for _, group in groups], 1)
+
+    def relu_rows_(self, z: Tensor, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
+        """z becomes max(z, 0), nan kept; rows (F + M, 2, ...) of z, with its saturated share, and of what it became."""
+        before = self.rows(z, True, bins)
+        after = self.rows(z.relu_(), True, bins)
+        before[SATURATED] = (after[N_ZERO] + after[N_NAN]) / after[COUNT]
+        return into(out, torch.stack([before, after], 1))
+
+    def mask_rows_(
+        self, g: Tensor, a: Tensor, sums: Tensor | None = None, bins: Bins | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """g, the gradient of a ReLU's output a, becomes that of its input: 0 where a <= 0; rows (F + M, 2, ...).
+
+        `sums` (..., C), if given, gets the sums of the new g over the batch: the gradient of a bias.
+        """
+        before = self.rows(g, True, bins)
+        torch.ops.aten.threshold_backward.grad_input(g, a, 0, grad_input=g)
+        if sums is not None:
+            torch.sum(g, -2, out=sums)
+        return into(out, torch.stack([before, self.rows(g, True, bins)], 1))
+
+    def update_rows_(
+        self, w: Tensor, g: Tensor, lr: float, bins: Bins | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """w becomes w - lr g; rows (F + M, 3, ...) of the old w, of g, and of the change. No batch."""
+        old = w.clone()
+        rows = [self.rows(w, False, bins), self.rows(g, False, bins)]
+        w.sub_(g, alpha=lr)
+        return into(out, torch.stack([*rows, self.rows(w - old, False, bins)], 1))
+
+    def activation_rows_(self, z: Tensor, activation: Elementwise, bins: Bins | None = None) -> Tensor:
+        """z becomes phi(z); rows (F + M, 2, ...) of z, with its saturated share, and of phi(z)."""
+        if activation.rectifies:
+            return self.relu_rows_(z, bins)
+        before, value = self.rows(z, True, bins), activation.phi(z)
+        share = saturated_share(activation.slope(z), activation.largest_slope)
+        rows = torch.stack([before, self._replaced(z, value, before, bins)], 1)
+        rows[SATURATED, 0] = share
+        return rows
+
+    def gradient_rows_(self, g: Tensor, z: Tensor, activation: Elementwise, bins: Bins | None = None) -> Tensor:
+        """g, the gradient of phi(z), becomes g phi'(z), that of z; rows (F + M, 2, ...) before and after."""
+        if activation.rectifies:
+            return self.mask_rows_(g, z, None, bins)
+        before = self.rows(g, True, bins)
+        return torch.stack([before, self._replaced(g, activation.pull_back(g, z), before, bins)], 1)
+
+    def _replaced(self, x: Tensor, value: Tensor, before: Tensor, bins: Bins | None) -> Tensor:
+        """The row of the value, which x takes over; x itself where the activation is linear."""
+        if value is x and bins is None:
+            return before
+        return self.rows(x.copy_(value), True, bins)
+
+    def _with_custom(self, fields: Tensor, x: Tensor, bins: Bins | None) -> Tensor:
+        """Fields with the user's statistics of x behind them; its histogram goes into the bins."""
+        if bins is not None:
+            bins.add(histogram(x), octaves(x.dtype)[0])
+        return torch.cat([fields, measure_custom(self.statistics, x.detach())]) if self.statistics else fields
+
+
+def into(out: Tensor | None, rows: Tensor) -> Tensor:
+    """The rows, or the memory that was given with the rows in it."""
+    return rows if out is None else out.copy_(rows.movedim(0, -1))

@@ -1,0 +1,155 @@
+"""Rows by the C++ passes of cpu.cpp: float32 on a CPU, read once where memory is read anyway.
+
+Other formats, tensors with gaps, and the user's own statistics are left to plain PyTorch.
+Legend: E networks, N batch, C units, K rows, F fields, B octaves.
+"""
+
+import ctypes
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from initlab.stats.backend import Backend, into
+from initlab.stats.custom import Function
+from initlab.stats.histogram import Bins, octaves
+from initlab.stats.reference import FIELDS
+
+_LONGEST = 2 + 2 * (octaves(torch.float32)[1] - octaves(torch.float32)[0] + 1)  # numbers of one histogram at most
+_WAITING = 2**14  # rows whose histograms wait together
+
+
+def _in_reach(x: Tensor) -> bool:
+    """Whether the passes can read x where it lies."""
+    return x.dtype is torch.float32 and x.is_cpu and x.is_contiguous() and x.numel() > 0
+
+
+class CpuBackend(Backend):
+    """See `Backend`."""
+
+    def __init__(self, library: ctypes.CDLL, statistics: Mapping[str, Function] | None = None) -> None:
+        super().__init__(statistics)
+        self._passes = library
+
+    def fuses(self, x: Tensor) -> bool:
+        return not self.statistics and _in_reach(x)
+
+    is_quick = fuses
+
+    def bins(self, networks: int) -> Bins:
+        return Arena(networks)
+
+    def rows(self, x: Tensor, batched: bool = True, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
+        if x.dtype is not torch.float32 or not x.is_cpu or x.numel() == 0 or x.ndim < 2:
+            return super().rows(x, batched, bins, out)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        *lead, n, c = x.shape
+        networks = x.numel() // (n * c)
+        rows = torch.empty((*lead, len(FIELDS)), dtype=torch.float64) if out is None or self.statistics else out
+        arena = None if bins is None else _arena(bins, networks)
+        self._passes.describe_rows(x.data_ptr(), networks, n, c, batched, rows.data_ptr(), arena)
+        return rows if rows is out else into(out, self._with_custom(rows.movedim(-1, 0), x, None))
+
+    def rows_of_each(self, tensors: Sequence[Tensor], bins: Bins | None = None) -> Tensor:
+        if not all(map(self.fuses, tensors)):
+            return super().rows_of_each(tensors, bins)
+        where = np.array([(x.data_ptr(), x.numel()) for x in tensors], dtype=np.int64).T.copy()
+        rows = torch.empty((len(tensors), len(FIELDS)), dtype=torch.float64)
+        arena = None if bins is None else _arena(bins, len(rows))
+        addresses, sizes = (column.ctypes.data for column in where)
+        self._passes.describe_many(addresses, sizes, len(rows), rows.data_ptr(), arena)
+        return rows.t()
+
+    def relu_rows_(self, z: Tensor, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
+        if not self.fuses(z):
+            return super().relu_rows_(z, bins, out)
+        rows, networks, arena = _room(z, 2, bins, out)
+        self._passes.relu_rows(z.data_ptr(), networks, *z.shape[-2:], rows.data_ptr(), arena)
+        return rows.movedim(-1, 0) if out is None else out
+
+    def mask_rows_(
+        self, g: Tensor, a: Tensor, sums: Tensor | None = None, bins: Bins | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        if not self.fuses(g) or not self.fuses(a):
+            return super().mask_rows_(g, a, sums, bins, out)
+        rows, networks, arena = _room(g, 2, bins, out)
+        where = None if sums is None else sums.data_ptr()
+        self._passes.mask_rows(g.data_ptr(), a.data_ptr(), networks, *g.shape[-2:], where, rows.data_ptr(), arena)
+        return rows.movedim(-1, 0) if out is None else out
+
+    def update_rows_(
+        self, w: Tensor, g: Tensor, lr: float, bins: Bins | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        if not self.fuses(w) or not self.fuses(g):
+            return super().update_rows_(w, g, lr, bins, out)
+        rows, networks, arena = _room(w, 3, bins, out)
+        entries = w.numel() // networks
+        self._passes.update_rows(w.data_ptr(), g.data_ptr(), networks, entries, lr, rows.data_ptr(), arena)
+        return rows.movedim(-1, 0) if out is None else out
+
+
+def _room(x: Tensor, count: int, bins: Bins | None, out: Tensor | None) -> tuple[Tensor, int, int | None]:
+    """Memory for the rows of so many tensors like x, how many networks x has, and the address of the arena, if any."""
+    *lead, n, c = x.shape
+    networks = x.numel() // (n * c)
+    rows = torch.empty((count, *lead, len(FIELDS)), dtype=torch.float64) if out is None else out
+    return rows, networks, None if bins is None else _arena(bins, count * networks)
+
+
+class Arena(Bins):
+    """Histograms that C++ writes one after the other, each as long as it needs to be; joined to counts when taken."""
+
+    def __init__(self, networks: int) -> None:
+        super().__init__(networks)
+        self._waiting = 0
+        self._allocate(_WAITING)
+
+    def _allocate(self, rows: int) -> None:
+        # Room for the worst case, of which only what is written becomes memory.
+        self._runs = np.empty(rows * _LONGEST, dtype=np.int32)
+        self._starts = np.zeros(rows, dtype=np.int64)
+        self._struct = np.array([self._runs.ctypes.data, 0, 0], dtype=np.int64)  # struct Arena in cpu.cpp
+        self._starts_address, self._address = int(self._starts.ctypes.data), int(self._struct.ctypes.data)
+
+    def address(self, rows: int) -> int:
+        """The address of a struct Arena that is ready for the histograms of so many rows of one network."""
+        if self._waiting + rows > len(self._starts):
+            self._settle()
+            if rows > len(self._starts):
+                self._allocate(rows)
+        self._struct[2] = self._starts_address + 8 * self._waiting
+        self._waiting += rows
+        return self._address
+
+    def add(self, counts: Tensor, lowest: int) -> None:
+        self._settle()  # the rows before these come first
+        super().add(counts, lowest)
+
+    def __len__(self) -> int:
+        return super().__len__() + self._waiting // self.networks
+
+    def take(self) -> list[tuple[Tensor, int]]:
+        self._settle()
+        return super().take()
+
+    def _settle(self) -> None:
+        """Make counts of what C++ has written: at a start stand the lowest octave, their number, and the counts."""
+        if not self._waiting:
+            return
+        runs, starts = self._runs, self._starts[: self._waiting]
+        low, size = runs[starts].astype(np.int64), runs[starts + 1].astype(np.int64)
+        lowest = int(low.min())
+        counts = np.zeros((len(starts), 2, int((low + size).max()) - lowest), dtype=np.int32)
+        row = np.repeat(np.arange(len(starts)), size)
+        inside = np.arange(len(row)) - np.repeat(np.cumsum(size) - size, size)
+        for sign in (0, 1):
+            counts[row, sign, (low - lowest)[row] + inside] = runs[(starts + 2 + sign * size)[row] + inside]
+        self._waiting, self._struct[1] = 0, 0
+        self._parts.append((torch.from_numpy(counts).view(-1, self.networks, *counts.shape[1:]), lowest))
+
+
+def _arena(bins: Bins, rows: int) -> int:
+    assert isinstance(bins, Arena), "bins come from the backend that fills them"
+    return bins.address(rows)

@@ -1,0 +1,96 @@
+"""Rows by Triton's kernels, for float32, float16 and bfloat16 on a CUDA GPU: made by the pass that makes the tensor.
+
+Only in-place passes are fused; a tensor by itself, and everything else, is left to plain PyTorch. Nothing waits for the
+GPU. Legend: E networks, N batch, C units, F fields.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from initlab.stats.backend import Backend, into
+from initlab.stats.custom import Function
+from initlab.stats.histogram import Bins, octaves
+from initlab.stats.kernels import triton_rows
+from initlab.stats.kernels.triton_rows import Blocks, blocks
+from initlab.stats.summarize import summarize
+
+
+@lru_cache
+def works(device: torch.device) -> bool:
+    """Whether the kernels run here and give the rows of plain PyTorch: tried once; why not is logged."""
+    if triton_rows.missing(device):
+        return False
+    x = torch.arange(-300.0, 300.0, device=device).reshape(20, 30)
+    try:
+        same = torch.allclose(triton_rows.measured(x)[0], summarize(x), rtol=1e-12, atol=0, equal_nan=True)
+        reason = "" if same else "their rows are not those of plain PyTorch"
+    except Exception as error:  # compilers and drivers fail in ways of their own
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if reason:
+        logging.getLogger(__name__).warning("statistics in plain PyTorch, slower: fused passes fail: %s", reason)
+    return not reason
+
+
+class GpuBackend(Backend):
+    """See `Backend`."""
+
+    def __init__(self, statistics: Mapping[str, Function] | None = None) -> None:
+        super().__init__(statistics)
+        self._rates: dict[tuple[float, torch.device], Tensor] = {}  # a new tensor would be copied to the GPU each time
+
+    def relu_rows_(self, z: Tensor, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
+        if not self.fuses(z):
+            return super().relu_rows_(z, bins, out)
+        before, after = _blocks(z, True, saturated=True), _blocks(z, True)
+        triton_rows.relu(z, before, after, out=z)
+        return into(out, _finish([before, after], bins))
+
+    def mask_rows_(
+        self, g: Tensor, a: Tensor, sums: Tensor | None = None, bins: Bins | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        if not self.fuses(g) or not self.fuses(a):
+            return super().mask_rows_(g, a, sums, bins, out)
+        before, after = _blocks(g, True), _blocks(g, True)
+        triton_rows.mask(g, a, before, after, out=g)
+        if sums is not None:
+            torch.sum(g, -2, out=sums)
+        return into(out, _finish([before, after], bins))
+
+    def update_rows_(
+        self, w: Tensor, g: Tensor, lr: float, bins: Bins | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        if not self.fuses(w) or not self.fuses(g):
+            return super().update_rows_(w, g, lr, bins, out)
+        rate = self._rate(lr, w.device)
+        old, gradient, change, new = (_blocks(w, False) for _ in range(4))
+        triton_rows.measure(w, old)
+        triton_rows.update(w, g, rate, gradient, change, new)
+        return into(out, _finish([old, gradient, change], bins))
+
+    def _rate(self, lr: float, device: torch.device) -> Tensor:
+        if (lr, device) not in self._rates:
+            self._rates[lr, device] = torch.tensor([lr], dtype=torch.float32, device=device)
+        return self._rates[lr, device]
+
+    def fuses(self, x: Tensor) -> bool:
+        here = not triton_rows.missing(x.device)
+        return not self.statistics and here and x.dtype in triton_rows.DTYPES and x.is_contiguous() and x.numel() > 0
+
+
+def _blocks(x: Tensor, batched: bool, saturated: bool = False) -> Blocks:
+    return blocks(x.shape[:-2], (x.shape[-2], x.shape[-1]), x.dtype, x.device, batched, saturated)
+
+
+def _finish(parts: Sequence[Blocks], bins: Bins | None) -> Tensor:
+    """The rows (F, K, ...) of K tensors from what their blocks say; their histograms go into the bins."""
+    rows = []
+    for part in parts:
+        fields, counts = triton_rows.finish(part)
+        rows.append(fields)
+        if bins is not None:
+            bins.add(counts, octaves(part.dtype)[0])
+    return torch.stack(rows, 1)

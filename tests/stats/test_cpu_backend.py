@@ -1,0 +1,268 @@
+"""The compiled passes: the rows and histograms of plain PyTorch, and what they were fused with."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from initlab.nn.activations import ACTIVATIONS
+from initlab.stats.backend import SATURATED, Backend
+from initlab.stats.derive import saturated_share
+from initlab.stats.histogram import Bins, bin_columns, histogram
+from initlab.stats.kernels import cpu
+from initlab.stats.kernels.cpu import library
+from initlab.stats.measure import backend_for
+from initlab.stats.reference import FIELDS
+from initlab.stats.summarize import summarize
+
+needs_compiler = pytest.mark.skipif(library() is None, reason="no working C++ compiler")
+COUNTED = ("count", "n_nan", "n_inf", "n_subnormal", "n_zero", "exponent", "min", "max", "dead", "alive")
+
+
+def agree(ours: Tensor, plain: Tensor) -> None:
+    """Counts are equal; the rest to 1e-12, both being float64 sums of at most 1e5 terms; a mean relative to the rms."""
+    row = dict(zip(FIELDS, plain, strict=True))
+    rms = (row["m2"] / (row["count"] - row["n_nan"] - row["n_inf"]) + row["mean"].square()).sqrt()
+    for name, a, b in zip(FIELDS, ours, plain, strict=True):
+        if name in COUNTED:
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+            continue
+        scale = rms if name == "mean" else b.abs()
+        close = ((a - b).abs() <= 1e-12 * scale) | (a.isnan() & b.isnan())
+        assert close.all(), (name, a, b)
+
+
+def spoilt(kind: str, shape: tuple[int, ...]) -> Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(len(kind)))
+    x *= {"tiny": 1e-40, "huge": 1e37, "small": 1e-30}.get(kind, 1.0)
+    if kind == "relu":
+        x.relu_()
+    elif kind == "nan":
+        x[..., ::2, :] = torch.nan
+    elif kind == "inf":
+        x[..., 0, 0], x[..., -1, -1] = torch.inf, -torch.inf
+    elif kind == "far":
+        x = (1e6 + x.double()).float()
+    elif kind == "constant":
+        x[:] = 3.25
+    elif kind == "zero":
+        x.zero_()
+    elif kind == "all nan":
+        x[:] = torch.nan
+    elif kind == "wide":
+        x *= 10.0 ** torch.linspace(-44, 37, x.numel()).view(x.shape)
+    elif kind == "dead":
+        x[..., ::3] = 0
+    return x
+
+
+KINDS = ["plain", "tiny", "small", "huge", "relu", "nan", "inf", "far", "constant", "zero", "all nan", "wide", "dead"]
+
+
+def passes() -> Backend:
+    return backend_for("cpu")
+
+
+def whole(bins: Bins, like: Tensor) -> Tensor:
+    """The histograms (K, E, 2, B) that were counted, with all octaves of float32."""
+    ((counts, lowest),) = bins.take()
+    found = torch.zeros((*counts.shape[:3], histogram(like).shape[-1]), dtype=torch.int32)
+    found[..., lowest + 149 : lowest + 149 + counts.shape[-1]] = counts
+    return found
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(128, 100), (3, 17, 13), (1, 5), (7, 1), (600, 9), (2, 64, 784)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batched", [True, False])
+def test_the_row_of_plain_pytorch(kind: str, shape: tuple[int, ...], batched: bool) -> None:
+    x = spoilt(kind, shape)
+    networks = x.shape[:-2].numel()
+    bins, out = passes().bins(networks), torch.empty(*shape[:-2], len(FIELDS), dtype=torch.float64)
+    agree(passes().rows(x, batched, bins), summarize(x, batched))
+    assert torch.equal(whole(bins, x)[0].reshape(histogram(x).shape), histogram(x))
+    assert passes().rows(x, batched, out=out) is out
+    agree(out.movedim(-1, 0), summarize(x, batched))
+
+
+@needs_compiler
+def test_what_is_not_contiguous() -> None:
+    x = torch.randn(40, 30).mT
+    agree(passes().rows(x), summarize(x.contiguous()))
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", KINDS)
+def test_relu_leaves_both_rows(kind: str) -> None:
+    z = spoilt(kind, (2, 50, 21))
+    a, bins = z.clone(), passes().bins(2)
+    rows = passes().relu_rows_(a, bins)
+    assert torch.equal(torch.nan_to_num(a, nan=7.0), torch.nan_to_num(z.relu(), nan=7.0))
+    before, after = summarize(z), summarize(z.relu())
+    before[SATURATED] = (z > 0).logical_not().double().mean((-2, -1))
+    agree(rows[:, 0], before)
+    agree(rows[:, 1], after)
+    assert torch.equal(whole(bins, z), torch.stack([histogram(z), histogram(z.relu())]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mask_leaves_both_rows_and_the_gradient_of_the_bias(kind: str) -> None:
+    g, a, sums = spoilt(kind, (2, 50, 21)), torch.randn(2, 50, 21).relu(), torch.zeros(2, 21)
+    masked, expected, bins = g.clone(), torch.where(a > 0, g, 0), passes().bins(2)
+    rows = passes().mask_rows_(masked, a, sums, bins)
+    torch.testing.assert_close(masked, expected, rtol=0, atol=0, equal_nan=True)
+    agree(rows[:, 0], summarize(g))
+    agree(rows[:, 1], summarize(expected))
+    assert torch.equal(whole(bins, g), torch.stack([histogram(g), histogram(expected)]))
+    exact = expected.double().sum(-2)  # of float64 sums, rounded once
+    close = (sums - exact).abs() <= 2**-23 * (exact.abs() + 1e-9 * expected.double().abs().sum(-2))
+    assert (close | (exact.float() == sums) | (sums.isnan() & exact.isnan())).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lr", [0.1, 1e-9])
+def test_the_update_leaves_three_rows(kind: str, lr: float) -> None:
+    g, before = spoilt(kind, (2, 13, 11)), torch.randn(2, 13, 11)
+    w, bins = before.clone(), passes().bins(2)
+    rows = passes().update_rows_(w, g, lr, bins)
+    torch.testing.assert_close(w, before - lr * g, rtol=1e-6, atol=1e-7, equal_nan=True)  # with and without an fma
+    tensors = (before, g, w - before)
+    for k, x in enumerate(tensors):
+        agree(rows[:, k], summarize(x, batched=False))
+    assert torch.equal(whole(bins, w), torch.stack([histogram(x) for x in tensors]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_of_any_shape_have_their_rows_in_one_call(kind: str) -> None:
+    tensors, bins = [spoilt(kind, (1, 211)), torch.randn(5, 14), spoilt(kind, (3, 4))], passes().bins(1)
+    rows = passes().rows_of_each(tensors, bins)
+    for k, x in enumerate(tensors):
+        agree(rows[:, k], summarize(x, batched=False))
+    assert torch.equal(whole(bins, tensors[0])[:, 0], torch.stack([histogram(x) for x in tensors]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["relu", "linear", "tanh"])
+def test_every_backend_makes_the_same_passes(name: str, dtype: torch.dtype) -> None:
+    """With memory for the rows and without, and with all networks' entries spread in memory."""
+    row, plain = ACTIVATIONS[name], Backend()
+    z, g, w = (torch.randn(2, 9, 7).to(dtype) for _ in range(3))
+    for backend in (plain, passes()):
+        for given in (z, z.mT.contiguous().mT):
+            a, dz = given.clone(memory_format=torch.preserve_format), g.clone()
+            rows, both = backend.activation_rows_(a, row), backend.gradient_rows_(dz, z, row)
+            torch.testing.assert_close(a, row.phi(z))
+            torch.testing.assert_close(dz, row.pull_back(g, z))
+            agree(rows[:, 1], summarize(a))
+            agree(both, torch.stack([summarize(g), summarize(dz)], 1))
+            share = saturated_share(row.slope(z), row.largest_slope)
+            torch.testing.assert_close(rows[SATURATED, 0], share, rtol=0, atol=0)
+        updated, out = w.clone(), torch.empty(3, 2, len(FIELDS), dtype=torch.float64)
+        backend.update_rows_(updated, g, 0.5, out=out)
+        agree(out[2].T, summarize(updated - w, batched=False))
+
+
+@needs_compiler
+def test_histograms_are_kept_in_the_order_of_the_rows() -> None:
+    """More rows than wait together, other formats between them, and what was rewound is gone."""
+    bins, expected = passes().bins(2), []
+    for k in range(40):
+        x = torch.randn(2, 3, 4) * 2.0**k
+        x = x.double() if k % 7 == 3 else x
+        passes().rows(x, True, bins)
+        expected.append(x)
+    assert len(bins) == 40
+    passes().rows(torch.ones(5, 2, 3, 4), True, bins)
+    bins.rewind(40)
+    assert len(bins) == 40
+    columns = bin_columns(bins.take())
+    for k, x in enumerate(expected):
+        for network in range(2):
+            at = 2 * k + network
+            octave = torch.frexp(x[network].abs().min()).exponent - 1
+            assert columns["first"][at] == octave
+            assert sum(columns["positive"][at]) + sum(columns["negative"][at]) == 12
+    assert len(bins) == 0 and bins.take() == []
+
+
+@pytest.fixture
+def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> Iterator[pytest.MonkeyPatch]:
+    """An empty cache of compiled passes, and the loaded one back afterwards."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu._library.cache_clear()
+    yield monkeypatch
+    cpu._library.cache_clear()
+
+
+def test_without_a_compiler_it_is_said_once(afresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    afresh.setattr(cpu.shutil, "which", lambda name: None)
+    afresh.delenv("CXX", raising=False)
+    x = torch.randn(20, 10)
+    with caplog.at_level(logging.WARNING):
+        found = [passes().rows(x) for _ in range(3)]
+    assert [record.message for record in caplog.records] == [
+        "statistics in plain PyTorch, slower: no C++ compiler found (c++, g++, clang++ or $CXX)"
+    ]
+    assert torch.equal(found[0].nan_to_num(), summarize(x).nan_to_num())
+
+
+def test_a_compiler_that_fails(afresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    afresh.setenv("CXX", "false")
+    with caplog.at_level(logging.WARNING):
+        assert library() is None
+    assert len(caplog.records) == 1 and "set CXX to another C++ compiler" in caplog.text
+
+
+@needs_compiler
+def test_plain_makes_rows_without_the_compiled_passes() -> None:
+    with cpu.plain():
+        assert library() is None
+    assert library() is not None
+
+
+def test_the_switch(afresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    afresh.setenv(cpu.SWITCH, "0")
+    assert library() is None and not caplog.records
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(1, 10**6), (50_000, 1), (50_000, 10), (3000, 7)], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 3.0, 10.0, 30.0])
+def test_many_terms_and_a_mean_above_the_std(shape: tuple[int, int], mean: float) -> None:
+    """Whole numbers: their sums and squares are exact in float64, so is the reference."""
+    x = torch.randn(*shape).mul(1000).add(1000 * mean).round()
+    wide, n = x.double(), x.numel()
+    exact = (wide.square().sum() - wide.sum().square() / n) / n
+    for batched in (True, False):
+        row = dict(zip(FIELDS, passes().rows(x, batched), strict=True))
+        assert abs(row["m2"] / n - exact) <= 1e-12 * exact
+        if batched:
+            inside = (wide - wide.mean(-2, keepdim=True)).square().mean()
+            assert abs(row["within"] - inside) <= 1e-12 * inside
+
+
+@needs_compiler
+def test_a_broken_or_foreign_library_is_built_again(afresh: pytest.MonkeyPatch) -> None:
+    assert library() is not None
+    folder = cpu._cache_folder()
+    (built,) = folder.glob("*.so")
+    half = built.read_bytes()[:1000]
+    built.unlink()  # the one that is loaded stays what it is
+    built.write_bytes(half)
+    cpu._library.cache_clear()
+    assert library() is not None and built.stat().st_size > 1000
+    folder.chmod(0o777)
+    assert cpu._cache_folder() != folder
+    folder.chmod(0o700)
+
+
+def test_a_compiler_that_is_not_there_is_named(afresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    afresh.setenv("CXX", "no-such-compiler -O1")
+    assert library() is None
+    assert "CXX=no-such-compiler -O1: no such program" in caplog.text
