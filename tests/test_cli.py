@@ -26,6 +26,7 @@ from initlab.tasks.course import ladders
 from initlab.tasks.ensemble.training import OPTIMIZERS
 
 Lab = Callable[..., tuple[int, str, str]]
+STACK = ("task=stack", "depth=5", "seeds=2", "plots=false")
 QUICK = ("depth=5", "seeds=2", "train.steps=3", "plots=false")
 
 
@@ -387,12 +388,12 @@ def test_a_wrong_prediction_is_seen_on_the_command_line(lab: Lab, monkeypatch: p
 
 
 def test_a_run_says_which_gain_it_took_and_a_sweep_each_note_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, out, _ = lab("init=xavier", "activation=tanh", *QUICK)
+    _, out, _ = lab("init=xavier", "activation=tanh", *STACK)
     assert "gain: 1.46741 (chi: " in out and "torch has 1.66667, init.gain_kind=torch)" in out
-    _, out, _ = lab("init=kaiming", "init.gain_kind=torch", "activation=tanh", *QUICK)
+    _, out, _ = lab("init=kaiming", "init.gain_kind=torch", "activation=tanh", *STACK)
     assert "gain: 1.66667 (torch: " in out and "the one that keeps gradients is 1.46741, init.gain_kind=chi)" in out
-    assert "gain: " not in lab("init=lecun", *QUICK)[1] and "gain: " not in lab("-m", "init=kaiming", *QUICK)[1]
-    _, out, _ = lab("activation._target_=torch.nn.Softsign", *QUICK)
+    assert "gain: " not in lab("init=lecun", *STACK)[1] and "gain: " not in lab("-m", "init=kaiming", *STACK)[1]
+    _, out, _ = lab("activation._target_=torch.nn.Softsign", *STACK)
     assert "Softsign came without a derivative" in out and "torch has none" in out
 
     def silent(stats: pd.DataFrame, **asked: object) -> pd.DataFrame:

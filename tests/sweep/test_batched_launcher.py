@@ -93,12 +93,12 @@ def table_differences(a: Path, b: Path) -> list[str]:
 
 
 def test_a_mixed_sweep_leaves_the_folders_of_hydras_own_launcher(lab: Lab) -> None:
-    axes = ("init=kaiming,torch_default", "activation=relu,tanh", "train.lr=0.1,0.5", "seed=0,2", "seeds=2")
+    axes = ("init=kaiming,torch_default", "activation=relu,tanh", "train.lr=0.1,0.5", "seed=2", "seeds=2")
     for name, how in (("basic", ()), ("batched", (BATCHED,))):
         code, _, errors = sweep(lab, name, *how, *axes)
         assert (code, errors) == (0, "")
     folders = sorted(Path("basic").glob("*/run.json"))
-    assert len(folders) == 16
+    assert len(folders) == 8
     for path in folders:
         assert differences(path.parent, Path("batched") / path.parent.name) == []
     assert differences(Path("basic/0"), Path("batched/1")) != []
@@ -262,13 +262,13 @@ def test_a_stop_leaves_what_was_measured(
 ) -> None:
     broken = _breaking(run_training, lambda ensemble: stop if 12 in ensemble.seeds else None)
     monkeypatch.setattr(training, "run_training", broken)
-    assert sweep(lab, "there", BATCHED, "seed=range(0,24)", "seeds=1")[0] == code
+    assert sweep(lab, "there", BATCHED, "seed=range(0,17)", "seeds=1")[0] == code
     assert statuses("there") == {k: "done" if k < 8 else "interrupted" for k in range(16)}
     assert Path("there/12/stats.parquet").is_file() and not Path("there/12/losses.parquet").exists()
 
 
 def test_a_sweep_that_was_stopped_is_finished(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = (BATCHED, "seed=range(0,20)", "seeds=1")
+    words = (BATCHED, "seed=range(0,11)", "seeds=1")
     sweep(lab, "whole", *words)
     with monkeypatch.context() as broken:
         fault = KeyboardInterrupt()
@@ -277,9 +277,9 @@ def test_a_sweep_that_was_stopped_is_finished(lab: Lab, monkeypatch: pytest.Monk
         assert sweep(lab, "there", *words)[0] == 130
     kept = Path("there/3/stats.parquet").stat().st_mtime_ns
     assert lab("-m", *TINY, *words, "resume=there")[0] == 0
-    assert statuses("there") == dict.fromkeys(range(20), "done")
+    assert statuses("there") == dict.fromkeys(range(11), "done")
     assert Path("there/3/stats.parquet").stat().st_mtime_ns == kept
-    for k in (3, 12, 19):
+    for k in (3, 9, 10):
         one, other = Path("whole") / str(k), Path("there") / str(k)
         for name in ("stats", "losses", "theory"):
             assert table_differences(one / f"{name}.parquet", other / f"{name}.parquet") == []
