@@ -68,7 +68,7 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     if settings.statistics and not task.statistics:
         allowed = ", ".join(name for name, row in TASKS.items() if row.statistics)
         raise UsageError(f"statistics.{next(iter(settings.statistics))}: is for task={allowed}")
-    described = _described(settings, choices)
+    described = describe(settings, choices)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {config.threads} thread(s)"
     recorder = Recorder(folder, described, name, seeds=list(settings.seeds))
     several = any(vars(config.sweep)[name] is not None for name in ("init", "gain", "lr"))
@@ -109,7 +109,7 @@ def _file_of(group: str, choices: Mapping[str, str | None]) -> str:
     return Path(choice).stem if isinstance(choice, str) else ""
 
 
-def _described(settings: JobSettings, choices: Mapping[str, str | None]) -> dict[str, Any]:
+def describe(settings: JobSettings, choices: Mapping[str, str | None]) -> dict[str, Any]:
     """The configuration columns: a rule's name is that of its file, its fields are those in force."""
     config, scaling = settings.config, settings.rule
     named = columns(config)

@@ -60,7 +60,7 @@ def _record(sink: Sink, frames: Mapping[str, pd.DataFrame], text: str) -> str:
     return text
 
 
-def _stack(task: Any, s: JobSettings) -> Stage:
+def stack_stage(task: Any, s: JobSettings) -> Stage:
     """Plans the memory at once: a network that does not fit is a mistake of the user."""
     config, net = s.config, s.net
     ensemble = grid_of(config, s.rule, s.activation, s.seeds)
@@ -80,7 +80,7 @@ def _stack(task: Any, s: JobSettings) -> Stage:
     )
 
 
-def _seeded(task: Any, s: JobSettings) -> Stage:
+def seeded_stage(task: Any, s: JobSettings) -> Stage:
     if s.where.device.type != "cpu":
         raise UsageError(f"device={s.config.device}: task=seeded is about the CPU's numbers; use device=cpu")
     asked = {name: value for name, value in s.keywords().items() if name in ("activation", "depth", "width", "batch")}
@@ -90,24 +90,24 @@ def _seeded(task: Any, s: JobSettings) -> Stage:
         return compare_stack(stats, init=rule, method=method, inputs=s.net.width, **asked)
 
     def program(networks: Any, emit: Callable[[Mapping[str, pd.DataFrame]], None]) -> None:
-        frame = task.seeded(s.rule, **asked, seeds=networks.seeds, dtype=s.where.dtype)
+        frame = task.seeded_stack(s.rule, **asked, seeds=networks.seeds, dtype=s.where.dtype)
         emit({"stats": frame.assign(network=pd.Index(networks.seeds).get_indexer(frame["seed"]))})
 
     return EnsembleStage(program, plain, None if s.config.theory == "off" else predict, s.config.theory)
 
 
-def _train(task: Any, s: JobSettings) -> Stage:
+def train_stage(task: Any, s: JobSettings) -> Stage:
     """Loads the data at once: what is wrong with it must show before anything is measured."""
     config, training = s.config, s.training
     source = (config.data.name, config.data.root, config.data.download, config.data.url)
-    data = _data(*source)
+    data = load_data(*source)
     training.check_data(data)
     ensemble = grid_of(config, s.rule, s.activation, s.seeds)
     if len(set(ensemble.rates)) > 1 and training.optimizer != "sgd":
         raise UsageError(f"sweep.lr: train.optimizer={training.optimizer} has one learning rate for all; use sgd")
 
     def predict(stats: pd.DataFrame, rule: Rule, method: str) -> pd.DataFrame:
-        widths, entering = training.sizes(data)[1:], _input(*source, training.batch)
+        widths, entering = training.sizes(data)[1:], entering_moments(*source, training.batch)
         return compare_training(stats, widths, entering, training.batch, rule, s.activation, method=method)
 
     return EnsembleStage(
@@ -122,14 +122,15 @@ def _train(task: Any, s: JobSettings) -> Stage:
 
 
 @lru_cache(maxsize=1)
-def _data(name: str, root: str, download: bool, url: str) -> Data:
+def load_data(name: str, root: str, download: bool, url: str) -> Data:
     """The jobs of a sweep share their data."""
     return load(name, root, download, url)
 
 
 @lru_cache(maxsize=1)
-def _input(name: str, root: str, download: bool, url: str, batch: int) -> InputMoments:
-    return measure_input(_data(name, root, download, url).x.numpy(), batch)
+def entering_moments(name: str, root: str, download: bool, url: str, batch: int) -> InputMoments:
+    """What theory needs to know of the data: measured once for the jobs of a sweep."""
+    return measure_input(load_data(name, root, download, url).x.numpy(), batch)
 
 
 def _ladder(measure: Callable[..., pd.DataFrame], agreement: Callable[..., str], s: JobSettings, sink: Sink) -> str:
@@ -139,11 +140,11 @@ def _ladder(measure: Callable[..., pd.DataFrame], agreement: Callable[..., str],
     return f"{summary.timings_as_text(frame)}\n{agreement(frame, s.where.dtype)}"
 
 
-def _matmul(task: Any, s: JobSettings) -> Stage:
+def matmul_stage(task: Any, s: JobSettings) -> Stage:
     return partial(_ladder, task.matmul_ladder, task.agreement, s)
 
 
-def _backward(task: Any, s: JobSettings) -> Stage:
+def backward_stage(task: Any, s: JobSettings) -> Stage:
     """The book's regression: its 50,000 rows at once, and minibatches of `train.batch`."""
     t = s.training
     batches = sorted({t.batch, TEACHER_ROWS})
@@ -151,7 +152,7 @@ def _backward(task: Any, s: JobSettings) -> Stage:
     return partial(_ladder, measure, task.agreement, s)
 
 
-def _explain(task: Any, s: JobSettings) -> Stage:
+def explain_stage(task: Any, s: JobSettings) -> Stage:
     t = s.training
     where = {"dtype": s.where.dtype, "device": s.where.device}
     name = s.config.activation.name
@@ -159,7 +160,7 @@ def _explain(task: Any, s: JobSettings) -> Stage:
     return partial(_record, frames={"steps": found.steps, "rules": found.rules}, text=found.text)
 
 
-def _graph(task: Any, s: JobSettings) -> Stage:
+def graph_stage(task: Any, s: JobSettings) -> Stage:
     """Walks the graph at once: a model that cannot be built or run is a mistake of the user."""
     t, given = s.training, s.config.graph
     shape = {"depth": t.depth, "width": t.width, "batch": t.batch, "loss": None if given.model else t.loss}
@@ -171,7 +172,7 @@ def _graph(task: Any, s: JobSettings) -> Stage:
     return partial(_record, frames=frames, text=text)
 
 
-def _gains(task: Any, s: JobSettings) -> Stage:
+def gains_stage(task: Any, s: JobSettings) -> Stage:
     """Of all activations, whatever the options say."""
 
     def run(sink: Sink) -> str:
@@ -181,7 +182,7 @@ def _gains(task: Any, s: JobSettings) -> Stage:
     return run
 
 
-def _jacobian(task: Any, s: JobSettings) -> Stage:
+def jacobian_stage(task: Any, s: JobSettings) -> Stage:
     def run(sink: Sink) -> str:
         frames = task.jacobian(**s.keywords())
         return _record(sink, frames, task.jacobian_as_text(frames))
@@ -189,7 +190,7 @@ def _jacobian(task: Any, s: JobSettings) -> Stage:
     return run
 
 
-def _formats(task: Any, s: JobSettings) -> Stage:
+def formats_stage(task: Any, s: JobSettings) -> Stage:
     def run(sink: Sink) -> str:
         frames = task.formats(**s.keywords("dtype"))
         return _record(sink, frames, task.formats_as_text(frames))
@@ -197,7 +198,7 @@ def _formats(task: Any, s: JobSettings) -> Stage:
     return run
 
 
-def _phase(task: Any, s: JobSettings) -> Stage:
+def phase_stage(task: Any, s: JobSettings) -> Stage:
     """Of `init` only the law of the weights counts: their size is what the plane is about."""
     p = s.config.phase
     sigma_w, sigma_b = (task.Axis(axis.min, axis.max, axis.points) for axis in (p.sw, p.sb))
@@ -229,16 +230,16 @@ class Task(NamedTuple):
 
 
 TASKS: dict[str, Task] = {
-    "lab": Task((("stack", _stack), ("train", _train)), any_function=True, by_rule=True, statistics=True),
-    "stack": Task((("stack", _stack),), any_function=True, by_rule=True, statistics=True),
-    "train": Task((("train", _train),), any_function=True, by_rule=True, statistics=True),
-    "seeded": Task((("seeded", _seeded),), any_function=True, by_rule=True),
-    "matmul": Task((("course.ladders", _matmul),)),
-    "backward": Task((("course.ladders", _backward),)),
-    "graph": Task((("course.graph", _graph),)),
-    "explain": Task((("course.explain", _explain),)),
-    "gains": Task((("gains", _gains),)),
-    "jacobian": Task((("jacobian", _jacobian),), by_rule=True),
-    "formats": Task((("formats", _formats),), any_function=True, by_rule=True),
-    "phase": Task((("phase", _phase),)),
+    "lab": Task((("stack", stack_stage), ("train", train_stage)), any_function=True, by_rule=True, statistics=True),
+    "stack": Task((("stack", stack_stage),), any_function=True, by_rule=True, statistics=True),
+    "train": Task((("train", train_stage),), any_function=True, by_rule=True, statistics=True),
+    "seeded": Task((("seeded", seeded_stage),), any_function=True, by_rule=True),
+    "matmul": Task((("course.ladders", matmul_stage),)),
+    "backward": Task((("course.ladders", backward_stage),)),
+    "graph": Task((("course.graph", graph_stage),)),
+    "explain": Task((("course.explain", explain_stage),)),
+    "gains": Task((("gains", gains_stage),)),
+    "jacobian": Task((("jacobian", jacobian_stage),), by_rule=True),
+    "formats": Task((("formats", formats_stage),), any_function=True, by_rule=True),
+    "phase": Task((("phase", phase_stage),)),
 }

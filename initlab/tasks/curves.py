@@ -51,10 +51,10 @@ def gain_curves(
     """
     net, where = Net.of(activation, depth, width, inputs, batch), Where.of(dtype, device)
     rules, names = [rule(one) for one in inits], [rule_name(one) for one in inits]
-    scales = [_weight_scales(one, net, where) for one in rules]
-    kept = _weight_scales(rule("kaiming"), net, where)[1]
+    scales = [weight_scales(one, net, where) for one in rules]
+    kept = weight_scales(rule("kaiming"), net, where)[1]
     families: list[object] = [  # rules of one family scale the same random numbers
-        one.distribution if np.isfinite(both).all() and _scales_only(one, net) else k
+        one.distribution if np.isfinite(both).all() and is_scaled_by_weights(one, net) else k
         for k, (one, both) in enumerate(zip(rules, scales, strict=True))
     ]
     bases: dict[object, int] = {}
@@ -68,7 +68,7 @@ def gain_curves(
     for k, family in enumerate(families):
         base = bases[family]
         logs = np.stack([runs[base][name].to_numpy() for name in TRUE_COLUMNS])
-        curves.append(logs if base == k else logs + _shift(rows, scales[k], scales[base], depth))
+        curves.append(logs if base == k else logs + log2_shift(rows, scales[k], scales[base], depth))
     sources = ["" if bases[family] == k else names[bases[family]] for k, family in enumerate(families)]
     keys = pd.concat([rows[list(KEY_COLUMNS)]] * len(rules), ignore_index=True)
     columns = {
@@ -79,12 +79,12 @@ def gain_curves(
     return keys.assign(**columns, **dict(zip(TRUE_COLUMNS, np.concatenate(curves, 1), strict=True)))
 
 
-def _scales_only(one: Rule, net: Net) -> bool:
+def is_scaled_by_weights(one: Rule, net: Net) -> bool:
     """Whether weights of another size make the same signal but for its size."""
     return net.activation.homogeneous and not one.bias and not one.attempts
 
 
-def _weight_scales(one: Rule, net: Net, where: Where) -> tuple[float, float]:
+def weight_scales(one: Rule, net: Net, where: Where) -> tuple[float, float]:
     """log2 of the rms of the weights of layer 1 and of those above it.
 
     Measured, not taken from the formula: std itself is rounded to float32, in every layer alike.
@@ -94,7 +94,7 @@ def _weight_scales(one: Rule, net: Net, where: Where) -> tuple[float, float]:
     return first, other
 
 
-def _shift(rows: pd.DataFrame, a: tuple[float, float], b: tuple[float, float], depth: int) -> np.ndarray:
+def log2_shift(rows: pd.DataFrame, a: tuple[float, float], b: tuple[float, float], depth: int) -> np.ndarray:
     """What weights of scales `a` instead of `b` add to log2 of each row, (rows,): forward up to its layer, backward
     above it."""
     first, other = np.subtract(a, b)

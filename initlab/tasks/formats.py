@@ -73,11 +73,13 @@ def formats(
             first = z[happened(z)].groupby("seed")["layer"].min().reindex(list(numbers)).astype(float)
             ends.append(first.rename_axis("seed").reset_index().assign(event=event, format=dtype))
     found = pd.concat(ends, ignore_index=True)
-    table = predicted[["format", "event", *_PREDICTED.values()]].merge(_measure(found), "left", ["format", "event"])
+    table = predicted[["format", "event", *_PREDICTED.values()]].merge(
+        summarize_ends(found), "left", ["format", "event"]
+    )
     return {"formats": table, "ends": found}
 
 
-def _measure(ends: pd.DataFrame) -> pd.DataFrame:
+def summarize_ends(ends: pd.DataFrame) -> pd.DataFrame:
     """The measured columns of `formats`; a network in which an event never happens ranks last."""
     rows = []
     for (name, event), layers in ends.groupby(["format", "event"], sort=False)["layer"]:
@@ -98,8 +100,8 @@ def formats_as_text(frames: Frames) -> str:
         {
             "format": rows["format"],
             "event": rows["event"].map(WORDS),
-            "layer predicted": [_span(*row) for row in rows[["predicted", "band_low", "band_high"]].to_numpy()],
-            "measured": [_span(*row) for row in rows[["measured", "measured_low", "measured_high"]].to_numpy()],
+            "layer predicted": [span_as_text(*row) for row in rows[["predicted", "band_low", "band_high"]].to_numpy()],
+            "measured": [span_as_text(*row) for row in rows[["measured", "measured_low", "measured_high"]].to_numpy()],
             "of networks": ["" if np.isnan(share) else f"{100 * share:.0f} %" for share in rows["measured_share"]],
         }
     )
@@ -116,7 +118,8 @@ def formats_as_text(frames: Frames) -> str:
     )
 
 
-def _span(centre: float, low: float, high: float) -> str:
+def span_as_text(centre: float, low: float, high: float) -> str:
+    """A layer and its range in words; a layer of nan is never reached, a high end of inf not by all networks."""
     if np.isnan(low):
         return "-"
     ends = f"{low:.0f} to {high:.0f}" if np.isfinite(high) else f"from {low:.0f}, some never"

@@ -114,18 +114,20 @@ def phase(
     row, where = as_activation(activation), Where.of(dtype, device, generator)
     gains, biases = across * len(up), [value for value in up for _ in across]
     points = Points(gains, biases, row, depth, width, batch, correlation, distribution, fresh, chunk)
-    return _measure(plane, points, numbers, where, progress)
+    return measure_plane(plane, points, numbers, where, progress)
 
 
-def _measure(plane: str, points: Points, seeds: Sequence[int], where: Where, progress: bool) -> Iterator[pd.DataFrame]:
+def measure_plane(
+    plane: str, points: Points, seeds: Sequence[int], where: Where, progress: bool
+) -> Iterator[pd.DataFrame]:
     layers, slopes = measured_layers(plane, points.depth)
     rows = layers if plane == "depth" else [points.depth]
-    theory = _theory(points, rows)
+    theory = predict_points(points, rows)
     total = len(points.sigma_w) * points.depth * len(seeds)
     with tqdm(total=total, desc="phase", unit="layer", unit_scale=True, disable=None if progress else True) as bar:
         for seed in seeds:
             found = measure_points(points, seed, layers, slopes, where, bar.update)
-            yield _frame(points, found, np.array(layers), np.array(slopes), rows, theory).assign(seed=seed)
+            yield points_frame(points, found, np.array(layers), np.array(slopes), rows, theory).assign(seed=seed)
 
 
 def measured_layers(plane: str, depth: int) -> tuple[list[int], list[int]]:
@@ -146,7 +148,7 @@ def steps(depth: int, ratio: float) -> list[int]:
     return found
 
 
-def _theory(points: Points, rows: Sequence[int]) -> pd.DataFrame:
+def predict_points(points: Points, rows: Sequence[int]) -> pd.DataFrame:
     """A row per point and layer of `rows`, points slowest: at this layer, and at infinite depth; in bounded memory."""
     across, at = list(dict.fromkeys(points.sigma_w)), [layer - 1 for layer in rows]
     rising = points.sigma_b[:: len(across)]
@@ -168,14 +170,14 @@ def _theory(points: Points, rows: Sequence[int]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def _frame(
+def points_frame(
     points: Points, found: Measured, layers: np.ndarray, slopes: np.ndarray, rows: Sequence[int], theory: pd.DataFrame
 ) -> pd.DataFrame:
     sigma_w, sigma_b = np.array(points.sigma_w)[:, None], np.array(points.sigma_b)[:, None]
     died = found.died_at[:, None]
-    apart = _lasting(found.apart, layers, died)
-    chi_1 = sigma_w**2 * _lasting(found.slope, slopes, died)
-    saturated = _lasting(found.saturated, slopes, died)
+    apart = hold_last_alive(found.apart, layers, died)
+    chi_1 = sigma_w**2 * hold_last_alive(found.slope, slopes, died)
+    saturated = hold_last_alive(found.saturated, slopes, died)
     at, near = np.searchsorted(layers, rows), np.searchsorted(slopes, rows)
     with np.errstate(invalid="ignore"):
         std = np.sqrt(np.maximum(found.q[:, at] - found.mean[:, near] ** 2, 0))
@@ -184,7 +186,7 @@ def _frame(
         "gain": sigma_w, "sigma_b": sigma_b, "layer": np.array(rows)[None], "q": q,
         "std": np.where(np.isfinite(q), std, np.inf),
         "cosine": 1 - apart[:, at], "one_minus_cosine": apart[:, at], "chi_1": chi_1[:, near],
-        "growth": _growth(chi_1, slopes)[:, near], "frac_saturated": saturated[:, near],
+        "growth": mean_growth(chi_1, slopes)[:, near], "frac_saturated": saturated[:, near],
         "xi_c": depth_scale(apart, chi_1[:, -1], layers)[:, None], "n_nan": found.nan[:, near],
         "n_inf": found.inf[:, near], "died_at": died,
     }  # fmt: skip
@@ -196,7 +198,7 @@ def _frame(
     return frame.assign(difference=frame["cosine"] - frame["predicted_cosine"], mode="fan_in", bias=0.0)
 
 
-def _lasting(values: np.ndarray, layers: np.ndarray, died: np.ndarray) -> np.ndarray:
+def hold_last_alive(values: np.ndarray, layers: np.ndarray, died: np.ndarray) -> np.ndarray:
     """Where a signal has died, what it was when last seen alive; 0 of one that no layer has seen alive."""
     found = values.copy()
     gone = (died > 0) & (layers >= died)
@@ -206,7 +208,7 @@ def _lasting(values: np.ndarray, layers: np.ndarray, died: np.ndarray) -> np.nda
     return lasting
 
 
-def _growth(chi_1: np.ndarray, layers: np.ndarray) -> np.ndarray:
+def mean_growth(chi_1: np.ndarray, layers: np.ndarray) -> np.ndarray:
     """Geometric mean over layers 1 to l at every l of `layers`, between them by straight lines in the logarithm."""
     logs = np.log(np.maximum(chi_1, 1e-300))
     sums = [logs[:, 0]]

@@ -13,7 +13,7 @@ from initlab.tasks.ensemble.device import Where, find_device
 from initlab.tasks.formats import formats
 from initlab.tasks.jacobian import jacobian
 from initlab.tasks.phase import phase
-from initlab.tasks.seeded import seeded
+from initlab.tasks.seeded import seeded_stack
 from initlab.tasks.stack import stack
 from initlab.tasks.train import train
 
@@ -48,7 +48,7 @@ def test_fields_of_a_rule_are_accepted_wherever_a_rule_is() -> None:
     fields: dict[str, Any] = {"gain": 1.5, "distribution": "uniform"}
     same(stack("lecun", **SMALL, seeds=1, **fields), stack(own, **SMALL, seeds=1))
     same(train("digits", "lecun", **STEPS, seeds=1, **fields)["stats"], train("digits", own, **STEPS, seeds=1)["stats"])
-    same(seeded("lecun", "tanh", **SMALL, **fields), seeded(own, "tanh", **SMALL))
+    same(seeded_stack("lecun", "tanh", **SMALL, **fields), seeded_stack(own, "tanh", **SMALL))
     for task in (jacobian, formats):
         a, b = task("lecun", **SMALL, seeds=1, **fields), task(own, **SMALL, seeds=1)  # type: ignore[operator]
         for name in a:

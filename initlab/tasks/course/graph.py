@@ -68,7 +68,7 @@ def graph(
         model, inputs = model.to(where.device, where.dtype), made if inputs is None and shapes is None else inputs
         targets = targets.to(where.device, where.dtype if targets.is_floating_point() else targets.dtype)
     if inputs is None:
-        shapes = shapes or [_first_shape(model, batch)]
+        shapes = shapes or [first_shape(model, batch)]
         if any(size < 1 for shape in shapes for size in shape):
             raise UsageError(f"shapes={[list(shape) for shape in shapes]}: every size must be at least 1")
         notes.append(f"inputs: Gaussian noise of shape {' and '.join(str(tuple(shape)) for shape in shapes)}")
@@ -77,10 +77,10 @@ def graph(
         arguments: Arguments = {str(name): value for name, value in inputs.items()}
     else:
         arguments = dict(enumerate([inputs] if isinstance(inputs, Tensor) else inputs))
-    with _restoring(model, seed):
-        out = _first_float(_run(model, _move(arguments, model)), notes)
-        value = _loss(out, targets, loss, notes)
-        found = walk(value, _names(model, arguments))
+    with restore_after(model, seed):
+        out = first_float(run_model(model, move_inputs(arguments, model)), notes)
+        value = loss_of(out, targets, loss, notes)
+        found = walk(value, tensor_names(model, arguments))
         if found.unreached:
             notes.append(f"no gradient reaches {', '.join(found.unreached)}")
         frames = {"nodes": found.frame(gradients(value, found)), "edges": found.edges()}
@@ -108,7 +108,7 @@ def build_mlp(
     return mlp.twin(parameters, 0, row), x, targets
 
 
-def _first_shape(model: nn.Module, batch: int) -> tuple[int, ...]:
+def first_shape(model: nn.Module, batch: int) -> tuple[int, ...]:
     """A batch for the model's first layer, if that is a linear one."""
     first = next((layer for layer in model.modules() if next(layer.parameters(recurse=False), None) is not None), None)
     if not isinstance(first, nn.Linear):
@@ -117,7 +117,7 @@ def _first_shape(model: nn.Module, batch: int) -> tuple[int, ...]:
     return batch, first.in_features
 
 
-def _move(given: Arguments, model: nn.Module) -> Arguments:
+def move_inputs(given: Arguments, model: nn.Module) -> Arguments:
     """Noise and data go where the model's parameters are, in their format; empty and non-finite ones are refused."""
     like = next(model.parameters(), None)
     moved: Arguments = {}
@@ -135,7 +135,7 @@ def _move(given: Arguments, model: nn.Module) -> Arguments:
 
 
 @contextmanager
-def _restoring(model: nn.Module, seed: int) -> Iterator[None]:
+def restore_after(model: nn.Module, seed: int) -> Iterator[None]:
     """Dropout draws from `seed`; running statistics and the caller's random numbers are put back afterwards."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -151,7 +151,8 @@ def _restoring(model: nn.Module, seed: int) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def _run(model: nn.Module, inputs: Arguments) -> object:
+def run_model(model: nn.Module, inputs: Arguments) -> object:
+    """What the model returns, or one line on why it refused."""
     positional = [value for name, value in inputs.items() if isinstance(name, int)]
     keywords = {name: value for name, value in inputs.items() if isinstance(name, str)}
     try:
@@ -162,21 +163,21 @@ def _run(model: nn.Module, inputs: Arguments) -> object:
         raise UsageError(f"graph: {type(model).__name__} refused inputs of shape {given}: {text}") from error
 
 
-def _tensors(value: object, where: str = "") -> Iterator[tuple[str, Tensor]]:
+def find_tensors(value: object, where: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor of nested tuples, lists and dicts, with the way to it."""
     if isinstance(value, Tensor):
         yield where, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _tensors(item, f"{where}[{key!r}]")
+            yield from find_tensors(item, f"{where}[{key!r}]")
     elif isinstance(value, (tuple, list)):
         for number, item in enumerate(value):
-            yield from _tensors(item, f"{where}[{number}]")
+            yield from find_tensors(item, f"{where}[{number}]")
 
 
-def _first_float(returned: object, notes: list[str]) -> Tensor:
+def first_float(returned: object, notes: list[str]) -> Tensor:
     """The first floating tensor of what the model returned."""
-    found = list(_tensors(returned))
+    found = list(find_tensors(returned))
     where, out = next(((where, t) for where, t in found if t.is_floating_point()), ("", None))
     if out is None:
         what = ", ".join(str(t.dtype).removeprefix("torch.") for _, t in found) or type(returned).__name__
@@ -191,7 +192,8 @@ def _first_float(returned: object, notes: list[str]) -> Tensor:
     return out
 
 
-def _loss(out: Tensor, targets: Tensor | None, loss: str | LossFunction | None, notes: list[str]) -> Tensor:
+def loss_of(out: Tensor, targets: Tensor | None, loss: str | LossFunction | None, notes: list[str]) -> Tensor:
+    """The number that is differentiated; how it was chosen goes into `notes`."""
     if callable(loss):
         return loss(out) if targets is None else loss(out, targets)
     if loss is not None:
@@ -206,12 +208,12 @@ def _loss(out: Tensor, targets: Tensor | None, loss: str | LossFunction | None, 
         return out.square().mean()
     name = loss or ("mse" if targets.is_floating_point() else "cross_entropy")
     notes.append(f"loss: {name}")
-    _check_targets(out, targets, name)
+    check_targets(out, targets, name)
     targets = targets.to(out.device, torch.int64 if LOSSES[name].classes else out.dtype)
     return LOSSES[name].module(out, targets)
 
 
-def _check_targets(out: Tensor, targets: Tensor, loss: str) -> None:
+def check_targets(out: Tensor, targets: Tensor, loss: str) -> None:
     """Targets of a shape that would broadcast in silence, of the wrong kind, or beyond the classes."""
     shape = tuple(out.shape[:1]) if LOSSES[loss].classes else tuple(out.squeeze(-1).shape)
     if tuple(targets.shape) != shape:
@@ -229,7 +231,7 @@ def _check_targets(out: Tensor, targets: Tensor, loss: str) -> None:
         )
 
 
-def _names(model: nn.Module, inputs: Arguments) -> dict[str, Tensor]:
+def tensor_names(model: nn.Module, inputs: Arguments) -> dict[str, Tensor]:
     """The parameters, under all their names, and the inputs that ask for a gradient themselves."""
     asking = {
         name if isinstance(name, str) else f"input {name}": value

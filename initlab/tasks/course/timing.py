@@ -89,7 +89,7 @@ def time_ladder(
         if not row.note and (needed := (needs or {}).get(row.name, 0)) > limit:
             row.note = f"skipped: needs {readable(needed)}, allowed are {readable(limit)}"
     with tqdm(total=len(rows) + rounds, desc=shape, unit="step", disable=None if progress else True) as bar:
-        chosen = _compare_first_calls(rows, reference, place, bar)
+        chosen = compare_first_calls(rows, reference, place, bar)
         runners = [row.runner for row in rows]
         share_rounds(runners, rounds, seconds)
         run_rounds(runners, place, done=bar.update)
@@ -102,17 +102,17 @@ def time_ladder(
     return pd.DataFrame(table, columns=list(COLUMNS))
 
 
-def _compare_first_calls(
+def compare_first_calls(
     rows: list[_Version], reference: str | None, device: torch.device, bar: tqdm
 ) -> _Version | None:
     """First calls: the reference's, then the others', each compared with it; then memory and the length of a sample."""
     chosen, expected = None, None
     for row in reversed(rows):
-        if reference in (None, row.name) and (given := _first_call(row)) is not None:
+        if reference in (None, row.name) and (given := first_call(row)) is not None:
             chosen, expected = row, [t.clone() for t in given]  # versions may share the tensors that they write
             break
     for row in rows:
-        out = expected if row is chosen else _first_call(row)
+        out = expected if row is chosen else first_call(row)
         if out is not None:
             row.note = "not compared: the reference did not run"
             if expected is not None and chosen is not None:
@@ -124,12 +124,12 @@ def _compare_first_calls(
     return chosen
 
 
-def _first_call(row: _Version) -> list[Tensor] | None:
+def first_call(row: _Version) -> list[Tensor] | None:
     """What the version gives, or None and a note where it cannot run."""
     if row.note:
         return None
     try:
-        return list(_leaves(row.runner.call()))
+        return list(leaf_tensors(row.runner.call()))
     except UsageError as fault:
         row.note = f"unavailable: {fault}"
     except (RuntimeError, MemoryError) as fault:
@@ -139,10 +139,10 @@ def _first_call(row: _Version) -> list[Tensor] | None:
     return None
 
 
-def _leaves(out: Any) -> Iterator[Tensor]:
+def leaf_tensors(out: Any) -> Iterator[Tensor]:
     if isinstance(out, (tuple, list)):
         for part in out:
-            yield from _leaves(part)
+            yield from leaf_tensors(part)
     else:
         yield torch.as_tensor(out).detach()
 
