@@ -1,9 +1,11 @@
 """What the README promises is what there is."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import initlab
 from initlab.job.options import option_names
@@ -89,3 +91,21 @@ def test_sentences_are_short(name: str) -> None:
     found = sentences(ROOT / name)
     long = [one for one in found if len(one.split()) > 30]
     assert len(long) <= len(found) / 20, long
+
+
+def test_every_python_block_runs(
+    lab: Callable[..., tuple[int, str, str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """In the order of the page, beside one small run and a network of the course."""
+    code, _, _ = lab("task=stack", "width=8", "batch=8", "seeds=2", "plots=false")
+    assert code == 0
+    torch.manual_seed(0)
+    names: dict[str, object] = {
+        "parameters": [(torch.randn(4, 3), torch.randn(3)), (torch.randn(3, 1), torch.randn(1))],
+        "xb": torch.randn(5, 4),
+        "yb": torch.randn(5),
+    }
+    blocks = re.findall(r"^```python\n(.*?)^```$", text(), re.M | re.S)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)  # the page's own code
+    assert len(blocks) >= 5 and {"theory", "wide", "rows", "gradients"} <= set(names)
