@@ -18,11 +18,15 @@ The rooms, lowest first; imports go from a room to those above it in this list, 
     sweep/      many jobs: Hydra's sweeper, launchers, resuming
     commands    `initlab collect`, `compare`, `gallery`; __main__ composes the options and runs the jobs
 
-From Python: `initlab.read("outputs/**")` gives the tables of all runs, `initlab.probe(model, x, y, loss)` the rows of
-any nn.Module, `initlab.predict(init, activation, depth, width)` what theory says of a stack,
-`initlab.gain("relu")`, `initlab.phase("tanh", sigma_w, sigma_b)`, `initlab.critical("tanh", sigma_b)`,
-`initlab.limits("naive", "relu")` where each number format ends a stack;
-`initlab.tasks.stack.stack(...)` and `initlab.tasks.train.train(...)` run the tasks and return their frames.
+At the top of the package, loaded when first used:
+
+    measure     statistics of any nn.Module in one forward and backward pass
+    probe       the same through a training loop, as a context manager
+    stack       a stack of layers under a rule, forward and backward
+    train       an MLP trained by hand and as an nn.Module, side by side
+    predict     what theory predicts for a stack, with bands
+    gain, phase, critical, limits   a rule at infinite width, and where number formats end it
+    read, compare   the tables of any number of runs; what differs between two of them
 """
 
 from importlib import import_module
@@ -35,19 +39,27 @@ if TYPE_CHECKING:
     from initlab.meanfield.fixed_points import phase as phase
     from initlab.nn.custom_activation import gain as gain
     from initlab.probes.probe import probe as probe
+    from initlab.probes.snapshot import measure as measure
+    from initlab.runs.compare import compare as compare
     from initlab.runs.read import read as read
+    from initlab.tasks.stack import stack as stack
+    from initlab.tasks.train import train as train
     from initlab.theory.format_limits import limits as limits
     from initlab.theory.predict import predict as predict
 
-# Public name -> where it is defined. Loaded on first use: `import initlab` alone is cheap.
+# Public name -> where it is defined.
 _PUBLIC = {
-    "read": "initlab.runs.read",
+    "measure": "initlab.probes.snapshot",
+    "probe": "initlab.probes.probe",
+    "stack": "initlab.tasks.stack",
+    "train": "initlab.tasks.train",
+    "predict": "initlab.theory.predict",
     "gain": "initlab.nn.custom_activation",
-    "limits": "initlab.theory.format_limits",
     "phase": "initlab.meanfield.fixed_points",
     "critical": "initlab.meanfield.fixed_points",
-    "predict": "initlab.theory.predict",
-    "probe": "initlab.probes.probe",
+    "limits": "initlab.theory.format_limits",
+    "read": "initlab.runs.read",
+    "compare": "initlab.runs.compare",
 }
 
 

@@ -77,19 +77,19 @@ def test_an_activation_is_a_file(lab: Lab, tmp_path: Path) -> None:
 
 def test_a_statistic_is_a_function(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a Gaussian input it is 3, to 5 standard errors of 2,000 entries; of what leaves a ReLU it is more."""
-    write(tmp_path / "my_statistics.py", step("my_statistics.py"))
+    write(tmp_path / "shape_statistics.py", step("shape_statistics.py"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    code, _, errors = lab("+statistics.kurtosis=my_statistics.kurtosis", "task=stack", *SMALL)
+    code, _, errors = lab("+statistics.kurtosis=shape_statistics.kurtosis", "task=stack", *SMALL)
     assert (code, errors) == (0, "")
     stats = read("outputs/**").query("tensor == 'activation' and direction == 'forward'")
     entering, leaving = (stats[stats["layer"] == layer]["kurtosis"] for layer in (0, 1))
     assert (np.abs(entering - 3) < 5 * np.sqrt(24 / 2000)).all() and (leaving > 4).all()
-    import my_statistics  # type: ignore[import-not-found]
+    import shape_statistics  # type: ignore[import-not-found]
 
     net, x = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.ReLU()), torch.randn(500, 6)
-    rows = initlab.measure(net, x, statistics={"kurtosis": my_statistics.kurtosis})
+    rows = initlab.measure(net, x, statistics={"kurtosis": shape_statistics.kurtosis})
     mine = rows.query("tensor == 'activation' and layer == 1")["kurtosis"].item()
-    assert mine == pytest.approx(float(my_statistics.kurtosis(net(x).detach())), rel=1e-12)
+    assert mine == pytest.approx(float(shape_statistics.kurtosis(net(x).detach())), rel=1e-12)
 
 
 def test_a_task_with_its_table_and_figure(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def _probe() -> pd.DataFrame:
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
     x, y = torch.randn(7, 6), torch.tensor([0, 1, 2, 0, 1, 2, 0])
-    return initlab.probe(net, x, y, torch.nn.functional.cross_entropy)
+    return initlab.measure(net, x, y, torch.nn.functional.cross_entropy)
 
 
 def _train(table: str, **options: object) -> pd.DataFrame:

@@ -1,20 +1,18 @@
-"""`initlab.probe`: watch a network for one pass or through a training loop, and get tidy rows.
-
-    rows = initlab.probe(model, x, y, loss=torch.nn.functional.cross_entropy)
+"""Recording a training loop: a context manager around it, and tidy rows at its end.
 
     with initlab.probe(model, optimizer=optimizer, every=10, layers="encoder.*") as p:
         for x, y in batches: ...
     rows = p.frame()
 
-What is measured: watched.py; how it is numbered: hooks.py; what a step is: loop.py. A network written by hand has no
-modules: it offers `watch(sink)` and hands its tensors over itself. Knows nothing of tasks and of what the rows mean.
+`probed_modules` says what is measured, `hooks` numbers it, `steps` knows what a step is. A hand-written network has no
+modules: it offers `watch(sink)` and hands over its tensors itself.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from types import TracebackType
-from typing import Any, Protocol, overload, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import pandas as pd
 from torch import Tensor, nn
@@ -22,11 +20,10 @@ from torch.optim import Optimizer
 
 from initlab.errors import UsageError, check
 from initlab.probes.probe_buffer import ProbeBuffer
-from initlab.probes.probed_modules import select
-from initlab.probes.snapshot import one_pass
+from initlab.probes.probed_modules import refuse_several, select
 from initlab.probes.steps import StepTracker
 from initlab.stats.custom import Function
-from initlab.stats.keys import TensorKey
+from initlab.stats.keys import Seeds, TensorKey, resolve_seeds
 from initlab.stats.measure import backend_for
 
 Emit = Callable[[pd.DataFrame], None]
@@ -107,94 +104,55 @@ class Probe:
         return self._buffer.histograms()
 
 
-@overload
 def probe(
     model: nn.Module | Watchable,
     x: None = None,
-    y: None = None,
-    loss: None = None,
     *,
     optimizer: Optimizer | None = None,
     every: int = 1,
     layers: str | Iterable[str] = "*",
-    seeds: int | Sequence[int] = 0,
+    seeds: Seeds = 1,
     emit: Emit | None = None,
     flush_steps: int = 100,
     histograms: bool = False,
     statistics: Mapping[str, Function] | None = None,
-) -> Probe: ...
+) -> Probe:
+    """Record the statistics of a training loop: `with probe(model, optimizer=optimizer) as p: ...`, then `p.frame()`.
 
-
-@overload
-def probe(
-    model: nn.Module,
-    x: Any,
-    y: Any = None,
-    loss: Callable[..., Tensor] | None = None,
-    *,
-    layers: str | Iterable[str] = "*",
-    seeds: int | Sequence[int] = 0,
-    statistics: Mapping[str, Function] | None = None,
-) -> pd.DataFrame: ...
-
-
-def probe(
-    model: nn.Module | Watchable,
-    x: Any = None,
-    y: Any = None,
-    loss: Callable[..., Tensor] | None = None,
-    *,
-    optimizer: Optimizer | None = None,
-    every: int = 1,
-    layers: str | Iterable[str] = "*",
-    seeds: int | Sequence[int] = 0,
-    emit: Emit | None = None,
-    flush_steps: int = 100,
-    histograms: bool = False,
-    statistics: Mapping[str, Function] | None = None,
-) -> pd.DataFrame | Probe:
-    """Rows of one forward and backward pass on x; without x a context manager around a loop of one's own.
-
-    x is a tensor, a tuple of arguments or a dict of named ones; `loss(out, y)`, or `loss(out)` without y, one number.
-    The pass is the one that would come next, in the mode the model is in; parameters, `.grad`, buffers (BatchNorm's
-    running statistics) and torch's random numbers are afterwards what they were. No loss, no backward rows.
-
-    In a loop every `every`-th step is recorded: a step ends with `optimizer.step()` (stage `train`; gradients as the
-    optimizer gets them; updates) or, without an optimizer, with the next forward pass (stage `probe`, no updates). With
-    an optimizer, passes under `no_grad` are left out. `layers`: globs on dotted names. `seeds` only labels the rows,
-    one for each network of an ensemble. `emit` takes a frame every `flush_steps` recorded steps or 30 seconds.
-    `histograms` counts entries by sign and octave too: `p.histograms()`. `statistics`: functions (..., N, C) -> (...)
-    of the user by name, a column each.
+    model: an nn.Module, or a hand-written network that offers `watch(sink)`. x: is refused; `measure` takes one pass.
+    optimizer: a step ends with `optimizer.step()` (stage `train`, gradients as the optimizer gets them, updates; passes
+    under `no_grad` are left out). Without it a step ends with the next forward pass (stage `probe`, no updates).
+    every: record every k-th step. layers: one or several globs on the dotted names of modules. seeds: labels of the
+    rows, how many networks the model holds or a seed for each; an nn.Module is one. emit: a function that gets a frame
+    every `flush_steps` recorded steps or 30 seconds. histograms: count entries by sign and power of two too, see
+    `p.histograms()`. statistics: your functions (..., N, C) -> (...) by the names of their columns.
 
     Outputs and gradients are bit for bit those of the unwatched model, but for compiled models, whose recorded steps
-    run uncompiled, and for torch's fused inference paths of attention, which give way to any hook.
+    run uncompiled, and for torch's fused inference paths of attention, which give way to any hook. Raises UsageError
+    for what does not fit together.
+
+    >>> model = nn.Linear(3, 2)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> with probe(model, optimizer=optimizer) as p:
+    ...     for _ in range(2):
+    ...         optimizer.zero_grad()
+    ...         model(torch.ones(5, 3)).sum().backward()
+    ...         optimizer.step()
+    >>> sorted(p.frame()["tensor"].unique())
+    ['bias', 'preactivation', 'update', 'weight']
     """
-    patterns = [layers] if isinstance(layers, str) else list(layers)
-    networks = [seeds] if isinstance(seeds, int) else list(seeds)
-    # Tensors on a GPU are measured by plain PyTorch.
-    buffer = ProbeBuffer(networks, backend_for("cpu", statistics), emit, flush_steps, histograms)
+    if x is not None:
+        raise UsageError("probe: records a loop; for one pass on x use initlab.measure(model, x, y, loss)")
     check(every=every)
-    if x is not None and (optimizer is not None or every != 1 or emit is not None or histograms):
-        raise UsageError("probe: x makes one pass and no loop: leave optimizer, every, emit and histograms out")
-    _refuse(model, x, y, loss, optimizer, buffer)
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    # Tensors on a GPU are measured by plain PyTorch.
+    buffer = ProbeBuffer(list(resolve_seeds(seeds)), backend_for("cpu", statistics), emit, flush_steps, histograms)
     sink = Sink(buffer, every, patterns)
-    if not isinstance(model, nn.Module):
-        return Probe(buffer, model, sink)
-    loop = StepTracker(model, optimizer, select(model, patterns), every, buffer)
-    if x is None:
-        return Probe(buffer, loop, sink)
-    one_pass(loop, model, x, y, loss)
-    return buffer.frame()
-
-
-def _refuse(model: object, x: object, y: object, loss: object, optimizer: object, buffer: ProbeBuffer) -> None:
-    """What does not go together, in one line each."""
-    if not isinstance(model, nn.Module):
-        if not isinstance(model, Watchable) or isinstance(model, type):
-            raise UsageError(f"model={type(model).__name__}: must be an nn.Module, or offer watch(sink)")
-        if x is not None or optimizer is not None:
-            raise UsageError("probe: a hand-written network is watched in its own loop: give neither x nor optimizer")
-    elif len(buffer.seeds) != 1:
-        raise UsageError(f"seeds: {len(buffer.seeds)} given; an nn.Module is one network and has one")
-    if x is None and (y is not None or loss is not None):
-        raise UsageError("probe: y or loss without x: give the batch too, or in a loop none of them")
+    if isinstance(model, nn.Module):
+        refuse_several(buffer.seeds)
+        return Probe(buffer, StepTracker(model, optimizer, select(model, patterns), every, buffer), sink)
+    if not isinstance(model, Watchable) or isinstance(model, type):
+        raise UsageError(f"model={type(model).__name__}: must be an nn.Module, or offer watch(sink)")
+    if optimizer is not None:
+        raise UsageError("optimizer: a hand-written network says itself when a step ends; leave it out")
+    return Probe(buffer, model, sink)

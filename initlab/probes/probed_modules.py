@@ -69,6 +69,11 @@ def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return found
 
 
+def refuse_several(seeds: Sequence[int]) -> None:
+    if len(seeds) != 1:
+        raise UsageError(f"seeds: {len(seeds)} given; an nn.Module is one network and has one")
+
+
 def select(model: nn.Module, layers: str | Sequence[str]) -> list[ProbedModule]:
     """All modules that give rows, those chosen whose dotted name matches a glob; each glob must match something."""
     named = {

@@ -1,28 +1,65 @@
 """One forward and backward pass of a module that leaves no trace: no gradient, no running statistic, no random number.
 
-Says in one line what does not fit. Knows nothing of rows.
+What does not fit the model is said in one line.
 """
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from initlab.errors import UsageError
+from initlab.probes.probe_buffer import ProbeBuffer
+from initlab.probes.probed_modules import refuse_several, select
 from initlab.probes.steps import StepTracker
+from initlab.stats.custom import Function
+from initlab.stats.keys import Seeds, resolve_seeds
+from initlab.stats.measure import backend_for
 
 _MISFITS = (RuntimeError, ValueError, IndexError, TypeError)
 
 
-def one_pass(tracker: StepTracker, model: nn.Module, x: Any, y: Any, loss: Callable[..., Tensor] | None) -> None:
-    """`loss(model(x), y)` and its gradients inside an open loop; everything else is afterwards what it was."""
+def measure(
+    model: nn.Module,
+    x: Any,
+    y: Any = None,
+    loss: Callable[..., Tensor] | None = None,
+    *,
+    layers: str | Iterable[str] = "*",
+    seeds: Seeds = 1,
+    statistics: Mapping[str, Function] | None = None,
+) -> pd.DataFrame:
+    """Take the statistics of every tensor in one forward and backward pass, and leave no trace.
+
+    model: an nn.Module; the pass is the one that would come next, in the mode that the model is in. x: a tensor, a
+    tuple of arguments or a dict of named ones. y, loss: `loss(out, y)`, or `loss(out)` without y, gives one number;
+    without a loss there are no backward rows. layers: one or several globs on the dotted names of modules. seeds: the
+    label of the rows, as [7]. statistics: your functions (..., N, C) -> (...) by the names of their columns.
+
+    Returns a row per tensor and direction, in the columns of the table `stats` and `name`, `part`, `call`.
+    Parameters, `.grad`, buffers (running statistics of BatchNorm) and torch's random numbers are afterwards what they
+    were. Raises UsageError for what does not fit the model.
+
+    >>> rows = measure(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.randn(5, 3))
+    >>> rows[["layer", "tensor"]].drop_duplicates().values.tolist()
+    [[1, 'weight'], [1, 'bias'], [1, 'preactivation'], [1, 'activation']]
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model={type(model).__name__}: must be an nn.Module")
+    if x is None:
+        raise UsageError("measure: x is missing; give the batch")
     if y is not None and loss is None:
-        raise UsageError("probe: y without a loss: give one too, such as loss=torch.nn.functional.cross_entropy")
+        raise UsageError("measure: y without a loss: give one too, such as loss=torch.nn.functional.cross_entropy")
     if loss is not None and not callable(loss):
         raise UsageError(f"loss={loss!r}: must be a function of (out, y), such as torch.nn.functional.cross_entropy")
+    buffer = ProbeBuffer(list(resolve_seeds(seeds)), backend_for("cpu", statistics))
+    refuse_several(buffer.seeds)
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    tracker = StepTracker(model, None, select(model, patterns), 1, buffer)
     batch = list(_all_tensors(x))
     _refuse_places(model, batch)
     with torch.inference_mode(False), torch.enable_grad(), _left_as_it_was(model, batch):
@@ -33,7 +70,8 @@ def one_pass(tracker: StepTracker, model: nn.Module, x: Any, y: Any, loss: Calla
                 _backward(_value(loss, out, y), [*model.parameters(), *batch])
         finally:
             tracker.close()
-    tracker.warn(4)
+    tracker.warn(3)
+    return buffer.frame()
 
 
 def _all_tensors(x: Any) -> Iterator[Tensor]:

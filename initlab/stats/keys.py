@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from initlab.errors import UsageError, check
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -78,3 +80,23 @@ def update_ratio(codes: Mapping[TensorKey, int], code: np.ndarray, steps: np.nda
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratio[rows] = rms[rows] / rms[[row_of[step] for step in steps[rows].tolist()]]
     return ratio
+
+
+Seeds = int | Sequence[int]  # how many networks, or the seed of each
+
+
+def resolve_seeds(seeds: Seeds) -> Sequence[int]:
+    """The seeds of networks: 0, 1, ... for a number of them, or those of a sequence.
+
+    >>> list(resolve_seeds(3)), resolve_seeds([5, 9])
+    ([0, 1, 2], [5, 9])
+    """
+    if isinstance(seeds, int) and not isinstance(seeds, bool):
+        check(seeds=seeds)
+        return range(seeds)
+    if not isinstance(seeds, Sequence | np.ndarray) or isinstance(seeds, str):
+        raise UsageError(f"seeds={seeds!r}: must be how many networks there are, or a sequence of their seeds")
+    check(seeds=len(seeds))
+    for seed in seeds[:: max(1, len(seeds) - 1)] if isinstance(seeds, range) else seeds:
+        check(seed=seed)
+    return seeds if isinstance(seeds, range) else [int(seed) for seed in seeds]

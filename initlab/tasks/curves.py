@@ -15,10 +15,10 @@ import torch
 from initlab.nn.custom_activation import Given
 from initlab.nn.init import Rule, draw, rule, rule_name
 from initlab.nn.unbounded import log2_moments, rescale
-from initlab.stats.keys import KEY_COLUMNS
+from initlab.stats.keys import KEY_COLUMNS, Seeds
 from initlab.stats.statistics import TRUE_COLUMNS
 from initlab.tasks.ensemble.device import Where
-from initlab.tasks.ensemble.networks import Net, Seeds
+from initlab.tasks.ensemble.networks import Net
 from initlab.tasks.stack import stack
 
 SCALINGS = ("naive", "small", "lecun", "xavier", "kaiming")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from initlab.nn.custom_activation import Given
 from initlab.nn.init import Rule, rule
 from initlab.stats.dtypes import DTYPES
-from initlab.tasks.ensemble.networks import Seeds, resolve_seeds
+from initlab.stats.keys import Seeds, resolve_seeds
 from initlab.tasks.stack import stack
 from initlab.theory.format_limits import limits
 

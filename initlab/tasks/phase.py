@@ -18,8 +18,8 @@ from initlab.meanfield.fixed_points import phase_plane
 from initlab.meanfield.trajectories import trajectory
 from initlab.nn.custom_activation import Given, as_activation
 from initlab.nn.init import DISTRIBUTIONS
+from initlab.stats.keys import Seeds, resolve_seeds
 from initlab.tasks.ensemble.device import Where
-from initlab.tasks.ensemble.networks import Seeds, resolve_seeds
 from initlab.tasks.phase_points import Measured, Points, measure_points
 
 PLANES = {"sigma": "(sigma_w, sigma_b) at the last layer", "depth": "(sigma_w, layer) at one sigma_b"}

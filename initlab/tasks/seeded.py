@@ -19,10 +19,9 @@ from initlab.nn.init import Rule, rule
 from initlab.nn.network import PLAIN, Network, dense, forward
 from initlab.stats.buffer import RowBuffer
 from initlab.stats.dtypes import resolve_dtype
-from initlab.stats.keys import KEY_COLUMNS, TensorKey
+from initlab.stats.keys import KEY_COLUMNS, Seeds, TensorKey, resolve_seeds
 from initlab.stats.measure import measure
 from initlab.stats.statistics import STATISTICS, TORCH_COLUMN
-from initlab.tasks.ensemble.networks import Seeds, resolve_seeds
 
 # Distribution of a rule -> how torch fills a weight with numbers of this standard deviation.
 FILL: dict[str, Callable[[Tensor, float], Tensor]] = {

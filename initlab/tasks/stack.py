@@ -18,12 +18,12 @@ from initlab.stats.backend import SATURATED, Backend
 from initlab.stats.buffer import StatsBuffer
 from initlab.stats.custom import Function
 from initlab.stats.derive import saturated_share
-from initlab.stats.keys import TensorKey
+from initlab.stats.keys import Seeds, TensorKey
 from initlab.stats.measure import backend_for
 from initlab.stats.statistics import TRUE_COLUMNS
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.memory import is_out_of_memory
-from initlab.tasks.ensemble.networks import Ensemble, Init, Net, Networks, Seeds
+from initlab.tasks.ensemble.networks import Ensemble, Init, Net, Networks
 from initlab.tasks.ensemble.plan import plan, run_chunks
 from initlab.tasks.ensemble.unbounded_twin import UnboundedTwin, read_off
 

@@ -18,11 +18,12 @@ from initlab.nn.init import permutation
 from initlab.nn.mup import learning_rates
 from initlab.scratch.layers import LOSSES
 from initlab.stats.custom import Function
+from initlab.stats.keys import Seeds
 from initlab.stats.measure import backend_for
 from initlab.tasks.data import Data, load
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.memory import free_memory, readable
-from initlab.tasks.ensemble.networks import Ensemble, Init, Seeds, draw_trained
+from initlab.tasks.ensemble.networks import Ensemble, Init, draw_trained
 from initlab.tasks.ensemble.plan import CACHED, split
 from initlab.tasks.ensemble.training import ADAPTIVE, Training
 from initlab.tasks.twins import Frames, Records, TwinTraining

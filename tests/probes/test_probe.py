@@ -66,7 +66,7 @@ def test_every_row_is_about_the_tensor_that_it_names(inplace: bool) -> None:
     torch.manual_seed(0)
     model = mlp(nn.ReLU(inplace))
     x, y = batch()
-    rows = initlab.probe(model, x, y, cross_entropy)
+    rows = initlab.measure(model, x, y, cross_entropy)
     seen = [x]
     for k, module in enumerate(model):
         seen.append(module(seen[-1]) if k % 2 == 0 else torch.relu(seen[-1]))
@@ -95,7 +95,7 @@ def test_a_loop_records_updates_of_every_kth_step() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     before: dict[int, Tensor] = {}
     after: dict[int, Tensor] = {}
-    with initlab.probe(model, optimizer=optimizer, every=3, seeds=11) as p:
+    with initlab.probe(model, optimizer=optimizer, every=3, seeds=[11]) as p:
         for step in range(7):
             hooked = sum(len(m._forward_hooks) for m in model.modules())
             assert (hooked > 0) == (step % 3 == 0)
@@ -125,7 +125,7 @@ def test_each_recorded_step_is_the_one_pass_at_its_parameters() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     singles = []
     for step in range(3):
-        singles.append(initlab.probe(model, x, y, cross_entropy).assign(step=step))
+        singles.append(initlab.measure(model, x, y, cross_entropy).assign(step=step))
         optimizer.zero_grad()
         cross_entropy(model(x), y).backward()
         optimizer.step()
@@ -154,7 +154,7 @@ def test_saturation_is_that_of_the_preactivation(name: str, layers: str | list[s
     for module in model[::2]:
         nn.init.normal_(module.weight, std=3)  # far out, where phi' is small
     x, _ = batch()
-    rows = initlab.probe(model, x, layers=layers)
+    rows = initlab.measure(model, x, layers=layers)
     for k in (0, 2):
         share = saturated_share(row.slope(model[: k + 1](x)), row.largest_slope)
         found = one(rows, name=str(k), tensor="preactivation", direction="forward")
@@ -165,10 +165,10 @@ def test_saturation_is_that_of_the_preactivation(name: str, layers: str | list[s
 def test_saturation_of_what_the_table_does_not_know_is_nan() -> None:
     x, _ = batch()
     for other in (nn.LeakyReLU(0.3), nn.ELU(2.0), nn.Softplus(beta=2)):
-        rows = initlab.probe(mlp(other), x)
+        rows = initlab.measure(mlp(other), x)
         assert rows["frac_saturated"].isna().all()
     overwritten = nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5, inplace=True), nn.ReLU(), nn.Linear(4, 2))
-    assert initlab.probe(overwritten, x)["frac_saturated"].isna().all()
+    assert initlab.measure(overwritten, x)["frac_saturated"].isna().all()
 
 
 def test_a_relu_of_nan_is_saturated_and_nothing_is_lost() -> None:
@@ -177,7 +177,7 @@ def test_a_relu_of_nan_is_saturated_and_nothing_is_lost() -> None:
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(4))
     x = torch.tensor([[torch.nan, 1, -1, torch.inf]]).repeat(6, 1)
-    rows = initlab.probe(model, x, loss=sum_of_squares)
+    rows = initlab.measure(model, x, loss=sum_of_squares)
     z = one(rows, name="0", tensor="preactivation", direction="forward")
     assert z["n_nan"] == 6 * 4 and z["frac_saturated"] == 1  # 0 * nan in every product
     assert len(rows) == 6
@@ -188,7 +188,7 @@ def test_dead_units_are_units_of_activations() -> None:
     with torch.no_grad():
         model[0].weight[1] = 0
         model[0].bias.copy_(torch.tensor([9.0, -1, 9, 9]))
-    rows = initlab.probe(model, batch()[0] / 10)
+    rows = initlab.measure(model, batch()[0] / 10)
     assert one(rows, name="1")["frac_dead"] == 0.25
     assert rows.loc[rows["tensor"] != "activation", "frac_dead"].isna().all()
 
@@ -202,7 +202,7 @@ def test_units_of_a_convolution_are_its_channels() -> None:
     with torch.no_grad():
         model[1].bias[:2] = -100
     x = torch.randn(4, 3, 6, 6)
-    rows = initlab.probe(model, x)
+    rows = initlab.measure(model, x)
     flat = [model[:k](x).detach() for k in range(1, 6)]
     for k in range(4):
         same(one(rows, name=str(k), part="", direction="forward"), flat[k].movedim(1, -1).reshape(-1, 6), True)
@@ -212,7 +212,7 @@ def test_units_of_a_convolution_are_its_channels() -> None:
     assert list(rows.loc[rows["tensor"] == "activation", "layer"]) == [2, 2, 2]
     tokens = nn.Sequential(nn.Embedding(10, 8), nn.LayerNorm(8), nn.Linear(8, 4), nn.Tanh())
     words = torch.randint(0, 10, (3, 7))
-    rows = initlab.probe(tokens, words)
+    rows = initlab.measure(tokens, words)
     same(one(rows, name="3"), tokens(words).reshape(21, 4), True)
 
 
@@ -243,7 +243,7 @@ def test_nested_outputs_repeated_calls_and_lone_parameters() -> None:
     torch.manual_seed(0)
     model = Nested()
     x = torch.randn(4, 3, 5)
-    rows = initlab.probe(model, x, loss=lambda out: sum_of_squares(out["mean"]) + sum_of_squares(out["both"][0]))
+    rows = initlab.measure(model, x, loss=lambda out: sum_of_squares(out["mean"]) + sum_of_squares(out["both"][0]))
     values = rows[(rows["tensor"] == "preactivation") & (rows["direction"] == "forward")]
     assert list(zip(values["name"], values["part"], values["call"], strict=True)) == [
         ("rnn", "0", 0),
@@ -273,7 +273,7 @@ def test_nested_outputs_repeated_calls_and_lone_parameters() -> None:
 def test_one_activation_behind_every_layer_belongs_to_each() -> None:
     relu = nn.ReLU(inplace=True)
     model = nn.Sequential(nn.Linear(5, 4), relu, nn.Linear(4, 6), relu)
-    rows = initlab.probe(model, batch()[0], layers="1")
+    rows = initlab.measure(model, batch()[0], layers="1")
     assert list(zip(rows["layer"], rows["call"], rows["count"], strict=True)) == [(1, 0, 64), (2, 1, 96)]
 
 
@@ -303,7 +303,7 @@ def test_shared_weights_have_one_row() -> None:
     rows = p.frame()
     assert set(rows.loc[rows["tensor"] == "weight", "name"]) == {"0", "1"}
     same(one(rows, name="0", tensor="weight", direction="backward"), grad, False)
-    only = initlab.probe(model, words, layers="2")
+    only = initlab.measure(model, words, layers="2")
     assert set(only["name"]) == {"2"} and set(only["layer"]) == {3} and "weight" in set(only["tensor"])
 
 
@@ -312,13 +312,13 @@ def test_globs_choose_rows_and_do_not_change_them() -> None:
     model = nn.ModuleDict({"encoder": mlp(nn.ReLU()), "head": nn.Linear(3, 2)})
     whole = nn.Sequential(model["encoder"], model["head"])
     x, _ = batch()
-    everything = initlab.probe(whole, x, loss=sum_of_squares)
+    everything = initlab.measure(whole, x, loss=sum_of_squares)
     for layers, wanted in (
         ("1", {"1"}),
         ("0.*", {"0.0", "0.1", "0.2", "0.3", "0.4"}),
         (["*.3", "0.[02]"], {"0.3", "0.0", "0.2"}),
     ):
-        some = initlab.probe(whole, x, loss=sum_of_squares, layers=layers)
+        some = initlab.measure(whole, x, loss=sum_of_squares, layers=layers)
         assert set(some["name"]) == wanted
         columns = ["layer", "tensor", "direction", "name", "part", "count", "min", "max", "frac_zero"]
         kept = everything[everything["name"].isin(wanted)]
@@ -331,7 +331,7 @@ def test_statistics_under_autocast_are_those_of_the_number_format_that_is_there(
     model = mlp(nn.ReLU())
     x, y = batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rows = initlab.probe(model, x, y, lambda out, y: cross_entropy(out.float(), y))
+        rows = initlab.measure(model, x, y, lambda out, y: cross_entropy(out.float(), y))
         z = model[0](x)
     assert z.dtype == torch.bfloat16
     found = one(rows, name="0", tensor="preactivation", direction="forward")
@@ -350,7 +350,7 @@ def test_without_autograd_every_pass_is_a_step_with_forward_rows(quiet: Callable
     rows = p.frame()
     assert set(rows["step"]) == {0, 2, 4} and set(rows["direction"]) == {"forward"}
     with torch.inference_mode():
-        inside = initlab.probe(model, x, loss=sum_of_squares)  # goes backward all the same
+        inside = initlab.measure(model, x, loss=sum_of_squares)  # goes backward all the same
     assert set(inside["direction"]) == {"forward", "backward"}
     for step in (0, 2, 4):
         same(one(rows, step=step, name="3", tensor="preactivation"), out.clone(), True)
@@ -406,7 +406,7 @@ def test_accumulated_gradients_and_closures() -> None:
 def test_lazy_and_parametrized_modules() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)))
-    rows = initlab.probe(model, batch()[0], loss=sum_of_squares)
+    rows = initlab.measure(model, batch()[0], loss=sum_of_squares)
     parts = rows.loc[(rows["name"] == "2") & (rows["direction"] == "forward"), ["tensor", "part"]]
     assert list(parts.itertuples(index=False, name=None)) == [
         ("preactivation", ""),
@@ -419,7 +419,7 @@ def test_lazy_and_parametrized_modules() -> None:
 
 def test_a_model_without_parameters() -> None:
     x = batch()[0].requires_grad_()
-    rows = initlab.probe(nn.Tanh(), x, loss=sum_of_squares)
+    rows = initlab.measure(nn.Tanh(), x, loss=sum_of_squares)
     assert list(rows["direction"]) == ["forward", "backward"] and set(rows["layer"]) == {0}
     assert x.grad is None
 
@@ -427,7 +427,7 @@ def test_a_model_without_parameters() -> None:
 def test_arguments_come_as_a_tuple_or_by_name() -> None:
     model = nn.Bilinear(3, 4, 2)
     a, b = torch.randn(6, 3), torch.randn(6, 4)
-    frames = [initlab.probe(model, (a, b)), initlab.probe(model, {"input1": a, "input2": b})]
+    frames = [initlab.measure(model, (a, b)), initlab.measure(model, {"input1": a, "input2": b})]
     pd.testing.assert_frame_equal(*frames)
 
 
@@ -549,7 +549,7 @@ def test_how_tensors_are_gathered_changes_nothing(gathered: int, monkeypatch: py
     for size in (2**16, gathered):
         monkeypatch.setattr(probe_buffer, "BLOCK_ENTRIES", size)
         torch.manual_seed(0)
-        frames.append(initlab.probe(mlp(nn.Tanh(), 5), x, y, cross_entropy))
+        frames.append(initlab.measure(mlp(nn.Tanh(), 5), x, y, cross_entropy))
     pd.testing.assert_frame_equal(*frames, rtol=1e-12, atol=1e-15)
 
 

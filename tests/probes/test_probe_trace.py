@@ -190,7 +190,7 @@ def test_a_call_leaves_no_trace(name: str, training: bool) -> None:
     grads = [None if p.grad is None else (p.grad, p.grad.clone()) for p in model.parameters()]
     states = torch.get_rng_state(), random.getstate()
     modes = [module.training for module in model.modules()]
-    rows = initlab.probe(model, other, y, cross_entropy)
+    rows = initlab.measure(model, other, y, cross_entropy)
     assert {"forward", "backward"} == set(rows["direction"])
     assert hooks(model) == 0
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
@@ -208,7 +208,7 @@ def test_a_call_between_a_forward_pass_and_its_backward() -> None:
     for between in (False, True):
         value = cross_entropy(model(x), y)
         if between:
-            initlab.probe(model, other, y, cross_entropy)
+            initlab.measure(model, other, y, cross_entropy)
         grads.append(torch.autograd.grad(value, list(model.parameters())))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
@@ -218,7 +218,7 @@ def test_an_optimizer_that_lives_in_the_backward_pass_is_not_woken() -> None:
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: p.data.fill_(torch.nan))
     ((x, y),) = batches(1)
-    rows = initlab.probe(model, x, y, cross_entropy)
+    rows = initlab.measure(model, x, y, cross_entropy)
     assert ("weight", "backward") in set(zip(rows["tensor"], rows["direction"], strict=True))
     assert model.weight.isfinite().all()
 
@@ -336,7 +336,7 @@ def test_compiled_models_run_uncompiled_where_they_are_recorded(how: str, mode: 
         call(x)
         ran.clear()
         if mode == "call":
-            frames.append(initlab.probe(net, x, y, cross_entropy))
+            frames.append(initlab.measure(net, x, y, cross_entropy))
         else:
             with initlab.probe(net, optimizer=optimizer if mode == "optimizer" else None, every=2) as p:
                 for step, (x, y) in enumerate(batches(4)):
@@ -364,37 +364,35 @@ def refused(call: Callable[[], object]) -> str:
 BATCH = torch.zeros(4, 6)
 CLASSES = torch.zeros(4, dtype=torch.int64)
 REFUSED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
-    "no module": (lambda m: initlab.probe([1], BATCH), "model=list: must be an nn.Module, or offer watch"),
-    "a class": (lambda m: initlab.probe(nn.Linear, BATCH), "model=type: must be an nn.Module"),
-    "no loss": (lambda m: initlab.probe(m, BATCH, CLASSES), "y without a loss: give one too"),
-    "no x": (lambda m: initlab.probe(m, None, CLASSES, cross_entropy), "without x: give the batch too"),
-    "loss by name": (lambda m: initlab.probe(m, BATCH, CLASSES, "mse"), "loss='mse': must be a function"),
-    "loss of many": (lambda m: initlab.probe(m, BATCH, loss=lambda out: out), r"loss: gives a tensor \(4, 3\)"),
-    "loss of none": (lambda m: initlab.probe(m, BATCH, loss=lambda out: 1), "loss: gives int"),
+    "no module": (lambda m: initlab.measure([1], BATCH), "model=list: must be an nn.Module"),
+    "no module in a loop": (lambda m: initlab.probe([1]), "model=list: must be an nn.Module, or offer watch"),
+    "a class": (lambda m: initlab.measure(nn.Linear, BATCH), "model=type: must be an nn.Module"),
+    "no loss": (lambda m: initlab.measure(m, BATCH, CLASSES), "y without a loss: give one too"),
+    "no x": (lambda m: initlab.measure(m, None, CLASSES, cross_entropy), "measure: x is missing; give the batch"),
+    "loss by name": (lambda m: initlab.measure(m, BATCH, CLASSES, "mse"), "loss='mse': must be a function"),
+    "loss of many": (lambda m: initlab.measure(m, BATCH, loss=lambda out: out), r"loss: gives a tensor \(4, 3\)"),
+    "loss of none": (lambda m: initlab.measure(m, BATCH, loss=lambda out: 1), "loss: gives int"),
     "wrong y": (
-        lambda m: initlab.probe(m, BATCH, CLASSES[:2], cross_entropy),
+        lambda m: initlab.measure(m, BATCH, CLASSES[:2], cross_entropy),
         "loss: does not fit the model's output and y: Expected",
     ),
     "wrong x": (
-        lambda m: initlab.probe(m, BATCH[:, :5]),
+        lambda m: initlab.measure(m, BATCH[:, :5]),
         r"x=float32 \(4, 5\): does not fit 0 \(Linear\): mat1 and mat2",
     ),
-    "wrong dtype": (lambda m: initlab.probe(m, BATCH.long()), r"x=int64 \(4, 6\): does not fit 0 \(Linear\)"),
-    "too many x": (lambda m: initlab.probe(m, (BATCH, BATCH)), "does not fit the model"),
-    "elsewhere": (lambda m: initlab.probe(m.to("meta"), BATCH), "x: is on cpu, the model on meta: move one"),
+    "wrong dtype": (lambda m: initlab.measure(m, BATCH.long()), r"x=int64 \(4, 6\): does not fit 0 \(Linear\)"),
+    "too many x": (lambda m: initlab.measure(m, (BATCH, BATCH)), "does not fit the model"),
+    "elsewhere": (lambda m: initlab.measure(m.to("meta"), BATCH), "x: is on cpu, the model on meta: move one"),
     "no layer": (
-        lambda m: initlab.probe(m, BATCH, layers=["0", "encodr.*"]),
+        lambda m: initlab.measure(m, BATCH, layers=["0", "encodr.*"]),
         r"layers=encodr.\*: matches none of 0, 1, encoder",
     ),
-    "no glob": (lambda m: initlab.probe(m, BATCH, layers=[]), "layers: empty; give at least one glob"),
-    "near layer": (lambda m: initlab.probe(m, BATCH, layers="encodr"), r"did you mean encoder\?"),
+    "no glob": (lambda m: initlab.measure(m, BATCH, layers=[]), "layers: empty; give at least one glob"),
+    "near layer": (lambda m: initlab.measure(m, BATCH, layers="encodr"), r"did you mean encoder\?"),
     "every": (lambda m: initlab.probe(m, every=0), "every=0: must be at least 1"),
     "flush": (lambda m: initlab.probe(m, flush_steps=0), "flush_steps=0: must be at least 1"),
-    "seeds": (lambda m: initlab.probe(m, BATCH, seeds=[1, 2]), "seeds: 2 given; an nn.Module is one network"),
-    "both": (
-        lambda m: initlab.probe(m, BATCH, optimizer=torch.optim.SGD(m.parameters())),
-        "x makes one pass and no loop",
-    ),
+    "seeds": (lambda m: initlab.measure(m, BATCH, seeds=[1, 2]), "seeds: 2 given; an nn.Module is one network"),
+    "a pass as a loop": (lambda m: initlab.probe(m, BATCH), r"for one pass on x use initlab.measure\(model, x"),  # type: ignore[arg-type]
     "no optimizer": (lambda m: initlab.probe(m, optimizer=0.1), "optimizer=float: must be a torch.optim.Optimizer"),
     "foreign": (
         lambda m: initlab.probe(m, optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters())),
@@ -463,9 +461,9 @@ def test_modules_that_never_run_are_named() -> None:
     model = nn.ModuleDict({"used": nn.Linear(6, 2), "idle": nn.Linear(6, 2)})
     model.forward = lambda x: model["used"](x)  # type: ignore[method-assign]
     with pytest.warns(UserWarning, match="never called in a recorded step: idle; only their parameters"):
-        rows = initlab.probe(model, BATCH)
+        rows = initlab.measure(model, BATCH)
     assert set(rows.loc[rows["name"] == "idle", "tensor"]) == {"weight", "bias"}
     assert dict(zip(rows["name"], rows["layer"], strict=True)) == {"used": 1, "idle": 2}
-    assert len(initlab.probe(model, BATCH, layers="used"))
+    assert len(initlab.measure(model, BATCH, layers="used"))
     with pytest.warns(UserWarning, match="the model was never called"), initlab.probe(model):
         pass

@@ -62,8 +62,8 @@ def test_one_pass_of_a_module(backend: type) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(7, 6)
     with backend():
-        frame = initlab.probe(model, x, loss=lambda out: out.square().sum(), statistics={"kurtosis": kurtosis})
-        bare = initlab.probe(model, x, loss=lambda out: out.square().sum())
+        frame = initlab.measure(model, x, loss=lambda out: out.square().sum(), statistics={"kurtosis": kurtosis})
+        bare = initlab.measure(model, x, loss=lambda out: out.square().sum())
     z = model[0](x).detach()
     found = frame[frame["direction"] == "forward"].set_index(["layer", "tensor"])["kurtosis"]
     assert found[1, "preactivation"] == pytest.approx(by_numpy(z), rel=1e-12)
@@ -173,7 +173,7 @@ def test_mistakes_are_one_line() -> None:
     with pytest.raises(UsageError, match=r"^statistics.f=3: must be a function"):
         checked_statistics({"f": 3})  # type: ignore[dict-item]
     with pytest.raises(UsageError, match=r"^statistics.f: fails for a tensor"):
-        initlab.probe(nn.Linear(2, 2), torch.ones(3, 2), statistics={"f": lambda x: x.no_such_thing})
+        initlab.measure(nn.Linear(2, 2), torch.ones(3, 2), statistics={"f": lambda x: x.no_such_thing})
 
 
 def test_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,10 +22,10 @@ from initlab.nn.custom_activation import Given, as_activation
 from initlab.nn.init import GENERATORS, RULES, Rule, draw, rule, rule_name
 from initlab.nn.mup import last_layer
 from initlab.nn.network import Network, dense
+from initlab.stats.keys import Seeds, resolve_seeds
 from initlab.tasks.ensemble.device import Where
 
 Init = str | Rule | Sequence[str | Rule]
-Seeds = int | Sequence[int]
 Columns = Mapping[str, np.ndarray | pd.Categorical]
 
 
@@ -121,23 +121,6 @@ def _repeat(values: pd.Categorical | np.ndarray, rows: int) -> pd.Categorical | 
     if isinstance(values, pd.Categorical):
         return pd.Categorical.from_codes(np.tile(values.codes, times), values.categories)
     return np.tile(values, times)
-
-
-def resolve_seeds(seeds: Seeds) -> Sequence[int]:
-    """The seeds of networks: 0, 1, ... for a number of them, or those of a sequence.
-
-    >>> list(resolve_seeds(3)), resolve_seeds([5, 9])
-    ([0, 1, 2], [5, 9])
-    """
-    if isinstance(seeds, int) and not isinstance(seeds, bool):
-        check(seeds=seeds)
-        return range(seeds)
-    if not isinstance(seeds, Sequence | np.ndarray) or isinstance(seeds, str):
-        raise UsageError(f"seeds={seeds!r}: must be how many networks there are, or a sequence of their seeds")
-    check(seeds=len(seeds))
-    for seed in seeds[:: max(1, len(seeds) - 1)] if isinstance(seeds, range) else seeds:
-        check(seed=seed)
-    return seeds if isinstance(seeds, range) else [int(seed) for seed in seeds]
 
 
 def draw_networks(
