@@ -131,6 +131,7 @@ def probe(
     run uncompiled, and for torch's fused inference paths of attention, which give way to any hook. Raises UsageError
     for what does not fit together.
 
+    >>> import torch
     >>> model = nn.Linear(3, 2)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> with probe(model, optimizer=optimizer) as p:

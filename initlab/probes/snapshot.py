@@ -46,7 +46,7 @@ def measure(
 
     >>> rows = measure(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.randn(5, 3))
     >>> rows[["layer", "tensor"]].drop_duplicates().values.tolist()
-    [[1, 'weight'], [1, 'bias'], [1, 'preactivation'], [1, 'activation']]
+    [[1, 'preactivation'], [1, 'activation'], [1, 'weight'], [1, 'bias']]
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"model={type(model).__name__}: must be an nn.Module")
