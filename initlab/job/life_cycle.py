@@ -50,9 +50,6 @@ def run_composed(cfg: DictConfig) -> str | None:
     from initlab.runs.lock import lock_folder
     from initlab.runs.recorder import discard
 
-    if not gc.isenabled():  # the first job of this process; later ones leave garbage that must not be kept
-        gc.freeze()  # what was imported stays, and no collection need look at it again
-        gc.enable()
     setting = HydraConfig.get()
     folder = Path(setting.runtime.output_dir)
     single = setting.mode == RunMode.RUN
@@ -104,6 +101,9 @@ def begin(config: "Callable[[], Config]", choices: dict[str, str | None], folder
     from initlab.job import prepare
     from initlab.runs.recorder import clear, discard, refuse_used
 
+    if not gc.isenabled():  # the first job of this process; later ones leave garbage that must not be kept
+        gc.freeze()  # what was imported stays, and no collection need look at it again
+        gc.enable()
     if not resumed:
         refuse_used(folder)
     try:
