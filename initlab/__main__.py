@@ -66,7 +66,7 @@ def _run() -> int:
     from initlab.job.life_cycle import finish_sweep, outcome, run_composed
     from initlab.job.options import HYDRA_MISTAKES, as_usage_error
     from initlab.job.settings import CONF
-    from initlab.sweep import batched_launcher, sweeper
+    from initlab.sweep import batched_launcher, sweeper, workers
     from initlab.sweep.callback import Refused, Sweep
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler that counts memory warns about its own start
@@ -74,6 +74,7 @@ def _run() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sweeper.install()
     batched_launcher.install()
+    workers.install()
     Sweep.forget()
     outcome.clear()
     code = 0

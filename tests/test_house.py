@@ -76,6 +76,20 @@ def test_heavy_packages_stay_in_their_place(path: Path) -> None:
     assert not packages & {"seaborn", "matplotlib"} or path.parent.name == "figures"
 
 
+# Names that begin with an underscore, of packages that may change them: here with their reasons, and nowhere else.
+PRIVATE = {"sweep/hydra_private.py", "probes/torch_private.py"}
+
+
+@pytest.mark.parametrize("path", FILES, **ids)
+def test_private_names_of_other_packages_are_imported_in_one_place(path: Path) -> None:
+    private = {
+        name
+        for name in imported(path)
+        if name.split(".")[0] in ("hydra", "omegaconf", "torch") and any(p.startswith("_") for p in name.split("."))
+    }
+    assert not private or str(path.relative_to(PACKAGE)) in PRIVATE
+
+
 @pytest.mark.parametrize("path", FILES, **ids)
 def test_functions_are_short_and_say_what_they_are(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))

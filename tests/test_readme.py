@@ -73,7 +73,7 @@ def test_tested_versions_are_pinned() -> None:
     assert "\ntorch==2.13.0\n" in pins and "\nhydra-core==1.3" in pins
 
 
-PROSE = ("README.md", "CHANGELOG.md")
+PROSE = ("README.md", "CHANGELOG.md", "docs/design.md")
 
 
 def sentences(path: Path) -> list[str]:

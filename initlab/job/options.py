@@ -102,8 +102,9 @@ def option_names(of: Any = Config, prefix: str = "") -> Iterator[str]:
             yield from option_names(f.type, prefix + f.name + ".")
 
 
-# Launcher -> the extra that brings it.
+# Launcher that starts processes -> the extra that brings its plugin, whose settings are NAME_plugin.
 EXTRAS = {"joblib": "parallel", "submitit_local": "parallel", "submitit_slurm": "parallel", "ray": "ray"}
+PLUGIN = "_plugin"
 
 
 def as_usage_error(error: Exception) -> UsageError:
@@ -111,11 +112,12 @@ def as_usage_error(error: Exception) -> UsageError:
     if isinstance(error, OverrideParseException):
         return UsageError(f"{error.override}: not an option; options are key=value, see --help")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = error.missing_cfg_file.rpartition("/")
+        group, _, name = error.missing_cfg_file.removesuffix(PLUGIN).rpartition("/")
         if group == "hydra/launcher" and name in EXTRAS:
             return UsageError(f"{group}={name}: is not installed; pip install 'initlab[{EXTRAS[name]}]'")
         if error.options:
-            known = [*error.options, *(EXTRAS if group == "hydra/launcher" else ())]
+            known = {name for name in error.options if not name.endswith(PLUGIN)}
+            known |= set(EXTRAS) if group == "hydra/launcher" else set()
             return not_one_of(group or "--config-name", name, known)
         return UsageError(f"{error.missing_cfg_file}: no such file below the folders of configurations")
     cause: BaseException | None = error

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from initlab.errors import UsageError, nearest
 from initlab.nn.activations import ACTIVATIONS
+from initlab.probes.torch_private import ConvNd, NormBase
 from initlab.stats.dtypes import DTYPES, resolve_dtype
 from initlab.stats.keys import TensorKey
 
@@ -49,8 +48,8 @@ class ProbedModule:
         self.name, self.module, self.chosen = name, module, chosen
         self.parameters = own_parameters(module)
         self.activation = None if self.parameters else _ROWS.get(_module_text(module))
-        self._second = isinstance(module, (_NormBase, nn.GroupNorm))
-        self._from_end = 1 + (len(module.kernel_size) if isinstance(module, _ConvNd) else 0)
+        self._second = isinstance(module, (NormBase, nn.GroupNorm))
+        self._from_end = 1 + (len(module.kernel_size) if isinstance(module, ConvNd) else 0)
         self.number = self.calls = 0
         self.ran = False
         self.keys: dict[tuple[int, int, str], tuple[TensorKey, TensorKey]] = {}  # by layer, call and part

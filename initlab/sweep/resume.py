@@ -79,6 +79,7 @@ def find_left(folder: Path, config: DictConfig, jobs: Sequence[Job]) -> Left:
     if unknown:
         raise UsageError(f"resume={folder}: its job {_format_job(unknown[0].overrides)} is not in this sweep")
     todo = [(job, run.number if run else next(free)) for job, run in found if not (run and run.done)]
+    todo.sort(key=lambda one: one[1])  # a launcher takes jobs together whose numbers have no gap
     return Left([job for job, _ in todo], [number for _, number in todo], len(jobs) - len(todo))
 
 

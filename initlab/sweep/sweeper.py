@@ -34,24 +34,6 @@ class SweeperConfig:
     params: dict[str, str] | None = None
 
 
-class Numbers(int):
-    """Zero, but that adding k gives the k-th of some numbers.
-
-    joblib's, submitit's and ray's launchers name the folder of their k-th job by `initial_job_idx + k`; so the jobs
-    that are left of a sweep keep their numbers and can still all be at work together.
-    """
-
-    numbers: Sequence[int]
-
-    def __new__(cls, numbers: Sequence[int]) -> "Numbers":
-        made = super().__new__(cls, 0)
-        made.numbers = numbers
-        return made
-
-    def __add__(self, k: int) -> int:
-        return self.numbers[k]
-
-
 class Sweeper(HydraSweeper):
     """`hydra/sweeper=basic` of initlab."""
 
@@ -68,7 +50,7 @@ class Sweeper(HydraSweeper):
                 OmegaConf.set_readonly(config.hydra, False)
                 config.hydra.sweep.dir = str(folder)
                 config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")  # the jobs are composed from these
-        self.kind = workers.prepare(config)
+        self.kind = str(config.hydra.runtime.choices.get("hydra/launcher"))
         self.hydra_context, self.config = hydra_context, config
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
@@ -103,23 +85,21 @@ class Sweeper(HydraSweeper):
         returns = []
         with workers.environment(self.config, self.kind):
             for start, stop in self._batches(left.numbers):
-                first = left.numbers[start] if self.kind is None else Numbers(left.numbers[start:stop])
-                returns.append(self.launcher.launch(left.jobs[start:stop], initial_job_idx=first))
+                returns.append(self.launcher.launch(left.jobs[start:stop], initial_job_idx=left.numbers[start]))
         _raise_first(one for batch in returns for one in batch)
         return returns
 
     def _batches(self, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """From where to where the launcher gets jobs at once; in this process those without a gap in their numbers."""
+        """From where to where the launcher gets jobs at once: its k-th job gets the number of the first one plus k."""
         assert self.config is not None
         size = self.max_batch_size
-        if size is None and self.kind is not None:
-            size = self.kind.at_once(int(self.config.threads))
+        if size is None:
+            size = workers.most_at_once(self.kind, int(self.config.threads))
         if size is not None and size < 1:
             raise UsageError(f"hydra.sweeper.max_batch_size={size}: must be at least 1")
         start = 0
         for stop in range(1, len(numbers) + 1):
-            gap = self.kind is None and stop < len(numbers) and numbers[stop] != numbers[stop - 1] + 1
-            if gap or stop == len(numbers) or stop - start == size:
+            if stop == len(numbers) or numbers[stop] != numbers[stop - 1] + 1 or stop - start == size:
                 yield start, stop
                 start = stop
 

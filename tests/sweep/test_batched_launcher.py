@@ -272,7 +272,7 @@ def test_a_sweep_that_was_stopped_is_finished(lab: Lab, monkeypatch: pytest.Monk
     sweep(lab, "whole", *words)
     with monkeypatch.context() as broken:
         fault = KeyboardInterrupt()
-        stops = _breaking(run_training, lambda ensemble: fault if 12 in ensemble.seeds else None)
+        stops = _breaking(run_training, lambda ensemble: fault if 9 in ensemble.seeds else None)
         broken.setattr(training, "run_training", stops)
         assert sweep(lab, "there", *words)[0] == 130
     kept = Path("there/3/stats.parquet").stat().st_mtime_ns

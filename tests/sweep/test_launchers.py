@@ -1,20 +1,27 @@
 """The same jobs through every launcher: the same tables to the last bit, and the traps of each."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 import initlab
 from initlab.job import worker_process
 from initlab.job.options import EXTRAS, as_usage_error
+from initlab.job.settings import CONF
 from initlab.sweep import workers
 
 WORDS = ("-m", "init=naive,kaiming", "seed=0,1", "task=stack", "depth=4", "width=20", "seeds=2", "plots=false")
@@ -84,7 +91,9 @@ def test_a_launcher_that_is_not_there_names_its_extra(launcher: str) -> None:
     missing = MissingConfigException("no such file", f"hydra/launcher/{launcher}", ["basic"])
     line = str(as_usage_error(missing))
     assert line == f"hydra/launcher={launcher}: is not installed; pip install 'initlab[{EXTRAS[launcher]}]'"
-    assert set(EXTRAS) == set(workers.LAUNCHERS)
+    missing = MissingConfigException("no such file", f"hydra/launcher/{launcher}_plugin", ["basic"])
+    assert str(as_usage_error(missing)) == line
+    assert {path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml")} == set(EXTRAS)
 
 
 def test_a_misspelt_launcher_is_one_line() -> None:
@@ -94,41 +103,54 @@ def test_a_misspelt_launcher_is_one_line() -> None:
     )
 
 
-def composed(name: str, launcher: dict[str, object], *said: str, device: str = "auto") -> workers.DictConfig:
-    hydra = {"runtime": {"choices": {"hydra/launcher": name}}, "launcher": launcher, "overrides": {"hydra": list(said)}}
-    return OmegaConf.create({"threads": 3, "device": device, "hydra": hydra})
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """`settings("joblib", "device=cpu")`: what the launcher of a sweep is given."""
+    workers.install()
+    stored = ConfigStore.instance()
+    monkeypatch.setattr(stored, "repo", copy.deepcopy(stored.repo))
+    if "ray_plugin.yaml" not in stored.list("hydra/launcher"):  # it has sixty packages: here as its plugin stores it
+        node = {"_target_": "none", "ray": {"init": {"address": None}, "remote": {}}}
+        stored.store(group="hydra/launcher", name="ray_plugin", node=node)
+    workers.install()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+
+        def one(name: str, *words: str) -> Any:
+            config = compose("config", overrides=[f"hydra/launcher={name}", *words], return_hydra_config=True)
+            return config.hydra.launcher
+
+        yield one
 
 
-def test_settings_that_would_do_harm_are_filled_and_those_that_were_given_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defaults_that_would_do_harm_are_replaced_and_what_is_said_stays(
+    settings: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    config = composed("joblib", {"n_jobs": -1, "batch_size": "auto"})
-    assert workers.prepare(config) is workers.LAUNCHERS["joblib"]
-    assert config.hydra.launcher == {"n_jobs": 2, "batch_size": 1}  # a process per GPU
-    config = composed("joblib", {"n_jobs": -1, "batch_size": "auto"}, device="cpu")
-    workers.prepare(config)
-    assert config.hydra.launcher.n_jobs == -1
-    for given in (composed("joblib", {"n_jobs": 5}), composed("joblib", {"n_jobs": -1}, "hydra.launcher.n_jobs=-1")):
-        before = given.hydra.launcher.n_jobs
-        workers.prepare(given)
-        assert given.hydra.launcher.n_jobs == before
+    joblib = settings("joblib")
+    assert (joblib.n_jobs, joblib.batch_size) == (2, "1")  # a process per GPU
+    assert settings("joblib", "device=cpu").n_jobs == -1
+    for number in (5, -1):
+        assert settings("joblib", f"hydra.launcher.n_jobs={number}").n_jobs == number
+    assert settings("submitit_local", "device=cpu").timeout_min == 7 * 24 * 60
     for device, gpus in (("cuda", 1), ("auto", None), ("cpu", None)):  # whether a cluster has GPUs nobody knows here
-        config = composed("submitit_slurm", {"cpus_per_task": None, "gpus_per_node": None}, device=device)
-        workers.prepare(config)
-        assert (config.hydra.launcher.cpus_per_task, config.hydra.launcher.gpus_per_node) == (3, gpus)
+        slurm = settings("submitit_slurm", f"device={device}", "threads=3")
+        assert (slurm.cpus_per_task, slurm.gpus_per_node) == (3, gpus)
     for device, gpus in (("auto", 1), ("cpu", 0)):
-        config = composed("ray", {"ray": {"init": {"address": None}, "remote": {}}}, device=device)
-        workers.prepare(config)
-        assert config.hydra.launcher.ray.remote == {"num_cpus": 3, "num_gpus": gpus}
-        assert config.hydra.launcher.ray.init.include_dashboard is False
-    assert workers.prepare(composed("basic", {})) is None
+        own = settings("ray", f"device={device}", "threads=3")
+        assert own.ray.remote == {"num_cpus": 3, "num_gpus": gpus}
+        assert own.ray.init == {"address": None, "include_dashboard": False, "logging_level": "warning"}
+
+
+def with_launcher(launcher: dict[str, object]) -> workers.DictConfig:
+    return OmegaConf.create({"threads": 3, "hydra": {"launcher": launcher}})
 
 
 def test_what_the_processes_inherit_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     before = dict(os.environ)
-    local = workers.LAUNCHERS["submitit_local"]
-    with workers.environment(composed("submitit_local", {"gpus_per_node": None}), local):
+    with workers.environment(with_launcher({"gpus_per_node": None}), "submitit_local"):
         assert os.environ["OMP_NUM_THREADS"] == os.environ["MKL_NUM_THREADS"] == "3"
         assert os.environ["INITLAB_GPUS"] == "3,5"  # submitit would show none, or count from 0
         assert not worker_process.is_worker()  # this process is their parent
@@ -142,18 +164,19 @@ def test_what_the_processes_inherit_is_taken_back(monkeypatch: pytest.MonkeyPatc
             assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
         monkeypatch.undo()
     assert "INITLAB_PARENT" not in os.environ and "INITLAB_GPUS" not in os.environ
-    with workers.environment(composed("submitit_local", {"gpus_per_node": 1}), local):
+    with workers.environment(with_launcher({"gpus_per_node": 1}), "submitit_local"):
         assert "INITLAB_GPUS" not in os.environ  # as it was asked for
-    with workers.environment(composed("basic", {}), None):
+    with workers.environment(with_launcher({}), "basic"):
         assert "INITLAB_PARENT" not in os.environ
     assert before["OMP_NUM_THREADS"] == "7"
 
 
 def test_not_all_jobs_are_started_at_once() -> None:
     """submitit's local executor would start a thousand processes, and Slurm's arrays have an end."""
-    local, slurm = (workers.LAUNCHERS[name].at_once for name in ("submitit_local", "submitit_slurm"))
-    cores = workers._processors()
-    assert local(1) == cores and local(10 * cores) == 1 and slurm(1) == 1000
+    cores = len(os.sched_getaffinity(0))
+    assert workers.most_at_once("submitit_local", 1) == cores
+    assert workers.most_at_once("submitit_local", 10 * cores) == 1
+    assert workers.most_at_once("submitit_slurm", 1) == 1000 and workers.most_at_once("joblib", 1) is None
 
 
 @pytest.mark.gpu

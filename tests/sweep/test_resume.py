@@ -24,7 +24,6 @@ from initlab.job.settings import by_thousand
 from initlab.runs.folders import read_run_json
 from initlab.runs.lock import LOCK, is_locked, lock_folder
 from initlab.sweep import sweeper
-from initlab.sweep.sweeper import Numbers
 from initlab.tasks import stack as stacking
 from initlab.tasks.ensemble.networks import Net
 
@@ -261,9 +260,14 @@ def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
     assert not (tmp_path / LOCK).exists()
 
 
-def test_jobs_that_are_left_keep_their_numbers() -> None:
-    numbers = Numbers([4, 7, 2])
-    assert [numbers + k for k in range(3)] == [4, 7, 2] and numbers == 0
+def test_jobs_that_are_left_keep_their_numbers_with_every_launcher() -> None:
+    """Launchers number their k-th job by the first number plus k: only jobs without a gap are launched together."""
+    made = sweeper.Sweeper(None)
+    made.kind, made.config = "joblib", OmegaConf.create({"threads": 1})
+    assert list(made._batches([2, 3, 4, 7, 9, 10])) == [(0, 3), (3, 4), (4, 6)]
+    assert list(made._batches([])) == [] and list(made._batches(range(5))) == [(0, 5)]
+    made.max_batch_size = 2
+    assert list(made._batches([2, 3, 4, 7])) == [(0, 2), (2, 3), (3, 4)]
 
 
 def test_what_happened_in_another_process_comes_back() -> None:
