@@ -95,10 +95,10 @@ def resolve(config: Config, choices: Mapping[str, str | None]) -> JobSettings:
             raise
         text = str(error).removeprefix("activation: ")
         raise UsageError(f"activation._target_={config.activation._target_}: {text}") from error
-    net = Net.of(activation, config.depth, config.width, config.inputs, config.batch)
+    net = Net.resolve(activation, config.depth, config.width, config.inputs, config.batch)
     options = {name: value for name, value in vars(config.train).items() if name != "lr"}
     training = Training(**options, every=config.every, histograms=config.histograms)
-    where = Where.of(config.dtype, config.device, config.generator)
+    where = Where.resolve(config.dtype, config.device, config.generator)
     statistics = checked_statistics(statistics_of(config), (*OPTION_OF, *NOT_OPTIONS))
     return JobSettings(config, scaling, activation, net, training, where, seeds(config), statistics)
 

@@ -60,6 +60,16 @@ def _record(sink: Sink, frames: Mapping[str, pd.DataFrame], text: str) -> str:
     return text
 
 
+def _measure_later(measure: Callable[[], Any], as_text: Callable[[Any], str]) -> Stage:
+    """A stage that measures when it is called: `measure` makes the tables, `as_text` what is printed of them."""
+
+    def run(sink: Sink) -> str:
+        frames = measure()
+        return _record(sink, frames, as_text(frames))
+
+    return run
+
+
 def stack_stage(task: Any, s: JobSettings) -> Stage:
     """Plans the memory at once: a network that does not fit is a mistake of the user."""
     config, net = s.config, s.net
@@ -81,6 +91,7 @@ def stack_stage(task: Any, s: JobSettings) -> Stage:
 
 
 def seeded_stage(task: Any, s: JobSettings) -> Stage:
+    """The stack of course material, on the CPU."""
     if s.where.device.type != "cpu":
         raise UsageError(f"device={s.config.device}: task=seeded is about the CPU's numbers; use device=cpu")
     asked = {name: value for name, value in s.keywords().items() if name in ("activation", "depth", "width", "batch")}
@@ -141,6 +152,7 @@ def _ladder(measure: Callable[..., pd.DataFrame], agreement: Callable[..., str],
 
 
 def matmul_stage(task: Any, s: JobSettings) -> Stage:
+    """The ladder of matrix products."""
     return partial(_ladder, task.matmul_ladder, task.agreement, s)
 
 
@@ -153,6 +165,7 @@ def backward_stage(task: Any, s: JobSettings) -> Stage:
 
 
 def explain_stage(task: Any, s: JobSettings) -> Stage:
+    """One backward pass, followed when the stage is made."""
     t = s.training
     where = {"dtype": s.where.dtype, "device": s.where.device}
     name = s.config.activation.name
@@ -174,28 +187,17 @@ def graph_stage(task: Any, s: JobSettings) -> Stage:
 
 def gains_stage(task: Any, s: JobSettings) -> Stage:
     """Of all activations, whatever the options say."""
-
-    def run(sink: Sink) -> str:
-        frame = task.gains()
-        return _record(sink, {"gains": frame}, task.gains_as_text(frame))
-
-    return run
+    return _measure_later(lambda: {"gains": task.gains()}, lambda frames: task.gains_as_text(frames["gains"]))
 
 
 def jacobian_stage(task: Any, s: JobSettings) -> Stage:
-    def run(sink: Sink) -> str:
-        frames = task.jacobian(**s.keywords())
-        return _record(sink, frames, task.jacobian_as_text(frames))
-
-    return run
+    """The singular values of the stack's Jacobians."""
+    return _measure_later(lambda: task.jacobian(**s.keywords()), task.jacobian_as_text)
 
 
 def formats_stage(task: Any, s: JobSettings) -> Stage:
-    def run(sink: Sink) -> str:
-        frames = task.formats(**s.keywords("dtype"))
-        return _record(sink, frames, task.formats_as_text(frames))
-
-    return run
+    """The stack in every number format, whatever `dtype` says."""
+    return _measure_later(lambda: task.formats(**s.keywords("dtype")), task.formats_as_text)
 
 
 def phase_stage(task: Any, s: JobSettings) -> Stage:

@@ -21,7 +21,7 @@ from initlab.nn.init import Rule
 
 
 class Factors(NamedTuple):
-    """What a layer's learning rates are multiplied by."""
+    """What the learning rates of a layer's weights and of its biases are multiplied by; 1 changes nothing."""
 
     weight: float = 1.0
     bias: float = 1.0

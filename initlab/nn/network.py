@@ -157,6 +157,7 @@ class Plain:
     """
 
     def linear(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        """z = x w + b."""
         if w.dim() == 3 and w.device.type == "cpu":
             z = x.new_empty(*x.shape[:-1], w.shape[-1])
             multiply(x.unbind(), w, z.unbind())
@@ -165,15 +166,19 @@ class Plain:
         return z if b is None else z.add_(b.unsqueeze(-2))
 
     def linear_back(self, g: Tensor, w: Tensor) -> Tensor:
+        """g w^T."""
         return self.linear(g, w.mT)
 
     def activate(self, z: Tensor, row: Activation) -> Tensor:
+        """phi(z)."""
         return row.phi(z)
 
     def activate_back(self, g: Tensor, z: Tensor, row: Activation) -> Tensor:
+        """g phi'(z), by the activation's own rule."""
         return row.pull_back(g, z)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """a + b."""
         return a + b
 
 

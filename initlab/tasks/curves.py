@@ -49,7 +49,7 @@ def gain_curves(
     >>> curves["derived_from"].unique().tolist()
     ['lecun', '']
     """
-    net, where = Net.of(activation, depth, width, inputs, batch), Where.of(dtype, device)
+    net, where = Net.resolve(activation, depth, width, inputs, batch), Where.resolve(dtype, device)
     rules, names = [rule(one) for one in inits], [rule_name(one) for one in inits]
     scales = [weight_scales(one, net, where) for one in rules]
     kept = weight_scales(rule("kaiming"), net, where)[1]

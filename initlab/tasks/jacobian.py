@@ -54,9 +54,9 @@ def jacobian(
     >>> tables["singular_values"]["singular_value"].round(5).tolist()
     [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
-    net, where = Net.of(activation, depth, width, inputs, batch), Where.of(dtype, device, generator)
+    net, where = Net.resolve(activation, depth, width, inputs, batch), Where.resolve(dtype, device, generator)
     scaling = rule(init, **rule_fields)
-    ensemble = Ensemble.of(scaling, seeds, net.activation)
+    ensemble = Ensemble.resolve(scaling, seeds, net.activation)
     sums, spectra = [], []
     with tqdm(total=depth * len(ensemble), desc="jacobian", unit="layer", disable=None if progress else True) as bar:
         for chunk in split(len(ensemble), CACHED):

@@ -111,7 +111,7 @@ def phase(
         raise UsageError(f"phase.correlation={correlation:g}: must be at least 0 and below 1")
     fresh = choose(dict(zip(WEIGHTS, (False, True), strict=True)), weights, "phase.weights")
     choose(DISTRIBUTIONS, distribution, "init.distribution")
-    row, where = as_activation(activation), Where.of(dtype, device, generator)
+    row, where = as_activation(activation), Where.resolve(dtype, device, generator)
     gains, biases = across * len(up), [value for value in up for _ in across]
     points = Points(gains, biases, row, depth, width, batch, correlation, distribution, fresh, chunk)
     return measure_plane(plane, points, numbers, where, progress)
@@ -120,6 +120,7 @@ def phase(
 def measure_plane(
     plane: str, points: Points, seeds: Sequence[int], where: Where, progress: bool
 ) -> Iterator[pd.DataFrame]:
+    """The table `phase` of the points of a plane, a frame for each seed."""
     layers, slopes = measured_layers(plane, points.depth)
     rows = layers if plane == "depth" else [points.depth]
     theory = predict_points(points, rows)
@@ -173,6 +174,7 @@ def predict_points(points: Points, rows: Sequence[int]) -> pd.DataFrame:
 def points_frame(
     points: Points, found: Measured, layers: np.ndarray, slopes: np.ndarray, rows: Sequence[int], theory: pd.DataFrame
 ) -> pd.DataFrame:
+    """What was measured of all points, at the layers `rows`, beside the predictions `theory`; points slowest."""
     sigma_w, sigma_b = np.array(points.sigma_w)[:, None], np.array(points.sigma_b)[:, None]
     died = found.died_at[:, None]
     apart = hold_last_alive(found.apart, layers, died)

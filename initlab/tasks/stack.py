@@ -78,8 +78,11 @@ def stack(
     >>> frame[["layer", "tensor", "direction"]].head(3).to_numpy().tolist()
     [[0, 'activation', 'forward'], [1, 'preactivation', 'forward'], [1, 'activation', 'forward']]
     """
-    net = Net.of(activation, depth, width, inputs, batch, residual)
-    ensemble, where = Ensemble.of(init, seeds, net.activation, rule_fields), Where.of(dtype, device, generator)
+    net = Net.resolve(activation, depth, width, inputs, batch, residual)
+    ensemble, where = (
+        Ensemble.resolve(init, seeds, net.activation, rule_fields),
+        Where.resolve(dtype, device, generator),
+    )
     return run_stack(net, ensemble, where, backward, emit, progress, statistics)
 
 
@@ -173,7 +176,7 @@ class _Signal(NamedTuple):
     each: tuple[Tensor, ...] = ()
 
     @classmethod
-    def of(cls, x: Tensor) -> "_Signal":
+    def from_tensor(cls, x: Tensor) -> "_Signal":
         return cls(x, x.unbind())
 
 
@@ -189,7 +192,7 @@ class _Buffers:
         """`keep`: hold on to the preactivations for a backward pass, as `passed` (L, E, N, O)."""
         net, where = nets.net, nets.where
         pair = torch.empty(2, len(nets), net.batch, net.width, dtype=where.dtype, device=where.device)
-        self.halves = [_Signal.of(half) for half in pair]
+        self.halves = [_Signal.from_tensor(half) for half in pair]
         self.passed = pair.new_empty(net.depth if keep else 0, *pair.shape[1:])
         self.residual, self.backend, self.rows = net.network.residual, backend, rows
         self.layer = 0  # the one whose tensors are being made
@@ -271,7 +274,7 @@ class _Pass:
                 self.record.add(self.backend.rows(a.whole)[:, None])
             self.bar.update(len(self.nets))
 
-        x = _Signal.of(self.nets.gaussian(net.inputs, "input"))
+        x = _Signal.from_tensor(self.nets.gaussian(net.inputs, "input"))
         self.record.add(self.backend.rows(x.whole)[:, None])
         for window in _windows(range(1, net.depth + 1)):
             start = x.whole.clone()

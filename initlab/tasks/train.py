@@ -74,7 +74,7 @@ def train(
     """
     row = as_activation(activation)
     training = Training(depth, width, batch, steps, optimizer, loss, modules, drift, every, histograms)
-    ensemble, where = Ensemble.of(init, seeds, row, rule_fields), Where.of(dtype, device, generator)
+    ensemble, where = Ensemble.resolve(init, seeds, row, rule_fields), Where.resolve(dtype, device, generator)
     columns = dict(ensemble.columns)
     if isinstance(lr, Sequence | np.ndarray):
         rates, columns["lr"] = list(lr), np.array(lr)

@@ -34,7 +34,7 @@ def test_seeds_are_how_many_or_which(seeds: Any) -> None:
 def test_number_formats_and_devices_are_names_or_torchs_objects() -> None:
     by_name = stack(**SMALL, seeds=1, dtype="float64", device="cpu")
     same(by_name, stack(**SMALL, seeds=1, dtype=torch.float64, device=torch.device("cpu")))
-    assert Where.of(torch.bfloat16, "cpu:0") == Where(torch.bfloat16, torch.device("cpu"))
+    assert Where.resolve(torch.bfloat16, "cpu:0") == Where(torch.bfloat16, torch.device("cpu"))
     for wrong in ("gpu", "cuda:x", torch.device("meta"), 3):
         with pytest.raises(UsageError, match=f"device={wrong}: must be one of auto, cpu, cuda"):
             find_device(wrong)  # type: ignore[arg-type]

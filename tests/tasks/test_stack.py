@@ -242,7 +242,7 @@ def test_memory_of_a_forward_pass_does_not_grow_with_depth() -> None:
 
 
 def test_short_memory_draws_twice_then_runs_fewer_then_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = Net.of("relu", 50, 100, None, 200)
+    net = Net.resolve("relu", 50, 100, None, 200)
     usual = stack(depth=50, seeds=range(3))
 
     def planned(free: float) -> Plan:
@@ -259,7 +259,7 @@ def test_short_memory_draws_twice_then_runs_fewer_then_refuses(monkeypatch: pyte
         planned(5e6)
     assert plan(net, 3, Where(), backward=False).kept == 0
     with pytest.raises(UsageError, match=r"works on .* use less width or batch"):
-        plan(Net.of("relu", 50, 1000, None, 200), 3, Where(), backward=False)
+        plan(Net.resolve("relu", 50, 1000, None, 200), 3, Where(), backward=False)
 
 
 def test_networks_are_halved_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ def explain(
             raise UsageError(f"{name}={size}: must be at least 1")
     row = choose(ACTIVATIONS, activation, "activation")
     sizes = [inputs, *[width] * depth, classes if choose(LOSSES, loss, "train.loss").classes else 1]
-    where = Where.of(dtype, device)
+    where = Where.resolve(dtype, device)
     xb = gaussian((batch, inputs), seed, "input").to(where.device, where.dtype)
     parameters = [(w[0], b[0]) for w, b in draw_trained([rule(init)], row, sizes, [seed], xb[None]).parameters]
     yb = gaussian((batch,), seed, "target").to(where.dtype)

@@ -58,7 +58,7 @@ def graph(
     ['MeanBackward0', 'PowBackward0', 'AddmmBackward0']
     """
     notes: list[str] = []
-    where = Where.of(dtype, device)
+    where = Where.resolve(dtype, device)
     check(batch=batch, seed=seed)
     if not isinstance(model, nn.Module | None):
         raise UsageError(f"graph: the model is a {type(model).__name__}; must be an nn.Module")

@@ -46,7 +46,7 @@ def matmul_ladder(
     the last rung that runs where it was not asked for. A rung of Python loops that would take more than `patience`
     seconds a call, judged by smaller pieces of the same product, is skipped.
     """
-    where = Where.of(dtype, device)
+    where = Where.resolve(dtype, device)
     table = {name: choose(LADDER, name, "rung") for name in rungs}
     check_timing(table, rounds, seconds)
     if not len(shapes):
@@ -116,7 +116,7 @@ def backward_ladder(
     as data. What is timed is one pass from given parameters to the loss and all gradients of the parameters. The
     reference is `nn.Linear`, torch's own layers and autograd as everybody writes them: a ratio below 1 is faster.
     """
-    where = Where.of(dtype, device)
+    where = Where.resolve(dtype, device)
     check_timing(versions, rounds, seconds)
     check(train_depth=depth, train_width=width)
     sizes = [inputs, *[width] * depth, CLASSES if choose(LOSSES, loss, "train.loss").classes else 1]

@@ -22,6 +22,7 @@ FEWEST_SAMPLES = 3  # of a call that takes seconds; below that there are no quar
 
 
 def wall() -> float:
+    """Seconds of the clock on the wall."""
     return time.perf_counter()
 
 

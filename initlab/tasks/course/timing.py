@@ -140,6 +140,7 @@ def first_call(row: _Version) -> list[Tensor] | None:
 
 
 def leaf_tensors(out: Any) -> Iterator[Tensor]:
+    """The tensors of nested tuples and lists, in their order."""
     if isinstance(out, (tuple, list)):
         for part in out:
             yield from leaf_tensors(part)

@@ -27,7 +27,7 @@ class Where:
     generator: str = "torch"
 
     @classmethod
-    def of(
+    def resolve(
         cls, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu", generator: str = "torch"
     ) -> "Where":
         """From what a user says: names, or torch's own objects. Errors: an unknown format, device or generator."""

@@ -47,7 +47,7 @@ class Net:
         check(depth=self.depth, width=self.width, inputs=self.inputs, batch=self.batch)
 
     @classmethod
-    def of(
+    def resolve(
         cls, activation: Given, depth: int, width: int, inputs: int | None, batch: int, residual: bool = False
     ) -> "Net":
         """From what a user says: an activation by name, row or function, and `inputs` None for `width`."""
@@ -81,7 +81,7 @@ class Ensemble:
     points: int = 1
 
     @classmethod
-    def of(
+    def resolve(
         cls, init: Init, seeds: Seeds, activation: Activation, fields: Mapping[str, Any] | None = None
     ) -> "Ensemble":
         """From what a user says: one rule for all, or a sequence with one for each seed, which then has columns.
