@@ -174,25 +174,9 @@ def _step(row: Activation, layer: Layer, batch: int, state: _State) -> tuple[Ste
     alive = np.maximum(means[:, :2].sum(-1), 1e-300)
     bent = np.log(np.maximum((means[:, :2] * np.exp(shrink)).sum(-1), 1e-300) / alive)
     step = Step(
-        layer,
-        u,
-        mean,
-        cov,
-        pair,
-        single,
-        nodes,
-        ln_z,
-        uniform,
-        damped,
-        means,
-        unit_cov,
-        given,
-        ln_x,
-        bent,
-        own,
-        next_single,
-        new,
-    )
+        layer, u, mean, cov, pair, single, nodes, ln_z, uniform, damped, means, unit_cov, given, ln_x, bent, own,
+        next_single, new,
+    )  # fmt: skip
     return step, next_mean, next_cov, next_pair, next_single
 
 
@@ -260,7 +244,13 @@ def _unit(u: Units, batch: int, worse: Array, layer: Layer, pair: float) -> tupl
         if remain < 1:
             cov = remove_quadratic_noise(cov, of_m, of_e * math.sqrt(together), remain)
         if layer.is_rescaled:
-            cov = clip_covariance(cov - remain * _length_noise(1 - u.inside[:, 0], of_m, of_e, together))
+            # a fit removes what follows q of z: q varies by the average of t (m^2 - 1) + w (e^2 - 1), and the averages
+            # follow it with the slope g
+            w = u.inside[:, 0]
+            t, g = 1 - w, (of_m + of_e) / 2
+            along = t * of_m + w * together * of_e
+            noise = _outer(g, along) + _outer(along, g) - (2 * (t * t + w * w * together))[:, None, None] * _outer(g, g)
+            cov = clip_covariance(cov - remain * noise)
     return means, cov, given
 
 
@@ -273,16 +263,6 @@ def remove_quadratic_noise(cov: Array, of_m: Array, of_e: Array, remain: float) 
     in z do not vary. `of_m`, `of_e` (S, G): slopes of the S averages by m^2 - 1 and, over the inputs, by e^2 - 1.
     """
     return clip_covariance(cov - (1 - remain) / 2 * (_outer(of_m, of_m) + _outer(of_e, of_e)))
-
-
-def _length_noise(t: Array, of_m: Array, of_e: Array, together: float) -> Array:
-    """The part of the noise, (G, S, S), that follows q of z and that a fit (LSUV) removes.
-
-    q varies by the average of t (m^2 - 1) + w (e^2 - 1), and the S averages follow it with the slope g.
-    """
-    w = 1 - t
-    g, along = (of_m + of_e) / 2, t * of_m + w * together * of_e
-    return _outer(g, along) + _outer(along, g) - (2 * (t * t + w * w * together))[:, None, None] * _outer(g, g)
 
 
 def _outer(x: Array, y: Array) -> Array:

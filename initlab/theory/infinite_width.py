@@ -17,7 +17,6 @@ from initlab.theory.tensor_law import Stack
 from initlab.theory.unit_moments import (
     FINE,
     JoinedUnits,
-    Units,
     saturated_intervals,
     units,
     zero_intervals,
@@ -42,32 +41,28 @@ def infinite_laws(row: Activation, layers: Sequence[Layer], batch: int, q0: floa
             state = np.array(logs) + float(u.ln_scale[0])
             ln_z.append(z[0])
             ln_x.append(state)
-        return _stack(row, layers, batch, start, np.array(ln_z), np.array(ln_x), passed)
-
-
-def _stack(
-    row: Activation, layers: Sequence[Layer], batch: int, start: Array, ln_z: Array, ln_x: Array, passed: list[Units]
-) -> Stack:
-    every = JoinedUnits(passed)
-    mean = every.over_m(every.row("mean"))[:, 0]
-    ln_scale = np.array([u.ln_scale[0] for u in passed])
-    size = np.exp(np.logaddexp(ln_x[:, 0], ln_x[:, 1]) - ln_scale)
-    gone = np.zeros(len(layers))
-    p = every.probability(zero_intervals(row))[0]
-    shares = {"frac_zero": every.over_m(p)[:, 0], "frac_dead": every.over_m(p**batch)[:, 0]}
-    ln_var = np.log(np.maximum(size - mean**2, 0)) + ln_scale
-    centre = mean / np.sqrt(np.where(size > 0, size, 1))
-    shut = every.over_m(np.stack([every.probability(f(row))[0] for f in (saturated_intervals, zero_slope_intervals)]))[
-        ..., 0
-    ]
-    above, below = _descend(layers, every)
-    return Stack(
-        _law(start[None], batch),
-        _law(ln_x, batch, shares, ln_var, centre),
-        _law(ln_z, batch, {"frac_zero": gone, "frac_saturated": shut[0]}),
-        _law(above, batch, {"frac_zero": gone}),
-        _law(below, batch, {"frac_zero": shut[1]}),
-    )
+        z, x, every = np.array(ln_z), np.array(ln_x), JoinedUnits(passed)
+        mean = every.over_m(every.row("mean"))[:, 0]
+        ln_scale = np.array([u.ln_scale[0] for u in passed])
+        size = np.exp(np.logaddexp(x[:, 0], x[:, 1]) - ln_scale)
+        ln_var = np.log(np.maximum(size - mean**2, 0)) + ln_scale
+        centre = mean / np.sqrt(np.where(size > 0, size, 1))
+        p_zero, p_saturated, p_no_slope = (
+            every.probability(intervals(row))[0]
+            for intervals in (zero_intervals, saturated_intervals, zero_slope_intervals)
+        )
+        zero, dead, saturated, no_slope = every.over_m(np.stack([p_zero, p_zero**batch, p_saturated, p_no_slope]))[
+            ..., 0
+        ]
+        above, below = _descend(layers, every)
+        none = np.zeros(len(layers))
+        return Stack(
+            _law(start[None], batch),
+            _law(x, batch, {"frac_zero": zero, "frac_dead": dead}, ln_var, centre),
+            _law(z, batch, {"frac_zero": none, "frac_saturated": saturated}),
+            _law(above, batch, {"frac_zero": none}),
+            _law(below, batch, {"frac_zero": no_slope}),
+        )
 
 
 def _law(

@@ -150,7 +150,13 @@ def _parameter_blocks(request: Request) -> Iterator[Block]:
     law = np.stack([size - noise / 2, np.sqrt(noise)], -1)
     rescaled = np.array([layer.is_rescaled for layer in request.layers])
     if rescaled.any():
-        law[rescaled] = _fitted_weights(request)[rescaled]
+        # the larger its input, the smaller a weight becomes
+        x = finite_laws(request)
+        entering = enter_layers(x.input.ln_second_moment(), x.activations.ln_second_moment())
+        inputs = list(zip(request.layers, [*x.input.split(), *x.activations.split()], strict=False))
+        own = np.array([fit_noise(layer, one.mean[0], float(one.pair[0]), request.batch) for layer, one in inputs])
+        centre = np.concatenate([ln_weight(layer, one.mean) for layer, one in inputs])
+        law[rescaled] = np.stack([centre + own / 2, np.sqrt(entering[:, 1] ** 2 + own)], -1)[rescaled]
     yield from blocks("weight", "forward", size, law, i * o)
     bias = np.array([ln(layer.bias + layer.uniform_bias) for layer in request.layers])
     if np.isfinite(bias).all():
@@ -160,16 +166,6 @@ def _parameter_blocks(request: Request) -> Iterator[Block]:
     found = _parameter_gradients(finite_laws(request), request.batch)
     for tensor, limit, law, count in zip(("weight", "bias"), limits, found, (i * o, o), strict=True):
         yield from blocks(tensor, "backward", limit[:, 0], law, count)
-
-
-def _fitted_weights(request: Request) -> Array:
-    """ln q of weights that are fitted to data, mean and sd (L, 2): they are as small as their input was large."""
-    x = finite_laws(request)
-    below = enter_layers(x.input.ln_second_moment(), x.activations.ln_second_moment())
-    enter = list(zip(request.layers, [*x.input.split(), *x.activations.split()], strict=False))  # none above the last
-    noise = np.array([fit_noise(layer, law.mean[0], float(law.pair[0]), request.batch) for layer, law in enter])
-    centre = np.concatenate([ln_weight(layer, law.mean) for layer, law in enter])
-    return np.stack([centre + noise / 2, np.sqrt(below[:, 1] ** 2 + noise)], -1)
 
 
 def _parameter_gradients(stack: Stack, batch: int) -> tuple[Array, Array]:

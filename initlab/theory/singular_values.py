@@ -13,7 +13,7 @@ Legend: E ensemble, I units of the input, O of a layer.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -90,11 +90,17 @@ def predict_moments(request: Request) -> pd.DataFrame:
     """
     inputs = request.widths[0]
     now, limit = Traces(math.log(inputs), 1.0, 1 / inputs), 1 / inputs
+    entering, row = request.q0, request.row
     rows = []
-    for k, (layer, (mu_1, mu_2)) in enumerate(zip(request.layers, _slopes(request), strict=True), start=1):
+    for k, layer in enumerate(request.layers, start=1):
+        q = layer.fan_in * layer.weight * entering + layer.bias + layer.uniform_bias
+        at = torch.tensor(1.0 if row.homogeneous else q, dtype=torch.float64).clamp(1e-40, 1e40)
+        mu_1 = float(gaussian_means(lambda z, u: row.slope(z) ** 2, at, row.kinks))
+        mu_2 = float(gaussian_means(lambda z, u: row.slope(z) ** 4, at, row.kinks))
+        entering = float(moment(row, q)) if not row.homogeneous else entering
         ratio = mu_2 / mu_1**2 if mu_1 else 1.0
         growth = layer.fan_out * mu_1 * layer.weight
-        now = Traces(now.ln_trace + (math.log(growth) if growth else -math.inf), *_next(now, layer, ratio))
+        now = Traces(now.ln_trace + (math.log(growth) if growth else -math.inf), *_next_traces(now, layer, ratio))
         limit += ratio / layer.fan_out - (1 / max(layer.fan_in, layer.fan_out) if layer.orthogonal else 0.0)
         count = min(inputs, layer.fan_out)
         with np.errstate(over="ignore"):
@@ -105,7 +111,7 @@ def predict_moments(request: Request) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["layer", *(f"predicted_{name}" for name in names), "limit_mean_s4"])
 
 
-def _next(now: Traces, layer: Layer, ratio: float) -> tuple[float, float]:
+def _next_traces(now: Traces, layer: Layer, ratio: float) -> tuple[float, float]:
     """E (tr A')^2 and E tr A'^2 in units of t'^2; `ratio` is mu_2 / mu_1^2.
 
     Normal weights: E M_ii^2 = a + 2b, E M_ij^2 = b, E M_ii M_jj = a. An isometry is part of a rotation in n =
@@ -119,15 +125,3 @@ def _next(now: Traces, layer: Layer, ratio: float) -> tuple[float, float]:
     diagonal, pairs = own / (n + 2), (m - 1) / max(n - 1, 1)
     squared, square = (ratio * diagonal + pairs * (x - diagonal) for x in (now.squared, now.square))
     return squared * n / m, square * n / m
-
-
-def _slopes(request: Request) -> Iterator[tuple[float, float]]:
-    """E phi'^2 and E phi'^4 of every layer, its second moment of preactivations by the length map."""
-    entering, row = request.q0, request.row
-    for layer in request.layers:
-        q = layer.fan_in * layer.weight * entering + layer.bias + layer.uniform_bias
-        at = torch.tensor(1.0 if row.homogeneous else q, dtype=torch.float64).clamp(1e-40, 1e40)
-        mu_1 = float(gaussian_means(lambda z, u: row.slope(z) ** 2, at, row.kinks))
-        mu_2 = float(gaussian_means(lambda z, u: row.slope(z) ** 4, at, row.kinks))
-        yield mu_1, mu_2
-        entering = float(moment(row, q)) if not row.homogeneous else entering

@@ -92,35 +92,25 @@ def preactivations(layers: Layers) -> Law:
     relative[..., 0, 0] = (remain / layers.width)[:, None] * (2 - 1.2 * layers.stack("uniform") ** 2)
     if not layers.single_input:
         relative[..., 1, 1] = (remain / layers.width * 2 * (1 / (layers.batch - 1) + pair))[:, None]
-    if layers.is_rescaled.any():
-        relative[layers.is_rescaled] = _rescaled_noise(layers, relative)[layers.is_rescaled]
+    ln_z, rescaled = layers.stack("ln_z"), layers.is_rescaled
+    if rescaled.any():  # the variance is 1: what varies is T/W, and the squared pooled mean
+        share = np.exp(ln_z - np.logaddexp(ln_z[..., :1], ln_z[..., 1:]))
+        off = np.eye(2) - share[..., None, :]
+        centre = 2 * (share[..., :1, None] / layers.width[:, None, None, None]) ** 2
+        relative[rescaled] = (off @ relative @ off.mT + centre)[rescaled]
     shift, noise = ln_cov(relative)
-    mean, cov, _ = combine(layers.stack("ln_z") + shift, noise, layers.weights)
+    mean, cov, _ = combine(ln_z + shift, noise, layers.weights)
     law = Law(mean, cov, pair + remain * (1 + pair) / layers.width, single * layers.stack("damped")[:, 0])
     shares = {
         "frac_zero": np.zeros((len(mean), 2)),
         "frac_saturated": layers.share(saturated_intervals(layers.chain.row), single),
     }
     found = pool_symmetric_units(replace(law, shares=shares), layers.width)
-    found.ln_var[layers.is_rescaled] = _unit_variance(layers)[layers.is_rescaled]
-    return found
-
-
-def _unit_variance(layers: Layers) -> Array:
-    """ln of the pooled variance of rescaled layers, mean and sd (L, 2): 0, but where the fit had nothing to do."""
+    # ln of the pooled variance of a rescaled layer is 0, but where the fit had nothing to do
     steps = layers.chain.steps
-    alone = np.array([p_not_rescaled(s.layer, s.mean, s.cov, s.pair, layers.batch) for s in steps])
-    off = np.array([s.layer.fitted.tolerance if s.layer.fitted else 0.0 for s in steps]) / np.sqrt(3)
-    return np.stack([0 * off, np.sqrt(alone) * off], -1)
-
-
-def _rescaled_noise(layers: Layers, relative: Array) -> Array:
-    """Noise of T and W, (L, G, 2, 2), of tensors whose variance is 1: that of T/W and of the squared pooled mean."""
-    ln_z = layers.stack("ln_z")
-    share = np.exp(ln_z - np.logaddexp(ln_z[..., :1], ln_z[..., 1:]))
-    apart = np.eye(2) - share[..., None, :]
-    centre = 2 * (share[..., :1, None] / layers.width[:, None, None, None]) ** 2
-    found: Array = apart @ relative @ apart.mT + centre
+    p_drawn = np.array([p_not_rescaled(s.layer, s.mean, s.cov, s.pair, layers.batch) for s in steps])
+    within = np.array([s.layer.fitted.tolerance if s.layer.fitted else 0.0 for s in steps]) / np.sqrt(3)
+    found.ln_var[rescaled] = np.stack([0 * within, np.sqrt(p_drawn) * within], -1)[rescaled]
     return found
 
 
