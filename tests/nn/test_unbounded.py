@@ -1,5 +1,5 @@
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import mpmath
 import pytest
@@ -9,9 +9,14 @@ from formulas import formulas
 from initlab.nn.activations import ACTIVATIONS, SELU_ALPHA, SELU_SCALE, SLOPE
 from initlab.nn.unbounded import UNBOUNDED, Scaled, log2_moments, rescale
 
-mpmath.mp.prec = 200
 POWERS = (-3000, -1080, -700, -60, 0, 3, 60, 700, 1030, 3000)
 MP = mpmath.mpf
+
+
+@pytest.fixture(autouse=True)
+def two_hundred_bits() -> Iterator[None]:
+    with mpmath.workprec(200):
+        yield
 
 
 def exact(x: Scaled) -> list[mpmath.mpf]:
