@@ -44,7 +44,7 @@ class Job:
         return report_run(self.recorder, texts, self.plots, self.compares, self.gain)
 
     def draw(self) -> None:
-        """The figures alone, of what is recorded."""
+        """Only the figures, of what is recorded."""
         if self.plots:
             report_run(self.recorder, [], self.plots, self.compares, self.gain)
 
@@ -76,10 +76,10 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
         recorder.note(
             f"activation: {described['activation']} came without a derivative; its slope is a difference quotient"
         )
-    words = gain_words(settings.rule, activation) if task.by_rule and not several else ""
+    gain = gain_words(settings.rule, activation) if task.by_rule and not several else ""
     plots = config.plots and config.study.figure.y is None
     stages = [make(import_module(f"initlab.tasks.{module}"), settings) for module, make in task.stages]
-    return Job(stages, recorder, plots, words, several)
+    return Job(stages, recorder, plots, gain, several)
 
 
 def resolve(config: Config, choices: Mapping[str, str | None]) -> JobSettings:

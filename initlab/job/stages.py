@@ -27,7 +27,7 @@ from initlab.tasks.ensemble.plan import plan
 from initlab.tasks.ensemble.training import Training
 from initlab.theory.z_scores import InputMoments, compare_stack, compare_training, measure_input
 
-Stage = Callable[[Sink], str]  # measures, records, and says what is to be printed beside the short table
+Stage = Callable[[Sink], str]  # measures, records, and says what is to be printed with the short table
 WORTH_SAYING = 2**30  # bytes
 
 
@@ -145,8 +145,8 @@ def entering_moments(name: str, root: str, download: bool, url: str, batch: int)
 
 
 def _ladder(measure: Callable[..., pd.DataFrame], agreement: Callable[..., str], s: JobSettings, sink: Sink) -> str:
-    place = {"dtype": s.where.dtype, "device": s.where.device, "progress": True}
-    frame = measure(seed=s.config.seed, **place)
+    where = {"dtype": s.where.dtype, "device": s.where.device, "progress": True}
+    frame = measure(seed=s.config.seed, **where)
     sink.add({"timings": frame})
     return f"{summary.timings_as_text(frame)}\n{agreement(frame, s.where.dtype)}"
 

@@ -85,7 +85,7 @@ def _generator(seed: int, what: str, layer: int) -> torch.Generator:
 
 
 def gaussian(shape: Sequence[int], seed: int, what: str, layer: int = 0) -> Tensor:
-    """Standard normal numbers, float32 on the CPU, that depend on (seed, what, layer) alone."""
+    """Standard normal numbers, float32 on the CPU, that depend on (seed, what, layer) only."""
     return torch.randn(*shape, generator=_generator(seed, what, layer))
 
 

@@ -106,7 +106,7 @@ def dense(sizes: Iterable[int], activation: Activation, residual: bool = False) 
 def forward(
     network: Network, weights: Weights, x: T, visit: Visit[T], math: Arithmetic[T], layers: Iterable[int] | None = None
 ) -> T:
-    """Push x (E, N, I) through the `layers`, all of them if not said; what leaves the last one.
+    """Push x (E, N, I) through the `layers`, all of them by default; returns what leaves the last one.
 
     `visit(layer, z, a)` sees every layer's preactivation and what leaves it, before the next layer is computed.
     """
@@ -128,7 +128,7 @@ def backward(
     math: TwoWayArithmetic[T],
     layers: Iterable[int] | None = None,
 ) -> T:
-    """Pull dL/da (E, N, O) of the first of the `layers` back through them; `layers` descend, all of them if not said.
+    """Pull dL/da (E, N, O) of the first of the `layers` back through them; `layers` descend, all of them by default.
 
     `preactivation(layer)` gives the z of the forward pass. `visit(layer, dL/dz, dL/da)` sees both gradients of a layer
     before those of the next are computed. Returned is dL/da of the layer below the last one, of layer 1 its own dL/da:
@@ -153,7 +153,7 @@ def multiply(x: Iterable[Tensor], w: Tensor, out: Iterable[Tensor]) -> None:
 class Plain:
     """Tensors as they are: (E, N, I) with w (E, I, O), or one network's (N, I) with (I, O).
 
-    On a CPU the networks of an ensemble are multiplied one by one, which is as fast, and rounds as when each is alone.
+    On a CPU the networks of an ensemble are multiplied one by one, which is as fast, and rounds as when each runs by itself.
     """
 
     def linear(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:

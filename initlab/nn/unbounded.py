@@ -1,4 +1,4 @@
-"""Numbers without a range: a float64 tensor with its power of two carried beside it.
+"""Numbers without a range: a float64 tensor with its power of two carried along.
 
 A layer's linear map and its activation act on such a tensor as they do on plain numbers, whatever its magnitude, so
 that a signal can be followed to 1e1000 or 1e-1000.

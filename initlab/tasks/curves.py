@@ -1,7 +1,7 @@
 """Every gain from one pass: in a homogeneous stack the scale of the weights is a factor, known without being run.
 
 With phi(k z) = k phi(z) and no biases, weights times c make layer l's signal c^l times as large, and every pattern of
-signs the same. Rules that draw the same random numbers and differ in their std alone are then one measured curve and
+signs the same. Rules that draw the same random numbers and differ in their std only are then one measured curve and
 straight lines added to it.
 """
 

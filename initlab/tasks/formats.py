@@ -1,7 +1,7 @@
 """Where number formats end a stack: the layer of each event, predicted for all formats and measured where it can be.
 
 A CPU and a GPU multiply in float16, bfloat16, float32 and float64; the two float8 are formats to store in, so that of
-them there is a prediction alone. A CPU's bfloat16 flushes subnormals to 0: its `subnormal` never happens there.
+them there is only a prediction. A CPU's bfloat16 flushes subnormals to 0: its `subnormal` never happens there.
 """
 
 from collections.abc import Callable

@@ -21,14 +21,14 @@ def gains() -> pd.DataFrame:
     (1.46741, 1.66667)
     """
     published = published_table()
-    own = gain_table().drop(columns="why")
-    derived = own[own["kind"] != "torch"].assign(source="", deviation=0.0, why="")
+    derived_table = gain_table().drop(columns="why")
+    derived = derived_table[derived_table["kind"] != "torch"].assign(source="", deviation=0.0, why="")
     derived = derived.assign(meant=derived["kind"], right=derived["gain"])
-    torch_has = own.drop_duplicates("activation").set_index("activation")["torch"]
+    torch_has = derived_table.drop_duplicates("activation").set_index("activation")["torch"]
     published = published.assign(torch=published["activation"].map(torch_has))
     published = published.assign(ratio=published["gain"] / published["torch"])
     both = pd.concat([derived, published], ignore_index=True)
-    order = {name: k for k, name in enumerate(own["activation"].unique())}
+    order = {name: k for k, name in enumerate(derived_table["activation"].unique())}
     return both.sort_values("activation", key=lambda names: names.map(order), kind="stable", ignore_index=True)
 
 

@@ -1,4 +1,4 @@
-"""The singular values of a stack from its input to every layer, measured at one input of each network, beside theory.
+"""The singular values of a stack from its input to every layer, measured at one input of each network and predicted.
 
 They say what becomes of small differences and of gradients in every direction at once; second moments say it on
 average alone. In arithmetic without a range, from the weights of the stack's own number format.
@@ -119,7 +119,7 @@ def spectrum_frame(layer: int, seeds: Sequence[int], log2: Tensor) -> pd.DataFra
 
 
 def jacobian_as_text(frames: Frames) -> str:
-    """Means over the networks at the layers whose singular values are kept, beside what theory expects of them."""
+    """Means over the networks at the layers whose singular values are kept, and what theory expects of them."""
     moments, spectra = frames["jacobian"], frames["singular_values"]
     of_layer = moments.groupby("layer").mean(numeric_only=True).loc[sorted(spectra["layer"].unique())]
     ends = spectra.groupby("layer")["singular_value"].agg(["max", "min"])

@@ -1,4 +1,4 @@
-"""A plane of networks, measured as one batched program, beside what theory says of every point.
+"""A plane of networks, measured as one batched program and predicted at every point.
 
 Plane `sigma`: (sigma_w, sigma_b) at the last layer. Plane `depth`: (sigma_w, layer) at one sigma_b. sigma_w is the
 gain: weights have variance sigma_w^2 / fan_in, biases sigma_b^2. Poole et al. 2016; Schoenholz et al. 2017.
@@ -174,7 +174,7 @@ def predict_points(points: Points, rows: Sequence[int]) -> pd.DataFrame:
 def points_frame(
     points: Points, found: Measured, layers: np.ndarray, slopes: np.ndarray, rows: Sequence[int], theory: pd.DataFrame
 ) -> pd.DataFrame:
-    """What was measured of all points, at the layers `rows`, beside the predictions `theory`; points slowest."""
+    """What was measured of all points, at the layers `rows`, with the predictions `theory`; points slowest."""
     sigma_w, sigma_b = np.array(points.sigma_w)[:, None], np.array(points.sigma_b)[:, None]
     died = found.died_at[:, None]
     apart = hold_last_alive(found.apart, layers, died)
@@ -195,8 +195,8 @@ def points_frame(
     shape = (len(sigma_w), len(rows))
     frame = pd.DataFrame({name: np.broadcast_to(values, shape).ravel() for name, values in columns.items()})
     frame = frame.astype({"n_nan": "int64", "n_inf": "int64", "died_at": "int64"})
-    words = np.where(frame["q"] == np.inf, "unbounded", np.where(frame["chi_1"] > 1, "chaotic", "ordered"))
-    frame = pd.concat([frame.assign(phase=words), theory], axis=1)
+    phases = np.where(frame["q"] == np.inf, "unbounded", np.where(frame["chi_1"] > 1, "chaotic", "ordered"))
+    frame = pd.concat([frame.assign(phase=phases), theory], axis=1)
     return frame.assign(difference=frame["cosine"] - frame["predicted_cosine"], mode="fan_in", bias=0.0)
 
 
@@ -247,7 +247,7 @@ def phase_as_text(frame: pd.DataFrame) -> str:
     last = frame[frame["layer"] == frame["layer"].max()]
     keys = ["gain", "sigma_b"]
     mean = last.groupby(keys)[["cosine", "predicted_cosine", "chi_1", "limit_chi_1"]].mean()
-    words = last.groupby(keys)["predicted_phase"].first()
+    predicted_phases = last.groupby(keys)["predicted_phase"].first()
     died = last.groupby(keys)["died_at"].max() > 0
     lines = [f"{len(mean)} points, {last['seed'].nunique()} network(s) each, {int(last['layer'].max())} layers"]
     measured, predicted = mean["chi_1"] < 1, mean["limit_chi_1"] < 1 - 1e-9  # to rounding
@@ -255,8 +255,8 @@ def phase_as_text(frame: pd.DataFrame) -> str:
         f"ordered, gradients shrink: {measured.mean():.1%} measured, {predicted.mean():.1%} predicted; "
         f"chaotic or unbounded, they grow: {1 - measured.mean():.1%} and {1 - predicted.mean():.1%}"
     )
-    said = ", ".join(f"{word} {share:.1%}" for word, share in words.value_counts(normalize=True).items())
-    lines.append(f"theory: {said}")
+    shares = ", ".join(f"{word} {share:.1%}" for word, share in predicted_phases.value_counts(normalize=True).items())
+    lines.append(f"theory: {shares}")
     far = (np.log(mean["limit_chi_1"].clip(1e-300)).abs() > AWAY) & ~died
     if far.any():
         apart = (mean["cosine"] - mean["predicted_cosine"])[far]

@@ -29,7 +29,7 @@ BLOCK = 2**28  # bytes of the signals of such a block
 SAFE = (1e-12, 1e12)  # between these no square leaves the range of float32
 EXPONENTS = {torch.float32: 126, torch.float64: 1022}  # powers of two on either side of 1, subnormal ones left out
 
-Advance = Callable[[int], object]  # told how many layers of how many points are done, as their product
+Advance = Callable[[int], object]  # gets how many layers of how many points are done, as their product
 Layer = tuple[Tensor, Tensor]  # (I, O) or (P, I, O), and (O,) or (P, 1, O)
 
 

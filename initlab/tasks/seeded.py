@@ -77,8 +77,8 @@ def measure_network(network: Network, weights: Sequence[Tensor], x: Tensor, seed
     rows = RowBuffer([seed], KEY_COLUMNS, [*STATISTICS, TORCH_COLUMN])
 
     def put(layer: int, tensor: str, values: Tensor) -> None:
-        own = values.std() if values.numel() > 1 else values.new_tensor(math.nan)
-        block = torch.cat([measure(values), own.double()[None]])
+        torch_std = values.std() if values.numel() > 1 else values.new_tensor(math.nan)
+        block = torch.cat([measure(values), torch_std.double()[None]])
         rows.put([TensorKey("stack", "module", layer, tensor, "forward")], block[:, None, None])
 
     put(0, "activation", x)

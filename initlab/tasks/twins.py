@@ -84,10 +84,10 @@ class TwinTraining:
         before = mlp.twin_parameters(self.twins) if record else []
         if record:  # at the module's parameters of this step, and before the two trainings move on
             by_hand = mlp.by_hand_at_twins(self.twins, xb, yb, self.activation, self.loss)
-            ours = self.hand.parameters()
-            self.records.parity.add(*(parameter_items("", "forward", pairs) for pairs in (ours, before)), step=step)
+            current = self.hand.parameters()
+            self.records.parity.add(*(parameter_items("", "forward", pairs) for pairs in (current, before)), step=step)
             if self.drift:
-                self._note_drift(step, xb, {"scratch": ours, "module": before})
+                self._note_drift(step, xb, {"scratch": current, "module": before})
         self._note("scratch", step, yb, *self.hand.step(step, xb, yb, record))
         self.by_torch.zero_grad()
         if record or self.at_once is None:
@@ -114,7 +114,7 @@ class TwinTraining:
             self.records.rows.add(change_items(name, "drift", start, now), step)
 
     def flush(self) -> None:
-        """Hand over what the records have, all rows of the recorded steps among them."""
+        """Emit what the records have, all rows of the recorded steps among them."""
         self.hand.flush()
         self.records.flush()
 
@@ -145,7 +145,7 @@ class _Hand(Protocol):
         """The weights and biases that the next step starts from."""
 
     def flush(self) -> None:
-        """Put into the records what is still held back."""
+        """Put into the records what still waits."""
 
 
 class _ByEngine:
@@ -177,24 +177,24 @@ class _ByPass:
         optimizer: torch.optim.Optimizer,
         records: Records,
     ) -> None:
-        self.own, self.activation, self.loss, self.rows = parameters, activation, loss, records.rows
+        self.weights, self.activation, self.loss, self.rows = parameters, activation, loss, records.rows
         self.optimizer = optimizer
 
     def step(self, step: int, xb: Tensor, yb: Tensor, record: bool) -> tuple[Tensor, Tensor]:
-        seen = mlp.forward_and_backward(self.own, xb, yb, self.activation, self.loss)
-        before = [(w.clone(), b.clone()) for w, b in self.own] if record else []
+        seen = mlp.forward_and_backward(self.weights, xb, yb, self.activation, self.loss)
+        before = [(w.clone(), b.clone()) for w, b in self.weights] if record else []
         if record:
-            self.rows.add(items_of("scratch", seen, self.own, self.activation), step)
-        for pair, grads in zip(self.own, seen.parameter_grads, strict=True):
+            self.rows.add(items_of("scratch", seen, self.weights, self.activation), step)
+        for pair, grads in zip(self.weights, seen.parameter_grads, strict=True):
             for p, g in zip(pair, grads, strict=True):
                 p.grad = g
         self.optimizer.step()
         if record:
-            self.rows.add(update_items("scratch", before, self.own), step)
+            self.rows.add(update_items("scratch", before, self.weights), step)
         return seen.loss, seen.out
 
     def parameters(self) -> Parameters:
-        return self.own
+        return self.weights
 
     def flush(self) -> None:
         """Everything is in the records already."""

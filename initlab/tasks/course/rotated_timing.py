@@ -86,8 +86,8 @@ def run_rounds(
     with no_garbage_collection():
         for k in range(rounds):
             due = [runner for runner in runners if k * runner.rounds % rounds < runner.rounds]
-            for place in range(len(due)):
-                runner = due[(place + k) % len(due)]
+            for turn in range(len(due)):
+                runner = due[(turn + k) % len(due)]
                 if runner.inner > 1 or runner.seconds < warm:
                     runner.call()
                 runner.samples[k] = seconds_each(runner.call, runner.inner, device, clock)

@@ -82,17 +82,17 @@ def time_ladder(
     check_timing(versions, rounds, seconds)
     if reference is not None:
         choose(versions, reference, "reference")
-    place = find_device(device)
-    limit = free_memory(place) / 2 if memory_limit is None else memory_limit
+    where = find_device(device)
+    limit = free_memory(where) / 2 if memory_limit is None else memory_limit
     rows = [_Version(name, Runner(call), (skip or {}).get(name, "")) for name, call in versions.items()]
     for row in rows:
         if not row.note and (needed := (needs or {}).get(row.name, 0)) > limit:
             row.note = f"skipped: needs {readable(needed)}, allowed are {readable(limit)}"
     with tqdm(total=len(rows) + rounds, desc=shape, unit="step", disable=None if progress else True) as bar:
-        chosen = compare_first_calls(rows, reference, place, bar)
+        chosen = compare_first_calls(rows, reference, where, bar)
         runners = [row.runner for row in rows]
         share_rounds(runners, rounds, seconds)
-        run_rounds(runners, place, done=bar.update)
+        run_rounds(runners, where, done=bar.update)
     table = []
     for row in rows:
         quartiles = np.quantile(list(row.runner.samples.values()) or [math.nan], (0.5, 0.25, 0.75))
