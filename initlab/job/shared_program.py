@@ -1,7 +1,7 @@
-"""Stages whose networks run as one batched program: those of one job, or of many jobs at once, compared with theory.
+"""Stages whose networks run as one batched program, those of one job or of many jobs, and are compared with theory.
 
 A job's networks may lie on a grid; each point of it is an ensemble, with a prediction of its own. Every table that the
-program emits carries the column `network`, a network's number in the program, by which the rows are given back to their job.
+program emits carries the column `network`, a network's number in the program, by which rows are given back to their job.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,8 +37,8 @@ class EnsembleStage:
     """A stage of a job: a program, the networks that it runs, and what theory says of them.
 
     program: measures an ensemble and emits its tables. predict: makes the table `theory` of rows of `stats`, a rule and
-    a method; None where no prediction is wanted. at_once: `predict` takes several ensembles of one rule together, distinguished
-    by the column `member`. step: the only training step that theory knows, None where it knows all rows.
+    a method; None where no prediction is wanted. at_once: `predict` takes several ensembles of one rule together, which
+    the column `member` distinguishes. step: the only training step that theory knows, None where it knows all rows.
     """
 
     program: Callable[[Ensemble, Emit], object]

@@ -153,7 +153,7 @@ def multiply(x: Iterable[Tensor], w: Tensor, out: Iterable[Tensor]) -> None:
 class Plain:
     """Tensors as they are: (E, N, I) with w (E, I, O), or one network's (N, I) with (I, O).
 
-    On a CPU the networks of an ensemble are multiplied one by one, which is as fast, and rounds as when each runs by itself.
+    On a CPU the networks of an ensemble are multiplied one by one: as fast, and rounded as when each runs by itself.
     """
 
     def linear(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
