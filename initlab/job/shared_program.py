@@ -1,7 +1,7 @@
 """Stages whose networks run as one batched program, those of one job or of many jobs, and are compared with theory.
 
 A job's networks may lie on a grid; each point of it is an ensemble, with a prediction of its own. Every table that the
-program emits carries the column `network`, a network's number in the program, by which rows are given back to their job.
+program emits carries the column `network`, a network's number in it, by which rows are given back to their job.
 """
 
 from collections.abc import Callable, Mapping, Sequence
