@@ -3,7 +3,7 @@
 A row of VERSIONS is called `row(parameters, xb, yb, activation="relu", loss="mse") -> (loss, gradients)`: parameters
 and gradients are `[(w, b), ...]`, w (I, O), b (O,), xb (N, I); the activation stands after every layer but the last;
 the input gets no gradient. No row changes its arguments. All rows take the same forward steps, so that a ReLU's mask
-cannot differ by a rounding; `compiled` alone may fuse them. Knows nothing of time: `task=backward` holds the watch.
+cannot differ by a rounding; `compiled` alone may fuse them. They are timed by `task=backward`.
 """
 
 import warnings
@@ -175,8 +175,8 @@ def why_not_compiled(device: str = "cpu") -> str | None:
 def _reason(error: Exception) -> str:
     """What a compiler's error begins with, as one line; the first line alone often ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = next((k for k, line in enumerate(lines, start=1) if not line.endswith(":")), len(lines))
-    return " ".join(lines[:told]) or type(error).__name__
+    last = next((k for k, line in enumerate(lines, start=1) if not line.endswith(":")), len(lines))
+    return " ".join(lines[:last]) or type(error).__name__
 
 
 def _aliases(parameters: Parameters) -> Gradients:

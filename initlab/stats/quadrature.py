@@ -2,7 +2,7 @@
 
 `u` is standard normal; z = sqrt(q) u. Gauss-Legendre panels have edges on the kinks and, since activations change on
 the scale z = 1, edges that halve towards 0 where q is large. Gauss-Hermite would miss every kink.
-Everything is float64. Knows functions and numbers, neither activations by name nor layers.
+Everything is float64.
 """
 
 import math

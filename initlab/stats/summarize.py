@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from initlab.stats.reference import BLOCK, FIELDS, SAFE, checked, safe_row
+from initlab.stats.reference import BLOCK, FIELDS, SAFE, detach_checked, safe_row
 from initlab.stats.workspace import AT_ONCE, workspace
 
 Array = NDArray[np.float64]
@@ -29,7 +29,7 @@ def summarize(x: Tensor, batched: bool = True) -> Tensor:
     `batched` says that N counts inputs; else `within`, `dead`, `alive` and `resultant` have no meaning and are nan.
     Of an empty tensor everything but the counts is nan.
     """
-    x = checked(x)
+    x = detach_checked(x)
     if x.device.type != "cpu" or x.numel() == 0 or x.shape[-1] > AT_ONCE:
         return safe_row(x, batched).fields
     return torch.from_numpy(_plain(x.reshape(-1, *x.shape[-2:]), batched)).view(-1, *x.shape[:-2])

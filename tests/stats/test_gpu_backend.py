@@ -101,7 +101,7 @@ def test_a_failure_is_one_line_in_the_log(monkeypatch: pytest.MonkeyPatch, caplo
         raise RuntimeError("no such instruction\nand more")
 
     works.cache_clear()
-    monkeypatch.setattr(triton_rows, "measured", broken)
+    monkeypatch.setattr(triton_rows, "measure_alone", broken)
     assert not works(DEVICE)
     assert "no such instruction" in caplog.text and "and more" not in caplog.text
     works.cache_clear()

@@ -47,7 +47,7 @@ FORMATS = pytest.mark.parametrize("dtype", POINTERS, ids=str)
 @pytest.mark.parametrize("kind", [0, 1, 2], ids=["alone", "relu", "mask"])
 @pytest.mark.parametrize("c", ["i32", 1])
 def test_batched(dtype, kind, c):
-    x, program = POINTERS[dtype], fused._kernels()[0].batched
+    x, program = POINTERS[dtype], fused._kernels()[0].measure_batched
     columns = fused.COLUMNS if c != 1 else 32 * fused.WARPS // fused.ROWS
     sizes = fused._formats(dtype) | {"KIND": kind, "ROWS": fused.ROWS, "COLUMNS": columns}
     assert accepted(program, [x, x, x, *BUFFERS, *BUFFERS, "i32", c], **sizes) > 0
@@ -56,9 +56,9 @@ def test_batched(dtype, kind, c):
 @FORMATS
 def test_without_a_batch(dtype):
     x, kernels, sizes = POINTERS[dtype], fused._kernels()[0], fused._formats(dtype) | {"ENTRIES": fused.ENTRIES}
-    assert accepted(kernels.unbatched, [x, *BUFFERS, "i32"], **sizes) > 0
+    assert accepted(kernels.measure_flat, [x, *BUFFERS, "i32"], **sizes) > 0
     for step in ("i32", 1):
-        assert accepted(kernels.updated, [x, x, "*fp32", step, *BUFFERS * 3, "i32"], **sizes) > 0
+        assert accepted(kernels.measure_update, [x, x, "*fp32", step, *BUFFERS * 3, "i32"], **sizes) > 0
 
 
 @FORMATS

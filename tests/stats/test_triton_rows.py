@@ -107,9 +107,9 @@ def room(x, batched=True, saturated=False):
 @DEVICES
 @CASES
 @pytest.mark.parametrize("batched", [True, False], ids=["batched", "flat"])
-def test_a_tensor_alone(value, batched, device):
+def test_a_single_tensor(value, batched, device):
     x = make(value, (3, 20, 10), torch.float32, device)
-    agree(fused.measured(x, batched), x, batched)
+    agree(fused.measure_alone(x, batched), x, batched)
 
 
 @DEVICES
@@ -119,13 +119,13 @@ def test_a_tensor_alone(value, batched, device):
 def test_every_shape_and_format(shape, dtype, batched, device):
     for value in ("normal", "edges"):
         x = make(value, shape, dtype, device)
-        agree(fused.measured(x, batched), x, batched)
+        agree(fused.measure_alone(x, batched), x, batched)
 
 
 @DEVICES
 def test_a_wrong_row_is_caught(device):
     x = make("normal", (20, 10), torch.float32, device)
-    found = fused.measured(x)
+    found = fused.measure_alone(x)
     for wrong in (x * (1 + 1e-6), x.flip(0) + 0, x.mT.reshape(20, 10), -x):
         if not torch.equal(wrong, x.flip(0)):
             with pytest.raises(AssertionError):
@@ -198,18 +198,6 @@ def test_the_passes_in_16_bits(dtype, device):
 
 
 @DEVICES
-def test_layers_are_left_in_one_room_and_finished_at_once(device):
-    z = normal((4, 3, 20, 10)).to(device)
-    z_blocks, a_blocks = room(z), room(z)
-    outs = [fused.relu(z[layer], z_blocks.at(layer), a_blocks.at(layer)) for layer in range(4)]
-    fields, counts = fused.finish(z_blocks)
-    assert fields.shape == (len(FIELDS), 4, 3) and counts.shape == (4, 3, 2, 277)
-    agree((fields, counts), z, True)
-    agree(fused.finish(a_blocks), torch.stack(outs), True)
-    agree(fused.finish(a_blocks.at(slice(1, 3))), torch.stack(outs[1:3]), True)
-
-
-@DEVICES
 def test_a_room_is_written_anew(device):
     x, y = normal((20, 10)).to(device), make("half nan", (20, 10), torch.float32, device)
     into = room(x)
@@ -222,7 +210,7 @@ def test_a_room_is_written_anew(device):
 def test_mistakes_are_named(device):
     x = torch.ones(20, 10, device=device)
     with pytest.raises(UsageError, match=r"float64: must be one of bfloat16, float16, float32"):
-        fused.measured(x.double())
+        fused.measure_alone(x.double())
     with pytest.raises(UsageError, match=r"\(20, 10\) float32.*room for \(20, 11\) float32"):
         fused.measure(x, fused.blocks((), (20, 11), torch.float32, device))
     with pytest.raises(UsageError, match=r"\(20, 10\) float16.*room for \(20, 10\) float32"):
@@ -241,7 +229,7 @@ def test_mistakes_are_named(device):
 def test_without_triton_or_a_gpu_there_is_a_reason_and_no_crash():
     x = torch.ones(20, 10)
     with pytest.raises(UsageError, match=r"fused statistics of \(20, 10\) float32 on cpu: .*(Triton|GPU)"):
-        fused.measured(x)
+        fused.measure_alone(x)
 
 
 @pytest.mark.gpu

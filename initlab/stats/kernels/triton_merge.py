@@ -1,7 +1,7 @@
 # mypy: ignore-errors
-"""The program of `fused_triton.py` that puts the blocks of a tensor together, in Triton's language.
+"""The program of `triton_rows.py` that puts the blocks of a tensor together, in Triton's language.
 
-What a block keeps: `triton_kernels.py`. Counts, smallest and largest entry are exact; moments merge by Chan's formula,
+What a block keeps: `triton_programs.py`. Counts, smallest and largest entry are exact; moments merge by Chan's formula,
 over the blocks of a unit, then over the units, their means all taken from the tensor's smallest entry.
 """
 
@@ -12,7 +12,7 @@ from initlab.stats.kernels.triton_programs import CELLS, INFS, MINUS_INFS, NANS,
 
 
 @triton.jit
-def units_merged(cells, blocks, c, units):
+def merge_units(cells, blocks, c, units):
     """The cells of some units over all blocks, by Chan's formula; each unit's mean is a pivot and what is beyond it."""
     none = tl.zeros_like(units).to(tl.float64)
     n, pivot, mean, m2, nonzero, heading = none, none, none, none, none, none
@@ -33,13 +33,13 @@ def units_merged(cells, blocks, c, units):
 
 
 @triton.jit
-def moments_merged(cells, fields, step, blocks, c, reference, BATCHED: tl.constexpr, COLUMNS: tl.constexpr):
+def store_moments(cells, fields, step, blocks, c, reference, BATCHED: tl.constexpr, COLUMNS: tl.constexpr):
     """Stores the fields that come from the cells: mean, m2, within, dead and resultant."""
     none = tl.zeros((COLUMNS,), tl.float64)
     n, mean, m2, spread, known, dead, resultant = none, none, none, none, none, none, none
     for start in range(0, c, COLUMNS):
         units = start + tl.arange(0, COLUMNS)
-        more, pivot, its_mean, its_m2, nonzero, heading = units_merged(cells, blocks, c, units)
+        more, pivot, its_mean, its_m2, nonzero, heading = merge_units(cells, blocks, c, units)
         some = more > 0
         away = tl.where(some, (pivot - reference) + its_mean - mean, 0.0)
         share = more / tl.maximum(n + more, 1.0)
@@ -67,7 +67,7 @@ def total_of(counts, chosen):
 
 
 @triton.jit
-def counts_merged(
+def store_counts(
     bins, fields, histogram, step, blocks, entries, NORMAL: tl.constexpr, OCTAVES: tl.constexpr,
     SATURATED: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
@@ -121,6 +121,6 @@ def merge(
     tl.store(fields + 9 * step, tl.where(some, high, float("nan")))
     tl.store(fields + 12 * step, alive if BATCHED else alive + float("nan"))
     reference = tl.where(some, low, 0.0)
-    moments_merged(cells, fields, step, blocks, c, reference, BATCHED, COLUMNS)
+    store_moments(cells, fields, step, blocks, c, reference, BATCHED, COLUMNS)
     bins, histogram = bins + which * blocks * BINS, histogram + which * 2 * OCTAVES
-    counts_merged(bins, fields, histogram, step, blocks, entries, NORMAL, OCTAVES, SATURATED, BINS)
+    store_counts(bins, fields, histogram, step, blocks, entries, NORMAL, OCTAVES, SATURATED, BINS)

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""The programs of `fused_triton.py` that measure blocks, in Triton's language: its compiler reads this source.
+"""The programs of `triton_rows.py` that measure blocks, in Triton's language: its compiler reads this source.
 
 Every program makes one block of one tensor and stores what the block says about itself; `triton_merge.py` puts the
 blocks of a tensor together. Numbers are looked at by their bits, since a GPU's float arithmetic may take subnormal
@@ -17,7 +17,7 @@ INFINITE = tl.constexpr(0x7F800000)  # bits of inf; those of nan are above
 CELLS = tl.constexpr(6)
 TALLIES = tl.constexpr(3)
 ZEROS, INFS, MINUS_INFS, NANS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-RELU, MASK = tl.constexpr(1), tl.constexpr(2)  # what `batched` makes of x; 0 makes nothing
+RELU, MASK = tl.constexpr(1), tl.constexpr(2)  # what `measure_batched` makes of x; 0 makes nothing
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def single(x):
 
 
 @triton.jit
-def rounded(x, like):
+def round_to(x, like):
     """x, float32, to the nearest number of another format, even mantissas first: the same on every device."""
     if like.dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
@@ -56,7 +56,7 @@ def finite_and_wide(x, inside):
 
 
 @triton.jit
-def counted(x, inside, ENTRIES: tl.constexpr, LOWEST: tl.constexpr, OCTAVES: tl.constexpr, BINS: tl.constexpr):
+def count_bins(x, inside, ENTRIES: tl.constexpr, LOWEST: tl.constexpr, OCTAVES: tl.constexpr, BINS: tl.constexpr):
     """How many entries of a tile fall in every bin; the last bin takes what is outside."""
     bits = bits_of(x)
     magnitude = bits & 0x7FFFFFFF
@@ -73,7 +73,7 @@ def counted(x, inside, ENTRIES: tl.constexpr, LOWEST: tl.constexpr, OCTAVES: tl.
 
 
 @triton.jit
-def looked_at(x, inside, squares, low, high):
+def scan(x, inside, squares, low, high):
     """What must be known of whole vectors before their parts can be measured: all (ROWS,)."""
     finite, wide = finite_and_wide(x, inside)
     squares += tl.sum(wide * wide, 1)
@@ -83,7 +83,7 @@ def looked_at(x, inside, squares, low, high):
 
 
 @triton.jit
-def tallied(tallies, low, high, alive):
+def store_tallies(tallies, low, high, alive):
     """Stores a block's tallies."""
     tl.store(tallies, tl.min(low, 0))
     tl.store(tallies + 1, tl.max(high, 0))
@@ -91,7 +91,7 @@ def tallied(tallies, low, high, alive):
 
 
 @triton.jit
-def stored(x, inside, squares, cells, units, c):
+def store_cells(x, inside, squares, cells, units, c):
     """Stores the cells of the units of a tile (ROWS, COLUMNS) of vectors of these squared lengths."""
     inverse = tl.where(squares > 0, 1 / tl.sqrt(tl.where(squares > 0, squares, 1.0)), 0.0)
     finite, wide = finite_and_wide(x, inside)
@@ -112,7 +112,7 @@ def stored(x, inside, squares, cells, units, c):
 
 
 @triton.jit
-def made(x, gate, at, inside, KIND: tl.constexpr):
+def make_output(x, gate, at, inside, KIND: tl.constexpr):
     """relu(x), or the part of the gradient x that a ReLU of output `gate` lets through; nan opens the gate."""
     out = x
     if KIND != 0:
@@ -124,7 +124,7 @@ def made(x, gate, at, inside, KIND: tl.constexpr):
 
 
 @triton.jit
-def batched(
+def measure_batched(
     x_at,
     gate,
     out_at,
@@ -158,26 +158,26 @@ def batched(
         inside = (rows[:, None] < n) & (units[None, :] < c)
         at = begin + rows[:, None] * c + units[None, :]
         x = tl.load(x_at + at, mask=inside, other=0.0)
-        x_squares, x_low, x_high = looked_at(x, inside, x_squares, x_low, x_high)
+        x_squares, x_low, x_high = scan(x, inside, x_squares, x_low, x_high)
         if KIND != 0:
-            out = made(x, gate, at, inside, KIND)
-            out_squares, out_low, out_high = looked_at(out, inside, out_squares, out_low, out_high)
-    tallied(x_tallies + block * TALLIES, x_low, x_high, x_squares > 0)
+            out = make_output(x, gate, at, inside, KIND)
+            out_squares, out_low, out_high = scan(out, inside, out_squares, out_low, out_high)
+    store_tallies(x_tallies + block * TALLIES, x_low, x_high, x_squares > 0)
     if KIND != 0:
-        tallied(out_tallies + block * TALLIES, out_low, out_high, out_squares > 0)
+        store_tallies(out_tallies + block * TALLIES, out_low, out_high, out_squares > 0)
     x_counts, out_counts = tl.zeros((BINS,), tl.int32), tl.zeros((BINS,), tl.int32)
     for start in range(0, c, COLUMNS):
         units = start + tl.arange(0, COLUMNS)
         inside = (rows[:, None] < n) & (units[None, :] < c)
         at = begin + rows[:, None] * c + units[None, :]
         x = tl.load(x_at + at, mask=inside, other=0.0)
-        stored(x, inside, x_squares, x_cells + block * CELLS * c, units, c)
-        x_counts += counted(x, inside, ROWS * COLUMNS, LOWEST, OCTAVES, BINS)
+        store_cells(x, inside, x_squares, x_cells + block * CELLS * c, units, c)
+        x_counts += count_bins(x, inside, ROWS * COLUMNS, LOWEST, OCTAVES, BINS)
         if KIND != 0:
-            out = made(x, gate, at, inside, KIND)
+            out = make_output(x, gate, at, inside, KIND)
             tl.store(out_at + at, out, mask=inside)
-            stored(out, inside, out_squares, out_cells + block * CELLS * c, units, c)
-            out_counts += counted(out, inside, ROWS * COLUMNS, LOWEST, OCTAVES, BINS)
+            store_cells(out, inside, out_squares, out_cells + block * CELLS * c, units, c)
+            out_counts += count_bins(out, inside, ROWS * COLUMNS, LOWEST, OCTAVES, BINS)
     bins = tl.arange(0, BINS)
     tl.store(x_bins + block * BINS + bins, x_counts)
     if KIND != 0:
@@ -194,14 +194,14 @@ def flat(
     finite, wide = finite_and_wide(x, inside)
     none = tl.zeros((ENTRIES,), tl.float64)
     low, high = tl.where(finite, wide, float("inf")), tl.where(finite, wide, float("-inf"))
-    tallied(tallies + block * TALLIES, low, high, none)
-    stored(x[:, None], inside[:, None], none, cells + block * CELLS, tl.arange(0, 1), 1)
-    counts = counted(x, inside, ENTRIES, LOWEST, OCTAVES, BINS)
+    store_tallies(tallies + block * TALLIES, low, high, none)
+    store_cells(x[:, None], inside[:, None], none, cells + block * CELLS, tl.arange(0, 1), 1)
+    counts = count_bins(x, inside, ENTRIES, LOWEST, OCTAVES, BINS)
     tl.store(bins + block * BINS + tl.arange(0, BINS), counts)
 
 
 @triton.jit
-def unbatched(
+def measure_flat(
     x_at,
     cells,
     tallies,
@@ -220,7 +220,7 @@ def unbatched(
 
 
 @triton.jit
-def updated(
+def measure_update(
     w_at,
     g_at,
     lr_at,
@@ -248,8 +248,8 @@ def updated(
     old = tl.load(w_at + at, mask=inside, other=0.0)
     g = tl.load(g_at + at, mask=inside, other=0.0)
     lr = tl.load(lr_at + which * lr_step).to(tl.float32)
-    new = rounded(single(old) - lr * single(g), old)
-    step = rounded(single(new) - single(old), old)
+    new = round_to(single(old) - lr * single(g), old)
+    step = round_to(single(new) - single(old), old)
     tl.store(w_at + at, new, mask=inside)
     flat(g, inside, g_cells, g_tallies, g_bins, ENTRIES, LOWEST, OCTAVES, BINS)
     flat(step, inside, u_cells, u_tallies, u_bins, ENTRIES, LOWEST, OCTAVES, BINS)

@@ -1,9 +1,8 @@
-"""The row of numbers about a tensor, made on a GPU by the pass that makes the tensor: the third producer of the row.
+"""Rows of statistics made on a GPU by the passes that make the tensors: ReLU, its mask in the backward, the SGD update.
 
-ReLU, its mask in the backward and the SGD update read and write every entry anyway; what `moments.py` would find in
-passes of its own is found there, in float64, and nothing waits for the GPU. A pass leaves what each block of a tensor
-says about itself in `Blocks`; `finish` puts the blocks of any number of tensors together, once for all of them.
-For float32, float16 and bfloat16; float64 is left to `moments.py`. Needs Triton.
+These passes read and write every entry anyway; the sums of a row are taken on the way, in float64, and nothing waits
+for the GPU. A pass leaves the sums of every block of a tensor in `Blocks`; `finish` joins the blocks to rows.
+For float32, float16 and bfloat16. Needs Triton.
 Legend: N batch, C units, P blocks of a tensor, F fields, B octaves.
 """
 
@@ -12,7 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -53,7 +52,7 @@ def _kernels() -> tuple[ModuleType, ModuleType]:
     return triton_programs, triton_merge
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def _on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -63,9 +62,9 @@ def _power_of_two(least: int) -> int:
 
 @dataclass(frozen=True)
 class Blocks:
-    """What the blocks of tensors (*lead, N, C) of one kind say about themselves; written anew by every pass.
+    """The sums of the blocks of tensors (*lead, N, C) of one kind; every pass writes them anew.
 
-    `batched` as in `moments.summarize`. `saturated` says that these are preactivations of a ReLU, whose slope is small
+    `batched` as in `summarize`. `saturated` says that these are preactivations of a ReLU, whose slope is small
     where it is 0: everywhere but at z > 0.
     """
 
@@ -81,10 +80,6 @@ class Blocks:
     def lead(self) -> tuple[int, ...]:
         return tuple(self.bins.shape[:-2])
 
-    def at(self, index: int | slice) -> "Blocks":
-        """Those of one layer, or of several, where the first dimension counts layers."""
-        return replace(self, cells=self.cells[index], tallies=self.tallies[index], bins=self.bins[index])
-
 
 def blocks(
     lead: Sequence[int],
@@ -94,7 +89,7 @@ def blocks(
     batched: bool = True,
     saturated: bool = False,
 ) -> Blocks:
-    """Room for the blocks of tensors (*lead, N, C)."""
+    """Memory for the sums of the blocks of tensors (*lead, N, C)."""
     format_of(dtype, NAMES)
     n, c = shape
     if n < 1 or c < 1:
@@ -139,18 +134,18 @@ def _run_batched(x: Tensor, gate: Tensor, out: Tensor, x_blocks: Blocks, out_blo
     # A tile of fewer entries than threads would be held twice, and one copy read after the other was overwritten.
     columns = max(32 * WARPS // ROWS, min(COLUMNS, _power_of_two(c)))
     sizes = {"KIND": kind, "ROWS": ROWS, "COLUMNS": columns, "num_warps": WARPS}
-    with _on(x.device):
-        _kernels()[0].batched[_grid(x_blocks)](x, gate, out, *buffers, n, c, **sizes, **_formats(x.dtype))
+    with _on_device(x.device):
+        _kernels()[0].measure_batched[_grid(x_blocks)](x, gate, out, *buffers, n, c, **sizes, **_formats(x.dtype))
 
 
 def measure(x: Tensor, into: Blocks) -> None:
-    """What (*lead, N, C) says about itself, and nothing made of it."""
+    """The sums of the blocks of x (*lead, N, C), which stays as it is."""
     _refuse(into, x, batched=into.batched)
     if into.batched:
         _run_batched(x, x, x, into, into, 0)
         return
-    with _on(x.device):
-        _kernels()[0].unbatched[_grid(into)](
+    with _on_device(x.device):
+        _kernels()[0].measure_flat[_grid(into)](
             x, into.cells, into.tallies, into.bins, into.shape[0] * into.shape[1],
             ENTRIES=ENTRIES, num_warps=WARPS, **_formats(x.dtype),
         )  # fmt: skip
@@ -190,22 +185,22 @@ def update(w: Tensor, g: Tensor, lr: Tensor, g_blocks: Blocks, u_blocks: Blocks,
     if lr.numel() not in (1, count) or lr.device != w.device:
         raise UsageError(f"lr of {lr.numel()} numbers on {lr.device}: must be 1 or {count} on {w.device}")
     buffers = [t for b in (g_blocks, u_blocks, w_blocks) for t in (b.cells, b.tallies, b.bins)]
-    with _on(w.device):
-        _kernels()[0].updated[_grid(g_blocks)](
+    with _on_device(w.device):
+        _kernels()[0].measure_update[_grid(g_blocks)](
             w, g, lr.contiguous(), int(lr.numel() > 1), *buffers, g.shape[-2:].numel(),
             ENTRIES=ENTRIES, num_warps=WARPS, **_formats(w.dtype),
         )  # fmt: skip
 
 
 def finish(from_: Blocks) -> tuple[Tensor, Tensor]:
-    """Rows (F, *lead) and histograms (*lead, 2, B), as `moments.summarize` and `moments.histogram` make them."""
+    """Rows (F, *lead) and histograms (*lead, 2, B), as `summarize` and `histogram` make them."""
     formats = _formats(from_.dtype)
     count, p = _grid(from_)
     device, units = from_.bins.device, from_.cells.shape[-1]
     fields = torch.empty(len(FIELDS), *from_.lead, dtype=torch.float64, device=device)
     counted = torch.empty(*from_.lead, 2, formats["OCTAVES"], dtype=torch.int32, device=device)
     smallest_normal = math.frexp(torch.finfo(from_.dtype).tiny)[1] - 1
-    with _on(device):
+    with _on_device(device):
         _kernels()[1].merge[(count,)](
             from_.cells, from_.tallies, from_.bins, fields, counted, p, units, from_.shape[0] * from_.shape[1],
             NORMAL=smallest_normal - formats["LOWEST"], OCTAVES=formats["OCTAVES"], BATCHED=from_.batched,
@@ -215,7 +210,7 @@ def finish(from_: Blocks) -> tuple[Tensor, Tensor]:
     return fields, counted
 
 
-def measured(x: Tensor, batched: bool = True) -> tuple[Tensor, Tensor]:
+def measure_alone(x: Tensor, batched: bool = True) -> tuple[Tensor, Tensor]:
     """The row (F, ...) and the histogram (..., 2, B) of one tensor (..., N, C)."""
     into = blocks(x.shape[:-2], (x.shape[-2], x.shape[-1]), x.dtype, x.device, batched)
     measure(x.contiguous(), into)
