@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from initlab.errors import UsageError, nearest
 from initlab.runs import folders, parquet, summary
+from initlab.runs.labels import is_constant
 from initlab.runs.read import Run, code_notes, find_runs, read_runs
 from initlab.runs.schema import LOSSES, PARITY, STATS, TABLES, THEORY
 
@@ -54,12 +55,7 @@ def differing_columns(runs: Sequence[Run], frame: pd.DataFrame) -> list[str]:
     """The configuration columns, `seed` among them, in which the rows differ."""
     names = dict.fromkeys(name for run in runs for name in run.columns)
     names |= dict.fromkeys([*(key for run in runs for key in run.settings), "seed"])
-    return [name for name in names if name in frame and not _is_constant(frame[name])]
-
-
-def _is_constant(column: pd.Series) -> bool:
-    values = column.cat.codes.to_numpy() if isinstance(column.dtype, pd.CategoricalDtype) else column.to_numpy()
-    return len(values) == 0 or bool((values == values[0]).all()) or bool(pd.isna(column).all())
+    return [name for name in names if name in frame and not is_constant(frame[name])]
 
 
 def _format_values(column: pd.Series) -> str:

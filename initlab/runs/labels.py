@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from initlab.runs.schema import DERIVED, IN_EVERY_LABEL, LABELS
@@ -15,9 +16,9 @@ def label_columns(frame: pd.DataFrame) -> list[str]:
 
     Runs that differ in their seeds alone are one ensemble; runs that repeat a network are told apart by their folder.
     """
-    found = [c for c in LABELS if c in frame and (c in IN_EVERY_LABEL or frame[c].nunique(dropna=False) > 1)]
+    found = [c for c in LABELS if c in frame and (c in IN_EVERY_LABEL or not is_constant(frame[c]))]
     if "run" in frame:
-        networks = frame.loc[frame["seed"] >= 0, [*found, "run", "seed"]].drop_duplicates()  # -1 is a mean over them
+        networks = _distinct_rows(frame[frame["seed"] >= 0], [*found, "run", "seed"])  # -1 is a mean over them
         if networks.duplicated([*found, "seed"]).any():  # runs that differ in nothing that is named here
             found.append("run")
     for derived in DERIVED:
@@ -44,7 +45,7 @@ def add_labels(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """
     if not tables or any("run" not in frame for frame in tables.values()):
         return {name: frame.assign(label=labels(frame)) for name, frame in tables.items()}
-    kept = [frame[[c for c in (*LABELS, "run", "seed") if c in frame]].drop_duplicates() for frame in tables.values()]
+    kept = [_distinct_rows(frame, [c for c in (*LABELS, "run", "seed") if c in frame]) for frame in tables.values()]
     every = pd.concat([frame.astype({"run": str}) for frame in kept], ignore_index=True).drop_duplicates()
     every = every.assign(label=labels(every))
     several = every.groupby("run", sort=False)[[name for name in LABELS if name in every]].nunique(dropna=False)
@@ -55,10 +56,23 @@ def add_labels(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 
     def label(frame: pd.DataFrame) -> pd.Series:
         if not axes:
-            return frame["run"].astype(str).map(dict(zip(known["run"], known["label"], strict=True)))
+            return frame["run"].astype("category").map(dict(zip(known["run"], known["label"], strict=True)))
         return frame[["run", *axes]].astype(str).merge(known, "left", ["run", *axes])["label"]
 
     return {name: frame.assign(label=pd.Categorical(label(frame), order)) for name, frame in tables.items()}
+
+
+def is_constant(column: pd.Series) -> bool:
+    """Whether every row has the same value, or none has one."""
+    values = column.cat.codes.to_numpy() if isinstance(column.dtype, pd.CategoricalDtype) else column.to_numpy()
+    return len(values) == 0 or bool((values == values[0]).all()) or bool(pd.isna(column).all())
+
+
+def _distinct_rows(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """The different rows of these columns; most are constant, and pandas would hash them all."""
+    varying = [name for name in names if not is_constant(frame[name])]
+    chosen = ~frame[varying].duplicated().to_numpy() if varying else np.arange(len(frame)) == 0
+    return frame.loc[chosen, list(names)]
 
 
 def format_values(name: str, values: Sequence[Any]) -> list[str]:
