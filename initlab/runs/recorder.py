@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -33,6 +34,7 @@ from initlab.runs.schema import SCHEMA_VERSION, TABLES
 # What Hydra, and who locked the folder, have written there before a job begins.
 _HYDRAS = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "multirun.yaml")
 _BEFORE_A_RUN = (LOCK, *_HYDRAS, "initlab.log")
+KEPT = 2**28  # bytes of rows that stay in memory beside their files, for the tables at the end
 _STAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d+")
 
 
@@ -77,6 +79,21 @@ def clear(folder: Path) -> None:
         path.unlink()
 
 
+@dataclass
+class Part:
+    """Some rows of a table, in memory, on the disk, or both."""
+
+    number: int
+    name: str
+    table: pa.Table | None
+    nbytes: int
+    written: bool = False
+
+    def path(self, folder: Path) -> Path:
+        """Its file, while the run goes on."""
+        return folder / "parts" / f"{self.name}-{self.number:05d}.parquet"
+
+
 class Recorder:
     """Writes one run folder; as a context manager it says in run.json how the run ended, however it ended.
 
@@ -97,8 +114,8 @@ class Recorder:
             "device": device,
             **machine(),
         }
-        self._start, self._parts = (time.perf_counter(), time.process_time()), 0
-        self._waiting: list[tuple[int, str, pa.Table]] = []
+        self._start, self._count = (time.perf_counter(), time.process_time()), 0
+        self._parts: list[Part] = []
         self._tables: dict[str, pa.Table] = {}
         self._written = time.monotonic()
 
@@ -109,24 +126,30 @@ class Recorder:
 
     def add(self, frames: Mapping[str, pd.DataFrame]) -> None:
         """Write some rows of some tables; once written they survive whatever comes later."""
-        self._waiting += [(self._parts, name, parquet.as_arrow(frame, self.columns)) for name, frame in frames.items()]
-        self._parts += 1
+        parts = {name: parquet.as_arrow(frame, self.columns) for name, frame in frames.items()}
+        self._parts += [Part(self._count, name, table, table.nbytes) for name, table in parts.items()]
+        self._count += 1
         if time.monotonic() - self._written >= self.patience:
-            for number, name, table in self._waiting:
-                parquet.write(table, self.folder / "parts" / f"{name}-{number:05d}.parquet")
-            self._waiting, self._written = [], time.monotonic()
+            in_memory = sum(part.nbytes for part in self._parts if part.table is not None)
+            for part in self._parts:
+                if not part.written:
+                    parquet.write(part.table, part.path(self.folder))
+                    part.written = True
+                if in_memory > KEPT:
+                    part.table = None
+            self._written = time.monotonic()
 
     def mark(self) -> int:
         """Where the record stands: what `rewind` goes back to."""
-        return self._parts
+        return self._count
 
     def rewind(self, mark: int) -> None:
         """Forget what was added since the mark, to measure it again."""
-        self._waiting = [one for one in self._waiting if one[0] < mark]
-        for path in (self.folder / "parts").glob("*.parquet"):
-            if int(path.stem.rpartition("-")[2]) >= mark:
-                path.unlink()
-        self._parts = mark
+        for part in self._parts:
+            if part.number >= mark and part.written:
+                part.path(self.folder).unlink()
+        self._parts = [part for part in self._parts if part.number < mark]
+        self._count = mark
 
     def note(self, text: str) -> None:
         """Something to say of the whole run that is in none of its tables: kept in run.json; nothing if empty."""
@@ -137,13 +160,13 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for name in TABLES:
-            parts = [pq.read_table(path) for path in sorted((self.folder / "parts").glob(f"{name}-*.parquet"))]
-            parts += [table for _, waiting, table in self._waiting if waiting == name]
+            parts = [part for part in self._parts if part.name == name]
             if parts:
-                self._tables[name] = parquet.join(parts)
+                tables = [pq.read_table(p.path(self.folder)) if p.table is None else p.table for p in parts]
+                self._tables[name] = parquet.join(tables)
                 parquet.write(self._tables[name], self.folder / f"{name}.parquet")
         shutil.rmtree(self.folder / "parts")
-        self._waiting = []
+        self._parts = []
         if error is None:
             self._write_status("done")
         elif isinstance(error, Exception):

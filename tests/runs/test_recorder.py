@@ -9,6 +9,7 @@ import pytest
 
 import initlab
 from initlab.errors import UsageError
+from initlab.runs import recorder
 from initlab.runs.folders import find_folders
 from initlab.runs.read import read
 from initlab.runs.recorder import Recorder, discard, refuse_used
@@ -205,3 +206,23 @@ def test_a_done_run_that_lost_its_table_is_named(tmp_path: Path) -> None:
 def test_brackets_in_a_path_are_letters(tmp_path: Path) -> None:
     write(tmp_path / "br[1]" / "a*", 1.0)
     assert read(tmp_path / "br[1]")["std"].tolist() == [1]
+
+
+def test_rows_that_left_the_memory_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether all parts stay in memory, or none, the tables are the same, and `frames` has what `read` reads."""
+    frames = []
+    for kept in (0, 2**28):
+        monkeypatch.setattr(recorder, "KEPT", kept)
+        folder = tmp_path / str(kept)
+        with Recorder(folder, {"init": "kaiming", "width": 3}, "cpu") as record:
+            for k in range(3):
+                part = {
+                    "seed": [k, k],
+                    "name": pd.Categorical(["b", "a"][:: 1 - 2 * (k % 2)]),
+                    "x": [math.nan, 0.1 * k],
+                }
+                record.add({"stats": pd.DataFrame(part)})
+        frames.append(read(folder).drop(columns="run"))
+        pd.testing.assert_frame_equal(record.frames()["stats"].drop(columns="run"), frames[-1], check_categorical=False)
+        assert set(record.frames()["stats"]["run"]) == {str(folder)}
+    pd.testing.assert_frame_equal(*frames, check_exact=True)
