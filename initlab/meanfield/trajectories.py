@@ -20,7 +20,7 @@ NODES, PER_PANEL = 16, 10  # of a correlation map: nodes in t from 0 to 1, nodes
 TINY = torch.finfo(torch.float64).tiny
 
 
-class Grid(NamedTuple):
+class LengthGrid(NamedTuple):
     """A grid of q: powers of ten, and steps a decade. Beyond its ends an activation is taken for what it is there."""
 
     low: int
@@ -35,7 +35,7 @@ class Grid(NamedTuple):
         return float(10.0 ** (self.low + place / self.steps))
 
 
-LENGTHS, CORRELATIONS = Grid(-12, 8, 16), Grid(-6, 4, 4)
+LENGTHS, CORRELATIONS = LengthGrid(-12, 8, 16), LengthGrid(-6, 4, 4)
 
 
 class Trajectory(NamedTuple):
@@ -65,7 +65,7 @@ def trajectory(row: Activation, sigma_w: Tensor, sigma_b: Tensor, depth: int, c0
     return Trajectory(*(torch.stack(parts, -1) for parts in zip(*found, strict=True)))
 
 
-def _interpolate(grid: Grid, q: Tensor) -> tuple[Tensor, Tensor]:
+def _interpolate(grid: LengthGrid, q: Tensor) -> tuple[Tensor, Tensor]:
     """Four places of the grid about each q (P, 4), and Lagrange's weights of them, cubic in ln q."""
     place = (q.clamp(grid.q(0), grid.q(grid.size - 1)).log10() - grid.low) * grid.steps
     first = (place.floor().long() - 1).clamp(0, grid.size - 4)

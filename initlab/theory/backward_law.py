@@ -30,8 +30,8 @@ from initlab.theory.batch_law import (
     slopes,
 )
 from initlab.theory.forward_law import (
-    Data,
-    Layer,
+    BatchVariation,
+    LinearLayer,
     Step,
     clip_covariance,
     design_effect,
@@ -39,7 +39,7 @@ from initlab.theory.forward_law import (
     forward,
     remove_quadratic_noise,
 )
-from initlab.theory.tensor_law import Layers, Stack
+from initlab.theory.tensor_law import Layers, StackLaws
 from initlab.theory.unit_moments import zero_slope_intervals
 
 
@@ -84,13 +84,13 @@ class _SlopeMoments(NamedTuple):
 
 def laws(
     row: Activation,
-    layers: Sequence[Layer],
+    layers: Sequence[LinearLayer],
     batch: int,
     q0: float = 1.0,
     c0: float = 0.0,
     fixed_input: bool = False,
-    data: Data = Data(),  # noqa: B008 - a tuple
-) -> Stack:
+    data: BatchVariation = BatchVariation(),  # noqa: B008 - a tuple
+) -> StackLaws:
     """Laws of all tensors of a stack. The gradient at the top is unit Gaussian and independent for every input.
 
     `fixed_input`: the input is a batch of second moment q0 and mean cosine c0 that varies as `data` says; else it is
@@ -100,7 +100,7 @@ def laws(
         passed = Layers(forward(row, layers, batch, q0, c0, fixed_input, data))
         start = pool_symmetric_units(passed.chain.start, layers[0].fan_in)
         above, below = _descend(passed)
-        return Stack(start, tensor_law.activations(passed), tensor_law.preactivations(passed), above, below)
+        return StackLaws(start, tensor_law.activations(passed), tensor_law.preactivations(passed), above, below)
 
 
 def _slopes(layers: Layers) -> _SlopeMoments:

@@ -195,7 +195,7 @@ def simulated_bands(block: torch.Tensor, limits: dict[str, Array]) -> list[Rows]
 # --- as a table ---------------------------------------------------------------------------------------------------
 
 
-class Block(NamedTuple):
+class TensorBands(NamedTuple):
     """Rows of one tensor and direction with their layers and methods, (K,) each."""
 
     layers: NDArray[np.int64]
@@ -205,7 +205,7 @@ class Block(NamedTuple):
     method: Sequence[str] | str
 
 
-def frame(blocks: Sequence[Block]) -> pd.DataFrame:
+def frame(blocks: Sequence[TensorBands]) -> pd.DataFrame:
     """All rows, layer by layer, labels as categories in the order of their first appearance."""
     sizes = [len(block.layers) for block in blocks]
     layers = np.concatenate([block.layers for block in blocks])

@@ -16,8 +16,9 @@ import torch
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.custom_activation import Given, name_of, numerical
 from initlab.nn.init import Rule
+from initlab.stats.keys import TENSOR_COLUMNS
 from initlab.stats.statistics import IN_LN
-from initlab.theory.bands import IN_ORDER, Block, bands, frame, simulated_bands, size_bands
+from initlab.theory.bands import IN_ORDER, TensorBands, bands, frame, simulated_bands, size_bands
 from initlab.theory.batch_law import Array, Moments, ln
 from initlab.theory.exact import linear_batch, linear_one_input, lognormal, relu_one_input
 from initlab.theory.lsuv_law import fit_noise, ln_weight
@@ -25,9 +26,9 @@ from initlab.theory.method import choose_method, fits_float32
 from initlab.theory.request import Request, parse_request
 from initlab.theory.simulate import simulate
 from initlab.theory.stack_laws import enter_layers, finite_laws, limit_laws, tensor_kinds
-from initlab.theory.tensor_law import Stack
+from initlab.theory.tensor_law import StackLaws
 
-_KEYS = ["layer", "tensor", "direction"]
+_KEYS = list(TENSOR_COLUMNS)
 
 
 def predict(
@@ -51,8 +52,8 @@ def predict(
     Further options: widths (units of each layer, replaces depth and width), inputs (units of the input, `width` unless
     given), batch (number of inputs, 200), q0 and c0 (second moment and mean cosine of the inputs, 1 and 0), fixed_input
     (the batch has just these moments instead of being drawn anew for each network), data (how such batches wander, a
-    `forward_law.Data`), sigma_b (standard deviation of normal biases, 0), outputs (the last layer is that of a trained
-    network, as `mup` draws it).
+    `forward_law.BatchVariation`), sigma_b (standard deviation of normal biases, 0), outputs (the last layer is that of a
+    trained network, as `mup` draws it).
 
     Returns a row per layer, tensor, direction and statistic, in the words of a run's table `theory`: `predicted` is the
     median at this width, `band_low` to `band_high` hold 95 % of the networks, `band68_low` to `band68_high` 68 %,
@@ -96,7 +97,7 @@ def _pivot(long: pd.DataFrame) -> pd.DataFrame:
 # --- closed laws -----------------------------------------------------------------------------------------------------
 
 
-def _closed_blocks(request: Request, method: str) -> Iterator[Block]:
+def _closed_blocks(request: Request, method: str) -> Iterator[TensorBands]:
     for kind in tensor_kinds(request, finite_laws(request)):
         second, better = kind.law.ln_second_moment(), [method] * len(kind.layers)
         if kind.direction == "forward":
@@ -108,7 +109,7 @@ def _closed_blocks(request: Request, method: str) -> Iterator[Block]:
                     second[k] = limits[k] + shift, sd
         for rows in bands(kind.law, kind.limit, request.batch, kind.units, second):
             of_length = rows.statistic in IN_LN and rows.statistic != "std_within"
-            yield Block(kind.layers, kind.tensor, kind.direction, rows, better if of_length else method)
+            yield TensorBands(kind.layers, kind.tensor, kind.direction, rows, better if of_length else method)
 
 
 def _exact_law(request: Request, layer: int, tensor: str) -> tuple[Moments, str] | None:
@@ -135,14 +136,14 @@ def _exact_law(request: Request, layer: int, tensor: str) -> tuple[Moments, str]
 _linear_batch = lru_cache(maxsize=32)(linear_batch)
 
 
-def _parameter_blocks(request: Request) -> Iterator[Block]:
+def _parameter_blocks(request: Request) -> Iterator[TensorBands]:
     """Weights and biases themselves, and the gradients of the sum over the batch with respect to them."""
     every = np.arange(1, len(request.widths))
     i, o = (np.array([getattr(layer, name) for layer in request.layers], dtype=float) for name in ("fan_in", "fan_out"))
 
-    def blocks(tensor: str, direction: str, limit: Array, law: Array, count: Array) -> Iterator[Block]:
+    def blocks(tensor: str, direction: str, limit: Array, law: Array, count: Array) -> Iterator[TensorBands]:
         for rows in size_bands(limit, law, count):
-            yield Block(every, tensor, direction, rows, "log-delta")
+            yield TensorBands(every, tensor, direction, rows, "log-delta")
 
     excess = {"uniform": 0.8, "truncated_normal": 1.0634}.get(request.distribution, 2.0)  # E w^4 / (E w^2)^2 - 1
     noise = 0 / i if request.layers[0].orthogonal else excess / (i * o)
@@ -168,7 +169,7 @@ def _parameter_blocks(request: Request) -> Iterator[Block]:
         yield from blocks(tensor, "backward", limit[:, 0], law, count)
 
 
-def _parameter_gradients(stack: Stack, batch: int) -> tuple[Array, Array]:
+def _parameter_gradients(stack: StackLaws, batch: int) -> tuple[Array, Array]:
     """ln q of dL/dW and of dL/db, mean and sd, (L, 2) each; L summed over the batch.
 
     ||dW||^2 = sum_ab (x_a . x_b)(d_a . d_b): B^2 T_x T_d from what inputs have in common, B W_x W_d from the rest.
@@ -186,7 +187,7 @@ def _parameter_gradients(stack: Stack, batch: int) -> tuple[Array, Array]:
 # --- simulated laws --------------------------------------------------------------------------------------------------
 
 
-def _simulated_blocks(request: Request, networks: int, seed: int) -> Iterator[Block]:
+def _simulated_blocks(request: Request, networks: int, seed: int) -> Iterator[TensorBands]:
     limits: dict[tuple[int, str, str], dict[str, Array]] = {}
     for kind in tensor_kinds(request, limit_laws(request)):
         for rows in bands(kind.law, kind.limit, request.batch, kind.units):
@@ -197,4 +198,4 @@ def _simulated_blocks(request: Request, networks: int, seed: int) -> Iterator[Bl
     found = simulate(request.row, request.layers, request.batch, networks, *moments, request.distribution, seed, number)
     for key, block in found.items():
         for rows in simulated_bands(block, limits[key]):
-            yield Block(np.array(key[:1]), *key[1:], rows, "simulation")
+            yield TensorBands(np.array(key[:1]), *key[1:], rows, "simulation")

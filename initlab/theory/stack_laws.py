@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from initlab.theory.backward_law import laws
 from initlab.theory.batch_law import Array, Law, ln
-from initlab.theory.forward_law import Layer
+from initlab.theory.forward_law import LinearLayer
 from initlab.theory.infinite_width import infinite_laws
 from initlab.theory.request import Request
-from initlab.theory.tensor_law import Stack, shift_lengths
+from initlab.theory.tensor_law import StackLaws, shift_lengths
 
 
 class TensorKind(NamedTuple):
@@ -35,21 +35,21 @@ _KINDS = (
 )
 
 
-def tensor_kinds(request: Request, stack: Stack) -> Iterator[TensorKind]:
+def tensor_kinds(request: Request, stack: StackLaws) -> Iterator[TensorKind]:
     """Every kind of tensor of a stack, in the order of the measured table; `stack` are its laws at this width."""
     layers, widths = np.arange(len(request.widths)), np.array(request.widths)
     for law, limit, (tensor, direction, at) in zip(stack, limit_laws(request), _KINDS, strict=True):
         yield TensorKind(tensor, direction, layers[at], law, limit, widths[at])
 
 
-def finite_laws(request: Request) -> Stack:
+def finite_laws(request: Request) -> StackLaws:
     """The laws at the widths that were asked for."""
     layers, added = _normalize_gain(request)
     own = request.batch, request.q0, request.c0, request.fixed_input, request.data
     return shift_lengths(_finite(request.row, layers, *own), added)
 
 
-def limit_laws(request: Request) -> Stack:
+def limit_laws(request: Request) -> StackLaws:
     """The laws when all widths are infinite."""
     layers, added = _normalize_gain(request)
     return shift_lengths(_infinite(request.row, layers, request.batch, request.q0, request.c0), added)
@@ -58,7 +58,7 @@ def limit_laws(request: Request) -> Stack:
 _finite, _infinite = lru_cache(maxsize=32)(laws), lru_cache(maxsize=32)(infinite_laws)
 
 
-def _normalize_gain(request: Request) -> tuple[tuple[Layer, ...], Array]:
+def _normalize_gain(request: Request) -> tuple[tuple[LinearLayer, ...], Array]:
     """Layers that keep lengths, and what is to be added to ln q of each layer, (L,).
 
     A homogeneous stack without biases differs from that of another gain in ln q alone: a sweep over the gain costs one

@@ -15,7 +15,7 @@ from initlab.theory.lsuv_law import p_not_rescaled
 from initlab.theory.unit_moments import Intervals, JoinedUnits, saturated_intervals, zero_intervals
 
 
-class Stack(NamedTuple):
+class StackLaws(NamedTuple):
     """Laws of all tensors of a stack, with a leading dimension of layers, layer 1 first; of length 1 for the input."""
 
     input: Law
@@ -25,13 +25,13 @@ class Stack(NamedTuple):
     preactivation_gradients: Law
 
 
-def shift_lengths(stack: Stack, up: Array) -> Stack:
+def shift_lengths(stack: StackLaws, up: Array) -> StackLaws:
     """The laws of a stack whose layers multiply q by a further factor exp(up), (L,), forward and backward."""
     if not up.any():
         return stack
     forward, backward = np.cumsum(up), np.cumsum(up[::-1])[::-1] - up
     by = forward, forward, backward, backward
-    return Stack(
+    return StackLaws(
         stack.input,
         *(
             replace(law, mean=law.mean + x[:, None], ln_var=law.ln_var + np.stack([x, 0 * x], -1))

@@ -29,7 +29,7 @@ Intervals: TypeAlias = tuple[tuple[float, float], ...]
 CLIP = 230.0  # ln of the largest scale at which phi itself is evaluated; beyond, its power law goes on
 
 
-class Grid(NamedTuple):
+class NodeGrid(NamedTuple):
     """How finely to integrate: panels of this width, so many nodes each, edges halving this often towards a kink.
 
     `means_only` leaves out what only finite width needs."""
@@ -42,8 +42,8 @@ class Grid(NamedTuple):
     means_only: bool = False
 
 
-COARSE = Grid(width=3.0, reach=6.0, nodes=6, halvings=3, wide=1)  # 1e-5, for what fluctuates
-FINE = Grid(width=3.0, reach=7.5, nodes=10, halvings=12, means_only=True)  # 1e-9, for the limit of infinite width
+COARSE = NodeGrid(width=3.0, reach=6.0, nodes=6, halvings=3, wide=1)  # 1e-5, for what fluctuates
+FINE = NodeGrid(width=3.0, reach=7.5, nodes=10, halvings=12, means_only=True)  # 1e-9, for the limit of infinite width
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def normal_cdf(x: Array) -> Array:
     return np.asarray(torch.special.ndtr(torch.from_numpy(np.ascontiguousarray(x))))
 
 
-def units(row: Activation, ln_t: Array, ln_w: Array, uniform: Array, grid: Grid = COARSE) -> Units:
+def units(row: Activation, ln_t: Array, ln_w: Array, uniform: Array, grid: NodeGrid = COARSE) -> Units:
     """Moments at states (ln T, ln W), each (G,); `uniform` is the share of T that a uniform bias makes up, (G,).
 
     ln W = -inf stands for a single input: m carries everything.
@@ -222,7 +222,7 @@ def _degree(row: Activation, clipped: Array, half: Array) -> Array:
 
 
 def _outer_nodes(
-    t: Array, scale: Array, kinks: list[float], octaves: int, narrow: float, uniform: Array, grid: Grid
+    t: Array, scale: Array, kinks: list[float], octaves: int, narrow: float, uniform: Array, grid: NodeGrid
 ) -> tuple[Array, Array]:
     """Nodes of m and weights; edges halve towards a kink, near which moments change over sqrt(W/T) = 1/sqrt(narrow)."""
     levels = min(grid.halvings, max(octaves, math.ceil(math.log2(max(1.0, narrow)) / 2)))
@@ -246,14 +246,14 @@ def _halving_offsets(levels: int, first: int) -> Array:
     return np.concatenate([[0.0], halving, -halving])
 
 
-def _panels_between(moving: Array, grid: Grid) -> tuple[Array, Array]:
+def _panels_between(moving: Array, grid: NodeGrid) -> tuple[Array, Array]:
     regular = np.arange(-grid.reach, grid.reach + 0.1, grid.width)
     edges = np.concatenate([np.broadcast_to(regular, (*moving.shape[:-1], len(regular))), moving], -1)
     return panels(np.sort(edges.clip(-grid.reach, grid.reach), -1), grid.nodes)
 
 
 def _inner_nodes(
-    m: Array, t: Array, w: Array, scale: Array, kinks: list[float], octaves: int, grid: Grid
+    m: Array, t: Array, w: Array, scale: Array, kinks: list[float], octaves: int, grid: NodeGrid
 ) -> tuple[Array, Array]:
     """Nodes of e for every m, with edges where z meets a kink; a single one where nothing varies inside."""
     if (w == 0).all():

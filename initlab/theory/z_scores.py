@@ -14,8 +14,9 @@ import pandas as pd
 
 from initlab.nn.custom_activation import Given
 from initlab.nn.init import Rule
-from initlab.stats.keys import TEXT_COLUMNS
-from initlab.theory.forward_law import Data
+from initlab.stats.keys import KEY_COLUMNS, TENSOR_COLUMNS, TEXT_COLUMNS
+from initlab.stats.statistics import IN_LN
+from initlab.theory.forward_law import BatchVariation
 from initlab.theory.predict import predict
 from initlab.theory.quantiles import NARROW, WIDE
 
@@ -23,16 +24,16 @@ ENSEMBLE = -1  # the seed of rows about the mean over all networks
 COLUMNS = ("statistic", "measured", "predicted", "band_low", "band_high", "z", "limit", "method")
 ROUNDING = 1e-4  # relative, absolute for shares: where nothing may vary a number format still rounds
 FIXED = 1e-6  # a standard deviation below which nothing may vary: of a share it means one entry in a thousand networks
-_KEYS = ["layer", "tensor", "direction"]
+_KEYS = list(TENSOR_COLUMNS)
 _QUANTILES = ("band_low", "band68_low", "predicted", "band68_high", "band_high")
 _AT = np.array([-WIDE, -NARROW, 0.0, NARROW, WIDE])
 BATCHES = 200  # a standard deviation to 5 %
-_SCALES = ("q", "rms", "std", "norm")
+_SCALES = [name for name in IN_LN if name != "std_within"]
 
 
 class InputMoments(NamedTuple):
     """What theory needs to know of data: units, mean square of an entry, mean cosine of two inputs, and how inputs and
-    batches differ (the two fields of `forward_law.Data`)."""
+    batches differ (the two fields of `forward_law.BatchVariation`)."""
 
     units: int
     q: float
@@ -108,7 +109,7 @@ def compare_training(
     """
     bands = _predict(
         init, activation, widths=tuple(widths), inputs=given.units, batch=batch, q0=given.q, c0=given.cosine,
-        fixed_input=True, data=Data(given.directions, given.wander), outputs=True,
+        fixed_input=True, data=BatchVariation(given.directions, given.wander), outputs=True,
         method="closed" if method == "simulation" else method,
     )  # fmt: skip
     start = stats[(stats["stage"] == "train") & (stats["step"] == 0)]
@@ -154,7 +155,7 @@ def compare(stats: pd.DataFrame, bands: pd.DataFrame, over: pd.DataFrame | None 
     are not finite somewhere, since no law gives phi' of inf and nan. `over`: the bands are those of the ratio to these
     rows, one for each network.
     """
-    keys = [name for name in ("stage", "implementation", "seed", "step", "member", *_KEYS) if name in stats]
+    keys = [name for name in (*KEY_COLUMNS[:4], "member", *TENSOR_COLUMNS) if name in stats]
     rows = stats.reset_index(drop=True)
     lost = rows["n_nan"] + rows["n_inf"] > 0
     backward = rows["direction"] == "backward"
