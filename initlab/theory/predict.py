@@ -52,8 +52,8 @@ def predict(
     Further options: widths (units of each layer, replaces depth and width), inputs (units of the input, `width` unless
     given), batch (number of inputs, 200), q0 and c0 (second moment and mean cosine of the inputs, 1 and 0), fixed_input
     (the batch has just these moments instead of being drawn anew for each network), data (how such batches wander, a
-    `forward_law.BatchVariation`), sigma_b (standard deviation of normal biases, 0), outputs (the last layer is that of a
-    trained network, as `mup` draws it).
+    `forward_law.BatchVariation`), sigma_b (standard deviation of normal biases, 0), outputs (the last layer is that of
+    a trained network, as `mup` draws it).
 
     Returns a row per layer, tensor, direction and statistic, in the words of a run's table `theory`: `predicted` is the
     median at this width, `band_low` to `band_high` hold 95 % of the networks, `band68_low` to `band68_high` 68 %,
