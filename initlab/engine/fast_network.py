@@ -1,19 +1,19 @@
-"""The fast path of the hand-written network: the same rules as in layers.py, in memory that is allocated once.
+"""The fast training of the hand-written network: the same rules as in layers.py, in memory that is allocated once.
 
 What makes it fast, and changes no gradient: layers of one shape are one stack, their updates one batched product; ReLU
 and its mask overwrite what they read; the input gets no gradient; a step that is not recorded adds the gradient to the
 weights without ever holding it; many rows go through in pieces that stay in the cache. A recorded step takes its
-statistics in the passes over memory that it makes anyway (recording.py).
+statistics in the passes over memory that it makes anyway (recorders.py).
 Legend: E ensemble, N batch, I fan_in, O fan_out, L hidden layers; layer l is position l - 1 of every list.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby, pairwise
-from typing import NamedTuple
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from initlab.engine.layer_memory import LayerTensors, StepMemory
 from initlab.engine.named_tensors import items_of, update_items
 from initlab.errors import UsageError, choose
 from initlab.nn.activations import Activation
@@ -25,124 +25,11 @@ from initlab.scratch.mlp import Parameters
 
 CACHE_BYTES = 2**20  # of a core's second cache: rows beyond it go through in pieces
 FEWEST_ROWS = 1024  # a piece is never smaller: matrix products want them
-KEPT_SPACES = 4  # batch sizes whose memory is kept
+KEPT_MEMORIES = 4  # batch sizes whose memory is kept
 Factors = Sequence[tuple[float, float]]  # of every layer's learning rates, weights and biases; none: all are 1
 JOINT_ENTRIES = 2**24  # products of more multiplications run one after the other, smaller ones as one batch
 
 threshold_backward = torch.ops.aten.threshold_backward.grad_input
-
-
-def runs(shapes: Sequence[tuple[object, ...]]) -> list[slice]:
-    """Neighbours of one shape, as slices of the list.
-
-    >>> runs([(50, 50), (50, 50), (50, 10)])
-    [slice(0, 2, None), slice(2, 3, None)]
-    """
-    found, start = [], 0
-    for _, same in groupby(shapes):
-        stop = start + len(list(same))
-        found.append(slice(start, stop))
-        start = stop
-    return found
-
-
-class Stack:
-    """Tensors of successive layers, neighbours of one shape in one piece of memory: `stack[k]` is that of position k.
-
-    With `inner` the first and the last keep to themselves: one meets the data and one the loss, not another layer.
-    Parameters have `rates`, learning rates by position, and a run has one.
-    """
-
-    def __init__(
-        self,
-        shapes: Sequence[tuple[int, ...]],
-        like: Tensor,
-        inner: bool = False,
-        rates: Sequence[float] | None = None,
-    ) -> None:
-        self.rates = [0.0] * len(shapes) if rates is None else list(rates)
-        alike = list(zip(shapes, self.rates, strict=True))
-        self.runs = runs(alike)
-        if inner:
-            last = len(shapes) - 1
-            self.runs = [slice(r.start + 1, r.stop + 1) for r in runs(alike[1:last])]
-            self.runs = [slice(0, 1), *self.runs, *([slice(last, last + 1)] if last else [])]
-        self.whole = [like.new_zeros(r.stop - r.start, *shapes[r.start]) for r in self.runs]
-        self.each = [view for block in self.whole for view in block.unbind()]
-
-    def __getitem__(self, k: int) -> Tensor:
-        return self.each[k]
-
-    def __len__(self) -> int:
-        return len(self.each)
-
-    def between(self, start: int, stop: int) -> Tensor:
-        """Positions start to stop - 1 as one tensor; they must lie in one run."""
-        run, block = next((r, t) for r, t in zip(self.runs, self.whole, strict=True) if r.start <= start < r.stop)
-        return block[start - run.start : stop - run.start]
-
-    @property
-    def run_rates(self) -> list[float]:
-        """The learning rate of every run."""
-        return [self.rates[run.start] for run in self.runs]
-
-
-class Product(NamedTuple):
-    """A weight gradient, `add(inp^T, g)`, or across `add(g^T, inp)`; None is the loss's gradient, in the first layer
-    the data too."""
-
-    add: Callable[..., Tensor]
-    left: Tensor | None
-    right: Tensor | None
-    first: bool = False
-    across: bool = False
-
-    def __call__(self, x: Tensor, g: Tensor, **scales: float) -> None:
-        if not self.first:
-            self.add(self.left, g if self.right is None else self.right, **scales)
-        elif self.across:
-            self.add(g.mT if self.left is None else self.left, x, **scales)
-        else:
-            self.add(x.mT, g if self.left is None else self.left, **scales)
-
-
-class Space:
-    """What a pass over n rows writes, hidden layers only: activations `a` and dL/dz `g`; apart from them, if wanted,
-    preactivations `z` and dL/da `a_grad`, which otherwise are overwritten."""
-
-    def __init__(self, net: "Network", rows: int, apart: bool) -> None:
-        shapes, like = [(*net.lead, rows, width) for width in net.sizes[1:-1]], net.w[0]
-        self.a, self.g = Stack(shapes, like), Stack(shapes, like)
-        self.z, self.a_grad = (Stack(shapes, like), Stack(shapes, like)) if apart else (self.a, self.g)
-        self.a_t = [a.mT for a in self.a.each]
-        self.up = list(zip(net.w.each, net.b.each, self.z.each, self.a.each, strict=False))
-        self.down = list(zip(net.w_t[1:], self.a_grad.each, self.g.each, self.a.each, self.z.each, strict=True))[::-1]
-        self.updates, self.sums = self._products(net.w), self._products(net.w_grad)
-        self.bias_sums, self.bias_parts = self._sums(net.b_grad), self._sums(net.b_part)
-
-    def _sums(self, to: Stack) -> list[tuple[Tensor | None, Tensor]]:
-        """Gradients of a run of hidden layers and where their sums over the batch go; None: the loss's."""
-        parts = [(run.start, min(run.stop, len(self.g))) for run in to.runs if run.start < len(self.g)]
-        return [*((self.g.between(*part), to.between(*part)) for part in parts), (None, to[-1])]
-
-    def _products(self, to: Stack) -> list[Product]:
-        """How dL/dW of a run of layers is added to `to`."""
-        found = []
-        for run, block in zip(to.runs, to.whole, strict=True):
-            k = run.start
-            grad = self.g[k] if k < len(self.g) else None
-            if run.stop - run.start > 1:
-                inputs, grads = self.a.between(run.start - 1, run.stop - 1), self.g.between(run.start, run.stop)
-                found.append(Product(block.flatten(0, -3).baddbmm_, inputs.flatten(0, -3).mT, grads.flatten(0, -3)))
-                continue
-            across = not to[k].is_contiguous()
-            target = to[k].mT if across else to[k]
-            add = target.addmm_ if target.ndim == 2 else target.baddbmm_
-            if k:
-                found.append(Product(add, self.a_t[k - 1], grad))
-            else:
-                found.append(Product(add, grad if grad is None or not across else grad.mT, None, True, across))
-        return found
 
 
 class Network:
@@ -164,18 +51,18 @@ class Network:
         biases = [(*self.lead, 1, o) if self.lead else (o,) for _, o in pairs]
         by_layer = factors or [(1.0, 1.0)] * len(pairs)
         w_rates, b_rates = [lr * weight for weight, _ in by_layer], [lr * bias for _, bias in by_layer]
-        self.w, self.w_grad = (Stack(weights, like, inner=True, rates=w_rates) for _ in range(2))
+        self.w, self.w_grad = (LayerTensors(weights, like, inner=True, rates=w_rates) for _ in range(2))
         # The first layer's gradient lies as torch's does, (O, I): where I is large it is found faster that way.
         self.w_grad.each[0] = like.new_zeros(*self.lead, *pairs[0][::-1]).mT
         self.w_grad.whole[0] = self.w_grad.each[0].unsqueeze(0)
-        self.b, self.b_grad, self.b_part = (Stack(biases, like, rates=b_rates) for _ in range(3))
+        self.b, self.b_grad, self.b_part = (LayerTensors(biases, like, rates=b_rates) for _ in range(3))
         self.w_rates, self.b_rates = self.w.run_rates, self.b.run_rates
         self.load(parameters)
         self.w_t = [w.mT for w in self.w.each]
         self.affine: Callable[..., Tensor] = torch.baddbmm if self.lead else torch.addmm
         self.product: Callable[..., Tensor] = torch.bmm if self.lead else torch.mm
         self.out = parameters[-1][0]  # of the last step, (N, O) or (E, N, O)
-        self._spaces: dict[tuple[int, bool], Space] = {}
+        self._memories: dict[tuple[int, bool], StepMemory] = {}
 
     def load(self, parameters: Parameters) -> None:
         """Take over values, [(w (E, I, O), b (E, O)), ...], or without E for a single network."""
@@ -183,16 +70,16 @@ class Network:
             self.w[k].copy_(w.view_as(self.w[k]))
             self.b[k].copy_(b.view_as(self.b[k]))
 
-    def space(self, rows: int, apart: bool = False) -> Space:
+    def memory(self, rows: int, separate: bool = False) -> StepMemory:
         """Memory for n rows, made once; a piece that is left over has its own."""
-        key = (rows, apart or not self.in_place)
-        if key not in self._spaces:
-            for old in list(self._spaces)[: 1 - KEPT_SPACES]:
-                del self._spaces[old]
-            self._spaces[key] = Space(self, *key)
-        return self._spaces[key]
+        key = (rows, separate or not self.in_place)
+        if key not in self._memories:
+            for old in list(self._memories)[: 1 - KEPT_MEMORIES]:
+                del self._memories[old]
+            self._memories[key] = StepMemory(self, *key)
+        return self._memories[key]
 
-    def forward(self, x: Tensor, s: Space) -> Tensor:
+    def forward(self, x: Tensor, s: StepMemory) -> Tensor:
         """The outputs; every hidden layer's activations stand in `s.a`."""
         inp = x
         for w, b, z, a in s.up:
@@ -200,7 +87,7 @@ class Network:
             inp = z.relu_() if z is a else a.copy_(self.activation.phi(z))
         return self.affine(self.b[-1], inp, self.w[-1])
 
-    def backward(self, g: Tensor, s: Space) -> None:
+    def backward(self, g: Tensor, s: StepMemory) -> None:
         """From dL/dout the gradients of all preactivations, left in `s.g`."""
         for w_t, a_grad, z_grad, a, z in s.down:
             self.product(g, w_t, out=a_grad)
@@ -210,7 +97,7 @@ class Network:
                 z_grad.copy_(self.activation.pull_back(a_grad, z))
             g = z_grad
 
-    def weight_gradients(self, x: Tensor, g: Tensor, s: Space, keep: float = 0.0) -> None:
+    def weight_gradients(self, x: Tensor, g: Tensor, s: StepMemory, keep: float = 0.0) -> None:
         """w_grad = keep * w_grad + dL/dW, a run of layers in one product."""
         for product in s.sums:
             product(x, g, beta=keep)
@@ -222,7 +109,7 @@ class Network:
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One update by gradient descent, no gradient of a weight ever held; the loss before it, () or (E,)."""
-        s = self.space(x.shape[-2])
+        s = self.memory(x.shape[-2])
         self.out = self.forward(x, s)
         value, g = self.loss.both(self.out, y)
         self.backward(g, s)
@@ -239,7 +126,7 @@ class Network:
         rows = max(FEWEST_ROWS, CACHE_BYTES // (x.element_size() * (self.sizes[0] + 2 * sum(self.sizes[1:]))))
         for start in range(0, n, rows):
             part, targ = x[..., start : start + rows, :], y[..., start : start + rows]
-            s, share = self.space(part.shape[-2]), part.shape[-2] / n
+            s, share = self.memory(part.shape[-2]), part.shape[-2] / n
             value, g = self.loss.both(self.forward(part, s), targ)
             if share < 1:
                 g.mul_(share)
@@ -258,7 +145,7 @@ class Engine:
 
     Small networks run as one batched program, larger ones one after the other, each in its own memory: the products of
     `batch` rows decide. `lr` is one learning rate or one for each network; `factors`, given for each network, multiply
-    those of its layers. A step that is recorded: recording.py.
+    those of its layers. A step that is recorded: recorders.py.
     """
 
     def __init__(
@@ -305,7 +192,7 @@ class Engine:
         ]
 
     @property
-    def out(self) -> Tensor:
+    def outputs(self) -> Tensor:
         """The outputs of the last step, (E, N, O)."""
         found = [net.out if net.lead else net.out.unsqueeze(0) for net in self.networks]
         return found[0] if len(found) == 1 else torch.cat(found)
@@ -332,8 +219,8 @@ class Engine:
     def watch(self, sink: Sink | None) -> None:
         """Put the tensors of coming steps into the sink, as `initlab.probe(engine)` asks; None: no longer.
 
-        A step that is due is made twice, once to be looked at: what is trained stays bit for bit what it was. Recording
-        (recording.py) is the fast way to the same rows.
+        A step that is due is made twice, once to be looked at: what is trained stays bit for bit what it was.
+        Recording (recorders.py) is the fast way to the same rows.
         """
         self._sink = sink
 

@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from initlab.engine.fast_network import KEPT_SPACES, Engine, Network, Stack
+from initlab.engine.fast_network import KEPT_MEMORIES, Engine, Network
+from initlab.engine.layer_memory import LayerTensors
 from initlab.engine.named_tensors import network_keys
 from initlab.stats.backend import SATURATED, Backend
 from initlab.stats.buffer import StatsBuffer
@@ -21,17 +22,17 @@ from initlab.stats.reference import FIELDS
 
 MOST_STEPS, MOST_BYTES = 64, 2**24  # that wait to be handed over
 BIAS_UPDATE = "bias update"  # measured with the other updates; the tables have those of weights alone
-Made = tuple[int, str, str]  # layer, tensor and direction of a row, in the order in which rows are made
+RowName = tuple[int, str, str]  # layer, tensor and direction of a row, in the order in which rows are made
 
 
 class Recorder(Protocol):
     """Makes the steps of one network, and their rows."""
 
     @property
-    def made(self) -> Sequence[Made]: ...
+    def order(self) -> Sequence[RowName]: ...
 
     def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """One update; the loss before it, () or (E,), and the rows (F, K, E) in the order of `made`."""
+        """One update; the loss before it, () or (E,), and the rows (F, K, E) in the order of `order`."""
 
 
 class Recording:
@@ -68,8 +69,8 @@ class Recording:
 
     def flush(self) -> None:
         """Hand over what has been recorded."""
-        place = {made: k for k, made in enumerate(self._recorders[0].made)}
-        order = [place[key.layer, key.tensor, key.direction] for key in self._keys] if place else []
+        position = {name: k for k, name in enumerate(self._recorders[0].order)}
+        order = [position[key.layer, key.tensor, key.direction] for key in self._keys] if position else []
         for step, rows in self._waiting:
             self.buffer.put(self._keys, rows[:, order], step)
         parts = [join_bins(bins.take(), 0) for bins in self._bins if bins is not None and len(bins)]
@@ -94,13 +95,13 @@ class PlainRecorder:
 
     def __init__(self, net: Network, backend: Backend, bins: Bins | None) -> None:
         self.net, self._backend, self._bins = net, backend, bins
-        self.made: list[Made] = []
+        self.order: list[RowName] = []
         self._rows: list[Tensor] = []
 
     def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         net = self.net
-        s = net.space(x.shape[-2], apart=True)
-        self.made, self._rows = [], []
+        s = net.memory(x.shape[-2], separate=True)
+        self.order, self._rows = [], []
         out = net.forward(x, s)
         net.out = out
         value, g = net.loss.both(out, y)
@@ -126,8 +127,8 @@ class PlainRecorder:
                 self._measure_run(block - before, run.start, change, "forward")
         return value, torch.cat(self._rows, 1)
 
-    def _measure(self, stack: Stack, tensor: str, direction: str) -> None:
-        for run, block in zip(stack.runs, stack.whole, strict=True):
+    def _measure(self, tensors: LayerTensors, tensor: str, direction: str) -> None:
+        for run, block in zip(tensors.runs, tensors.whole, strict=True):
             self._measure_run(block, run.start, tensor, direction)
 
     def _measure_run(self, block: Tensor, start: int, tensor: str, direction: str) -> None:
@@ -139,7 +140,7 @@ class PlainRecorder:
             activation = self.net.activation
             share = saturated_share(activation.slope(block), activation.largest_slope)
             rows[SATURATED] = share.reshape(len(block), count)
-        self.made += [(start + 1 + k, tensor, direction) for k in range(len(block))]
+        self.order += [(start + 1 + k, tensor, direction) for k in range(len(block))]
         self._rows.append(rows)
 
 
@@ -155,17 +156,18 @@ class FusedRecorder:
         self._b_sums = [b.view(*net.lead, -1) for b in net.b_grad.each]
         self._turns: dict[int, list[Tensor]] = {}
         layers = len(net.w)
-        self.made: list[Made] = []
+        self.order: list[RowName] = []
         for layer in range(1, layers):
-            self.made += [(layer, "preactivation", "forward"), (layer, "activation", "forward")]
-        self.made += [(layers, "preactivation", "forward"), (layers, "preactivation", "backward")]
+            self.order += [(layer, "preactivation", "forward"), (layer, "activation", "forward")]
+        self.order += [(layers, "preactivation", "forward"), (layers, "preactivation", "backward")]
         for layer in range(layers, 0, -1):
-            self.made += [(layer, "weight", "forward"), (layer, "weight", "backward"), (layer, "update", "forward")]
+            self.order += [(layer, "weight", "forward"), (layer, "weight", "backward"), (layer, "update", "forward")]
             if layer > 1:
-                self.made += [(layer - 1, "activation", "backward"), (layer - 1, "preactivation", "backward")]
+                self.order += [(layer - 1, "activation", "backward"), (layer - 1, "preactivation", "backward")]
         for layer in range(1, layers + 1):
-            self.made += [(layer, "bias", "forward"), (layer, "bias", "backward"), (layer, BIAS_UPDATE, "forward")]
-        self._rows = torch.empty(len(self.made), *net.lead, len(FIELDS), dtype=torch.float64, device=net.w[0].device)
+            self.order += [(layer, "bias", "forward"), (layer, "bias", "backward"), (layer, BIAS_UPDATE, "forward")]
+        shape = (len(self.order), *net.lead, len(FIELDS))
+        self._rows = torch.empty(shape, dtype=torch.float64, device=net.w[0].device)
         sizes = [2] * (layers - 1) + [1, 1] + [3, 2] * (layers - 1) + [3] + [3] * layers
         self._outs = [
             out.squeeze(0) if len(out) == 1 else out for out in torch.split(self._rows, sizes)
@@ -173,7 +175,7 @@ class FusedRecorder:
 
     def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         net, backend, bins, outs = self.net, self._backend, self._bins, iter(self._outs)
-        s, below = net.space(x.shape[-2]), self._gradients(x.shape[-2])
+        s, below = net.memory(x.shape[-2]), self._gradients(x.shape[-2])
         inp = x
         for w, b, a in zip(net.w.each, net.b.each, s.a.each, strict=False):
             inp = net.affine(b, inp, w, out=a)
@@ -193,14 +195,14 @@ class FusedRecorder:
                 backend.mask_rows_(g, s.a[k - 1], self._b_sums[k - 1], bins, next(outs))
         for b, grad, rate in zip(self._b, self._b_grads, net.b.rates, strict=True):
             backend.update_rows_(b, grad, rate, bins, next(outs))
-        return value, self._rows.reshape(len(self.made), net.count, -1).clone().movedim(-1, 0)
+        return value, self._rows.reshape(len(self.order), net.count, -1).clone().movedim(-1, 0)
 
     def _gradients(self, inputs: int) -> list[Tensor]:
         """Memory for dL/da of the hidden layers: two are alive at a time, so layers of one width take turns."""
         if inputs not in self._turns:
-            if len(self._turns) == KEPT_SPACES:
+            if len(self._turns) == KEPT_MEMORIES:
                 self._turns.clear()
-            hidden = self.net.space(inputs).a.each
+            hidden = self.net.memory(inputs).a.each
             turns = {(a.shape, k): torch.empty_like(a) for a in hidden for k in (0, 1)}
             self._turns[inputs] = [turns[a.shape, k % 2] for k, a in enumerate(hidden)]
         return self._turns[inputs]

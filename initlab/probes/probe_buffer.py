@@ -66,11 +66,11 @@ class ProbeBuffer(StatsBuffer):
     def put(self, key: TensorKey, x: Tensor) -> int:  # type: ignore[override]
         """Take the values of (N, C) or (E, N, C) as they are now; gives the number of its row."""
         row, batched = len(self.rows), key.tensor in BATCHED
-        if row - self.closed >= len(self._lines) or x.device != self._page.device:
-            self._make_room(row + 1 - self.closed, x.device)
+        if row - self.n_closed >= len(self._lines) or x.device != self._page.device:
+            self._make_room(row + 1 - self.n_closed, x.device)
         size = 1 if self.backend.is_quick(x) else min(BLOCK_ENTRIES // x.numel(), BLOCK_TENSORS)
         if size < 2:
-            self.backend.rows(x, batched, self.bins, self._lines[row - self.closed])
+            self.backend.rows(x, batched, self.bins, self._lines[row - self.n_closed])
             if self.bins is not None:
                 self._bin_rows.append(row)
             self.rows.append(self.codes.setdefault(key, len(self.codes)))
@@ -91,7 +91,7 @@ class ProbeBuffer(StatsBuffer):
     def put_each(self, keys: Sequence[TensorKey], tensors: Sequence[Tensor]) -> None:
         """Measure tensors (O, I) of a single network that have no batch."""
         if keys:
-            first, rows = len(self.rows) - self.closed, self.backend.rows_of_each(tensors, self.bins)
+            first, rows = len(self.rows) - self.n_closed, self.backend.rows_of_each(tensors, self.bins)
             self._make_room(first + len(keys), tensors[0].device)
             self._page[first : first + len(keys)] = rows.t().unsqueeze(1)
             self._bin_rows += [] if self.bins is None else range(len(self.rows), len(self.rows) + len(keys))
@@ -119,8 +119,8 @@ class ProbeBuffer(StatsBuffer):
             self._measure_block(block, bool(batched))
         self._gathered.clear()  # other shapes may never return
         self.put_bins([] if self.bins is None else self.bins.take())
-        if len(self.rows) > self.closed:
-            super().put([], self._page[: len(self.rows) - self.closed].clone().movedim(-1, 0), step)
+        if len(self.rows) > self.n_closed:
+            super().put([], self._page[: len(self.rows) - self.n_closed].clone().movedim(-1, 0), step)
         if self._emit is not None and (len(self.steps) >= self._flush_steps or self.due()):
             self.flush()
 
@@ -136,7 +136,7 @@ class ProbeBuffer(StatsBuffer):
         """The rows of closed steps: the columns of the table `stats`, and `name`, `part`, `call`, `update_ratio`."""
         frame = super().frame()
         rms = frame["rms"].to_numpy().reshape(-1, len(self.seeds))
-        ratio = update_ratio(self.codes, *self.code_and_step(np.arange(self.closed)), rms)
+        ratio = update_ratio(self.codes, *self.code_and_step(np.arange(self.n_closed)), rms)
         return frame.assign(**{UPDATE_RATIO: ratio.reshape(-1)})
 
     def histograms(self) -> pd.DataFrame:
@@ -151,7 +151,7 @@ class ProbeBuffer(StatsBuffer):
         rows = block.rows.copy()
         block.rows.clear()
         if rows:
-            lines = torch.tensor([row - self.closed for row in rows], device=self._page.device)
+            lines = torch.tensor([row - self.n_closed for row in rows], device=self._page.device)
             nothing = torch.full((self._page.shape[-1], 1, 1), torch.nan, dtype=torch.float64)
             nothing[[k for k, name in enumerate(FIELDS) if name in COUNTS]] = 0
             self._page[lines] = nothing.movedim(0, -1).to(self._page.device)
@@ -160,11 +160,11 @@ class ProbeBuffer(StatsBuffer):
             self._bin_rows += [] if self.bins is None else rows
 
     def _statistics(self, rows: Tensor) -> Tensor:
-        shares = [(row, share) for row, share in self._shares if row < self.closed]
+        shares = [(row, share) for row, share in self._shares if row < self.n_closed]
         if shares:
             share = torch.cat([share.double().cpu().expand(-1, rows.shape[-1]) for _, share in shares])
             rows[SATURATED, [row for row, _ in shares]] = share
-        pairs = [pair for pair in self._rectified if pair[1] < self.closed]
+        pairs = [pair for pair in self._rectified if pair[1] < self.n_closed]
         if pairs:
             z, a = torch.tensor(pairs).T
             rows[SATURATED, z] = (rows[N_ZERO, a] + rows[N_NAN, a]) / rows[COUNT, a]
@@ -176,11 +176,11 @@ class ProbeBuffer(StatsBuffer):
         self.put_bins(self.bins.take())
         parts, rows = self.counts, np.array(self._bin_rows, dtype=np.int64)
         ends = np.cumsum([0, *(len(counts) for counts, _ in parts)])
-        closed = [torch.from_numpy(rows[start:end] < self.closed) for start, end in pairwise(ends)]
+        closed = [torch.from_numpy(rows[start:end] < self.n_closed) for start, end in pairwise(ends)]
         columns = bin_columns([(part[own], low) for (part, low), own in zip(parts, closed, strict=True)])
         self.counts = [(part[~own], low) for (part, low), own in zip(parts, closed, strict=True) if not own.all()]
-        self._bin_rows = rows[rows >= self.closed].tolist()
-        rows = rows[rows < self.closed]
+        self._bin_rows = rows[rows >= self.n_closed].tolist()
+        rows = rows[rows < self.n_closed]
         order = np.argsort(rows, kind="stable")
         each = (order[:, None] * len(self.seeds) + np.arange(len(self.seeds))).reshape(-1)
         keys = self._key_columns(rows[order])

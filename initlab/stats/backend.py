@@ -118,7 +118,7 @@ class Backend:
             return self.relu_rows_(z, bins)
         before, value = self.rows(z, True, bins), activation.phi(z)
         share = saturated_share(activation.slope(z), activation.largest_slope)
-        rows = torch.stack([before, self._replaced(z, value, before, bins)], 1)
+        rows = torch.stack([before, self._replace(z, value, before, bins)], 1)
         rows[SATURATED, 0] = share
         return rows
 
@@ -127,9 +127,9 @@ class Backend:
         if activation.rectifies:
             return self.mask_rows_(g, z, None, bins)
         before = self.rows(g, True, bins)
-        return torch.stack([before, self._replaced(g, activation.pull_back(g, z), before, bins)], 1)
+        return torch.stack([before, self._replace(g, activation.pull_back(g, z), before, bins)], 1)
 
-    def _replaced(self, x: Tensor, value: Tensor, before: Tensor, bins: Bins | None) -> Tensor:
+    def _replace(self, x: Tensor, value: Tensor, before: Tensor, bins: Bins | None) -> Tensor:
         """The row of the value, which x takes over; x itself where the activation is linear."""
         if value is x and bins is None:
             return before

@@ -70,7 +70,7 @@ class RowBuffer:
 
     def frame(self) -> pd.DataFrame:
         """The rows in the order in which they came, the seeds running fastest."""
-        columns: dict[str, Any] = self._key_columns(np.arange(self.closed))
+        columns: dict[str, Any] = self._key_columns(np.arange(self.n_closed))
         for name, column in zip(self.names, self.numbers().numpy(), strict=True):
             columns[name] = column.reshape(-1).astype(np.int64) if name in COUNTS else column.reshape(-1)
         return pd.DataFrame(columns)
@@ -88,7 +88,7 @@ class RowBuffer:
         return torch.cat([block.to(self._blocks[0].device) for block in self._blocks], 1).cpu()
 
     @property
-    def closed(self) -> int:
+    def n_closed(self) -> int:
         """How many tensors the steps so far have brought."""
         return self.steps[-1][1] if self.steps else 0
 
@@ -144,7 +144,7 @@ class StatsBuffer(RowBuffer):
         """The tables `stats` and, if wanted, `histograms`; their rows are forgotten here."""
         tables = {"stats": self.frame()}
         if self.bins is not None:
-            keys = self._key_columns(np.arange(self.closed))
+            keys = self._key_columns(np.arange(self.n_closed))
             tables["histograms"] = pd.DataFrame({**keys, **bin_columns(self.counts)})
         self.clear()
         return tables
@@ -152,11 +152,11 @@ class StatsBuffer(RowBuffer):
     def numbers(self) -> Tensor:
         """Only a unit whose activation is always 0 is dead: of all other tensors that share is nan."""
         rows = super().numbers()
-        if not self.closed:
+        if not self.n_closed:
             return rows
         values = self._statistics(rows)
         ours = [(key.tensor, key.direction) == ("activation", "forward") for key in self.codes]
-        others = torch.from_numpy(~np.array(ours, dtype=bool)[self.rows[: self.closed]])
+        others = torch.from_numpy(~np.array(ours, dtype=bool)[self.rows[: self.n_closed]])
         for k, row in enumerate(STATISTICS.values()):
             if row.of_activations:
                 values[k, others] = torch.nan

@@ -157,7 +157,7 @@ class _ByEngine:
 
     def step(self, step: int, xb: Tensor, yb: Tensor, record: bool) -> tuple[Tensor, Tensor]:
         loss = self.recording.step(xb, yb, step) if record else self.engine.step(xb, yb)
-        return loss, self.engine.out
+        return loss, self.engine.outputs
 
     def parameters(self) -> Parameters:
         return self.engine.parameters

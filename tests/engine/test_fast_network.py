@@ -8,7 +8,8 @@ from torch import Tensor
 
 import initlab
 from initlab.engine import fast_network as fast
-from initlab.engine.fast_network import Engine, runs
+from initlab.engine.fast_network import Engine
+from initlab.engine.layer_memory import equal_neighbours
 from initlab.errors import UsageError
 from initlab.nn.activations import ACTIVATIONS
 from initlab.scratch import mlp
@@ -117,7 +118,7 @@ def test_as_many_learning_rates_as_networks() -> None:
 
 def test_runs_cover_the_list() -> None:
     shapes = [(3, 3), (3, 3), (2, 3), (3, 3)]
-    found = runs(shapes)
+    found = equal_neighbours(shapes)
     assert [k for r in found for k in range(r.start, r.stop)] == list(range(4))
     assert all(len({shapes[k] for k in range(r.start, r.stop)}) == 1 for r in found)
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from initlab.engine import fast_network as fast
 from initlab.engine import recorders
-from initlab.engine.fast_network import KEPT_SPACES, Engine
+from initlab.engine.fast_network import KEPT_MEMORIES, Engine
 from initlab.engine.recorders import Recording
 from initlab.errors import UsageError
 from initlab.nn.activations import ACTIVATIONS
@@ -230,7 +230,7 @@ def test_batch_sizes_that_change_keep_no_memory() -> None:
         x, y = torch.randn(1, n, SIZES[0]), torch.randint(SIZES[-1], (1, n))
         recording.step(x, y, n)
         engine.step(x, y)
-    assert len(engine.networks[0]._spaces) <= KEPT_SPACES
+    assert len(engine.networks[0]._memories) <= KEPT_MEMORIES
 
 
 @pytest.mark.parametrize("accelerated", RECORDERS)
