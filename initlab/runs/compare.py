@@ -72,11 +72,14 @@ def compare(a: Sequence[str], b: Sequence[str]) -> Comparison:
     initlab.errors.UsageError: nowhere: no such folder, and no glob of any
     """
     sides = [collect(paths, STATS)[0] for paths in (a, b)]
+    runs = [run for side in sides for run in side]
+    swept = (key for run in runs for key in run.settings if key not in ("seed", "seeds"))
+    settings = list(dict.fromkeys([*(name for run in runs for name in run.columns), *swept]))
     tables = {}
     for name in (name for name, table in TABLES.items() if table.keys):
         frame_a, frame_b = (_read_rows(side, name) for side in sides)
         if frame_a is not None and frame_b is not None:
-            tables[name] = compare_table(name, frame_a, frame_b, _settings(sides))
+            tables[name] = compare_table(name, frame_a, frame_b, settings)
         elif frame_a is not None or frame_b is not None:
             tables[name] = Table([f"only in {'B' if frame_a is None else 'A'}"], 0.0, False, True)
     if not tables:
@@ -90,12 +93,6 @@ def compare(a: Sequence[str], b: Sequence[str]) -> Comparison:
 def _read_rows(runs: Sequence[Run], table: str) -> pd.DataFrame | None:
     frame = read_runs(runs, table)[1]
     return None if frame is None or frame.empty else frame
-
-
-def _settings(sides: Sequence[Sequence[Run]]) -> list[str]:
-    runs = [run for side in sides for run in side]
-    swept = (key for run in runs for key in run.settings if key not in ("seed", "seeds"))
-    return list(dict.fromkeys([*(name for run in runs for name in run.columns), *swept]))
 
 
 def _configuration(run: Run) -> dict[str, Any]:
@@ -157,7 +154,10 @@ def compare_table(name: str, a: pd.DataFrame, b: pd.DataFrame, settings: Sequenc
     a, b = (frame[frame["seed"] >= 0].reset_index(drop=True) for frame in (a, b))  # -1 is a mean over the others
     own = [key for key in TABLES[name].keys if key in a and key in b]
     keys = [*(key for key in distinguishing_columns(a, b, settings) if key not in own), *own]
-    statistics = _statistics(name, a, b, {*keys, *settings, "seed", "run"})
+    without = {*keys, *settings, "seed", "run"}
+    both = [c for c in a if c in b and c not in without and pd.api.types.is_numeric_dtype(a[c])]
+    numbers = [c for c in both if pd.api.types.is_numeric_dtype(b[c])]
+    statistics = [c for c in numbers if c in (TABLES[name].compared or numbers)]
     codes = distance.codes(a, b, keys)
     (one, rows), (other, rows_b) = (
         distance.first_of_each(Side(code, frame["seed"].to_numpy(), frame[statistics].to_numpy(float)))
@@ -179,12 +179,6 @@ def compare_table(name: str, a: pd.DataFrame, b: pd.DataFrame, settings: Sequenc
     largest = float(found.z.max(initial=0))
     same_rows = len(one.group) == len(other.group) == int(found.paired.sum())
     return Table(lines, largest, bool(same_rows and largest == 0), one_sided)
-
-
-def _statistics(table: str, a: pd.DataFrame, b: pd.DataFrame, without: set[str]) -> list[str]:
-    both = [name for name in a if name in b and name not in without]
-    numbers = [n for n in both if pd.api.types.is_numeric_dtype(a[n]) and pd.api.types.is_numeric_dtype(b[n])]
-    return [name for name in numbers if name in (TABLES[table].compared or numbers)]
 
 
 def _first_line(found: Joined, a: Side, b: Side) -> str:

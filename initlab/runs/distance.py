@@ -80,8 +80,9 @@ def join(a: Side, b: Side, statistics: Sequence[str], epsilon: float) -> Joined:
         (na, mean_a, m2a), (nb, mean_b, m2b) = (_moments(s.group, v, groups) for s, v in ((a, la), (b, lb)))
         nu = np.maximum(na - 1, 0) + np.maximum(nb - 1, 0)
         spread = np.where(nu > 0, np.sqrt((m2a + m2b) / np.maximum(nu, 1)), 0.0)
-        names_a, names_b = (np.stack([side.group, side.seed], 1) for side in (a, b))
-        ia, ib = _common(names_a, names_b)
+        names = np.concatenate([np.stack([side.group, side.seed], 1) for side in (a, b)])
+        network = np.unique(names, axis=0, return_inverse=True)[1].ravel()
+        _, ia, ib = np.intersect1d(network[: len(a.seed)], network[len(a.seed) :], return_indices=True)
         shared = np.zeros(groups, bool)
         shared[a.group[ia]] = True
         pairs = _distance(a.values[ia], b.values[ib], la[ia], lb[ib], spread[a.group[ia]], nu[a.group[ia]], epsilon)
@@ -114,13 +115,6 @@ def _moments(group: np.ndarray, values: Floats, groups: int) -> tuple[Floats, Fl
         mean = np.where(n > 0, mean, np.bincount(group, column, groups))
         found[:, :, k] = n, mean, np.bincount(group[finite], away * away, groups)
     return found[0], found[1], found[2]
-
-
-def _common(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of a and of b that are equal; each without repetitions."""
-    _, whole = np.unique(np.concatenate([a, b]), axis=0, return_inverse=True)
-    _, ia, ib = np.intersect1d(whole.ravel()[: len(a)], whole.ravel()[len(a) :], return_indices=True)
-    return ia, ib
 
 
 def _distance(

@@ -70,9 +70,11 @@ def select(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
         column = choose(frame, name, "column")
         met = chosen & meets(column, wanted)
         if not met.any():
-            raise NothingFound(
-                f"selects no rows: {name}={format_condition(wanted)} where there is {_list_values(column[chosen])}"
-            )
+            there = column[chosen]
+            values = ", ".join(sorted(map(str, there.unique()))) or "nothing"
+            if pd.api.types.is_numeric_dtype(there.dtype) and there.nunique() > 6:
+                values = f"{there.min():.6g} to {there.max():.6g}"
+            raise NothingFound(f"selects no rows: {name}={format_condition(wanted)} where there is {values}")
         chosen = met
     if not chosen.any():
         raise NothingFound("selects no rows: the table has none")
@@ -85,12 +87,6 @@ def format_condition(wanted: Any) -> str:
         low, high = (wanted.get(bound) for bound in BOUNDS)
         return f"{low} to {high}" if None not in (low, high) else f"up to {high}" if low is None else f"from {low}"
     return " or ".join(map(str, wanted)) if isinstance(wanted, list | tuple) else str(wanted)
-
-
-def _list_values(column: pd.Series) -> str:
-    if pd.api.types.is_numeric_dtype(column.dtype) and column.nunique() > 6:
-        return f"{column.min():.6g} to {column.max():.6g}"
-    return ", ".join(sorted(map(str, column.unique()))) or "nothing"
 
 
 def numbers(frame: pd.DataFrame, name: str) -> np.ndarray:

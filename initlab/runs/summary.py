@@ -4,7 +4,7 @@ Takes frames alone; a frame without the column `run` is one run.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -196,10 +196,13 @@ def timings_as_text(timings: pd.DataFrame) -> str:
     texts = {
         "version": timings["version"].astype(str),
         "shape": timings["shape"].astype(str),
-        "median": timings["median"].map(_seconds),
-        "25-75 %": [f"{_seconds(a)} to {_seconds(b)}" if a == a else "" for a, b in timings[["q25", "q75"]].to_numpy()],
+        "median": [_with_unit(value, SECONDS) for value in timings["median"]],
+        "25-75 %": [
+            f"{_with_unit(a, SECONDS)} to {_with_unit(b, SECONDS)}" if a == a else ""
+            for a, b in timings[["q25", "q75"]].to_numpy()
+        ],
         "ratio": timings["ratio"].map(_blank(lambda ratio: f"{ratio:,.3g}" if ratio < 1000 else f"{ratio:,.0f}")),
-        "peak memory": timings["peak_bytes"].map(_blank(_bytes)),
+        "peak memory": [_with_unit(value, BYTES) for value in timings["peak_bytes"]],
         "relative error": timings["relative_error"].map(_blank(_number)),
         "ulp": timings["ulp"].map(_blank(_number)),
         "note": timings["note"].astype(str),
@@ -211,15 +214,14 @@ def _blank(text: Callable[[float], str]) -> Callable[[float], str]:
     return lambda value: "" if pd.isna(value) else text(value)
 
 
-def _seconds(value: float) -> str:
+SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
+BYTES = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B"))
+
+
+def _with_unit(value: float, units: Sequence[tuple[float, str]]) -> str:
     if pd.isna(value):
         return ""
-    size, unit = next((pair for pair in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")) if value >= pair[0]), (1e-9, "ns"))
-    return f"{value / size:.3g} {unit}"
-
-
-def _bytes(value: float) -> str:
-    size, unit = next((pair for pair in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if value >= pair[0]), (1, "B"))
+    size, unit = next((pair for pair in units if value >= pair[0]), units[-1])
     return f"{value / size:.3g} {unit}"
 
 

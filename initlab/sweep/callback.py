@@ -46,7 +46,10 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
-            _refuse_empty(config)
+            for override in _parse_sweep(config):
+                listed = override.is_choice_sweep() or override.is_range_sweep()
+                if listed and next(iter(override.sweep_string_iterator()), None) is None:
+                    raise UsageError(f"{override.input_line}: has no values, the sweep is empty")
             Sweep.study = study_of(config, config.hydra.job.config_name, config.hydra.overrides.task)
         except UsageError as error:
             raise Refused(str(error)) from error
@@ -108,15 +111,11 @@ def parse_overrides(arguments: Iterable[str], params: Mapping[str, Any] | None) 
     return list(OverridesParser.create().parse_overrides(texts))
 
 
-def _refuse_empty(config: DictConfig) -> None:
+def _parse_sweep(config: DictConfig) -> list[Override]:
     try:
-        overrides = parse_overrides(config.hydra.overrides.task, config.hydra.sweeper.get("params"))
+        return parse_overrides(config.hydra.overrides.task, config.hydra.sweeper.get("params"))
     except HydraException:  # which Hydra itself will say
-        return
-    for override in overrides:
-        listed = override.is_choice_sweep() or override.is_range_sweep()
-        if listed and next(iter(override.sweep_string_iterator()), None) is None:
-            raise UsageError(f"{override.input_line}: has no values, the sweep is empty")
+        return []
 
 
 def _watch(ended: Path, bar: Any, over: threading.Event) -> None:

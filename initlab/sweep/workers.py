@@ -34,12 +34,9 @@ def install() -> None:
 def most_at_once(launcher: str, threads: int) -> int | None:
     """How many jobs of so many threads a launcher should be given at once; None for all."""
     if launcher == "submitit_local":  # which starts all that it is given at the same moment
-        return max(1, _processors() // threads)
+        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, processors // threads)
     return LARGEST_ARRAY if launcher == "submitit_slurm" else None
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus(device: str) -> int:
