@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from initlab.errors import UsageError
 from initlab.nn.activations import Activation
 from initlab.probes.probe_buffer import ProbeBuffer
-from initlab.probes.probed_modules import RELU, Layer, ProbedModule, as_batch, find_tensors
+from initlab.probes.probed_modules import RELU, Layer, ProbedModule, as_batch, find_tensors, measurable
 from initlab.stats.derive import saturated_share
 from initlab.stats.keys import TensorKey
 
@@ -127,7 +127,8 @@ class Hooks:
         m.calls += 1
         if m.parameters:
             self._layer = self._layer._replace(number=self.number(m))
-        for part, x in find_tensors(output):
+        plain = type(output) is Tensor and measurable(output)
+        for part, x in (("", output),) if plain else find_tensors(output):
             if m.parameters:
                 self._layer = Layer(self._layer.number, m.axis(x.ndim), x.ndim)
             if not m.chosen:

@@ -9,12 +9,8 @@ from torch.nn.parameter import UninitializedParameter
 from initlab.probes.hooks import Hooks
 from initlab.probes.probe_buffer import ProbeBuffer
 from initlab.probes.probed_modules import MEASURED
+from initlab.stats.backend import as_matrix
 from initlab.stats.keys import TensorKey
-
-
-def as_matrix(x: Tensor) -> Tensor:
-    """(O, rest) of a parameter of any shape; a bias (O,) is one row."""
-    return x.reshape(len(x) if x.ndim > 1 else 1, -1)
 
 
 def _dense(grad: Tensor) -> Tensor:
@@ -46,7 +42,7 @@ class Parameters:
     @torch.no_grad()
     def measure_values(self) -> None:
         """Rows of the values as they are; the weights are kept for `measure_updates`."""
-        self._buffer.put_each(self._keys, [as_matrix(p.detach()) for p in self._all])
+        self._buffer.put_each(self._keys, self._all)
         for k in self._weights:
             if k not in self._kept:
                 with torch.inference_mode(False):
@@ -56,7 +52,7 @@ class Parameters:
     @torch.no_grad()
     def measure_updates(self) -> None:
         """Rows of W_{k+1} - W_k, for weights; W_k is what `measure_values` has seen."""
-        changes = [as_matrix(self._all[k].detach() - self._kept[k]) for k in self._weights]
+        changes = [self._all[k].detach() - self._kept[k] for k in self._weights]
         self._buffer.put_each([self._keys[k]._replace(tensor="update") for k in self._weights], changes)
 
     @torch.no_grad()
@@ -64,7 +60,7 @@ class Parameters:
         """Rows of `.grad` as it stands; parameters without one have none."""
         pairs = [(key, p.grad) for key, p in zip(self._keys, self._all, strict=True) if p.grad is not None]
         keys = [key._replace(direction="backward") for key, _ in pairs]
-        self._buffer.put_each(keys, [as_matrix(_dense(grad)) for _, grad in pairs])
+        self._buffer.put_each(keys, [_dense(grad) for _, grad in pairs])
 
     def measure_coming_gradients(self) -> None:
         """Rows of the gradients that the coming backward pass finds, whatever `.grad` holds."""

@@ -89,7 +89,7 @@ class ProbeBuffer(StatsBuffer):
         return row
 
     def put_each(self, keys: Sequence[TensorKey], tensors: Sequence[Tensor]) -> None:
-        """Measure tensors (O, I) of a single network that have no batch."""
+        """Measure tensors of a single network that have no batch, of any shapes."""
         if keys:
             first, rows = len(self.rows) - self.n_closed, self.backend.rows_of_each(tensors, self.bins)
             self._make_room(first + len(keys), tensors[0].device)

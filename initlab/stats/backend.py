@@ -77,11 +77,13 @@ class Backend:
             return into(out, self._with_custom(summarize(x, batched), x, bins))
 
     def rows_of_each(self, tensors: Sequence[Tensor], bins: Bins | None = None) -> Tensor:
-        """The rows of tensors (N, C) of one network, of any shapes, that have no batch: (F + M, K)."""
-        groups = groupby(
-            tensors, lambda x: (x.shape, x.dtype, x.device)
-        )  # neighbours of one shape are measured together
-        return torch.cat([self.rows(torch.stack(list(group)), False, bins) for _, group in groups], 1)
+        """The rows of tensors of one network, of any shapes, that have no batch, such as parameters: (F + M, K).
+
+        The user's functions see them as matrices (O, rest), a vector as one row.
+        """
+        groups = groupby(tensors, lambda x: (x.shape, x.dtype, x.device))  # neighbours of one shape: together
+        stacked = (torch.stack([as_matrix(x) for x in group]) for _, group in groups)
+        return torch.cat([self.rows(x, False, bins) for x in stacked], 1)
 
     def relu_rows_(self, z: Tensor, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
         """z becomes max(z, 0), nan kept; rows (F + M, 2, ...) of z, with its saturated share, and of what it became."""
@@ -145,3 +147,8 @@ class Backend:
 def into(out: Tensor | None, rows: Tensor) -> Tensor:
     """The rows, or the memory that was given with the rows in it."""
     return rows if out is None else out.copy_(rows.movedim(0, -1))
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """(O, rest) of a parameter of any shape; a bias (O,) is one row."""
+    return x.reshape(len(x) if x.ndim > 1 else 1, -1)
