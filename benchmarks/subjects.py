@@ -29,7 +29,7 @@ from initlab.tasks import stack as stacks
 from initlab.tasks.course.ladders import BACKWARDS
 from initlab.tasks.curves import gain_curves
 from initlab.tasks.ensemble.device import Where
-from initlab.tasks.ensemble.networks import Ensemble, Networks
+from initlab.tasks.ensemble.networks import Ensemble, Frames, Networks
 from initlab.tasks.ensemble.networks import Net as StackNet
 from initlab.tasks.phase import measured_layers
 from initlab.tasks.phase_points import Points, measure_points
@@ -220,7 +220,7 @@ def forward_only(
     """Draw, stack and measure the forward pass alone; the rows are counted and let go."""
     count = 0
 
-    def emit(part: stacks.Frames) -> None:
+    def emit(part: Frames) -> None:
         nonlocal count
         count += len(part["stats"])
 

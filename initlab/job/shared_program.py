@@ -4,7 +4,7 @@ A job's networks may lie on a grid; each point of it is an ensemble, with a pred
 program emits carries the column `network`, a network's number in it, by which rows are given back to their job.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -13,16 +13,14 @@ import pandas as pd
 
 from initlab.errors import UsageError
 from initlab.nn.init import Rule
-from initlab.tasks.ensemble.networks import Ensemble
+from initlab.tasks.ensemble.networks import Emit, Ensemble, Frames
 from initlab.theory.z_scores import as_categories
 
-Frames = Mapping[str, pd.DataFrame]
-Emit = Callable[[Frames], None]
 Prediction: TypeAlias = pd.DataFrame | Exception  # the table `theory` of one point of a grid, or why there is none
 QUICK = "closed"  # the method for a run that is being stopped: a quarter of a second
 
 
-class Sink(Protocol):
+class TableSink(Protocol):
     """Where a stage's tables and notes go: a recorder of a run folder, or something that stands for it."""
 
     def add(self, frames: Frames) -> None:
@@ -49,7 +47,7 @@ class EnsembleStage:
     at_once: bool = False
     note: str = ""
 
-    def __call__(self, sink: Sink) -> str:
+    def __call__(self, sink: TableSink) -> str:
         """Measure and record; the text to be printed."""
         return run_together([self], [sink])[0]
 
@@ -61,7 +59,7 @@ class EnsembleStage:
 class Tap:
     """Passes a stage's tables on to its sink, and keeps the rows that theory can predict."""
 
-    def __init__(self, stage: EnsembleStage, sink: Sink) -> None:
+    def __init__(self, stage: EnsembleStage, sink: TableSink) -> None:
         self.stage, self.sink = stage, sink
         self._kept: list[pd.DataFrame] = []
 
@@ -87,7 +85,7 @@ class Tap:
         return [stats[point // firsts.step == k] for k in range(len(firsts))] if len(firsts) > 1 else [stats]
 
 
-def run_together(stages: Sequence[EnsembleStage], sinks: Sequence[Sink]) -> list[str]:
+def run_together(stages: Sequence[EnsembleStage], sinks: Sequence[TableSink]) -> list[str]:
     """Run the stages of several jobs as one program; the text of each to be printed.
 
     stages: of one program, which may differ in their networks. sinks: one for each stage. However measuring ends, what

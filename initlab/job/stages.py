@@ -14,7 +14,7 @@ from initlab.errors import UsageError
 from initlab.job.network_grid import grid_of
 from initlab.job.options import instantiate
 from initlab.job.settings import Config
-from initlab.job.shared_program import EnsembleStage, Sink
+from initlab.job.shared_program import EnsembleStage, TableSink
 from initlab.nn.activations import Activation
 from initlab.nn.init import Rule
 from initlab.runs import summary
@@ -22,12 +22,12 @@ from initlab.scratch.graph_text import frames_as_text
 from initlab.stats.custom import Function
 from initlab.tasks.data import TEACHER_ROWS, Data, load
 from initlab.tasks.ensemble.device import Where
-from initlab.tasks.ensemble.networks import Net
+from initlab.tasks.ensemble.networks import Emit, Frames, Net
 from initlab.tasks.ensemble.plan import plan
 from initlab.tasks.ensemble.training import Training
 from initlab.theory.z_scores import InputMoments, compare_stack, compare_training, measure_input
 
-Stage = Callable[[Sink], str]  # measures, records, and says what is to be printed with the short table
+Stage = Callable[[TableSink], str]  # measures, records, and says what is to be printed with the short table
 WORTH_SAYING = 2**30  # bytes
 
 
@@ -55,7 +55,7 @@ class JobSettings:
         return {name: value for name, value in every.items() if name not in left_out}
 
 
-def _record(sink: Sink, frames: Mapping[str, pd.DataFrame], text: str) -> str:
+def _record(sink: TableSink, frames: Frames, text: str) -> str:
     sink.add(frames)
     return text
 
@@ -63,7 +63,7 @@ def _record(sink: Sink, frames: Mapping[str, pd.DataFrame], text: str) -> str:
 def _measure_later(measure: Callable[[], Any], as_text: Callable[[Any], str]) -> Stage:
     """A stage that measures when it is called: `measure` makes the tables, `as_text` what is printed of them."""
 
-    def run(sink: Sink) -> str:
+    def run(sink: TableSink) -> str:
         frames = measure()
         return _record(sink, frames, as_text(frames))
 
@@ -100,7 +100,7 @@ def seeded_stage(task: Any, s: JobSettings) -> Stage:
     def predict(stats: pd.DataFrame, rule: Rule, method: str) -> pd.DataFrame:
         return compare_stack(stats, init=rule, method=method, inputs=s.net.width, **asked)
 
-    def program(networks: Any, emit: Callable[[Mapping[str, pd.DataFrame]], None]) -> None:
+    def program(networks: Any, emit: Emit) -> None:
         frame = task.seeded_stack(s.rule, **asked, seeds=networks.seeds, dtype=s.where.dtype)
         emit({"stats": frame.assign(network=pd.Index(networks.seeds).get_indexer(frame["seed"]))})
 
@@ -144,7 +144,9 @@ def entering_moments(name: str, root: str, download: bool, url: str, batch: int)
     return measure_input(load_data(name, root, download, url).x.numpy(), batch)
 
 
-def _ladder(measure: Callable[..., pd.DataFrame], agreement: Callable[..., str], s: JobSettings, sink: Sink) -> str:
+def _ladder(
+    measure: Callable[..., pd.DataFrame], agreement: Callable[..., str], s: JobSettings, sink: TableSink
+) -> str:
     where = {"dtype": s.where.dtype, "device": s.where.device, "progress": True}
     frame = measure(seed=s.config.seed, **where)
     sink.add({"timings": frame})
@@ -208,7 +210,7 @@ def phase_stage(task: Any, s: JobSettings) -> Stage:
     scales = (sigma_w, sigma_b if p.plane == "sigma" else p.sigma_b)
     frames = task.phase(p.plane, *scales, **asked, **s.keywords("init", "inputs", "batch"))
 
-    def run(sink: Sink) -> str:
+    def run(sink: TableSink) -> str:
         kept = []
         for frame in frames:
             sink.add({"phase": frame})

@@ -64,7 +64,7 @@ class _Differences:
         return ((8 * near - far) / (12 * STEP)).to(z.dtype)
 
 
-class Elementwise(nn.Module):
+class ElementwiseModule(nn.Module):
     """A function as a module; autograd differentiates it by its own rules."""
 
     def __init__(self, phi: Callable[[Tensor], Tensor]) -> None:
@@ -101,7 +101,7 @@ def row_of(phi: Callable[[Tensor], Tensor]) -> Activation:
     kinks = find_kinks(phi, grid)
     slope = _Differences(phi, kinks)
     largest = float(slope(grid).abs().max())
-    return Activation(phi=phi, slope=slope, module=partial(Elementwise, phi), kinks=kinks, largest_slope=largest)
+    return Activation(phi=phi, slope=slope, module=partial(ElementwiseModule, phi), kinks=kinks, largest_slope=largest)
 
 
 def _evaluate(phi: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ GENERATORS: dict[str, Generator] = {
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightNumbers:
     """The random numbers behind one layer's weights, float32 (E, *shape), a network per seed."""
 
     generator: Generator
@@ -137,24 +137,24 @@ class Weights:
         return self.generator.uniform(shape, self.seeds, "weight", self.layer, self.device)
 
 
-def draw_normal(shape: tuple[int, int], std: float, numbers: Weights) -> Tensor:
+def draw_normal(shape: tuple[int, int], std: float, numbers: WeightNumbers) -> Tensor:
     """N(0, std^2)."""
     return numbers.gaussian(shape).mul_(std)
 
 
-def draw_uniform(shape: tuple[int, int], std: float, numbers: Weights) -> Tensor:
+def draw_uniform(shape: tuple[int, int], std: float, numbers: WeightNumbers) -> Tensor:
     """U(-sqrt(3) std, sqrt(3) std)."""
     return numbers.uniform(shape).mul_(std * math.sqrt(3))
 
 
-def draw_truncated(shape: tuple[int, int], std: float, numbers: Weights) -> Tensor:
+def draw_truncated(shape: tuple[int, int], std: float, numbers: WeightNumbers) -> Tensor:
     """Normal cut off at two sigma of its parent, widened so that the standard deviation is the one asked for."""
     edge = math.erf(math.sqrt(2))  # P(|u| < 2)
     z: Tensor = torch.erfinv(numbers.uniform(shape).mul_(edge)).mul_(math.sqrt(2))
     return z.clamp_(-2, 2).mul_(std / 0.87962566103423978)  # sqrt(1 - 4 pdf(2) / P(|u| < 2))
 
 
-def draw_orthogonal(shape: tuple[int, int], std: float, numbers: Weights) -> Tensor:
+def draw_orthogonal(shape: tuple[int, int], std: float, numbers: WeightNumbers) -> Tensor:
     """std sqrt(fan) times a matrix with orthonormal rows or columns, uniform (Mezzadri 2007: QR, signs of R)."""
     i, o = shape
     q, r = torch.linalg.qr(numbers.gaussian((max(i, o), min(i, o))).double())
@@ -164,7 +164,7 @@ def draw_orthogonal(shape: tuple[int, int], std: float, numbers: Weights) -> Ten
 
 
 # name -> f((I, O), std, random numbers): float32 (E, I, O), where the random numbers are
-DISTRIBUTIONS: dict[str, Callable[[tuple[int, int], float, Weights], Tensor]] = {
+DISTRIBUTIONS: dict[str, Callable[[tuple[int, int], float, WeightNumbers], Tensor]] = {
     "normal": draw_normal,
     "uniform": draw_uniform,
     "truncated_normal": draw_truncated,
@@ -235,7 +235,7 @@ def draw(
     fan_in, fan_out = shape
     std = rule.std_for(activation, shape)
     source = choose(GENERATORS, generator, "generator")
-    weights = DISTRIBUTIONS[rule.distribution](shape, std, Weights(source, seeds, layer, device))
+    weights = DISTRIBUTIONS[rule.distribution](shape, std, WeightNumbers(source, seeds, layer, device))
     biases = torch.zeros(len(seeds), fan_out)
     if rule.bias:
         biases = source.uniform((fan_out,), seeds, "bias", layer, device) * (rule.bias / math.sqrt(fan_in))

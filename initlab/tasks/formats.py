@@ -16,10 +16,9 @@ from initlab.nn.custom_activation import Given
 from initlab.nn.init import Rule, rule
 from initlab.stats.dtypes import DTYPES
 from initlab.stats.keys import Seeds, resolve_seeds
+from initlab.tasks.ensemble.networks import Frames
 from initlab.tasks.stack import stack
 from initlab.theory.format_limits import limits
-
-Frames = dict[str, pd.DataFrame]
 
 # Event -> whether it has happened in rows of preactivations.
 HAPPENED: dict[str, Callable[[pd.DataFrame], pd.Series]] = {

@@ -33,7 +33,10 @@ def gains() -> pd.DataFrame:
 
 
 def gains_as_text(frame: pd.DataFrame) -> str:
-    """The table, and a line for every number in use that is not the gain that it stands for."""
+    """The table, and a line for every number in use that is not the gain that it stands for.
+
+    frame: what `gains` returns.
+    """
     table = frame.loc[frame["source"].isin(["", "torch.nn.init.calculate_gain"]), list(_SHOWN)].rename(columns=_SHOWN)
     text = table.to_string(index=False, float_format=lambda value: f"{value:.6g}")
     wrong = frame[frame["deviation"].abs() > EXACT]

@@ -18,12 +18,10 @@ from initlab.nn.init import Rule, rule
 from initlab.nn.unbounded import Scaled
 from initlab.stats.keys import Seeds
 from initlab.tasks.ensemble.device import Where
-from initlab.tasks.ensemble.networks import Ensemble, Net, Networks
+from initlab.tasks.ensemble.networks import Ensemble, Frames, Net, Networks
 from initlab.tasks.ensemble.plan import CACHED, split
 from initlab.theory.request import parse_request
 from initlab.theory.singular_values import jacobians, log2_power_sums, predict_moments, singular_values
-
-Frames = dict[str, pd.DataFrame]
 
 
 def jacobian(

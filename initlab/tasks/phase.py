@@ -20,7 +20,7 @@ from initlab.nn.custom_activation import Given, as_activation
 from initlab.nn.init import DISTRIBUTIONS
 from initlab.stats.keys import Seeds, resolve_seeds
 from initlab.tasks.ensemble.device import Where
-from initlab.tasks.phase_points import Measured, Points, measure_points
+from initlab.tasks.phase_points import Points, PointStatistics, measure_points
 
 PLANES = {"sigma": "(sigma_w, sigma_b) at the last layer", "depth": "(sigma_w, layer) at one sigma_b"}
 WEIGHTS = {"common": "all points scale the same random numbers", "fresh": "each point draws its own"}
@@ -172,7 +172,12 @@ def predict_points(points: Points, rows: Sequence[int]) -> pd.DataFrame:
 
 
 def points_frame(
-    points: Points, found: Measured, layers: np.ndarray, slopes: np.ndarray, rows: Sequence[int], theory: pd.DataFrame
+    points: Points,
+    found: PointStatistics,
+    layers: np.ndarray,
+    slopes: np.ndarray,
+    rows: Sequence[int],
+    theory: pd.DataFrame,
 ) -> pd.DataFrame:
     """What was measured of all points, at the layers `rows`, with the predictions `theory`; points slowest."""
     sigma_w, sigma_b = np.array(points.sigma_w)[:, None], np.array(points.sigma_b)[:, None]

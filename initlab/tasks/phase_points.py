@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from initlab.nn.activations import Activation
-from initlab.nn.init import DISTRIBUTIONS, GENERATORS, Draw, Generator, Weights
+from initlab.nn.init import DISTRIBUTIONS, GENERATORS, Draw, Generator, WeightNumbers
 from initlab.nn.network import dense, forward
 from initlab.stats.statistics import SATURATED
 from initlab.tasks.ensemble.device import Where
@@ -30,7 +30,7 @@ SAFE = (1e-12, 1e12)  # between these no square leaves the range of float32
 EXPONENTS = {torch.float32: 126, torch.float64: 1022}  # powers of two on either side of 1, subnormal ones left out
 
 Advance = Callable[[int], object]  # gets how many layers of how many points are done, as their product
-Layer = tuple[Tensor, Tensor]  # (I, O) or (P, I, O), and (O,) or (P, 1, O)
+PointWeights = tuple[Tensor, Tensor]  # (I, O) or (P, I, O), and (O,) or (P, 1, O)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Schedule(NamedTuple):
     held: int
 
 
-class Measured(NamedTuple):
+class PointStatistics(NamedTuple):
     """Of every point, float64 (P, R): `q` and `apart` at all layers that are measured, the others where slopes are too.
 
     `q` second moment, `apart` = 1 - mean pairwise cosine of the batch; `mean`, `slope` = mean phi'(z)^2, `saturated`
@@ -100,7 +100,7 @@ def measure_points(
     slopes: Sequence[int],
     where: Where,
     advance: Advance = lambda done: None,
-) -> Measured:
+) -> PointStatistics:
     """The networks of one seed, measured at `layers`, and with their slopes at those in `slopes`.
 
     Numbers depend on (seed, layer), and with fresh weights on (sigma_w, sigma_b), only: not on the other points, nor
@@ -110,7 +110,7 @@ def measure_points(
     with torch.inference_mode():
         run = _Run(points, seed, where, frozenset(layers), frozenset(slopes), planned, advance)
         found = [run.block(block) for block in _pieces(range(len(points.sigma_w)), planned.block)]
-        return Measured(*(torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)))
+        return PointStatistics(*(torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)))
 
 
 def _pieces(whole: range, size: int) -> list[range]:
@@ -135,7 +135,7 @@ class _Chunk:
         self.x = run.x.expand(len(who), *run.x.shape).contiguous()
         self.biased = any(run.points.sigma_b[k] for k in who)
         self.sizes: list[Tensor] = []
-        self.measured: list[list[Tensor]] = [[] for _ in Measured._fields[:-1]]
+        self.measured: list[list[Tensor]] = [[] for _ in PointStatistics._fields[:-1]]
 
     def linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """sigma_w x w + sigma_b b."""
@@ -161,7 +161,7 @@ class _Chunk:
                 into.append(value)
 
     def result(self) -> list[Tensor]:
-        """The fields of `Measured` for these points."""
+        """The fields of `PointStatistics` for these points."""
         sizes = torch.stack(self.sizes, -1)
         dead = ~((sizes > 0) & (sizes < torch.inf))
         died_at = torch.where(dead.any(-1), dead.int().argmax(-1) + 1, 0)
@@ -189,7 +189,7 @@ class _Run:
         mixed = each * sqrt(1 - p.correlation) + common * sqrt(p.correlation) if p.correlation else each
         self.x = mixed.to(device, self.where.dtype)
         self.network = dense([p.width] * (p.depth + 1), p.row)
-        self.kept: list[Layer] | None = None
+        self.kept: list[PointWeights] | None = None
 
     def block(self, who: range) -> list[Tensor]:
         """All layers of some points: group by group of layers, and in each chunk by chunk of points."""
@@ -209,7 +209,7 @@ class _Run:
                     chunks[part] = chunk
         return [torch.cat(each) for each in zip(*done, strict=True)]
 
-    def _weights(self, shared: Sequence[Layer], first: int, who: range, layer: int) -> Layer:
+    def _weights(self, shared: Sequence[PointWeights], first: int, who: range, layer: int) -> PointWeights:
         """Those of the group that begins at layer `first`; or each point's own, keyed by its coordinates: the same in
         every plane that holds it."""
         if shared:
@@ -221,9 +221,9 @@ class _Run:
         w, b = (torch.stack(parts) for parts in zip(*drawn, strict=True))
         return w, b.unsqueeze(1)
 
-    def _draw(self, source: Generator, layer: int) -> Layer:
+    def _draw(self, source: Generator, layer: int) -> PointWeights:
         p, where = self.points, self.where
-        numbers = Weights(source, [self.seed], layer, where.device)
+        numbers = WeightNumbers(source, [self.seed], layer, where.device)
         w = DISTRIBUTIONS[p.distribution]((p.width, p.width), 1 / sqrt(p.width), numbers)
         b = source.gaussian((p.width,), [self.seed], "bias", layer, where.device)
         return w[0].to(where.device, where.dtype), b[0].to(where.device, where.dtype)

@@ -23,12 +23,9 @@ from initlab.stats.measure import backend_for
 from initlab.stats.statistics import TRUE_COLUMNS
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.memory import is_out_of_memory
-from initlab.tasks.ensemble.networks import Ensemble, Init, Net, Networks
+from initlab.tasks.ensemble.networks import Emit, Ensemble, Frames, Init, Net, Networks
 from initlab.tasks.ensemble.plan import plan, run_chunks
 from initlab.tasks.ensemble.unbounded_twin import UnboundedTwin, read_off
-
-Frames = dict[str, pd.DataFrame]
-Emit = Callable[[Frames], object]
 
 WINDOW = 16  # layers between two looks at what was measured; on a GPU each look waits for the device
 FLUSH_ROWS = 1000  # 0.2 MB of rows

@@ -1,6 +1,6 @@
 """Two trainings side by side: the MLP by hand and its `nn.Module` twin, from the same weights on the same batches."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -23,10 +23,10 @@ from initlab.stats.measure import backend_for
 from initlab.tasks.data import Data, load
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.memory import free_memory, readable
-from initlab.tasks.ensemble.networks import Ensemble, Init, draw_trained
+from initlab.tasks.ensemble.networks import Emit, Ensemble, Frames, Init, draw_trained
 from initlab.tasks.ensemble.plan import CACHED, split
 from initlab.tasks.ensemble.training import ADAPTIVE, Training
-from initlab.tasks.twins import Frames, Records, TwinTraining
+from initlab.tasks.twins import Records, TwinTraining
 
 
 def train(
@@ -49,7 +49,7 @@ def train(
     histograms: bool = False,
     generator: str = "torch",
     statistics: Mapping[str, Function] | None = None,
-    emit: Callable[[Frames], object] | None = None,
+    emit: Emit | None = None,
     progress: bool = False,
     **rule_fields: Any,
 ) -> Frames:
@@ -94,7 +94,7 @@ def run_training(
     activation: Activation,
     ensemble: Ensemble,
     where: Where,
-    emit: Callable[[Frames], object],
+    emit: Emit,
     progress: bool = False,
     statistics: Mapping[str, Function] | None = None,
 ) -> None:

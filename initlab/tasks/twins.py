@@ -1,9 +1,8 @@
 """The two trainings of `train`: an ensemble by hand and its `nn.Module` twins, a step at a time, and their records."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -18,19 +17,16 @@ from initlab.scratch.mlp import Parameters
 from initlab.stats.backend import Backend
 from initlab.stats.buffer import DifferenceBuffer, RowBuffer, StatsBuffer
 from initlab.stats.keys import LOSS_COLUMNS, TensorKey
-from initlab.tasks.ensemble.networks import Ensemble
+from initlab.tasks.ensemble.networks import Emit, Ensemble
 from initlab.tasks.ensemble.training import OPTIMIZERS, Training
 
-Frames = dict[str, pd.DataFrame]
 FLUSH_ROWS = 200_000
 
 
 class Records:
     """What has been measured of an ensemble and not yet emitted."""
 
-    def __init__(
-        self, ensemble: Ensemble, backend: Backend, emit: Callable[[Frames], object], histograms: bool
-    ) -> None:
+    def __init__(self, ensemble: Ensemble, backend: Backend, emit: Emit, histograms: bool) -> None:
         seeds = ensemble.seeds
         self.rows, self.parity = StatsBuffer(seeds, backend, histograms, flush_rows=FLUSH_ROWS), DifferenceBuffer(seeds)
         self.losses = RowBuffer(seeds, LOSS_COLUMNS, ("loss", "accuracy"))

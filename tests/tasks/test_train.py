@@ -14,10 +14,10 @@ from initlab.scratch.layers import LOSSES
 from initlab.tasks import train as train_module
 from initlab.tasks.data import Data, load
 from initlab.tasks.ensemble.device import Where
-from initlab.tasks.ensemble.networks import draw_trained
+from initlab.tasks.ensemble.networks import Frames, draw_trained
 from initlab.tasks.ensemble.training import MODULES, OPTIMIZERS, Training
 from initlab.tasks.train import train
-from initlab.tasks.twins import Frames, TwinTraining
+from initlab.tasks.twins import TwinTraining
 
 DIGITS = load("digits")
 LIMIT = {"float32": 1e-5, "float64": 1e-12}

@@ -19,11 +19,10 @@ from initlab.scratch import mlp
 from initlab.scratch.autograd_graph import gradients, walk
 from initlab.scratch.layers import LOSSES
 from initlab.tasks.ensemble.device import Where
-from initlab.tasks.ensemble.networks import draw_trained
+from initlab.tasks.ensemble.networks import Frames, draw_trained
 
-Frames = dict[str, pd.DataFrame]
 Inputs = Tensor | Sequence[object] | Mapping[str, object]
-LossFunction = Callable[..., Tensor]
+Objective = Callable[..., Tensor]
 Arguments = dict[str | int, object]  # argument of the model, by name or position -> value
 
 CLASSES = 10  # outputs of the project's own network under a loss over classes
@@ -33,7 +32,7 @@ def graph(
     model: nn.Module | None = None,
     inputs: Inputs | None = None,
     targets: Tensor | None = None,
-    loss: str | LossFunction | None = None,
+    loss: str | Objective | None = None,
     shapes: Sequence[Sequence[int]] | None = None,
     init: str | Rule = "kaiming",
     activation: str = "relu",
@@ -94,7 +93,7 @@ def build_mlp(
     width: int,
     batch: int,
     seed: int,
-    loss: str | LossFunction,
+    loss: str | Objective,
     targets: Tensor | None,
 ) -> tuple[nn.Module, Tensor, Tensor]:
     """The twin of the hand-written MLP with an input as wide as its layers, a Gaussian batch and targets for it."""
@@ -192,7 +191,7 @@ def first_float(returned: object, notes: list[str]) -> Tensor:
     return out
 
 
-def loss_of(out: Tensor, targets: Tensor | None, loss: str | LossFunction | None, notes: list[str]) -> Tensor:
+def loss_of(out: Tensor, targets: Tensor | None, loss: str | Objective | None, notes: list[str]) -> Tensor:
     """The number that is differentiated; how it was chosen goes into `notes`."""
     if callable(loss):
         return loss(out) if targets is None else loss(out, targets)

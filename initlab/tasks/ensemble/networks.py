@@ -4,7 +4,7 @@ Networks may differ in seed, rule, gain and learning rate; what is drawn for one
 Legend: E ensemble, N batch, I fan_in, O fan_out, L layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -22,11 +22,14 @@ from initlab.nn.custom_activation import Given, as_activation
 from initlab.nn.init import GENERATORS, RULES, Rule, draw, rule, rule_name
 from initlab.nn.mup import last_layer
 from initlab.nn.network import Network, dense
+from initlab.scratch.mlp import Parameters
 from initlab.stats.keys import Seeds, resolve_seeds
 from initlab.tasks.ensemble.device import Where
 
 Init = str | Rule | Sequence[str | Rule]
 Columns = Mapping[str, np.ndarray | pd.Categorical]
+Frames = dict[str, pd.DataFrame]  # tables by name
+Emit = Callable[[Frames], object]
 
 
 @dataclass(frozen=True)
@@ -190,9 +193,6 @@ class Networks:
         source, where = GENERATORS[self.where.generator], self.where
         drawn = source.gaussian((self.net.batch, units), self.ensemble.seeds, what, 0, where.device)
         return drawn.to(where.device, where.dtype)
-
-
-Parameters = list[tuple[Tensor, Tensor]]
 
 
 class Start(NamedTuple):
