@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from initlab.engine.layer_memory import LayerTensors, StepMemory
+from initlab.engine.layer_memory import LayerTensors, Product
 from initlab.engine.named_tensors import items_of, update_items
 from initlab.errors import UsageError, choose
 from initlab.nn.activations import Activation
@@ -32,7 +32,48 @@ JOINT_ENTRIES = 2**24  # products of more multiplications run one after the othe
 threshold_backward = torch.ops.aten.threshold_backward.grad_input
 
 
-class Network:
+class StepMemory:
+    """What a pass over n rows writes, for the hidden layers: activations `a` and their gradients dL/dz `g`.
+
+    Preactivations `z` and dL/da `a_grad` have memory of their own if `separate`; else they are overwritten by `a`, `g`.
+    """
+
+    def __init__(self, net: "FastNetwork", rows: int, separate: bool) -> None:
+        shapes, like = [(*net.lead, rows, width) for width in net.sizes[1:-1]], net.w[0]
+        self.a, self.g = LayerTensors(shapes, like), LayerTensors(shapes, like)
+        self.z, self.a_grad = (LayerTensors(shapes, like), LayerTensors(shapes, like)) if separate else (self.a, self.g)
+        self.a_t = [a.mT for a in self.a.each]
+        self.up = list(zip(net.w.each, net.b.each, self.z.each, self.a.each, strict=False))
+        self.down = list(zip(net.w_t[1:], self.a_grad.each, self.g.each, self.a.each, self.z.each, strict=True))[::-1]
+        self.updates, self.sums = self._products(net.w), self._products(net.w_grad)
+        self.bias_sums, self.bias_parts = self._sums(net.b_grad), self._sums(net.b_part)
+
+    def _sums(self, to: LayerTensors) -> list[tuple[Tensor | None, Tensor]]:
+        """Gradients of a run of hidden layers and where their sums over the batch go; None: the loss's."""
+        parts = [(run.start, min(run.stop, len(self.g))) for run in to.runs if run.start < len(self.g)]
+        return [*((self.g.positions(*part), to.positions(*part)) for part in parts), (None, to[-1])]
+
+    def _products(self, to: LayerTensors) -> list[Product]:
+        """How dL/dW of a run of layers is added to `to`."""
+        found = []
+        for run, block in zip(to.runs, to.whole, strict=True):
+            k = run.start
+            grad = self.g[k] if k < len(self.g) else None
+            if run.stop - run.start > 1:
+                inputs, grads = self.a.positions(run.start - 1, run.stop - 1), self.g.positions(run.start, run.stop)
+                found.append(Product(block.flatten(0, -3).baddbmm_, inputs.flatten(0, -3).mT, grads.flatten(0, -3)))
+                continue
+            across = not to[k].is_contiguous()
+            target = to[k].mT if across else to[k]
+            add = target.addmm_ if target.ndim == 2 else target.baddbmm_
+            if k:
+                found.append(Product(add, self.a_t[k - 1], grad))
+            else:
+                found.append(Product(add, grad if grad is None or not across else grad.mT, None, True, across))
+        return found
+
+
+class FastNetwork:
     """One network in matrices, or a few as one batched program; w (I, O) or (E, I, O), b (O,) or (E, 1, O).
 
     `factors` multiply the learning rate of each layer's weights and biases.
@@ -169,7 +210,7 @@ class Engine:
         self._steps = 0
         self.slices = [slice(0, count)] if joint else [slice(k, k + 1) for k in range(count)]
         self.networks = [
-            Network([(w[part], b[part]) for w, b in parameters], row, objective, rates[part.start], own[part.start])
+            FastNetwork([(w[part], b[part]) for w, b in parameters], row, objective, rates[part.start], own[part.start])
             for part in self.slices
         ]
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from initlab.engine.fast_network import KEPT_MEMORIES, Engine, Network
+from initlab.engine.fast_network import KEPT_MEMORIES, Engine, FastNetwork
 from initlab.engine.layer_memory import LayerTensors
 from initlab.engine.named_tensors import network_keys
 from initlab.stats.backend import SATURATED, Backend
@@ -25,7 +25,7 @@ BIAS_UPDATE = "bias update"  # measured with the other updates; the tables have 
 RowName = tuple[int, str, str]  # layer, tensor and direction of a row, in the order in which rows are made
 
 
-class Recorder(Protocol):
+class StepRecorder(Protocol):
     """Makes the steps of one network, and their rows."""
 
     @property
@@ -84,7 +84,7 @@ class Recording:
         return self._waiting[0][1].numel() * 8 if self._waiting else 0
 
 
-def recorder_for(net: Network, backend: Backend, bins: Bins | None) -> Recorder:
+def recorder_for(net: FastNetwork, backend: Backend, bins: Bins | None) -> StepRecorder:
     """The faster recorder of those that can record this network."""
     fused = net.activation.rectifies and backend.fuses(net.w[0])
     return FusedRecorder(net, backend, bins) if fused else PlainRecorder(net, backend, bins)
@@ -93,7 +93,7 @@ def recorder_for(net: Network, backend: Backend, bins: Bins | None) -> Recorder:
 class PlainRecorder:
     """A `Recorder` of any activation, number format and device."""
 
-    def __init__(self, net: Network, backend: Backend, bins: Bins | None) -> None:
+    def __init__(self, net: FastNetwork, backend: Backend, bins: Bins | None) -> None:
         self.net, self._backend, self._bins = net, backend, bins
         self.order: list[RowName] = []
         self._rows: list[Tensor] = []
@@ -147,7 +147,7 @@ class PlainRecorder:
 class FusedRecorder:
     """A `Recorder` of a ReLU network whose backend reads memory once for a pass and its statistics."""
 
-    def __init__(self, net: Network, backend: Backend, bins: Bins | None) -> None:
+    def __init__(self, net: FastNetwork, backend: Backend, bins: Bins | None) -> None:
         self.net, self._backend, self._bins = net, backend, bins
         by_shape = {w.shape: torch.empty_like(w) for w in net.w.each}  # one gradient of a shape is needed at a time
         self._grads = [torch.empty_like(net.w[0]), *(by_shape[w.shape] for w in net.w.each[1:])]

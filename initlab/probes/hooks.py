@@ -18,11 +18,11 @@ from torch.utils.hooks import RemovableHandle
 from initlab.errors import UsageError
 from initlab.nn.activations import Activation
 from initlab.probes.probe_buffer import ProbeBuffer
-from initlab.probes.probed_modules import RELU, Layer, ProbedModule, as_batch, find_tensors, measurable
+from initlab.probes.probed_modules import RELU, LayerAxis, ProbedModule, as_batch, find_tensors, measurable
 from initlab.stats.derive import saturated_share
 from initlab.stats.keys import TensorKey
 
-_INPUT = Layer(0, 0, 0)  # below the first layer
+_INPUT = LayerAxis(0, 0, 0)  # below the first layer
 
 
 class Hook(partial[None]):
@@ -130,7 +130,7 @@ class Hooks:
         plain = type(output) is Tensor and measurable(output)
         for part, x in (("", output),) if plain else find_tensors(output):
             if m.parameters:
-                self._layer = Layer(self._layer.number, m.axis(x.ndim), x.ndim)
+                self._layer = LayerAxis(self._layer.number, m.axis(x.ndim), x.ndim)
             if not m.chosen:
                 continue
             axis = self._layer.axis if x.ndim == self._layer.ndim else x.ndim - 1

@@ -33,7 +33,7 @@ def _module_text(module: nn.Module) -> tuple[type, str]:
 _ROWS = {_module_text(row.module()): row for row in ACTIVATIONS.values()}
 
 
-class Layer(NamedTuple):
+class LayerAxis(NamedTuple):
     """What a layer tells the activations above it: its number, and which of how many dimensions counts its units."""
 
     number: int

@@ -24,7 +24,7 @@ SHOWN = 8  # statistics of a table that are listed
 
 
 @dataclass
-class Table:
+class TableDifference:
     """What comparing one table gave: lines for the reader, and what decides."""
 
     lines: list[str]
@@ -38,7 +38,7 @@ class Comparison:
     """All of it; `equal` within the spread, `identical` to the last bit."""
 
     configuration: list[str]
-    tables: dict[str, Table]
+    tables: dict[str, TableDifference]
     notes: list[str]  # of runs that are not whole
 
     @property
@@ -81,7 +81,7 @@ def compare(a: Sequence[str], b: Sequence[str]) -> Comparison:
         if frame_a is not None and frame_b is not None:
             tables[name] = compare_table(name, frame_a, frame_b, settings)
         elif frame_a is not None or frame_b is not None:
-            tables[name] = Table([f"only in {'B' if frame_a is None else 'A'}"], 0.0, False, True)
+            tables[name] = TableDifference([f"only in {'B' if frame_a is None else 'A'}"], 0.0, False, True)
     if not tables:
         compared = ", ".join(name for name, table in TABLES.items() if table.keys)
         raise UsageError(f"{', '.join([*a, *b])}: no run has a table that can be compared ({compared})")
@@ -144,7 +144,7 @@ def distinguishing_columns(a: pd.DataFrame, b: pd.DataFrame, settings: Sequence[
     return found
 
 
-def compare_table(name: str, a: pd.DataFrame, b: pd.DataFrame, settings: Sequence[str]) -> Table:
+def compare_table(name: str, a: pd.DataFrame, b: pd.DataFrame, settings: Sequence[str]) -> TableDifference:
     """Match the rows of one table, measure how far apart they are, and say so in lines.
 
     settings: the configuration columns; those that tell the runs of a side apart are part of a row's key.
@@ -178,7 +178,7 @@ def compare_table(name: str, a: pd.DataFrame, b: pd.DataFrame, settings: Sequenc
     one_sided = bool(only[0].any() or only[1].any())
     largest = float(found.z.max(initial=0))
     same_rows = len(one.group) == len(other.group) == int(found.paired.sum())
-    return Table(lines, largest, bool(same_rows and largest == 0), one_sided)
+    return TableDifference(lines, largest, bool(same_rows and largest == 0), one_sided)
 
 
 def _first_line(found: Joined, a: Side, b: Side) -> str:

@@ -31,7 +31,7 @@ from initlab.theory.batch_law import (
 )
 from initlab.theory.forward_law import (
     BatchVariation,
-    LinearLayer,
+    DenseLayer,
     Step,
     clip_covariance,
     design_effect,
@@ -84,7 +84,7 @@ class _SlopeMoments(NamedTuple):
 
 def laws(
     row: Activation,
-    layers: Sequence[LinearLayer],
+    layers: Sequence[DenseLayer],
     batch: int,
     q0: float = 1.0,
     c0: float = 0.0,

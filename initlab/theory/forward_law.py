@@ -50,7 +50,7 @@ class Fitted(NamedTuple):
         return found
 
 
-class LinearLayer(NamedTuple):
+class DenseLayer(NamedTuple):
     """Fan-in, fan-out and the variances of one weight and one bias of a linear layer.
 
     Where the weights are fitted to data, `weight` is their variance afterwards at infinite width.
@@ -90,7 +90,7 @@ class BatchVariation(NamedTuple):
 class Step(NamedTuple):
     """What the forward pass knows of one layer: G nodes of the state below it, M nodes of a unit's batch mean."""
 
-    layer: LinearLayer
+    layer: DenseLayer
     units: Units
     mean: Array  # of ln T and ln W of the layer's input, (2,)
     cov: Array
@@ -130,7 +130,7 @@ class Chain(NamedTuple):
 
 def forward(
     row: Activation,
-    layers: Sequence[LinearLayer],
+    layers: Sequence[DenseLayer],
     batch: int,
     q0: float,
     c0: float,
@@ -153,7 +153,7 @@ def forward(
 _State = tuple[Array, Array, float, float]
 
 
-def _step(row: Activation, layer: LinearLayer, batch: int, state: _State) -> tuple[Step, Array, Array, float, float]:
+def _step(row: Activation, layer: DenseLayer, batch: int, state: _State) -> tuple[Step, Array, Array, float, float]:
     mean, cov, pair, single = state
     single_input = bool(mean[1] == -np.inf)
     nodes, weights = sigma_points(mean, cov, single_input)
@@ -180,7 +180,7 @@ def _step(row: Activation, layer: LinearLayer, batch: int, state: _State) -> tup
     return step, next_mean, next_cov, next_pair, next_single
 
 
-def preactivations(layer: LinearLayer, nodes: Array) -> tuple[Array, Array, Array]:
+def preactivations(layer: DenseLayer, nodes: Array) -> tuple[Array, Array, Array]:
     """ln T and ln W of z (G, 2), the share of T that a uniform bias makes up, the share of q that no bias does."""
     if layer.is_rescaled:
         ln_z = nodes - np.logaddexp(nodes[:, :1], nodes[:, 1:])
@@ -210,7 +210,7 @@ def design_effect(single: Array, batch: int) -> Array:
     return np.asarray(batch * (1 + single) / (batch + single))
 
 
-def _unit(u: Units, batch: int, worse: Array, layer: LinearLayer, pair: float) -> tuple[Array, Array, Array]:
+def _unit(u: Units, batch: int, worse: Array, layer: DenseLayer, pair: float) -> tuple[Array, Array, Array]:
     """Mean (G, 3) and covariance (G, 3, 3) of one unit's squared batch mean, batch variance and batch mean.
 
     Also the part of each given m, (3, G, M). The e_a add up to 0, so what is linear in them drops out of averages.
@@ -284,7 +284,7 @@ def clip_covariance(cov: Array) -> Array:
 
 
 def _pair_and_length_spread(
-    u: Units, ln_z: Array, means: Array, cov: Array, state: _State, layer: LinearLayer, damped: Array, batch: int
+    u: Units, ln_z: Array, means: Array, cov: Array, state: _State, layer: DenseLayer, damped: Array, batch: int
 ) -> tuple[tuple[float, float], Array, float]:
     """Relative variance of pairs' products and of single inputs' squared lengths in the next state.
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from initlab.nn.activations import Activation
 from initlab.theory.batch_law import CERTAIN, NOTHING, Array, Law, gaussian_batch, ln
-from initlab.theory.forward_law import LinearLayer, preactivations
+from initlab.theory.forward_law import DenseLayer, preactivations
 from initlab.theory.tensor_law import StackLaws
 from initlab.theory.unit_moments import (
     FINE,
@@ -27,7 +27,7 @@ MANY = 2**60  # inputs of a batch that counts as infinite
 
 
 def infinite_laws(
-    row: Activation, layers: Sequence[LinearLayer], batch: int, q0: float = 1.0, c0: float = 0.0
+    row: Activation, layers: Sequence[DenseLayer], batch: int, q0: float = 1.0, c0: float = 0.0
 ) -> StackLaws:
     """Laws of all tensors of a batch; the gradient at the top is unit Gaussian and independent for every input."""
     with np.errstate(all="ignore"):  # where a signal is gone, ratios to it are nan or inf: data
@@ -90,7 +90,7 @@ def _law(
     ).of_batch(batch)
 
 
-def _descend(layers: Sequence[LinearLayer], every: JoinedUnits) -> tuple[Array, Array]:
+def _descend(layers: Sequence[DenseLayer], every: JoinedUnits) -> tuple[Array, Array]:
     """ln T and ln W of the gradients at activations and preactivations, (L, 2) each."""
     k, k2 = every.over_m(np.stack([every.row("slope") ** 2, every.row("slope2")]))[..., 0]
     state = gaussian_batch(math.inf, MANY).mean[0]

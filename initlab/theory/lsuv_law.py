@@ -8,12 +8,12 @@ import math
 import numpy as np
 
 from initlab.theory.batch_law import Array, ln
-from initlab.theory.forward_law import LinearLayer
+from initlab.theory.forward_law import DenseLayer
 
 SELDOM = 1e-3  # share of networks below which a fit is said to be needed by all
 
 
-def ln_weight(layer: LinearLayer, nodes: Array) -> Array:
+def ln_weight(layer: DenseLayer, nodes: Array) -> Array:
     """ln of the variance of one weight at nodes (G, 2) of the layer's input, (G,).
 
     In a rescaled layer it makes the pooled variance of z, T + W less its squared mean (T/n on average), equal to 1.
@@ -25,7 +25,7 @@ def ln_weight(layer: LinearLayer, nodes: Array) -> Array:
     return np.asarray(-ln_q - np.log1p(-np.minimum(mean, 0.5)) - math.log(layer.fan_in))
 
 
-def fit_noise(layer: LinearLayer, ln_x: Array, pair: float, batch: int) -> float:
+def fit_noise(layer: DenseLayer, ln_x: Array, pair: float, batch: int) -> float:
     """Variance of ln of a rescaled layer's weight variance, given ln T and ln W of its input; large for few units."""
     if not layer.is_rescaled:
         return 0.0
@@ -33,7 +33,7 @@ def fit_noise(layer: LinearLayer, ln_x: Array, pair: float, batch: int) -> float
     return layer.forward_remain * 2 / layer.fan_out * (t * t + w * w * (1 / max(1, batch - 1) + pair))
 
 
-def p_not_rescaled(layer: LinearLayer, ln_x: Array, cov: Array, pair: float, batch: int) -> float:
+def p_not_rescaled(layer: DenseLayer, ln_x: Array, cov: Array, pair: float, batch: int) -> float:
     """Probability that a rescaled layer was within the tolerance as drawn; mean and covariance are of its input."""
     if layer.fitted is None or not (layer.is_rescaled and layer.fitted.drawn > 0):
         return 0.0

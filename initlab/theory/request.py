@@ -19,7 +19,7 @@ from initlab.nn.activations import Activation
 from initlab.nn.custom_activation import Given, as_activation
 from initlab.nn.init import MODES, Rule, rule
 from initlab.nn.mup import last_layer
-from initlab.theory.forward_law import BatchVariation, Fitted, LinearLayer
+from initlab.theory.forward_law import BatchVariation, DenseLayer, Fitted
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Request:
 
     distribution: str  # of the weights
     row: Activation
-    layers: tuple[LinearLayer, ...]
+    layers: tuple[DenseLayer, ...]
     batch: int = 200
     q0: float = 1.0
     c0: float = 0.0
@@ -99,12 +99,12 @@ def _resolve_units(depth: int, width: int, widths: Sequence[int] | None, inputs:
 
 def _resolve_layers(
     given: Rule, row: Activation, widths: Sequence[int], q0: float, bias_variance: float, outputs: bool
-) -> tuple[LinearLayer, ...]:
+) -> tuple[DenseLayer, ...]:
     """The layers one after the other: a rule that is fitted to data needs the second moment that enters a layer.
 
     `outputs`: the last layer is that of a trained network, which some rules draw smaller.
     """
-    found: list[LinearLayer] = []
+    found: list[DenseLayer] = []
     entering, known = q0, {}
     for k, (fan_in, fan_out) in enumerate(pairwise(widths)):
         scaling = last_layer(given, row, fan_in) if outputs and 0 < k == len(widths) - 2 else given
@@ -120,5 +120,5 @@ def _resolve_layers(
             if q not in known:
                 known[q] = float(moment(row, q))
             entering = known[q]
-        found.append(LinearLayer(fan_in, fan_out, weight, bias_variance, uniform, orthogonal, fitted))
+        found.append(DenseLayer(fan_in, fan_out, weight, bias_variance, uniform, orthogonal, fitted))
     return tuple(found)

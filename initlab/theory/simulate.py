@@ -16,7 +16,7 @@ from initlab.nn.activations import Activation
 from initlab.stats.derive import saturated_share
 from initlab.stats.measure import measure
 from initlab.stats.statistics import STATISTICS
-from initlab.theory.forward_law import LinearLayer
+from initlab.theory.forward_law import DenseLayer
 
 Key: TypeAlias = tuple[int, str, str]  # layer, tensor, direction
 
@@ -40,7 +40,7 @@ class _Chain:
         """On (-1, 1)."""
         return torch.rand(self.networks, *shape, generator=self.generator, dtype=self.dtype).mul_(2).sub_(1)
 
-    def weights(self, layer: LinearLayer) -> Tensor:
+    def weights(self, layer: DenseLayer) -> Tensor:
         """(E, I, O) of variance `layer.weight`."""
         i, o = layer.fan_in, layer.fan_out
         if layer.orthogonal:
@@ -55,7 +55,7 @@ class _Chain:
             return flat.mul_(layer.weight**0.5 / EDGE)
         return self.normal(i, o).mul_(layer.weight**0.5)
 
-    def biases(self, layer: LinearLayer) -> Tensor | float:
+    def biases(self, layer: DenseLayer) -> Tensor | float:
         """(E, 1, O)."""
         found: Tensor | float = 0.0
         if layer.bias:
@@ -64,14 +64,14 @@ class _Chain:
             found = found + self.uniform(1, layer.fan_out) * (3 * layer.uniform_bias) ** 0.5
         return found
 
-    def short(self, layer: LinearLayer, batch: int) -> bool:
+    def short(self, layer: DenseLayer, batch: int) -> bool:
         """Whether the projection of the weights on the inputs is enough."""
         return batch < layer.fan_in and self.distribution == "normal" and not layer.orthogonal
 
 
 def simulate(
     row: Activation,
-    layers: Sequence[LinearLayer],
+    layers: Sequence[DenseLayer],
     batch: int,
     networks: int,
     q0: float = 1.0,
@@ -98,7 +98,7 @@ def simulate(
 def _pass(
     chain: _Chain,
     row: Activation,
-    layers: Sequence[LinearLayer],
+    layers: Sequence[DenseLayer],
     batch: int,
     q0: float,
     c0: float,
@@ -137,7 +137,7 @@ _SATURATED = list(STATISTICS).index("frac_saturated")
 _Known: TypeAlias = tuple[Tensor, Tensor] | Tensor
 
 
-def _pass_layer(chain: _Chain, layer: LinearLayer, x: Tensor) -> tuple[Tensor, _Known, Tensor | float]:
+def _pass_layer(chain: _Chain, layer: DenseLayer, x: Tensor) -> tuple[Tensor, _Known, Tensor | float]:
     """z = f x W + b; then W, or the basis Q (E, I, B) of the inputs and Q^T W (E, B, O); then f.
 
     The factor f is 1 unless LSUV scales the weights.
@@ -161,7 +161,7 @@ def _pass_layer(chain: _Chain, layer: LinearLayer, x: Tensor) -> tuple[Tensor, _
     return z * factor.to(z.dtype) + biases, known, factor.to(z.dtype)
 
 
-def _back(chain: _Chain, layer: LinearLayer, d: Tensor, passed: tuple[Tensor, Tensor] | Tensor) -> Tensor:
+def _back(chain: _Chain, layer: DenseLayer, d: Tensor, passed: tuple[Tensor, Tensor] | Tensor) -> Tensor:
     """d W^T, the part of W that no input has seen drawn now."""
     if isinstance(passed, Tensor):
         through: Tensor = d @ passed.mT

@@ -26,7 +26,7 @@ from initlab.nn.activations import Activation
 from initlab.nn.network import Network, Weights, forward
 from initlab.nn.unbounded import UNBOUNDED, Scaled, rescale
 from initlab.stats.quadrature import gaussian_means
-from initlab.theory.forward_law import LinearLayer
+from initlab.theory.forward_law import DenseLayer
 from initlab.theory.request import Request
 
 
@@ -111,7 +111,7 @@ def predict_moments(request: Request) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["layer", *(f"predicted_{name}" for name in names), "limit_mean_s4"])
 
 
-def _next_traces(now: Traces, layer: LinearLayer, ratio: float) -> tuple[float, float]:
+def _next_traces(now: Traces, layer: DenseLayer, ratio: float) -> tuple[float, float]:
     """E (tr A')^2 and E tr A'^2 in units of t'^2; `ratio` is mu_2 / mu_1^2.
 
     Normal weights: E M_ii^2 = a + 2b, E M_ij^2 = b, E M_ii M_jj = a. An isometry is part of a rotation in n =

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from initlab.theory.backward_law import laws
 from initlab.theory.batch_law import Array, Law, ln
-from initlab.theory.forward_law import LinearLayer
+from initlab.theory.forward_law import DenseLayer
 from initlab.theory.infinite_width import infinite_laws
 from initlab.theory.request import Request
 from initlab.theory.tensor_law import StackLaws, shift_lengths
@@ -58,7 +58,7 @@ def limit_laws(request: Request) -> StackLaws:
 _finite, _infinite = lru_cache(maxsize=32)(laws), lru_cache(maxsize=32)(infinite_laws)
 
 
-def _normalize_gain(request: Request) -> tuple[tuple[LinearLayer, ...], Array]:
+def _normalize_gain(request: Request) -> tuple[tuple[DenseLayer, ...], Array]:
     """Layers that keep lengths, and what is to be added to ln q of each layer, (L,).
 
     A homogeneous stack without biases differs from that of another gain in ln q alone: a sweep over the gain costs one

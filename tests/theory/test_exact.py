@@ -18,14 +18,14 @@ from initlab.theory.exact import (
     relu_one_input,
     survival,
 )
-from initlab.theory.forward_law import LinearLayer
+from initlab.theory.forward_law import DenseLayer
 from initlab.theory.simulate import simulate
 
 LINEAR, RELU = ACTIVATIONS["linear"], ACTIVATIONS["relu"]
 
 
-def chain(widths: list[int], sw2: float) -> list[LinearLayer]:
-    return [LinearLayer(i, o, sw2 / i) for i, o in pairwise(widths)]
+def chain(widths: list[int], sw2: float) -> list[DenseLayer]:
+    return [DenseLayer(i, o, sw2 / i) for i, o in pairwise(widths)]
 
 
 def statistic(found: dict, layer: int, name: str = "q", tensor: str = "activation", way: str = "forward") -> np.ndarray:
