@@ -83,7 +83,7 @@ BARS: dict[tuple[str, str, int], float] = {
     ("startup.run", "plain", ANY): 0.5,
     ("sweep.seeds", "plain", ANY): 0.6,
     ("sweep.single", "plain", ANY): 0.6,
-    ("sweep.gains", "plain", ANY): 0.6,
+    ("sweep.gains", "plain", ANY): 0.7,
     ("collect", "plain", ANY): 0.5,
     ("collect.seconds", "plain", 1): 2.0,
     ("gpu.stack.nets", "accelerated", ANY): 100.0,

@@ -233,7 +233,9 @@ def test_a_stopped_run_keeps_what_it_measured(tmp_path: Path, number: int, code:
         time.sleep(0.05)
     process.send_signal(number)
     _, err = process.communicate()
-    assert process.returncode == code and "Traceback" not in err
+    # Python ends by SIGINT itself if that arrived inside `exec` of a text, as in an import: to a shell that is 130 too.
+    ends = (code, -signal.SIGINT) if number == signal.SIGINT else (code,)
+    assert process.returncode in ends and "Traceback" not in err, err
     with pytest.warns(UserWarning, match="interrupted"):
         frame = initlab.read(tmp_path / "outputs")
     assert "stack" in set(frame["stage"])
