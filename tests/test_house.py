@@ -1,6 +1,9 @@
-"""The rules of the house, read from the sources."""
+"""The rules of the house, read from the sources: who may import whom, what names look like, what stands once."""
 
 import ast
+import inspect
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,36 +15,65 @@ from initlab.job.settings import CONF, Config
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import RULES
 from initlab.runs.schema import LABELS, OPTION_OF, TABLES
+from initlab.stats.dtypes import FORMATS
+from initlab.stats.keys import KEY_COLUMNS
+from initlab.stats.statistics import STATISTICS
 from initlab.tasks.data import SOURCES
 
 PACKAGE = Path(initlab.__file__).parent
-FILES = sorted(PACKAGE.rglob("*.py"))
-# The rooms, lowest first: a file imports from its own room and from those before it.
-ROOMS = [
-    "errors",
-    "stats",
-    "nn",
-    "meanfield",
-    "theory",
-    "scratch",
-    "probes",
-    "engine",
-    "tasks",
-    "runs",
-    "figures",
-    "studies",
-    "job",
-]
-ROOMS += ["sweep", "commands", "__main__"]
-ROOF = {"", "commands", "__main__", "job", "sweep", "studies"}
-UPWARD = {  # (file, room above it): still to be turned round
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+# Every file in order, rooms lowest first: a file imports only from files before it.
+HOUSE = {
+    "errors": "",
+    "stats": (
+        "dtypes kernels.cpu kernels.triton_programs kernels.triton_merge keys quadrature statistics custom "
+        "workspace histogram reference derive kernels.triton_rows summarize backend buffer "
+        "kernels.cpu_backend kernels.gpu_backend measure"
+    ),
+    "nn": "activations custom_activation network triton_philox philox init lsuv mup unbounded",
+    "meanfield": "maps correlation_points fixed_points gain_table trajectories",
+    "theory": (
+        "batch_law exact quantiles unit_moments bands forward_law lsuv_law request simulate singular_values "
+        "tensor_law backward_law infinite_width stack_laws format_limits method predict z_scores"
+    ),
+    "scratch": "agreement graph_text autograd_graph layers checks classes matmul mlp modules backward",
+    "probes": "probe_buffer torch_private probed_modules hooks parameters steps probe snapshot",
+    "engine": "layer_memory named_tensors fast_network recorders",
+    "tasks": (
+        "course.rotated_timing data ensemble.device ensemble.memory course.timing course.ladders "
+        "ensemble.networks course.explain course.graph ensemble.plan ensemble.training "
+        "ensemble.unbounded_twin gains jacobian phase_points phase seeded stack curves formats twins train"
+    ),
+    "runs": "distance folders lock parquet schema labels read recorder select theory_rows summary collect compare",
+    "figures": (
+        "axes figure_spec format_figure gain_figure graph_figure histogram_figure jacobian_figure "
+        "phase_figure plots study_figure"
+    ),
+    "studies": "reductions expect study gallery",
+    "job": "printout settings network_grid options shared_program stages prepare worker_process life_cycle",
+    "sweep": "batch callback hydra_private batched_launcher resume workers sweeper",
+    "commands": "",
+    "__main__": "",
 }
-ids = {"ids": lambda path: str(path.relative_to(PACKAGE))}
+ORDER = [f"{room}.{name}" if name else room for room, names in HOUSE.items() for name in names.split() or [""]]
+HYDRA = ("job", "sweep", "commands", "__main__")
+PRIVATE_IMPORTS = {"sweep.hydra_private", "probes.torch_private"}  # names with an underscore, each with its reason
 
 
-def imported(path: Path) -> set[str]:
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {module(path): path for path in FILES}
+by_file = pytest.mark.parametrize("path", FILES, ids=module)
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Dotted names that a file imports, in functions too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -49,72 +81,203 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-def room(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return "" if parts == ("__init__",) else parts[0]
+def modules_imported(path: Path) -> set[str]:
+    """initlab's own modules that a file imports."""
+    found = set()
+    for name in imported(TREES[path]):
+        own = name.removeprefix("initlab.")
+        if name.startswith("initlab."):
+            found |= {one for one in (own, own.rpartition(".")[0]) if one in MODULES}
+    return found
 
 
-@pytest.mark.parametrize("path", FILES, **ids)
+def test_every_file_has_its_place() -> None:
+    assert sorted(ORDER) == sorted(MODULES)
+    assert len(set(ORDER)) == len(ORDER)
+
+
+@by_file
 def test_imports_run_one_way(path: Path) -> None:
-    name = str(path.relative_to(PACKAGE))
-    inside = {one.split(".")[1] for one in imported(path) if one.startswith("initlab.")} & set(ROOMS)
-    if name == "__init__.py":
-        return
-    above = {one for one in inside if ROOMS.index(one) > ROOMS.index(room(path))}
-    assert above == {one for file, one in UPWARD if file == name}
+    """Between rooms and inside a room; a circle, or an arrow up, has no order that passes."""
+    place = ORDER.index(module(path))
+    assert [one for one in modules_imported(path) if ORDER.index(one) >= place] == []
 
 
-@pytest.mark.parametrize("path", FILES, **ids)
-def test_the_package_knows_nothing_of_its_benchmarks(path: Path) -> None:
-    assert not {name for name in imported(path) if name.split(".")[0] == "benchmarks"}
+def test_the_order_sees_an_arrow_up() -> None:
+    up = ast.parse("def f():\n    from initlab.sweep import sweeper")
+    assert imported(up) == {"initlab.sweep.sweeper"} and ORDER.index("sweep.sweeper") > ORDER.index("stats.keys")
 
 
-@pytest.mark.parametrize("path", FILES, **ids)
-def test_heavy_packages_stay_in_their_place(path: Path) -> None:
-    packages = {name.split(".")[0] for name in imported(path)}
-    assert not packages & {"hydra", "omegaconf"} or room(path) in ROOF
-    assert not packages & {"seaborn", "matplotlib"} or path.parent.name == "figures"
+@by_file
+def test_packages_stay_in_their_rooms(path: Path) -> None:
+    names = imported(TREES[path])
+    packages, room = {name.split(".")[0] for name in names}, module(path).split(".")[0]
+    assert not packages & {"hydra", "omegaconf"} or room in HYDRA
+    assert not packages & {"seaborn", "matplotlib"} or room == "figures"
+    assert "benchmarks" not in packages and "tests" not in packages
+    private = [n for n in names if n.split(".")[0] in ("hydra", "omegaconf", "torch", "pyarrow") and "._" in n]
+    assert private == [] or module(path) in PRIVATE_IMPORTS, private
 
 
-# Names that begin with an underscore, of packages that may change them: here with their reasons, and nowhere else.
-PRIVATE = {"sweep/hydra_private.py", "probes/torch_private.py"}
+def test_one_name_one_module_one_class() -> None:
+    """In a traceback or an editor's tab a name says which file it is."""
+    names = Counter(path.stem for path in FILES)
+    assert [name for name, count in names.items() if count > 1] == []
+    classes = Counter(
+        node.name
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, count in classes.items() if count > 1] == []
 
 
-@pytest.mark.parametrize("path", FILES, **ids)
-def test_private_names_of_other_packages_are_imported_in_one_place(path: Path) -> None:
-    private = {
-        name
-        for name in imported(path)
-        if name.split(".")[0] in ("hydra", "omegaconf", "torch") and any(p.startswith("_") for p in name.split("."))
-    }
-    assert not private or str(path.relative_to(PACKAGE)) in PRIVATE
+def test_rooms_and_files_have_a_size_that_one_can_hold_in_mind() -> None:
+    folders = Counter(path.parent for path in FILES)
+    assert {str(folder): count for folder, count in folders.items() if count > 20} == {}
+    sources = [*FILES, *PACKAGE.rglob("*.cpp"), *PACKAGE.rglob("*.h")]
+    lines = {str(path.relative_to(PACKAGE)): len(path.read_text(encoding="utf-8").splitlines()) for path in sources}
+    assert {name: count for name, count in lines.items() if count > 350} == {}
+    assert len([name for name, count in lines.items() if count < 60]) <= len(lines) / 8
+    shares = Counter[str]()
+    for name, count in lines.items():
+        shares[name.split("/")[0]] += count
+    room, most = shares.most_common(1)[0]
+    assert most <= 0.2 * shares.total(), f"{room} has {most} of {shares.total()} lines"
 
 
-@pytest.mark.parametrize("path", FILES, **ids)
-def test_functions_are_short_and_say_what_they_are(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    if path.name != "__init__.py":
-        assert ast.get_docstring(tree)
+FUNCTIONS = [
+    (path, node)
+    for path in FILES
+    for node in ast.walk(TREES[path])
+    if isinstance(node, ast.FunctionDef) and not node.name.startswith("__")
+]
+
+
+def test_functions_are_short() -> None:
+    long = [f"{module(path)}.{node.name}" for path, node in FUNCTIONS if node.end_lineno - node.lineno >= 60]  # type: ignore[operator]
+    assert long == []
+
+
+def test_few_functions_are_used_once() -> None:
+    """A private function that is used once costs a jump and saves no line: at most 15 % of all are such.
+
+    Counted are names that occur twice in their file: the definition and one use. Over the whole package fewer are.
+    """
+    private = [(path, node.name) for path, node in FUNCTIONS if node.name.startswith("_")]
+    words = {path: Counter(re.findall(r"\w+", path.read_text(encoding="utf-8"))) for path in FILES}
+    everywhere = sum(words.values(), Counter())
+    once = [name for path, name in private if words[path][name] <= 2]
+    assert len(once) <= 0.15 * len(FUNCTIONS), f"{len(once)} of {len(FUNCTIONS)}"
+    assert len([name for _, name in private if everywhere[name] <= 2]) <= 0.12 * len(FUNCTIONS)
+
+
+GLOSSARY = {
+    title: set(words.split())
+    for title, words in re.findall(
+        r"^(\w+)\n((?:    .*\n)+)", Path(__file__).with_name("glossary.txt").read_text(encoding="utf-8"), re.M
+    )
+}
+VERBS, ENDS, PHRASES = GLOSSARY["verbs"], GLOSSARY["nouns"] | GLOSSARY["adjectives"], GLOSSARY["phrases"]
+# Bare participles and prepositions that stood for functions once.
+BARE = {"said", "told", "seen", "kept", "given", "made", "taken", "drawn", "held", "left", "lost", "beside", "together"}
+BARE |= {"apart", "own", "around", "above", "below", "within", "alone", "across", "before", "after", "between", "whose"}
+
+
+def test_functions_are_verbs_or_nouns_of_the_glossary() -> None:
+    """The first word is a verb, or the last one a noun; no bare participle, no bare preposition."""
+    odd, bare = set(), set()
+    for _, node in FUNCTIONS:
+        words = [word for word in node.name.split("_") if word]
+        if words[0] not in VERBS and words[-1] not in ENDS and node.name.strip("_") not in PHRASES:
+            odd.add(node.name)
+        if len(words) == 1 and (words[0] in BARE or re.fullmatch(r"\w{2,}[^e]ed", words[0])):
+            bare.add(node.name)
+    assert sorted(odd) == []
+    assert len(bare) <= 5, bare
+
+
+def test_the_glossary_refuses_riddles() -> None:
+    """Whoever adds a word to the glossary reads this."""
+    assert not BARE & (VERBS | ENDS)
+    for riddle in ("_said", "told", "kept", "beside", "_apart", "shown_beside", "seen_alone"):
+        words = [word for word in riddle.split("_") if word]
+        assert words[0] not in VERBS and words[-1] not in ENDS
+
+
+def literal_collections(tree: ast.AST) -> list[set[str]]:
+    """The strings of every tuple, list, set and dictionary (its keys) that is written out."""
+    found = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            length = (node.end_lineno or 0) - node.lineno + 1
-            assert length <= 60, f"{node.name} has {length} lines"
+        parts = node.keys if isinstance(node, ast.Dict) else getattr(node, "elts", [])
+        texts = {part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+        if texts:
+            found.append(texts)
+    return found
+
+
+# Lists of the same words that mean something else.
+OTHER_LISTS = {
+    "stats.keys": {"tasks.course.explain"},  # columns of the table `steps`, which is about a pass and not a tensor
+    "stats.statistics": {"stats.reference", "theory.bands", "tasks.phase"},  # sums; predictions; columns
+    "runs.schema": {"figures.plots", "job.stages"},  # names of figures and of tasks
+}
+
+
+@pytest.mark.parametrize(
+    ("names", "home"),
+    [
+        (KEY_COLUMNS, "stats.keys"),
+        (STATISTICS, "stats.statistics"),
+        (FORMATS, "stats.dtypes"),
+        (TABLES, "runs.schema"),
+    ],
+    ids=["key columns", "statistics", "number formats", "tables"],
+)
+def test_lists_of_names_stand_once(names: object, home: str) -> None:
+    """Five or more of these names together are such a list: it belongs in one module, the others use its constants."""
+    known = set(names)  # type: ignore[call-overload]
+    found = {module(path) for path in FILES for one in literal_collections(TREES[path]) if len(one & known) >= 5}
+    assert found <= {home} | OTHER_LISTS.get(home, set())
+
+
+@by_file
+def test_docstrings_say_what_a_module_is_for(path: Path) -> None:
+    text = ast.get_docstring(TREES[path])
+    assert text and len(re.split(r"\.\s", text + " ")[0].split()) >= 5
+    source = path.read_text(encoding="utf-8")
+    assert not re.search(r"[Kk]nows? (nothing|neither|no )", source)
+
+
+def test_public_doors_name_every_parameter() -> None:
+    """With an example that runs as a doctest."""
+    doors = [name for name in dir(initlab) if getattr(getattr(initlab, name), "__module__", "").startswith("initlab.")]
+    assert len(doors) == 11
+    for name in doors:
+        door = getattr(initlab, name)
+        text = door.__doc__ or ""
+        code = inspect.unwrap(door).__code__
+        parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        missing = [one for one in parameters if not re.search(rf"\b{one}\b", text)]
+        assert missing == [], f"{name}: {missing}"
+        assert ">>>" in text, f"{name} has no example"
 
 
 @pytest.mark.parametrize(("group", "table"), [("init", RULES), ("activation", ACTIVATIONS), ("data", SOURCES)])
 def test_every_row_of_a_table_has_its_file(group: str, table: dict[str, object]) -> None:
+    """A file may be there without a row: fields of a rule need no more."""
     files = {path.stem: path.read_text(encoding="utf-8") for path in (CONF / group).glob("*.yaml")}
-    assert set(files) >= set(table)  # a rule needs a file only
+    assert set(files) >= set(table)
     for name, text in files.items():
         assert text.startswith("#"), f"{name}.yaml says nothing about itself"
         values = yaml.safe_load(text)
         assert (values.get("name") or values[group]["name"]) in {name, *(table if name not in table else ())}
 
 
-def test_every_knob_has_a_comment() -> None:
+def test_every_option_has_a_comment() -> None:
     text = (CONF / "config.yaml").read_text(encoding="utf-8")
-    knobs = text[text.index("task:") : text.index("\nhydra:")].splitlines()
-    bare = [line for line in knobs if ":" in line and not line.startswith("#") and "#" not in line]
+    options = text[text.index("task:") : text.index("\nhydra:")].splitlines()
+    bare = [line for line in options if ":" in line and not line.startswith("#") and "#" not in line]
     assert bare == ["train:", "sweep:", "graph:", "phase:", "study:"]
 
 
@@ -137,12 +300,11 @@ def table_literals(tree: ast.AST) -> list[int]:
     return lines
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in FILES if room(path) in ("runs", "figures", "studies", "sweep")], **ids
-)
+@by_file
 def test_tables_are_named_in_the_schema_alone(path: Path) -> None:
-    if path.name != "schema.py":
-        assert table_literals(ast.parse(path.read_text(encoding="utf-8"))) == []
+    room = module(path).split(".")[0]
+    if room in ("runs", "figures", "studies", "sweep") and module(path) != "runs.schema":
+        assert table_literals(TREES[path]) == []
 
 
 def test_a_table_named_elsewhere_is_seen() -> None:

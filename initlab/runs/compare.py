@@ -62,7 +62,9 @@ class Comparison:
 
 
 def compare(a: Sequence[str], b: Sequence[str]) -> Comparison:
-    """Compare two sides, each any number of run folders, sweep folders or globs.
+    """Say what differs between two sides, in configuration and in numbers, beyond the spread of the seeds.
+
+    a, b: the sides, each any number of run folders, sweep folders or globs.
 
     The result reads as prose (`str`), and has `equal` (nothing beyond the seed-to-seed spread) and `identical` (to the
     last bit). Raises `UsageError` where a path holds no run, or where there is no table to compare.

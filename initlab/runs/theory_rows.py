@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from initlab.stats.keys import KEY_COLUMNS
 from initlab.theory.quantiles import WIDE
 
-NEEDED = ["statistic", "direction", "layer", "stage", "implementation", "tensor", "seed", "label", "z", "method"]
-NEEDED += ["predicted", "band_low", "band_high"]
+NEEDED = [*KEY_COLUMNS, "label", "statistic", "predicted", "band_low", "band_high", "z", "method"]
 MEANING = "std, mean over the networks"
 
 
