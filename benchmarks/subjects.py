@@ -1,7 +1,7 @@
 """initlab's side of every race: the one file that knows how initlab is called.
 
 Where the machine lacks what a contestant needs, a compiler or a GPU, `NotAvailable` says so. A plain contestant takes
-the plain road in every call: accelerated ones run between its calls.
+the plain backend in every call: accelerated ones run between its calls.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,12 +54,12 @@ def available(accelerated: bool) -> bool:
 
 
 def fastest() -> str:
-    """The variant with everything by the fastest road of this machine."""
+    """The variant with everything by the fastest backend of this machine."""
     return "accelerated" if library() is not None else "plain_histograms"
 
 
-def road(accelerated: bool, call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call, on the plain road if it is not accelerated."""
+def backend(accelerated: bool, call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call, on the plain backend if it is not accelerated."""
 
     def on_it() -> Any:
         with nullcontext() if accelerated else plain():
@@ -153,7 +153,7 @@ def probed_step(net: Net, record: str, every: int = 1, tables: bool = False) -> 
     context.__enter__()
     step = bare.step_of(model, optimizer, xb[0], yb[0])
     work = every * TABLE_STEPS if tables else every
-    call = road(accelerated, lambda: _every(step, step, work))
+    call = backend(accelerated, lambda: _every(step, step, work))
     return Contestant(call, work, lambda: context.__exit__(None, None, None))
 
 
@@ -192,7 +192,7 @@ def watched_stack(weights: Sequence[Tensor], x: Tensor, accelerated: bool) -> Co
         stacks._Pass(nets, record, False, silent).forward()
         return record.rows.numbers()
 
-    return Contestant(road(accelerated, forward))
+    return Contestant(backend(accelerated, forward))
 
 
 class _Drawn(Networks):
@@ -241,13 +241,13 @@ def four_scalings(accelerated: bool) -> Contestant:
         curves = gain_curves(LINEAR, "linear", seeds=[0], backward=False)
         return [len(curves) // len(LINEAR)] * len(LINEAR) + [forward_only(RELU)]
 
-    return Contestant(road(accelerated, four))
+    return Contestant(backend(accelerated, four))
 
 
 def stack_networks(count: int, accelerated: bool, device: str = "cpu") -> Contestant:
     """`count` networks drawn, stacked and measured; gives the number of rows."""
     available(accelerated and device == "cpu")
-    return Contestant(road(accelerated, lambda: forward_only("kaiming", seeds=range(count), device=device)), count)
+    return Contestant(backend(accelerated, lambda: forward_only("kaiming", seeds=range(count), device=device)), count)
 
 
 def plane(count: int, depth: int, width: int, batch: int, fresh: bool = False) -> Contestant:

@@ -1,6 +1,5 @@
 """The command line as a user meets it."""
 
-import gc
 import json
 import os
 import signal
@@ -16,7 +15,7 @@ import torch
 
 import initlab
 from initlab.errors import UsageError
-from initlab.job import prepare, stages
+from initlab.job import stages
 from initlab.job.settings import CONF
 from initlab.nn.init import RULES
 from initlab.scratch.layers import LOSSES
@@ -50,22 +49,6 @@ def test_one_run_leaves_a_whole_folder_and_a_table(lab: Lab) -> None:
     frame = initlab.read("outputs/**")
     assert set(frame["stage"]) == {"stack", "train"} and set(frame["train_width"]) == {50} and set(frame["lr"]) == {0.1}
     assert json.loads((folder / "run.json").read_text())["status"] == "done"
-
-
-def test_garbage_is_collected_in_jobs_and_afterwards(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only while torch is imported it is not: that makes no garbage and many objects."""
-    enabled = []
-    own = prepare.prepare
-
-    def watched(*given: object) -> prepare.Job:
-        enabled.append(gc.isenabled())
-        return own(*given)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(prepare, "prepare", watched)
-    assert lab("-m", "depth=2,3", "task=stack", "plots=false", "seeds=1")[0] == 0
-    assert enabled == [True, True]
-    assert lab("depht=2")[0] == 2 and gc.isenabled()
-    gc.unfreeze()
 
 
 def test_a_sweep_ends_in_one_table(lab: Lab) -> None:

@@ -22,6 +22,9 @@ LOSS_COLUMNS = ("implementation", "seed", "step")
 TEXT_COLUMNS = ("stage", "implementation", "tensor", "direction", "name", "part")  # each repeats a few texts
 
 
+LayerTensor = tuple[int, str, str]  # the TENSOR_COLUMNS of one tensor
+
+
 class TensorKey(NamedTuple):
     """A tensor of a network, at whatever step; the texts are explained in the README's glossary."""
 

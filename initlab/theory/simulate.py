@@ -14,11 +14,10 @@ from torch import Tensor
 
 from initlab.nn.activations import Activation
 from initlab.stats.derive import saturated_share
+from initlab.stats.keys import LayerTensor
 from initlab.stats.measure import measure
 from initlab.stats.statistics import STATISTICS
 from initlab.theory.forward_law import DenseLayer
-
-Key: TypeAlias = tuple[int, str, str]  # layer, tensor, direction
 
 ENTRIES = 2**20  # of a layer, held at once
 EDGE = 0.87962566103423978  # standard deviation of a normal variable cut off at two
@@ -79,7 +78,7 @@ def simulate(
     distribution: str = "normal",
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
-) -> dict[Key, Tensor]:
+) -> dict[LayerTensor, Tensor]:
     """Draw networks and take the statistics of every tensor: (S, E) float64 in the order of STATISTICS.
 
     row: the activation. batch, q0, c0: number, second moment and mean cosine of the inputs. distribution: of the
@@ -87,7 +86,7 @@ def simulate(
     """
     widest = max(max(layer.fan_in, layer.fan_out) for layer in layers)
     step = max(1, min(networks, ENTRIES // (widest * max(batch, widest))))
-    found: dict[Key, list[Tensor]] = {}
+    found: dict[LayerTensor, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, networks, step):
         chain = _Chain(min(step, networks - start), generator, distribution, dtype)
@@ -102,7 +101,7 @@ def _pass(
     batch: int,
     q0: float,
     c0: float,
-    found: dict[Key, list[Tensor]],
+    found: dict[LayerTensor, list[Tensor]],
 ) -> None:
     def note(layer: int, tensor: str, direction: str, values: Tensor) -> Tensor:
         block = measure(values)

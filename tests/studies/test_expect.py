@@ -48,7 +48,7 @@ def test_an_expectation_holds_or_fails(changes: dict[str, Any], holds: bool) -> 
     assert judge(expectation(**changes), TABLES).holds == holds
 
 
-def test_a_number_that_its_definition_gives_exactly_is_not_bent() -> None:
+def test_reductions_are_numpys() -> None:
     """Sums over networks, weighted, against numpy on the rows themselves."""
     rng = np.random.default_rng(0)
     values, owner = rng.normal(size=(2, 999)), np.arange(999) % 37
