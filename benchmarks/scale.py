@@ -6,7 +6,6 @@ what follows from the numbers for a million runs. Times are CPU seconds of one p
 """
 
 import argparse
-import functools
 import os
 import shutil
 import sys
@@ -142,7 +141,6 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--within", help="where to write; the default is the system's folder for temporary files")
     given = parser.parse_args(words)
     torch.set_num_threads(1)
-    records._git_revision = functools.cache(records._git_revision)  # one process asks for all; jobs ask for themselves
     place = {"flat": flat, "grouped": grouped}[given.layout]
     tables = frames(given.depth, given.width, given.seeds)
     with tempfile.TemporaryDirectory(dir=given.within) as name:

@@ -36,7 +36,13 @@ default:
 def main() -> int:
     """Exit code: 0 done, 1 a fault in a job, 2 the user's mistake, 3 a difference, 4 an expectation failed, 130/143."""
     if commands.is_command(sys.argv[1:]):
-        return _command(sys.argv[1:])
+        try:
+            return commands.run(sys.argv[1:])
+        except UsageError as error:
+            _tell(str(error))
+            return 2
+        except KeyboardInterrupt:
+            return 130
     if "--version" in sys.argv[1:]:
         print(f"initlab {initlab.__version__}")
         return 0
@@ -48,16 +54,6 @@ def main() -> int:
         return _run()
     finally:
         gc.enable()
-
-
-def _command(words: Sequence[str]) -> int:
-    try:
-        return commands.run(words)
-    except UsageError as error:
-        _tell(str(error))
-        return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 def _run() -> int:

@@ -2,9 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from initlab.errors import UsageError, choose, nearest
 
@@ -13,11 +13,12 @@ EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"  # in a checko
 
 
 class Command(NamedTuple):
-    """What it is for, its options, and what it does with them: the exit code."""
+    """What it is for, what it does with its options (the exit code), and these: name -> how argparse reads it."""
 
     about: str
-    options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    options: Mapping[str, Mapping[str, Any]]
+    end: str = ""  # of its page of help
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,9 +37,10 @@ def run(words: Sequence[str]) -> int:
     if name not in COMMANDS:
         names = ", ".join(sorted(COMMANDS))
         raise UsageError(f"{name}: is neither key=value nor a command ({names}){nearest(name, COMMANDS)}")
-    command = choose(COMMANDS, name, "command")
-    parser = _Parser(f"initlab {name}", description=command.about)
-    command.options(parser)
+    command = COMMANDS[name]
+    parser = _Parser(f"initlab {name}", description=command.about, epilog=command.end)
+    for option, how in command.options.items():
+        parser.add_argument(option, **how)
     try:
         return command.run(parser.parse_args(words[1:]))
     except BrokenPipeError:  # the reader of a pipe has seen enough
@@ -46,13 +48,7 @@ def run(words: Sequence[str]) -> int:
         return 0
 
 
-def _collect_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="run folders, sweep folders or globs: 'outputs/**'")
-    parser.add_argument("--to", type=Path, metavar="FILE", help="write the table to FILE: .parquet, .csv or .feather")
-    parser.add_argument("--table", default="stats", metavar="NAME", help="which table; default: stats")
-
-
-def _collect(given: argparse.Namespace) -> int:
+def run_collect(given: argparse.Namespace) -> int:
     from initlab.runs import collect
     from initlab.runs.read import notes
     from initlab.runs.schema import STATS, TABLES
@@ -81,13 +77,7 @@ def _print_notes(lines: Sequence[str]) -> None:
         print(f"initlab: {line}", file=sys.stderr)
 
 
-def _compare_options(parser: argparse.ArgumentParser) -> None:
-    for name in ("A", "B"):
-        parser.add_argument(name, help="a run folder, the folder of a sweep, or a glob of them in quotes")
-    parser.epilog = "Exit code 0: equal within 4 seed-to-seed spreads, 3: not, 2: a mistake."
-
-
-def _compare(given: argparse.Namespace) -> int:
+def run_compare(given: argparse.Namespace) -> int:
     from initlab.runs.compare import compare
 
     found = compare([given.A], [given.B])
@@ -96,12 +86,7 @@ def _compare(given: argparse.Namespace) -> int:
     return 0 if found.equal else DIFFERENT
 
 
-def _gallery_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("outputs", nargs="*", metavar="PATH", help="where the studies were run")
-    parser.add_argument("--experiments", type=Path, metavar="FOLDER", help="the folder of the studies")
-
-
-def _gallery(given: argparse.Namespace) -> int:
+def run_gallery(given: argparse.Namespace) -> int:
     from initlab.studies.gallery import write
 
     for path in given.outputs or ():
@@ -111,8 +96,29 @@ def _gallery(given: argparse.Namespace) -> int:
     return 0
 
 
+SIDE = {"help": "a run folder, the folder of a sweep, or a glob of them in quotes"}
 COMMANDS: dict[str, Command] = {
-    "collect": Command("Many run folders as one table, or a short account of them.", _collect_options, _collect),
-    "compare": Command("What differs between two runs or sweeps, beyond what seeds do.", _compare_options, _compare),
-    "gallery": Command("Every study with its newest figure and answer, in their README.", _gallery_options, _gallery),
+    "collect": Command(
+        "Many run folders as one table, or a short account of them.",
+        run_collect,
+        {
+            "paths": {"nargs": "+", "metavar": "PATH", "help": "run folders, sweep folders or globs: 'outputs/**'"},
+            "--to": {"type": Path, "metavar": "FILE", "help": "write the table to FILE: .parquet, .csv or .feather"},
+            "--table": {"default": "stats", "metavar": "NAME", "help": "which table; default: stats"},
+        },
+    ),
+    "compare": Command(
+        "What differs between two runs or sweeps, beyond what seeds do.",
+        run_compare,
+        {"A": SIDE, "B": SIDE},
+        "Exit code 0: equal within 4 seed-to-seed spreads, 3: not, 2: a mistake.",
+    ),
+    "gallery": Command(
+        "Every study with its newest figure and answer, in their README.",
+        run_gallery,
+        {
+            "outputs": {"nargs": "*", "metavar": "PATH", "help": "where the studies were run"},
+            "--experiments": {"type": Path, "metavar": "FOLDER", "help": "the folder of the studies"},
+        },
+    ),
 }

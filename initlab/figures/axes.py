@@ -43,12 +43,11 @@ def plot_bands(
     ax: Axes,
     band: pd.DataFrame,
     x: str,
-    names: dict[str, str] | None = None,
     marker: str = "",
     colours: Colours | None = None,
 ) -> None:
     """A line of medians and a band from 16 to 84 % for every label, told apart by colour and by dashes."""
-    band = band.assign(label=band["label"].astype(str).map(lambda name: (names or {}).get(name, name)))
+    band = band.assign(label=band["label"].astype(str))
     colours = colours or assign_colours(list(band["label"].unique()))
     order = list(colours)
     sns.lineplot(

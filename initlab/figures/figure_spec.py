@@ -86,9 +86,7 @@ def select_rows(one: FigureSpec, tables: Mapping[str, pd.DataFrame]) -> pd.DataF
     y = numbers(rows, one.y)
     if bare(one.y) in OF_FINITE and {"n_nan", "n_inf"} <= set(rows):
         y = np.where(rows["n_nan"] + rows["n_inf"] > 0, np.nan, y)
-    found = pd.DataFrame({"x": _values(rows, one.x), "y": y, "network": networks(rows)})
-    label = _label(rows, one.by) if one.by else labels(rows)
-    found = found.assign(panel=_label(rows, one.col) if one.col else "", label=label)
+    found = _place(one, rows, {"y": y, "network": networks(rows)})
     if found.duplicated(["panel", "label", "x", "network"]).any():
         keys = [n for n in TABLES[STATS].keys if n in rows and n not in one.columns()]
         free = [n for n in keys if rows[n].nunique() > 1]
@@ -97,10 +95,13 @@ def select_rows(one: FigureSpec, tables: Mapping[str, pd.DataFrame]) -> pd.DataF
     return found
 
 
-def _values(rows: pd.DataFrame, name: str) -> np.ndarray:
-    if not name.startswith(LN) and not pd.api.types.is_numeric_dtype(rows[name].dtype):
-        return np.asarray(rows[name].astype(str))
-    return numbers(rows, name)
+def _place(one: FigureSpec, rows: pd.DataFrame, values: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """The values with the panel, the label and the x of their rows."""
+    column = rows[bare(one.x)]
+    is_text = not one.x.startswith(LN) and not pd.api.types.is_numeric_dtype(column.dtype)
+    label = _label(rows, one.by) if one.by else labels(rows)
+    x = np.asarray(column.astype(str)) if is_text else numbers(rows, one.x)
+    return pd.DataFrame({"x": x, **values}).assign(panel=_label(rows, one.col) if one.col else "", label=label)
 
 
 def _label(rows: pd.DataFrame, name: str) -> pd.Categorical:
@@ -126,32 +127,21 @@ def bands(rows: pd.DataFrame) -> pd.DataFrame:
 
 def first_dead(rows: pd.DataFrame, one: FigureSpec) -> pd.DataFrame:
     """Per panel, label and network the first x at which y is not finite, and on a log axis is 0; nan for none."""
-    first = "max" if one.backwards else "min"
-    keys = ["panel", "label", "network"]
-    everyone = rows[keys].drop_duplicates().set_index(keys).index
     gone = ~np.isfinite(rows["y"])
-    zero = (rows["y"] == 0) if one.y_scale == "log" else gone & False
-    ends = {
-        name: rows[bad].groupby(keys, observed=True)["x"].agg(first)
-        for name, bad in (("nonfinite", gone), ("zero", zero))
-    }
-    return pd.DataFrame(ends).reindex(everyone).astype(float).reset_index()
+    zero = (rows["y"] == 0) & (one.y_scale == "log")
+    first = "max" if one.backwards else "min"
+    return summary.first_dead(rows, ["panel", "label", "network"], "x", first, gone, zero)
 
 
 def find_predictions(one: FigureSpec, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """What theory says of the same rows: `panel`, `label`, `x`, `predicted`, `low`, `high` of one network."""
-    columns = ["panel", "label", "x", "predicted", "low", "high"]
-    if THEORY not in tables:
-        return pd.DataFrame(columns=columns)
-    theory = tables[THEORY]
+    lines = {"predicted": "predicted", "low": "band_low", "high": "band_high"}
+    theory = tables.get(THEORY, pd.DataFrame(columns=["statistic"]))
     where = {name: wanted for name, wanted in one.where.items() if name in theory}
     try:
         rows = select(theory, {**where, "statistic": bare(one.y)})
     except NothingFound:
-        return pd.DataFrame(columns=columns)
+        return pd.DataFrame(columns=["panel", "label", "x", *lines])
     log = LN if one.y.startswith(LN) else ""
-    lines = {"predicted": "predicted", "low": "band_low", "high": "band_high"}
-    found = pd.DataFrame({name: numbers(rows, log + column) for name, column in lines.items()})
-    label = _label(rows, one.by) if one.by else labels(rows)
-    found = found.assign(x=_values(rows, one.x), panel=_label(rows, one.col) if one.col else "", label=label)
+    found = _place(one, rows, {name: numbers(rows, log + column) for name, column in lines.items()})
     return found.groupby(["panel", "label", "x"], observed=True, sort=False)[list(lines)].median().reset_index()

@@ -49,12 +49,10 @@ def _plot_gains(ax: Axes, frame: pd.DataFrame, value: str, order: list[str]) -> 
     colours = sns.color_palette("colorblind", len(KINDS))
     for k, (kind, marker) in enumerate(KINDS.items()):
         mine = frame[frame["kind"] == kind]
-        rows = [order.index(name) + KIND_GAP * (k - 1.5) for name in mine["activation"]]
-        for y, x, stability in zip(rows, mine[value], mine["stability"], strict=True):
-            filled = stability in STABLE
+        for name, x, stability in mine[["activation", value, "stability"]].itertuples(index=False):
             ax.plot(
-                [x], [y], marker, markersize=7, markeredgecolor=colours[k],
-                markerfacecolor=colours[k] if filled else "white", markeredgewidth=1.5,
+                [x], [order.index(name) + KIND_GAP * (k - 1.5)], marker, markersize=7, markeredgecolor=colours[k],
+                markerfacecolor=colours[k] if stability in STABLE else "white", markeredgewidth=1.5,
             )  # fmt: skip
         ax.plot([], [], marker, color=colours[k], label=kind)
     for y in range(1, len(order)):

@@ -52,6 +52,16 @@ class _Box:
     def height(self) -> float:
         return len(self.lines) * LINE + 2 * PAD if self.lines else 0.0
 
+    def draw(self, ax: Axes) -> None:
+        if not self.lines:
+            return
+        shape: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.06", "linewidth": 1.5, "zorder": 2}
+        corner = (self.x - self.width / 2, self.top)
+        ax.add_patch(FancyBboxPatch(corner, self.width, self.height, facecolor="white", edgecolor=self.colour, **shape))
+        for number, (text, how) in enumerate(self.lines):
+            y = self.top + PAD + (number + 0.5) * LINE
+            ax.text(self.x, y, text, ha="center", va="center", fontsize=SIZE, zorder=3, **how)  # type: ignore[arg-type]
+
 
 @lru_cache(maxsize=4096)
 def _width(text: str, bold: bool) -> float:
@@ -87,7 +97,7 @@ def draw_graph(nodes: pd.DataFrame, edges: pd.DataFrame, limit: int = 150) -> Fi
     for path in paths:
         _draw_arrow(ax, [boxes[key] for key in path])
     for box in boxes.values():
-        _draw_box(ax, box)
+        box.draw(ax)
     return figure
 
 
@@ -174,17 +184,6 @@ def _spread(wishes: Sequence[float], widths: Sequence[float]) -> list[float]:
         pools.append((mean, size))
     settled = [mean for mean, size in pools for _ in range(size)]
     return [mean + offset for mean, offset in zip(settled, offsets, strict=True)]
-
-
-def _draw_box(ax: Axes, box: _Box) -> None:
-    if not box.lines:
-        return
-    shape: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.06", "linewidth": 1.5, "zorder": 2}
-    corner = (box.x - box.width / 2, box.top)
-    ax.add_patch(FancyBboxPatch(corner, box.width, box.height, facecolor="white", edgecolor=box.colour, **shape))
-    for number, (text, how) in enumerate(box.lines):
-        y = box.top + PAD + (number + 0.5) * LINE
-        ax.text(box.x, y, text, ha="center", va="center", fontsize=SIZE, zorder=3, **how)  # type: ignore[arg-type]
 
 
 def _draw_arrow(ax: Axes, path: Sequence[_Box]) -> None:

@@ -21,9 +21,8 @@ def shares(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return steps, np.arange(0), np.zeros((0, len(steps)))
     low, high = int(filled["first"].min()), int((filled["first"] + length[length > 0]).max())
     counts = np.zeros((high - low, len(steps)))
-    for step, first, positive, negative in zip(
-        filled["step"], filled["first"], filled["positive"], filled["negative"], strict=True
-    ):
+    columns = filled[["step", "first", "positive", "negative"]]
+    for step, first, positive, negative in columns.itertuples(index=False):
         counts[first - low : first - low + len(positive), position[step]] += np.add(positive, negative)
     total = counts.sum(0)
     return steps, np.arange(low, high), np.divide(counts, total, out=np.zeros_like(counts), where=total > 0)

@@ -2,12 +2,11 @@
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from initlab.figures.axes import log_scale, marker_if_sparse, new_figure
+from initlab.figures.axes import assign_colours, log_scale, marker_if_sparse, new_figure
 from initlab.runs import summary
 
 RESOLVED = 45  # octaves below the largest singular value; what lies deeper is the rounding of float64
@@ -24,8 +23,7 @@ def draw_jacobian(moments: pd.DataFrame, spectra: pd.DataFrame) -> Figure:
     figure, (left, right) = new_figure(_title(spectra, labels), 1, 2)
     curves = _last_layers(spectra) if several else spectra.assign(label=spectra["layer"].astype(str))
     names = labels if several else list(dict.fromkeys(curves["label"]))
-    own = sns.color_palette("colorblind", len(names)) if several else sns.color_palette("viridis", len(names))
-    colours = dict(zip(names, own, strict=True))
+    colours = assign_colours(names, "colorblind" if several else "viridis")
     for name in names:
         _plot_spectrum(left, curves[curves["label"].astype(str) == name], colours[name], name)
     log_scale(left, np.concatenate([line.get_ydata() for line in left.lines]) if left.lines else np.array([]))
@@ -57,10 +55,8 @@ def _plot_spectrum(ax: Axes, rows: pd.DataFrame, colour: object, name: str) -> N
     if not resolved.any():
         return
     with np.errstate(over="ignore"):
-        low, median, high = np.exp2(summary.rank_quantiles(logs[resolved].to_numpy()))
-    x = logs.index.to_numpy()[resolved] / len(logs)
-    ax.plot(x, median, color=colour, label=name, marker=marker_if_sparse(pd.Series(x)) or None)
-    ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+        band = np.exp2(summary.rank_quantiles(logs[resolved].to_numpy()))
+    _plot_band(ax, logs.index[resolved] / len(logs), band, colour, name)
 
 
 def _plot_variance(ax: Axes, rows: pd.DataFrame, colour: object, label: str) -> None:
@@ -73,12 +69,14 @@ def _plot_variance(ax: Axes, rows: pd.DataFrame, colour: object, label: str) -> 
         own = rows.assign(value=rows["var_s2"] / rows["mean_s2"] ** 2)
         expected = theory["predicted_var_s2"] / (theory["predicted_mean_s4"] - theory["predicted_var_s2"])
     measured = own.pivot(index="layer", columns="seed", values="value")
-    low, median, high = summary.rank_quantiles(measured.to_numpy())
-    ax.plot(
-        measured.index, median, color=colour, label=label, marker=marker_if_sparse(pd.Series(measured.index)) or None
-    )
-    ax.fill_between(measured.index, low, high, color=colour, alpha=0.2, linewidth=0)
+    _plot_band(ax, measured.index, summary.rank_quantiles(measured.to_numpy()), colour, label)
     ax.plot(theory["layer"], expected, color=colour, linestyle="--")
+
+
+def _plot_band(ax: Axes, x: pd.Index, band: np.ndarray, colour: object, label: str) -> None:
+    low, median, high = band
+    ax.plot(x, median, color=colour, label=label, marker=marker_if_sparse(x.to_series()) or None)
+    ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
 def _title(spectra: pd.DataFrame, labels: list[str]) -> str:
@@ -87,9 +85,8 @@ def _title(spectra: pd.DataFrame, labels: list[str]) -> str:
     for label in labels:
         rows = last[last["label"].astype(str) == label]
         middle = (rows["rank"].max() + 1) // 2
-        logs = [
-            summary.rank_quantiles(rows[rows["rank"] == k]["log2_singular_value"].to_numpy())[1] for k in (1, middle)
-        ]
+        of_rank = rows.groupby("rank")["log2_singular_value"]
+        logs = [summary.rank_quantiles(of_rank.get_group(k).to_numpy())[1] for k in (1, middle)]
         low = logs[0] - RESOLVED
         with np.errstate(over="ignore"):
             largest, bound = np.exp2([logs[0], max(logs[1], low)])

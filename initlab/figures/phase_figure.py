@@ -109,13 +109,8 @@ def _plot_critical(ax: Axes, mean: pd.DataFrame, plane: str, line: pd.DataFrame)
     """
     chi_1 = mean["limit_chi_1"].unstack("gain")
     x, y, values = chi_1.columns.to_numpy(), chi_1.index.to_numpy(), np.log(chi_1.clip(lower=1e-300).to_numpy())
-    across, up = cell_edges(x), cell_edges(y)
-    if (
-        plane == "sigma"
-        and len(line) > 1
-        and line["sigma_b"].min() <= max(y[0], 1e-3)
-        and line["sigma_b"].max() >= y[-1]
-    ):
+    low, high = line["sigma_b"].agg(["min", "max"])
+    if plane == "sigma" and len(line) > 1 and low <= max(y[0], 1e-3) and high >= y[-1]:
         _plot_white(ax, line["sigma_w"], line["sigma_b"], "-")
     elif min(values.shape) > 1 and values.min() < 0 < values.max():
         for style in (UNDER, LINE):
@@ -123,8 +118,8 @@ def _plot_critical(ax: Axes, mean: pd.DataFrame, plane: str, line: pd.DataFrame)
     if plane == "depth":
         depth = TRAINABLE * mean["predicted_xi_c"].groupby("gain").first()
         _plot_white(ax, depth.index, depth, "--")
-    ax.set_xlim(across[0], across[-1])
-    ax.set_ylim(up[0], up[-1])
+    ax.set_xlim(*cell_edges(x)[[0, -1]])
+    ax.set_ylim(*cell_edges(y)[[0, -1]])
 
 
 def _plot_white(ax: Axes, x: Any, y: Any, linestyle: str) -> None:

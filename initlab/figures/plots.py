@@ -35,23 +35,9 @@ from initlab.figures.graph_figure import draw_graph
 from initlab.figures.histogram_figure import draw_octaves
 from initlab.figures.jacobian_figure import draw_jacobian
 from initlab.figures.phase_figure import draw_phase
-from initlab.runs import summary, theory_rows
+from initlab.runs import schema, summary, theory_rows
 from initlab.runs.labels import add_labels
-from initlab.runs.schema import (
-    EDGES,
-    FORMATS,
-    GAINS,
-    HISTOGRAMS,
-    JACOBIAN,
-    LOSSES,
-    NODES,
-    PHASE,
-    SINGULAR_VALUES,
-    STATS,
-    TABLES,
-    THEORY,
-    TIMINGS,
-)
+from initlab.runs.schema import LOSSES, STATS, TABLES, THEORY, TIMINGS
 
 Tables = Mapping[str, pd.DataFrame]
 
@@ -113,26 +99,17 @@ def training_activations(tables: Tables) -> Figure | None:
     if not len(rows):
         return None
     label, layers = str(rows["label"].iloc[0]), sorted(rows["layer"].unique())
-    by_layer = rows.assign(label=rows["layer"])
+    many, by_layer = len(layers) > MANY_LAYERS, rows.assign(label=rows["layer"])
+    colours = dict(zip(layers, sns.color_palette("viridis", len(layers)), strict=True))
     figure, axes = new_figure("", 1, 2)
-    ends = []
     for ax, statistic in zip(axes, ("mean", "std"), strict=True):
         band = summary.band(by_layer, ["step"], statistic)
-        colours = dict(zip(layers, sns.color_palette("viridis", len(layers)), strict=True))
         sns.lineplot(
-            data=band,
-            x="step",
-            y="median",
-            hue="label",
-            palette=colours,
-            errorbar=None,
-            ax=ax,
-            legend=len(layers) <= MANY_LAYERS,
-            marker=marker_if_sparse(band["step"]) or None,
-        )
-        for layer, line in band.groupby("label"):
-            if len(layers) <= MANY_LAYERS:
-                ax.fill_between(line["step"], line["low"], line["high"], color=colours[layer], alpha=0.2, linewidth=0)
+            data=band, x="step", y="median", hue="label", palette=colours, errorbar=None, ax=ax,
+            legend=not many, marker=marker_if_sparse(band["step"]) or None,
+        )  # fmt: skip
+        for layer, line in band.groupby("label") if not many else ():
+            ax.fill_between(line["step"], line["low"], line["high"], color=colours[layer], alpha=0.2, linewidth=0)
         ax.set_ylabel(f"{statistic} of the preactivations")
         ax.set_xlabel("training step")
         known = theory_rows.start(tables.get(THEORY, pd.DataFrame(columns=theory_rows.NEEDED)), statistic)
@@ -140,12 +117,11 @@ def training_activations(tables: Tables) -> Figure | None:
         if ax is axes[0] and (legend := ax.get_legend()):
             legend.remove()  # one is enough, where there is room for it
         elif ax.get_legend_handles_labels()[1]:
-            ax.legend(title="layer" if len(layers) <= MANY_LAYERS else None, loc="best")
-        ends.append(band)
-    if len(layers) > MANY_LAYERS:
-        log_scale(axes[1], ends[1]["median"])
+            ax.legend(title=None if many else "layer", loc="best")
+    if many:
+        log_scale(axes[1], band["median"])
         figure.colorbar(ScalarMappable(Normalize(1, len(layers)), "viridis"), ax=axes, label="layer")
-    figure.suptitle("\n".join(textwrap.wrap(_training_title(label, ends[1], layers), 130)), fontsize=12)
+    figure.suptitle("\n".join(textwrap.wrap(_training_title(label, band, layers), 130)), fontsize=12)
     return figure
 
 
@@ -211,7 +187,7 @@ def loss(tables: Tables) -> Figure | None:
         f"{': the two trainings have parted' if worst > 0.01 else ''}"
     )
     figure, (top, bottom) = new_figure(title, 2, 1, sharex=True, height_ratios=[2, 1])
-    plot_bands(top, band, "step", BY_HAND)
+    plot_bands(top, band.replace({"label": BY_HAND}), "step")
     top.set_ylabel("loss")
     if (band["low"].dropna() > 0).all():
         log_scale(top, band["median"], least=3)
@@ -287,20 +263,20 @@ def _from_tables(make: Callable[..., Figure | None], *names: str) -> Callable[[T
     return lambda tables: make(*(tables[name] for name in names)) if set(names) <= set(tables) else None
 
 
-draw_spectra = _from_tables(draw_jacobian, JACOBIAN, SINGULAR_VALUES)
+draw_spectra = _from_tables(draw_jacobian, schema.JACOBIAN, schema.SINGULAR_VALUES)
 FIGURES: dict[str, Callable[[Tables], Figure | None]] = {
     "activation_std": activation_std,
     "gradient_std": gradient_std,
     "training_activations": training_activations,
-    "training_histograms": _from_tables(draw_octaves, HISTOGRAMS),
+    "training_histograms": _from_tables(draw_octaves, schema.HISTOGRAMS),
     "gradient_norm": gradient_norm,
     "loss": loss,
     "timings": timings,
-    "graph": _from_tables(draw_graph, NODES, EDGES),
-    "gains": _from_tables(draw_gains, GAINS),
-    "formats": _from_tables(draw_formats, FORMATS),
+    "graph": _from_tables(draw_graph, schema.NODES, schema.EDGES),
+    "gains": _from_tables(draw_gains, schema.GAINS),
+    "formats": _from_tables(draw_formats, schema.FORMATS),
     "jacobian": draw_spectra,
-    "phase": _from_tables(draw_phase, PHASE),
+    "phase": _from_tables(draw_phase, schema.PHASE),
 }
 COMPARING: dict[str, Callable[[Tables], Figure | None]] = {
     "activation_std": activation_std,

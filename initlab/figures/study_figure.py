@@ -44,8 +44,8 @@ def draw_study(one: FigureSpec, tables: Mapping[str, pd.DataFrame], title: str, 
     colours = assign_colours(labels, "viridis" if ordered else "colorblind")
     across = min(IN_A_ROW, len(panels))
     figure, axes = new_figure("", -(-len(panels) // across), across, sharex=True, sharey=True)
-    wrapped = textwrap.wrap(title, 52 * across + 34)
-    figure.suptitle("\n".join([*wrapped, *([subtitle] if subtitle else [])]), fontsize=12)
+    lines = [*textwrap.wrap(title, 52 * across + 34), subtitle]
+    figure.suptitle("\n".join(filter(None, lines)), fontsize=12)
     several = rows.groupby(["panel", "label", "x"], observed=True).size().max() > 1
     spread = " (median and 16-84 % of networks)" if several else ""
     for position, (ax, panel) in enumerate(zip(axes, panels, strict=False)):
@@ -67,13 +67,21 @@ def _draw_panel(
 ) -> None:
     """One panel: lines over numbers, points over text."""
     mine = rows[rows["panel"].astype(str) == panel]
-    band = figure_spec.bands(mine)
-    if not _is_number(tables[one.table], one.x):
+    band, over_numbers = figure_spec.bands(mine), _is_number(tables[one.table], one.x)
+    if over_numbers:
+        plot_bands(ax, band, "x", colours=colours)
+    else:
         _plot_points(ax, band, colours)
-        _set_scales(ax, one, rows)
+    if one.y_scale == "log":
+        log_scale(ax, rows["y"])
+    if one.x_scale == "log" and pd.api.types.is_numeric_dtype(rows["x"].dtype) and (rows["x"] > 0).all():
+        ax.set_xscale("log")
+        measured = np.unique(rows["x"])
+        if len(measured) <= TICKS:
+            ax.set_xticks(measured, [f"{x:.4g}" for x in measured])
+            ax.minorticks_off()
+    if not over_numbers:
         return
-    plot_bands(ax, band, "x", colours=colours)
-    _set_scales(ax, one, rows)
     if one.theory:
         lines = figure_spec.find_predictions(one, tables)
         lines = lines[lines["panel"].astype(str) == panel]
@@ -91,18 +99,6 @@ def _draw_panel(
 
 def _is_number(table: pd.DataFrame, name: str) -> bool:
     return bool(pd.api.types.is_numeric_dtype(table[bare(name)].dtype))
-
-
-def _set_scales(ax: Axes, one: FigureSpec, rows: pd.DataFrame) -> None:
-    """A log axis where it is asked for and there is something that it can show."""
-    if one.y_scale == "log":
-        log_scale(ax, rows["y"])
-    if one.x_scale == "log" and pd.api.types.is_numeric_dtype(rows["x"].dtype) and (rows["x"] > 0).all():
-        ax.set_xscale("log")
-        measured = np.unique(rows["x"])
-        if len(measured) <= TICKS:
-            ax.set_xticks(measured, [f"{x:.4g}" for x in measured])
-            ax.minorticks_off()
 
 
 def _plot_points(ax: Axes, band: pd.DataFrame, colours: Colours) -> None:

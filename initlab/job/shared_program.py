@@ -149,7 +149,8 @@ def add_theory(taps: Sequence[Tap], method: str) -> None:
         try:
             every = [rows if single else rows.assign(member=n) for n, (*_, rows) in enumerate(members)]
             table = predict(pd.concat(every, ignore_index=True), rule, method)
-            parts = [table] if single else _by_member(table, len(members))
+            of_member = {} if single else dict(_by_code(table.drop(columns="member"), table["member"].to_numpy()))
+            parts = [table] if single else [of_member.get(n, table[:0]) for n in range(len(members))]
         except Exception as error:
             parts = [error] * len(members)
         for (k, point, _), part in zip(members, parts, strict=True):
@@ -157,12 +158,6 @@ def add_theory(taps: Sequence[Tap], method: str) -> None:
     for tap, predictions in zip(taps, found, strict=True):
         if predictions:
             _add_theory(tap, predictions)
-
-
-def _by_member(table: pd.DataFrame, members: int) -> list[pd.DataFrame]:
-    whole = table.drop(columns="member")
-    found = dict(_by_code(whole, table["member"].to_numpy()))
-    return [found.get(n, whole[:0]) for n in range(members)]
 
 
 def _add_theory(tap: Tap, parts: Sequence[Prediction]) -> None:

@@ -44,28 +44,24 @@ class JobSettings:
     seeds: Sequence[int]
     statistics: Mapping[str, Function]
 
-    def keywords(self, *left_out: str) -> dict[str, Any]:
-        """The parameters that the tasks of a stack share, but for some."""
+    def keywords(self, *names: str) -> dict[str, Any]:
+        """Parameters that the tasks share, by their names."""
         net, where = self.net, self.where
         every = {
             "init": self.rule, "activation": self.activation, "depth": net.depth, "width": net.width,
             "inputs": net.inputs, "batch": net.batch, "seeds": self.seeds, "dtype": where.dtype, "device": where.device,
             "generator": where.generator, "progress": True,
         }  # fmt: skip
-        return {name: value for name, value in every.items() if name not in left_out}
+        return {name: every[name] for name in names or every}
 
 
-def _record(sink: TableSink, frames: Frames, text: str) -> str:
-    sink.add(frames)
-    return text
-
-
-def _measure_later(measure: Callable[[], Any], as_text: Callable[[Any], str]) -> Stage:
+def _stage(measure: Callable[[], Frames], as_text: Callable[[Frames], str]) -> Stage:
     """A stage that measures when it is called: `measure` makes the tables, `as_text` what is printed of them."""
 
     def run(sink: TableSink) -> str:
         frames = measure()
-        return _record(sink, frames, as_text(frames))
+        sink.add(frames)
+        return as_text(frames)
 
     return run
 
@@ -75,7 +71,7 @@ def stack_stage(task: Any, s: JobSettings) -> Stage:
     config, net = s.config, s.net
     ensemble = grid_of(config, s.rule, s.activation, s.seeds)
     planned = plan(net, len(ensemble), s.where, config.backward)
-    asked = s.keywords("init", "seeds", "dtype", "device", "generator", "progress")
+    asked = s.keywords("activation", "depth", "width", "inputs", "batch")
 
     def predict(stats: pd.DataFrame, rule: Rule, method: str) -> pd.DataFrame:
         return compare_stack(stats, init=rule, method=method, **asked)
@@ -94,7 +90,7 @@ def seeded_stage(task: Any, s: JobSettings) -> Stage:
     """The stack of course material, on the CPU."""
     if s.where.device.type != "cpu":
         raise UsageError(f"device={s.config.device}: task=seeded is about the CPU's numbers; use device=cpu")
-    asked = {name: value for name, value in s.keywords().items() if name in ("activation", "depth", "width", "batch")}
+    asked = s.keywords("activation", "depth", "width", "batch")
     plain = grid_of(s.config, s.rule, s.activation, s.seeds)
 
     def predict(stats: pd.DataFrame, rule: Rule, method: str) -> pd.DataFrame:
@@ -144,18 +140,19 @@ def entering_moments(name: str, root: str, download: bool, url: str, batch: int)
     return measure_input(load_data(name, root, download, url).x.numpy(), batch)
 
 
-def _ladder(
-    measure: Callable[..., pd.DataFrame], agreement: Callable[..., str], s: JobSettings, sink: TableSink
-) -> str:
-    where = {"dtype": s.where.dtype, "device": s.where.device, "progress": True}
-    frame = measure(seed=s.config.seed, **where)
-    sink.add({"timings": frame})
-    return f"{summary.timings_as_text(frame)}\n{agreement(frame, s.where.dtype)}"
+def _ladder(task: Any, measure: Callable[..., pd.DataFrame], s: JobSettings) -> Stage:
+    where = s.keywords("dtype", "device", "progress")
+    return _stage(
+        lambda: {"timings": measure(seed=s.config.seed, **where)},
+        lambda frames: "\n".join(
+            [summary.timings_as_text(frames["timings"]), task.agreement(frames["timings"], s.where.dtype)]
+        ),
+    )
 
 
 def matmul_stage(task: Any, s: JobSettings) -> Stage:
     """The ladder of matrix products."""
-    return partial(_ladder, task.matmul_ladder, task.agreement, s)
+    return _ladder(task, task.matmul_ladder, s)
 
 
 def backward_stage(task: Any, s: JobSettings) -> Stage:
@@ -163,43 +160,44 @@ def backward_stage(task: Any, s: JobSettings) -> Stage:
     t = s.training
     batches = sorted({t.batch, TEACHER_ROWS})
     measure = partial(task.backward_ladder, batches, t.depth, t.width, activation=s.config.activation.name)
-    return partial(_ladder, measure, task.agreement, s)
+    return _ladder(task, measure, s)
 
 
 def explain_stage(task: Any, s: JobSettings) -> Stage:
     """One backward pass, followed when the stage is made."""
     t = s.training
-    where = {"dtype": s.where.dtype, "device": s.where.device}
-    name = s.config.activation.name
+    name, where = s.config.activation.name, s.keywords("dtype", "device")
     found = task.explain(t.depth, t.width, t.batch, name, t.loss, s.rule, seed=s.config.seed, **where)
-    return partial(_record, frames={"steps": found.steps, "rules": found.rules}, text=found.text)
+    return _stage(lambda: {"steps": found.steps, "rules": found.rules}, lambda _: str(found))
 
 
 def graph_stage(task: Any, s: JobSettings) -> Stage:
     """Walks the graph at once: a model that cannot be built or run is a mistake of the user."""
     t, given = s.training, s.config.graph
     shape = {"depth": t.depth, "width": t.width, "batch": t.batch, "loss": None if given.model else t.loss}
-    where = {"dtype": s.where.dtype, "device": s.where.device}
     network = {"init": s.rule, "activation": s.config.activation.name, "seed": s.config.seed}
-    frames = task.graph(instantiate(given.model), shapes=given.shapes, **network, **shape, **where)
+    frames = task.graph(
+        instantiate(given.model), shapes=given.shapes, **network, **shape, **s.keywords("dtype", "device")
+    )
     notes = [f"note: {note}" for note in frames.pop("notes")["note"]]
     text = "\n".join([frames_as_text(frames["nodes"], frames["edges"]), *notes])
-    return partial(_record, frames=frames, text=text)
+    return _stage(lambda: frames, lambda _: text)
 
 
 def gains_stage(task: Any, s: JobSettings) -> Stage:
     """Of all activations, whatever the options say."""
-    return _measure_later(lambda: {"gains": task.gains()}, lambda frames: task.gains_as_text(frames["gains"]))
+    return _stage(lambda: {"gains": task.gains()}, lambda frames: task.gains_as_text(frames["gains"]))
 
 
 def jacobian_stage(task: Any, s: JobSettings) -> Stage:
     """The singular values of the stack's Jacobians."""
-    return _measure_later(lambda: task.jacobian(**s.keywords()), task.jacobian_as_text)
+    return _stage(lambda: task.jacobian(**s.keywords()), task.jacobian_as_text)
 
 
 def formats_stage(task: Any, s: JobSettings) -> Stage:
     """The stack in every number format, whatever `dtype` says."""
-    return _measure_later(lambda: task.formats(**s.keywords("dtype")), task.formats_as_text)
+    asked = {name: value for name, value in s.keywords().items() if name != "dtype"}
+    return _stage(lambda: task.formats(**asked), task.formats_as_text)
 
 
 def phase_stage(task: Any, s: JobSettings) -> Stage:
@@ -208,7 +206,8 @@ def phase_stage(task: Any, s: JobSettings) -> Stage:
     sigma_w, sigma_b = (task.Axis(axis.min, axis.max, axis.points) for axis in (p.sw, p.sb))
     asked = {"batch": p.batch, "correlation": p.correlation, "weights": p.weights, "distribution": s.rule.distribution}
     scales = (sigma_w, sigma_b if p.plane == "sigma" else p.sigma_b)
-    frames = task.phase(p.plane, *scales, **asked, **s.keywords("init", "inputs", "batch"))
+    where = s.keywords("activation", "depth", "width", "seeds", "dtype", "device", "generator", "progress")
+    frames = task.phase(p.plane, *scales, **asked, **where)
 
     def run(sink: TableSink) -> str:
         kept = []

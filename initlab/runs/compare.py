@@ -78,23 +78,19 @@ def compare(a: Sequence[str], b: Sequence[str]) -> Comparison:
     swept = (key for run in runs for key in run.settings if key not in ("seed", "seeds"))
     settings = list(dict.fromkeys([*(name for run in runs for name in run.columns), *swept]))
     tables = {}
-    for name in (name for name, table in TABLES.items() if table.keys):
-        frame_a, frame_b = (_read_rows(side, name) for side in sides)
-        if frame_a is not None and frame_b is not None:
-            tables[name] = compare_table(name, frame_a, frame_b, settings)
-        elif frame_a is not None or frame_b is not None:
-            tables[name] = TableDifference([f"only in {'B' if frame_a is None else 'A'}"], 0.0, False, True)
+    compared = [name for name, table in TABLES.items() if table.keys]
+    for name in compared:
+        frames = [read_runs(side, name)[1] for side in sides]
+        there = {side: frame for side, frame in zip("AB", frames, strict=True) if frame is not None and len(frame)}
+        if len(there) == 2:
+            tables[name] = compare_table(name, there["A"], there["B"], settings)
+        elif there:
+            tables[name] = TableDifference([f"only in {next(iter(there))}"], 0.0, False, True)
     if not tables:
-        compared = ", ".join(name for name, table in TABLES.items() if table.keys)
-        raise UsageError(f"{', '.join([*a, *b])}: no run has a table that can be compared ({compared})")
+        raise UsageError(f"{', '.join([*a, *b])}: no run has a table that can be compared ({', '.join(compared)})")
     configurations = [pd.DataFrame([_configuration(run) for run in side]) for side in sides]
     lines = dict.fromkeys(line for side in sides for line in notes(side, STATS))
     return Comparison(_differences(*configurations), tables, list(lines))
-
-
-def _read_rows(runs: Sequence[Run], table: str) -> pd.DataFrame | None:
-    frame = read_runs(runs, table)[1]
-    return None if frame is None or frame.empty else frame
 
 
 def _configuration(run: Run) -> dict[str, Any]:
@@ -187,27 +183,15 @@ def _first_line(found: Joined, a: Side, b: Side) -> str:
     pairs, means = int(found.paired.sum()), int((~found.paired).sum())
     parts = [f"{pairs:,} rows of the same networks"] * (pairs > 0) + [f"{means:,} means over other seeds"] * (means > 0)
     text = " and ".join(parts) or "no row in common"
-    single = sum(len(np.setdiff1d(x.seed, y.seed)) for x, y in ((a, b), (b, a)))
-    if single and pairs:
+    if pairs and (single := len(np.setxor1d(a.seed, b.seed))):
         text += f"; {single} seeds on one side alone"
     z = found.z
     if not z.size:
         return text
     if not z.any():
         return f"{text}: all the same"
-    numbers = int((z > 0).any(axis=1).sum())
-    beyond = int((z > BEYOND).any(axis=1).sum())
+    numbers, beyond = ((z > least).any(axis=1).sum() for least in (0, BEYOND))
     return f"{text}, {numbers:,} of them differ, {beyond:,} beyond {BEYOND:g} spreads"
-
-
-def _format_distance(found: Joined, row: int, k: int) -> str:
-    """The distance of two numbers in words; where seeds make no difference, as their relative difference."""
-    a, b, z = found.a[row, k], found.b[row, k], found.z[row, k]
-    if np.isinf(z):
-        return "nan or inf against a number"
-    if found.rounding[row, k]:
-        return f"{abs(a - b) / max(abs(a), abs(b)):.2g} relative"
-    return f"{z:.3g} spreads"
 
 
 def _new_values(rows: pd.DataFrame, opposite: pd.DataFrame, keys: Sequence[str]) -> str:
@@ -233,18 +217,23 @@ def _farthest(found: Joined, rows: pd.DataFrame, statistics: Sequence[str], keys
         where = rows.iloc[found.at[row]]
         names = [*keys, *(["seed"] if found.paired[row] else [])]
         values = [str(where[n]) if isinstance(where[n], str) else f"{n} {_text(where[n])}" for n in names]
-        pair = f"{found.a[row, k]:.6g} | {found.b[row, k]:.6g}"
-        return f"{statistics[k]}: {pair}, {_format_distance(found, row, k)}, {', '.join(values)}"
+        a, b, z = found.a[row, k], found.b[row, k], found.z[row, k]
+        distance = f"{z:.3g} spreads"
+        if np.isinf(z):
+            distance = "nan or inf against a number"
+        elif found.rounding[row, k]:  # seeds make no difference
+            distance = f"{abs(a - b) / max(abs(a), abs(b)):.2g} relative"
+        return f"{statistics[k]}: {a:.6g} | {b:.6g}, {distance}, {', '.join(values)}"
 
     lines = [line(top[k], k) for k in order[:SHOWN]]
     if len(order) > SHOWN:
         lines.append(f"... and {len(order) - SHOWN} more statistics")
     beyond = np.flatnonzero((found.z > BEYOND).any(axis=1))
     if "layer" in keys and len(beyond):
-        order_of = rows.iloc[found.at[beyond]][[n for n in ("stage", "step", "layer", "direction") if n in rows]]
-        order_of = order_of.astype(object)
-        order_of["direction"] = order_of.get("direction", pd.Series("forward", order_of.index)) != "forward"
-        first = beyond[np.lexsort([order_of[n].factorize(sort=True)[0] for n in reversed(list(order_of))])[0]]
+        places = rows.iloc[found.at[beyond]].set_index(beyond)
+        names = [name for name in ("stage", "step", "layer", "direction") if name in rows]
+        forward_first = places[names].astype(object).replace({"direction": {"forward": ""}})
+        first = forward_first.sort_values(names).index[0]
         layer = rows["layer"].iloc[found.at[first]]
         lines.append(f"first layer beyond {BEYOND:g}: {layer}, {line(first, int(found.z[first].argmax()))}")
     return lines

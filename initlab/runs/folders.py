@@ -30,9 +30,17 @@ def find_folders(paths: Paths) -> list[Folder]:
     folders: dict[str, Folder] = {}
     seen: set[str] = set()
     for path in [paths] if isinstance(paths, str | Path) else list(paths):
-        for match in _matches(str(path)):
-            for folder in _walk(match, seen):
-                folders[folder.path] = folder
+        for top in _matches(str(path)):
+            for here, inner, files in os.walk(top):
+                if here in seen:
+                    inner.clear()
+                    continue
+                seen.add(here)
+                parts = sorted(part.name for part in Path(here, "parts").glob("*.parquet")) if "parts" in inner else []
+                inner[:] = [name for name in inner if name not in ("parts", ".hydra")]
+                if parts or any(name == "run.json" or name.endswith(".parquet") for name in files):
+                    name = here.removeprefix("./")
+                    folders[name] = Folder(name, frozenset(files), tuple(parts))
     return [folders[path] for path in sorted(folders, key=lambda path: path.replace(os.sep, chr(0)))]
 
 
@@ -46,30 +54,6 @@ def _matches(path: str) -> Iterator[str]:
     else:
         for match in glob.iglob(path, recursive=True):
             yield match if os.path.isdir(match) else os.path.dirname(match) or "."  # noqa: PTH112, PTH120
-
-
-def _walk(top: str, seen: set[str]) -> Iterator[Folder]:
-    """Every run folder at or below `top`; what Hydra keeps, and folders that were seen before, are passed over."""
-    left = [top]
-    while left:
-        path = left.pop()
-        if path in seen:
-            continue
-        seen.add(path)
-        files, parts = [], []
-        try:
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    if not entry.is_dir(follow_symlinks=False):
-                        files.append(entry.name)
-                    elif entry.name == "parts":
-                        parts = sorted(path.name for path in Path(entry.path).glob("*.parquet"))
-                    elif entry.name != ".hydra":
-                        left.append(entry.path)
-        except OSError:  # taken away meanwhile, or not ours to read
-            continue
-        if parts or any(name == "run.json" or name.endswith(".parquet") for name in files):
-            yield Folder(path.removeprefix("./"), frozenset(files), tuple(parts))
 
 
 def read_run_json(folder: Path | str) -> dict[str, Any]:
@@ -86,8 +70,7 @@ def read_run_json(folder: Path | str) -> dict[str, Any]:
 def read_settings(folder: Path | str, run_json: Mapping[str, Any]) -> dict[str, Any]:
     """What was set on the command line for a run: {"train.modules": "vmap", ...}, numbers and truth values as such."""
     given = run_json.get("overrides")
-    if given is None:
-        given = read_overrides(Path(folder))
+    given = read_overrides(Path(folder)) if given is None else given
     pairs = (text.lstrip("+").partition("=") for text in given if "=" in text and not text.startswith("~"))
     return {key: _parse(value) for key, _, value in pairs}
 

@@ -104,16 +104,11 @@ def read_files(paths: Sequence[str]) -> Files:
             except (OSError, pl.exceptions.PolarsError) as error:
                 unreadable[path] = (str(error) or type(error).__name__).splitlines()[0]
         rows = {path: frame.height for path, frame in frames.items()}
-        table = _concat(list(frames.values())) if frames else pl.DataFrame()
+        kinds = [pair for frame in frames.values() for pair in frame.schema.items()]
+        text = {name for name, kind in kinds if kind in (pl.Categorical, pl.String)}  # in one file at least
+        alike = [one.cast({name: pl.String for name in one.columns if name in text}) for one in frames.values()]
+        table = pl.concat(alike, how="diagonal_relaxed") if alike else pl.DataFrame()
     return Files(pd.DataFrame({s.name: _as_column(s) for s in table.iter_columns()}, copy=False), rows, unreadable)
-
-
-def _concat(frames: Sequence[Any]) -> Any:
-    """Polars frames below one another; a column of numbers here and text there becomes text."""
-    import polars as pl
-
-    text = {name for frame in frames for name, kind in frame.schema.items() if kind in (pl.Categorical, pl.String)}
-    return pl.concat([f.cast({n: pl.String for n in f.columns if n in text}) for f in frames], how="diagonal_relaxed")
 
 
 def _as_column(series: Any) -> Any:

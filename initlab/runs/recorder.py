@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -186,33 +187,24 @@ class Recorder:
         write_text(self.folder / "run.json", json.dumps(self.about, indent=2) + "\n")
 
 
-@cache
-def _versions() -> dict[str, str]:
+def machine() -> dict[str, Any]:
+    """What a run is made with: versions and revision of the code, platform, and the command."""
+    return {**_code(), "platform": platform.platform(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+
+
+@cache  # of what was loaded, whatever is committed while it runs
+def _code() -> dict[str, Any]:
+    """Versions of the packages; revision of initlab's checkout, `+` where files differ, None outside a checkout."""
     packages = ("torch", "hydra-core", "numpy", "pandas", "pyarrow", "seaborn")
     versions = {"initlab": initlab.__version__, "python": platform.python_version()}
-    return versions | {name: version(name) for name in packages}
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "versions": _versions(),
-        "git_revision": _git_revision(),
-        "platform": platform.platform(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-    }
-
-
-@cache  # of the code that was loaded, whatever is committed while it runs
-def _git_revision() -> str | None:
-    """Revision of initlab's own checkout, with `+` where files differ from it; None outside a checkout."""
+    found: dict[str, Any] = {"versions": versions | {name: version(name) for name in packages}, "git_revision": None}
     root = Path(initlab.__file__).resolve().parents[1]
     if not (root / ".git").exists():
-        return None
-    try:
+        return found
+    with suppress(OSError, subprocess.SubprocessError):
         answer = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
             capture_output=True, text=True, timeout=5, check=True,
         )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip()
+        found["git_revision"] = answer.stdout.strip()
+    return found

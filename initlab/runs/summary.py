@@ -32,11 +32,20 @@ def first_dead_layer(stats: pd.DataFrame, direction: str = "forward") -> pd.Data
     """
     rows = stack_signal(stats, direction)
     first = "min" if direction == "forward" else "max"
-    keys = ["label", "seed"]
+    nonfinite, zero = rows["n_nan"] + rows["n_inf"] > 0, rows["frac_zero"] == 1
+    return first_dead(rows, ["label", "seed"], "layer", first, nonfinite, zero)
+
+
+def first_dead(
+    rows: pd.DataFrame, keys: list[str], along: str, first: str, nonfinite: pd.Series, zero: pd.Series
+) -> pd.DataFrame:
+    """Per combination of the keys the `first` (min or max) value of `along` in rows that are nonfinite, or zero."""
+    ends = {
+        name: rows[met].groupby(keys, observed=True)[along].agg(first)
+        for name, met in (("nonfinite", nonfinite), ("zero", zero))
+    }
     everyone = rows[keys].drop_duplicates().set_index(keys).index
-    bad = rows[rows["n_nan"] + rows["n_inf"] > 0].groupby(keys, observed=True)["layer"].agg(first)
-    zero = rows[rows["frac_zero"] == 1].groupby(keys, observed=True)["layer"].agg(first)
-    return pd.DataFrame({"nonfinite": bad, "zero": zero}).reindex(everyone).astype(float).reset_index()
+    return pd.DataFrame(ends).reindex(everyone).astype(float).reset_index()
 
 
 def signal_status(died: pd.DataFrame, first: str = "min", along: str = "layer") -> str:
@@ -81,11 +90,10 @@ def end_of_signal(stats: pd.DataFrame, direction: str = "forward") -> dict[str, 
     found = {}
     for label, rows in signal.groupby("label", observed=True):
         end = band(rows[rows["layer"] == rows["layer"].agg(last)], ["layer"], "std").iloc[0]
-        said = signal_status(died[died["label"] == label], travel)
-        spread = (
-            f"std {_number(end['median'])} at layer {end['layer']} ({_number(end['low'])} to {_number(end['high'])})"
-        )
-        found[str(label)] = spread if said == "alive" else said
+        found[str(label)] = signal_status(died[died["label"] == label], travel)
+        if found[str(label)] == "alive":
+            spread = f"({_number(end['low'])} to {_number(end['high'])})"
+            found[str(label)] = f"std {_number(end['median'])} at layer {end['layer']} {spread}"
     return found
 
 
@@ -153,18 +161,13 @@ def as_text(table: pd.DataFrame) -> str:
     """The summary as fixed-width text; what a run has not measured is left blank, nan is a result."""
     if "run" in table:
         table = table.assign(run=format_folders(table["run"].astype(str).tolist()))
-    shown = pd.DataFrame({name: [_text(name, row) for _, row in table.iterrows()] for name in _shown_columns(table)})
-    return str(shown.to_string(index=False))
-
-
-def _shown_columns(table: pd.DataFrame) -> list[str]:
-    """Without the columns that only serve others, and without `diverged` where no network did."""
-    names = [name for name in table if name not in ("std16", "std84", "not comparable", "limit")]
+    names = [name for name in table if name not in ("std16", "std84", "not comparable", "limit")]  # these serve others
     if "std16" in table:
         names.insert(names.index("std") + 1, "16-84 % of networks")
     if "diverged" in names and not table["diverged"].dropna().str.match("[1-9]").any():
-        names.remove("diverged")
-    return names
+        names.remove("diverged")  # no network did
+    shown = pd.DataFrame({name: [_text(name, row) for _, row in table.iterrows()] for name in names})
+    return str(shown.to_string(index=False))
 
 
 _OF_THE_STACK = ("mean", "std", "16-84 % of networks", "signal")

@@ -89,18 +89,8 @@ class Answer:
     band: str = ""  # what it was compared with, where the sentence cannot know it
 
     def __str__(self) -> str:
-        numbers = ", ".join(_format_measured(one) for one in self.measured)
+        numbers = ", ".join(map(str, self.measured))
         return f"{'holds' if self.holds else 'FAILS'}: {self.say} (measured {numbers}{self.band})"
-
-
-def _format_measured(one: Measured) -> str:
-    """The number in three digits, or in as many as its error leaves meaningful, and one more; the error in one."""
-    number, error = one.number, one.error
-    if math.isfinite(number) and math.isfinite(error) and error > 0:
-        number = round(number, 1 - math.floor(math.log10(error)))
-    text = "never" if number == math.inf else f"{float(f'{number:.3g}'):g}"  # 10, not 1e+01
-    spread = f" +- {float(f'{error:.1g}'):g}" if math.isfinite(error) else ""
-    return f"{one.of}{': ' if one.of else ''}{text}{spread}"
 
 
 def parse_expectation(given: Any, tables: Mapping[str, Collection[str] | None] | None = None) -> Expectation:
@@ -216,10 +206,17 @@ def judge(expectation: Expectation | Mapping[str, Any], tables: Mapping[str, pd.
         if one.band:
             return _judge_band(one, table)
         rows = select(table, one.where)
-        if one.how == "order":
-            return _judge_order(one, rows)
-        found = _reduce(one, rows)
-        return Answer(one.say, COMPARISONS[one.how](found.number, one.value, one.tolerance), (found,))
+        if one.how != "order":
+            found = _reduce(one, rows)
+            return Answer(one.say, COMPARISONS[one.how](found.number, one.value, one.tolerance), (found,))
+        each = []  # the values of the column, in the order in which their numbers should ascend
+        for value in one.value:
+            mine = rows[meets(rows[one.by], value)]
+            if not len(mine):
+                raise NothingFound(f"selects no rows with {one.by}={format_condition(value)}")
+            each.append(_reduce(one, mine, str(value)))
+        holds = all(a.number < b.number for a, b in pairwise(each))
+        return Answer(one.say, holds, tuple(sorted(each, key=lambda m: (math.isnan(m.number), m.number))))
     except UsageError as error:
         raise _name_sentence(one.say, error) from error
 
@@ -241,18 +238,6 @@ def _reduce(one: Expectation, rows: pd.DataFrame, of: str = "") -> Measured:
     with np.errstate(all="ignore"):
         found = reductions.slopes(values, over, owner)
     return reduce_rows("mean", found, np.arange(len(found)), of)
-
-
-def _judge_order(one: Expectation, rows: pd.DataFrame) -> Answer:
-    """The values of a column, each with its number: do they ascend as they are written?"""
-    found = []
-    for value in one.value:
-        mine = rows[meets(rows[one.by], value)]
-        if not len(mine):
-            raise NothingFound(f"selects no rows with {one.by}={format_condition(value)}")
-        found.append(_reduce(one, mine, str(value)))
-    holds = all(a.number < b.number for a, b in pairwise(found))
-    return Answer(one.say, holds, tuple(sorted(found, key=lambda m: (math.isnan(m.number), m.number))))
 
 
 def _judge_band(one: Expectation, theory: pd.DataFrame) -> Answer:

@@ -26,13 +26,18 @@ class Measured(NamedTuple):
     error: float
     of: str = ""
 
+    def __str__(self) -> str:
+        """The number in three digits, or in as many as its error leaves meaningful, and one more; the error in one."""
+        number, error = self.number, self.error
+        if math.isfinite(number) and math.isfinite(error) and error > 0:
+            number = round(number, 1 - math.floor(math.log10(error)))
+        text = "never" if number == math.inf else f"{float(f'{number:.3g}'):g}"  # 10, not 1e+01
+        spread = f" +- {float(f'{error:.1g}'):g}" if math.isfinite(error) else ""
+        return f"{self.of}{': ' if self.of else ''}{text}{spread}"
+
 
 def _sums(values: Numbers, owner: Numbers) -> Numbers:
     return np.bincount(owner, values)
-
-
-def _mean(values: Numbers, owner: Numbers, weights: Numbers) -> Numbers:
-    return np.asarray((weights @ _sums(values, owner)) / (weights @ np.bincount(owner)))
 
 
 def _variance(values: Numbers, owner: Numbers, weights: Numbers) -> Numbers:
@@ -71,19 +76,15 @@ def _max(values: Numbers, owner: Numbers, weights: Numbers) -> Numbers:
     return np.asarray(np.where(weights > 0, largest, -np.inf).max(axis=1))
 
 
-def _min(values: Numbers, owner: Numbers, weights: Numbers) -> Numbers:
-    return -_max(-values, owner, weights)
-
-
 def _nans(values: Numbers, owner: Numbers, weights: Numbers) -> Numbers:
     return np.asarray(weights @ _sums(np.isnan(values), owner))
 
 
 REDUCTIONS: dict[str, Callable[[Numbers, Numbers, Numbers], Numbers]] = {
-    "mean": _mean,
+    "mean": lambda values, owner, weights: (weights @ _sums(values, owner)) / (weights @ np.bincount(owner)),
     "median": _median,
     "variance": _variance,
-    "min": _min,
+    "min": lambda values, owner, weights: -_max(-values, owner, weights),
     "max": _max,
     "nans": _nans,  # how many there are
 }

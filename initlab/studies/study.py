@@ -62,12 +62,20 @@ def prepare(
 
 def answer(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path) -> tuple[list[Answer], list[UsageError]]:
     """Judge every expectation and keep the answers in the folder; returns them, and what could not be judged."""
-    answers, mistakes = [], []
+
+    def as_json(value: float) -> float | str:  # which has no nan and no inf
+        return value if math.isfinite(value) else str(value)
+
+    answers, verdicts, mistakes = [], [], []
     for one in study.expect:
         try:
-            answers.append(judge(one, tables))
+            found = judge(one, tables)
         except UsageError as error:
             mistakes.append(error)
+            continue
+        answers.append(found)
+        measured = [{"of": m.of, "number": as_json(m.number), "error": as_json(m.error)} for m in found.measured]
+        verdicts.append({"say": found.say, "holds": found.holds, "measured": measured, "said": str(found)})
     record = {
         "study": study.name,
         "question": study.question,
@@ -76,7 +84,7 @@ def answer(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path) -> tu
         "overrides": list(study.overrides),
         "holds": sum(answer.holds for answer in answers),
         "of": len(study.expect),
-        "verdicts": [_as_json(answer) for answer in answers],
+        "verdicts": verdicts,
     }
     write_text(folder / ANSWERS, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     return answers, mistakes
@@ -95,16 +103,6 @@ def draw(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path, answers
     except UsageError as error:
         raise type(error)(f"study.figure: {error}") from error
     return path
-
-
-def _as_json(answer: Answer) -> dict[str, Any]:
-    """JSON has no nan and no inf: they are kept as text."""
-
-    def number(value: float) -> float | str:
-        return value if math.isfinite(value) else str(value)
-
-    measured = [{"of": one.of, "number": number(one.number), "error": number(one.error)} for one in answer.measured]
-    return {"say": answer.say, "holds": answer.holds, "measured": measured, "said": str(answer)}
 
 
 def count(answers: Sequence[Answer], of: int) -> str:

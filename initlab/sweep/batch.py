@@ -4,7 +4,7 @@ A fault in a shared program is looked for in halves, down to the job that has it
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TypeVar
 
@@ -85,37 +85,24 @@ class _RunningJob:
     """A job that is measured: records the rows of its networks until something of its own goes wrong."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.fault, self._mark = job, None, 0  # type: Job, Exception | None, int
-        job.recorder.patience = PATIENCE
+        self.job, self.recorder, self.note = job, job.recorder, job.recorder.note
+        self.fault: Exception | None = None
+        self.recorder.patience = PATIENCE
 
-    def open(self) -> None:
+    def attempt(self, do: Callable[..., object], *given: object) -> None:
+        """What fails is a fault of this job, and the first one counts."""
         try:
-            self.job.recorder.__enter__()
+            do(*given)
         except Exception as fault:
-            self.fault = fault
+            self.fault = self.fault or fault
 
     def add(self, frames: Mapping[str, pd.DataFrame]) -> None:
         if self.fault is None:
-            try:
-                self.job.recorder.add(frames)
-            except Exception as fault:
-                self.fault = fault
-
-    def note(self, text: str) -> None:
-        self.job.recorder.note(text)
-
-    def begin_run_stage(self) -> None:
-        self._mark = self.job.recorder.mark()
-
-    def rewind(self) -> None:
-        self.job.recorder.rewind(self._mark)
+            self.attempt(self.recorder.add, frames)
 
     def close(self, stop: BaseException | None) -> None:
         ended = self.fault or stop
-        try:
-            self.job.recorder.__exit__(type(ended) if ended else None, ended, None)
-        except Exception as fault:
-            self.fault = self.fault or fault
+        self.attempt(self.recorder.__exit__, type(ended) if ended else None, ended, None)
 
 
 def run_jobs(jobs: Sequence[Job]) -> list[Exception | None]:
@@ -126,7 +113,7 @@ def run_jobs(jobs: Sequence[Job]) -> list[Exception | None]:
     running = [_RunningJob(job) for job in jobs]
     try:
         for one in running:
-            one.open()
+            one.attempt(one.recorder.__enter__)
         for k in range(len(jobs[0].stages) if jobs else 0):
             _run_stage([one for one in running if one.fault is None], k)
     except BaseException as stop:
@@ -141,21 +128,20 @@ def run_jobs(jobs: Sequence[Job]) -> list[Exception | None]:
 def _run_stage(running: Sequence[_RunningJob], k: int) -> None:
     if not running:
         return
-    for one in running:
-        one.begin_run_stage()
+    marks = [one.recorder.mark() for one in running]
     stages = [one.job.stages[k] for one in running]
     shared = [stage for stage in stages if isinstance(stage, EnsembleStage)]
     try:
         if len(shared) == len(stages):
             run_together(shared, running)
         else:  # a stage that only one job can have
-            stages[0](running[0].job.recorder)
+            stages[0](running[0].recorder)
     except Exception as fault:
         if len(running) == 1:
             running[0].fault = fault
             return
-        for one in running:
-            one.rewind()
+        for one, mark in zip(running, marks, strict=True):
+            one.recorder.rewind(mark)
         middle = len(running) // 2
         _run_stage([one for one in running[:middle] if one.fault is None], k)
         _run_stage([one for one in running[middle:] if one.fault is None], k)

@@ -100,10 +100,8 @@ class Batched(Launcher):
                 self._pickled[tuple(overrides)] = pickle.dumps(composed)
 
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
-        pickled = self._pickled.get(tuple(overrides))
-        if pickled is not None:
-            composed: DictConfig = pickle.loads(pickled)
-            return composed
+        if (pickled := self._pickled.get(tuple(overrides))) is not None:
+            return pickle.loads(pickled)  # type: ignore[no-any-return]
         return self._context.config_loader.load_sweep_config(self._config, list(overrides))
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -140,7 +138,11 @@ class Batched(Launcher):
         first = pack[0]
         mistaken = isinstance(first.config, UsageError)  # which is found on the way of a batch too
         if len(pack) == 1 and (first.by_hydra or not (mistaken or first.config.task in SHARING)):  # type: ignore[union-attr]
-            return {first.number: self._run_by_hydra(first)}
+            composed = self._compose(first.overrides)
+            number_job(composed, first.number)
+            done = run_job(self._task, composed, "hydra.sweep.dir", "hydra.sweep.subdir", self._context)
+            self._log_as_hydra()
+            return {first.number: done}
         found: dict[int, JobReturn] = {}
         begun: list[tuple[ComposedJob, Job]] = []
         with ExitStack() as locks:
@@ -198,19 +200,6 @@ class Batched(Launcher):
         done.status = JobStatus.FAILED if isinstance(error, Fault) else JobStatus.COMPLETED
         done.return_value = str(error) if isinstance(error, UsageError) else error
         self._context.callbacks.on_job_end(config=self._config, job_return=done)
-        return done
-
-    def _run_by_hydra(self, one: ComposedJob) -> JobReturn:
-        composed = self._compose(one.overrides)
-        number_job(composed, one.number)
-        done = run_job(
-            hydra_context=self._context,
-            task_function=self._task,
-            config=composed,
-            job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir",
-        )
-        self._log_as_hydra()
         return done
 
 

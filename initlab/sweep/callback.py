@@ -46,7 +46,11 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
-            for override in _parse_sweep(config):
+            overrides = parse_overrides(config.hydra.overrides.task, config.hydra.sweeper.get("params"))
+        except HydraException:  # which Hydra itself will say
+            overrides = []
+        try:
+            for override in overrides:
                 listed = override.is_choice_sweep() or override.is_range_sweep()
                 if listed and next(iter(override.sweep_string_iterator()), None) is None:
                     raise UsageError(f"{override.input_line}: has no values, the sweep is empty")
@@ -83,7 +87,7 @@ class Sweep(Callback):
         if not cls._bar.disable:
             ended, over = folder / FINISHED, threading.Event()
             ended.write_bytes(b"")
-            watch = threading.Thread(target=_watch, args=(ended, cls._bar, over), daemon=True)
+            watch = threading.Thread(target=watch_others, args=(ended, cls._bar, over), daemon=True)
             cls._after.callback(ended.unlink, missing_ok=True)
             cls._after.callback(watch.join)
             cls._after.callback(over.set)
@@ -111,14 +115,7 @@ def parse_overrides(arguments: Iterable[str], params: Mapping[str, Any] | None) 
     return list(OverridesParser.create().parse_overrides(texts))
 
 
-def _parse_sweep(config: DictConfig) -> list[Override]:
-    try:
-        return parse_overrides(config.hydra.overrides.task, config.hydra.sweeper.get("params"))
-    except HydraException:  # which Hydra itself will say
-        return []
-
-
-def _watch(ended: Path, bar: Any, over: threading.Event) -> None:
+def watch_others(ended: Path, bar: Any, over: threading.Event) -> None:
     """Move the bar by the jobs that ended in other processes."""
     seen = 0
     while not over.wait(SECONDS):

@@ -61,7 +61,7 @@ def expand(arguments: Iterable[str], params: Mapping[str, Any] | None) -> list[l
 
 def find_left(folder: Path, config: DictConfig, jobs: Sequence[Job]) -> Left:
     """What of `jobs` is not done in the folder of a sweep; a UsageError if it is not the folder of this sweep."""
-    _refuse_other(folder, _read_begun(folder), config, jobs)
+    _refuse_other(folder, config, jobs)
     runs = list(find_jobs(folder))
     running = [run for run in runs if is_locked(run.folder)]
     if running:
@@ -106,27 +106,21 @@ def describe_other_code(folder: Path) -> str | None:
     )
 
 
-def _read_begun(folder: Path) -> DictConfig:
-    """The configuration that a sweep was begun with."""
+def _refuse_other(folder: Path, config: DictConfig, jobs: Sequence[Job]) -> None:
+    """The command must make every job that the sweep was begun with, from the same configuration."""
     path = folder / "multirun.yaml"
     try:
-        begun = OmegaConf.load(path)
+        begun: Any = OmegaConf.load(path)
         if not isinstance(begun, DictConfig) or "task" not in begun:
             raise UsageError(f"resume={folder}: not a sweep of initlab's")
-        _ = begun.hydra.overrides.task, begun.hydra.sweeper, begun.hydra.job.config_name
+        before = expand(begun.hydra.overrides.task, begun.hydra.sweeper.get("params"))
+        then, now = begun.hydra.job.config_name, config.hydra.job.config_name
     except UsageError:
         raise
     except Exception as error:  # any file may bear this name
         raise UsageError(f"{path}: cannot be read ({type(error).__name__})") from error
-    return begun
-
-
-def _refuse_other(folder: Path, begun: DictConfig, config: DictConfig, jobs: Sequence[Job]) -> None:
-    """The command must make every job that the sweep was begun with, from the same configuration."""
-    then, now = begun.hydra.job.config_name, config.hydra.job.config_name
     if then != now:
         raise UsageError(f"resume={folder}: a sweep of `{then}`, and this is `{now}`")
-    before = expand(begun.hydra.overrides.task, begun.hydra.sweeper.get("params"))
     keys = {_key(job) for job in jobs}
     missing = [job for job in before if _key(job) not in keys]
     if missing:
@@ -135,10 +129,13 @@ def _refuse_other(folder: Path, begun: DictConfig, config: DictConfig, jobs: Seq
             f"{_format_job(missing[0])}; resume with the command that it was begun with"
         )
     varied = {word.lstrip("+~").partition("=")[0].partition("@")[0] for job in (*before, *jobs) for word in job}
-    then, now = (_read_options(one) for one in (begun, config))
-    for name in sorted({*then, *now}):
-        if then.get(name) != now.get(name) and not any(f"{name}.".startswith(f"{key}.") for key in {*varied, *FREE}):
-            was, is_now = (values.get(name, "not there") for values in (then, now))
+    options: list[dict[str, Any]] = []  # every one by its dotted name, without Hydra's own
+    for one in (begun, config):
+        plain: Any = OmegaConf.to_container(one, resolve=False)
+        options.append(dict(leaves({key: value for key, value in plain.items() if key != "hydra"})))
+    for name in sorted({*options[0], *options[1]}):
+        was, is_now = (values.get(name, "not there") for values in options)
+        if was != is_now and not any(f"{name}.".startswith(f"{key}.") for key in {*varied, *FREE}):
             raise UsageError(f"resume={folder}: {name} was {was} there and is {is_now} now")
 
 
@@ -187,10 +184,3 @@ def _key(job: Job) -> frozenset[str]:
 
 def _format_job(job: Job) -> str:
     return " ".join(sorted(_key(job))) or "without options"
-
-
-def _read_options(config: DictConfig) -> dict[str, Any]:
-    """Every option by its dotted name, without Hydra's own."""
-    plain = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(plain, dict)
-    return dict(leaves({str(key): value for key, value in plain.items() if key != "hydra"}))

@@ -80,9 +80,8 @@ def environment(config: DictConfig, launcher: str) -> Iterator[None]:
             yield
         finally:
             for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
+                os.environ.pop(name, None)
+                if value is not None:
                     os.environ[name] = value
 
 

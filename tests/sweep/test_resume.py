@@ -330,9 +330,9 @@ def test_the_bar_counts_jobs_of_other_processes(tmp_path: Path, monkeypatch: pyt
                 with ended.open("ab") as file:
                     file.write(b".")
 
-    from initlab.sweep.callback import _watch
+    from initlab.sweep.callback import watch_others
 
-    _watch(ended, Bar(), over)
+    watch_others(ended, Bar(), over)
     assert sum(moved) == 3
 
 
