@@ -4,7 +4,7 @@ The rooms, lowest first; imports go from a room to those above it in this list, 
 
     errors      a user's mistake, in one line
     stats/      numbers about a tensor: the table of statistics, rows that merge, histograms; kernels/ makes them fast
-    nn/         networks as data: activations, initialization rules, order-free random numbers
+    nn/         a network as data and the pass through it; activations, initialization rules, order-free random numbers
     meanfield/  infinite width: length and correlation maps, fixed points, critical lines, what a gain leads to
     theory/     finite width: what is predicted for a stack, with bands, and how far a measurement is from it
     scratch/    the course: matmul, layers, the backward pass by hand, autograd's graph
@@ -27,6 +27,7 @@ At the top of the package, loaded when first used:
     predict     what theory predicts for a stack, with bands
     gain, phase, critical, limits   a rule at infinite width, and where number formats end it
     read, compare   the tables of any number of runs; what differs between two of them
+    Rule, UsageError   an initialization rule; what is raised, in one line, for a mistake of the user
 """
 
 from importlib import import_module
@@ -35,9 +36,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from initlab.errors import UsageError as UsageError
     from initlab.meanfield.fixed_points import critical as critical
     from initlab.meanfield.fixed_points import phase as phase
     from initlab.nn.custom_activation import gain as gain
+    from initlab.nn.init import Rule as Rule
     from initlab.probes.probe import probe as probe
     from initlab.probes.snapshot import measure as measure
     from initlab.runs.compare import compare as compare
@@ -60,6 +63,8 @@ _PUBLIC = {
     "limits": "initlab.theory.format_limits",
     "read": "initlab.runs.read",
     "compare": "initlab.runs.compare",
+    "Rule": "initlab.nn.init",
+    "UsageError": "initlab.errors",
 }
 
 

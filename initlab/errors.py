@@ -78,3 +78,12 @@ def check(**options: object) -> None:
             raise UsageError(f"{option}={number:g}: must be at least {LOWEST[option]:g}")
         if number > HIGHEST.get(option, math.inf):
             raise UsageError(f"{option}={number:g}: must be at most {HIGHEST[option]:g}")
+
+
+def check_scale(**options: object) -> None:
+    """Refuse a standard deviation, or another size, that is no finite number, at least 0."""
+    for name, value in options.items():
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise UsageError(f"{name}={value!r}: must be a number")
+        if not 0 <= float(value) < math.inf:
+            raise UsageError(f"{name}={float(value):g}: must be a finite number, at least 0")

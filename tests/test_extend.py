@@ -67,11 +67,11 @@ def test_a_rule_is_a_file(lab: Lab, tmp_path: Path) -> None:
 
 
 def test_an_activation_is_a_file(lab: Lab, tmp_path: Path) -> None:
-    write(tmp_path / "mine/activation/cubed.yaml", step("cubed.yaml"))
-    code, _, errors = lab("-cd", "mine", "activation=cubed", "task=stack", *SMALL)
+    write(tmp_path / "mine/activation/clipped.yaml", step("clipped.yaml"))
+    code, _, errors = lab("-cd", "mine", "activation=clipped", "task=stack", *SMALL)
     assert (code, errors) == (0, "")
     stats = read("outputs/**").query("tensor == 'activation' and direction == 'forward' and layer > 0")
-    assert set(stats["activation"]) == {"cubed"}
+    assert set(stats["activation"]) == {"clipped"}
     assert stats["max"].max() == 1 and stats["min"].min() == -1
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from initlab.errors import UsageError
+from initlab.errors import UsageError, check_scale
 from initlab.meanfield import maps
 from initlab.meanfield.correlation_points import FINE, correlation_fixed_point, map_in_octaves
 from initlab.nn.activations import Activation
@@ -79,7 +79,10 @@ def phase_plane(
     of at q = 1: where there are several fixed points, as of GELU, the two may end in different ones.
     """
     row = as_activation(activation)
-    scales = [torch.tensor(_check_scales(*given)) for given in (("sigma_w", sigma_w), ("sigma_b", sigma_b))]
+    for name, given in (("sigma_w", sigma_w), ("sigma_b", sigma_b)):
+        for one in given:
+            check_scale(**{name: one})
+    scales = [torch.tensor([float(x) for x in given], dtype=torch.float64) for given in (sigma_w, sigma_b)]
     sw = scales[0].repeat(len(scales[1]))
     sb = scales[1].repeat_interleave(len(scales[0]))
     s, b = sw * sw, sb * sb
@@ -97,14 +100,6 @@ def phase_plane(
     numbers = {"sigma_w": sw, "sigma_b": sb, "q": q, "c": c, "slope": slope, "chi_1": chi_1, "chi": chi}
     frame = pd.DataFrame({"activation": name_of(activation), **{name: x.numpy() for name, x in numbers.items()}})
     return frame.assign(xi_q=_depth_scale(slope), xi_c=_depth_scale(chi), phase=names)
-
-
-def _check_scales(name: str, given: Sequence[float]) -> np.ndarray:
-    values = np.array([float(x) for x in given])
-    for value in values:
-        if not 0 <= value < math.inf:
-            raise UsageError(f"{name}={value:g}: a standard deviation must be a finite number, at least 0")
-    return values
 
 
 def _depth_scale(slope: Tensor) -> np.ndarray:
@@ -207,9 +202,11 @@ def critical(activation: Given, sigma_b: float = 0.0) -> float:
     1.414214
     """
     row = as_activation(activation)
-    (given,) = _check_scales("sigma_b", [sigma_b])
-    wanted = float(given) ** 2
+    check_scale(sigma_b=sigma_b)
+    wanted = float(sigma_b) ** 2
     q, mean_square, slope_square = _tabulate(row)
+    if not bool((slope_square > 0).all()):
+        raise UsageError(f"activation={name_of(activation)}: its slope is 0, no sigma_w keeps gradients")
     bias = q - mean_square / slope_square
     if wanted == 0 and float(row.phi(torch.zeros(1, dtype=torch.float64))) == 0:
         return 1 / math.sqrt(float(maps.slope_moment(row, 0.0)))

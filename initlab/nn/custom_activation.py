@@ -119,6 +119,8 @@ def _evaluate(phi: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     if not bool(value.isfinite().all()):
         bad = float(z[~value.isfinite()][0])
         raise UsageError(f"activation: not finite at z={bad:g}; theory needs a finite value everywhere")
+    if not value.is_floating_point():
+        raise UsageError(f"activation: gives {str(value.dtype).removeprefix('torch.')}; it must return floats")
     return value.double()
 
 

@@ -11,7 +11,7 @@ from initlab.stats.statistics import MORE_COLUMNS, STATISTICS
 
 Function = Callable[[Tensor], Tensor]
 
-RESERVED = (*KEY_COLUMNS, *MODULE_COLUMNS, *STATISTICS, *MORE_COLUMNS, "network")
+RESERVED = (*KEY_COLUMNS, *MODULE_COLUMNS, *STATISTICS, *MORE_COLUMNS, "network", "run", "init", "gain", "lr")
 
 
 def checked_statistics(statistics: Mapping[str, Function] | None, reserved: Iterable[str] = ()) -> dict[str, Function]:
@@ -19,6 +19,8 @@ def checked_statistics(statistics: Mapping[str, Function] | None, reserved: Iter
 
     `reserved` are names of further columns of the tables, such as those of the configuration.
     """
+    if statistics is not None and not isinstance(statistics, Mapping):
+        raise UsageError(f"statistics={statistics!r}: must be a dictionary of functions by the names of their columns")
     given = dict(statistics or {})
     for name, function in given.items():
         if not isinstance(name, str) or not name.isidentifier():
@@ -33,14 +35,15 @@ def checked_statistics(statistics: Mapping[str, Function] | None, reserved: Iter
 def measure_custom(statistics: Mapping[str, Function], x: Tensor) -> Tensor:
     """The results for x (..., N, C), in float64: (functions, ...).
 
-    Entries that are nan or inf are data and reach the functions as they are. A function that raises, or gives anything
-    but one number for each of the leading dimensions, is refused in one line.
+    Entries that are nan or inf are data and reach the functions as they are. Each function gets a copy, so that nothing
+    it does changes a measurement or a training. A function that raises, or gives anything but one number for each of
+    the leading dimensions, is refused in one line.
     """
     found = []
     for name, function in statistics.items():
         try:
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                value = function(x)
+                value = function(x.clone())
         except Exception as error:  # a function of the user may raise anything
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UsageError(f"statistics.{name}: fails for a tensor {tuple(x.shape)}: {reason}") from error

@@ -15,7 +15,7 @@ import pandas as pd
 from initlab.errors import UsageError, not_one_of
 from initlab.nn.custom_activation import Given
 from initlab.nn.init import Rule
-from initlab.stats.dtypes import FORMATS, NumberFormat
+from initlab.stats.dtypes import FORMATS, NumberFormat, dtype_name
 from initlab.theory.batch_law import Array, Law
 from initlab.theory.request import parse_request
 from initlab.theory.stack_laws import finite_laws
@@ -47,6 +47,9 @@ def limits(
     >>> int(ends.set_index("event").loc["overflow", "layer"])
     38
     """
+    if isinstance(formats, str) or not isinstance(formats, Sequence) or not formats:
+        raise UsageError(f"formats={formats!r}: must be a list of number formats, such as {list(FORMATS)[:2]}")
+    formats = [one if isinstance(one, str) else dtype_name(one) for one in formats]
     for name in formats:
         if name not in FORMATS:
             raise not_one_of("format", name, FORMATS)

@@ -32,8 +32,8 @@ def choose_method(request: Request, method: str, networks: int | None) -> tuple[
     """
     if method not in METHODS:
         raise not_one_of("method", method, METHODS)
-    if networks is not None and networks < 2:
-        raise UsageError(f"networks={networks}: must be at least 2")
+    if networks is not None and (not isinstance(networks, int) or networks < 2):
+        raise UsageError(f"networks={networks!r}: must be a whole number, at least 2")
     doubtful = method != "simulation" and not is_trusted(request)
     if method == "simulation" or (method == "auto" and doubtful and _affordable_networks(request)):
         return "simulation", networks or _affordable_networks(request) or NETWORKS[0]

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from initlab.errors import check
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.custom_activation import Given, name_of, numerical
 from initlab.nn.init import Rule
@@ -69,6 +70,7 @@ def predict(
     >>> round(last["std"].item(), 2), round(last["std_limit"].item(), 2)
     (0.48, 0.83)
     """
+    check(seed=seed)
     request = parse_request(init, activation, depth, width, **options)
     named, count = choose_method(request, method, networks)
     found = _simulated_blocks(request, count, seed) if count else _closed_blocks(request, named)

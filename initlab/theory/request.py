@@ -3,17 +3,15 @@
 Every mistake of the user is found here, before anything is computed.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 
-from initlab.errors import UsageError, check
+from initlab.errors import UsageError, check, check_scale
 from initlab.meanfield.maps import moment
 from initlab.nn.activations import Activation
 from initlab.nn.custom_activation import Given, as_activation
@@ -40,14 +38,10 @@ class Request:
     data: BatchVariation = BatchVariation()  # noqa: RUF009 - a tuple
 
     def __post_init__(self) -> None:
-        for name, value in (("q0", self.q0), ("c0", self.c0)):
-            if not isinstance(value, Real):
-                raise UsageError(f"{name}={value!r}: must be a number")
-        if not 0 <= self.q0 < math.inf:
-            raise UsageError(f"q0={self.q0:g}: a second moment must be a finite number, at least 0")
+        check_scale(q0=self.q0, c0=self.c0)
         if self.q0 == 0:
             raise UsageError("q0=0: an input of zeros has nothing to say; it must be positive")
-        if not 0 <= self.c0 < 1:
+        if self.c0 >= 1:
             raise UsageError(f"c0={self.c0:g}: the mean cosine of the inputs must be at least 0 and below 1")
 
     @property
@@ -74,10 +68,7 @@ def parse_request(
         raise UsageError("residual: theory knows stacks without residual connections only")
     row, scaling = as_activation(activation), rule(init, **options)
     units = _resolve_units(depth, width, widths, inputs, batch)
-    if not isinstance(sigma_b, Real):
-        raise UsageError(f"sigma_b={sigma_b!r}: must be a number")
-    if not 0 <= sigma_b < math.inf:
-        raise UsageError(f"sigma_b={sigma_b:g}: a standard deviation must be a finite number, at least 0")
+    check_scale(sigma_b=sigma_b)
     request = Request(scaling.distribution, row, (), int(batch), **input_fields)
     return replace(request, layers=_resolve_layers(scaling, row, units, request.q0, float(sigma_b) ** 2, outputs))
 
@@ -109,7 +100,7 @@ def _resolve_layers(
     for k, (fan_in, fan_out) in enumerate(pairwise(widths)):
         scaling = last_layer(given, row, fan_in) if outputs and 0 < k == len(widths) - 2 else given
         orthogonal, uniform = scaling.distribution == "orthogonal", scaling.bias**2 / (3 * fan_in)
-        weight = scaling.gain_for(row) ** 2 / MODES[scaling.mode](fan_in, fan_out)
+        weight = float(np.square(scaling.gain_for(row))) / MODES[scaling.mode](fan_in, fan_out)
         if orthogonal:  # an isometry's rows are as long as its columns are many
             weight *= fan_in / max(fan_in, fan_out)
         fitted = None

@@ -144,3 +144,17 @@ def test_mistakes_are_one_line() -> None:
         critical("tanh", -0.1)
     with pytest.raises(UsageError, match="did you mean tanh"):
         phase("tahn", 1.0)
+
+
+@pytest.mark.parametrize("bad", ["a", None, [1, 2], 1j, True])
+def test_what_is_no_scale_is_one_line(bad: object) -> None:
+    for call in (lambda: phase("tanh", bad), lambda: phase("tanh", 1.0, bad), lambda: critical("tanh", bad)):  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="must be a number"):
+            call()
+
+
+def test_functions_without_a_slope_have_no_critical_scale() -> None:
+    with pytest.raises(UsageError, match="its slope is 0"):
+        critical(lambda z: 0 * z)
+    with pytest.raises(UsageError, match="gives bool; it must return floats"):
+        phase(lambda z: z > 0, 1.0)

@@ -193,3 +193,21 @@ def test_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(UsageError, match=line):
             statistics_of(Config(statistics={name: path}))
+
+
+def test_a_statistic_that_changes_its_argument_changes_nothing_else() -> None:
+    def spoil(x: Tensor) -> Tensor:
+        return x.zero_().mean((-2, -1))
+
+    shape = {"depth": 3, "width": 8, "batch": 4, "seeds": 2}
+    spoiled, bare = initlab.stack(**shape, statistics={"spoil": spoil}), initlab.stack(**shape)
+    pd.testing.assert_frame_equal(spoiled.drop(columns="spoil"), bare)
+    training = {"depth": 1, "width": 4, "batch": 4, "steps": 3, "seeds": 1}
+    losses = [initlab.train("digits", **training, **own)["losses"] for own in ({"statistics": {"spoil": spoil}}, {})]
+    assert np.allclose(losses[0]["loss"], losses[1]["loss"], rtol=1e-6)  # recorded by another backend: rounding
+
+
+@pytest.mark.parametrize("name", ["gain", "init", "lr", "run", "std", "layer"])
+def test_a_statistic_takes_no_column_of_the_tables(name: str) -> None:
+    with pytest.raises(initlab.UsageError, match="a column of this name"):
+        initlab.stack(depth=1, width=2, batch=2, seeds=1, statistics={name: lambda x: x.mean((-2, -1))})
