@@ -122,10 +122,9 @@ def check_words(words: Sequence[str]) -> list[str]:
     """The command line as Hydra wants it.
 
     `--depth=50` is a habit from elsewhere: say how it is written here, and put every other fault of a flag in one line
-    too. The arguments of `graph.model` and of an activation are their own, not the schema's: they may be added without
-    a `+`.
+    too. The keys of an option that holds a dictionary, such as `activation.arguments`, need no `+`.
     """
-    from initlab.job.options import option_names
+    from initlab.job.options import open_options, option_names
     from initlab.sweep.hydra_private import get_args_parser
 
     options = set(option_names())
@@ -144,7 +143,7 @@ def check_words(words: Sequence[str]) -> list[str]:
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
     parser.parse_args(list(words))
-    free = ("graph.model.", "graph.model=", "activation.arguments.", "statistics.")
+    free = tuple(f"{name}{end}" for name in open_options() for end in ".=")
     return [f"++{word}" if word.startswith(free) else word for word in words]
 
 

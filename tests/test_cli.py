@@ -484,3 +484,17 @@ def test_a_statistic_of_the_user_is_a_column(lab, tmp_path):
     assert code == 2 and "statistics.width: the tables have a column of this name" in err
     code, _, err = lab("task=gains", "statistics.top=of_mine.top")
     assert code == 2 and err.strip() == "initlab: statistics.top: is for task=lab, stack, train"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("activation.arguments={min_val:-2.0,max_val:2.0}",),
+        ("activation.arguments.min_val=-2.0", "+activation.arguments.max_val=2.0"),
+    ],
+)
+def test_keys_of_a_dictionary_need_no_plus(lab: Lab, words: tuple[str, ...]) -> None:
+    code, _, err = lab("activation._target_=torch.nn.Hardtanh", *words, *QUICK)
+    assert (code, err) == (0, "")
+    found = initlab.read("outputs").query("tensor == 'activation' and direction == 'forward' and layer > 0")
+    assert found["max"].max() == 2 and found["min"].min() == -2

@@ -79,7 +79,7 @@ def test_a_statistic_is_a_function(lab: Lab, tmp_path: Path, monkeypatch: pytest
     """Of a Gaussian input it is 3, to 5 standard errors of 2,000 entries; of what leaves a ReLU it is more."""
     write(tmp_path / "shape_statistics.py", step("shape_statistics.py"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    code, _, errors = lab("+statistics.kurtosis=shape_statistics.kurtosis", "task=stack", *SMALL)
+    code, _, errors = lab("statistics.kurtosis=shape_statistics.kurtosis", "task=stack", *SMALL)
     assert (code, errors) == (0, "")
     stats = read("outputs/**").query("tensor == 'activation' and direction == 'forward'")
     entering, leaving = (stats[stats["layer"] == layer]["kurtosis"] for layer in (0, 1))

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import hydra.utils
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -100,6 +100,15 @@ def option_names(of: Any = Config, prefix: str = "") -> Iterator[str]:
         yield prefix + f.name
         if is_dataclass(f.type):
             yield from option_names(f.type, prefix + f.name + ".")
+
+
+def open_options(of: Any = Config, prefix: str = "") -> Iterator[str]:
+    """Options that hold a dictionary: its keys are the user's, not the schema's, and may be added without a `+`."""
+    for f in fields(of):
+        if is_dataclass(f.type):
+            yield from open_options(f.type, prefix + f.name + ".")
+        elif get_origin(f.type) is dict:
+            yield prefix + f.name
 
 
 # Launcher that starts processes -> the extra that brings its plugin, whose settings are NAME_plugin.
