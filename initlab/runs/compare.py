@@ -16,6 +16,7 @@ from initlab.errors import UsageError
 from initlab.runs import distance
 from initlab.runs.collect import FEW, collect
 from initlab.runs.distance import BEYOND, Joined, Side
+from initlab.runs.folders import Paths, list_paths
 from initlab.runs.read import Run, columns_of_option, notes, read_runs
 from initlab.runs.schema import LABELS, STATS, TABLES
 from initlab.stats.dtypes import epsilon_of
@@ -61,19 +62,19 @@ class Comparison:
         return "\n".join([*lines, f"different: see what is beyond {BEYOND:g} spreads, or what only one side has"])
 
 
-def compare(a: Sequence[str], b: Sequence[str]) -> Comparison:
+def compare(a: Paths, b: Paths) -> Comparison:
     """Say what differs between two sides, in configuration and in numbers, beyond the spread of the seeds.
 
-    a, b: the sides, each any number of run folders, sweep folders or globs.
+    a, b: the sides, each a run folder, a sweep folder or a glob, or any number of them.
 
     The result reads as prose (`str`), and has `equal` (nothing beyond the seed-to-seed spread) and `identical` (to the
     last bit). Raises `UsageError` where a path holds no run, or where there is no table to compare.
 
-    >>> compare(["nowhere"], ["nowhere"])
+    >>> compare("nowhere", "nowhere")
     Traceback (most recent call last):
     initlab.errors.UsageError: nowhere: no such folder, and no glob of any
     """
-    sides = [collect(paths, STATS)[0] for paths in (a, b)]
+    sides = [collect(list_paths(paths), STATS)[0] for paths in (a, b)]
     runs = [run for side in sides for run in side]
     swept = (key for run in runs for key in run.settings if key not in ("seed", "seeds"))
     settings = list(dict.fromkeys([*(name for run in runs for name in run.columns), *swept]))
@@ -87,7 +88,8 @@ def compare(a: Sequence[str], b: Sequence[str]) -> Comparison:
         elif there:
             tables[name] = TableDifference([f"only in {next(iter(there))}"], 0.0, False, True)
     if not tables:
-        raise UsageError(f"{', '.join([*a, *b])}: no run has a table that can be compared ({', '.join(compared)})")
+        paths = ", ".join([*list_paths(a), *list_paths(b)])
+        raise UsageError(f"{paths}: no run has a table that can be compared ({', '.join(compared)})")
     configurations = [pd.DataFrame([_configuration(run) for run in side]) for side in sides]
     lines = dict.fromkeys(line for side in sides for line in notes(side, STATS))
     return Comparison(_differences(*configurations), tables, list(lines))

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from initlab.errors import UsageError
+
 Paths = str | Path | Iterable[str | Path]
 
 
@@ -25,12 +27,21 @@ class Folder(NamedTuple):
         return [os.path.join(self.path, "parts", name) for name in self.parts if name.startswith(front)]  # noqa: PTH118
 
 
+def list_paths(paths: Paths) -> list[str]:
+    """One path, or any number of them, as a list; a UsageError for what is neither, or names nothing."""
+    found = [paths] if isinstance(paths, str | Path) else list(paths) if isinstance(paths, Iterable) else [paths]
+    for path in found:
+        if not isinstance(path, str | Path) or not str(path):
+            raise UsageError(f"{path!r}: must be a folder or a glob, or a list of them")
+    return [str(path) for path in found]
+
+
 def find_folders(paths: Paths) -> list[Folder]:
     """Folders that hold a run, or what is left of one, at or below the given paths or globs; sorted, each once."""
     folders: dict[str, Folder] = {}
     seen: set[str] = set()
-    for path in [paths] if isinstance(paths, str | Path) else list(paths):
-        for top in _matches(str(path)):
+    for path in list_paths(paths):
+        for top in _matches(path):
             for here, inner, files in os.walk(top):
                 if here in seen:
                     inner.clear()

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import initlab
+from initlab.errors import UsageError
 from initlab.runs import distance
 from initlab.runs.compare import compare
 from initlab.runs.distance import Side, first_of_each, join
@@ -181,3 +183,13 @@ def test_a_network_that_is_there_twice_is_said(made: Made) -> None:
         folder = made(name, frame)
     found = compare([str(folder.parents[1] / "a")], [str(folder.parent)])
     assert found.equal and "A has some networks more than once" in str(found)
+
+
+def test_a_side_is_a_folder_or_a_list_of_them(made: Made) -> None:
+    a = made("a", stack(1, range(8), 20))
+    assert compare(str(a), a).identical and compare([a], (str(a),)).identical
+    for bad in (3, None, [3], "", [""]):
+        with pytest.raises(UsageError, match="must be a folder or a glob"):
+            compare(str(a), bad)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="must be a folder or a glob"):
+            initlab.read(bad)  # type: ignore[arg-type]
