@@ -185,6 +185,14 @@ RULES: dict[str, Rule] = {
 }
 
 
+# What functions take that take a rule's fields too: for the nearest match of a misspelt one.
+PARAMETERS = (
+    "init", "activation", "depth", "width", "widths", "inputs", "batch", "seeds", "dtype", "device", "generator",
+    "steps", "lr", "optimizer", "loss", "every", "histograms", "backward", "residual", "statistics", "sigma_b", "q0",
+    "c0", "method",
+)  # fmt: skip
+
+
 def rule(init: "str | Rule", **changes: object) -> Rule:
     """A rule by its name, or a `Rule` itself, with some of its fields replaced.
 
@@ -200,7 +208,8 @@ def rule(init: "str | Rule", **changes: object) -> Rule:
     row = choose(RULES, init, "init") if isinstance(init, str) else init
     for name in changes:
         if name not in FIELDS:
-            raise UsageError(f"{name}: no such option; a rule has {', '.join(FIELDS)}{nearest(name, FIELDS)}")
+            known = nearest(name, [*FIELDS, *PARAMETERS])
+            raise UsageError(f"{name}: no such parameter; of a rule there are {', '.join(FIELDS)}{known}")
     given = {name: value for name, value in changes.items() if value is not None}
     return replace(row, **given) if given else row  # type: ignore[arg-type]
 

@@ -401,7 +401,7 @@ def test_mistakes_are_one_line() -> None:
         ({"widths": []}, "depth=0"),
         ({"inputs": 0}, "inputs=0"),
         ({"depth": "deep"}, "depth='deep': must be a whole number"),
-        ({"dtype": "float32"}, "dtype: no such option; a rule has"),
+        ({"dtype": "float32"}, "dtype: no such parameter; of a rule there are"),
         ({"sigma_b": None}, "sigma_b=None: must be a number"),
         ({"depth": 0}, "depth=0"),
         ({"batch": 0}, "batch=0"),
