@@ -60,11 +60,12 @@ class Recording:
             parts = zip(self._recorders, self.engine.parts(xb, yb), strict=True)
             found = [recorder.step(x, y) for recorder, (x, y) in parts]
         except BaseException:
-            for bins, rows in zip(self._bins, recorded, strict=True):
+            for bins, before in zip(self._bins, recorded, strict=True):
                 if bins is not None:
-                    bins.rewind(rows)
+                    bins.rewind(before)
             raise
-        self._waiting.append((step, torch.cat([rows for _, rows in found], -1)))
+        rows = [rows for _, rows in found]
+        self._waiting.append((step, rows[0] if len(rows) == 1 else torch.cat(rows, -1)))
         return torch.cat([loss.reshape(-1) for loss, _ in found])
 
     def flush(self) -> None:
@@ -151,8 +152,10 @@ class FusedRecorder:
         self.net, self._backend, self._bins = net, backend, bins
         by_shape = {w.shape: torch.empty_like(w) for w in net.w.each}  # one gradient of a shape is needed at a time
         self._grads = [torch.empty_like(net.w[0]), *(by_shape[w.shape] for w in net.w.each[1:])]
-        self._b = [b.view(*net.lead, 1, -1) for b in net.b.each]
-        self._b_grads = [b.view(*net.lead, 1, -1) for b in net.b_grad.each]
+        # Biases of one shape and one learning rate together, (K, ..., 1, O).
+        self._b, self._b_grads = (
+            [block.view(len(block), *net.lead, 1, -1) for block in biases.whole] for biases in (net.b, net.b_grad)
+        )
         self._b_sums = [b.view(*net.lead, -1) for b in net.b_grad.each]
         self._turns: dict[int, list[Tensor]] = {}
         layers = len(net.w)
@@ -164,14 +167,15 @@ class FusedRecorder:
             self.order += [(layer, "weight", "forward"), (layer, "weight", "backward"), (layer, "update", "forward")]
             if layer > 1:
                 self.order += [(layer - 1, "activation", "backward"), (layer - 1, "preactivation", "backward")]
-        for layer in range(1, layers + 1):
-            self.order += [(layer, "bias", "forward"), (layer, "bias", "backward"), (layer, BIAS_UPDATE, "forward")]
+        for run in net.b.runs:
+            for tensor, direction in (("bias", "forward"), ("bias", "backward"), (BIAS_UPDATE, "forward")):
+                self.order += [(k + 1, tensor, direction) for k in range(run.start, run.stop)]
         shape = (len(self.order), *net.lead, len(FIELDS))
         self._rows = torch.empty(shape, dtype=torch.float64, device=net.w[0].device)
-        sizes = [2] * (layers - 1) + [1, 1] + [3, 2] * (layers - 1) + [3] + [3] * layers
-        self._outs = [
-            out.squeeze(0) if len(out) == 1 else out for out in torch.split(self._rows, sizes)
-        ]  # of each call
+        sizes = [2] * (layers - 1) + [1, 1] + [3, 2] * (layers - 1) + [3]
+        outs = torch.split(self._rows, [*sizes, *(3 * len(b) for b in self._b)])
+        self._outs = [out.squeeze(0) if len(out) == 1 else out for out in outs[: len(sizes)]]  # of each call
+        self._outs += [out.view(3, -1, *out.shape[1:]) for out in outs[len(sizes) :]]
 
     def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         net, backend, bins, outs = self.net, self._backend, self._bins, iter(self._outs)
@@ -193,7 +197,7 @@ class FusedRecorder:
             if k:
                 g = below[k - 1]
                 backend.mask_rows_(g, s.a[k - 1], self._b_sums[k - 1], bins, next(outs))
-        for b, grad, rate in zip(self._b, self._b_grads, net.b.rates, strict=True):
+        for b, grad, rate in zip(self._b, self._b_grads, net.b_rates, strict=True):
             backend.update_rows_(b, grad, rate, bins, next(outs))
         return value, self._rows.reshape(len(self.order), net.count, -1).clone().movedim(-1, 0)
 

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from initlab.errors import UsageError
 from initlab.nn.activations import Activation
 from initlab.probes.probe_buffer import ProbeBuffer
-from initlab.probes.probed_modules import RELU, LayerAxis, ProbedModule, as_batch, find_tensors, measurable
+from initlab.probes.probed_modules import RELU, LayerAxis, ProbedModule, Site, as_batch, find_tensors, measurable
 from initlab.stats.derive import saturated_share
 from initlab.stats.keys import TensorKey
 
@@ -126,39 +126,41 @@ class Hooks:
         m.ran = True
         m.calls += 1
         if m.parameters:
-            self._layer = self._layer._replace(number=self.number(m))
+            self._layer = LayerAxis(self.number(m), self._layer.axis, self._layer.ndim)
         plain = type(output) is Tensor and measurable(output)
         for part, x in (("", output),) if plain else find_tensors(output):
-            if m.parameters:
-                self._layer = LayerAxis(self._layer.number, m.axis(x.ndim), x.ndim)
+            site = self._find_site(m, part, x.ndim)
+            self._layer = site.layer
             if not m.chosen:
                 continue
-            axis = self._layer.axis if x.ndim == self._layer.ndim else x.ndim - 1
-            key, gradient_key = self._keys(m, part)
-            row = self._buffer.put(key, as_batch(x, axis))
+            row = self._buffer.put(site.code, as_batch(x, site.axis))
             if m.parameters:
-                self._last = _Preactivation(x, _version(x), axis, row)
+                self._last = _Preactivation(x, _version(x), site.axis, row)
             elif m.activation is RELU and self._last is not None and self._last.is_input(args, x is self._last.x):
                 self._buffer.set_rectified(self._last.row, row)
                 self._last = None  # its memory is free as early as without a probe
             if x.requires_grad:
-                self.on_gradient(x, partial(self._measure_gradient, gradient_key, axis))
+                self.on_gradient(x, partial(self._measure_gradient, site))
 
-    def _measure_gradient(self, key: TensorKey, axis: int, grad: Tensor) -> None:
-        self._buffer.put(key, as_batch(grad, axis))
+    def _measure_gradient(self, site: Site, grad: Tensor) -> None:
+        self._buffer.put(site.gradient_code, as_batch(grad, site.axis))
 
     def _measure_saturation(self, activation: Activation, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook: the preactivation that an activation is about to see, perhaps to overwrite."""
         last = self._last
         if not is_compiling() and last is not None and last.is_input(args):
-            slope = activation.slope(as_batch(last.x, last.axis))
+            slope = activation.slope(as_batch(last.x.detach(), last.axis))
             self._buffer.set_saturated(last.row, saturated_share(slope, activation.largest_slope))
 
-    def _keys(self, m: ProbedModule, part: str) -> tuple[TensorKey, TensorKey]:
-        """The keys of an output of this call and of its gradient."""
-        place = (self._layer.number, m.calls, part)
-        if place not in m.keys:
+    def _find_site(self, m: ProbedModule, part: str, ndim: int) -> Site:
+        """The site of an output of this call, made when it is first seen."""
+        seen = (self._layer, m.calls, part, ndim)
+        if seen not in m.sites:
+            number = self._layer.number
+            layer = LayerAxis(number, m.axis(ndim), ndim) if m.parameters else self._layer
+            axis = layer.axis if ndim == layer.ndim else ndim - 1
             tensor = "preactivation" if m.parameters else "activation"
-            key = TensorKey(self._stage, "module", self._layer.number, tensor, "forward", m.name, part, m.calls - 1)
-            m.keys[place] = key, key._replace(direction="backward")
-        return m.keys[place]
+            key = TensorKey(self._stage, "module", number, tensor, "forward", m.name, part, m.calls - 1)
+            codes = (self._buffer.code(key), self._buffer.code(key._replace(direction="backward")))
+            m.sites[seen] = Site(layer, axis, *codes)
+        return m.sites[seen]

@@ -24,7 +24,7 @@ class Parameters:
     """
 
     def __init__(self, hooks: Hooks, buffer: ProbeBuffer, stage: str, updates: bool) -> None:
-        self._hooks, self._buffer, self._kept = hooks, buffer, dict[int, Tensor]()
+        self._hooks, self._buffer, self._before = hooks, buffer, list[Tensor]()  # weights before an update
         found: dict[int, tuple[TensorKey, nn.Parameter]] = {}
         for m in hooks.modules:
             number = hooks.number(m) if m.parameters else 0
@@ -36,40 +36,44 @@ class Parameters:
         # Weights before biases, and those of one shape together: neighbours of one shape are measured together.
         kinds = list(dict.fromkeys(_kind(pair) for pair in found.values()))
         pairs = sorted(found.values(), key=lambda pair: (pair[0].tensor == "bias", kinds.index(_kind(pair))))
-        self._keys, self._all = [key for key, _ in pairs], [p for _, p in pairs]
-        self._weights = [k for k, key in enumerate(self._keys) if updates and key.tensor == "weight"]
+        keys, self._all = [key for key, _ in pairs], [p for _, p in pairs]
+        self._codes = [buffer.code(key) for key in keys]
+        self._gradient_codes = [buffer.code(key._replace(direction="backward")) for key in keys]
+        self._weights = [p for key, p in pairs if updates and key.tensor == "weight"]
+        self._update_codes = [buffer.code(key._replace(tensor="update")) for key in keys if key.tensor == "weight"]
 
     @torch.no_grad()
     def measure_values(self) -> None:
         """Rows of the values as they are; the weights are kept for `measure_updates`."""
-        self._buffer.put_each(self._keys, self._all)
-        for k in self._weights:
-            if k not in self._kept:
-                with torch.inference_mode(False):
-                    self._kept[k] = torch.empty_like(self._all[k], requires_grad=False)
-            self._kept[k].copy_(self._all[k])
+        self._buffer.put_each(self._codes, self._all)
+        if not self._before:
+            with torch.inference_mode(False):
+                self._before = [torch.empty_like(w, requires_grad=False) for w in self._weights]
+        for before, w in zip(self._before, self._weights, strict=True):
+            before.copy_(w)
 
     @torch.no_grad()
     def measure_updates(self) -> None:
         """Rows of W_{k+1} - W_k, for weights; W_k is what `measure_values` has seen."""
-        changes = [self._all[k].detach() - self._kept[k] for k in self._weights]
-        self._buffer.put_each([self._keys[k]._replace(tensor="update") for k in self._weights], changes)
+        for before, w in zip(self._before, self._weights, strict=True):
+            torch.sub(w, before, out=before)
+        self._buffer.put_each(self._update_codes, self._before)
 
     @torch.no_grad()
     def measure_gradients(self) -> None:
         """Rows of `.grad` as it stands; parameters without one have none."""
-        pairs = [(key, p.grad) for key, p in zip(self._keys, self._all, strict=True) if p.grad is not None]
-        keys = [key._replace(direction="backward") for key, _ in pairs]
-        self._buffer.put_each(keys, [_dense(grad) for _, grad in pairs])
+        grads = [(code, p.grad) for code, p in zip(self._gradient_codes, self._all, strict=True)]
+        found = [(code, _dense(grad)) for code, grad in grads if grad is not None]
+        self._buffer.put_each([code for code, _ in found], [grad for _, grad in found])
 
     def measure_coming_gradients(self) -> None:
         """Rows of the gradients that the coming backward pass finds, whatever `.grad` holds."""
-        for key, p in zip(self._keys, self._all, strict=True):
+        for code, p in zip(self._gradient_codes, self._all, strict=True):
             if p.requires_grad:
-                self._hooks.on_gradient(p, partial(self._measure_gradient, key._replace(direction="backward")))
+                self._hooks.on_gradient(p, partial(self._measure_gradient, code))
 
-    def _measure_gradient(self, key: TensorKey, grad: Tensor) -> None:
-        self._buffer.put(key, as_matrix(_dense(grad.detach())))
+    def _measure_gradient(self, code: int, grad: Tensor) -> None:
+        self._buffer.put(code, as_matrix(_dense(grad.detach())), batched=False)
 
 
 def _kind(pair: tuple[TensorKey, Tensor]) -> tuple[object, ...]:

@@ -22,6 +22,7 @@ from initlab.errors import UsageError, check
 from initlab.probes.probe_buffer import ProbeBuffer
 from initlab.probes.probed_modules import refuse_several, select
 from initlab.probes.steps import StepTracker
+from initlab.stats.buffer import BATCHED
 from initlab.stats.custom import Function
 from initlab.stats.keys import Seeds, TensorKey, resolve_seeds
 from initlab.stats.measure import backend_for
@@ -45,7 +46,7 @@ class Sink:
         if networks != len(self._buffer.seeds):
             raise UsageError(f"seeds: {len(self._buffer.seeds)} given, the network has {networks}: must be as many")
         if tensor.numel() and any(fnmatchcase(str(key.layer), pattern) for pattern in self._layers):
-            row = self._buffer.put(key, tensor.detach())
+            row = self._buffer.put(self._buffer.code(key), tensor, key.tensor in BATCHED)
             if saturated is not None:
                 self._buffer.set_saturated(row, saturated)
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from initlab.errors import UsageError
 from initlab.stats.backend import COUNT, N_NAN, N_ZERO, SATURATED, Backend
-from initlab.stats.buffer import BATCHED, StatsBuffer
+from initlab.stats.buffer import StatsBuffer
 from initlab.stats.histogram import bin_columns
-from initlab.stats.keys import KEY_COLUMNS, MODULE_COLUMNS, TEXT_COLUMNS, TensorKey, update_ratio
+from initlab.stats.keys import KEY_COLUMNS, MODULE_COLUMNS, TEXT_COLUMNS, update_ratio
 from initlab.stats.reference import FIELDS
 from initlab.stats.statistics import COUNTS, UPDATE_RATIO
 
@@ -59,21 +59,26 @@ class ProbeBuffer(StatsBuffer):
 
     def clear(self) -> None:
         super().clear()
+        self._first = 0  # row of the step under way
         self._gathered: dict[tuple[object, ...], _Block] = {}
         self._shares: list[tuple[int, Tensor]] = []  # of a row: its saturated share
         self._rectified: list[tuple[int, int]] = []  # of a row: that of its ReLU, which says the share
 
-    def put(self, key: TensorKey, x: Tensor) -> int:  # type: ignore[override]
-        """Take the values of (N, C) or (E, N, C) as they are now; gives the number of its row."""
-        row, batched = len(self.rows), key.tensor in BATCHED
-        if row - self.n_closed >= len(self._lines) or x.device != self._page.device:
-            self._make_room(row + 1 - self.n_closed, x.device)
-        size = 1 if self.backend.is_quick(x) else min(BLOCK_ENTRIES // x.numel(), BLOCK_TENSORS)
+    def put(self, code: int, x: Tensor, batched: bool = True) -> int:  # type: ignore[override]
+        """Take the values of (N, C) or (E, N, C) as they are now; gives the number of the row.
+
+        code: the number of the key. batched: whether N counts inputs.
+        """
+        row, line = len(self.rows), len(self.rows) - self._first
+        if not line or line >= len(self._lines):
+            self._make_room(line + 1, x.device)
+        quick = self.backend.is_quick(x) and self._page.is_cpu
+        size = 1 if quick else min(BLOCK_ENTRIES // x.numel(), BLOCK_TENSORS)
         if size < 2:
-            self.backend.rows(x, batched, self.bins, self._lines[row - self.n_closed])
+            self.backend.rows(x, batched, self.bins, self._lines[line])
             if self.bins is not None:
                 self._bin_rows.append(row)
-            self.rows.append(self.codes.setdefault(key, len(self.codes)))
+            self.rows.append(code)
             return row
         kind = (x.shape, x.dtype, x.device, batched)
         if kind not in self._gathered:
@@ -81,21 +86,21 @@ class ProbeBuffer(StatsBuffer):
                 values = torch.empty((size, *x.shape), dtype=x.dtype, device=x.device)
             self._gathered[kind] = _Block(values, [])
         block = self._gathered[kind]
-        block.values[len(block.rows)].copy_(x)
+        block.values[len(block.rows)].copy_(x.detach())
         block.rows.append(row)
-        self.rows.append(self.codes.setdefault(key, len(self.codes)))
+        self.rows.append(code)
         if len(block.rows) == size:
             self._measure_block(block, batched)
         return row
 
-    def put_each(self, keys: Sequence[TensorKey], tensors: Sequence[Tensor]) -> None:
-        """Measure tensors of a single network that have no batch, of any shapes."""
-        if keys:
-            first, rows = len(self.rows) - self.n_closed, self.backend.rows_of_each(tensors, self.bins)
-            self._make_room(first + len(keys), tensors[0].device)
-            self._page[first : first + len(keys)] = rows.t().unsqueeze(1)
-            self._bin_rows += [] if self.bins is None else range(len(self.rows), len(self.rows) + len(keys))
-            self.rows += [self.codes.setdefault(key, len(self.codes)) for key in keys]
+    def put_each(self, codes: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        """Measure tensors of a single network that have no batch, of any shapes; `codes` number their keys."""
+        if codes:
+            first, rows = len(self.rows) - self._first, self.backend.rows_of_each(tensors, self.bins)
+            self._make_room(first + len(codes), tensors[0].device)
+            self._page[first : first + len(codes)] = rows.t().unsqueeze(1)
+            self._bin_rows += [] if self.bins is None else range(len(self.rows), len(self.rows) + len(codes))
+            self.rows += codes
 
     def _make_room(self, rows: int, device: torch.device) -> None:
         """Let so many rows of the step under way have room; the memory grows by doubling."""
@@ -120,7 +125,8 @@ class ProbeBuffer(StatsBuffer):
         self._gathered.clear()  # other shapes may never return
         self.put_bins([] if self.bins is None else self.bins.take())
         if len(self.rows) > self.n_closed:
-            super().put([], self._page[: len(self.rows) - self.n_closed].clone().movedim(-1, 0), step)
+            super().put([], self._page[: len(self.rows) - self._first].clone().movedim(-1, 0), step)
+            self._first = len(self.rows)
         if self._emit is not None and (len(self.steps) >= self._flush_steps or self.due()):
             self.flush()
 
@@ -151,7 +157,7 @@ class ProbeBuffer(StatsBuffer):
         rows = block.rows.copy()
         block.rows.clear()
         if rows:
-            lines = torch.tensor([row - self.n_closed for row in rows], device=self._page.device)
+            lines = torch.tensor([row - self._first for row in rows], device=self._page.device)
             nothing = torch.full((self._page.shape[-1], 1, 1), torch.nan, dtype=torch.float64)
             nothing[[k for k, name in enumerate(FIELDS) if name in COUNTS]] = 0
             self._page[lines] = nothing.movedim(0, -1).to(self._page.device)

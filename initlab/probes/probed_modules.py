@@ -17,7 +17,6 @@ from initlab.errors import UsageError, nearest
 from initlab.nn.activations import ACTIVATIONS
 from initlab.probes.torch_private import ConvNd, NormBase
 from initlab.stats.dtypes import DTYPES, resolve_dtype
-from initlab.stats.keys import TensorKey
 
 PARAMETRIZED = "parametrizations"
 MEASURED = frozenset(map(resolve_dtype, DTYPES))
@@ -41,6 +40,15 @@ class LayerAxis(NamedTuple):
     ndim: int
 
 
+class Site(NamedTuple):
+    """What stays the same from step to step of an output of a module."""
+
+    layer: LayerAxis  # what it tells the activations above it
+    axis: int
+    code: int  # numbers of the keys of its rows, and of those of its gradient
+    gradient_code: int
+
+
 class ProbedModule:
     """A module under its dotted name, its parameters and its number once it has one."""
 
@@ -52,7 +60,7 @@ class ProbedModule:
         self._from_end = 1 + (len(module.kernel_size) if isinstance(module, ConvNd) else 0)
         self.number = self.calls = 0
         self.ran = False
-        self.keys: dict[tuple[int, int, str], tuple[TensorKey, TensorKey]] = {}  # by layer, call and part
+        self.sites: dict[tuple[LayerAxis, int, str, int], Site] = {}  # by the layer below, call, part and ndim
 
     def axis(self, ndim: int) -> int:
         """Which dimension of its output counts units."""
@@ -113,12 +121,8 @@ def find_tensors(output: object, path: str = "") -> Iterator[tuple[str, Tensor]]
 
 
 def as_batch(x: Tensor, axis: int) -> Tensor:
-    """(N, C) of any tensor, C its dimension `axis`; cut off from the graph."""
-    if x.requires_grad:
-        x = x.detach()
-    ndim = x.ndim
-    if ndim == 2 and axis == 1:
+    """(N, C) of any tensor, C its dimension `axis`; x itself where it has that shape, else cut off from the graph."""
+    if x.ndim == 2 and axis == 1:
         return x
-    if ndim < 2:
-        return x.reshape(1, -1)
-    return x.movedim(axis, -1).reshape(-1, x.shape[axis])
+    x = x.detach()
+    return x.movedim(axis, -1).reshape(-1, x.shape[axis]) if x.ndim > 1 else x.reshape(1, -1)

@@ -58,9 +58,13 @@ class RowBuffer:
     def __len__(self) -> int:
         return len(self.rows) * len(self.seeds)
 
+    def code(self, key: TensorKey) -> int:
+        """The number of a key."""
+        return self.codes.setdefault(key, len(self.codes))
+
     def put(self, keys: Iterable[TensorKey], values: Tensor, step: int = 0) -> None:
         """Keep the numbers (numbers, K, E) of K tensors at a step; the memory must stay as it is."""
-        self.rows += [self.codes.setdefault(key, len(self.codes)) for key in keys]
+        self.rows += map(self.code, keys)
         self.steps.append((step, len(self.rows)))
         self._blocks.append(values)
 

@@ -20,11 +20,6 @@ _LONGEST = 2 + 2 * (octaves(torch.float32)[1] - octaves(torch.float32)[0] + 1)  
 _WAITING = 2**14  # rows whose histograms wait together
 
 
-def _in_reach(x: Tensor) -> bool:
-    """Whether the passes can read x where it lies."""
-    return x.dtype is torch.float32 and x.is_cpu and x.is_contiguous() and x.numel() > 0
-
-
 class CpuBackend(Backend):
     """See `Backend`."""
 
@@ -32,10 +27,11 @@ class CpuBackend(Backend):
         super().__init__(statistics)
         self._passes = library
 
-    def fuses(self, x: Tensor) -> bool:
-        return not self.statistics and _in_reach(x)
+    def is_quick(self, x: Tensor) -> bool:
+        return x.dtype is torch.float32 and x.is_cpu and not self.statistics
 
-    is_quick = fuses
+    def fuses(self, x: Tensor) -> bool:
+        return self.is_quick(x) and x.is_contiguous() and x.numel() > 0
 
     def bins(self, networks: int) -> Bins:
         return Arena(networks)
@@ -45,9 +41,9 @@ class CpuBackend(Backend):
             return super().rows(x, batched, bins, out)
         if not x.is_contiguous():
             x = x.contiguous()
-        *lead, n, c = x.shape
+        n, c = x.shape[-2:]
         networks = x.numel() // (n * c)
-        rows = torch.empty((*lead, len(FIELDS)), dtype=torch.float64) if out is None or self.statistics else out
+        rows = torch.empty((*x.shape[:-2], len(FIELDS)), dtype=torch.float64) if out is None or self.statistics else out
         arena = None if bins is None else _arena(bins, networks)
         self._passes.describe_rows(x.data_ptr(), networks, n, c, batched, rows.data_ptr(), arena)
         return rows if rows is out else into(out, self._with_custom(rows.movedim(-1, 0), x, None))
@@ -65,8 +61,8 @@ class CpuBackend(Backend):
     def relu_rows_(self, z: Tensor, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
         if not self.fuses(z):
             return super().relu_rows_(z, bins, out)
-        rows, networks, arena = _room(z, 2, bins, out)
-        self._passes.relu_rows(z.data_ptr(), networks, *z.shape[-2:], rows.data_ptr(), arena)
+        rows, shape, arena = _room(z, 2, bins, out)
+        self._passes.relu_rows(z.data_ptr(), *shape, rows.data_ptr(), arena)
         return rows.movedim(-1, 0) if out is None else out
 
     def mask_rows_(
@@ -74,9 +70,9 @@ class CpuBackend(Backend):
     ) -> Tensor:
         if not self.fuses(g) or not self.fuses(a):
             return super().mask_rows_(g, a, sums, bins, out)
-        rows, networks, arena = _room(g, 2, bins, out)
+        rows, shape, arena = _room(g, 2, bins, out)
         where = None if sums is None else sums.data_ptr()
-        self._passes.mask_rows(g.data_ptr(), a.data_ptr(), networks, *g.shape[-2:], where, rows.data_ptr(), arena)
+        self._passes.mask_rows(g.data_ptr(), a.data_ptr(), *shape, where, rows.data_ptr(), arena)
         return rows.movedim(-1, 0) if out is None else out
 
     def update_rows_(
@@ -84,18 +80,19 @@ class CpuBackend(Backend):
     ) -> Tensor:
         if not self.fuses(w) or not self.fuses(g):
             return super().update_rows_(w, g, lr, bins, out)
-        rows, networks, arena = _room(w, 3, bins, out)
-        entries = w.numel() // networks
-        self._passes.update_rows(w.data_ptr(), g.data_ptr(), networks, entries, lr, rows.data_ptr(), arena)
+        rows, (networks, n, c), arena = _room(w, 3, bins, out)
+        self._passes.update_rows(w.data_ptr(), g.data_ptr(), networks, n * c, lr, rows.data_ptr(), arena)
         return rows.movedim(-1, 0) if out is None else out
 
 
-def _room(x: Tensor, count: int, bins: Bins | None, out: Tensor | None) -> tuple[Tensor, int, int | None]:
-    """Memory for the rows of so many tensors like x, how many networks x has, and the address of the arena, if any."""
-    *lead, n, c = x.shape
+def _room(
+    x: Tensor, count: int, bins: Bins | None, out: Tensor | None
+) -> tuple[Tensor, tuple[int, int, int], int | None]:
+    """Memory for the rows of so many tensors like x, (networks, N, C) of x, and the address of the arena, if any."""
+    n, c = x.shape[-2:]
     networks = x.numel() // (n * c)
-    rows = torch.empty((count, *lead, len(FIELDS)), dtype=torch.float64) if out is None else out
-    return rows, networks, None if bins is None else _arena(bins, count * networks)
+    rows = torch.empty((count, *x.shape[:-2], len(FIELDS)), dtype=torch.float64) if out is None else out
+    return rows, (networks, n, c), None if bins is None else _arena(bins, count * networks)
 
 
 class Arena(Bins):
