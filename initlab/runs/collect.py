@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+from pyarrow import csv, feather
 
 from initlab.errors import UsageError, nearest
 from initlab.runs import folders, parquet, summary
@@ -80,16 +81,8 @@ def short_table(runs: Sequence[Run], stats: pd.DataFrame) -> str:
 # --- one file ---------------------------------------------------------------------------------------------------------
 
 
-def _feather(table: pa.Table, path: Path) -> None:
-    from pyarrow import feather
-
-    feather.write_feather(table, str(path), compression="lz4")
-
-
-def _csv(table: pa.Table, path: Path) -> None:
+def write_csv(table: pa.Table, path: Path) -> None:
     """Every number to the last bit; nan is `nan`, what a run has not is empty."""
-    from pyarrow import csv
-
     lists = [field.name for field in table.schema if pa.types.is_list(field.type)]
     if lists:
         raise UsageError(f"{path.name}: .csv has no room for the lists in {', '.join(lists)}; use .parquet or .feather")
@@ -101,8 +94,8 @@ def _csv(table: pa.Table, path: Path) -> None:
 
 FORMATS: dict[str, Callable[[pa.Table, Path], None]] = {
     ".parquet": partial(parquet.write, collected=True),
-    ".csv": _csv,
-    ".feather": _feather,
+    ".csv": write_csv,
+    ".feather": lambda table, path: feather.write_feather(table, str(path), compression="lz4"),
 }
 
 

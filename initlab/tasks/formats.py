@@ -28,11 +28,8 @@ HAPPENED: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
     "all_zero": lambda z: z["frac_zero"] == 1,
 }
 WORDS = {
-    "overflow": "first inf",
-    "subnormal": "first subnormal number",
-    "zero": "first zero",
-    "all_zero": "all zero",
-}
+    "overflow": "first inf", "subnormal": "first subnormal number", "zero": "first zero", "all_zero": "all zero",
+}  # fmt: skip
 _PREDICTED = {"layer": "predicted", "layer_02": "band_low", "layer_98": "band_high", "share": "predicted_share"}
 
 

@@ -23,6 +23,13 @@ from initlab.tasks.ensemble.plan import CACHED, split
 from initlab.theory.request import parse_request
 from initlab.theory.singular_values import jacobians, log2_power_sums, predict_moments, singular_values
 
+# Column of the means over the networks -> how it is headed where they are printed.
+SHOWN = {
+    "layer": "layer", "mean_s2": "E s^2", "predicted_mean_s2": "theory", "var_s2": "Var s^2",
+    "predicted_var_s2": "of theory", "mean_s4": "E s^4", "predicted_mean_s4": "theory's",
+    "limit_mean_s4": "infinite width", "max": "largest s", "min": "smallest s",
+}  # fmt: skip
+
 
 def jacobian(
     init: str | Rule = "kaiming",
@@ -70,11 +77,8 @@ def jacobian(
     theory = predict_moments(parse_request(scaling, activation, depth, width, inputs=net.inputs, batch=1))
     moments = pd.concat(sums, ignore_index=True).merge(theory, on="layer")
     return {
-        name: frame.sort_values(["seed", *keys], ignore_index=True)
-        for name, frame, keys in (
-            ("jacobian", moments, ["layer"]),
-            ("singular_values", pd.concat(spectra, ignore_index=True), ["layer", "rank"]),
-        )
+        "jacobian": moments.sort_values(["seed", "layer"], ignore_index=True),
+        "singular_values": pd.concat(spectra).sort_values(["seed", "layer", "rank"], ignore_index=True),
     }
 
 
@@ -121,18 +125,5 @@ def jacobian_as_text(frames: Frames) -> str:
     moments, spectra = frames["jacobian"], frames["singular_values"]
     of_layer = moments.groupby("layer").mean(numeric_only=True).loc[sorted(spectra["layer"].unique())]
     ends = spectra.groupby("layer")["singular_value"].agg(["max", "min"])
-    table = pd.DataFrame(
-        {
-            "layer": of_layer.index,
-            "E s^2": of_layer["mean_s2"],
-            "theory": of_layer["predicted_mean_s2"],
-            "Var s^2": of_layer["var_s2"],
-            "of theory": of_layer["predicted_var_s2"],
-            "E s^4": of_layer["mean_s4"],
-            "theory's": of_layer["predicted_mean_s4"],
-            "infinite width": of_layer["limit_mean_s4"],
-            "largest s": ends["max"],
-            "smallest s": ends["min"],
-        }
-    )
+    table = of_layer.join(ends).reset_index()[list(SHOWN)].rename(columns=SHOWN)
     return str(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))

@@ -211,8 +211,7 @@ def hold_last_alive(values: np.ndarray, layers: np.ndarray, died: np.ndarray) ->
     gone = (died > 0) & (layers >= died)
     for k in range(1, values.shape[1]):
         found[:, k] = np.where(gone[:, k], found[:, k - 1], found[:, k])
-    lasting: np.ndarray = np.nan_to_num(found, nan=0.0)
-    return lasting
+    return np.asarray(np.nan_to_num(found, nan=0.0))
 
 
 def mean_growth(chi_1: np.ndarray, layers: np.ndarray) -> np.ndarray:
@@ -223,8 +222,7 @@ def mean_growth(chi_1: np.ndarray, layers: np.ndarray) -> np.ndarray:
         gap = layers[k] - layers[k - 1]
         sums.append(sums[-1] + gap * (logs[:, k] + logs[:, k - 1]) / 2 + (logs[:, k] - logs[:, k - 1]) / 2)
     alive = np.minimum.accumulate(chi_1, axis=-1) > 0
-    growth: np.ndarray = np.where(alive, np.exp(np.stack(sums, -1) / layers), 0.0)
-    return growth
+    return np.asarray(np.where(alive, np.exp(np.stack(sums, -1) / layers), 0.0))
 
 
 def depth_scale(apart: np.ndarray, chi_1: np.ndarray, layers: np.ndarray) -> np.ndarray:
@@ -243,8 +241,7 @@ def depth_scale(apart: np.ndarray, chi_1: np.ndarray, layers: np.ndarray) -> np.
         y, n = np.where(use, np.log(np.where(use, away, 1.0)), 0.0), use.sum(-1)
         x = np.where(use, layers, 0)
         slope = (n * (x * y).sum(-1) - x.sum(-1) * y.sum(-1)) / (n * (x * x).sum(-1) - x.sum(-1) ** 2)
-        scale: np.ndarray = np.where((n >= LEAST) & (slope < 0), -1 / slope, np.nan)
-    return scale
+        return np.asarray(np.where((n >= LEAST) & (slope < 0), -1 / slope, np.nan))
 
 
 def phase_as_text(frame: pd.DataFrame) -> str:

@@ -1,6 +1,6 @@
 """The two trainings of `train`: an ensemble by hand and its `nn.Module` twins, a step at a time, and their records."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -67,12 +67,9 @@ class TwinTraining:
         self.twins = [mlp.twin(parameters, member, self.activation) for member in range(len(parameters[0][0]))]
         self.at_once = mlp.Together(self.twins, self.loss) if training.modules == "vmap" else None
         rates = lr if isinstance(lr, Sequence) else [lr] * len(self.twins)
-        by_layer = factors or [()] * len(self.twins)
-        groups = [
-            group
-            for model, rate, one in zip(self.twins, rates, by_layer, strict=True)
-            for group in parameter_groups(list(model.parameters()), rate, one)
-        ]
+        groups = []
+        for model, rate, one in zip(self.twins, rates, factors or [()] * len(self.twins), strict=True):
+            groups += parameter_groups(list(model.parameters()), rate, one)
         self.by_torch = OPTIMIZERS[optimizer](groups, lr=rates[0])
 
     def step(self, step: int, xb: Tensor, yb: Tensor, record: bool) -> None:
@@ -83,7 +80,12 @@ class TwinTraining:
             current = self.hand.parameters()
             self.records.parity.add(*(parameter_items("", "forward", pairs) for pairs in (current, before)), step=step)
             if self.drift:
-                self._note_drift(step, xb, {"scratch": current, "module": before})
+                for name, pairs in (("scratch", current), ("module", before)):
+                    if name not in self._start:
+                        self._start[name] = xb, mlp.forward(pairs, xb, self.activation)[0]
+                    x, start = self._start[name]
+                    now = mlp.forward(pairs, x, self.activation)[0]
+                    self.records.rows.add(change_items(name, "drift", start, now), step)
         self._note("scratch", step, yb, *self.hand.step(step, xb, yb, record))
         self.by_torch.zero_grad()
         if record or self.at_once is None:
@@ -100,14 +102,6 @@ class TwinTraining:
             self.records.parity.add(*both, step=step)
             self.records.rows.add(items_of("module", module, before, self.activation), step)
             self.records.rows.add(update_items("module", before, mlp.twin_parameters(self.twins)), step)
-
-    def _note_drift(self, step: int, xb: Tensor, trained: Mapping[str, Parameters]) -> None:
-        for name, pairs in trained.items():
-            if name not in self._start:
-                self._start[name] = xb, mlp.forward(pairs, xb, self.activation)[0]
-            x, start = self._start[name]
-            now = mlp.forward(pairs, x, self.activation)[0]
-            self.records.rows.add(change_items(name, "drift", start, now), step)
 
     def flush(self) -> None:
         """Emit what the records have, all rows of the recorded steps among them."""

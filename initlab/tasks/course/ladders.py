@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pandas as pd
 import torch
@@ -19,7 +20,7 @@ from initlab.scratch.layers import LOSSES
 from initlab.scratch.matmul import LADDER, Rung, Sizes
 from initlab.tasks.course.rotated_timing import seconds_each
 from initlab.tasks.course.timing import agreement as agreement
-from initlab.tasks.course.timing import check_timing, time_ladder
+from initlab.tasks.course.timing import time_ladder
 from initlab.tasks.ensemble.device import Where
 
 BOOK_SHAPE: Sizes = (5, 784, 10)
@@ -34,21 +35,17 @@ def matmul_ladder(
     device: str | torch.device = "cpu",
     seed: int = 0,
     patience: float = 2.0,
-    memory_limit: float | None = None,
-    rounds: int = 15,
-    seconds: float = 0.3,
-    progress: bool = False,
+    **timing: Any,
 ) -> pd.DataFrame:
     """Time the rungs of the matmul ladder at each shape (M, K, N): `time_ladder`'s columns, and `rows`, which is M.
 
-    rungs: names of LADDER. dtype, device: as in `stack`. seed: of the matrices. patience: longest call, in seconds.
-    memory_limit: in bytes. rounds, seconds, progress: as in `time_ladder`. The reference is `@` (the rung `matmul`), or
-    the last rung that runs where it was not asked for. A rung of Python loops that would take more than `patience`
-    seconds a call, judged by smaller pieces of the same product, is skipped.
+    rungs: names of LADDER. dtype, device: as in `stack`. seed: of the matrices. patience: longest call, in seconds; a
+    rung of Python loops that would take longer, judged by smaller pieces of the same product, is skipped. timing:
+    `memory_limit`, `rounds`, `seconds`, `progress` of `time_ladder`. The reference is `@` (the rung `matmul`), or the
+    last rung that runs where it was not asked for.
     """
     where = Where.resolve(dtype, device)
     table = {name: choose(LADDER, name, "rung") for name in rungs}
-    check_timing(table, rounds, seconds)
     if not len(shapes):
         raise UsageError("shapes: at least one (M, K, N)")
     frames = []
@@ -63,17 +60,14 @@ def matmul_ladder(
             reference="matmul" if "matmul" in table else None,
             skip={name: reason for name, rung in table.items() if (reason := skip_reason(rung, a, b, patience))},
             needs={name: float(rung.entries(m, k, n) * a.element_size()) for name, rung in table.items()},
-            memory_limit=memory_limit,
             device=where.device.type,
-            rounds=rounds,
-            seconds=seconds,
-            progress=progress,
+            **timing,
         )
         frames.append(frame.assign(rows=m))
     return pd.concat(frames, ignore_index=True)
 
 
-def _fast(parameters: Gradients, activation: str, loss: str) -> Step:
+def bind_engine(parameters: Gradients, activation: str, loss: str) -> Step:
     """The engine has memory of its own: the parameters are copied in before each pass, as they may have changed."""
     engine = Engine([(w.unsqueeze(0), b.unsqueeze(0)) for w, b in parameters], activation, loss)
 
@@ -85,11 +79,12 @@ def _fast(parameters: Gradients, activation: str, loss: str) -> Step:
     return step
 
 
-_ENGINE = Version("fast", "the engine that initlab trains with: memory allocated once, overwritten in place", _fast)
-_PLACE = list(VERSIONS).index("engine") + 1
+_ENGINE = Version(
+    "fast", "the engine that initlab trains with: memory allocated once, overwritten in place", bind_engine
+)
 # The versions of the course, and the engine behind the functions that it repeats in place.
 BACKWARDS: dict[str, Version] = {
-    row.name: row for row in [*list(VERSIONS.values())[:_PLACE], _ENGINE, *list(VERSIONS.values())[_PLACE:]]
+    row.name: row for version in VERSIONS.values() for row in (version, *[_ENGINE] * (version.name == "engine"))
 }
 
 
@@ -104,10 +99,7 @@ def backward_ladder(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
     seed: int = 0,
-    memory_limit: float | None = None,
-    rounds: int = 15,
-    seconds: float = 0.3,
-    progress: bool = False,
+    **timing: Any,
 ) -> pd.DataFrame:
     """Time every version of the backward pass at each batch: `time_ladder`'s columns, and `rows`, which is the batch.
 
@@ -117,7 +109,6 @@ def backward_ladder(
     reference is `nn.Linear`, torch's own layers and autograd as everybody writes them: a ratio below 1 is faster.
     """
     where = Where.resolve(dtype, device)
-    check_timing(versions, rounds, seconds)
     check(train_depth=depth, train_width=width)
     sizes = [inputs, *[width] * depth, CLASSES if choose(LOSSES, loss, "train.loss").classes else 1]
     parameters = [
@@ -133,8 +124,8 @@ def backward_ladder(
         xb = gaussian((batch, inputs), seed, "input").to(where.device, where.dtype)
         noise = gaussian((batch,), seed, "target").to(where.device, where.dtype)
         yb = noise if sizes[-1] == 1 else torch.arange(batch, device=where.device).remainder(sizes[-1])
-        steps = {
-            name: partial(_never_called if name in missing else row.bind(parameters, activation, loss), xb, yb)
+        steps: dict[str, Callable[[], object]] = {
+            name: bool if name in missing else partial(row.bind(parameters, activation, loss), xb, yb)  # never called
             for name, row in table.items()
         }
         steps["nn.Linear"] = partial(plain_torch(parameters, activation, loss), xb, yb)
@@ -144,18 +135,11 @@ def backward_ladder(
             reference="nn.Linear",
             skip={name: f"unavailable: {reason}" for name, reason in missing.items()},
             needs={name: float(row.memory(sizes, batch, xb.element_size())) for name, row in table.items()},
-            memory_limit=memory_limit,
             device=where.device.type,
-            rounds=rounds,
-            seconds=seconds,
-            progress=progress,
+            **timing,
         )
         frames.append(frame.assign(rows=batch))
     return pd.concat(frames, ignore_index=True)
-
-
-def _never_called(xb: Tensor, yb: Tensor) -> None:
-    """Stands for a version that cannot run here."""
 
 
 def plain_torch(parameters: Parameters, activation: str, loss: str) -> Callable[[Tensor, Tensor], Result]:

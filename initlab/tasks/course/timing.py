@@ -5,7 +5,7 @@ with the number of threads that torch is set to.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,16 +35,6 @@ COLUMNS: dict[str, str] = {
     "ulp": "largest |a - b| in units in the last place of the reference's largest entry",
     "note": "why there is no number, or what is wrong with it; empty if nothing is",
 }
-
-
-def check_timing(versions: Sized, rounds: int, seconds: float) -> None:
-    """Refuse a ladder without rungs, no rounds, or a budget that is no time."""
-    if not len(versions):
-        raise UsageError("nothing to time: at least one version")
-    if rounds < 1:
-        raise UsageError(f"rounds={rounds}: must be at least 1")
-    if not 0 < seconds < math.inf:
-        raise UsageError(f"seconds={seconds:g}: must be a finite number above 0")
 
 
 @dataclass
@@ -79,7 +69,12 @@ def time_ladder(
     as does a version that raises a `UsageError` or runs out of memory. Each version is sampled for about `seconds`, in
     at most `rounds` rounds and at least 3.
     """
-    check_timing(versions, rounds, seconds)
+    if not versions:
+        raise UsageError("nothing to time: at least one version")
+    if rounds < 1:
+        raise UsageError(f"rounds={rounds}: must be at least 1")
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"seconds={seconds:g}: must be a finite number above 0")
     if reference is not None:
         choose(versions, reference, "reference")
     where = find_device(device)

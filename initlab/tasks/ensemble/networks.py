@@ -115,15 +115,8 @@ class Ensemble:
 
     def add_columns(self, frame: pd.DataFrame) -> pd.DataFrame:
         """The frame, whose rows run through the networks fastest, with the columns that tell them apart."""
-        return frame.assign(**{name: _repeat(values, len(frame)) for name, values in self.columns.items()})
-
-
-def _repeat(values: pd.Categorical | np.ndarray, rows: int) -> pd.Categorical | np.ndarray:
-    """One value for each network, again and again, for so many rows."""
-    times = rows // len(values)
-    if isinstance(values, pd.Categorical):
-        return pd.Categorical.from_codes(np.tile(values.codes, times), values.categories)
-    return np.tile(values, times)
+        network = np.arange(len(frame)) % len(self)
+        return frame.assign(**{name: values.take(network) for name, values in self.columns.items()})
 
 
 def draw_networks(
