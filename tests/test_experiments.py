@@ -19,6 +19,7 @@ from initlab.job import prepare, printout
 from initlab.job.life_cycle import study_of
 from initlab.job.options import option_names, typed
 from initlab.job.settings import CONF
+from initlab.runs.read import find_runs
 from initlab.runs.schema import NOT_OPTIONS, OPTION_OF, TABLES, own_columns
 from initlab.runs.select import NothingFound
 from initlab.studies import study
@@ -84,7 +85,7 @@ def test_a_study_says_what_it_asks_and_runs(path: Path, composed: Callable[..., 
         with prepared.recorder as recorder:  # what a job prints is no matter here
             for stage in prepared.stages:
                 stage(recorder)
-    tables = printout.read_tables(tmp_path, asked.tables())
+    tables = printout.read_tables(find_runs(tmp_path), asked.tables())
     # So small, an expectation may fail and may find no rows of its layer; what it asks must make sense all the same.
     verdicts, mistakes = study.answer(asked, tables, tmp_path)
     assert all(isinstance(mistake, NothingFound) for mistake in mistakes), mistakes

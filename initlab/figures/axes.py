@@ -121,6 +121,15 @@ def cell_edges(centres: np.ndarray) -> np.ndarray:
     return np.append(centres - half, centres[-1] + half)
 
 
+def name_rows(ax: Axes, names: list[str]) -> None:
+    """Rows from top to bottom, with a line between any two."""
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.grid(visible=False, axis="y")
+    for row in range(1, len(names)):
+        ax.axhline(row - 0.5, color="0.85", linewidth=0.8, zorder=0)
+
+
 def layer_axis(ax: Axes) -> None:
     """Layers are whole numbers."""
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -11,7 +11,7 @@ from initlab.errors import UsageError, choose
 from initlab.runs import summary
 from initlab.runs.labels import format_numbers, labels
 from initlab.runs.schema import STATS, TABLES, THEORY
-from initlab.runs.select import LN, NothingFound, bare, networks, numbers, refuse_condition, select
+from initlab.runs.select import LN, NothingFound, bare, networks, numbers, refuse_columns, refuse_condition, select
 from initlab.stats.statistics import STATISTICS
 
 SCALES = {"linear": "", "log": ""}
@@ -67,9 +67,7 @@ def parse_figure(given: Mapping[str, Any], tables: Mapping[str, Collection[str] 
         for name, wanted in fields.get("where", {}).items():
             refuse_condition(f"where.{name}", wanted)
         spec = FigureSpec(**fields)
-        known = choose(tables, spec.table, "table")
-        for name in spec.columns() if known is not None else ():
-            choose(dict.fromkeys(known or ()), name, f"column of {spec.table}")
+        refuse_columns(spec.columns(), tables, spec.table)
         if spec.theory and (spec.table != STATS or bare(spec.y) not in STATISTICS):
             raise UsageError(f"theory=true: theory knows statistics of the table {STATS} only")
     except UsageError as error:
@@ -79,10 +77,8 @@ def parse_figure(given: Mapping[str, Any], tables: Mapping[str, Collection[str] 
 
 def select_rows(one: FigureSpec, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """A row per network and point: `panel`, `label`, `x`, `y`, `network`; a y that is not finite is nan or inf."""
-    table = choose(tables, one.table, "table")
-    for name in one.columns():
-        choose(table, name, f"column of {one.table}")
-    rows = select(table, one.where)
+    refuse_columns(one.columns(), tables, one.table)
+    rows = select(tables[one.table], one.where)
     y = numbers(rows, one.y)
     if bare(one.y) in OF_FINITE and {"n_nan", "n_inf"} <= set(rows):
         y = np.where(rows["n_nan"] + rows["n_inf"] > 0, np.nan, y)

@@ -6,7 +6,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from initlab.figures.axes import layer_axis, new_figure
+from initlab.figures.axes import layer_axis, name_rows, new_figure
 from initlab.runs.schema import IN_EVERY_LABEL
 
 EVENTS = {"overflow": "first inf", "subnormal": "first subnormal", "zero": "first zero", "all_zero": "all zero"}
@@ -32,11 +32,7 @@ def draw_formats(frame: pd.DataFrame) -> Figure:
         _marks(ax, rows[["measured_low", "measured", "measured_high"]], y + PREDICTED_GAP / 2, colour, filled=False)
         ax.plot([], [], "o", color=colour, label=name)
     ax.plot([], [], "o", markerfacecolor="white", markeredgecolor="0.3", label="measured (full: predicted)")
-    ax.set_yticks(range(len(order)), order)
-    ax.set_ylim(len(order) - 0.5, -0.5)
-    ax.grid(visible=False, axis="y")
-    for row in range(1, len(order)):
-        ax.axhline(row - 0.5, color="0.85", linewidth=0.8, zorder=0)
+    name_rows(ax, order)
     layer_axis(ax)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=10)
     return figure

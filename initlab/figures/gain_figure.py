@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from initlab.figures.axes import new_figure
+from initlab.figures.axes import name_rows, new_figure
 
 KINDS = {"chi": "o", "rms": "s", "std": "D", "torch": "^"}  # kind -> marker; published tables are in the text
 STABLE = ("stable", "marginal")
@@ -32,8 +32,6 @@ def draw_gains(frame: pd.DataFrame) -> Figure:
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
-    left.set_yticks(range(len(order)), order)
-    left.set_ylim(len(order) - 0.5, -0.5)
     left.set_xlabel("gain")
     right.set_xlabel("chi_1 at the fixed point: factor of a gradient's second moment")
     right.axvline(1, color="0.45", linestyle="--", linewidth=1, zorder=1)
@@ -55,6 +53,4 @@ def _plot_gains(ax: Axes, frame: pd.DataFrame, value: str, order: list[str]) -> 
                 markerfacecolor=colours[k] if stability in STABLE else "white", markeredgewidth=1.5,
             )  # fmt: skip
         ax.plot([], [], marker, color=colours[k], label=kind)
-    for y in range(1, len(order)):
-        ax.axhline(y - 0.5, color="0.85", linewidth=0.8, zorder=0)
-    ax.grid(visible=False, axis="y")
+    name_rows(ax, order)

@@ -6,6 +6,7 @@ it died, since nan, inf and 0 cannot be drawn.
 
 import textwrap
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ MANY_LAYERS = 8  # from here on a colour bar serves better than a legend
 
 
 def _stack(tables: Tables, direction: str, what: str) -> Figure | None:
+    """Std of every layer's activations, or of the gradient with respect to them, pulled back from the last layer."""
     if STATS not in tables:
         return None
     stats = tables[STATS]
@@ -75,14 +77,8 @@ def _stack(tables: Tables, direction: str, what: str) -> Figure | None:
     return figure
 
 
-def activation_std(tables: Tables) -> Figure | None:
-    """Std of every layer's activations in the stack."""
-    return _stack(tables, "forward", "Activations")
-
-
-def gradient_std(tables: Tables) -> Figure | None:
-    """Std of the gradient with respect to every layer's activations, pulled back from the last layer to the first."""
-    return _stack(tables, "backward", "Gradients")
+activation_std = partial(_stack, direction="forward", what="Activations")
+gradient_std = partial(_stack, direction="backward", what="Gradients")
 
 
 def _training_rows(tables: Tables, tensor: str, direction: str) -> pd.DataFrame:
@@ -131,11 +127,8 @@ def _training_title(label: str, band: pd.DataFrame, layers: list[int]) -> str:
         line = band[band["label"] == layer]["median"].to_numpy()
         alive = np.isfinite(line)
         gone = "" if alive.all() else f", not finite from step {int(np.argmin(alive))} on"
-        texts.append(
-            f"layer {layer} from {line[0]:.3g} to {line[alive][-1]:.3g}{gone}"
-            if alive.any()
-            else f"layer {layer} never finite"
-        )
+        span = f"from {line[0]:.3g} to {line[alive][-1]:.3g}{gone}" if alive.any() else "never finite"
+        texts.append(f"layer {layer} {span}")
     return f"{label}: std of the preactivations in training, " + ", ".join(texts)
 
 
@@ -173,8 +166,8 @@ def gradient_norm(tables: Tables) -> Figure | None:
 
 def loss(tables: Tables) -> Figure | None:
     """Loss by hand and by `nn.Module`, and beneath it their relative difference."""
-    losses = tables.get(LOSSES)
-    if losses is None or not len(losses):
+    losses = tables.get(LOSSES, pd.DataFrame())
+    if not len(losses):
         return None
     label = str(losses["label"].iloc[0])
     band = summary.band(losses.assign(label=losses["implementation"]), ["step"], "loss")

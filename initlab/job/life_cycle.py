@@ -142,11 +142,12 @@ def study_of(cfg: DictConfig, name: str | None, overrides: Any) -> "Study":
 def answer(folder: Path, study: "Study", plots: bool) -> None:
     """Print which expectations hold and draw the study's figure; a failure is remembered for the exit code."""
     from initlab.job.printout import read_tables, shown
+    from initlab.runs.read import find_runs
     from initlab.studies import study as studies
 
     if not study:
         return
-    found = read_tables(folder, study.tables())
+    found = read_tables(find_runs(folder), study.tables())
     answers, mistakes = studies.answer(study, found, folder)
     for one in answers:
         log.info(str(one))

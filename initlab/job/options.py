@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from initlab.errors import UsageError, nearest, not_one_of
-from initlab.job.settings import ActivationConfig, Config
+from initlab.job.settings import Config
 from initlab.runs.schema import OPTION_OF
 
 HYDRA_MISTAKES = (HydraException, OmegaConfBaseException)
@@ -51,14 +51,6 @@ def instantiate(given: Mapping[str, Any]) -> Any:
     except Exception as error:  # whatever the class itself raises is about the arguments that it was given
         reason = " ".join(str(error.__cause__ or error).split())
         raise UsageError(f"graph.model: {given['_target_']} cannot be built ({reason})") from error
-
-
-def function_of(given: ActivationConfig) -> Callable[[Any], Any] | None:
-    """The elementwise function that `_target_` names: a function, with `arguments` if any, or a class made with them.
-
-    None where no `_target_` is given.
-    """
-    return import_function("activation._target_", given._target_, given.arguments) if given._target_ else None
 
 
 def statistics_of(config: Config) -> dict[str, Callable[[Any], Any]]:

@@ -10,7 +10,7 @@ import torch
 
 from initlab.errors import UsageError, check, choose
 from initlab.job.network_grid import refuse_axes
-from initlab.job.options import columns, function_of, seeds, statistics_of
+from initlab.job.options import columns, import_function, seeds, statistics_of
 from initlab.job.printout import report_run
 from initlab.job.settings import Config
 from initlab.job.stages import TASKS, JobSettings, Stage
@@ -87,14 +87,15 @@ def resolve(config: Config, choices: Mapping[str, str | None]) -> JobSettings:
     fields = {name: value for name, value in vars(config.init).items() if name != "name"}
     by_file = config.init.name not in RULES and config.init.name == _file_of("init", choices)
     scaling = rule(Rule() if by_file else config.init.name, **fields)
-    function = function_of(config.activation)
+    asked = config.activation
+    function = import_function("activation._target_", asked._target_, asked.arguments) if asked._target_ else None
     try:
-        activation = as_activation(config.activation.name if function is None else function)
+        activation = as_activation(asked.name if function is None else function)
     except UsageError as error:
         if function is None:
             raise
         text = str(error).removeprefix("activation: ")
-        raise UsageError(f"activation._target_={config.activation._target_}: {text}") from error
+        raise UsageError(f"activation._target_={asked._target_}: {text}") from error
     net = Net.resolve(activation, config.depth, config.width, config.inputs, config.batch)
     options = {name: value for name, value in vars(config.train).items() if name != "lr"}
     training = Training(**options, every=config.every, histograms=config.histograms)

@@ -14,12 +14,8 @@ from initlab.runs.recorder import Recorder
 from initlab.runs.schema import LOSSES, PARITY, STATS, TABLES, THEORY
 
 
-def read_tables(folder: Path, names: Iterable[str]) -> dict[str, pd.DataFrame]:
-    """The named tables that a run folder, or the folder of a sweep, has."""
-    return _read_tables(find_runs(folder), names)
-
-
-def _read_tables(runs: Sequence[Run], names: Iterable[str]) -> dict[str, pd.DataFrame]:
+def read_tables(runs: Sequence[Run], names: Iterable[str]) -> dict[str, pd.DataFrame]:
+    """The named tables that some runs have."""
     frames = {name: read_runs(runs, name)[1] for name in names}
     return {name: frame for name, frame in frames.items() if frame is not None}
 
@@ -40,7 +36,7 @@ def report_run(recorder: Recorder, texts: Sequence[str], plots: bool, compare: b
 def report_sweep(folder: Path, plots: bool) -> str:
     """Draw the figures that compare the runs of a sweep; what is to be printed."""
     runs = find_runs(folder)
-    tables = _read_tables(runs, TABLES)
+    tables = read_tables(runs, TABLES)
     drawn = plots and bool(_draw(tables, folder, compare=True))
     below = Path("*") if any(folder.glob("*/run.json")) else Path("*/*")
     lines = _summarize(tables) + _notes([run.json for run in runs])

@@ -20,7 +20,7 @@ from initlab.nn.init import Rule
 from initlab.runs import summary
 from initlab.scratch.graph_text import frames_as_text
 from initlab.stats.custom import Function
-from initlab.tasks.data import TEACHER_ROWS, Data, load
+from initlab.tasks.data import TEACHER_ROWS, load
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.networks import Emit, Frames, Net
 from initlab.tasks.ensemble.plan import plan
@@ -128,10 +128,7 @@ def train_stage(task: Any, s: JobSettings) -> Stage:
     )
 
 
-@lru_cache(maxsize=1)
-def load_data(name: str, root: str, download: bool, url: str) -> Data:
-    """The jobs of a sweep share their data."""
-    return load(name, root, download, url)
+load_data = lru_cache(maxsize=1)(load)  # the jobs of a sweep share their data
 
 
 @lru_cache(maxsize=1)

@@ -5,7 +5,7 @@ be written `ln COLUMN`: its natural logarithm.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,16 @@ def refuse_condition(name: str, wanted: Any) -> None:
             raise UsageError(f"{name}: an empty list of values selects nothing")
         if any(isinstance(one, Mapping | list | tuple) for one in wanted):
             raise UsageError(f"{name}: a list holds values, no ranges and no lists")
+
+
+def refuse_columns(
+    names: Iterable[str], tables: Mapping[str, Collection[str] | pd.DataFrame | None], table: str
+) -> None:
+    """A table that is not there, or a column that it has not, as far as its columns are known."""
+    known = choose(tables, table, "table")
+    if known is not None:
+        for name in names:
+            choose(dict.fromkeys(known), name, f"column of {table}")
 
 
 def meets(values: pd.Series, wanted: Any) -> np.ndarray:

@@ -38,17 +38,19 @@ def count_in_band(theory: pd.DataFrame, direction: str = "forward") -> dict[str,
 def lines(theory: pd.DataFrame, direction: str) -> pd.DataFrame:
     """Per label and layer of the stack: `predicted`, `low` and `high` of one network's std."""
     rows = _rows(theory[(theory["stage"] == "stack") & (theory["seed"] >= 0)], direction)
-    names = {"band_low": "low", "band_high": "high"}
-    found = rows.drop_duplicates(["label", "layer"])[["label", "layer", "predicted", *names]].rename(columns=names)
-    return found.sort_values(["label", "layer"])
+    return _bands(rows, ["label", "layer"])
 
 
 def start(theory: pd.DataFrame, statistic: str) -> pd.DataFrame:
     """Per layer of a training the preactivations' `predicted`, `low` and `high` of one network at step 0."""
     rows = theory[(theory["stage"] == "train") & (theory["implementation"] == "scratch") & (theory["seed"] >= 0)]
     rows = rows[(rows["tensor"] == "preactivation") & (rows["direction"] == "forward")]
-    rows = rows[rows["statistic"] == statistic].rename(columns={"band_low": "low", "band_high": "high"})
-    return rows.drop_duplicates("layer")[["layer", "predicted", "low", "high"]].sort_values("layer")
+    return _bands(rows[rows["statistic"] == statistic], ["layer"])
+
+
+def _bands(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    names = {"band_low": "low", "band_high": "high"}
+    return rows.drop_duplicates(keys)[[*keys, "predicted", *names]].rename(columns=names).sort_values(keys)
 
 
 def sentence(count: str) -> str:

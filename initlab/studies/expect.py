@@ -23,6 +23,7 @@ from initlab.runs.select import (
     meets,
     networks,
     numbers,
+    refuse_columns,
     refuse_condition,
     select,
 )
@@ -102,9 +103,8 @@ def parse_expectation(given: Any, tables: Mapping[str, Collection[str] | None] |
         raise UsageError(f"expect: {given!r} is no expectation; one is {{say: ..., where: ..., statistic: ..., ...}}")
     try:
         one = _parse_fields(given)
-        known = choose(tables, one.table, "table") if tables is not None else None
-        for name in one.columns() if known is not None else ():
-            choose(dict.fromkeys(known or ()), name, f"column of {one.table}")
+        if tables is not None:
+            refuse_columns(one.columns(), tables, one.table)
     except UsageError as error:
         raise _name_sentence(given.get("say", "an expectation"), error) from error
     return one
@@ -200,9 +200,8 @@ def judge(expectation: Expectation | Mapping[str, Any], tables: Mapping[str, pd.
     try:
         if one.table not in tables:
             raise NothingFound(f"no job has written a table `{one.table}`")
+        refuse_columns(one.columns(), tables, one.table)
         table = tables[one.table]
-        for name in one.columns():
-            choose(table, name, f"column of {one.table}")
         if one.band:
             return _judge_band(one, table)
         rows = select(table, one.where)

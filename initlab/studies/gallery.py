@@ -32,7 +32,8 @@ def write(experiments: Path, outputs: Iterable[Path]) -> str:
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise UsageError(f"{readme}: the gallery goes between the lines {BEGIN} and {END}")
     newest = find_newest(outputs)
-    studies = read_studies(experiments)
+    files = sorted(experiments.glob("*.yaml"))  # name -> the node `study`
+    studies = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")).get("study", {}) for file in files}
     for name in studies:
         if name in newest and (figure := newest[name].parent / f"{name}.png").is_file():
             copy_small(figure, experiments / f"{name}.png")
@@ -42,12 +43,6 @@ def write(experiments: Path, outputs: Iterable[Path]) -> str:
     page = "\n".join([table(studies, answers), *sections])
     write_text(readme, f"{before}{BEGIN}\n\n{page}\n{after}")
     return f"{readme}: {len(studies)} studies, {len(set(newest) & set(studies))} of them with a new sweep"
-
-
-def read_studies(experiments: Path) -> dict[str, Mapping[str, Any]]:
-    """Name -> the node `study`, for every study of the folder."""
-    files = sorted(experiments.glob("*.yaml"))
-    return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")).get("study", {}) for file in files}
 
 
 def find_newest(outputs: Iterable[Path]) -> dict[str, Path]:

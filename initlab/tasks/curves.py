@@ -53,8 +53,9 @@ def gain_curves(
     rules, names = [rule(one) for one in inits], [rule_name(one) for one in inits]
     scales = [weight_scales(one, net, where) for one in rules]
     kept = weight_scales(rule("kaiming"), net, where)[1]
+    homogeneous = net.activation.homogeneous
     families: list[object] = [  # rules of one family scale the same random numbers
-        one.distribution if np.isfinite(both).all() and is_scaled_by_weights(one, net) else k
+        one.distribution if homogeneous and np.isfinite(both).all() and not one.bias and not one.attempts else k
         for k, (one, both) in enumerate(zip(rules, scales, strict=True))
     ]
     bases: dict[object, int] = {}
@@ -77,11 +78,6 @@ def gain_curves(
         "derived_from": pd.Categorical(sources, list(dict.fromkeys(sources))).repeat(len(rows)),
     }
     return keys.assign(**columns, **dict(zip(TRUE_COLUMNS, np.concatenate(curves, 1), strict=True)))
-
-
-def is_scaled_by_weights(one: Rule, net: Net) -> bool:
-    """Whether weights of another size make the same signal but for its size."""
-    return net.activation.homogeneous and not one.bias and not one.attempts
 
 
 def weight_scales(one: Rule, net: Net, where: Where) -> tuple[float, float]:

@@ -134,7 +134,7 @@ class _Record:
     def __init__(self, nets: Networks, backend: Backend, deliver: Callable[[Frames], None], streams: bool) -> None:
         self._nets, self._deliver, self._streams = nets, deliver, streams
         self.rows = StatsBuffer(nets.ensemble.seeds, backend, more=TRUE_COLUMNS, flush_rows=FLUSH_ROWS)
-        self._window: list[Tensor] = []
+        self.window: list[Tensor] = []  # rows (F, keys, E) in the order of FIELDS
         self.delivered = False
         self.start(torch.ones(len(nets), dtype=torch.bool, device=nets.where.device))
 
@@ -142,14 +142,10 @@ class _Record:
         """Which networks (E,) are inside the range of their number format so far."""
         self.inside, self.all_inside = inside, bool(inside.all())
 
-    def add(self, fields: Tensor) -> None:
-        """Rows (F, keys, E) in the order of FIELDS."""
-        self._window.append(fields)
-
     def close(self, keys: Sequence[TensorKey], follow: Callable[[Tensor, Tensor], None]) -> None:
         """End a window with these keys; `follow` corrects what has left the range, see `UnboundedTwin.forward`."""
-        fields = self._window[0] if len(self._window) == 1 else torch.cat(self._window, 1)
-        self._window = []
+        fields = self.window[0] if len(self.window) == 1 else torch.cat(self.window, 1)
+        self.window.clear()
         rows = len(keys) - len(keys) % 2  # the input stands before the pairs of the layers
         true, kept = read_off(fields, self._nets.where.dtype)
         if not self.all_inside or not bool(kept[-rows:].all()):
@@ -244,7 +240,7 @@ class _Pass:
     def __init__(self, nets: Networks, record: _Record, backward: bool, bar: tqdm) -> None:
         self.nets, self.record, self.keep, self.bar = nets, record, backward, bar
         self.backend = record.rows.backend
-        self.twin, self.buffers = UnboundedTwin(nets), _Buffers(nets, self.backend, record.add, backward)
+        self.twin, self.buffers = UnboundedTwin(nets), _Buffers(nets, self.backend, record.window.append, backward)
 
     def run(self) -> None:
         """The whole way. What was measured is delivered however it ends, unless the chunk can be tried again."""
@@ -268,11 +264,11 @@ class _Pass:
 
         def visit(layer: int, z: _Signal, a: _Signal) -> None:
             if net.network.residual:
-                self.record.add(self.backend.rows(a.whole)[:, None])
+                self.record.window.append(self.backend.rows(a.whole)[:, None])
             self.bar.update(len(self.nets))
 
         x = _Signal.from_tensor(self.nets.gaussian(net.inputs, "input"))
-        self.record.add(self.backend.rows(x.whole)[:, None])
+        self.record.window.append(self.backend.rows(x.whole)[:, None])
         for window in _windows(range(1, net.depth + 1)):
             start = x.whole.clone()
             x = forward(net.network, self.nets.weights, x, visit, self.buffers, window)
@@ -282,17 +278,17 @@ class _Pass:
     def backward(self) -> None:
         net, buffers = self.nets.net, self.buffers
 
-        def preactivation(layer: int) -> _Signal:
-            return _Signal(buffers.passed[layer - 1])
+        def passed(layer: int) -> Tensor:
+            return buffers.passed[layer - 1]
 
         g = buffers.halves[net.depth % 2]
         g.whole.copy_(self.nets.gaussian(net.width, "gradient"))
         for window in _windows(range(net.depth, 0, -1)):
             start = g.whole.clone()
+            signal = lambda layer: _Signal(passed(layer))  # noqa: E731
             visit = lambda *_: self.bar.update(len(self.nets))  # noqa: E731
-            g = backward(net.network, self.nets.weights, preactivation, g, visit, buffers, window)
-            follow = partial(self.twin.backward, window, start, passed=lambda layer: buffers.passed[layer - 1])
-            self.record.close(_keys(window, "backward"), follow)
+            g = backward(net.network, self.nets.weights, signal, g, visit, buffers, window)
+            self.record.close(_keys(window, "backward"), partial(self.twin.backward, window, start, passed=passed))
 
 
 def _windows(layers: Sequence[int]) -> Iterator[Sequence[int]]:

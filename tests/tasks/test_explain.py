@@ -109,11 +109,11 @@ def test_who_sets_what(activation: str, loss: str) -> None:
 
 def test_shapes_and_norms_are_those_of_the_pass() -> None:
     """A gradient has the shape of its value; the same seed gives the same rows, another seed others."""
-    first, again = (explain(depth=1, width=5, batch=4, inputs=3, seed=7).steps for _ in range(2))
+    first, again = (explain(depth=1, width=5, batch=4, seed=7).steps for _ in range(2))
     assert first.equals(again)
-    assert not first.equals(explain(depth=1, width=5, batch=4, inputs=3, seed=8).steps)
+    assert not first.equals(explain(depth=1, width=5, batch=4, seed=8).steps)
     shapes = dict(zip(first["tensor"], first["shape"], strict=True))
-    assert shapes["z1"] == shapes["z1.g"] == "4x5" and shapes["w1.g"] == "3x5" and shapes["loss"] == "number"
+    assert shapes["z1"] == shapes["z1.g"] == "4x5" and shapes["w1.g"] == "10x5" and shapes["loss"] == "number"
     assert (first["norm"] > 0).all() and (first["rms"] <= first["norm"]).all()
 
 
@@ -135,7 +135,6 @@ def test_the_text_answers_the_questions() -> None:
         ({"loss": "mes"}, "did you mean mse"),
         ({"depth": -1}, "train.depth=-1"),
         ({"batch": 0}, "train.batch=0"),
-        ({"inputs": 0}, "inputs=0"),
         ({"dtype": "float23"}, "dtype=float23"),
     ],
 )

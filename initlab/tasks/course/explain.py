@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from initlab.errors import UsageError, check, choose
+from initlab.errors import check, choose
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import Rule, gaussian, permutation, rule
 from initlab.scratch.classes import LOSS_LAYERS, Act, Lin
@@ -22,6 +22,8 @@ from initlab.stats.measure import measure
 from initlab.stats.statistics import STATISTICS
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.networks import draw_trained
+
+INPUTS, CLASSES = 10, 10
 
 
 class Symbolic(NamedTuple):
@@ -68,33 +70,28 @@ def explain(
     activation: str = "relu",
     loss: str = "mse",
     init: str | Rule = "kaiming",
-    inputs: int = 10,
-    classes: int = 10,
     seed: int = 0,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
 ) -> Explanation:
     """Follow one forward and one backward pass of `depth` hidden layers of `width` units over a Gaussian batch.
 
-    batch: rows of `inputs` units. activation, loss: names of the tables. init: a rule's name or a `Rule`. Under mse the
-    network ends in one unit and the targets are Gaussian, else in `classes` units and classes. seed: of the weights,
+    batch: rows of 10 units. activation, loss: names of the tables. init: a rule's name or a `Rule`. Under mse the
+    network ends in one unit and the targets are Gaussian, else in 10 units and classes. seed: of the weights,
     the batch and the targets. dtype, device: as in `stack`. Errors: an unknown name, a number out of its range.
 
     >>> explain(depth=1, width=3, batch=2).steps[["name", "sets", "tensor"]].iloc[-1].tolist()
     ['lin1', 'self.b.g', 'b1.g']
     """
     check(train_depth=depth, train_width=width, train_batch=batch, seed=seed)
-    for name, size in (("inputs", inputs), ("classes", classes)):
-        if size < 1:
-            raise UsageError(f"{name}={size}: must be at least 1")
     row = choose(ACTIVATIONS, activation, "activation")
-    sizes = [inputs, *[width] * depth, classes if choose(LOSSES, loss, "train.loss").classes else 1]
+    sizes = [INPUTS, *[width] * depth, CLASSES if choose(LOSSES, loss, "train.loss").classes else 1]
     where = Where.resolve(dtype, device)
-    xb = gaussian((batch, inputs), seed, "input").to(where.device, where.dtype)
+    xb = gaussian((batch, INPUTS), seed, "input").to(where.device, where.dtype)
     parameters = [(w[0], b[0]) for w, b in draw_trained([rule(init)], row, sizes, [seed], xb[None]).parameters]
     yb = gaussian((batch,), seed, "target").to(where.dtype)
     if LOSSES[loss].classes:
-        yb = permutation(batch, seed, "target") % classes
+        yb = permutation(batch, seed, "target") % CLASSES
     steps = follow_pass(parameters, xb, yb.to(where.device), activation, loss)
     rules = [
         {"rule": name, "formula": SYMBOLIC[name].formula, "with_respect_to": variable, "derivative": derivative}
