@@ -55,7 +55,7 @@ class JobSettings:
         return {name: every[name] for name in names or every}
 
 
-def _stage(measure: Callable[[], Frames], as_text: Callable[[Frames], str]) -> Stage:
+def _measure_later(measure: Callable[[], Frames], as_text: Callable[[Frames], str]) -> Stage:
     """A stage that measures when it is called: `measure` makes the tables, `as_text` what is printed of them."""
 
     def run(sink: TableSink) -> str:
@@ -139,7 +139,7 @@ def entering_moments(name: str, root: str, download: bool, url: str, batch: int)
 
 def _ladder(task: Any, measure: Callable[..., pd.DataFrame], s: JobSettings) -> Stage:
     where = s.keywords("dtype", "device", "progress")
-    return _stage(
+    return _measure_later(
         lambda: {"timings": measure(seed=s.config.seed, **where)},
         lambda frames: "\n".join(
             [summary.timings_as_text(frames["timings"]), task.agreement(frames["timings"], s.where.dtype)]
@@ -165,7 +165,7 @@ def explain_stage(task: Any, s: JobSettings) -> Stage:
     t = s.training
     name, where = s.config.activation.name, s.keywords("dtype", "device")
     found = task.explain(t.depth, t.width, t.batch, name, t.loss, s.rule, seed=s.config.seed, **where)
-    return _stage(lambda: {"steps": found.steps, "rules": found.rules}, lambda _: str(found))
+    return _measure_later(lambda: {"steps": found.steps, "rules": found.rules}, lambda _: str(found))
 
 
 def graph_stage(task: Any, s: JobSettings) -> Stage:
@@ -178,23 +178,23 @@ def graph_stage(task: Any, s: JobSettings) -> Stage:
     )
     notes = [f"note: {note}" for note in frames.pop("notes")["note"]]
     text = "\n".join([frames_as_text(frames["nodes"], frames["edges"]), *notes])
-    return _stage(lambda: frames, lambda _: text)
+    return _measure_later(lambda: frames, lambda _: text)
 
 
 def gains_stage(task: Any, s: JobSettings) -> Stage:
     """Of all activations, whatever the options say."""
-    return _stage(lambda: {"gains": task.gains()}, lambda frames: task.gains_as_text(frames["gains"]))
+    return _measure_later(lambda: {"gains": task.gains()}, lambda frames: task.gains_as_text(frames["gains"]))
 
 
 def jacobian_stage(task: Any, s: JobSettings) -> Stage:
     """The singular values of the stack's Jacobians."""
-    return _stage(lambda: task.jacobian(**s.keywords()), task.jacobian_as_text)
+    return _measure_later(lambda: task.jacobian(**s.keywords()), task.jacobian_as_text)
 
 
 def formats_stage(task: Any, s: JobSettings) -> Stage:
     """The stack in every number format, whatever `dtype` says."""
     asked = {name: value for name, value in s.keywords().items() if name != "dtype"}
-    return _stage(lambda: task.formats(**asked), task.formats_as_text)
+    return _measure_later(lambda: task.formats(**asked), task.formats_as_text)
 
 
 def phase_stage(task: Any, s: JobSettings) -> Stage:
