@@ -278,17 +278,18 @@ class _Pass:
     def backward(self) -> None:
         net, buffers = self.nets.net, self.buffers
 
-        def passed(layer: int) -> Tensor:
+        def preactivation(layer: int) -> Tensor:
             return buffers.passed[layer - 1]
 
         g = buffers.halves[net.depth % 2]
         g.whole.copy_(self.nets.gaussian(net.width, "gradient"))
         for window in _windows(range(net.depth, 0, -1)):
             start = g.whole.clone()
-            signal = lambda layer: _Signal(passed(layer))  # noqa: E731
+            signal = lambda layer: _Signal(preactivation(layer))  # noqa: E731
             visit = lambda *_: self.bar.update(len(self.nets))  # noqa: E731
             g = backward(net.network, self.nets.weights, signal, g, visit, buffers, window)
-            self.record.close(_keys(window, "backward"), partial(self.twin.backward, window, start, passed=passed))
+            follow = partial(self.twin.backward, window, start, passed=preactivation)
+            self.record.close(_keys(window, "backward"), follow)
 
 
 def _windows(layers: Sequence[int]) -> Iterator[Sequence[int]]:
