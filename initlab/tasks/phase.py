@@ -76,7 +76,6 @@ def phase(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
     generator: str = "torch",
-    chunk: int = 0,
     progress: bool = False,
 ) -> Iterator[pd.DataFrame]:
     """The table `phase`, a frame for each seed as it comes: a row per point, in the plane `depth` per point and layer.
@@ -85,8 +84,7 @@ def phase(
     biases, an axis in the plane `sigma` (0 to 1 if None), one number in the plane `depth` (sqrt(0.05) if None).
     activation: a name of the table. depth, width: of each network. batch: inputs of a network, at least 2. correlation:
     of every two inputs, from 0 to below 1. weights: a name of WEIGHTS. distribution: of the weights. seeds: how many
-    networks a point has, or their seeds. dtype, device, generator, progress: as in `stack`. chunk: points that go
-    together, 0 as many as caches hold.
+    networks a point has, or their seeds. dtype, device, generator, progress: as in `stack`.
 
     Measured are the preactivations: `q`, `std`, `cosine` (mean over pairs), `chi_1` (sigma_w^2 times the mean squared
     slope), `growth` (its geometric mean over the layers so far: the factor per layer of a gradient's second moment),
@@ -113,7 +111,7 @@ def phase(
     choose(DISTRIBUTIONS, distribution, "init.distribution")
     row, where = as_activation(activation), Where.resolve(dtype, device, generator)
     gains, biases = across * len(up), [value for value in up for _ in across]
-    points = Points(gains, biases, row, depth, width, batch, correlation, distribution, fresh, chunk)
+    points = Points(gains, biases, row, depth, width, batch, correlation, distribution, fresh)
     return measure_plane(plane, points, numbers, where, progress)
 
 

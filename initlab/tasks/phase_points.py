@@ -37,7 +37,7 @@ PointWeights = tuple[Tensor, Tensor]  # (I, O) or (P, I, O), and (O,) or (P, 1, 
 class Points:
     """(sigma_w, sigma_b) of each network, and what they share; `correlation` is that of every two inputs.
 
-    `fresh`: each point draws its own weights. `chunk`: how many points go together, 0 as many as caches hold.
+    `fresh`: each point draws its own weights.
     """
 
     sigma_w: Sequence[float]
@@ -49,7 +49,6 @@ class Points:
     correlation: float = 0.0
     distribution: str = "normal"
     fresh: bool = False
-    chunk: int = 0
 
 
 class Schedule(NamedTuple):
@@ -85,7 +84,7 @@ def schedule(points: Points, where: Where) -> Schedule:
     size, count = where.dtype.itemsize, len(points.sigma_w)
     signal, weights = points.batch * points.width * size, points.width * (points.width + 1) * size
     each = signal + (weights if points.fresh else 0)
-    chunk = min(count, points.chunk or max(1, CHUNK[where.device.type] // each))
+    chunk = min(count, max(1, CHUNK[where.device.type] // each))
     group = 1 if points.fresh else max(1, min(points.depth, KEPT // weights))
     whole = points.fresh or group == points.depth
     block = count if whole else min(count, max(chunk, BLOCK // signal))

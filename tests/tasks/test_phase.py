@@ -16,6 +16,7 @@ from initlab.figures.phase_figure import draw_phase
 from initlab.meanfield.fixed_points import critical
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import Rule, gaussian
+from initlab.tasks import phase_points
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.phase import Axis, depth_scale, phase, phase_as_text, steps
 from initlab.tasks.phase_points import Points, measure_points, schedule
@@ -72,8 +73,11 @@ def test_without_biases_it_is_the_stack() -> None:
 
 
 @pytest.mark.parametrize("weights", ["common", "fresh"])
-def test_how_many_go_together_changes_nothing(weights: str) -> None:
-    whole, ones = table(weights=weights), table(weights=weights, chunk=1)
+def test_how_many_go_together_changes_nothing(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = table(weights=weights)
+    with monkeypatch.context() as patch:
+        patch.setitem(phase_points.CHUNK, "cpu", 1)  # fewer bytes than one point takes: they go one by one
+        ones = table(weights=weights)
     pd.testing.assert_frame_equal(
         whole.drop(columns="xi_c"), ones.drop(columns="xi_c"), rtol=20 * ROUNDING, atol=ROUNDING
     )
@@ -83,12 +87,11 @@ def test_how_many_go_together_changes_nothing(weights: str) -> None:
 
 
 def test_drawing_weights_again_for_every_block_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from initlab.tasks import phase_points as module
-
     whole = table()
-    monkeypatch.setattr(module, "KEPT", 4 * 40 * 41 * 5)
-    monkeypatch.setattr(module, "BLOCK", 8 * 40 * 4 * 4)
-    pd.testing.assert_frame_equal(whole, table(chunk=2), rtol=20 * ROUNDING, atol=20 * ROUNDING)
+    monkeypatch.setattr(phase_points, "KEPT", 4 * 40 * 41 * 5)
+    monkeypatch.setattr(phase_points, "BLOCK", 8 * 40 * 4 * 4)
+    monkeypatch.setitem(phase_points.CHUNK, "cpu", 2 * 8 * 40 * 4)  # two points go together
+    pd.testing.assert_frame_equal(whole, table(), rtol=20 * ROUNDING, atol=20 * ROUNDING)
 
 
 def test_both_sides_of_the_line_are_as_theory_says() -> None:

@@ -7,8 +7,7 @@ none always follows the same neighbour. On a CPU they run with the number of thr
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,7 +82,10 @@ def run_rounds(
     back what the call before drove out of the cache. `done()` is called after each round.
     """
     rounds = max((runner.rounds for runner in runners), default=0)
-    with no_garbage_collection():
+    was_enabled = gc.isenabled()  # as for `timeit`: a collection would hit whichever call runs when it is due
+    gc.collect()
+    gc.disable()
+    try:
         for k in range(rounds):
             due = [runner for runner in runners if k * runner.rounds % rounds < runner.rounds]
             for turn in range(len(due)):
@@ -92,16 +94,6 @@ def run_rounds(
                     runner.call()
                 runner.samples[k] = seconds_each(runner.call, runner.inner, device, clock)
             done()
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """As `timeit` does: a collection would hit whichever call runs when it is due."""
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
     finally:
         if was_enabled:
             gc.enable()
