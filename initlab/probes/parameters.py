@@ -55,9 +55,7 @@ class Parameters:
     @torch.no_grad()
     def measure_updates(self) -> None:
         """Rows of W_{k+1} - W_k, for weights; W_k is what `measure_values` has seen."""
-        for before, w in zip(self._before, self._weights, strict=True):
-            torch.sub(w, before, out=before)
-        self._buffer.put_each(self._update_codes, self._before)
+        self._buffer.put_each(self._update_codes, self._weights, self._before)
 
     @torch.no_grad()
     def measure_gradients(self) -> None:

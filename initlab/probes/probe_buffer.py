@@ -93,10 +93,17 @@ class ProbeBuffer(StatsBuffer):
             self._measure_block(block, batched)
         return row
 
-    def put_each(self, codes: Sequence[int], tensors: Sequence[Tensor]) -> None:
-        """Measure tensors of a single network that have no batch, of any shapes; `codes` number their keys."""
+    def put_each(self, codes: Sequence[int], tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> None:
+        """Measure tensors of a single network that have no batch, of any shapes, or what `before` has become since.
+
+        codes: the numbers of their keys. before: earlier values, which the changes take the place of.
+        """
         if codes:
-            first, rows = len(self.rows) - self._first, self.backend.rows_of_each(tensors, self.bins)
+            first, backend = len(self.rows) - self._first, self.backend
+            if before:
+                rows = backend.change_rows_(before, tensors, self.bins)
+            else:
+                rows = backend.rows_of_each(tensors, self.bins)
             self._make_room(first + len(codes), tensors[0].device)
             self._page[first : first + len(codes)] = rows.t().unsqueeze(1)
             self._bin_rows += [] if self.bins is None else range(len(self.rows), len(self.rows) + len(codes))
@@ -123,7 +130,6 @@ class ProbeBuffer(StatsBuffer):
         for (*_, batched), block in self._gathered.items():
             self._measure_block(block, bool(batched))
         self._gathered.clear()  # other shapes may never return
-        self.put_bins([] if self.bins is None else self.bins.take())
         if len(self.rows) > self.n_closed:
             super().put([], self._page[: len(self.rows) - self._first].clone().movedim(-1, 0), step)
             self._first = len(self.rows)

@@ -85,6 +85,15 @@ class Backend:
         stacked = (torch.stack([as_matrix(x) for x in group]) for _, group in groups)
         return torch.cat([self.rows(x, False, bins) for x in stacked], 1)
 
+    def change_rows_(self, before: Sequence[Tensor], tensors: Sequence[Tensor], bins: Bins | None = None) -> Tensor:
+        """Each of `before`, earlier values of the tensors, becomes the change since then; the rows of these (F + M, K).
+
+        As in `rows_of_each` there is no batch.
+        """
+        for old, x in zip(before, tensors, strict=True):
+            torch.sub(x, old, out=old)
+        return self.rows_of_each(before, bins)
+
     def relu_rows_(self, z: Tensor, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
         """z becomes max(z, 0), nan kept; rows (F + M, 2, ...) of z, with its saturated share, and of what it became."""
         before = self.rows(z, True, bins)

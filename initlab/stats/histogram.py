@@ -6,7 +6,6 @@ a GPU. Legend: E networks, N batch, C units, K rows, B octaves.
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import chain
 
 import numpy as np
 import torch
@@ -121,15 +120,20 @@ def bin_columns(parts: Sequence[tuple[Tensor, int]]) -> dict[str, np.ndarray]:
     `first` is the octave of the first bin; the counts by sign begin there, are as long as each other, and have no empty
     bins at either end. With no entry in any bin `first` is 0 and the counts are empty.
     """
-    first, trimmed = [], list[np.ndarray]()
+    first, positive, negative = list[int](), list[np.ndarray](), list[np.ndarray]()
     for counts, lowest in parts:
-        for each in chain.from_iterable(counts.cpu().numpy().astype(np.int64)):
-            start, end = octaves_with_entries(each)
-            first.append(lowest + start if end else 0)
-            trimmed.append(each[:, start:end])
+        bins = counts.shape[-1]
+        both = counts.flatten(0, 1).cpu().numpy().astype(np.int64)
+        filled: np.ndarray = both.any(1) if bins else np.zeros((len(both), 1), dtype=bool)
+        some = filled.any(1)
+        starts, ends = filled.argmax(1) * some, (bins - filled[:, ::-1].argmax(1)) * some
+        first += ((lowest + starts) * some).tolist()
+        for start, end, up, down in zip(starts.tolist(), ends.tolist(), *both.swapaxes(0, 1), strict=True):
+            positive.append(up[start:end])
+            negative.append(down[start:end])
     columns = {"first": np.array(first, dtype=np.int64)}
-    for sign, name in enumerate(("positive", "negative")):
+    for name, trimmed in (("positive", positive), ("negative", negative)):
         columns[name] = np.empty(len(trimmed), dtype=object)
-        for k, both in enumerate(trimmed):  # one by one: numpy makes a matrix of lists of one length
-            columns[name][k] = both[sign]
+        for k, values in enumerate(trimmed):  # one by one: numpy makes a matrix of lists of one length
+            columns[name][k] = values
     return columns

@@ -144,6 +144,13 @@ def test_tensors_of_any_shape_have_their_rows_in_one_call(kind: str) -> None:
     for k, x in enumerate(tensors):
         agree(rows[:, k], summarize(x, batched=False))
     assert torch.equal(whole(bins, tensors[0])[:, 0], torch.stack([histogram(x) for x in tensors]))
+    before = [torch.randn(x.shape) for x in tensors]
+    for backend in (passes(), Backend()):
+        changes = [old.clone() for old in before]
+        rows = backend.change_rows_(changes, tensors)
+        for k, (old, x) in enumerate(zip(before, tensors, strict=True)):
+            torch.testing.assert_close(changes[k], x - old, rtol=0, atol=0, equal_nan=True)
+            agree(rows[:, k], summarize(x - old, batched=False))
 
 
 @needs_compiler

@@ -145,9 +145,15 @@ void describe_rows(const float *x, long e, long n, long c, int batched, double *
 }
 
 // A row for each of some tensors without a batch, of a single network, by their addresses and numbers of entries.
-void describe_many(const int64_t *addresses, const int64_t *sizes, long count, double *rows, Arena *arena) {
+// `before`, null or addresses of as many copies: each becomes x - copy and is what the row is about.
+void describe_many(const int64_t *addresses, const int64_t *before, const int64_t *sizes, long count, double *rows, Arena *arena) {
     for (long k = 0; k < count; k++) {
         const float *x = reinterpret_cast<const float *>(addresses[k]);
+        if (before) {
+            float *change = reinterpret_cast<float *>(before[k]);
+            for (long j = 0; j < sizes[k]; j++) change[j] = x[j] - change[j];
+            x = change;
+        }
         describe(x, sizes[k], 1, false, rows + k * FIELDS);
         if (arena) arena->count(x, sizes[k], rows, k);
     }

@@ -25,7 +25,7 @@ SWITCH = "INITLAB_ACCELERATED"  # 0 in the environment asks for plain PyTorch ev
 _POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _ARGUMENTS = {
     "describe_rows": [_POINTER, *[_SIZE] * 3, ctypes.c_int, *[_POINTER] * 2],
-    "describe_many": [*[_POINTER] * 2, _SIZE, *[_POINTER] * 2],
+    "describe_many": [*[_POINTER] * 3, _SIZE, *[_POINTER] * 2],
     "relu_rows": [_POINTER, *[_SIZE] * 3, *[_POINTER] * 2],
     "mask_rows": [*[_POINTER] * 2, *[_SIZE] * 3, *[_POINTER] * 3],
     "update_rows": [*[_POINTER] * 2, *[_SIZE] * 2, _FLOAT, *[_POINTER] * 2],

@@ -37,12 +37,12 @@ class CpuBackend(Backend):
         return Arena(networks)
 
     def rows(self, x: Tensor, batched: bool = True, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
-        if x.dtype is not torch.float32 or not x.is_cpu or x.numel() == 0 or x.ndim < 2:
+        entries = x.numel()
+        if x.dtype is not torch.float32 or not x.is_cpu or not entries or x.ndim < 2:
             return super().rows(x, batched, bins, out)
-        if not x.is_contiguous():
-            x = x.contiguous()
-        n, c = x.shape[-2:]
-        networks = x.numel() // (n * c)
+        x = x.contiguous()
+        *_, n, c = x.shape
+        networks = entries // (n * c)
         rows = torch.empty((*x.shape[:-2], len(FIELDS)), dtype=torch.float64) if out is None or self.statistics else out
         arena = None if bins is None else _arena(bins, networks)
         self._passes.describe_rows(x.data_ptr(), networks, n, c, batched, rows.data_ptr(), arena)
@@ -51,11 +51,27 @@ class CpuBackend(Backend):
     def rows_of_each(self, tensors: Sequence[Tensor], bins: Bins | None = None) -> Tensor:
         if not all(map(self.fuses, tensors)):
             return super().rows_of_each(tensors, bins)
-        where = np.array([(x.data_ptr(), x.numel()) for x in tensors], dtype=np.int64).T.copy()
+        return self._describe_each(tensors, None, bins)
+
+    def change_rows_(self, before: Sequence[Tensor], tensors: Sequence[Tensor], bins: Bins | None = None) -> Tensor:
+        pairs = zip(before, tensors, strict=True)
+        if not all(self.fuses(old) and self.fuses(x) and old.shape == x.shape for old, x in pairs):
+            return super().change_rows_(before, tensors, bins)
+        return self._describe_each(tensors, before, bins)
+
+    def _describe_each(self, tensors: Sequence[Tensor], before: Sequence[Tensor] | None, bins: Bins | None) -> Tensor:
+        lists = [[x.data_ptr() for x in tensors], [x.numel() for x in tensors], [x.data_ptr() for x in before or ()]]
+        addresses, sizes, old = (np.array(numbers, dtype=np.int64) for numbers in lists)
         rows = torch.empty((len(tensors), len(FIELDS)), dtype=torch.float64)
         arena = None if bins is None else _arena(bins, len(rows))
-        addresses, sizes = (column.ctypes.data for column in where)
-        self._passes.describe_many(addresses, sizes, len(rows), rows.data_ptr(), arena)
+        self._passes.describe_many(
+            addresses.ctypes.data,
+            None if before is None else old.ctypes.data,
+            sizes.ctypes.data,
+            len(rows),
+            rows.data_ptr(),
+            arena,
+        )
         return rows.t()
 
     def relu_rows_(self, z: Tensor, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
