@@ -122,11 +122,10 @@ def bin_columns(parts: Sequence[tuple[Tensor, int]]) -> dict[str, np.ndarray]:
     """
     first, positive, negative = list[int](), list[np.ndarray](), list[np.ndarray]()
     for counts, lowest in parts:
-        bins = counts.shape[-1]
         both = counts.flatten(0, 1).cpu().numpy().astype(np.int64)
-        filled: np.ndarray = both.any(1) if bins else np.zeros((len(both), 1), dtype=bool)
+        filled = both[:, 0] + both[:, 1] > 0 if both.size else np.zeros((len(both), 1), dtype=bool)
         some = filled.any(1)
-        starts, ends = filled.argmax(1) * some, (bins - filled[:, ::-1].argmax(1)) * some
+        starts, ends = filled.argmax(1) * some, (filled.shape[1] - filled[:, ::-1].argmax(1)) * some
         first += ((lowest + starts) * some).tolist()
         for start, end, up, down in zip(starts.tolist(), ends.tolist(), *both.swapaxes(0, 1), strict=True):
             positive.append(up[start:end])

@@ -31,7 +31,7 @@ class CpuBackend(Backend):
         return x.dtype is torch.float32 and x.is_cpu and not self.statistics
 
     def fuses(self, x: Tensor) -> bool:
-        return self.is_quick(x) and x.is_contiguous() and x.numel() > 0
+        return x.dtype is torch.float32 and x.is_cpu and x.is_contiguous() and x.numel() > 0 and not self.statistics
 
     def bins(self, networks: int) -> Bins:
         return Arena(networks)
