@@ -5,7 +5,6 @@ At a fixed point of the variance, chi_1 is the factor by which a layer multiplie
 
 import pandas as pd
 import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
@@ -27,8 +26,17 @@ def draw_gains(frame: pd.DataFrame) -> Figure:
         1, 2, sharey=True,
     )  # fmt: skip
     figure.set_size_inches(12, 0.55 * len(order) + 1.6)
+    colours = sns.color_palette("colorblind", len(KINDS))
     for ax, value in ((left, "gain"), (right, "chi_1")):
-        _plot_gains(ax, shown, value, order)
+        for k, (kind, marker) in enumerate(KINDS.items()):  # activations from top to bottom
+            mine = shown[shown["kind"] == kind]
+            for name, x, stability in mine[["activation", value, "stability"]].itertuples(index=False):
+                ax.plot(
+                    [x], [order.index(name) + KIND_GAP * (k - 1.5)], marker, markersize=7, markeredgecolor=colours[k],
+                    markerfacecolor=colours[k] if stability in STABLE else "white", markeredgewidth=1.5,
+                )  # fmt: skip
+            ax.plot([], [], marker, color=colours[k], label=kind)
+        name_rows(ax, order)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
@@ -40,17 +48,3 @@ def draw_gains(frame: pd.DataFrame) -> Figure:
     )
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS) + 1, frameon=False)
     return figure
-
-
-def _plot_gains(ax: Axes, frame: pd.DataFrame, value: str, order: list[str]) -> None:
-    """A marker per activation and kind of gain, activations from top to bottom."""
-    colours = sns.color_palette("colorblind", len(KINDS))
-    for k, (kind, marker) in enumerate(KINDS.items()):
-        mine = frame[frame["kind"] == kind]
-        for name, x, stability in mine[["activation", value, "stability"]].itertuples(index=False):
-            ax.plot(
-                [x], [order.index(name) + KIND_GAP * (k - 1.5)], marker, markersize=7, markeredgecolor=colours[k],
-                markerfacecolor=colours[k] if stability in STABLE else "white", markeredgewidth=1.5,
-            )  # fmt: skip
-        ax.plot([], [], marker, color=colours[k], label=kind)
-    name_rows(ax, order)

@@ -78,8 +78,7 @@ def draw_graph(nodes: pd.DataFrame, edges: pd.DataFrame, limit: int = 150) -> Fi
     """
     shown = nodes[nodes["id"] < limit]
     kept = edges[edges["target"] < limit]
-    boxes, paths = _boxes(shown, kept)
-    _arrange(boxes, paths)
+    boxes, paths = _arrange(shown, kept)
     leaves, longest = int((nodes["leaf"] != "").sum()), max(_layers(nodes, edges).values())
     text = f"Autograd's graph: {len(nodes)} nodes, {leaves} of them leaves, at most {longest} steps from the loss"
     cut = f" (the first {len(shown)} nodes are drawn)" if len(shown) < len(nodes) else ""
@@ -109,20 +108,6 @@ def _layers(nodes: pd.DataFrame, edges: pd.DataFrame) -> dict[int, int]:
     return layer
 
 
-def _boxes(nodes: pd.DataFrame, edges: pd.DataFrame) -> tuple[dict[Hashable, _Box], list[list[Hashable]]]:
-    """The boxes by node, and the path of every edge; one across several layers gets an empty box in each."""
-    layer = _layers(nodes, edges)
-    boxes: dict[Hashable, _Box] = {}
-    for row in nodes.to_dict("records"):
-        boxes[row["id"]] = _Box(layer[row["id"]], _lines(row), _colour(row["hand"]))
-    paths: list[list[Hashable]] = []
-    for number, (source, target) in enumerate(edges[["source", "target"]].to_numpy().tolist()):
-        between = range(layer[source] + 1, layer[target])
-        boxes |= {("edge", number, passed): _Box(passed) for passed in between}
-        paths.append([source, *(("edge", number, passed) for passed in between), target])
-    return boxes, paths
-
-
 def _lines(row: Mapping[Hashable, object]) -> list[tuple[str, Mapping[str, object]]]:
     """A node's text, top to bottom; the last lines say who does the same by hand."""
     colour = tuple(0.72 * part for part in to_rgb(_colour(row["hand"])))  # letters need more contrast than lines
@@ -150,8 +135,18 @@ def _colour(hand: object) -> str:
     return next((colour for start, colour in COLOURS.items() if str(hand).startswith(start)), GREY)
 
 
-def _arrange(boxes: Mapping[Hashable, _Box], paths: Sequence[Sequence[Hashable]]) -> None:
-    """Layer by layer from the loss: each box beneath the middle of those that point to it, or near it."""
+def _arrange(nodes: pd.DataFrame, edges: pd.DataFrame) -> tuple[dict[Hashable, _Box], list[list[Hashable]]]:
+    """The boxes by node, and the path of every edge; one across several layers gets an empty box in each.
+
+    Layer by layer from the loss: each box beneath the middle of those that point to it, or near it.
+    """
+    layers = _layers(nodes, edges)
+    boxes = {row["id"]: _Box(layers[row["id"]], _lines(row), _colour(row["hand"])) for row in nodes.to_dict("records")}
+    paths: list[list[Hashable]] = []
+    for number, (source, target) in enumerate(edges[["source", "target"]].to_numpy().tolist()):
+        between = range(layers[source] + 1, layers[target])
+        boxes |= {("edge", number, passed): _Box(passed) for passed in between}
+        paths.append([source, *(("edge", number, passed) for passed in between), target])
     above: dict[Hashable, list[Hashable]] = {}
     for path in paths:
         for upper, lower in pairwise(path):
@@ -168,6 +163,7 @@ def _arrange(boxes: Mapping[Hashable, _Box], paths: Sequence[Sequence[Hashable]]
         for key, x in zip(row, _spread([wish[key] for key in row], [boxes[key].width for key in row]), strict=True):
             boxes[key].x, boxes[key].top = x, top
         top += max(boxes[key].height for key in row) + DOWN
+    return boxes, paths
 
 
 def _spread(wishes: Sequence[float], widths: Sequence[float]) -> list[float]:

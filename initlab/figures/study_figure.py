@@ -70,8 +70,15 @@ def _draw_panel(
     band, over_numbers = figure_spec.bands(mine), _is_number(tables[one.table], one.x)
     if over_numbers:
         plot_bands(ax, band, "x", colours=colours)
-    else:
-        _plot_points(ax, band, colours)
+    else:  # text has no line between its values: a point with its band for each, the labels side by side
+        texts = list(dict.fromkeys(band["x"]))
+        for position, (label, colour) in enumerate(colours.items()):
+            of_label = band[band["label"].astype(str) == label]
+            x = np.array([texts.index(text) for text in of_label["x"]]) + 0.6 * ((position + 0.5) / len(colours) - 0.5)
+            spread = np.abs(of_label[["low", "high"]].to_numpy().T - of_label["median"].to_numpy())
+            ax.errorbar(x, of_label["median"], spread, color=colour, marker="o", linestyle="", capsize=3, label=label)
+        ax.set_xticks(range(len(texts)), texts)
+        ax.set_xlim(-0.5, len(texts) - 0.5)
     if one.y_scale == "log":
         log_scale(ax, rows["y"])
     if one.x_scale == "log" and pd.api.types.is_numeric_dtype(rows["x"].dtype) and (rows["x"] > 0).all():
@@ -99,15 +106,3 @@ def _draw_panel(
 
 def _is_number(table: pd.DataFrame, name: str) -> bool:
     return bool(pd.api.types.is_numeric_dtype(table[bare(name)].dtype))
-
-
-def _plot_points(ax: Axes, band: pd.DataFrame, colours: Colours) -> None:
-    """Text has no line between its values: a point with its band for each, the labels side by side."""
-    texts = list(dict.fromkeys(band["x"]))
-    for position, (label, colour) in enumerate(colours.items()):
-        mine = band[band["label"].astype(str) == label]
-        x = np.array([texts.index(text) for text in mine["x"]]) + 0.6 * ((position + 0.5) / len(colours) - 0.5)
-        spread = np.abs(mine[["low", "high"]].to_numpy().T - mine["median"].to_numpy())
-        ax.errorbar(x, mine["median"], spread, color=colour, marker="o", linestyle="", capsize=3, label=label)
-    ax.set_xticks(range(len(texts)), texts)
-    ax.set_xlim(-0.5, len(texts) - 0.5)

@@ -3,7 +3,7 @@
 import glob
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +41,15 @@ def find_folders(paths: Paths) -> list[Folder]:
     folders: dict[str, Folder] = {}
     seen: set[str] = set()
     for path in list_paths(paths):
-        for top in _matches(path):
+        front = path.removesuffix("**").rstrip("/") or "."
+        if Path(path).is_dir():
+            tops = [str(Path(path))]
+        elif path.endswith("/**") and Path(front).is_dir():  # walked once, not once from each folder in it
+            tops = [str(Path(front))]
+        else:
+            matches = glob.glob(path, recursive=True)
+            tops = [match if os.path.isdir(match) else os.path.dirname(match) or "." for match in matches]  # noqa: PTH112, PTH120
+        for top in tops:
             for here, inner, files in os.walk(top):
                 if here in seen:
                     inner.clear()
@@ -53,18 +61,6 @@ def find_folders(paths: Paths) -> list[Folder]:
                     name = here.removeprefix("./")
                     folders[name] = Folder(name, frozenset(files), tuple(parts))
     return [folders[path] for path in sorted(folders, key=lambda path: path.replace(os.sep, chr(0)))]
-
-
-def _matches(path: str) -> Iterator[str]:
-    """Folders to look into. `outputs/**` is all below outputs: walked once, not once from each folder in it."""
-    front = path.removesuffix("**").rstrip("/") or "."
-    if Path(path).is_dir():
-        yield str(Path(path))
-    elif path.endswith("/**") and Path(front).is_dir():
-        yield str(Path(front))
-    else:
-        for match in glob.iglob(path, recursive=True):
-            yield match if os.path.isdir(match) else os.path.dirname(match) or "."  # noqa: PTH112, PTH120
 
 
 def read_run_json(folder: Path | str) -> dict[str, Any]:

@@ -202,20 +202,28 @@ def judge(expectation: Expectation | Mapping[str, Any], tables: Mapping[str, pd.
             raise NothingFound(f"no job has written a table `{one.table}`")
         refuse_columns(one.columns(), tables, one.table)
         table = tables[one.table]
-        if one.band:
-            return _judge_band(one, table)
+        if one.band:  # the mean over the networks, measured (seed -1), within its band; several rows are reduced alike
+            where = {**one.where, "statistic": one.statistic}
+            whole, each = select(table, {**where, "seed": -1}), select(table, where)
+            number, low, high = (
+                reduce_rows(one.reduce, numbers(whole, name), np.zeros(len(whole), int)).number
+                for name in ("measured", "band_low", "band_high")
+            )
+            error = reduce_rows(one.reduce, numbers(each, "measured"), networks(each)).error
+            band = f", band {low:.3g} to {high:.3g}"
+            return Answer(one.say, low <= number <= high, (Measured(number, error),), band)
         rows = select(table, one.where)
         if one.how != "order":
             found = _reduce(one, rows)
             return Answer(one.say, COMPARISONS[one.how](found.number, one.value, one.tolerance), (found,))
-        each = []  # the values of the column, in the order in which their numbers should ascend
+        ascending = []  # the values of the column, in the order in which their numbers should ascend
         for value in one.value:
             mine = rows[meets(rows[one.by], value)]
             if not len(mine):
                 raise NothingFound(f"selects no rows with {one.by}={format_condition(value)}")
-            each.append(_reduce(one, mine, str(value)))
-        holds = all(a.number < b.number for a, b in pairwise(each))
-        return Answer(one.say, holds, tuple(sorted(each, key=lambda m: (math.isnan(m.number), m.number))))
+            ascending.append(_reduce(one, mine, str(value)))
+        holds = all(a.number < b.number for a, b in pairwise(ascending))
+        return Answer(one.say, holds, tuple(sorted(ascending, key=lambda m: (math.isnan(m.number), m.number))))
     except UsageError as error:
         raise _name_sentence(one.say, error) from error
 
@@ -237,17 +245,3 @@ def _reduce(one: Expectation, rows: pd.DataFrame, of: str = "") -> Measured:
     with np.errstate(all="ignore"):
         found = reductions.slopes(values, over, owner)
     return reduce_rows("mean", found, np.arange(len(found)), of)
-
-
-def _judge_band(one: Expectation, theory: pd.DataFrame) -> Answer:
-    """The mean over the networks, measured (seed -1), against its 95 % band; several rows are reduced alike."""
-    where = {**one.where, "statistic": one.statistic}
-    whole = select(theory, {**where, "seed": -1})
-    number, low, high = (
-        reduce_rows(one.reduce, numbers(whole, name), np.zeros(len(whole), int)).number
-        for name in ("measured", "band_low", "band_high")
-    )
-    each = select(theory, where)
-    error = reduce_rows(one.reduce, numbers(each, "measured"), networks(each)).error
-    band = f", band {low:.3g} to {high:.3g}"
-    return Answer(one.say, low <= number <= high, (Measured(number, error),), band)
