@@ -28,8 +28,8 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 HOUSE = {
     "errors": "",
     "stats": (
-        "dtypes kernels.cpu kernels.triton_programs kernels.triton_merge keys quadrature statistics custom "
-        "workspace histogram reference derive kernels.triton_rows summarize backend buffer "
+        "dtypes kernels.cpu kernels.triton_programs kernels.triton_merge keys quadrature statistics "
+        "workspace histogram reference kernels.triton_rows summarize backend buffer "
         "kernels.cpu_backend kernels.gpu_backend measure"
     ),
     "nn": "activations custom_activation network triton_philox philox init lsuv mup unbounded",

@@ -12,8 +12,8 @@ from torch import Tensor
 from initlab.nn.activations import Activation
 from initlab.scratch.mlp import Parameters, Pass
 from initlab.stats.buffer import Item
-from initlab.stats.derive import saturated_share
 from initlab.stats.keys import TensorKey
+from initlab.stats.summarize import saturated_share
 
 STAGE = "train"
 

@@ -16,9 +16,9 @@ from initlab.engine.layer_memory import LayerTensors
 from initlab.engine.named_tensors import network_keys
 from initlab.stats.backend import SATURATED, Backend
 from initlab.stats.buffer import StatsBuffer
-from initlab.stats.derive import saturated_share
 from initlab.stats.histogram import Bins, join_bins
 from initlab.stats.reference import FIELDS
+from initlab.stats.summarize import saturated_share
 
 MOST_STEPS, MOST_BYTES = 64, 2**24  # that wait to be handed over
 BIAS_UPDATE = "bias update"  # measured with the other updates; the tables have those of weights alone

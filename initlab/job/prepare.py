@@ -20,7 +20,7 @@ from initlab.nn.custom_activation import as_activation, numerical
 from initlab.nn.init import RULES, Rule, rule
 from initlab.runs.recorder import Recorder
 from initlab.runs.schema import NOT_OPTIONS, OPTION_OF
-from initlab.stats.custom import checked_statistics
+from initlab.stats.statistics import checked_statistics
 from initlab.tasks.ensemble.device import Where, set_matmul
 from initlab.tasks.ensemble.networks import Net
 from initlab.tasks.ensemble.training import Training

@@ -19,7 +19,7 @@ from initlab.nn.activations import Activation
 from initlab.nn.init import Rule
 from initlab.runs import summary
 from initlab.scratch.graph_text import frames_as_text
-from initlab.stats.custom import Function
+from initlab.stats.statistics import Function
 from initlab.tasks.data import TEACHER_ROWS, load
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.networks import Emit, Frames, Net

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from initlab.nn.init import Rule
 from initlab.nn.network import Network, Plain, Weights, forward
-from initlab.stats.derive import derive
 from initlab.stats.measure import backend_for
 from initlab.stats.statistics import STATISTICS
+from initlab.stats.summarize import derive
 
 FITS, SCALED = "fits", "scaled"
 GIVEN_UP = {

@@ -19,8 +19,8 @@ from initlab.errors import UsageError
 from initlab.nn.activations import Activation
 from initlab.probes.probe_buffer import ProbeBuffer
 from initlab.probes.probed_modules import RELU, LayerAxis, ProbedModule, Site, as_batch, find_tensors, measurable
-from initlab.stats.derive import saturated_share
 from initlab.stats.keys import TensorKey
+from initlab.stats.summarize import saturated_share
 
 _INPUT = LayerAxis(0, 0, 0)  # below the first layer
 

@@ -23,9 +23,9 @@ from initlab.probes.probe_buffer import ProbeBuffer
 from initlab.probes.probed_modules import refuse_several, select
 from initlab.probes.steps import StepTracker
 from initlab.stats.buffer import BATCHED
-from initlab.stats.custom import Function
 from initlab.stats.keys import Seeds, TensorKey, resolve_seeds
 from initlab.stats.measure import backend_for
+from initlab.stats.statistics import Function
 
 Emit = Callable[[pd.DataFrame], None]
 

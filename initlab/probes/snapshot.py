@@ -16,9 +16,9 @@ from initlab.errors import UsageError
 from initlab.probes.probe_buffer import ProbeBuffer
 from initlab.probes.probed_modules import refuse_several, select
 from initlab.probes.steps import StepTracker
-from initlab.stats.custom import Function
 from initlab.stats.keys import Seeds, resolve_seeds
 from initlab.stats.measure import backend_for
+from initlab.stats.statistics import Function
 
 _MISFITS = (RuntimeError, ValueError, IndexError, TypeError)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from initlab.errors import UsageError
-from initlab.stats.derive import relative_error
 from initlab.stats.dtypes import format_of
+from initlab.stats.summarize import relative_error
 
 
 class Difference(NamedTuple):

@@ -20,11 +20,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from initlab.stats.custom import Function, checked_statistics, measure_custom
-from initlab.stats.derive import saturated_share
+from initlab.errors import UsageError
 from initlab.stats.histogram import Bins, histogram, octaves
 from initlab.stats.reference import FIELDS
-from initlab.stats.summarize import summarize
+from initlab.stats.statistics import Function, checked_statistics
+from initlab.stats.summarize import saturated_share, summarize
 
 COUNT, N_NAN, N_ZERO, SATURATED = (list(FIELDS).index(name) for name in ("count", "n_nan", "n_zero", "saturated"))
 
@@ -161,3 +161,26 @@ def into(out: Tensor | None, rows: Tensor) -> Tensor:
 def as_matrix(x: Tensor) -> Tensor:
     """(O, rest) of a parameter of any shape; a bias (O,) is one row."""
     return x.reshape(len(x) if x.ndim > 1 else 1, -1)
+
+
+def measure_custom(statistics: Mapping[str, Function], x: Tensor) -> Tensor:
+    """The results for x (..., N, C), in float64: (functions, ...).
+
+    Entries that are nan or inf are data and reach the functions as they are. Each function gets a copy, so that nothing
+    it does changes a measurement or a training. A function that raises, or gives anything but one number for each of
+    the leading dimensions, is refused in one line.
+    """
+    found = []
+    for name, function in statistics.items():
+        try:
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                value = function(x.clone())
+        except Exception as error:  # a function of the user may raise anything
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UsageError(f"statistics.{name}: fails for a tensor {tuple(x.shape)}: {reason}") from error
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if shape != tuple(x.shape[:-2]):
+            wanted = f"{tuple(x.shape[:-2])} for a tensor {tuple(x.shape)}"
+            raise UsageError(f"statistics.{name}: gives {shape}, must give {wanted}, one number for each (N, C)")
+        found.append(value.detach().to(x.device, torch.float64))
+    return torch.stack(found) if found else x.new_empty((0, *x.shape[:-2]), dtype=torch.float64)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from initlab.stats.backend import Backend
-from initlab.stats.derive import derive, relative_error
 from initlab.stats.histogram import bin_columns
 from initlab.stats.keys import KEY_COLUMNS, PARITY_COLUMNS, TensorKey, key_columns
 from initlab.stats.reference import BLOCK, FIELDS
 from initlab.stats.statistics import COUNTS, NONFINITE, STATISTICS
+from initlab.stats.summarize import derive, relative_error
 from initlab.stats.workspace import AT_ONCE
 
 FLUSH_SECONDS = 30.0  # rows are handed over at least so often

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from initlab.stats.backend import Backend
-from initlab.stats.custom import Function
-from initlab.stats.derive import derive
 from initlab.stats.kernels.cpu import library
 from initlab.stats.kernels.cpu_backend import CpuBackend
 from initlab.stats.kernels.gpu_backend import GpuBackend, works
+from initlab.stats.statistics import Function
+from initlab.stats.summarize import derive
 
 
 def backend_for(

@@ -3,13 +3,16 @@
 A row (reference.py) holds the sums that all statistics share; a formula sees its fields by name, and three more:
 `finite`, how many entries are neither nan nor inf; `scale`, the power of two 2^e that the sums carry; and `root`, the
 root of the second moment without that power. Moments are population moments over the finite entries, nan with none.
-A new statistic that these fields do not give can be passed as a function (custom.py). The table needs no torch.
+A statistic that these fields do not give can be passed as a function of the tensor. The table needs no torch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import nan
 from typing import TYPE_CHECKING
+
+from initlab.errors import UsageError
+from initlab.stats.keys import KEY_COLUMNS, MODULE_COLUMNS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 SATURATED = 0.05  # |phi'| below this share of its largest value counts as saturated
 
 Fields = Mapping[str, "Tensor"]
+Function = Callable[["Tensor"], "Tensor"]  # a statistic of the user, (..., N, C) -> (...)
 
 
 @dataclass(frozen=True)
@@ -93,3 +97,22 @@ IN_LN = tuple(name for name, row in STATISTICS.items() if row.in_ln)
 # torch's own std (seeded), and rms(update) / rms(weight) (probe).
 TRUE_COLUMNS, TORCH_COLUMN, UPDATE_RATIO = ("log2_rms_true", "log2_std_true"), "std_torch", "update_ratio"
 MORE_COLUMNS = (*TRUE_COLUMNS, TORCH_COLUMN, UPDATE_RATIO)
+RESERVED = (*KEY_COLUMNS, *MODULE_COLUMNS, *STATISTICS, *MORE_COLUMNS, "network")
+
+
+def checked_statistics(statistics: Mapping[str, Function] | None, reserved: Iterable[str] = ()) -> dict[str, Function]:
+    """The functions by the names of their columns; a name that is taken, or no function, is refused in one line.
+
+    `reserved` are names of further columns of the tables, such as those of the configuration.
+    """
+    if statistics is not None and not isinstance(statistics, Mapping):
+        raise UsageError(f"statistics={statistics!r}: must be a dictionary of functions by the names of their columns")
+    given = dict(statistics or {})
+    for name, function in given.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise UsageError(f"statistics.{name}: the name of a column must be letters, digits and underscores")
+        if name in RESERVED or name in reserved:
+            raise UsageError(f"statistics.{name}: the tables have a column of this name; choose another one")
+        if not callable(function):
+            raise UsageError(f"statistics.{name}={function!r}: must be a function (..., N, C) -> (...)")
+    return given

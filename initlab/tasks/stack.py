@@ -16,11 +16,10 @@ from initlab.nn.custom_activation import Given
 from initlab.nn.network import backward, forward, multiply
 from initlab.stats.backend import SATURATED, Backend
 from initlab.stats.buffer import StatsBuffer
-from initlab.stats.custom import Function
-from initlab.stats.derive import saturated_share
 from initlab.stats.keys import Seeds, TensorKey
 from initlab.stats.measure import backend_for
-from initlab.stats.statistics import TRUE_COLUMNS
+from initlab.stats.statistics import TRUE_COLUMNS, Function
+from initlab.stats.summarize import saturated_share
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.memory import is_out_of_memory
 from initlab.tasks.ensemble.networks import Emit, Ensemble, Frames, Init, Net, Networks

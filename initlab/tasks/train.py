@@ -17,9 +17,9 @@ from initlab.nn.custom_activation import Given, as_activation
 from initlab.nn.init import permutation
 from initlab.nn.mup import learning_rates
 from initlab.scratch.layers import LOSSES
-from initlab.stats.custom import Function
 from initlab.stats.keys import Seeds
 from initlab.stats.measure import backend_for
+from initlab.stats.statistics import Function
 from initlab.tasks.data import Data, load
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.memory import free_memory, readable

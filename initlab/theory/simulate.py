@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from initlab.nn.activations import Activation
-from initlab.stats.derive import saturated_share
 from initlab.stats.keys import LayerTensor
 from initlab.stats.measure import measure
 from initlab.stats.statistics import STATISTICS
+from initlab.stats.summarize import saturated_share
 from initlab.theory.forward_law import DenseLayer
 
 ENTRIES = 2**20  # of a layer, held at once

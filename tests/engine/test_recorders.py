@@ -19,11 +19,11 @@ from initlab.scratch import mlp
 from initlab.scratch.layers import LOSSES
 from initlab.scratch.mlp import Parameters
 from initlab.stats.buffer import StatsBuffer
-from initlab.stats.derive import saturated_share
 from initlab.stats.histogram import histogram
 from initlab.stats.kernels.cpu import library
 from initlab.stats.measure import backend_for, measure
 from initlab.stats.statistics import STATISTICS
+from initlab.stats.summarize import saturated_share
 
 SIZES = (20, 9, 9, 9, 3)
 needs_compiler = pytest.mark.skipif(library() is None, reason="no working C++ compiler")

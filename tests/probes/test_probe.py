@@ -17,10 +17,9 @@ from initlab.nn.activations import ACTIVATIONS
 from initlab.probes import probe_buffer
 from initlab.probes.probe import Sink
 from initlab.stats import buffer as buffer_module
-from initlab.stats.derive import derive, saturated_share
 from initlab.stats.keys import TensorKey
 from initlab.stats.statistics import STATISTICS
-from initlab.stats.summarize import summarize
+from initlab.stats.summarize import derive, saturated_share, summarize
 
 KEYS = ["stage", "implementation", "seed", "step", "layer", "tensor", "direction"]
 

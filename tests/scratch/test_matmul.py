@@ -12,7 +12,7 @@ from initlab.errors import UsageError
 from initlab.nn.init import gaussian, permutation
 from initlab.scratch import matmul
 from initlab.scratch.matmul import LADDER, RUNGS, Rung
-from initlab.stats.derive import relative_error
+from initlab.stats.summarize import relative_error
 
 PLAIN = [name for name in RUNGS if name not in ("compiled", "triton")]  # those that need no compiler
 

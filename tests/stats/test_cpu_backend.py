@@ -9,13 +9,12 @@ from torch import Tensor
 
 from initlab.nn.activations import ACTIVATIONS
 from initlab.stats.backend import SATURATED, Backend
-from initlab.stats.derive import saturated_share
 from initlab.stats.histogram import Bins, bin_columns, histogram
 from initlab.stats.kernels import cpu
 from initlab.stats.kernels.cpu import library
 from initlab.stats.measure import backend_for
 from initlab.stats.reference import FIELDS
-from initlab.stats.summarize import summarize
+from initlab.stats.summarize import saturated_share, summarize
 
 needs_compiler = pytest.mark.skipif(library() is None, reason="no working C++ compiler")
 COUNTED = ("count", "n_nan", "n_inf", "n_subnormal", "n_zero", "exponent", "min", "max", "dead", "alive")

@@ -15,12 +15,12 @@ from initlab.errors import UsageError
 from initlab.job.options import statistics_of
 from initlab.job.settings import Config
 from initlab.scratch import mlp
+from initlab.stats.backend import measure_custom
 from initlab.stats.buffer import Item, StatsBuffer
-from initlab.stats.custom import checked_statistics, measure_custom
 from initlab.stats.kernels.cpu import plain
 from initlab.stats.keys import TensorKey
 from initlab.stats.measure import backend_for
-from initlab.stats.statistics import STATISTICS
+from initlab.stats.statistics import STATISTICS, checked_statistics
 from initlab.tasks.data import load
 from initlab.tasks.stack import stack
 from initlab.tasks.train import train

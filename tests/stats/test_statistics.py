@@ -11,10 +11,10 @@ from torch import Tensor
 
 from initlab.stats import buffer as buffer_module
 from initlab.stats.buffer import DifferenceBuffer, Item, RowBuffer, StatsBuffer
-from initlab.stats.derive import derive, relative_error, saturated_share
 from initlab.stats.keys import KEY_COLUMNS, LOSS_COLUMNS, PARITY_COLUMNS, TensorKey, update_ratio
 from initlab.stats.measure import backend_for, measure
 from initlab.stats.statistics import COUNTS, IN_LN, STATISTICS
+from initlab.stats.summarize import derive, relative_error, saturated_share
 
 FORMATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

@@ -19,12 +19,11 @@ from initlab.errors import UsageError
 from initlab.stats import histogram as octaves_module
 from initlab.stats import reference
 from initlab.stats import summarize as moments
-from initlab.stats.derive import derive
 from initlab.stats.histogram import histogram, octaves
 from initlab.stats.measure import backend_for
 from initlab.stats.reference import FIELDS, Row, merge, row
 from initlab.stats.statistics import STATISTICS
-from initlab.stats.summarize import summarize
+from initlab.stats.summarize import derive, summarize
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 PRODUCERS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -11,11 +11,10 @@ import torch
 from initlab.errors import UsageError
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import gaussian
-from initlab.stats.derive import saturated_share
 from initlab.stats.histogram import histogram
 from initlab.stats.kernels import triton_rows as fused
 from initlab.stats.reference import FIELDS
-from initlab.stats.summarize import summarize
+from initlab.stats.summarize import saturated_share, summarize
 
 # The interpreter computes with numpy, which warns of 0/0; here that is a tensor without a finite entry.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

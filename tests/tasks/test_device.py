@@ -3,7 +3,7 @@ import torch
 
 from initlab.errors import UsageError
 from initlab.nn.init import gaussian
-from initlab.stats.derive import relative_error
+from initlab.stats.summarize import relative_error
 from initlab.tasks.ensemble.device import MATMULS, set_matmul
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from initlab.stats.backend import Backend, into
-from initlab.stats.custom import Function
 from initlab.stats.histogram import Bins, octaves
 from initlab.stats.reference import FIELDS
+from initlab.stats.statistics import Function
 
 _LONGEST = 2 + 2 * (octaves(torch.float32)[1] - octaves(torch.float32)[0] + 1)  # numbers of one histogram at most
 _WAITING = 2**14  # rows whose histograms wait together

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from initlab.stats.backend import Backend, into
-from initlab.stats.custom import Function
 from initlab.stats.histogram import Bins, octaves
 from initlab.stats.kernels import triton_rows
 from initlab.stats.kernels.triton_rows import Blocks, blocks
+from initlab.stats.statistics import Function
 from initlab.stats.summarize import summarize
 
 

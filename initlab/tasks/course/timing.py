@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from initlab.errors import UsageError, choose
 from initlab.scratch.agreement import unit_in_last_place
-from initlab.stats.derive import relative_error
 from initlab.stats.dtypes import format_of
+from initlab.stats.summarize import relative_error
 from initlab.tasks.course.rotated_timing import Call, Runner, calibrate, round_ratios, run_rounds, share_rounds
 from initlab.tasks.ensemble.device import find_device
 from initlab.tasks.ensemble.memory import free_memory, is_out_of_memory, peak_bytes, readable

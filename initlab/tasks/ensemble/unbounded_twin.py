@@ -15,7 +15,7 @@ from torch import Tensor
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.network import backward, forward
 from initlab.nn.unbounded import UNBOUNDED, Scaled, join, log2_moments, rescale
-from initlab.stats.derive import derive
+from initlab.stats.summarize import derive
 from initlab.tasks.ensemble.networks import Networks
 
 # Subnormal numbers lose tiny * eps / 2 each; at an rms of 16 tiny that is a sixteenth of what rounding loses anyway.
