@@ -143,7 +143,7 @@ def test_rooms_and_files_have_a_size_that_one_can_hold_in_mind() -> None:
     for name, count in lines.items():
         shares[name.split("/")[0]] += count
     room, most = shares.most_common(1)[0]
-    assert most <= 0.2 * shares.total(), f"{room} has {most} of {shares.total()} lines"
+    assert most <= 0.18 * shares.total(), f"{room} has {most} of {shares.total()} lines"
 
 
 FUNCTIONS = [
@@ -162,14 +162,14 @@ def test_functions_are_short() -> None:
 def test_few_functions_are_used_once() -> None:
     """A private function that is used once costs a jump and saves no line: at most 15 % of all are such.
 
-    Counted are names that occur twice in their file: the definition and one use. Over the whole package fewer are.
+    Counted are names that occur twice in their file, the definition and one use; by name over all files at most 10 %.
     """
     private = [(path, node.name) for path, node in FUNCTIONS if node.name.startswith("_")]
     words = {path: Counter(re.findall(r"\w+", path.read_text(encoding="utf-8"))) for path in FILES}
     everywhere = sum(words.values(), Counter())
     once = [name for path, name in private if words[path][name] <= 2]
     assert len(once) <= 0.15 * len(FUNCTIONS), f"{len(once)} of {len(FUNCTIONS)}"
-    assert len([name for _, name in private if everywhere[name] <= 2]) <= 0.12 * len(FUNCTIONS)
+    assert len([name for _, name in private if everywhere[name] <= 2]) <= 0.10 * len(FUNCTIONS)
 
 
 GLOSSARY = {
