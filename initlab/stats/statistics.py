@@ -97,7 +97,7 @@ IN_LN = tuple(name for name, row in STATISTICS.items() if row.in_ln)
 # torch's own std (seeded), and rms(update) / rms(weight) (probe).
 TRUE_COLUMNS, TORCH_COLUMN, UPDATE_RATIO = ("log2_rms_true", "log2_std_true"), "std_torch", "update_ratio"
 MORE_COLUMNS = (*TRUE_COLUMNS, TORCH_COLUMN, UPDATE_RATIO)
-RESERVED = (*KEY_COLUMNS, *MODULE_COLUMNS, *STATISTICS, *MORE_COLUMNS, "network")
+RESERVED = (*KEY_COLUMNS, *MODULE_COLUMNS, *STATISTICS, *MORE_COLUMNS, "network", "run", "init", "gain", "lr")
 
 
 def checked_statistics(statistics: Mapping[str, Function] | None, reserved: Iterable[str] = ()) -> dict[str, Function]:
