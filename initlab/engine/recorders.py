@@ -53,7 +53,8 @@ class Recording:
 
     def step(self, xb: Tensor, yb: Tensor, step: int) -> Tensor:
         """One update of every network, recorded as that step; the losses before it, (E,). Interrupted: no row."""
-        if len(self._waiting) * self._bytes_of_a_step() >= MOST_BYTES or len(self._waiting) >= MOST_STEPS:
+        waiting = self._waiting
+        if waiting and (len(waiting) >= MOST_STEPS or len(waiting) * waiting[0][1].nbytes >= MOST_BYTES):
             self.flush()
         recorded = [0 if bins is None else len(bins) for bins in self._bins]
         try:
@@ -80,9 +81,6 @@ class Recording:
             counts = counts.view(len(self._waiting), -1, *counts.shape[1:])[:, order].flatten(0, 1)
             self.buffer.put_bins([(counts, lowest)])
         self._waiting.clear()
-
-    def _bytes_of_a_step(self) -> int:
-        return self._waiting[0][1].numel() * 8 if self._waiting else 0
 
 
 def recorder_for(net: FastNetwork, backend: Backend, bins: Bins | None) -> StepRecorder:

@@ -85,8 +85,9 @@ def pair_mean(
     both = torch.stack([one + 0 * other, other + 0 * one])
     shape = both.shape[1:]
     flat_q, flat_c = both.reshape(2, -1)
-    fine = _octaves(float(flat_q.max()))
-    step = max(1, CHUNK // _plane_points(fine, kinks, per_panel))
+    fine, n = _octaves(float(flat_q.max())), len(_centres(kinks))
+    points = (4 + fine + n * (n - 1) // 2) * (7 + 2 * n * (1 + 2 * fine)) * per_panel**2  # of one integral
+    step = max(1, CHUNK // points)
     pieces = [slice(k, k + step) for k in range(0, len(flat_q), step)]
     return torch.cat([_plane(f, flat_q[p], flat_c[p], kinks, per_panel) for p in pieces]).reshape(shape)
 
@@ -94,11 +95,6 @@ def pair_mean(
 def _centres(kinks: tuple[float, ...]) -> tuple[float, ...]:
     """Where a function changes: its kinks, and 0, about which the smooth ones bend."""
     return tuple(sorted({0.0, *kinks}))
-
-
-def _plane_points(octaves: int, kinks: tuple[float, ...], per_panel: int) -> int:
-    n = len(_centres(kinks))
-    return (4 + octaves + n * (n - 1) // 2) * (7 + 2 * n * (1 + 2 * octaves)) * per_panel**2
 
 
 def panels(edges: np.ndarray, per_panel: int) -> tuple[np.ndarray, np.ndarray]:

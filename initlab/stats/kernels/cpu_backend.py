@@ -60,18 +60,12 @@ class CpuBackend(Backend):
         return self._describe_each(tensors, before, bins)
 
     def _describe_each(self, tensors: Sequence[Tensor], before: Sequence[Tensor] | None, bins: Bins | None) -> Tensor:
-        lists = [[x.data_ptr() for x in tensors], [x.numel() for x in tensors], [x.data_ptr() for x in before or ()]]
-        addresses, sizes, old = (np.array(numbers, dtype=np.int64) for numbers in lists)
+        lists = [[x.data_ptr() for x in tensors], [x.data_ptr() for x in before or tensors]]
+        numbers = np.array([*lists, [x.numel() for x in tensors]], dtype=np.int64)
+        addresses, old, sizes = (row.ctypes.data for row in numbers)
         rows = torch.empty((len(tensors), len(FIELDS)), dtype=torch.float64)
         arena = None if bins is None else _arena(bins, len(rows))
-        self._passes.describe_many(
-            addresses.ctypes.data,
-            None if before is None else old.ctypes.data,
-            sizes.ctypes.data,
-            len(rows),
-            rows.data_ptr(),
-            arena,
-        )
+        self._passes.describe_many(addresses, old if before else None, sizes, len(rows), rows.data_ptr(), arena)
         return rows.t()
 
     def relu_rows_(self, z: Tensor, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
