@@ -103,9 +103,9 @@ def _run() -> int:
     if code in (130, 143) and (outcome.started or folder):
         _tell(f"stopped; what was measured is in {outcome.started[-1] if outcome.started else folder}")
     if code and folder is not None:
-        from initlab.job.printout import shown
+        from initlab.job.printout import path_text
 
-        _tell(f"the same command with resume={shown(folder)} runs the jobs that are not done")
+        _tell(f"the same command with resume={path_text(folder)} runs the jobs that are not done")
     for line in dict.fromkeys([*outcome.notes, *outcome.mistakes]):
         _tell(line)
     return code or (2 if outcome.mistakes else 0) or (4 if outcome.failed else 0)

@@ -17,7 +17,7 @@ import initlab
 from initlab.errors import UsageError
 from initlab.job import prepare, printout
 from initlab.job.life_cycle import study_of
-from initlab.job.options import option_names, typed
+from initlab.job.options import option_names, read_config
 from initlab.job.settings import CONF
 from initlab.runs.read import find_runs
 from initlab.runs.schema import NOT_OPTIONS, OPTION_OF, TABLES, own_columns
@@ -81,7 +81,7 @@ def test_a_study_says_what_it_asks_and_runs(path: Path, composed: Callable[..., 
         choices = OmegaConf.to_container(one.hydra.runtime.choices)
         assert isinstance(choices, dict)
         del one.hydra
-        prepared = prepare.prepare(typed(one), choices, tmp_path / str(number))
+        prepared = prepare.prepare(read_config(one), choices, tmp_path / str(number))
         with prepared.recorder as recorder:  # what a job prints is no matter here
             for stage in prepared.stages:
                 stage(recorder)

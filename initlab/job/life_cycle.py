@@ -69,13 +69,13 @@ def run_composed(cfg: DictConfig) -> str | None:
 def _run(cfg: DictConfig, folder: Path, single: bool) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from initlab.job.options import typed
-    from initlab.job.printout import shown
+    from initlab.job.options import read_config
+    from initlab.job.printout import path_text
     from initlab.runs.recorder import discard
 
     setting = HydraConfig.get()
     resumed = cfg.resume is not None
-    job = begin(lambda: typed(cfg), dict(setting.runtime.choices), folder, resumed)
+    job = begin(lambda: read_config(cfg), dict(setting.runtime.choices), folder, resumed)
     study = None
     if single:  # the study of a sweep is judged after its last job
         try:
@@ -90,7 +90,7 @@ def _run(cfg: DictConfig, folder: Path, single: bool) -> None:
     except Exception as error:
         raise as_ended(error, folder) from error
     if study is None:
-        log.info("done: %s", shown(folder))
+        log.info("done: %s", path_text(folder))
     else:
         log.info(printed)
         answer(folder, study, bool(cfg.plots))
@@ -119,10 +119,10 @@ def begin(config: "Callable[[], Config]", choices: dict[str, str | None], folder
 
 def as_ended(error: Exception, folder: Path) -> UsageError | Fault:
     """What ended a job, as it goes on from here: a mistake of the user, or a fault that has been logged."""
-    from initlab.job.printout import shown
+    from initlab.job.printout import path_text
     from initlab.tasks.ensemble.memory import is_out_of_memory
 
-    where = shown(folder)
+    where = path_text(folder)
     if is_out_of_memory(error):
         return UsageError(f"out of memory; make seeds, width, depth or batch smaller. What was measured is in {where}")
     log.error("%s; what was measured is in %s", type(error).__name__, where, exc_info=error)
@@ -141,7 +141,7 @@ def study_of(cfg: DictConfig, name: str | None, overrides: Any) -> "Study":
 
 def answer(folder: Path, study: "Study", plots: bool) -> None:
     """Print which expectations hold and draw the study's figure; a failure is remembered for the exit code."""
-    from initlab.job.printout import read_tables, shown
+    from initlab.job.printout import path_text, read_tables
     from initlab.runs.read import find_runs
     from initlab.studies import study as studies
 
@@ -158,7 +158,7 @@ def answer(folder: Path, study: "Study", plots: bool) -> None:
         mistakes.append(error)
     outcome.mistakes.extend(map(str, mistakes))
     if path is not None:
-        log.info("figure: %s", shown(path))
+        log.info("figure: %s", path_text(path))
     if answers:
         log.info(studies.count(answers, len(study.expect)))
     outcome.failed.extend(one.say for one in answers if not one.holds)

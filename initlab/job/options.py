@@ -21,7 +21,7 @@ from initlab.runs.schema import OPTION_OF
 HYDRA_MISTAKES = (HydraException, OmegaConfBaseException)
 
 
-def typed(cfg: DictConfig) -> Config:
+def read_config(cfg: DictConfig) -> Config:
     """The composed configuration as plain dataclasses; keys that slipped past Hydra with a `+` are refused."""
     try:
         made: Any = OmegaConf.to_object(cfg)

@@ -42,7 +42,10 @@ def report_sweep(folder: Path, plots: bool) -> str:
     lines = _summarize(tables) + _notes([run.json for run in runs])
     files = _files(folder, below, drawn)
     unfinished = [run for run in runs if run.json["status"] not in ("done", "running")]
-    lines += [files[0], *(f"not done: {shown(Path(run.folder.path))} is {run.json['status']}" for run in unfinished)]
+    lines += [
+        files[0],
+        *(f"not done: {path_text(Path(run.folder.path))} is {run.json['status']}" for run in unfinished),
+    ]
     return "\n".join([*lines, *files[1:]])
 
 
@@ -62,8 +65,8 @@ def _notes(run_jsons: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _files(folder: Path, below: Path, drawn: bool) -> list[str]:
-    plots = [f"plots:  {shown(folder / '*.png')}"] if drawn else []
-    return [f"tables: {shown(folder / below / '*.parquet')}", *plots]
+    plots = [f"plots:  {path_text(folder / '*.png')}"] if drawn else []
+    return [f"tables: {path_text(folder / below / '*.parquet')}", *plots]
 
 
 def _draw(tables: Mapping[str, pd.DataFrame], folder: Path, compare: bool) -> list[Path]:
@@ -72,6 +75,6 @@ def _draw(tables: Mapping[str, pd.DataFrame], folder: Path, compare: bool) -> li
     return plots.draw(tables, folder, compare)
 
 
-def shown(path: Path) -> str:
+def path_text(path: Path) -> str:
     """Relative where the path lies below the working folder."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from initlab.errors import Fault, UsageError
 from initlab.job.life_cycle import as_ended, begin, outcome
-from initlab.job.options import typed
+from initlab.job.options import read_config
 from initlab.job.settings import Config
 from initlab.runs.lock import lock_folder
 from initlab.sweep.hydra_private import MODULE, register
@@ -66,7 +66,7 @@ def read_composed(composed: DictConfig, overrides: Sequence[str], number: int) -
     files = {"config.yaml": OmegaConf.to_yaml(composed), "hydra.yaml": about, "overrides.yaml": overridden}
     by_hydra = bool(whole_process) or "${hydra:" in files["config.yaml"] + about
     try:
-        config: Config | UsageError = typed(composed)
+        config: Config | UsageError = read_config(composed)
     except UsageError as error:
         config = error
     return ComposedJob(number, overrides, config, choices, folder, files, job_logging, by_hydra)
@@ -182,13 +182,13 @@ class Batched(Launcher):
 
     def _end(self, one: ComposedJob, job: "Job", fault: Exception | None) -> JobReturn:
         """Draw the job's figures and log how it ended; whoever calls has the job's own log open."""
-        from initlab.job.printout import shown
+        from initlab.job.printout import path_text
 
         try:
             if fault is not None:
                 raise fault
             job.draw()
-            log.info("done: %s", shown(one.folder))
+            log.info("done: %s", path_text(one.folder))
         except Exception as error:
             return self._job_return(one, as_ended(error, one.folder))
         return self._job_return(one)
