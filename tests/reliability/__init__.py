@@ -1,0 +1,1 @@
+"""Attacks on initlab, seeded and counted: a few in every test run, thousands by `python -m tests.reliability`."""

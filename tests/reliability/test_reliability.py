@@ -1,0 +1,18 @@
+"""A few cases of every attack; thousands are tried by `python -m tests.reliability`."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.reliability.attack import TOPICS, attack
+
+HERE = Path(__file__).parent
+SMALL: dict[str, int] = {}  # cases in a test run, where it is not FEW
+FEW = 5
+
+
+@pytest.mark.parametrize("name", [name for name in TOPICS if (HERE / f"{name}.py").exists()])
+def test_a_few_cases_hold(name: str, tmp_path: Path) -> None:
+    outcome = attack(name, SMALL.get(name, FEW), seed=1, folder=tmp_path)
+    assert outcome.tried == SMALL.get(name, FEW)
+    assert not outcome.lost, "\n".join(f"{case.what}: {case.wrong}" for case in outcome.lost)
