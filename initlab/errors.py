@@ -1,36 +1,77 @@
 """What a user can do wrong, said in one line: what was given, what is allowed, the nearest match.
 
 Every room raises `UsageError` for a mistake in what it was asked; anything else that is raised is a fault of ours.
+Numbers, truth values and choices of options and of library calls are checked here and nowhere else.
 """
 
+import inspect
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from functools import wraps
 from numbers import Real
-from typing import TypeVar
+from reprlib import Repr
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 Row = TypeVar("Row")
+P = ParamSpec("P")
+R = TypeVar("R")
 
-# Smallest value of every option that counts something; the lower limit itself is allowed.
-LOWEST: dict[str, float] = {
-    "depth": 1,
-    "width": 1,
-    "inputs": 1,
-    "batch": 1,
-    "seed": 0,
-    "seeds": 1,
-    "every": 1,
-    "threads": 1,
-    "train.depth": 0,
-    "train.width": 1,
-    "train.batch": 1,
-    "train.steps": 1,
-    "train.lr": 0.0,
+
+class Limits(NamedTuple):
+    """What a number may be: from the lowest to the highest."""
+
+    lowest: float = 0
+    highest: float = 3e38  # the largest number of float32, in which all is drawn and most is computed
+    whole: bool = False
+    above: bool = False  # the lowest itself is refused
+    below: bool = False  # and the highest
+    optional: bool = False  # None is allowed, and stands for what the function says
+
+
+def _count(lowest: int, highest: int, optional: bool = False) -> Limits:
+    return Limits(lowest, highest, whole=True, optional=optional)
+
+
+# Every number that an option or a parameter takes. Parameters have the names of options, less what stands before a dot;
+# what stands there twice has other limits in training or in the phase plane.
+LIMITS: dict[str, Limits] = {
+    "depth": _count(1, 10**6),
+    "width": _count(1, 10**12),
+    "inputs": _count(1, 10**12, optional=True),
+    "batch": _count(1, 10**12),
+    "seed": _count(0, 2**62),  # kept as an integer of 64 bits
+    "seeds": _count(1, 10**6),
+    "every": _count(1, 10**12),
+    "flush_steps": _count(1, 10**12),
+    "threads": _count(1, 1024),  # more no library starts
+    "networks": _count(2, 10**6, optional=True),
+    "gain": Limits(highest=1.7e308, optional=True),  # weights that no format holds are data
+    "bias": Limits(),
+    "attempts": _count(0, 10**6),
+    "tolerance": Limits(above=True),
+    "base_width": _count(0, 10**12),
+    "train.depth": _count(0, 10**6),
+    "train.width": _count(1, 10**12),
+    "train.batch": _count(1, 10**12),
+    "train.steps": _count(1, 10**12),
+    "train.lr": Limits(),
+    "sigma_w": Limits(),
+    "sigma_b": Limits(),
+    "q0": Limits(above=True),
+    "c0": Limits(0, 1, below=True),
+    "phase.batch": _count(2, 10**12),  # one input has no cosine
+    "phase.sigma_b": Limits(),
+    "phase.correlation": Limits(0, 1, below=True),
 }
+TRUTHS = frozenset(
+    ("backward", "residual", "progress", "histograms", "train.drift", "wide", "outputs", "fixed_input", "plots")
+)
+_GROUPS = ("train", "phase")
 
-
-# A seed is kept as an integer of 64 bits; more threads than this no library starts.
-HIGHEST: dict[str, float] = {"seed": 2**62, "seeds": 10**6, "threads": 1024}
+_short = Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 60
 
 
 class UsageError(ValueError):
@@ -41,6 +82,15 @@ class Fault(Exception):
     """What went wrong in a job, in one line: it travels between processes where the error itself might not."""
 
 
+def show(value: object) -> str:
+    """Anything that a user may give, as a text of some words in one line."""
+    try:
+        text = f"{value!r}".removesuffix(".0") if isinstance(value, float) else _short.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = type(value).__name__
+    return " ".join(text.split())
+
+
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """' - did you mean X?', or nothing where nothing is near."""
     by_lower = {name.lower(): name for name in allowed}
@@ -49,41 +99,91 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
 
 
 def not_one_of(what: str, given: object, allowed: Iterable[str]) -> UsageError:
-    names = sorted(allowed)
-    return UsageError(f"{what}={given}: must be one of {', '.join(names)}{nearest(str(given), names)}")
+    names, text = sorted(allowed), show(given)
+    text = text[1:-1] if isinstance(given, str) else text
+    return UsageError(f"{what}={text}: must be one of {', '.join(names)}{nearest(text, names)}")
 
 
-def choose(table: Mapping[str, Row], name: str, what: str) -> Row:
+def choose(table: Mapping[str, Row], name: object, what: str) -> Row:
     """The row of a table (or the column of a frame), or one line that lists its names."""
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise not_one_of(what, name, table)
     return table[name]
 
 
-WHOLE = frozenset(LOWEST) - {"train.lr"}  # whole numbers; the others are any
+def plain(value: Any) -> Any:
+    """numpy's numbers and arrays, and torch's, as Python's numbers and lists; everything else as it is."""
+    return value.tolist() if callable(getattr(value, "tolist", None)) else value
 
 
-def check(**options: object) -> None:
-    """Refuse what is no number, and numbers outside their limits; `train_depth` stands for the option `train.depth`."""
+def check(**options: object) -> list[Any]:
+    """The numbers and truth values as Python's own, in this order; what is none, or out of its range, is refused.
+
+    Names are those of options and parameters; `train_depth` stands for the option `train.depth`.
+    """
+    found = []
     for key, value in options.items():
-        option = key.replace("train_", "train.", 1)
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise UsageError(f"{option}={value!r}: must be a {'whole ' if option in WHOLE else ''}number")
-        number = float(value)
-        if not math.isfinite(number):
-            raise UsageError(f"{option}={value}: must be finite")
-        if option in WHOLE and number != number // 1:
-            raise UsageError(f"{option}={value}: must be a whole number")
-        if number < LOWEST[option]:
-            raise UsageError(f"{option}={number:g}: must be at least {LOWEST[option]:g}")
-        if number > HIGHEST.get(option, math.inf):
-            raise UsageError(f"{option}={number:g}: must be at most {HIGHEST[option]:g}")
+        group, _, name = key.partition("_")
+        found.append(check_value(f"{group}.{name}" if group in _GROUPS else key, value))
+    return found
 
 
-def check_scale(**options: object) -> None:
-    """Refuse a standard deviation, or another size, that is no finite number, at least 0."""
-    for name, value in options.items():
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise UsageError(f"{name}={value!r}: must be a number")
-        if not 0 <= float(value) < math.inf:
-            raise UsageError(f"{name}={float(value):g}: must be a finite number, at least 0")
+def check_value(option: str, given: object, limits: Limits | None = None) -> Any:
+    """A number or a truth value as Python's own, or one line on what it must be; `limits` in place of the table's."""
+    value: Any = plain(given)
+    if option in TRUTHS:
+        if not isinstance(value, bool):
+            raise UsageError(f"{option}={show(given)}: must be True or False")
+        return value
+    limits = limits or LIMITS[option]
+    if value is None and limits.optional:
+        return None
+    what = f"{option}={show(value)}"
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number:
+        raise UsageError(f"{what}: must be a {'whole ' if limits.whole else ''}number")
+    if not -math.inf < value < math.inf:
+        raise UsageError(f"{what}: must be finite")
+    if limits.whole and value != value // 1:
+        raise UsageError(f"{what}: must be a whole number")
+    if value < limits.lowest or (limits.above and value == limits.lowest):
+        raise UsageError(f"{what}: must be {'above' if limits.above else 'at least'} {limits.lowest}")
+    if value > limits.highest or (limits.below and value == limits.highest):
+        raise UsageError(f"{what}: must be {'below' if limits.below else 'at most'} {limits.highest}")
+    return int(value) if limits.whole else float(value)
+
+
+def keep_checked(record: object, names: Iterable[str], group: str = "") -> None:
+    """`check_value` for fields of a dataclass that is being made; they become Python's own numbers."""
+    for name in names:
+        object.__setattr__(record, name, check_value(group + name, getattr(record, name)))
+
+
+def check_functions(**functions: object) -> None:
+    """Refuse what is neither a function nor None."""
+    for name, given in functions.items():
+        if given is not None and not callable(given):
+            raise UsageError(f"{name}={show(given)}: must be a function")
+
+
+def library_call(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of the library: its mistakes name its parameters, `depth` where the option is `train.depth`.
+
+    An argument that it does not take is a mistake too.
+    """
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            unknown = next((nearest(name, signature.parameters) for name in kwargs if name in str(error)), "")
+            raise UsageError(f"{function.__name__}: {error}{unknown}") from None
+        try:
+            return function(*args, **kwargs)
+        except UsageError as error:
+            error.args = (re.sub(r"(?<![\w./])(train|init)\.(?=[a-z])", "", str(error)),)
+            raise
+
+    return call

@@ -103,7 +103,7 @@ MISTAKES = {
     "init=null": "initlab: Config group override must be a string or a list. Got NoneType",
     "hydra.run.dir=/dev/null/x": "initlab: [Errno 20] Not a directory: '/dev/null/x'",
     "activation=ReLU": f"initlab: activation=ReLU: must be one of {choices('activation')} - did you mean relu?",
-    "seed=99999999999999999999": "initlab: seed=1e+20: must be at most 4.61169e+18",
+    "seed=99999999999999999999": "initlab: seed=99999999999999999999: must be at most 4611686018427387904",
     "threads=100000": "initlab: threads=100000: must be at most 1024",
     "depth": "initlab: depth: not an option; options are key=value, see --help",
     "init.mode=fan": "initlab: init.mode=fan: must be one of constant, fan_avg, fan_in, fan_out - did you mean fan_in?",
@@ -312,8 +312,8 @@ def test_a_row_named_without_its_file_is_the_row_in_the_tables(lab: Lab) -> None
 
 
 def test_too_large_for_the_memory_is_one_line(lab: Lab) -> None:
-    code, _, err = lab(*QUICK, "width=99999999999")
-    assert code == 2 and err.startswith("initlab: depth=5 width=99999999999 inputs=99999999999 batch=")
+    code, _, err = lab(*QUICK, "width=9999999999")
+    assert code == 2 and err.startswith("initlab: depth=5 width=9999999999 inputs=9999999999 batch=")
     assert " are free and one network works on " in err and err.count("\n") == 1
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from initlab.errors import UsageError, check_scale
+from initlab.errors import UsageError, check_value, library_call
 from initlab.meanfield import maps
 from initlab.meanfield.correlation_points import FINE, correlation_fixed_point, map_in_octaves
 from initlab.nn.activations import Activation
@@ -56,6 +56,7 @@ class Phase:
         return 6 * self.xi_c
 
 
+@library_call
 def phase(activation: Given, sigma_w: float, sigma_b: float = 0.0) -> Phase:
     """Say whether a rule is ordered, critical or chaotic at infinite width, with its fixed point and depth scales.
 
@@ -79,10 +80,10 @@ def phase_plane(
     of at q = 1: where there are several fixed points, as of GELU, the two may end in different ones.
     """
     row = as_activation(activation)
-    for name, given in (("sigma_w", sigma_w), ("sigma_b", sigma_b)):
-        for one in given:
-            check_scale(**{name: one})
-    scales = [torch.tensor([float(x) for x in given], dtype=torch.float64) for given in (sigma_w, sigma_b)]
+    scales = [
+        torch.tensor([check_value(name, one) for one in given], dtype=torch.float64)
+        for name, given in (("sigma_w", sigma_w), ("sigma_b", sigma_b))
+    ]
     sw = scales[0].repeat(len(scales[1]))
     sb = scales[1].repeat_interleave(len(scales[0]))
     s, b = sw * sw, sb * sb
@@ -189,6 +190,7 @@ def _refine(row: Activation, low: Tensor, high: Tensor, s: Tensor, b: Tensor) ->
 # --- the critical line -----------------------------------------------------------------------------------------------
 
 
+@library_call
 def critical(activation: Given, sigma_b: float = 0.0) -> float:
     """The sigma_w at which gradients neither grow nor vanish with depth (chi_1 = 1), for these biases.
 
@@ -202,8 +204,7 @@ def critical(activation: Given, sigma_b: float = 0.0) -> float:
     1.414214
     """
     row = as_activation(activation)
-    check_scale(sigma_b=sigma_b)
-    wanted = float(sigma_b) ** 2
+    wanted = check_value("sigma_b", sigma_b) ** 2
     q, mean_square, slope_square = _tabulate(row)
     if not bool((slope_square > 0).all()):
         raise UsageError(f"activation={name_of(activation)}: its slope is 0, no sigma_w keeps gradients")

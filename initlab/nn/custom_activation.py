@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from initlab.errors import UsageError, choose
+from initlab.errors import UsageError, choose, library_call, show
 from initlab.nn import activations
 from initlab.nn.activations import ACTIVATIONS, Activation
 
@@ -38,7 +38,7 @@ def as_activation(given: Given) -> Activation:
     if isinstance(given, Activation):
         return given
     if not callable(given):
-        raise UsageError(f"activation={given!r}: must be a name, a row of the table or an elementwise function")
+        raise UsageError(f"activation={show(given)}: must be a name, a row of the table or an elementwise function")
     return row_of(given)
 
 
@@ -75,6 +75,7 @@ class ElementwiseModule(nn.Module):
         return self.phi(z)
 
 
+@library_call
 def gain(activation: Given, kind: str = "chi") -> float:
     """Gain (dimensionless) by which the weights of an activation are scaled.
 

@@ -9,13 +9,12 @@ bits for every device; `philox` draws where the network lives, see `philox.py`. 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from initlab.errors import UsageError, choose, nearest
+from initlab.errors import UsageError, choose, keep_checked, nearest, show
 from initlab.nn import activations, philox
 
 
@@ -44,21 +43,10 @@ class Rule:
     base_width: int = 0
 
     def __post_init__(self) -> None:
-        choose(MODES, self.mode, "init.mode")
-        choose(DISTRIBUTIONS, self.distribution, "init.distribution")
-        choose(activations.GAIN_KINDS, self.gain_kind, "init.gain_kind")
-        for option in ("gain", "bias", "attempts", "base_width", "tolerance"):
-            value = getattr(self, option)
-            if not isinstance(value, Real) and not (option == "gain" and value is None):
-                raise UsageError(f"init.{option}={value!r}: must be a number")
-        for option, value in (("gain", self.gain or 0.0), ("bias", self.bias)):
-            if not 0 <= value < math.inf:
-                raise UsageError(f"init.{option}={value}: must be a finite number, at least 0")
-        for option, value in (("attempts", self.attempts), ("base_width", self.base_width)):
-            if value < 0:
-                raise UsageError(f"init.{option}={value}: must be at least 0; 0 is none")
-        if not 0 < self.tolerance < math.inf:
-            raise UsageError(f"init.tolerance={self.tolerance}: must be a finite number above 0")
+        choose(MODES, self.mode, "mode")
+        choose(DISTRIBUTIONS, self.distribution, "distribution")
+        choose(activations.GAIN_KINDS, self.gain_kind, "gain_kind")
+        keep_checked(self, ("gain", "bias", "attempts", "tolerance", "base_width"))
 
     def gain_for(self, activation: str | activations.Activation) -> float:
         """The gain in force, dimensionless."""
@@ -204,14 +192,17 @@ def rule(init: "str | Rule", **changes: object) -> Rule:
     'fan_out'
     """
     if not isinstance(init, str | Rule):
-        raise UsageError(f"init={init!r}: must be a rule's name or a Rule")
+        raise UsageError(f"init={show(init)}: must be a rule's name or a Rule")
     row = choose(RULES, init, "init") if isinstance(init, str) else init
     for name in changes:
         if name not in FIELDS:
             known = nearest(name, [*FIELDS, *PARAMETERS])
             raise UsageError(f"{name}: no such parameter; of a rule there are {', '.join(FIELDS)}{known}")
     given = {name: value for name, value in changes.items() if value is not None}
-    return replace(row, **given) if given else row  # type: ignore[arg-type]
+    try:
+        return replace(row, **given) if given else row  # type: ignore[arg-type]
+    except UsageError as error:
+        raise UsageError(f"init.{error}") from None
 
 
 def rule_name(init: "str | Rule") -> str:

@@ -18,9 +18,9 @@ import pandas as pd
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from initlab.errors import UsageError, check
+from initlab.errors import UsageError, check, check_functions, library_call
 from initlab.probes.probe_buffer import ProbeBuffer
-from initlab.probes.probed_modules import refuse_several, select
+from initlab.probes.probed_modules import list_patterns, refuse_several, select
 from initlab.probes.steps import StepTracker
 from initlab.stats.buffer import BATCHED
 from initlab.stats.keys import Seeds, TensorKey, resolve_seeds
@@ -105,6 +105,7 @@ class Probe:
         return self._buffer.histograms()
 
 
+@library_call
 def probe(
     model: nn.Module | Watchable,
     x: None = None,
@@ -145,8 +146,9 @@ def probe(
     """
     if x is not None:
         raise UsageError("probe: records a loop; for one pass on x use initlab.measure(model, x, y, loss)")
-    check(every=every)
-    patterns = [layers] if isinstance(layers, str) else list(layers)
+    every, flush_steps, histograms = check(every=every, flush_steps=flush_steps, histograms=histograms)
+    check_functions(emit=emit)
+    patterns = list_patterns(layers)
     # Tensors on a GPU are measured by plain PyTorch.
     buffer = ProbeBuffer(list(resolve_seeds(seeds)), backend_for("cpu", statistics), emit, flush_steps, histograms)
     sink = Sink(buffer, every, patterns)

@@ -47,8 +47,6 @@ class ProbeBuffer(StatsBuffer):
         flush_steps: int = 100,
         histograms: bool = False,
     ) -> None:
-        if flush_steps < 1:
-            raise UsageError(f"flush_steps={flush_steps}: must be at least 1")
         super().__init__(seeds, backend, histograms, columns=(*KEY_COLUMNS, *MODULE_COLUMNS))
         self._emit, self._flush_steps = emit, flush_steps
         self._bin_rows: list[int] = []  # which rows the histograms belong to

@@ -5,7 +5,7 @@ A module with parameters of its own (Linear, Conv, LayerNorm, Embedding, LSTM, .
 (N, C, H, W) -> (N H W, C), and the last dimension of everything else, (B, T, C) -> (B T, C).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from initlab.errors import UsageError, nearest
+from initlab.errors import UsageError, nearest, show
 from initlab.nn.activations import ACTIVATIONS
 from initlab.probes.torch_private import ConvNd, NormBase
 from initlab.stats.dtypes import DTYPES, resolve_dtype
@@ -81,16 +81,24 @@ def refuse_several(seeds: Sequence[int]) -> None:
         raise UsageError(f"seeds: {len(seeds)} given; an nn.Module is one network and has one")
 
 
-def select(model: nn.Module, layers: str | Sequence[str]) -> list[ProbedModule]:
+def list_patterns(layers: str | Iterable[str]) -> list[str]:
+    """One glob, or any number of them, as a list; a UsageError for what is neither."""
+    found = [layers] if isinstance(layers, str) or not isinstance(layers, Iterable) else list(layers)
+    for pattern in found:
+        if not isinstance(pattern, str):
+            raise UsageError(f"layers={show(layers)}: must be a glob on the names of modules, or a list of them")
+    if not found:
+        raise UsageError("layers: empty; give at least one glob, such as layers='*'")
+    return found
+
+
+def select(model: nn.Module, patterns: Sequence[str]) -> list[ProbedModule]:
     """All modules that give rows, those chosen whose dotted name matches a glob; each glob must match something."""
     named = {
         name.removeprefix("_orig_mod."): module
         for name, module in model.named_modules()
         if PARAMETRIZED not in name.split(".") and (own_parameters(module) or not any(module.children()))
     }
-    patterns = [layers] if isinstance(layers, str) else list(layers)
-    if not patterns:
-        raise UsageError("layers: empty; give at least one glob, such as layers='*'")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in named):
             shown = ", ".join(list(named)[:8]) + (", ..." if len(named) > 8 else "")

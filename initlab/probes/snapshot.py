@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from initlab.errors import UsageError
+from initlab.errors import UsageError, library_call, show
 from initlab.probes.probe_buffer import ProbeBuffer
-from initlab.probes.probed_modules import refuse_several, select
+from initlab.probes.probed_modules import list_patterns, refuse_several, select
 from initlab.probes.steps import StepTracker
 from initlab.stats.keys import Seeds, resolve_seeds
 from initlab.stats.measure import backend_for
@@ -23,6 +23,7 @@ from initlab.stats.statistics import Function
 _MISFITS = (RuntimeError, ValueError, IndexError, TypeError)
 
 
+@library_call
 def measure(
     model: nn.Module,
     x: Any,
@@ -55,10 +56,12 @@ def measure(
     if y is not None and loss is None:
         raise UsageError("measure: y without a loss: give one too, such as loss=torch.nn.functional.cross_entropy")
     if loss is not None and not callable(loss):
-        raise UsageError(f"loss={loss!r}: must be a function of (out, y), such as torch.nn.functional.cross_entropy")
+        raise UsageError(
+            f"loss={show(loss)}: must be a function of (out, y), such as torch.nn.functional.cross_entropy"
+        )
     buffer = ProbeBuffer(list(resolve_seeds(seeds)), backend_for("cpu", statistics))
     refuse_several(buffer.seeds)
-    patterns = [layers] if isinstance(layers, str) else list(layers)
+    patterns = list_patterns(layers)
     tracker = StepTracker(model, None, select(model, patterns), 1, buffer)
     batch = list(_all_tensors(x))
     _refuse_places(model, batch)

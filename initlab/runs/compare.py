@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from initlab.errors import UsageError
+from initlab.errors import UsageError, library_call
 from initlab.runs import distance
 from initlab.runs.collect import FEW, collect
 from initlab.runs.distance import BEYOND, Joined, Side
@@ -62,6 +62,7 @@ class Comparison:
         return "\n".join([*lines, f"different: see what is beyond {BEYOND:g} spreads, or what only one side has"])
 
 
+@library_call
 def compare(a: Paths, b: Paths) -> Comparison:
     """Say what differs between two sides, in configuration and in numbers, beyond the spread of the seeds.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from initlab.errors import UsageError, choose
+from initlab.errors import UsageError, choose, library_call
 from initlab.runs import folders, parquet
 from initlab.runs.folders import Folder, Paths
 from initlab.runs.schema import STATS, TABLES, TASKS_WITH_STATS
@@ -80,6 +80,7 @@ def columns_of_option(key: str) -> set[str]:
     return {key, key.replace(".", "_"), last, key.removesuffix(".name")}
 
 
+@library_call
 def read(paths: Paths = "outputs/**", table: str = STATS) -> pd.DataFrame:
     """One frame of a table of all runs at or below `paths`.
 

@@ -4,11 +4,12 @@ Legend: E networks of an ensemble, K keys.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from numbers import Real
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from initlab.errors import UsageError, check
+from initlab.errors import UsageError, check, check_value, plain, show
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,12 +95,16 @@ def resolve_seeds(seeds: Seeds) -> Sequence[int]:
     >>> list(resolve_seeds(3)), resolve_seeds([5, 9])
     ([0, 1, 2], [5, 9])
     """
-    if isinstance(seeds, int) and not isinstance(seeds, bool):
-        check(seeds=seeds)
-        return range(seeds)
-    if not isinstance(seeds, Sequence | np.ndarray) or isinstance(seeds, str):
-        raise UsageError(f"seeds={seeds!r}: must be how many networks there are, or a sequence of their seeds")
-    check(seeds=len(seeds))
-    for seed in seeds[:: max(1, len(seeds) - 1)] if isinstance(seeds, range) else seeds:
-        check(seed=seed)
-    return seeds if isinstance(seeds, range) else [int(seed) for seed in seeds]
+    given: Any = plain(seeds)
+    if isinstance(given, Real) and not isinstance(given, bool):
+        return range(check_value("seeds", given))
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        raise UsageError(f"seeds={show(given)}: must be how many networks there are, or a sequence of their seeds")
+    check(seeds=len(given))
+    try:
+        if isinstance(given, range):
+            check(seed=given[0]), check(seed=given[-1])
+            return given
+        return [check_value("seed", seed) for seed in given]
+    except UsageError as error:
+        raise UsageError(f"seeds: {error}") from None

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from initlab.errors import UsageError, check, choose
+from initlab.errors import Limits, UsageError, check, check_value, choose
 from initlab.meanfield.fixed_points import phase_plane
 from initlab.meanfield.trajectories import trajectory
 from initlab.nn.custom_activation import Given, as_activation
@@ -48,14 +48,13 @@ class Axis(NamedTuple):
 
     def values(self, name: str) -> list[float]:
         """Refuses what is no axis; `name` is the option's."""
-        for end, value in (("min", self.low), ("max", self.high)):
-            if not 0 <= value < math.inf:
-                raise UsageError(f"{name}.{end}={value:g}: a standard deviation must be a finite number, at least 0")
-        if not 1 <= self.points <= MOST_POINTS:
-            raise UsageError(f"{name}.points={self.points}: must be from 1 to {MOST_POINTS}")
-        if self.low > self.high:
-            raise UsageError(f"{name}.min={self.low:g}: must not be above {name}.max={self.high:g}")
-        return [float(x) for x in np.linspace(self.low, self.high, self.points)]
+        low, high = (
+            check_value(f"{name}.{end}", value, Limits()) for end, value in (("min", self.low), ("max", self.high))
+        )
+        points = check_value(f"{name}.points", self.points, Limits(1, MOST_POINTS, whole=True))
+        if low > high:
+            raise UsageError(f"{name}.min={low:g}: must not be above {name}.max={high:g}")
+        return [float(x) for x in np.linspace(low, high, points)]
 
 
 SIGMA_W, SIGMA_B = Axis(0.5, 3.0, 64), Axis(0.0, 1.0, 64)
@@ -98,15 +97,9 @@ def phase(
     if plane == "sigma":
         up = (sigma_b if isinstance(sigma_b, Axis) else SIGMA_B).values("phase.sb")
     else:
-        up = [0.05**0.5 if sigma_b is None or isinstance(sigma_b, Axis) else sigma_b]
-    if not 0 <= up[0] < math.inf:
-        raise UsageError(f"phase.sigma_b={up[0]:g}: a standard deviation must be a finite number, at least 0")
+        up = check(phase_sigma_b=0.05**0.5 if sigma_b is None or isinstance(sigma_b, Axis) else sigma_b)
     numbers = resolve_seeds(seeds)
-    check(depth=depth, width=width, batch=batch)
-    if batch < 2:
-        raise UsageError(f"phase.batch={batch}: must be at least 2; one input has no cosine")
-    if not 0 <= correlation < 1:
-        raise UsageError(f"phase.correlation={correlation:g}: must be at least 0 and below 1")
+    depth, width, batch, correlation = check(depth=depth, width=width, phase_batch=batch, phase_correlation=correlation)
     fresh = choose(dict(zip(WEIGHTS, (False, True), strict=True)), weights, "phase.weights")
     choose(DISTRIBUTIONS, distribution, "init.distribution")
     row, where = as_activation(activation), Where.resolve(dtype, device, generator)

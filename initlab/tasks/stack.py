@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from initlab.errors import UsageError
+from initlab.errors import UsageError, check, check_functions, library_call
 from initlab.nn.activations import Activation
 from initlab.nn.custom_activation import Given
 from initlab.nn.network import backward, forward, multiply
@@ -30,6 +30,7 @@ WINDOW = 16  # layers between two looks at what was measured; on a GPU each look
 FLUSH_ROWS = 1000  # 0.2 MB of rows
 
 
+@library_call
 def stack(
     init: Init = "kaiming",
     activation: Given = "relu",
@@ -74,6 +75,8 @@ def stack(
     >>> frame[["layer", "tensor", "direction"]].head(3).to_numpy().tolist()
     [[0, 'activation', 'forward'], [1, 'preactivation', 'forward'], [1, 'activation', 'forward']]
     """
+    backward, progress = check(backward=backward, progress=progress)
+    check_functions(emit=emit)
     net = Net.resolve(activation, depth, width, inputs, batch, residual)
     ensemble, where = (
         Ensemble.resolve(init, seeds, net.activation, rule_fields),

@@ -5,13 +5,12 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from initlab.errors import UsageError, check
+from initlab.errors import UsageError, check, check_functions, library_call
 from initlab.nn.activations import Activation
 from initlab.nn.custom_activation import Given, as_activation
 from initlab.nn.init import permutation
@@ -29,6 +28,7 @@ from initlab.tasks.ensemble.training import ADAPTIVE, Training
 from initlab.tasks.twins import Records, TwinTraining
 
 
+@library_call
 def train(
     data: Data | str = "digits",
     init: Init = "kaiming",
@@ -72,17 +72,13 @@ def train(
     >>> sorted(train("digits", depth=1, width=4, batch=8, steps=2, seeds=1))
     ['losses', 'parity', 'stats']
     """
+    check(progress=progress)
+    check_functions(emit=emit)
     row = as_activation(activation)
     training = Training(depth, width, batch, steps, optimizer, loss, modules, drift, every, histograms)
-    ensemble, where = Ensemble.resolve(init, seeds, row, rule_fields), Where.resolve(dtype, device, generator)
-    columns = dict(ensemble.columns)
-    if isinstance(lr, Sequence | np.ndarray):
-        rates, columns["lr"] = list(lr), np.array(lr)
-    else:
-        rates = [lr] * len(ensemble)
-    source = load(data) if isinstance(data, str) else data
+    ensemble, where = Ensemble.resolve(init, seeds, row, rule_fields, lr), Where.resolve(dtype, device, generator)
+    source = data if isinstance(data, Data) else load(data)
     collected: list[Frames] = []
-    ensemble = replace(ensemble, rates=rates, columns=columns)
     run_training(source, training, row, ensemble, where, emit or collected.append, progress, statistics)
     names = dict.fromkeys(name for part in collected for name in part)
     return {name: pd.concat([part[name] for part in collected if name in part], ignore_index=True) for name in names}
@@ -100,11 +96,6 @@ def run_training(
 ) -> None:
     """`train` of what has been resolved; every k-th step is recorded, and emitted however the training ends."""
     training.check_data(data)
-    if len(ensemble.rates) != len(ensemble):
-        count = f"{len(ensemble.rates)} learning rates for {len(ensemble)} networks"
-        raise UsageError(f"train.lr: {count}; give one, or one for each seed")
-    for rate in ensemble.rates:
-        check(train_lr=rate)
     sizes, backend = training.sizes(data), backend_for(where.device, statistics)
     parts = split(len(ensemble), _most_together(sizes, training.batch, len(ensemble), where))
     total = training.steps * len(parts)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from initlab.errors import UsageError, not_one_of
+from initlab.errors import UsageError, choose, library_call, show
 from initlab.nn.custom_activation import Given
 from initlab.nn.init import Rule
 from initlab.stats.dtypes import FORMATS, NumberFormat, dtype_name
@@ -26,6 +26,7 @@ _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(24)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 
 
+@library_call
 def limits(
     init: str | Rule = "kaiming",
     activation: Given = "relu",
@@ -48,13 +49,12 @@ def limits(
     38
     """
     if isinstance(formats, str) or not isinstance(formats, Sequence) or not formats:
-        raise UsageError(f"formats={formats!r}: must be a list of number formats, such as {list(FORMATS)[:2]}")
+        raise UsageError(f"formats={show(formats)}: must be a list of number formats, such as {list(FORMATS)[:2]}")
     formats = [one if isinstance(one, str) else dtype_name(one) for one in formats]
     for name in formats:
-        if name not in FORMATS:
-            raise not_one_of("format", name, FORMATS)
+        choose(FORMATS, name, "formats")
     if options.get("method", "closed") not in ("auto", "closed"):
-        raise UsageError(f"method={options['method']}: the ends of number formats are found from closed laws")
+        raise UsageError(f"method={show(options['method'])}: the ends of number formats are found from closed laws")
     options.pop("method", None)
     request = parse_request(init, activation, depth, width, **options)
     laws, widths, batch = finite_laws(request).preactivations, request.widths[1:], request.batch

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from initlab.errors import UsageError, not_one_of
+from initlab.errors import check, choose
 from initlab.meanfield.maps import growth, moment
 from initlab.nn.activations import ACTIVATIONS
 from initlab.theory.batch_law import ln
@@ -30,10 +30,8 @@ def choose_method(request: Request, method: str, networks: int | None) -> tuple[
     method: a name of METHODS. networks: how many to simulate; None chooses. Raises UsageError for another name, or
     fewer than 2 networks.
     """
-    if method not in METHODS:
-        raise not_one_of("method", method, METHODS)
-    if networks is not None and (not isinstance(networks, int) or networks < 2):
-        raise UsageError(f"networks={networks!r}: must be a whole number, at least 2")
+    choose(METHODS, method, "method")
+    [networks] = check(networks=networks)
     doubtful = method != "simulation" and not is_trusted(request)
     if method == "simulation" or (method == "auto" and doubtful and _affordable_networks(request)):
         return "simulation", networks or _affordable_networks(request) or NETWORKS[0]

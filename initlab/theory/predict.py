@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from initlab.errors import check
+from initlab.errors import check, library_call
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.custom_activation import Given, name_of, numerical
 from initlab.nn.init import Rule
@@ -32,6 +32,7 @@ from initlab.theory.tensor_law import StackLaws
 _KEYS = list(TENSOR_COLUMNS)
 
 
+@library_call
 def predict(
     init: str | Rule = "kaiming",
     activation: Given = "relu",
@@ -70,7 +71,7 @@ def predict(
     >>> round(last["std"].item(), 2), round(last["std_limit"].item(), 2)
     (0.48, 0.83)
     """
-    check(seed=seed)
+    seed, wide = check(seed=seed, wide=wide)
     request = parse_request(init, activation, depth, width, **options)
     named, count = choose_method(request, method, networks)
     found = _simulated_blocks(request, count, seed) if count else _closed_blocks(request, named)

@@ -9,9 +9,8 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 
-from initlab.errors import UsageError, check, check_scale
+from initlab.errors import LIMITS, UsageError, check, check_value, keep_checked, plain, show
 from initlab.meanfield.maps import moment
 from initlab.nn.activations import Activation
 from initlab.nn.custom_activation import Given, as_activation
@@ -38,11 +37,9 @@ class Request:
     data: BatchVariation = BatchVariation()  # noqa: RUF009 - a tuple
 
     def __post_init__(self) -> None:
-        check_scale(q0=self.q0, c0=self.c0)
-        if self.q0 == 0:
-            raise UsageError("q0=0: an input of zeros has nothing to say; it must be positive")
-        if self.c0 >= 1:
-            raise UsageError(f"c0={self.c0:g}: the mean cosine of the inputs must be at least 0 and below 1")
+        keep_checked(self, ("q0", "c0", "fixed_input"))
+        if not isinstance(self.data, BatchVariation):
+            raise UsageError(f"data={show(self.data)}: must be a forward_law.BatchVariation")
 
     @property
     def widths(self) -> list[int]:
@@ -67,25 +64,20 @@ def parse_request(
     if options.pop("residual", False):
         raise UsageError("residual: theory knows stacks without residual connections only")
     row, scaling = as_activation(activation), rule(init, **options)
-    units = _resolve_units(depth, width, widths, inputs, batch)
-    check_scale(sigma_b=sigma_b)
-    request = Request(scaling.distribution, row, (), int(batch), **input_fields)
-    return replace(request, layers=_resolve_layers(scaling, row, units, request.q0, float(sigma_b) ** 2, outputs))
+    units = _resolve_units(depth, width, widths, inputs)
+    batch, sigma_b, outputs = check(batch=batch, sigma_b=sigma_b, outputs=outputs)
+    request = Request(scaling.distribution, row, (), batch, **input_fields)
+    return replace(request, layers=_resolve_layers(scaling, row, units, request.q0, sigma_b**2, outputs))
 
 
-def _resolve_units(depth: int, width: int, widths: Sequence[int] | None, inputs: int | None, batch: int) -> list[int]:
+def _resolve_units(depth: int, width: int, widths: Sequence[int] | None, inputs: int | None) -> list[int]:
     """Units of the input and of every layer: whole numbers, none of them 0."""
-    if widths is not None and not isinstance(widths, Sequence | np.ndarray | torch.Tensor):
-        raise UsageError(f"widths={widths!r}: must be a list with the units of every layer")
-    if widths is None:
-        check(depth=depth, width=width, batch=batch)
-    own = [width] * depth if widths is None else list(widths)
-    for n in own:
-        check(width=n)
-    check(depth=len(own), batch=batch)
-    if inputs is not None:
-        check(inputs=inputs)
-    return [int(n) for n in (own[0] if inputs is None else inputs, *own)]
+    depth, width, inputs = check(depth=depth, width=width, inputs=inputs)
+    given = plain(widths)
+    if given is not None and (not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given):
+        raise UsageError(f"widths={show(given)}: must be a list with the units of every layer")
+    own = [width] * depth if given is None else [check_value("widths", n, LIMITS["width"]) for n in given]
+    return [own[0] if inputs is None else inputs, *own]
 
 
 def _resolve_layers(

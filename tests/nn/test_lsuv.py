@@ -150,7 +150,7 @@ def test_its_start_is_the_orthogonal_one() -> None:
     assert torch.equal(*drawn_by)
 
 
-@pytest.mark.parametrize(("field", "value"), [("attempts", -1), ("tolerance", 0.0), ("tolerance", float("nan"))])
+@pytest.mark.parametrize(("field", "value"), [("attempts", -1), ("tolerance", 0), ("tolerance", float("nan"))])
 def test_a_mistake_is_one_line(field: str, value: float) -> None:
     with pytest.raises(UsageError, match=f"init.{field}={value}: must be"):
         rule("lsuv", **{field: value})

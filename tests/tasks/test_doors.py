@@ -75,7 +75,7 @@ def test_data_may_be_named() -> None:
         ({"seed": 3}, "seed: no such parameter; of a rule there are gain, "),
         ({"seed": 3}, "did you mean seeds?"),
         ({"gian": 1.0}, "did you mean gain?"),
-        ({"gain": "1"}, "init.gain='1': must be a number"),
+        ({"gain": "1"}, "gain='1': must be a number"),
         ({"init": 3}, "init=3: must be a rule's name, a Rule, or a sequence with one for each seed"),
         ({"init": [3], "seeds": 1}, "init=3: must be a rule's name or a Rule"),
         ({"dtype": "f32"}, "dtype=f32: must be one of bfloat16, float16, float32, float64"),
@@ -90,7 +90,7 @@ def test_wrong_types_are_one_line(wrong: dict[str, Any], text: str) -> None:
 
 
 def test_a_plane_takes_its_scales_as_axes_or_one_number() -> None:
-    with pytest.raises(UsageError, match=r"phase.sigma_b=-1: a standard deviation must be a finite number"):
+    with pytest.raises(UsageError, match=r"phase.sigma_b=-1: must be at least 0"):
         phase("depth", sigma_b=-1.0)
     with pytest.raises(UsageError, match="seeds=0: must be at least 1"):
         phase(seeds=0)

@@ -289,7 +289,7 @@ def test_mistakes_are_one_line() -> None:
         ({"dtype": "f32"}, "float32"),
         ({"init": "he"}, "init=he"),
         ({"device": "gpu"}, "auto"),
-        ({"init": ["kaiming", "naive"], "seeds": [0, 1, 2]}, "2 rules for 3 networks"),
+        ({"init": ["kaiming", "naive"], "seeds": [0, 1, 2]}, "init: 2 for 3 networks"),
         ({"init": ["kaiming", "he"], "seeds": [0, 1]}, "init=he"),
         ({"seeds": []}, "seeds=0"),
     ]

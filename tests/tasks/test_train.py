@@ -198,13 +198,13 @@ def test_half_precision_trains() -> None:
 def test_mistakes_are_one_line() -> None:
     teacher = Data("teacher", torch.randn(20, 3), torch.randn(20), None)
     cases: list[tuple[Data, dict[str, object], str]] = [
-        (DIGITS, {"loss": "mae"}, "train.loss=mae"),
+        (DIGITS, {"loss": "mae"}, "^loss=mae"),
         (DIGITS, {"optimizer": "sdg"}, "did you mean sgd"),
         (DIGITS, {"batch": 1798}, "1797 training rows"),
-        (DIGITS, {"steps": 0}, "train.steps=0"),
-        (DIGITS, {"lr": -0.1}, "train.lr"),
+        (DIGITS, {"steps": 0}, "^steps=0"),
+        (DIGITS, {"lr": -0.1}, "^lr=-0.1"),
         (DIGITS, {"lr": math.nan}, "finite"),
-        (teacher, {"loss": "cross_entropy", "batch": 5}, "no classes; use train.loss=mse"),
+        (teacher, {"loss": "cross_entropy", "batch": 5}, "no classes; use loss=mse"),
     ]
     for data, options, text in cases:
         with pytest.raises(UsageError, match=text):
@@ -255,15 +255,15 @@ def test_networks_may_differ_in_rule_and_learning_rate() -> None:
             torch.tensor(own["loss"].to_numpy()), torch.tensor(alone["loss"].to_numpy()), rtol=1e-5, atol=0
         )
     assert set(together["stats"]["init"]) == {"lecun", "kaiming"} and "gain" in together["parity"]
-    with pytest.raises(UsageError, match="2 learning rates for 3 networks"):
+    with pytest.raises(UsageError, match=r"^lr: 2 for 3 networks"):
         train(DIGITS, steps=1, lr=[0.1, 0.2], seeds=seeds)
     with pytest.raises(UsageError, match="needs sgd"):
-        train(DIGITS, steps=1, lr=rates, seeds=seeds, optimizer="adam")
+        train(DIGITS, steps=1, lr=rates, seeds=[0, 1, 5], optimizer="adam")
 
 
 def test_what_does_not_fit_into_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_module, "free_memory", lambda device: 1e5)
-    with pytest.raises(UsageError, match=r"train.depth=1 train.width=50 train.batch=64: .* 100 kB are free"):
+    with pytest.raises(UsageError, match=r"^depth=1 width=50 batch=64: .* 100 kB are free"):
         train(DIGITS, steps=1, seeds=[0])
     monkeypatch.setattr(train_module, "free_memory", lambda device: 2e6)  # room for one at a time
     few = train(DIGITS, steps=2, seeds=[0, 1, 2])

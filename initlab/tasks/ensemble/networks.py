@@ -4,6 +4,7 @@ Networks may differ in seed, rule, gain and learning rate; what is drawn for one
 Legend: E ensemble, N batch, I fan_in, O fan_out, L layers.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from initlab.errors import UsageError, check
+from initlab.errors import UsageError, check, check_value, keep_checked, plain, show
 from initlab.nn import lsuv
 from initlab.nn.activations import Activation
 from initlab.nn.custom_activation import Given, as_activation
@@ -47,7 +48,7 @@ class Net:
     residual: bool = False
 
     def __post_init__(self) -> None:
-        check(depth=self.depth, width=self.width, inputs=self.inputs, batch=self.batch)
+        keep_checked(self, ("depth", "width", "inputs", "batch", "residual"))
 
     @classmethod
     def resolve(
@@ -85,25 +86,42 @@ class Ensemble:
 
     @classmethod
     def resolve(
-        cls, init: Init, seeds: Seeds, activation: Activation, fields: Mapping[str, Any] | None = None
+        cls,
+        init: Init,
+        seeds: Seeds,
+        activation: Activation,
+        fields: Mapping[str, Any] | None = None,
+        lr: float | Sequence[float] = 0.0,
     ) -> "Ensemble":
-        """From what a user says: one rule for all, or a sequence with one for each seed, which then has columns.
+        """From what a user says: one rule and one learning rate for all, or one for each seed, which then is a column.
 
         init: a rule's name, a `Rule`, or a sequence of them. seeds: how many networks, or their seeds. fields: fields
-        of a rule that replace its own. Errors: an unknown rule or field; as many rules as networks are not given.
+        of a rule that replace its own. lr: learning rate, or a sequence of them. Errors: an unknown rule or field; not
+        as many rules or rates as networks; networks that are the same.
         """
-        numbers = resolve_seeds(seeds)
-        if isinstance(init, str | Rule):
-            return cls([rule(init, **(fields or {}))] * len(numbers), numbers)
-        if not isinstance(init, Sequence):
-            raise UsageError(f"init={init!r}: must be a rule's name, a Rule, or a sequence with one for each seed")
-        if len(init) != len(numbers):
-            raise UsageError(
-                f"init: {len(init)} rules for {len(numbers)} networks; give one rule, or one for each seed"
-            )
-        rules = [rule(one, **(fields or {})) for one in init]
-        gains = np.array([one.gain_for(activation) for one in rules])
-        return cls(rules, numbers, columns={"init": pd.Categorical([rule_name(one) for one in init]), "gain": gains})
+        numbers, inits, rates = resolve_seeds(seeds), plain(init), plain(lr)
+        columns: dict[str, np.ndarray | pd.Categorical] = {}
+        if isinstance(inits, str | Rule):
+            rules = [rule(inits, **(fields or {}))] * len(numbers)
+        elif isinstance(inits, Sequence):
+            rules = [rule(one, **(fields or {})) for one in inits]
+            columns["init"] = pd.Categorical([rule_name(one) for one in inits])
+            columns["gain"] = np.array([one.gain_for(activation) for one in rules])
+        else:
+            raise UsageError(f"init={show(init)}: must be a rule's name, a Rule, or a sequence with one for each seed")
+        if isinstance(rates, Sequence) and not isinstance(rates, str | bytes):
+            rates = [check_value("train.lr", rate) for rate in rates]
+            columns["lr"] = np.array(rates)
+        else:
+            rates = check(train_lr=rates) * len(numbers)
+        for what, given in (("init", rules), ("train.lr", rates)):
+            if len(given) != len(numbers):
+                raise UsageError(f"{what}: {len(given)} for {len(numbers)} networks; give one, or one for each seed")
+        networks = list(zip(rules, numbers, rates, strict=True))
+        if not isinstance(numbers, range) and len(set(networks)) < len(networks):
+            _, twice, _ = Counter(networks).most_common(1)[0][0]
+            raise UsageError(f"seeds={show(list(numbers))}: {twice} stands there more than once")
+        return cls(rules, numbers, rates, columns)
 
     def __len__(self) -> int:
         return len(self.seeds)

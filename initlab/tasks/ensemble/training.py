@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from initlab.errors import UsageError, check, choose
+from initlab.errors import UsageError, choose, keep_checked
 from initlab.scratch.layers import LOSSES
 from initlab.tasks.data import Data
 
@@ -48,8 +48,8 @@ class Training:
     histograms: bool = False
 
     def __post_init__(self) -> None:
-        check(train_depth=self.depth, train_width=self.width, train_batch=self.batch, train_steps=self.steps)
-        check(every=self.every)
+        keep_checked(self, ("depth", "width", "batch", "steps", "drift"), "train.")
+        keep_checked(self, ("every", "histograms"))
         choose(OPTIMIZERS, self.optimizer, "train.optimizer")
         choose(LOSSES, self.loss, "train.loss")
         choose(MODULES, self.modules, "train.modules")
