@@ -39,9 +39,9 @@ def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, xb: Tensor, yb: 
     return step
 
 
-def loop_over_modules(net: Net, seeds: Sequence[int]) -> Contestant:
+def loop_over_modules(net: Net, seeds: Sequence[int], device: str = "cpu") -> Contestant:
     """An ensemble as everybody trains it: a step of one, then of the next; gives the losses."""
-    steps = [module_step(net, seed).call for seed in seeds]
+    steps = [module_step(net, seed, device).call for seed in seeds]
     return Contestant(lambda: [step() for step in steps])
 
 
@@ -69,6 +69,12 @@ def stack_pass(weights: Sequence[Tensor], x: Tensor) -> Contestant:
         return out
 
     return Contestant(forward)
+
+
+def mean_and_std(rows: int, units: int, device: str) -> Contestant:
+    """What the chapter logs of a tensor, on its device; gives both."""
+    x = torch.randn(rows, units, device=device)
+    return Contestant(lambda: torch.stack([x.mean(), x.std()]))
 
 
 def networks_one_by_one(count: int, depth: int, width: int, batch: int, fresh: bool = False) -> Contestant:

@@ -35,12 +35,19 @@ IDS: dict[str, str] = {
     "sweep.gains": "the same with the same 8 seeds and another gain in each job",
     "collect": "initlab.read of 3000 run folders of 500 rows / pyarrow.dataset to pandas over the same files",
     "collect.seconds": "CPU seconds of the same initlab.read",
+    "gpu.step.bare": "by hand, nothing recorded / bare nn.Module + SGD, launch by launch; 784-50x100-10, batch 128",
+    "gpu.step.full": "by hand, everything recorded / the same nn.Module",
+    "gpu.module.full": "nn.Module + SGD with initlab.probe / without",
+    "gpu.ensemble.bare": "64 networks 784-50x100-10 in one program, nothing recorded / one nn.Module after the other",
+    "gpu.ensemble.full": "the same with everything recorded",
+    "gpu.row": "every statistic and the histogram of a tensor 2048 x 3072 / its x.mean() and x.std()",
     "gpu.stack.nets": "networks per second of a batched stack / one network after the other",
 }
 VARIANTS: dict[str, str] = {
     "accelerated": "everything, with the accelerated pass",
     "plain": "plain PyTorch; what is recorded, without histograms",
     "nohist": "accelerated, without histograms",
+    "philox": "weights drawn on the GPU: generator=philox",
     "every10": "every 10th step recorded, by the fastest pass there is",
     "width100": "a network of width 100",
     "width1000": "a network of width 1000",
@@ -86,7 +93,13 @@ BARS: dict[tuple[str, str, int], float] = {
     ("sweep.gains", "plain", ANY): 0.7,
     ("collect", "plain", ANY): 0.5,
     ("collect.seconds", "plain", 1): 2.0,
-    ("gpu.stack.nets", "accelerated", ANY): 100.0,
+    ("gpu.step.bare", "plain", ANY): 0.15,
+    ("gpu.step.full", "accelerated", ANY): 0.2,
+    ("gpu.module.full", "accelerated", ANY): 1.25,
+    ("gpu.ensemble.bare", "plain", ANY): 0.01,
+    ("gpu.ensemble.full", "accelerated", ANY): 0.05,
+    ("gpu.row", "accelerated", ANY): 10.0,
+    ("gpu.stack.nets", "philox", ANY): 100.0,
 }
 
 

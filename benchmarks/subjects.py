@@ -6,6 +6,7 @@ the plain backend in every call: accelerated ones run between its calls.
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,16 @@ class Hand:
         return list(self.recording.buffer.take_tables().values())
 
 
-def bare_step(net: Net, seeds: Sequence[int] = (0,)) -> Contestant:
-    """A step of the hand-written network; gives the losses (E,)."""
-    return Contestant(Hand(net, seeds).bare)
+def bare_step(net: Net, seeds: Sequence[int] = (0,), device: str = "cpu") -> Contestant:
+    """A step of the hand-written networks; gives the losses (E,)."""
+    return Contestant(Hand(net, seeds, device=device).bare)
 
 
-def recorded_step(net: Net, record: str, seeds: Sequence[int] = (0,), every: int = 1) -> Contestant:
-    """`every` steps of the hand-written network, the first of them recorded; gives the losses (E,) of the last."""
-    hand = Hand(net, seeds, record)
+def recorded_step(
+    net: Net, record: str, seeds: Sequence[int] = (0,), every: int = 1, device: str = "cpu"
+) -> Contestant:
+    """`every` steps of the hand-written networks, the first of them recorded; gives the losses (E,) of the last."""
+    hand = Hand(net, seeds, record, device)
     return Contestant(lambda: _every(hand.recorded, hand.bare, every), every)
 
 
@@ -132,15 +135,16 @@ def _every(recorded: Callable[[], Any], bare_step: Callable[[], Any], every: int
     return out
 
 
-def probed_step(net: Net, record: str, every: int = 1, tables: bool = False) -> Contestant:
+def probed_step(net: Net, record: str, every: int = 1, tables: bool = False, device: str = "cpu") -> Contestant:
     """`every` steps of nn.Module + SGD under the probe, one of them recorded; gives the loss of the last.
 
     The probe makes its frame of the last TABLE_STEPS recorded steps by itself; with `tables` a call holds just one.
     """
-    histograms, accelerated = RECORDINGS[record]["histograms"], available(RECORDINGS[record]["accelerated"])
-    model = bare.module(net)
+    histograms, accelerated = RECORDINGS[record]["histograms"], RECORDINGS[record]["accelerated"]
+    available(accelerated and device == "cpu")
+    model = bare.module(net, 0, device)
     optimizer = bare.sgd(model)
-    xb, yb = batch(net)
+    xb, yb = batch(net, device=device)
 
     def emit(frame: Any) -> None:
         if histograms:
@@ -216,6 +220,7 @@ def forward_only(
     rows: int = 200,
     seeds: Sequence[int] = (0,),
     device: str = "cpu",
+    generator: str = "torch",
 ) -> int:
     """Draw, stack and measure the forward pass alone; the rows are counted and let go."""
     count = 0
@@ -224,7 +229,9 @@ def forward_only(
         nonlocal count
         count += len(part["stats"])
 
-    stacks.stack(init, activation, depth, width, None, rows, seeds, device=device, backward=False, emit=emit)
+    stacks.stack(
+        init, activation, depth, width, None, rows, seeds, device=device, generator=generator, backward=False, emit=emit
+    )  # fmt: skip
     return count
 
 
@@ -244,10 +251,11 @@ def four_scalings(accelerated: bool) -> Contestant:
     return Contestant(backend(accelerated, four))
 
 
-def stack_networks(count: int, accelerated: bool, device: str = "cpu") -> Contestant:
+def stack_networks(count: int, accelerated: bool, device: str = "cpu", generator: str = "torch") -> Contestant:
     """`count` networks drawn, stacked and measured; gives the number of rows."""
     available(accelerated and device == "cpu")
-    return Contestant(backend(accelerated, lambda: forward_only("kaiming", seeds=range(count), device=device)), count)
+    draw = partial(forward_only, "kaiming", seeds=range(count), device=device, generator=generator)
+    return Contestant(backend(accelerated, draw), count)
 
 
 def plane(count: int, depth: int, width: int, batch: int, fresh: bool = False) -> Contestant:
@@ -266,6 +274,17 @@ def collected(folder: Path) -> Contestant:
 
 
 # --- a GPU -----------------------------------------------------------------------------------------------------------
+
+
+def row_of_tensor(rows: int, units: int, device: str, accelerated: bool) -> Contestant:
+    """The row and the histogram of a tensor of many vectors, as the probe of a transformer sees them."""
+    x, measured = torch.randn(rows, units, device=device), backend_for(device, accelerated=accelerated)
+
+    def row() -> Tensor:
+        bins = measured.bins(1)
+        return measured.rows(x.unsqueeze(0), True, bins)
+
+    return Contestant(row)
 
 
 def require_gpu() -> None:

@@ -72,7 +72,9 @@ class Recording:
     def flush(self) -> None:
         """Hand over what has been recorded."""
         position = {name: k for k, name in enumerate(self._recorders[0].order)}
-        order = [position[key.layer, key.tensor, key.direction] for key in self._keys] if position else []
+        order = torch.tensor([position[key.layer, key.tensor, key.direction] for key in self._keys if position])
+        if self._waiting:  # a list would be copied to a GPU again for every step
+            order = order.to(self._waiting[0][1].device)
         for step, rows in self._waiting:
             self.buffer.put(self._keys, rows[:, order], step)
         parts = [join_bins(bins.take(), 0) for bins in self._bins if bins is not None and len(bins)]

@@ -15,12 +15,16 @@ from initlab.stats.buffer import StatsBuffer
 from initlab.stats.histogram import bin_columns
 from initlab.stats.kernels import triton_rows
 from initlab.stats.kernels.gpu_backend import GpuBackend, works
+from initlab.stats.reference import FIELDS
 from initlab.stats.statistics import COUNTS, STATISTICS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytestmark = pytest.mark.skipif(
-    bool(triton_rows.missing(DEVICE)), reason=f"{triton_rows.missing(DEVICE)}; on a CPU set TRITON_INTERPRET=1"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        bool(triton_rows.missing(DEVICE)), reason=f"{triton_rows.missing(DEVICE)}; on a CPU set TRITON_INTERPRET=1"
+    ),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
 KEYS = ["step", "layer", "tensor", "direction", "seed"]
 
 
@@ -57,6 +61,22 @@ def test_passes_in_place_are_those_of_plain_pytorch(dtype: torch.dtype) -> None:
     for name, column in bins.items():
         for k in range(12):  # z, a, both gradients, w and g; the change of w is rounded differently
             assert np.array_equal(column[k], plain_bins[name][k])
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("shape", [(20, 7), (3, 2, 140, 5), (0, 4)], ids=str)
+def test_the_row_of_a_tensor_is_that_of_plain_pytorch(shape: tuple[int, ...], batched: bool) -> None:
+    """Also of one that lies otherwise in memory, that requires a gradient, and that is empty."""
+    x = torch.randn(*shape[:-2], shape[-1], shape[-2], device=DEVICE, requires_grad=True).mT
+    backends, memory = (GpuBackend(), Backend()), torch.zeros(*shape[:-2], len(FIELDS), dtype=torch.float64).to(DEVICE)
+    bins = [backend.bins(shape[-3] if len(shape) > 2 else 1) for backend in backends]
+    rows, plain = (one.rows(x, batched, collector) for one, collector in zip(backends, bins, strict=True))
+    torch.testing.assert_close(rows, plain, rtol=1e-12, atol=1e-13, equal_nan=True)
+    assert not rows.requires_grad
+    counted, expected = (bin_columns(collector.take()) for collector in bins)
+    assert all(list(map(list, counted[name])) == list(map(list, expected[name])) for name in ("positive", "negative"))
+    assert backends[0].rows(x, batched, None, memory) is memory
+    torch.testing.assert_close(memory.movedim(-1, 0), rows, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("count", [1, 2])

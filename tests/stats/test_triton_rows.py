@@ -17,7 +17,10 @@ from initlab.stats.reference import FIELDS
 from initlab.stats.summarize import saturated_share, summarize
 
 # The interpreter computes with numpy, which warns of 0/0; here that is a tensor without a finite entry.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
 
 NO_CPU = fused.missing(torch.device("cpu"))
 DEVICES = pytest.mark.parametrize(
@@ -71,8 +74,9 @@ VALUES = {
     "edges": edges,
 }
 CASES = pytest.mark.parametrize("value", VALUES)
-# One entry; one vector; one unit; less and more than a tile; an ensemble; two dimensions of leads.
-SHAPES = [(1, 1), (1, 5), (40, 1), (7, 6), (33, 130), (3, 20, 10), (2, 2, 17, 3)]
+# One entry; one vector; one unit; less and more than a tile; an ensemble; two dimensions of leads; more blocks of a
+# batch than are merged with the units, and more without a batch than are merged together.
+SHAPES = [(1, 1), (1, 5), (40, 1), (7, 6), (33, 130), (3, 20, 10), (2, 2, 17, 3), (2, 150, 5), (300, 900)]
 
 
 def agree(found, x, batched, saturated=None):

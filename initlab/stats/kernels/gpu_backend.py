@@ -1,7 +1,8 @@
-"""Rows by Triton's kernels, for float32, float16 and bfloat16 on a CUDA GPU: made by the pass that makes the tensor.
+"""Rows by Triton's kernels, for float32, float16 and bfloat16 on a CUDA GPU.
 
-Only in-place passes are fused; a tensor by itself, and everything else, is left to plain PyTorch. Nothing waits for the
-GPU. Legend: E networks, N batch, C units, F fields.
+A pass in place makes the rows of what it reads and writes; a tensor by itself costs three launches where plain PyTorch
+needs over a hundred. Everything else is left to plain PyTorch. Nothing waits for the GPU.
+Legend: E networks, N batch, C units, F fields.
 """
 
 import logging
@@ -15,6 +16,7 @@ from initlab.stats.backend import Backend, into
 from initlab.stats.histogram import Bins, octaves
 from initlab.stats.kernels import triton_rows
 from initlab.stats.kernels.triton_rows import Blocks, blocks
+from initlab.stats.reference import detach_checked
 from initlab.stats.statistics import Function
 from initlab.stats.summarize import summarize
 
@@ -41,6 +43,14 @@ class GpuBackend(Backend):
     def __init__(self, statistics: Mapping[str, Function] | None = None) -> None:
         super().__init__(statistics)
         self._rates: dict[tuple[float, torch.device], Tensor] = {}  # a new tensor would be copied to the GPU each time
+
+    def rows(self, x: Tensor, batched: bool = True, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
+        x = detach_checked(x).contiguous()
+        if not self.fuses(x):
+            return super().rows(x, batched, bins, out)
+        part = _blocks(x, batched)
+        triton_rows.measure(x, part)
+        return into(out, _finish([part], bins)[:, 0])
 
     def relu_rows_(self, z: Tensor, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
         if not self.fuses(z):

@@ -6,8 +6,9 @@ blocks of a tensor together. Numbers are looked at by their bits, since a GPU's 
 numbers for 0; sums are taken in float64, of distances from the unit's smallest entry: a large mean costs no digits.
 
 What a block keeps (P blocks of a tensor, C units): cells (P, 6, C) = finite entries of the unit, the smallest, their
-mean and M2 from there, entries other than 0, heading; tallies (P, 3) = smallest, largest, vectors of length > 0; and
-counts by sign and octave, behind them of zeros, inf, -inf and nan. Without a batch all of a block is one unit.
+mean and M2 from there, entries other than 0, heading; tallies (P, 3) = smallest, largest, vectors of length > 0.
+Counts by sign and octave, behind them of zeros, inf, -inf and nan, are added up for the whole tensor. Without a batch
+all of a block is one unit.
 """
 
 import triton
@@ -70,6 +71,12 @@ def count_bins(x, inside, ENTRIES: tl.constexpr, LOWEST: tl.constexpr, OCTAVES: 
     place = tl.where(magnitude == INFINITE, 2 * OCTAVES + tl.where(negative, MINUS_INFS, INFS), place)
     place = tl.where(magnitude > INFINITE, 2 * OCTAVES + NANS, place)
     return tl.histogram(tl.reshape(tl.where(inside, place, BINS - 1), (ENTRIES,)), BINS)
+
+
+@triton.jit
+def add_counts(bins, counts, BINS: tl.constexpr):
+    """Adds a block's counts to those of its tensor; whole numbers: the same in any order."""
+    tl.atomic_add(bins + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
 
 
 @triton.jit
@@ -178,10 +185,9 @@ def measure_batched(
             tl.store(out_at + at, out, mask=inside)
             store_cells(out, inside, out_squares, out_cells + block * CELLS * c, units, c)
             out_counts += count_bins(out, inside, ROWS * COLUMNS, LOWEST, OCTAVES, BINS)
-    bins = tl.arange(0, BINS)
-    tl.store(x_bins + block * BINS + bins, x_counts)
+    add_counts(x_bins + tl.program_id(0).to(tl.int64) * BINS, x_counts, BINS)
     if KIND != 0:
-        tl.store(out_bins + block * BINS + bins, out_counts)
+        add_counts(out_bins + tl.program_id(0).to(tl.int64) * BINS, out_counts, BINS)
 
 
 @triton.jit
@@ -197,7 +203,7 @@ def flat(
     store_tallies(tallies + block * TALLIES, low, high, none)
     store_cells(x[:, None], inside[:, None], none, cells + block * CELLS, tl.arange(0, 1), 1)
     counts = count_bins(x, inside, ENTRIES, LOWEST, OCTAVES, BINS)
-    tl.store(bins + block * BINS + tl.arange(0, BINS), counts)
+    add_counts(bins + tl.program_id(0).to(tl.int64) * BINS, counts, BINS)
 
 
 @triton.jit

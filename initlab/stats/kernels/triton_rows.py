@@ -32,6 +32,7 @@ DTYPES = tuple(map(resolve_dtype, NAMES))
 ROWS, COLUMNS, ENTRIES, WARPS = 16, 128, 2048, 8
 EXTRA = 4  # bins behind the octaves: zeros, inf, -inf, nan
 CELLS, TALLIES = 6, 3  # numbers that a block keeps of each unit, and of itself
+MANY = 8  # blocks of a batch: from so many on the units are merged by programs of their own, before the tensor
 
 TRITON = importlib.util.find_spec("triton") is not None
 
@@ -62,7 +63,7 @@ def _power_of_two(least: int) -> int:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The sums of the blocks of tensors (*lead, N, C) of one kind; every pass writes them anew.
+    """Memory for the sums of the blocks of tensors (*lead, N, C) of one kind; every pass writes them anew.
 
     `batched` as in `summarize`. `saturated` says that these are preactivations of a ReLU, whose slope is small
     where it is 0: everywhere but at z > 0.
@@ -74,11 +75,11 @@ class Blocks:
     saturated: bool
     cells: Tensor  # (*lead, P, 6, C), or (*lead, P, 6, 1) without a batch
     tallies: Tensor  # (*lead, P, 3)
-    bins: Tensor  # (*lead, P, bins), int32
+    bins: Tensor  # (*lead, bins), int32, of the whole tensor
 
     @property
     def lead(self) -> tuple[int, ...]:
-        return tuple(self.bins.shape[:-2])
+        return tuple(self.bins.shape[:-1])
 
 
 def blocks(
@@ -95,9 +96,9 @@ def blocks(
     if n < 1 or c < 1:
         raise UsageError(f"fused statistics of tensors (..., {n}, {c}): must have at least one entry")
     p, units = (-(-n // ROWS), c) if batched else (-(-n * c // ENTRIES), 1)
-    cells = torch.zeros(*lead, p, CELLS, units, dtype=torch.float64, device=device)
-    tallies = torch.zeros(*lead, p, TALLIES, dtype=torch.float64, device=device)
-    counts = torch.zeros(*lead, p, _formats(dtype)["BINS"], dtype=torch.int32, device=device)
+    cells = torch.empty(*lead, p, CELLS, units, dtype=torch.float64, device=device)
+    tallies = torch.empty(*lead, p, TALLIES, dtype=torch.float64, device=device)
+    counts = torch.empty(*lead, _formats(dtype)["BINS"], dtype=torch.int32, device=device)
     return Blocks((n, c), dtype, batched, saturated, cells, tallies, counts)
 
 
@@ -125,7 +126,7 @@ def _refuse(into: Blocks, *tensors: Tensor, batched: bool) -> None:
 
 
 def _grid(into: Blocks) -> tuple[int, int]:
-    return into.bins.shape[:-2].numel(), into.bins.shape[-2]
+    return into.bins.shape[:-1].numel(), into.cells.shape[-3]
 
 
 def _run_batched(x: Tensor, gate: Tensor, out: Tensor, x_blocks: Blocks, out_blocks: Blocks, kind: int) -> None:
@@ -134,6 +135,8 @@ def _run_batched(x: Tensor, gate: Tensor, out: Tensor, x_blocks: Blocks, out_blo
     # A tile of fewer entries than threads would be held twice, and one copy read after the other was overwritten.
     columns = max(32 * WARPS // ROWS, min(COLUMNS, _power_of_two(c)))
     sizes = {"KIND": kind, "ROWS": ROWS, "COLUMNS": columns, "num_warps": WARPS}
+    for part in dict.fromkeys((x_blocks.bins, out_blocks.bins)):
+        part.zero_()
     with _on_device(x.device):
         _kernels()[0].measure_batched[_grid(x_blocks)](x, gate, out, *buffers, n, c, **sizes, **_formats(x.dtype))
 
@@ -144,6 +147,7 @@ def measure(x: Tensor, into: Blocks) -> None:
     if into.batched:
         _run_batched(x, x, x, into, into, 0)
         return
+    into.bins.zero_()
     with _on_device(x.device):
         _kernels()[0].measure_flat[_grid(into)](
             x, into.cells, into.tallies, into.bins, into.shape[0] * into.shape[1],
@@ -181,6 +185,8 @@ def update(w: Tensor, g: Tensor, lr: Tensor, g_blocks: Blocks, u_blocks: Blocks,
     _refuse(g_blocks, w, g, batched=False)
     for room in (u_blocks, w_blocks):
         _refuse(room, w, batched=False)
+    for room in (g_blocks, u_blocks, w_blocks):
+        room.bins.zero_()
     count = _grid(g_blocks)[0]
     if lr.numel() not in (1, count) or lr.device != w.device:
         raise UsageError(f"lr of {lr.numel()} numbers on {lr.device}: must be 1 or {count} on {w.device}")
@@ -194,18 +200,26 @@ def update(w: Tensor, g: Tensor, lr: Tensor, g_blocks: Blocks, u_blocks: Blocks,
 
 def finish(from_: Blocks) -> tuple[Tensor, Tensor]:
     """Rows (F, *lead) and histograms (*lead, 2, B), as `summarize` and `histogram` make them."""
-    formats = _formats(from_.dtype)
+    formats, entries = _formats(from_.dtype), from_.shape[0] * from_.shape[1]
     count, p = _grid(from_)
     device, units = from_.bins.device, from_.cells.shape[-1]
     fields = torch.empty(len(FIELDS), *from_.lead, dtype=torch.float64, device=device)
     counted = torch.empty(*from_.lead, 2, formats["OCTAVES"], dtype=torch.int32, device=device)
     smallest_normal = math.frexp(torch.finfo(from_.dtype).tiny)[1] - 1
+    merge_units, merge = _kernels()[1].merge_units, _kernels()[1].merge
+    # Where the cells of a unit lie, and those of the next; without a batch every block is merged like a unit.
+    rest, unit, cell = (p, units, units) if from_.batched else (1, p, 1)
+    columns = max(32, min(COLUMNS, _power_of_two(unit)))
     with _on_device(device):
-        _kernels()[1].merge[(count,)](
-            from_.cells, from_.tallies, from_.bins, fields, counted, p, units, from_.shape[0] * from_.shape[1],
+        if rest >= MANY:
+            merge_units[(count, -(-units // columns))](
+                from_.cells, rest, units, COLUMNS=columns, num_warps=columns // 32
+            )  # fmt: skip
+            rest = 1
+        merge[(count,)](
+            from_.cells, from_.tallies, from_.bins, fields, counted, p, rest, unit, cell, entries,
             NORMAL=smallest_normal - formats["LOWEST"], OCTAVES=formats["OCTAVES"], BATCHED=from_.batched,
-            SATURATED=from_.saturated, COLUMNS=min(COLUMNS, _power_of_two(units)), BINS=formats["BINS"],
-            BLOCKS=_power_of_two(p),
+            SATURATED=from_.saturated, COLUMNS=columns, BINS=formats["BINS"],
         )  # fmt: skip
     return fields, counted
 
