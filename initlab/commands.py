@@ -1,12 +1,13 @@
 """Commands on run folders: a first word without `=`. What reads runs imports neither torch nor Hydra."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from initlab.errors import UsageError, choose, nearest
+from initlab.errors import UsageError, choose, nearest, printable
 
 DIFFERENT = 3  # exit code
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"  # in a checkout
@@ -90,9 +91,11 @@ def run_gallery(given: argparse.Namespace) -> int:
     from initlab.studies.gallery import write
 
     for path in given.outputs or ():
-        if not Path(path).is_dir():
+        if not os.path.isdir(path):  # noqa: PTH112 (a Path raises where a name is too long)
             raise UsageError(f"{path}: no such folder")
-    print(write(given.experiments or EXPERIMENTS, [Path(path) for path in given.outputs or ["outputs"]]))
+    done, *mistakes = write(given.experiments or EXPERIMENTS, [Path(path) for path in given.outputs or ["outputs"]])
+    print(printable(done))
+    _print_notes(mistakes)
     return 0
 
 

@@ -74,8 +74,29 @@ _short = Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
 
 
+LONGEST = 300  # characters of a line about a mistake
+LONGEST_WORD = 160
+
+
+def printable(text: str) -> str:
+    """The text with whatever a terminal would obey, or not show, spelt out: a line break becomes the two signs \\n."""
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
+def shorten(text: str, most: int) -> str:
+    """The text, or its two ends where it has more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} ... {text[-most // 3 + 5 :]}"
+
+
 class UsageError(ValueError):
-    """A mistake of the user; its text is one line."""
+    """A mistake of the user; its text is one printable line that fits on a screen, whatever was given."""
+
+    def __init__(self, text: str = "") -> None:
+        words = re.sub(r"\s*[\r\n]+\s*", " ", str(text).strip()).split(" ")
+        line = " ".join(shorten(printable(word), LONGEST_WORD) for word in words)
+        super().__init__(shorten(line, LONGEST))
 
 
 class Fault(Exception):

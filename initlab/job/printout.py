@@ -44,7 +44,7 @@ def report_sweep(folder: Path, plots: bool) -> str:
     unfinished = [run for run in runs if run.json["status"] not in ("done", "running")]
     lines += [
         files[0],
-        *(f"not done: {path_text(Path(run.folder.path))} is {run.json['status']}" for run in unfinished),
+        *(f"not done: {path_text(Path(run.name))} is {run.json['status']}" for run in unfinished),
     ]
     return "\n".join([*lines, *files[1:]])
 

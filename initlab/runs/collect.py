@@ -1,5 +1,6 @@
 """Many runs -> one file, or a short account of them."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -32,7 +33,7 @@ def collect(paths: Sequence[str], table: str = STATS) -> tuple[list[Run], pd.Dat
     """
     for path in paths:
         if not folders.find_folders(path):
-            there = Path(path).exists()
+            there = os.path.exists(path)  # noqa: PTH110 (a Path raises where a name is too long)
             raise UsageError(f"{path}: {'holds no run of initlab' if there else 'no such folder, and no glob of any'}")
     runs = find_runs(paths)
     if not runs:
@@ -44,7 +45,7 @@ def describe(runs: Sequence[Run], frame: pd.DataFrame, table: str) -> list[str]:
     """How many runs ended how, those that are not done by name, what was read, what differs."""
     ends = Counter(run.status for run in runs)
     lines = [f"{len(runs):,} runs: " + ", ".join(f"{count:,} {status}" for status, count in ends.most_common())]
-    paths = {end: [run.folder.path for run in runs if run.status == end] for end in ends if end != "done"}
+    paths = {end: [run.name for run in runs if run.status == end] for end in ends if end != "done"}
     lines += [f"  {end}: {folders.list_folders(some)}" for end, some in paths.items()]
     lines += code_notes(runs)
     lines.append(f"{len(frame):,} rows of `{table}`, {frame.shape[1]} columns")

@@ -1,15 +1,28 @@
 """Run folders: where they lie, how their runs ended, what was set for them."""
 
 import glob
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from initlab import files
 from initlab.errors import UsageError
 
 Paths = str | Path | Iterable[str | Path]
+SCALAR = (str, int, float, type(None))
+# What run.json may hold where others read it; the rest is for people.
+RUN_JSON: files.Form = {
+    "status": lambda value: isinstance(value, str) and len(value) < 80,
+    "columns": {...: SCALAR},
+    "overrides": [str],
+    "seeds": [int],
+    "versions": {...: SCALAR},
+    "git_revision": SCALAR,
+    "schema_version": int,
+    "notes": [str],
+    "device": SCALAR,
+}
 
 
 class Folder(NamedTuple):
@@ -31,7 +44,7 @@ def list_paths(paths: Paths) -> list[str]:
     """One path, or any number of them, as a list; a UsageError for what is neither, or names nothing."""
     found = [paths] if isinstance(paths, str | Path) else list(paths) if isinstance(paths, Iterable) else [paths]
     for path in found:
-        if not isinstance(path, str | Path) or not str(path):
+        if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
             raise UsageError(f"{path!r}: must be a folder or a glob, or a list of them")
     return [str(path) for path in found]
 
@@ -42,36 +55,36 @@ def find_folders(paths: Paths) -> list[Folder]:
     seen: set[str] = set()
     for path in list_paths(paths):
         front = path.removesuffix("**").rstrip("/") or "."
-        if Path(path).is_dir():
+        if os.path.isdir(path):  # noqa: PTH112 (a Path raises where a name is too long)
             tops = [str(Path(path))]
-        elif path.endswith("/**") and Path(front).is_dir():  # walked once, not once from each folder in it
+        elif path.endswith("/**") and os.path.isdir(front):  # noqa: PTH112  # walked once, not once from each folder in it
             tops = [str(Path(front))]
         else:
             matches = glob.glob(path, recursive=True)
             tops = [match if os.path.isdir(match) else os.path.dirname(match) or "." for match in matches]  # noqa: PTH112, PTH120
         for top in tops:
-            for here, inner, files in os.walk(top):
+            for here, inner, names in os.walk(top):
                 if here in seen:
                     inner.clear()
                     continue
                 seen.add(here)
                 parts = sorted(part.name for part in Path(here, "parts").glob("*.parquet")) if "parts" in inner else []
                 inner[:] = [name for name in inner if name not in ("parts", ".hydra")]
-                if parts or any(name == "run.json" or name.endswith(".parquet") for name in files):
+                if parts or any(name == "run.json" or name.endswith(".parquet") for name in names):
                     name = here.removeprefix("./")
-                    folders[name] = Folder(name, frozenset(files), tuple(parts))
+                    folders[name] = Folder(name, frozenset(names), tuple(parts))
     return [folders[path] for path in sorted(folders, key=lambda path: path.replace(os.sep, chr(0)))]
 
 
 def read_run_json(folder: Path | str) -> dict[str, Any]:
     """What run.json says, or a status that says that it cannot be read."""
-    try:
-        with open(os.path.join(folder, "run.json"), "rb") as file:  # noqa: PTH118, PTH123
-            return {"status": "without a status", **json.loads(file.read())}
-    except FileNotFoundError:
+    path = os.path.join(folder, "run.json")  # noqa: PTH118
+    if not os.path.lexists(path):
         return {"status": "without a run.json"}
-    except (OSError, ValueError, TypeError) as error:
-        return {"status": f"of unknown status ({type(error).__name__} in run.json)"}
+    try:
+        return {"status": "without a status", **files.read_json(path, RUN_JSON)}
+    except UsageError as error:
+        return {"status": f"of unknown status (run.json {str(error).removeprefix(f'{path}: ')})"}
 
 
 def read_settings(folder: Path | str, run_json: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,8 +98,8 @@ def read_settings(folder: Path | str, run_json: Mapping[str, Any]) -> dict[str, 
 def read_overrides(folder: Path) -> list[str]:
     """The lines that Hydra keeps: a list of YAML, an override a line. Being resumed is no setting of a run."""
     try:
-        lines = (folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = files.read_bytes(folder / ".hydra" / "overrides.yaml", files.LARGEST_YAML).decode().splitlines()
+    except (UsageError, UnicodeDecodeError):
         return []
     texts = (line[2:].strip() for line in lines if line.startswith("- "))
     texts = (text for text in texts if not text.lstrip("'+").startswith("resume="))

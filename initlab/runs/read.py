@@ -11,10 +11,10 @@ from typing import Any
 
 import pandas as pd
 
-from initlab.errors import UsageError, choose, library_call
+from initlab.errors import UsageError, choose, library_call, printable
 from initlab.runs import folders, parquet
 from initlab.runs.folders import Folder, Paths
-from initlab.runs.schema import STATS, TABLES, TASKS_WITH_STATS
+from initlab.runs.schema import SEALED, STATS, TABLES, TASKS_WITH_STATS, column_kinds
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,12 @@ class Run:
     settings: Mapping[str, Any]
     has_table: bool = False
     rows: int = 0
-    unreadable: list[str] = field(default_factory=list)  # files, each with its reason
+    unreadable: list[str] = field(default_factory=list)  # a line for each of its files that cannot be read
+
+    @property
+    def name(self) -> str:
+        """Its folder, as it is shown."""
+        return printable(self.folder.path)
 
     @property
     def status(self) -> str:
@@ -58,10 +63,12 @@ def read_runs(runs: Sequence[Run], table: str) -> tuple[list[Run], pd.DataFrame 
     raises nothing: the run says so.
     """
     shards = [run.folder.shards(table) for run in runs]
-    files = parquet.read_files([path for paths in shards for path in paths])
+    paired = list(zip(runs, shards, strict=True))
+    sealed = {path for run, paths in paired if run.json.get("schema_version", 0) >= SEALED for path in paths}
+    files = parquet.read_files([path for paths in shards for path in paths], column_kinds(table), sealed)
     found, counts = [], []
-    for run, paths in zip(runs, shards, strict=True):
-        broken = [f"{path}: cannot be read ({files.unreadable[path]})" for path in paths if path in files.unreadable]
+    for run, paths in paired:
+        broken = [files.unreadable[path] for path in paths if path in files.unreadable]
         counts.append(sum(files.rows.get(path, 0) for path in paths))
         found.append(replace(run, has_table=len(paths) > len(broken), rows=counts[-1], unreadable=broken))
     having = [run for run in found if run.has_table]
@@ -70,7 +77,7 @@ def read_runs(runs: Sequence[Run], table: str) -> tuple[list[Run], pd.DataFrame 
     columns = set(files.frame)
     swept = [k for k in folders.differing_keys([run.settings for run in having]) if not columns_of_option(k) & columns]
     more = {key: parquet.repeat([run.settings.get(key) for run in found], counts) for key in swept}
-    more["run"] = parquet.repeat([run.folder.path for run in found], counts)
+    more["run"] = parquet.repeat([run.name for run in found], counts)
     return found, pd.DataFrame({**dict(files.frame.items()), **more}, copy=False)
 
 
@@ -116,12 +123,12 @@ def notes(runs: Sequence[Run], table: str) -> list[str]:
     for status, some in unfinished.items():
         rows = sum(run.rows for run in some)
         if len(some) == 1:
-            lines.append(f"{some[0].folder.path}: this run is {status}, not done; reading the {rows} rows it has")
+            lines.append(f"{some[0].name}: this run is {status}, not done; reading the {rows} rows it has")
         else:
-            which = folders.list_folders([run.folder.path for run in some])
+            which = folders.list_folders([run.name for run in some])
             lines.append(f"{len(some)} runs are {status}, not done; reading the {rows} rows they have: {which}")
     lost = [
-        run.folder.path
+        run.name
         for run in runs
         if table == STATS and run.status == "done" and not run.has_table and run.columns.get("task") in TASKS_WITH_STATS
     ]

@@ -3,12 +3,15 @@
 Beside its own columns a table has those of the configuration, so that a file explains itself.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from initlab.stats.keys import KEY_COLUMNS, LOSS_COLUMNS, PARITY_COLUMNS
+from initlab.errors import UsageError
+from initlab.stats.keys import KEY_COLUMNS, LOSS_COLUMNS, PARITY_COLUMNS, TEXT_COLUMNS
 from initlab.stats.statistics import NONFINITE, STATISTICS, TORCH_COLUMN, TRUE_COLUMNS
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+SEALED = 2  # from here on every table of a run is sealed, see parquet.py
 
 STATS, THEORY, LOSSES, PARITY = "stats", "theory", "losses", "parity"
 HISTOGRAMS, LSUV, TIMINGS = "histograms", "lsuv", "timings"
@@ -26,7 +29,7 @@ class Table:
     `keys` name a row beside its setting and its seed: two runs are compared row by row, and a table without keys is
     not compared. Of the other columns only `compared` are, where that is given. `own` are all columns of its own (in
     `stats` the statistics too), where they are known before anything is measured: a misspelt column of a study is then
-    found before its sweep begins.
+    found before its sweep begins. `needed`: columns without which no file is such a table, beside `keys`.
     `labelled`: its rows get the label of their run when figures are drawn.
     """
 
@@ -34,6 +37,7 @@ class Table:
     keys: tuple[str, ...] = ()
     compared: tuple[str, ...] = ()
     own: tuple[str, ...] | None = None
+    needed: tuple[str, ...] = ()
     labelled: bool = False
 
 
@@ -42,18 +46,21 @@ TABLES: dict[str, Table] = {
         "a row per stage, implementation, seed, step, layer, tensor and direction",
         keys=_TENSOR,
         own=(*KEY_COLUMNS, *TRUE_COLUMNS, TORCH_COLUMN),
+        needed=("seed", "mean", "std", *("n_nan", "n_inf", "frac_zero")),
         labelled=True,
     ),
     LOSSES: Table(
         "loss and accuracy per implementation, seed and step",
         keys=tuple(name for name in LOSS_COLUMNS if name != "seed"),
         own=(*LOSS_COLUMNS, "loss", "accuracy"),
+        needed=("seed", "loss"),
         labelled=True,
     ),
     PARITY: Table(
         "relative error of the hand-written tensors against the module's",
         keys=tuple(name for name in PARITY_COLUMNS if name != "seed"),
         own=(*PARITY_COLUMNS, "relative_error", NONFINITE),
+        needed=("seed", "relative_error", NONFINITE),
         labelled=True,
     ),
     THEORY: Table(
@@ -64,6 +71,7 @@ TABLES: dict[str, Table] = {
             *(*_TENSOR, "seed", "statistic"),
             *("measured", "predicted", "band_low", "band_high", "z", "limit", "method"),
         ),
+        needed=("seed", "measured", "predicted", "band_low", "band_high"),
         labelled=True,
     ),
     HISTOGRAMS: Table("entries by sign and octave, for the rows of `stats`; lists of counts from octave `first` on"),
@@ -74,11 +82,13 @@ TABLES: dict[str, Table] = {
     JACOBIAN: Table(
         "a row per seed and layer: moments of the squared singular values, measured and predicted",
         keys=("layer",),
+        needed=("seed",),
         labelled=True,
     ),
     SINGULAR_VALUES: Table(
         "a row per seed, layer and rank, at some layers",
         keys=("layer", "rank"),
+        needed=("seed",),
         labelled=True,
     ),
     GAINS: Table(
@@ -109,6 +119,19 @@ def own_columns(name: str) -> set[str] | None:
     """The columns that a table has of its own, None where they are not known before it is measured."""
     own = TABLES[name].own
     return None if own is None else {*own, *(STATISTICS if name == STATS else ())}
+
+
+def column_kinds(name: str) -> dict[str, str]:
+    """The columns that others read of a table, and whether they hold `numbers` or `text`."""
+    text = {*TEXT_COLUMNS, "statistic", "activation", "format", "event"}
+    return {one: "text" if one in text else "numbers" for one in (*TABLES[name].keys, *TABLES[name].needed)}
+
+
+def refuse_other_table(name: str, columns: Collection[str]) -> None:
+    """A frame that is not such a table, whatever its file is called."""
+    missing = [one for one in column_kinds(name) if one not in columns]
+    if missing:
+        raise UsageError(f"the table {name} has no column {', '.join(missing)}")
 
 
 # Column of every table -> option; a name of the trained network that the stack has too gets the prefix `train_`.

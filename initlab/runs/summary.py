@@ -11,7 +11,7 @@ import pandas as pd
 
 from initlab.runs import theory_rows
 from initlab.runs.labels import add_labels, format_folders, label_columns
-from initlab.runs.schema import LOSSES, PARITY, STATS, THEORY
+from initlab.runs.schema import LOSSES, PARITY, STATS, THEORY, refuse_other_table
 from initlab.stats.dtypes import FORMATS
 
 # What the two backward passes are held to at the default shape; the table says where it is passed.
@@ -125,7 +125,10 @@ def summarize(
     largest relative difference of a gradient.
     """
     given = {STATS: stats, LOSSES: losses, PARITY: parity, THEORY: theory}
-    tables = add_labels({name: frame for name, frame in given.items() if frame is not None and len(frame)})
+    there = {name: frame for name, frame in given.items() if frame is not None and len(frame)}
+    for name, frame in there.items():
+        refuse_other_table(name, frame.columns)
+    tables = add_labels(there)
     stats = tables[STATS]
     table = stats.drop_duplicates("label").set_index("label")[label_columns(stats)].astype(object)
     signal = stack_signal(stats)

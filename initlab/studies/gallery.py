@@ -6,56 +6,97 @@ Only sweeps at a study's own size count: those of the launch line alone, without
 copied beside the studies. Only the text between the two marks of the README is replaced.
 """
 
-import json
+import html
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from initlab.errors import UsageError
+from initlab import files
+from initlab.errors import UsageError, printable
+from initlab.runs.folders import read_run_json
 from initlab.runs.recorder import write_text
 from initlab.studies.study import ANSWERS
 
 BEGIN = "<!-- gallery: written by initlab gallery -->"
 END = "<!-- end of the gallery -->"
 COLOURS = 256  # of a copied figure; the file is a third as large
+LARGEST = 2**24  # pixels of a figure
+# What is read of a study, and of the answers that a sweep has left.
+STUDY: files.Form = {
+    "study": {
+        "question": str,
+        "source": str,
+        "cost": {...: lambda value: value is None or (isinstance(value, int | float) and abs(value) < 1e300)},
+    }
+}
+KEPT: dict[str, files.Form] = {"study": str, "overrides": list, "holds": int, "of": int, "verdicts": [{"said": str}]}
 
 
-def write(experiments: Path, outputs: Iterable[Path]) -> str:
-    """Rewrite the README of the studies between its marks, from the sweeps below `outputs`; returns a line about it."""
+def write(experiments: Path, outputs: Iterable[Path]) -> list[str]:
+    """Rewrite the README of the studies between its marks, from the sweeps below `outputs`.
+
+    Returns a line about it, then one for each file that cannot be read: such a sweep counts as none.
+    """
     readme = experiments / "README.md"
     if not readme.is_file():
         raise UsageError(f"{readme}: no such file; --experiments names the folder of the studies")
-    text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
+    try:
+        text = files.read_bytes(readme).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{readme}: is not a text") from error
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UsageError(f"{readme}: the gallery goes between the lines {BEGIN} and {END}")
-    newest = find_newest(outputs)
-    files = sorted(experiments.glob("*.yaml"))  # name -> the node `study`
-    studies = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")).get("study", {}) for file in files}
+    mistakes: list[str] = []
+    newest = find_newest(outputs, mistakes)
+    studies = {}  # name -> the node `study`
+    for file in sorted(experiments.glob("*.yaml")):
+        studies[file.stem] = files.read_yaml(file, STUDY).get("study", {})
     for name in studies:
-        if name in newest and (figure := newest[name].parent / f"{name}.png").is_file():
-            copy_small(figure, experiments / f"{name}.png")
-    answers = {name: answer_lines(text, name, newest.get(name)) for name in studies}
+        if name in newest and (figure := newest[name][0].parent / f"{name}.png").is_file():
+            try:
+                copy_small(figure, experiments / f"{name}.png")
+            except UsageError as error:
+                mistakes.append(str(error))
+    answers = {name: answer_lines(text, name, newest[name][1] if name in newest else None) for name in studies}
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
     sections = [section(name, about, answers[name], experiments) for name, about in studies.items()]
     page = "\n".join([table(studies, answers), *sections])
     write_text(readme, f"{before}{BEGIN}\n\n{page}\n{after}")
-    return f"{readme}: {len(studies)} studies, {len(set(newest) & set(studies))} of them with a new sweep"
+    return [f"{readme}: {len(studies)} studies, {len(set(newest) & set(studies))} of them with a new sweep", *mistakes]
 
 
-def find_newest(outputs: Iterable[Path]) -> dict[str, Path]:
-    """Name -> the answers of its newest whole sweep at the study's own size; the folders' names are their times."""
-    found: dict[str, Path] = {}
+def find_newest(outputs: Iterable[Path], mistakes: list[str]) -> dict[str, tuple[Path, Mapping[str, Any]]]:
+    """Name -> file and answers of its newest whole sweep at the study's own size; the folders' names are their times.
+
+    A file that cannot be read becomes a line of `mistakes`.
+    """
+    found: dict[str, tuple[Path, Mapping[str, Any]]] = {}
     for path in sorted(path for folder in outputs for path in folder.rglob(ANSWERS)):
-        answers = json.loads(path.read_text(encoding="utf-8"))
-        runs = [json.loads(run.read_text(encoding="utf-8"))["status"] for run in path.parent.glob("*/run.json")]
+        try:
+            answers = files.read_json(path, KEPT)
+        except UsageError as error:
+            mistakes.append(str(error))
+            continue
+        missing = [name for name in KEPT if name not in answers]
+        if missing or not all("said" in one for one in answers["verdicts"]):
+            mistakes.append(
+                str(UsageError(f"{path}: is not what a study leaves, {', '.join(missing) or 'said'} is missing"))
+            )
+            continue
+        runs = [read_run_json(run.parent)["status"] for run in path.parent.glob("*/run.json")]
         whole = bool(runs) and set(runs) == {"done"} and not answers["overrides"]
         older = found.get(answers["study"])
-        if whole and (older is None or older.parent.name <= path.parent.name):
-            found[answers["study"]] = path
+        if whole and (older is None or older[0].parent.name <= path.parent.name):
+            found[answers["study"]] = (path, answers)
     return found
+
+
+def escape_markdown(text: object) -> str:
+    """A text of anybody's as a README shows it: no tag, link or picture comes of it, and it stays on its line."""
+    escaped = html.escape(printable(" ".join(str(text).split())), quote=False)
+    return escaped.replace("](", "]\\(").replace("][", "]\\[")
 
 
 def copy_small(figure: Path, to: Path) -> None:
@@ -66,19 +107,26 @@ def copy_small(figure: Path, to: Path) -> None:
     from PIL import Image
 
     partial = to.with_suffix(".part")
-    with Image.open(figure) as image:
-        small = image.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    try:
+        with warnings.catch_warnings(action="error"), Image.open(figure, formats=["PNG"]) as image:
+            if image.width * image.height > LARGEST:
+                raise UsageError(f"{figure}: has {image.width:,} x {image.height:,} pixels; no figure is as large")
+            small = image.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         small.save(partial, "PNG", optimize=True)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever the reader of pictures raises is about the file
+        raise UsageError(f"{figure}: cannot be read ({error or type(error).__name__})") from error
     partial.replace(to)
 
 
-def answer_lines(text: str, name: str, answers: Path | None) -> list[str]:
+def answer_lines(text: str, name: str, answers: Mapping[str, Any] | None) -> list[str]:
     """How many expectations hold, then each of them: of the new sweep, or as the README has them; [] if never run."""
     if answers is None:
         old = re.search(rf"^### `{re.escape(name)}`$(.*?)(?=^### |\Z|^<!--)", text, re.M | re.S)
         return re.findall(r"^(?:\*\*\d+ of .*|- (?:holds|FAILS): .*)$", old[1], re.M) if old else []
-    kept = json.loads(answers.read_text(encoding="utf-8"))
-    return [f"**{kept['holds']} of {kept['of']} hold**", *(f"- {one['said']}" for one in kept["verdicts"])]
+    said = [f"- {escape_markdown(one['said'])}" for one in answers["verdicts"]]
+    return [f"**{answers['holds']} of {answers['of']} hold**", *said]
 
 
 def table(studies: Mapping[str, Mapping[str, Any]], answers: Mapping[str, Sequence[str]]) -> str:
@@ -88,15 +136,17 @@ def table(studies: Mapping[str, Mapping[str, Any]], answers: Mapping[str, Sequen
         cost = about.get("cost") or {}
         costs = [f"{cost[of]:g}" if cost.get(of) is not None else "" for of in ("runs", "cpu_seconds", "gpu_seconds")]
         hold = (answers[name] or ["not run yet"])[0].strip("*")
-        rows.append("| " + " | ".join([f"[`{name}`](#{name})", about.get("question", ""), *costs, hold]) + " |")
+        rows.append(
+            "| " + " | ".join([f"[`{name}`](#{name})", escape_markdown(about.get("question", "")), *costs, hold]) + " |"
+        )
     return "\n".join(rows) + "\n"
 
 
 def section(name: str, about: Mapping[str, Any], answers: Sequence[str], experiments: Path) -> str:
     """A study's section of the gallery: question, source, answers, figure."""
-    source = " ".join(str(about.get("source", "")).split())
-    lines = [f"### `{name}`", "", about.get("question", ""), "", f"Source: {source}.", ""]
+    question = escape_markdown(about.get("question", ""))
+    lines = [f"### `{name}`", "", question, "", f"Source: {escape_markdown(about.get('source', ''))}.", ""]
     lines += [*answers[:1], "", *answers[1:], ""] if answers else []
     if (experiments / f"{name}.png").is_file():
-        lines += [f"![{about.get('question', name)}]({name}.png)", ""]
+        lines += [f"![{question or name}]({name}.png)", ""]
     return "\n".join(lines)

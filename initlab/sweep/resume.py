@@ -12,14 +12,16 @@ from itertools import count, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from initlab import files
 from initlab.errors import UsageError
 from initlab.job.options import leaves
 from initlab.runs.folders import read_run_json
 from initlab.runs.lock import is_locked
+from initlab.runs.parquet import check_seal
 from initlab.runs.recorder import machine
+from initlab.runs.schema import SEALED
 from initlab.sweep.callback import parse_overrides
 
 Job = Sequence[str]  # the overrides of one job
@@ -110,7 +112,7 @@ def _refuse_other(folder: Path, config: DictConfig, jobs: Sequence[Job]) -> None
     """The command must make every job that the sweep was begun with, from the same configuration."""
     path = folder / "multirun.yaml"
     try:
-        begun: Any = OmegaConf.load(path)
+        begun: Any = OmegaConf.create(files.read_yaml_text(path))
         if not isinstance(begun, DictConfig) or "task" not in begun:
             raise UsageError(f"resume={folder}: not a sweep of initlab's")
         before = expand(begun.hydra.overrides.task, begun.hydra.sweeper.get("params"))
@@ -141,31 +143,36 @@ def _refuse_other(folder: Path, config: DictConfig, jobs: Sequence[Job]) -> None
 
 def find_jobs(folder: Path) -> Iterator[BegunJob]:
     """Every job that was begun: folders in which Hydra wrote overrides. What lies inside of one is not walked."""
-    for here, folders, files in os.walk(folder):
+    for here, folders, names in os.walk(folder):
         if ".hydra" not in folders:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             continue
         folders.clear()
         path = Path(here)
         try:
-            overrides = yaml.load((path / ".hydra" / "overrides.yaml").read_text("utf-8"), yaml.CSafeLoader)
-            number = re.search(r"^    num: (\d+)$", (path / ".hydra" / "hydra.yaml").read_text("utf-8"), re.M)
-        except (OSError, ValueError, yaml.YAMLError):
+            overrides = files.read_yaml(path / ".hydra" / "overrides.yaml", [str])
+            number = re.search(r"^    num: (\d{1,9})$", files.read_yaml_text(path / ".hydra" / "hydra.yaml"), re.M)
+        except UsageError:
             continue  # killed before it began: no table can be there
-        if not isinstance(overrides, list) or number is None:
+        if number is None:
             continue
         run_json = read_run_json(path)
-        tables = [path / name for name in files if name.endswith(".parquet")]
-        done = run_json["status"] == "done" and bool(tables) and all(map(_is_whole, tables))
+        sealed = run_json.get("schema_version", 0) >= SEALED
+        tables = [path / name for name in names if name.endswith(".parquet")]
+        done = run_json["status"] == "done" and bool(tables) and all(_is_whole(table, sealed) for table in tables)
         yield BegunJob(path, int(number[1]), overrides, done, _code(run_json))
 
 
-def _is_whole(path: Path) -> bool:
-    """A file that lost its end with the power is no table."""
-    with path.open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - len(_MAGIC)))
-        return file.read() == _MAGIC
+def _is_whole(path: Path, sealed: bool) -> bool:
+    """A file that was damaged is no table; one of an older version must at least have its end."""
+    try:
+        if check_seal(path, needed=sealed):
+            return True
+        with path.open("rb") as file:
+            file.seek(max(0, files.check_file(path) - len(_MAGIC)))
+            return file.read() == _MAGIC
+    except (OSError, UsageError):
+        return False
 
 
 def _code(run_json: Mapping[str, Any]) -> str | None:

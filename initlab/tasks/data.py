@@ -3,7 +3,6 @@
 Inputs are standardized by the mean and std of the training split, pooled over its pixels, as in the book.
 """
 
-import gzip
 import hashlib
 import http.client
 import math
@@ -11,7 +10,6 @@ import struct
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from initlab.errors import UsageError, choose
+from initlab.files import check_file, read_bytes, read_gz
 from initlab.nn.init import gaussian
 from initlab.scratch.layers import lin
 
@@ -31,6 +30,10 @@ MNIST_FILES = {
 }
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 
+
+# Pixels and bytes of an array that are read whatever the size of its file: MNIST has 47 million of one byte. A larger
+# file may hold as many for each of its bytes as a .gz of images does at most.
+PIXELS, PIXEL_BYTES, PER_BYTE = 50_000_000, 200_000_000, 8
 
 TEACHER_ROWS = 50_000  # as many as the book's training set
 
@@ -59,9 +62,11 @@ def load(name: str = "digits", root: str | Path = "data/mnist", download: bool =
 
 def standardize(pixels: np.ndarray) -> Tensor:
     """Images as rows (n, I), with mean 0 and standard deviation 1 over all pixels of all images."""
-    flat = pixels.reshape(len(pixels), -1).astype(np.float32)
+    flat = pixels.reshape(len(pixels), -1).astype(np.float32, order="C")
     mean, std = flat.mean(dtype=np.float64), flat.std(dtype=np.float64)
-    return torch.from_numpy((flat - np.float32(mean)) / np.float32(std if std > 0 else 1))
+    flat -= np.float32(mean)
+    flat /= np.float32(std if std > 0 else 1)
+    return torch.from_numpy(flat)
 
 
 def load_digits(root: Path, download: bool, url: str) -> Data:
@@ -100,13 +105,17 @@ def load_mnist(root: Path, download: bool, url: str) -> Data:
         raise UsageError(
             f"data=mnist: images ({images.dtype}) must be finite numbers, labels ({labels.dtype}) integers"
         )
-    if (labels != labels.astype(np.int64)).any():
-        raise UsageError("data=mnist: labels must be whole numbers")
     if len(images) != len(labels):
         raise UsageError(f"data=mnist: {len(images)} images but {len(labels)} labels in data.root={root}")
-    if labels.min() < 0 or labels.max() > 9:
+    if not (labels.min() >= 0 and labels.max() <= 9):
         raise UsageError(f"data=mnist: labels run from {labels.min()} to {labels.max()}, not from 0 to 9")
-    return Data("mnist", standardize(images), torch.from_numpy(labels.astype(np.int64)), 10)
+    if (labels != labels.astype(np.int8)).any():
+        raise UsageError("data=mnist: labels must be whole numbers")
+    with np.errstate(over="ignore"):
+        x = standardize(images)
+    if not bool(x.isfinite().all()):
+        raise UsageError(f"data=mnist: images ({images.dtype}) must be numbers that float32 can hold")
+    return Data("mnist", x, torch.from_numpy(labels.astype(np.int64)), 10)
 
 
 SOURCES: dict[str, Callable[[Path, bool, str], Data]] = {
@@ -131,23 +140,50 @@ def find_mnist(root: Path) -> tuple[np.ndarray, np.ndarray] | None:
     return read_npz(archives[0]) if archives else None
 
 
+def check_promise(path: Path, count: int, bytes_each: int) -> None:
+    """Refuse a header that promises more numbers than the size of its file warrants, before there is an array."""
+    more = PER_BYTE * check_file(path)
+    if count > max(PIXELS, more) or count * bytes_each > max(PIXEL_BYTES, more):
+        raise UsageError(
+            f"{path}: {check_file(path):,} bytes that promise {count:,} numbers; no images are packed like that"
+        )
+
+
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """`x_train` and `y_train`, as Keras names them."""
+    check_file(path)
     try:
-        with path.open("rb") as file, np.lib.npyio.NpzFile(file) as stored:
-            return stored["x_train"], stored["y_train"]
+        with zipfile.ZipFile(path) as stored:
+            images, labels = (_read_npy(path, stored, name) for name in ("x_train", "y_train"))
+            return images, labels
+    except UsageError:
+        raise
     except KeyError as error:
-        raise UsageError(f"{path}: no array {error.args[0].split()[0]}; x_train and y_train are needed") from error
-    except (OSError, ValueError, AttributeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path}: not a readable .npz file ({error})") from error
+        raise UsageError(f"{path}: no array {error.args[0]}; x_train and y_train are needed") from error
+    except Exception as error:  # whatever zipfile and numpy raise is about the file
+        raise UsageError(f"{path}: not a readable .npz file ({error or type(error).__name__})") from error
+
+
+def _read_npy(path: Path, stored: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array of an archive, once its header is known to be one of numbers and not too large."""
+    if f"{name}.npy" not in stored.namelist():
+        raise KeyError(name)
+    check_promise(path, 1, stored.getinfo(f"{name}.npy").file_size)  # its header alone may be all of it
+    with stored.open(f"{name}.npy") as file:
+        newer = np.lib.format.read_magic(file) != (1, 0)
+        header = np.lib.format.read_array_header_2_0 if newer else np.lib.format.read_array_header_1_0
+        shape, _, dtype = header(file)
+    if dtype.kind not in "buif":
+        raise ValueError(f"{name} holds {dtype}, not numbers")
+    check_promise(path, math.prod(shape), dtype.itemsize)
+    with stored.open(f"{name}.npy") as file:
+        return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
 
 
 def read_idx(path: Path) -> np.ndarray:
     """An IDX file of unsigned bytes: two zero bytes, type 8, the number of dimensions, each size, the data."""
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from error
+    most = max(PIXELS, PER_BYTE * check_file(path)) + 16  # with the longest header
+    raw = read_gz(path, most) if path.suffix == ".gz" else read_bytes(path, math.inf)
     if len(raw) < 4 or raw[:3] != b"\0\0\x08" or not 1 <= raw[3] <= 3:
         raise UsageError(f"{path}: not an IDX file of unsigned bytes in one to three dimensions")
     start = 4 + 4 * raw[3]
@@ -169,7 +205,7 @@ def fetch_mnist(root: Path, url: str) -> None:
         source = url.rstrip("/") + "/" + name
         try:
             with urllib.request.urlopen(source, timeout=30) as answer:
-                raw = answer.read()
+                raw = answer.read(PIXELS)  # many times what the files have
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise UsageError(

@@ -32,7 +32,7 @@ def test_a_finished_run_holds_whole_tables_and_says_so(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", 1.0, 2.0)
     assert sorted(p.name for p in folder.iterdir()) == ["run.json", "stats.parquet"]
     about = json.loads((folder / "run.json").read_text())
-    assert about["status"] == "done" and about["schema_version"] == 1 and about["wall_seconds"] >= 0
+    assert about["status"] == "done" and about["schema_version"] == 2 and about["wall_seconds"] >= 0
     assert {"torch", "hydra-core", "python", "initlab"} <= set(about["versions"])
     frame = read(folder)
     assert frame["std"].tolist() == [1, 2] and frame["seed"].tolist() == [0, 1]
