@@ -28,8 +28,8 @@ class RateFactors(NamedTuple):
     weight: the factor for its weights. bias: the factor for its biases.
     """
 
-    weight: float = 1.0
-    bias: float = 1.0
+    weight: float
+    bias: float
 
 
 def learning_rates(rule: Rule, sizes: Sequence[int], adaptive: bool) -> list[RateFactors]:

@@ -26,6 +26,36 @@ def test_kinks_are_found_where_they_are(function, kinks) -> None:  # type: ignor
     assert as_activation(function).kinks == pytest.approx(kinks, abs=1e-8)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_kinks_anywhere_in_a_cell_are_found(seed: int) -> None:
+    """Sums of |z - c| over random c, far apart and close together, beside a smooth part; their slopes jump by 2 a."""
+    random = torch.Generator().manual_seed(seed)
+    centres = (torch.rand(4, generator=random, dtype=torch.float64) * 20 - 10).sort().values
+    if seed % 2:
+        centres[1] = centres[0] + 0.05  # a few cells further
+    sizes = 0.5 + torch.rand(4, generator=random, dtype=torch.float64)
+
+    def phi(z: torch.Tensor) -> torch.Tensor:
+        return (sizes * (z[..., None] - centres).abs()).sum(-1) + torch.sin(z)
+
+    row = as_activation(phi)
+    assert row.kinks == pytest.approx(centres.tolist(), abs=1e-8)
+    z = torch.linspace(-12, 12, 3001, dtype=torch.float64)
+    z = torch.cat([z, centres - 1e-5, centres + 1e-5])
+    exact = (sizes * (z[..., None] - centres).sign()).sum(-1) + torch.cos(z)
+    torch.testing.assert_close(row.slope(z), exact, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("at", [-3.2107, 0.0, 0.0123, 5.5])
+def test_a_jump_lies_in_its_cell(at: float) -> None:
+    assert as_activation(lambda z: torch.where(z < at, z, z + 1)).kinks == pytest.approx([at], abs=1e-5)
+
+
+@pytest.mark.parametrize("steepness", [1.0, 10.0, 50.0])
+def test_a_steep_slope_is_no_kink(steepness: float) -> None:
+    assert as_activation(lambda z: torch.tanh(steepness * z)).kinks == ()
+
+
 @pytest.mark.parametrize("name", ["relu", "tanh", "selu", "silu"])
 @pytest.mark.parametrize("kind", ["chi", "rms", "std"])
 def test_a_function_of_ones_own_has_the_gains_of_its_twin(name: str, kind: str) -> None:

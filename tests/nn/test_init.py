@@ -62,6 +62,19 @@ def test_orthogonal_is_an_isometry_times_the_gain(shape: tuple[int, int]) -> Non
     )
 
 
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6), (1, 4), (1, 1)])
+def test_orthogonal_is_the_isometry_of_its_random_numbers(shape: tuple[int, int]) -> None:
+    """G = Q R has one solution with a positive diagonal of R: Q^T G is triangular there, and for no other isometry."""
+    i, o = shape
+    w, _ = draw(rule("orthogonal", gain=1.0), "linear", shape, [3], 2, dtype=torch.float64)
+    q = w[0] if i >= o else w[0].mT
+    numbers = gaussian((max(shape), min(shape)), 3, "weight", 2).double()
+    r = q.mT @ numbers
+    assert (r.diagonal() > 0).all()
+    assert r.tril(-1).abs().max() < 1e-6 * r.diagonal().max()
+    torch.testing.assert_close(q @ r / (q.mT @ q).diagonal().mean(), numbers, rtol=1e-5, atol=1e-6)
+
+
 @EVERYONE
 def test_gain_scales_the_weights(name: str) -> None:
     """A law: twice the gain, twice every weight, from the same random numbers."""

@@ -87,6 +87,22 @@ def test_it_says_when_it_gives_up(given: float, attempts: int, reason: str, capl
     assert not caplog.messages
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_single_entry_that_is_not_finite_ends_the_fit(bad: float) -> None:
+    """The std of the finite entries is a number, and must scale nothing; the network beside it is fitted."""
+    x = inputs(2)
+    x[0, 7, 3] = bad
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("initlab.nn.lsuv.Fit.warn", lambda self: None)
+        parameters, found = draw_trained([rule("lsuv")] * 2, "linear", SIZES, [0, 1], x)
+    assert found is not None
+    first = found.frame().query("layer == 1").set_index("seed")
+    assert first.loc[0, "outcome"] == "not finite" and first.loc[0, "factor"] == 1
+    assert "fits" in set(first.loc[1, "outcome"])
+    drawn = draw_trained([rule("orthogonal", gain=1.0)] * 2, "linear", SIZES, [0, 1], x).parameters
+    assert torch.equal(parameters[0][0][0], drawn[0][0][0]) and not torch.equal(parameters[0][0][1], drawn[0][0][1])
+
+
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_member_is_the_single_network(dtype: torch.dtype, activation: str) -> None:

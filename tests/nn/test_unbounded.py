@@ -149,3 +149,29 @@ def test_nan_and_inf_pass_through() -> None:
     assert x.mantissa.isnan().any() and x.mantissa.isinf().any()
     assert math.isnan(float(log2_moments(x)[0]))
     assert UNBOUNDED.activate(x, ACTIVATIONS["relu"]).mantissa.isnan().any()
+
+
+UNIT = ("sigmoid", "softplus")  # not 0 at 0: beside entries of 2^3000 that is below their last digit
+
+
+@pytest.mark.parametrize(
+    ("name", "power"),
+    [(n, power) for n in ACTIVATIONS for power in (-3000, 0, 3000) if power < 500 or n not in (*BOUNDED, *UNIT)],
+)
+def test_a_zero_among_other_entries_is_what_the_activation_makes_of_it(name: str, power: int) -> None:
+    """phi(0) and phi'(0), whatever the magnitude of the entries beside it."""
+    row, zero = ACTIVATIONS[name], torch.zeros((), dtype=torch.float64)
+    z = at(power)
+    z.mantissa[0, 0] = 0
+    value = exact(UNBOUNDED.activate(z, row))[0]
+    assert value == pytest.approx(float(row.phi(zero)), rel=1e-15, abs=0)
+    pulled = exact(UNBOUNDED.activate_back(at(0, seed=1), z, row))[0]
+    slope = float(row.pull_back(torch.ones((), dtype=torch.float64), zero))
+    assert float(pulled) == pytest.approx(float(exact(at(0, seed=1))[0]) * slope, rel=1e-14, abs=0)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_layer_of_zeros_stays_what_the_activation_makes_of_zeros(name: str) -> None:
+    row = ACTIVATIONS[name]
+    found = exact(UNBOUNDED.activate(rescale(torch.zeros(2, 3)), row))
+    assert [float(v) for v in found] == pytest.approx([float(row.phi(torch.zeros((), dtype=torch.float64)))] * 6)
