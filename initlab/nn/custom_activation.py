@@ -3,6 +3,7 @@
 Theory holds for functions that are elementwise, finite and the same at every call: others are refused.
 """
 
+import copy
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import TypeAlias
@@ -18,6 +19,7 @@ Given: TypeAlias = str | Activation | Callable[[Tensor], Tensor]
 
 STEP = 2.0**-13  # of the central difference of fourth order: truncation about 1e-16, rounding about 1e-12
 REACH = 16.0
+MOST_KINKS = 64  # theory integrates between any two of them
 
 
 def name_of(given: Given) -> str:
@@ -39,7 +41,20 @@ def as_activation(given: Given) -> Activation:
         return given
     if not callable(given):
         raise UsageError(f"activation={show(given)}: must be a name, a row of the table or an elementwise function")
+    if isinstance(given, nn.Module) and next(given.parameters(), None) is not None:
+        return row_of(_Frozen(given))
     return row_of(given)
+
+
+class _Frozen:
+    """The function of a module with parameters, such as nn.PReLU, as they are now, for every number format."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = copy.deepcopy(module).double().requires_grad_(False)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        value: Tensor = self.module(z.double()).to(z.dtype)
+        return value
 
 
 def numerical(row: Activation) -> bool:
@@ -96,9 +111,16 @@ def row_of(phi: Callable[[Tensor], Tensor]) -> Activation:
     grid = torch.linspace(-REACH, REACH, 4096, dtype=torch.float64)
     values = _evaluate(phi, grid)
     _evaluate(phi, torch.arange(-REACH, REACH + 1 / 32, 1 / 16, dtype=torch.float64))  # poles like round numbers
-    part = grid.flip(0)[:1000].reshape(10, 100)
-    if not torch.allclose(_evaluate(phi, part).reshape(-1), values.flip(0)[:1000], rtol=1e-12, atol=0):
-        raise UsageError("activation: not an elementwise function; phi(z) of an entry must depend on that entry alone")
+    order = torch.randperm(len(grid), generator=torch.Generator().manual_seed(0))
+    for some in (order, order[: len(grid) // 4].reshape(16, -1)):  # another order, and other neighbours
+        again = _evaluate(phi, grid[some])
+        if not torch.allclose(again, values[some], rtol=1e-12, atol=0):
+            random = not torch.allclose(_evaluate(phi, grid), values, rtol=1e-12, atol=0)
+            raise UsageError(
+                "activation: gives other values at each call; theory needs a function (of a module, call .eval() first)"
+                if random
+                else "activation: not an elementwise function; phi(z) of an entry must depend on that entry alone"
+            )
     kinks = find_kinks(phi, grid)
     slope = _Differences(phi, kinks)
     largest = float(slope(grid).abs().max())
@@ -132,32 +154,34 @@ def find_kinks(phi: Callable[[Tensor], Tensor], grid: Tensor) -> tuple[float, ..
     the straight lines from both sides meet; a jump of phi itself is put in the middle of what is left of the cell.
     """
     edges = grid + 0.37 * float(grid[1] - grid[0])  # so that no edge of a cell is a round number
-    slope = _slope_at(phi, edges)
     bend = _measure_bends(phi, edges)
-    found: list[float] = []
-    for index in (bend > 1e-3 * slope.abs().max()).nonzero().flatten().tolist():
-        low, high = float(edges[index]), float(edges[index + 1])
-        for _ in range(12):
-            middle = (low + high) / 2
-            halves = _measure_bends(phi, torch.tensor([low, middle, high], dtype=torch.float64)).tolist()
-            low, high = (low, middle) if halves[0] >= halves[1] else (middle, high)
-        if max(halves) <= 0.5 * float(bend[index]):
-            continue
-        width = high - low + 1e-6
-        points = torch.tensor([low - 2 * width, low - width, high + width, high + 2 * width], dtype=torch.float64)
-        a, b, c, d = phi(points).double().tolist()
-        left, right = (b - a) / width, (d - c) / width
-        x = (c - b + left * float(points[1]) - right * float(points[2])) / (left - right) if left != right else low
-        kink = x if low - width <= x <= high + width else (low + high) / 2
-        found.append(float(round(kink)) if abs(kink - round(kink)) < 1e-6 else float(kink))
-    return tuple(found)
+    cells = (bend > 1e-3 * _slope_at(phi, edges).abs().max()).nonzero().flatten()
+    if not len(cells):
+        return ()
+    low, high = edges[cells], edges[cells + 1]
+    for _ in range(12):
+        middle = (low + high) / 2
+        halves = _measure_bends(phi, torch.stack([low, middle, high], -1))
+        left = halves[:, 0] >= halves[:, 1]
+        low, high = torch.where(left, low, middle), torch.where(left, middle, high)
+    kept = halves.amax(-1) > 0.5 * bend[cells]
+    if int(kept.sum()) > MOST_KINKS:
+        raise UsageError(f"activation: it or its slope jumps at more than {MOST_KINKS} places between -16 and 16")
+    low, high = low[kept], high[kept]
+    width = high - low + 1e-6
+    points = torch.stack([low - 2 * width, low - width, high + width, high + 2 * width], -1)
+    a, b, c, d = phi(points).double().unbind(-1)
+    before, after = (b - a) / width, (d - c) / width
+    x = (c - b + before * points[:, 1] - after * points[:, 2]) / (before - after)
+    kinks = torch.where((low - width <= x) & (x <= high + width), x, (low + high) / 2)
+    return tuple(torch.where((kinks - kinks.round()).abs() < 1e-6, kinks.round(), kinks).tolist())
 
 
 def _measure_bends(phi: Callable[[Tensor], Tensor], edges: Tensor) -> Tensor:
     """For each cell how far its slope changes, and how far phi's own difference is from what the slopes say."""
     slope = _slope_at(phi, edges)
     chord = phi(edges).double().diff() / edges.diff()
-    return slope.diff().abs() + (chord - (slope[1:] + slope[:-1]) / 2).abs()
+    return slope.diff().abs() + (chord - (slope[..., 1:] + slope[..., :-1]) / 2).abs()
 
 
 def _slope_at(phi: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:

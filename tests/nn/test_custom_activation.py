@@ -51,6 +51,32 @@ def test_a_jump_lies_in_its_cell(at: float) -> None:
     assert as_activation(lambda z: torch.where(z < at, z, z + 1)).kinks == pytest.approx([at], abs=1e-5)
 
 
+def test_leaky_units_with_a_random_slope_have_their_mean_slope_in_eval_mode() -> None:
+    """torch takes (lower + upper) / 2 there: gain sqrt(2 / (1 + slope^2))."""
+    expected = math.sqrt(2 / (1 + ((1 / 8 + 1 / 3) / 2) ** 2))
+    assert gain(as_activation(torch.nn.RReLU().eval()), "chi") == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_module_with_parameters_is_the_function_that_it_is_now() -> None:
+    """nn.PReLU in float32 against leaky_relu of the same slope; what it learns later is another activation."""
+    module = torch.nn.PReLU(init=0.2)
+    row, slope = as_activation(module), float(module.weight.detach())
+    assert gain(row, "chi") == pytest.approx(math.sqrt(2 / (1 + slope**2)), rel=1e-9)
+    z = torch.randn(5, 4, requires_grad=True)
+    torch.testing.assert_close(row.phi(z), functional.leaky_relu(z, slope), rtol=1e-6, atol=0)
+    row.phi(z).sum().backward()
+    assert z.grad is not None and module.weight.grad is None and module.weight.requires_grad
+    with torch.no_grad():
+        module.weight.fill_(1.0)
+    assert gain(as_activation(module), "chi") == pytest.approx(1, rel=1e-9)
+
+
+def test_steps_are_kinks_up_to_as_many_as_theory_can_use() -> None:
+    steps = as_activation(torch.floor)
+    assert steps.kinks == pytest.approx(range(-15, 17), abs=1e-5)
+    assert float(steps.slope(torch.linspace(-9, 9, 1001, dtype=torch.float64)).abs().max()) == 0
+
+
 @pytest.mark.parametrize("steepness", [1.0, 10.0, 50.0])
 def test_a_steep_slope_is_no_kink(steepness: float) -> None:
     assert as_activation(lambda z: torch.tanh(steepness * z)).kinks == ()
@@ -86,6 +112,12 @@ def test_what_is_no_activation_is_said() -> None:
         (lambda z: 1 / z, "not finite at z=0"),
         (lambda z: 1 / (z - 0.5), "not finite at z=0.5"),
         (lambda z: z @ z @ z, "cannot be called"),
+        (lambda z: z - z.mean(), "not an elementwise"),
+        (lambda z: z.cumsum(-1), "not an elementwise"),
+        (lambda z: torch.relu(z).roll(1, -1), "not an elementwise"),
+        (torch.nn.RReLU(), r"other values at each call.*\.eval\(\)"),
+        (torch.nn.Dropout(0.01), r"other values at each call.*\.eval\(\)"),
+        (lambda z: torch.round(z * 10), "more than 64 places"),
         (3.0, "must be a name"),
         ("reluu", "did you mean relu"),
     ]
