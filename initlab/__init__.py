@@ -27,6 +27,7 @@ At the top of the package, loaded when first used:
     predict     what theory predicts for a stack, with bands
     gain, phase, critical, limits   a rule at infinite width, and where number formats end it
     read, compare   the tables of any number of runs; what differs between two of them
+    compare_gradients   your backward pass against a reference, and why it differs
     Rule, UsageError   an initialization rule; what is raised, in one line, for a mistake of the user
 """
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from initlab.probes.snapshot import measure as measure
     from initlab.runs.compare import compare as compare
     from initlab.runs.read import read as read
+    from initlab.scratch.agreement import compare_gradients as compare_gradients
     from initlab.tasks.stack import stack as stack
     from initlab.tasks.train import train as train
     from initlab.theory.format_limits import limits as limits
@@ -63,6 +65,7 @@ _PUBLIC = {
     "limits": "initlab.theory.format_limits",
     "read": "initlab.runs.read",
     "compare": "initlab.runs.compare",
+    "compare_gradients": "initlab.scratch.agreement",
     "Rule": "initlab.nn.init",
     "UsageError": "initlab.errors",
 }
