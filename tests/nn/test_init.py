@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from initlab.errors import UsageError
-from initlab.nn.init import DISTRIBUTIONS, GENERATORS, RULES, Rule, draw, gaussian, permutation, rule
+from initlab.nn.init import DISTRIBUTIONS, GENERATORS, RULES, Rule, draw, gaussian, permutation, rule, uniform
 
 EVERYONE = pytest.mark.parametrize("name", RULES)
 
@@ -73,6 +73,17 @@ def test_orthogonal_is_the_isometry_of_its_random_numbers(shape: tuple[int, int]
     assert (r.diagonal() > 0).all()
     assert r.tril(-1).abs().max() < 1e-6 * r.diagonal().max()
     torch.testing.assert_close(q @ r / (q.mT @ q).diagonal().mean(), numbers, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_are_their_random_numbers_scaled() -> None:
+    """Normal and uniform ones are those named `weight` of the seed and the layer; so are orders of batches."""
+    for distribution, numbers in (("normal", gaussian), ("uniform", uniform)):
+        w, _ = draw(rule("kaiming", distribution=distribution), "linear", (6, 5), [4, 9], 3)
+        for k, seed in enumerate((4, 9)):
+            own = numbers((6, 5), seed, "weight", 3)
+            torch.testing.assert_close(w[k] / w[k, 0, 0], own / own[0, 0], rtol=1e-5, atol=0)
+    orders = [permutation(50, seed, "order", layer).tolist() for seed in (0, 1) for layer in (0, 1)]
+    assert len(set(map(tuple, orders))) == 4 and all(sorted(order) == list(range(50)) for order in orders)
 
 
 @EVERYONE

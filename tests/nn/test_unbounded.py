@@ -132,6 +132,8 @@ def test_log2_of_the_moments(power: int) -> None:
 def test_equal_entries_have_no_spread_and_zeros_no_size() -> None:
     assert log2_moments(rescale(torch.full((7, 3), 0.1)))[1] == -math.inf
     assert log2_moments(rescale(torch.zeros(2, 2))).tolist() == [-math.inf, -math.inf]
+    each = torch.tensor([0.1, 0.3, 1e30]).double()[:, None, None].expand(3, 7, 3)
+    assert log2_moments(rescale(each))[1].tolist() == [-math.inf] * 3
 
 
 def test_networks_carry_powers_of_their_own() -> None:
@@ -147,6 +149,7 @@ def test_networks_carry_powers_of_their_own() -> None:
 def test_nan_and_inf_pass_through() -> None:
     x = rescale(torch.tensor([[math.nan, 1.0], [math.inf, 2.0]]))
     assert x.mantissa.isnan().any() and x.mantissa.isinf().any()
+    assert x.exponent == 0 and x.mantissa[1, 1] == 2
     assert math.isnan(float(log2_moments(x)[0]))
     assert UNBOUNDED.activate(x, ACTIVATIONS["relu"]).mantissa.isnan().any()
 

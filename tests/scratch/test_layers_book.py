@@ -220,3 +220,12 @@ def test_linear_layer_is_nn_linear_transposed() -> None:
     assert layer.w.data_ptr() == w.data_ptr() and not w.requires_grad
     model = modules.sequential([(w, b), (gaussian(2, 1), gaussian(1))], ACTIVATIONS["tanh"])
     assert [type(part).__name__ for part in model] == ["LinearLayer", "ActLayer", "LinearLayer"]
+
+
+def test_the_first_layer_may_leave_out_the_gradient_of_the_data() -> None:
+    for wanted in (True, False):
+        layer = classes.Lin(torch.randn(3, 2), torch.randn(2), inp_grad=wanted)
+        inp = torch.randn(4, 3)
+        layer(inp).g = torch.randn(4, 2)  # type: ignore[attr-defined]
+        layer.backward()
+        assert hasattr(inp, "g") == wanted and hasattr(layer.w, "g")
