@@ -3,17 +3,19 @@
 import gc
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import initlab
-from initlab import commands
-from initlab.errors import Fault, UsageError
+from initlab import commands, stops
+from initlab.errors import Fault, UsageError, disk_error
 
 log = logging.getLogger("initlab")
+
+STOPPED = (130, 143)  # exit codes
 
 HELP = """initlab {version}: what happens to the numbers in a deep network under this initialization?
 
@@ -35,28 +37,35 @@ default:
 
 def main() -> int:
     """Exit code: 0 done, 1 a fault in a job, 2 the user's mistake, 3 a difference, 4 an expectation failed, 130/143."""
-    if commands.is_command(sys.argv[1:]):
-        try:
-            return commands.run(sys.argv[1:])
-        except UsageError as error:
-            _tell(str(error))
-            return 2
-        except KeyboardInterrupt:
-            return 130
-    if "--version" in sys.argv[1:]:
-        print(f"initlab {initlab.__version__}")
-        return 0
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text())
-        return 0
-    gc.disable()  # until all is imported: a collection looks at every object of torch and finds nothing to free
+    stops.install()
+    words = sys.argv[1:]
     try:
-        return _run()
+        if commands.is_command(words):
+            stops.work()  # a half-written file is removed
+            return commands.run(words)
+        if "--version" in words:
+            print(f"initlab {initlab.__version__}")
+        elif {"-h", "--help"} & set(words):
+            print(help_text())
+        else:
+            gc.disable()  # until all is imported: a collection looks at every object of torch and finds nothing to free
+            return _run()
+    except UsageError as error:
+        _tell(str(error))
+        return 2
+    except BaseException:
+        if stops.is_stopping():  # whatever a library made of the exception
+            return stops.exit_code()
+        raise
     finally:
+        stops.work(False)
         gc.enable()
+    return 0
 
 
 def _run() -> int:
+    from concurrent.futures.process import BrokenProcessPool
+
     import hydra
 
     from initlab.job.life_cycle import finish_sweep, outcome, run_composed
@@ -67,7 +76,7 @@ def _run() -> int:
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler that counts memory warns about its own start
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    logging.raiseExceptions = False  # a log that cannot be written to is no reason to stop
     sweeper.install()
     batched_launcher.install()
     workers.install()
@@ -84,27 +93,39 @@ def _run() -> int:
         outcome.mistakes.append(str(error))
     except HYDRA_MISTAKES as error:
         outcome.mistakes.append(str(as_usage_error(error)))
-    except KeyboardInterrupt:
-        code = 130
-    except SystemExit as stop:
-        code = int(stop.code or 0)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
+    except OSError as error:
+        outcome.mistakes.append(str(disk_error(error, error.filename or "standard output")))
+    except BrokenProcessPool as error:
+        code = 1
+        outcome.mistakes.append(f"a process of the launcher was killed ({type(error).__name__})")
     except Exception as error:
-        if outcome.started or Sweep.folder is not None:
+        if stops.is_stopping():
+            log.debug("%s", error)
+        elif outcome.started or Sweep.folder is not None:
             traceback.print_exc()
             code = 1
         else:  # whatever Hydra could not make of the options, no job has begun
             outcome.mistakes.append(str(as_usage_error(error)))
+    code = stops.exit_code() or code
     folder = Sweep.close()
     try:
-        if folder is not None:
+        if folder is not None and code not in STOPPED:
             finish_sweep(folder, Sweep.study, Sweep.plots)
     finally:
         Sweep.release()
-    if code in (130, 143) and (outcome.started or folder):
+    return _tell_end(code, folder)
+
+
+def _tell_end(code: int, folder: Path | None) -> int:
+    """The lines at the end of a run or of a sweep in its folder; the exit code."""
+    from initlab.job.life_cycle import outcome
+    from initlab.job.printout import path_text
+
+    if code in STOPPED and (outcome.started or folder):
         _tell(f"stopped; what was measured is in {outcome.started[-1] if outcome.started else folder}")
     if code and folder is not None:
-        from initlab.job.printout import path_text
-
         _tell(f"the same command with resume={path_text(folder)} runs the jobs that are not done")
     for line in dict.fromkeys([*outcome.notes, *outcome.mistakes]):
         _tell(line)

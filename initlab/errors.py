@@ -4,8 +4,10 @@ Every room raises `UsageError` for a mistake in what it was asked; anything else
 Numbers, truth values and choices of options and of library calls are checked here and nowhere else.
 """
 
+import errno
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
@@ -110,6 +112,24 @@ def show(value: object) -> str:
     except ValueError:  # an integer of thousands of digits
         text = type(value).__name__
     return " ".join(text.split())
+
+
+CURES = {
+    (errno.ENOSPC, errno.EDQUOT): "free some space",
+    (errno.EROFS, errno.EACCES, errno.EPERM): "choose a folder that may be written to",
+    (errno.ENOTDIR, errno.EEXIST): "a file stands where a folder should be: move it",
+    (errno.ENOENT, errno.ESTALE): "leave the folder in its place while something is written there",
+    (errno.EFBIG,): "raise the limit on the size of a file",
+    (errno.EMFILE, errno.ENFILE): "raise the limit on open files",
+}
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # never a fault of the program
+
+
+def disk_error(error: OSError, path: object) -> UsageError:
+    """What the disk refused, in one line: where, why, and what can be done."""
+    cure = next((text for numbers, text in CURES.items() if error.errno in numbers), "see to the disk")
+    why = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+    return UsageError(f"{path}: cannot be written ({why}); {cure}, or choose another folder")
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:

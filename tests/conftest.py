@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, and the command line in this process."""
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from initlab import stops
 from initlab.__main__ import main
 
 
@@ -34,10 +36,14 @@ def lab(
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["initlab", *words])
+        handlers = {number: signal.getsignal(number) for number in stops.NUMBERS}
         try:
             code = main()
         except SystemExit as stop:
             code = int(stop.code or 0)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         said = capsys.readouterr()
         return code, said.out, said.err
 

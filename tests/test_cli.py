@@ -101,7 +101,8 @@ MISTAKES = {
     "--dept=3": "initlab: unrecognized arguments: --dept=3; see --help",
     "-cn": "initlab: argument --config-name/-cn: expected one argument; see --help",
     "init=null": "initlab: Config group override must be a string or a list. Got NoneType",
-    "hydra.run.dir=/dev/null/x": "initlab: [Errno 20] Not a directory: '/dev/null/x'",
+    "hydra.run.dir=/dev/null/x": "initlab: /dev/null/x: cannot be written (Not a directory); a file stands where a "
+    "folder should be: move it, or choose another folder",
     "activation=ReLU": f"initlab: activation=ReLU: must be one of {choices('activation')} - did you mean relu?",
     "seed=99999999999999999999": "initlab: seed=99999999999999999999: must be at most 4611686018427387904",
     "threads=100000": "initlab: threads=100000: must be at most 1024",

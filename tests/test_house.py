@@ -28,8 +28,9 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 HOUSE = {
     "errors": "",
     "files": "",
+    "stops": "",
     "stats": (
-        "dtypes kernels.cpu kernels.triton_programs kernels.triton_merge keys quadrature statistics "
+        "dtypes kernels.cpu kernels.triton_programs kernels.triton_merge keys row_order quadrature statistics "
         "workspace histogram reference kernels.triton_rows summarize backend buffer "
         "kernels.cpu_backend kernels.gpu_backend measure"
     ),
@@ -47,7 +48,9 @@ HOUSE = {
         "ensemble.networks course.explain course.graph ensemble.plan ensemble.training "
         "ensemble.unbounded_twin gains jacobian phase_points phase seeded stack curves formats twins train"
     ),
-    "runs": "distance folders lock parquet schema labels read recorder select theory_rows summary collect compare",
+    "runs": (
+        "distance lock folders parquet schema labels read parts recorder select theory_rows summary collect compare"
+    ),
     "figures": (
         "axes figure_spec format_figure gain_figure graph_figure histogram_figure jacobian_figure "
         "phase_figure plots study_figure"

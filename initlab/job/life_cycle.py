@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from initlab.errors import Fault, UsageError
+from initlab import stops
+from initlab.errors import DISK, Fault, UsageError, disk_error
 
 if TYPE_CHECKING:  # torch and pandas are imported when a job begins: a mistake in an option is found before
     from initlab.job.prepare import Job
@@ -122,7 +123,12 @@ def as_ended(error: Exception, folder: Path) -> UsageError | Fault:
     from initlab.job.printout import path_text
     from initlab.tasks.ensemble.memory import is_out_of_memory
 
+    stops.check()  # what a signal broke is no fault
     where = path_text(folder)
+    if isinstance(error, UsageError):
+        return error
+    if isinstance(error, OSError) and (error.errno in DISK or str(error.filename).startswith(str(folder))):
+        return disk_error(error, error.filename or where)
     if is_out_of_memory(error):
         return UsageError(f"out of memory; make seeds, width, depth or batch smaller. What was measured is in {where}")
     log.error("%s; what was measured is in %s", type(error).__name__, where, exc_info=error)

@@ -13,6 +13,7 @@ import pandas as pd
 
 from initlab.errors import UsageError
 from initlab.nn.init import Rule
+from initlab.stats.row_order import NETWORK, row_order
 from initlab.tasks.ensemble.networks import Emit, Ensemble, Frames
 from initlab.theory.z_scores import as_categories
 
@@ -24,7 +25,7 @@ class TableSink(Protocol):
     """Where a stage's tables and notes go: a recorder of a run folder, or something that stands for it."""
 
     def add(self, frames: Frames) -> None:
-        """Take tables, by name."""
+        """Take tables, by name; a column `network` numbers the networks of the stage and is not kept."""
 
     def note(self, text: str) -> None:
         """Take a sentence for the reader of the run; empty texts are ignored."""
@@ -64,12 +65,12 @@ class Tap:
         self._kept: list[pd.DataFrame] = []
 
     def add(self, frames: Frames) -> None:
-        """`network` gives way to the columns in which the points of the grid differ."""
+        """Add the columns in which the points of the grid differ."""
         named = {}
         for name, frame in frames.items():
             who = frame["network"].to_numpy()
             columns = {column: values[who] for column, values in self.stage.ensemble.columns.items()}
-            named[name] = frame.drop(columns="network").assign(**columns)
+            named[name] = frame.assign(**columns)
         self.sink.add(named)
         if self.stage.predict is not None and "stats" in frames:
             stats = frames["stats"]
@@ -80,8 +81,10 @@ class Tap:
         if not self._kept:
             return []
         stats = pd.concat(self._kept, ignore_index=True)
-        firsts, point = self.stage.first_networks(), stats["network"].to_numpy()
-        stats = stats.drop(columns="network")
+        point = stats[NETWORK].to_numpy()
+        order = row_order(stats, point)
+        firsts, point = self.stage.first_networks(), point[order]
+        stats = stats.drop(columns=NETWORK).iloc[order].reset_index(drop=True)
         return [stats[point // firsts.step == k] for k in range(len(firsts))] if len(firsts) > 1 else [stats]
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from initlab import files
 from initlab.errors import UsageError
+from initlab.runs.lock import is_locked
 
 Paths = str | Path | Iterable[str | Path]
 SCALAR = (str, int, float, type(None))
@@ -77,12 +78,13 @@ def find_folders(paths: Paths) -> list[Folder]:
 
 
 def read_run_json(folder: Path | str) -> dict[str, Any]:
-    """What run.json says, or a status that says that it cannot be read."""
+    """What run.json says, or a status that says that it cannot be read; `killed` where nobody is running any more."""
     path = os.path.join(folder, "run.json")  # noqa: PTH118
     if not os.path.lexists(path):
         return {"status": "without a run.json"}
     try:
-        return {"status": "without a status", **files.read_json(path, RUN_JSON)}
+        found = {"status": "without a status", **files.read_json(path, RUN_JSON)}
+        return {**found, "status": "killed"} if found["status"] == "running" and not is_locked(folder) else found
     except UsageError as error:
         return {"status": f"of unknown status (run.json {str(error).removeprefix(f'{path}: ')})"}
 

@@ -4,66 +4,65 @@ It is a lock of the operating system on a file of the folder. It ends with its p
 calls running and nobody holds was killed. Between machines it reaches as far as the file system's locks do.
 """
 
-import os
+import errno
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from initlab.errors import UsageError
-
-try:
-    import fcntl
-except ImportError:  # Windows has other locks; there only run.json tells that a folder is in use
-    fcntl = None  # type: ignore[assignment]
+from initlab.errors import UsageError, disk_error
 
 LOCK = ".lock"
+PATIENCE = 0.3  # seconds: whoever only asks holds a lock for a moment
 
 
-def take_lock(path: Path) -> int | None:
-    """Take the lock on a file that is made if need be; None if it is taken, by another process or by this one.
+@contextmanager
+def hold_lock(path: Path, patience: float = 0.0) -> Iterator[bool]:
+    """Hold the lock on a file, made if need be, until the end of the block; False if another process or thread has it.
 
-    The descriptor that is returned keeps it; closing it gives it back.
+    Errors: an OSError where the file cannot be made or opened.
     """
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        if fcntl is None:
-            return descriptor
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except OSError:  # a file system without locks: as good as on Windows
-            return descriptor
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        os.close(descriptor)  # its last holder removed the file between our two calls
+    from filelock import FileLock, Timeout  # takes 20 ms to import
+
+    lock = FileLock(path, timeout=patience, poll_interval=0.02)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        left = True
+        with suppress(OSError):  # Windows removes no open file
+            path.unlink(missing_ok=True)  # while it is held, so that nobody waits on a file without a name
+            left = False
+        lock.release()
+        if left:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """The folder is this process's until the end of the block; a UsageError if it is another's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    descriptor = take_lock(path)
-    if descriptor is None:
-        raise UsageError(f"{folder}: another process is working in it; wait for its end or stop it")
-    try:
+    """The folder is this process's until the end of the block; a UsageError if it is another's or cannot be made."""
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held = stack.enter_context(hold_lock(folder / LOCK, PATIENCE))
+        except OSError as error:
+            raise disk_error(error, folder / LOCK) from error
+        if not held:
+            raise UsageError(f"{folder}: another process is working in it; wait for its end or stop it")
         yield
-    finally:
-        path.unlink(missing_ok=True)  # before the lock goes, so that nobody waits on a file without a name
-        os.close(descriptor)
 
 
-def is_locked(folder: Path) -> bool:
-    """Is a living process working in the folder?"""
-    path = folder / LOCK
+def is_locked(folder: Path | str, name: str = LOCK) -> bool:
+    """Is a living process working in the folder? Of a lock that may not be tried nobody knows: then it is."""
+    path = Path(folder, name)
     if not path.exists():
         return False
-    descriptor = take_lock(path)
-    if descriptor is None:
-        return True
-    path.unlink(missing_ok=True)
-    os.close(descriptor)
-    return False
+    try:
+        with hold_lock(path) as held:
+            return not held
+    except OSError as error:
+        return error.errno != errno.EROFS  # where nobody can write nobody works

@@ -10,7 +10,8 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -69,25 +70,47 @@ def as_arrow(frame: pd.DataFrame, constants: Mapping[str, Any]) -> pa.Table:
     return pa.table(columns)
 
 
-def write(table: pa.Table, path: Path, collected: bool = False) -> None:
-    """Under a temporary name, then renamed: a file is whole or not there. `collected`: the rows are of many runs."""
-    texts = [f.name for f in table.schema if pa.types.is_dictionary(f.type)]
-    floats = [f.name for f in table.schema if pa.types.is_floating(f.type)]
+@contextmanager
+def open_writer(path: Path, schema: pa.Schema, collected: bool = False) -> Iterator[Callable[[pa.Table], None]]:
+    """What takes the rows of a file, under a temporary name: it is whole and sealed, or not there.
+
+    collected: the rows are of many runs. Errors: an OSError of the disk; nothing is then left of the file.
+    """
+    texts = [f.name for f in schema if pa.types.is_dictionary(f.type)]
+    floats = [f.name for f in schema if pa.types.is_floating(f.type)]
     partial = path.with_suffix(".part")
-    # Of these tables LZ4 makes files as small as Zstandard does, and takes a third of its time to read many small ones.
-    with pq.ParquetWriter(
-        partial, table.schema, compression="lz4", use_dictionary=texts, use_byte_stream_split=floats,
-        write_page_checksum=True,
-    ) as writer:  # fmt: skip
-        writer.write_table(table)
-        about = {"collected": collected, "numbers": table.num_rows * table.num_columns, "crc32": UNSEALED}
-        writer.add_key_value_metadata({METADATA.decode(): json.dumps(about)})
-    with partial.open("r+b") as file:
-        place, _ = _find_seal(file)
-        total = _sum_bytes(file, place)
-        file.seek(place)
-        file.write(total)
-    partial.replace(path)
+    rows = 0
+    try:
+        # Of these tables LZ4 makes files as small as Zstandard does, and takes a third of its time to read many.
+        with pq.ParquetWriter(
+            partial, schema, compression="lz4", use_dictionary=texts, use_byte_stream_split=floats,
+            write_page_checksum=True,
+        ) as writer:  # fmt: skip
+
+            def write_rows(table: pa.Table) -> None:
+                nonlocal rows
+                writer.write_table(table)
+                rows += len(table)
+
+            yield write_rows
+            about = {"collected": collected, "numbers": rows * len(schema), "crc32": UNSEALED}
+            writer.add_key_value_metadata({METADATA.decode(): json.dumps(about)})
+        with partial.open("r+b") as file:
+            place, _ = _find_seal(file)
+            total = _sum_bytes(file, place)
+            file.seek(place)
+            file.write(total)
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def write(table: pa.Table, path: Path, collected: bool = False) -> None:
+    """A table as a file. `collected`: the rows are of many runs."""
+    with open_writer(path, table.schema, collected) as write_rows:
+        write_rows(table)
 
 
 def _find_seal(file: BinaryIO) -> tuple[int, int]:

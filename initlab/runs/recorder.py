@@ -1,49 +1,55 @@
 """Writing a run folder, part by part while the run goes on, so that a kill loses only what was not flushed.
 
-A table is kept as `parts/TABLE-NNNNN.parquet` until the run ends, then as `TABLE.parquet`; every file is written under
-a temporary name and renamed.
+A table is kept as `parts/TABLE-NNNNN.parquet` until the run ends, then as `TABLE.parquet`, which counts where both are;
+every file is written under a temporary name and renamed.
 """
 
 import json
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from threading import RLock
 from types import TracebackType
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 import initlab
-from initlab.errors import UsageError
+from initlab import stops
+from initlab.errors import UsageError, disk_error
 from initlab.runs import parquet
 from initlab.runs.folders import read_overrides
 from initlab.runs.lock import LOCK
+from initlab.runs.parts import Part, clear_parts, compact
 from initlab.runs.schema import SCHEMA_VERSION, TABLES
 
 # What Hydra, and who locked the folder, have written there before a job begins.
 _HYDRAS = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "multirun.yaml")
 _BEFORE_A_RUN = (LOCK, *_HYDRAS, "initlab.log")
-KEPT = 2**28  # bytes of rows that stay in memory beside their files, for the tables at the end
+KEPT = 2**25  # bytes of rows that stay in memory beside their files, for the tables at the end
+SMALL = 2**26  # bytes of rows that become tables after a signal, in half a second
 _STAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d+")
 
 
 def write_text(path: Path, text: str) -> None:
     """Under a temporary name, then renamed: what was there stays until the new text is whole."""
     partial = path.with_name(f"{path.name}.part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def refuse_used(folder: Path) -> None:
@@ -58,7 +64,8 @@ def discard(folder: Path) -> None:
     Folders go only if they are empty then and bear the time stamp of ours; a folder that the user named stays.
     """
     for name in _BEFORE_A_RUN:
-        (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # Windows removes no open file, as the log is
+            (folder / name).unlink(missing_ok=True)
     here = Path.cwd().resolve()
     stamped = any(_STAMP.fullmatch(path.name) for path in (folder, folder.parent))
     for path in (folder / ".hydra", *([folder, *folder.parents[:3]] if stamped else [])):
@@ -73,31 +80,19 @@ def discard(folder: Path) -> None:
 
 def clear(folder: Path) -> None:
     """Remove what an unfinished run left: tables, parts, figures, run.json. Its log and what Hydra wrote stay."""
-    shutil.rmtree(folder / "parts", ignore_errors=True)
+    clear_parts(folder)
     for name in (*(f"{table}.parquet" for table in TABLES), "run.json"):
         (folder / name).unlink(missing_ok=True)
-    for path in (*folder.glob("*.png"), *folder.glob("*.part")):
+    for path in folder.glob("*.png"):
         path.unlink()
-
-
-@dataclass
-class Part:
-    """Some rows of a table, in memory, on the disk, or both."""
-
-    number: int
-    name: str
-    table: pa.Table | None
-    nbytes: int
-    written: bool = False
-
-    def path(self, folder: Path) -> Path:
-        """Its file, while the run goes on."""
-        return folder / "parts" / f"{self.name}-{self.number:05d}.parquet"
 
 
 class Recorder:
     """Writes one run folder; as a context manager it says in run.json how the run ended, however it ended.
 
+    A part waits in memory, is written, and lies on the disk: it leaves the waiting list when its file bears its name.
+    At the end the status is written first, as soon as all rows are; then the parts become one file for each table. They
+    stay parts where that cannot be, or where it would take long after a signal: they read as well.
     `patience`: seconds that rows may wait in memory before they are written; 0 writes them at once.
     """
 
@@ -116,29 +111,49 @@ class Recorder:
             **machine(),
         }
         self._start, self._count = (time.perf_counter(), time.process_time()), 0
-        self._parts: list[Part] = []
-        self._tables: dict[str, pa.Table] = {}
-        self._written = time.monotonic()
+        self._waiting: list[Part] = []
+        self._written: list[Part] = []
+        self._busy = RLock()  # of the lists and their files
+        self._since = time.monotonic()
+        self._shown: dict[str, pa.Table] = {}
+        self._after = ExitStack()
 
     def __enter__(self) -> "Recorder":
-        (self.folder / "parts").mkdir(parents=True, exist_ok=True)
-        self._write_status("running")
+        stops.work()
+        try:
+            (self.folder / "parts").mkdir(parents=True, exist_ok=True)
+            self._write_status("running")
+        except OSError as error:
+            raise disk_error(error, self.folder) from error
+        self._after.enter_context(stops.first(lambda: self._end("interrupted")))
         return self
 
     def add(self, frames: Mapping[str, pd.DataFrame]) -> None:
-        """Write some rows of some tables; once written they survive whatever comes later."""
-        parts = {name: parquet.as_arrow(frame, self.columns) for name, frame in frames.items()}
-        self._parts += [Part(self._count, name, table, table.nbytes) for name, table in parts.items()]
-        self._count += 1
-        if time.monotonic() - self._written >= self.patience:
-            in_memory = sum(part.nbytes for part in self._parts if part.table is not None)
-            for part in self._parts:
-                if not part.written:
-                    parquet.write(part.table, part.path(self.folder))
-                    part.written = True
-                if in_memory > KEPT:
-                    part.table = None
-            self._written = time.monotonic()
+        """Take some rows of some tables; once written they survive whatever comes later.
+
+        A column `network` says whose the rows are, where the order of a table hangs on it; it is not written.
+        Errors: one line where they cannot be written; they then wait for the next time.
+        """
+        parts = [Part.make(self._count, name, frame, self.columns) for name, frame in frames.items()]
+        with stops.whole(), self._busy:
+            self._waiting += parts
+            self._count += 1
+        if time.monotonic() - self._since >= self.patience:
+            self.flush()
+
+    def flush(self, waited: float = 0.0) -> None:
+        """Write what waits in memory, if it has waited so many seconds. Any thread may ask for it."""
+        while self._waiting and time.monotonic() - self._since >= waited:
+            with stops.whole(), self._busy:
+                for part in self._waiting[:1]:  # another thread may have written it
+                    try:
+                        part.write(self.folder)
+                    except OSError as error:
+                        raise disk_error(error, part.path(self.folder)) from error
+                    self._written.append(self._waiting.pop(0))
+                    if sum(one.nbytes for one in self._written if one.table is not None) > KEPT:
+                        part.table = None
+        self._since = time.monotonic()
 
     def mark(self) -> int:
         """Where the record stands: what `rewind` goes back to."""
@@ -146,11 +161,12 @@ class Recorder:
 
     def rewind(self, mark: int) -> None:
         """Forget what was added since the mark, to measure it again."""
-        for part in self._parts:
-            if part.number >= mark and part.written:
-                part.path(self.folder).unlink()
-        self._parts = [part for part in self._parts if part.number < mark]
-        self._count = mark
+        with stops.whole(), self._busy:
+            self._waiting = [part for part in self._waiting if part.number < mark]
+            for part in [part for part in self._written if part.number >= mark]:
+                part.path(self.folder).unlink(missing_ok=True)
+                self._written.remove(part)
+            self._count = mark
 
     def note(self, text: str) -> None:
         """Something to say of the whole run that is in none of its tables: kept in run.json; nothing if empty."""
@@ -160,31 +176,46 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name in TABLES:
-            parts = [part for part in self._parts if part.name == name]
-            if parts:
-                tables = [pq.read_table(p.path(self.folder)) if p.table is None else p.table for p in parts]
-                self._tables[name] = parquet.join(tables)
-                parquet.write(self._tables[name], self.folder / f"{name}.parquet")
-        shutil.rmtree(self.folder / "parts")
-        self._parts = []
-        if error is None:
-            self._write_status("done")
-        elif isinstance(error, Exception):
-            self._write_status("failed", error=f"{type(error).__name__}: {error}")
-        else:
-            self._write_status("interrupted")
+        stopped = stops.is_stopping() or (error is not None and not isinstance(error, Exception))
+        try:
+            if stopped:
+                self._end("interrupted")
+            elif error is not None:
+                self._end("failed", error=f"{type(error).__name__}: {error}")
+            self.flush()
+            self._end("done")
+        except (OSError, UsageError) as full:
+            if stopped or error is not None:
+                return
+            line = disk_error(full, self.folder) if isinstance(full, OSError) else full
+            with suppress(OSError):
+                self._end("failed", error=str(line))
+            raise line from full
+        finally:
+            self._after.close()
+        if not stopped or sum(part.nbytes for part in self._written) <= SMALL:
+            self._shown = compact(self.folder, self._written)
+            self._written = []
+
+    def _end(self, status: str, **more: Any) -> None:
+        """How the run ended: the first word counts."""
+        if self.about["status"] in ("running", status):
+            self._write_status(status, **more)
 
     def frames(self) -> dict[str, pd.DataFrame]:
-        """After the end of the run: its tables, as `initlab.read` reads them, with the folder as column `run`."""
-        frames = {name: table.to_pandas() for name, table in self._tables.items()}
+        """After the end of the run: its tables, as `initlab.read` reads them, with the folder as column `run`.
+
+        Of a long training so many steps as can be drawn and summed up.
+        """
+        frames = {name: self._shown[name].to_pandas() for name in TABLES if name in self._shown}
         folder = str(self.folder)
         return {name: frame.assign(run=parquet.repeat([folder], [len(frame)])) for name, frame in frames.items()}
 
     def _write_status(self, status: str, **more: Any) -> None:
         wall, cpu = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
-        self.about |= {"status": status, "wall_seconds": round(wall, 3), "cpu_seconds": round(cpu, 3), **more}
-        write_text(self.folder / "run.json", json.dumps(self.about, indent=2) + "\n")
+        with stops.whole():
+            self.about |= {"status": status, "wall_seconds": round(wall, 3), "cpu_seconds": round(cpu, 3), **more}
+            write_text(self.folder / "run.json", json.dumps(self.about, indent=2) + "\n")
 
 
 def machine() -> dict[str, Any]:

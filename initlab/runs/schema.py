@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from initlab.errors import UsageError
 from initlab.stats.keys import KEY_COLUMNS, LOSS_COLUMNS, PARITY_COLUMNS, TEXT_COLUMNS
+from initlab.stats.row_order import ORDER
 from initlab.stats.statistics import NONFINITE, STATISTICS, TORCH_COLUMN, TRUE_COLUMNS
 
 SCHEMA_VERSION = 2
@@ -30,6 +31,7 @@ class Table:
     not compared. Of the other columns only `compared` are, where that is given. `own` are all columns of its own (in
     `stats` the statistics too), where they are known before anything is measured: a misspelt column of a study is then
     found before its sweep begins. `needed`: columns without which no file is such a table, beside `keys`.
+    `order`: the columns that its rows are sorted by, before tensor and network; empty for the order in which they came.
     `labelled`: its rows get the label of their run when figures are drawn.
     """
 
@@ -38,6 +40,7 @@ class Table:
     compared: tuple[str, ...] = ()
     own: tuple[str, ...] | None = None
     needed: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
     labelled: bool = False
 
 
@@ -47,6 +50,7 @@ TABLES: dict[str, Table] = {
         keys=_TENSOR,
         own=(*KEY_COLUMNS, *TRUE_COLUMNS, TORCH_COLUMN),
         needed=("seed", "mean", "std", *("n_nan", "n_inf", "frac_zero")),
+        order=ORDER,
         labelled=True,
     ),
     LOSSES: Table(
@@ -54,6 +58,7 @@ TABLES: dict[str, Table] = {
         keys=tuple(name for name in LOSS_COLUMNS if name != "seed"),
         own=(*LOSS_COLUMNS, "loss", "accuracy"),
         needed=("seed", "loss"),
+        order=("step",),
         labelled=True,
     ),
     PARITY: Table(
@@ -61,6 +66,7 @@ TABLES: dict[str, Table] = {
         keys=tuple(name for name in PARITY_COLUMNS if name != "seed"),
         own=(*PARITY_COLUMNS, "relative_error", NONFINITE),
         needed=("seed", "relative_error", NONFINITE),
+        order=("step",),
         labelled=True,
     ),
     THEORY: Table(
@@ -74,10 +80,13 @@ TABLES: dict[str, Table] = {
         needed=("seed", "measured", "predicted", "band_low", "band_high"),
         labelled=True,
     ),
-    HISTOGRAMS: Table("entries by sign and octave, for the rows of `stats`; lists of counts from octave `first` on"),
+    HISTOGRAMS: Table(
+        "entries by sign and octave, for the rows of `stats`; lists of counts from octave `first` on", order=ORDER
+    ),
     LSUV: Table(
         "a row per stage, seed, layer and attempt to scale its weights to unit variance",
         keys=("stage", "layer", "attempt"),
+        order=("stage", "layer", "attempt"),
     ),
     JACOBIAN: Table(
         "a row per seed and layer: moments of the squared singular values, measured and predicted",

@@ -4,7 +4,9 @@ A fault in a shared program is looked for in halves, down to the job that has it
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TypeVar
 
@@ -88,6 +90,7 @@ class _RunningJob:
         self.job, self.recorder, self.note = job, job.recorder, job.recorder.note
         self.fault: Exception | None = None
         self.recorder.patience = PATIENCE
+        self.closed = False
 
     def attempt(self, do: Callable[..., object], *given: object) -> None:
         """What fails is a fault of this job, and the first one counts."""
@@ -101,8 +104,10 @@ class _RunningJob:
             self.attempt(self.recorder.add, frames)
 
     def close(self, stop: BaseException | None) -> None:
-        ended = self.fault or stop
-        self.attempt(self.recorder.__exit__, type(ended) if ended else None, ended, None)
+        if not self.closed:
+            ended = self.fault or stop
+            self.attempt(self.recorder.__exit__, type(ended) if ended else None, ended, None)
+            self.closed = True
 
 
 def run_jobs(jobs: Sequence[Job]) -> list[Exception | None]:
@@ -112,17 +117,38 @@ def run_jobs(jobs: Sequence[Job]) -> list[Exception | None]:
     """
     running = [_RunningJob(job) for job in jobs]
     try:
+        with _write_in_time(running):
+            for one in running:
+                one.attempt(one.recorder.__enter__)
+            for k in range(len(jobs[0].stages) if jobs else 0):
+                _run_stage([one for one in running if one.fault is None], k)
         for one in running:
-            one.attempt(one.recorder.__enter__)
-        for k in range(len(jobs[0].stages) if jobs else 0):
-            _run_stage([one for one in running if one.fault is None], k)
+            one.close(None)
     except BaseException as stop:
         for one in running:
             one.close(stop)
         raise
-    for one in running:
-        one.close(None)
     return [one.fault for one in running]
+
+
+@contextmanager
+def _write_in_time(running: Sequence[_RunningJob]) -> Iterator[None]:
+    """Within the block rows are written when they have waited for long, whether others come or not."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(PATIENCE / 10):
+            for one in running:
+                with suppress(UsageError):  # it is met again when the job itself writes
+                    one.recorder.flush(PATIENCE)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _run_stage(running: Sequence[_RunningJob], k: int) -> None:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -65,7 +65,7 @@ class Sweep(Callback):
         if Sweep._bar is not None:
             Sweep._bar.update()
         elif "num" in config.hydra.job and Path(config.hydra.sweep.dir, FINISHED).exists():
-            with Path(config.hydra.sweep.dir, FINISHED).open("ab") as file:
+            with suppress(OSError), Path(config.hydra.sweep.dir, FINISHED).open("ab") as file:
                 file.write(b".")
 
     @classmethod
@@ -88,6 +88,7 @@ class Sweep(Callback):
             ended, over = folder / FINISHED, threading.Event()
             ended.write_bytes(b"")
             watch = threading.Thread(target=watch_others, args=(ended, cls._bar, over), daemon=True)
+            cls._after.enter_context(suppress(OSError))
             cls._after.callback(ended.unlink, missing_ok=True)
             cls._after.callback(watch.join)
             cls._after.callback(over.set)
@@ -119,6 +120,7 @@ def watch_others(ended: Path, bar: Any, over: threading.Event) -> None:
     """Move the bar by the jobs that ended in other processes."""
     seen = 0
     while not over.wait(SECONDS):
-        now = ended.stat().st_size
-        bar.update(now - seen)
-        seen = now
+        with suppress(OSError):  # whoever removes it sees no bar
+            now = ended.stat().st_size
+            bar.update(now - seen)
+            seen = now

@@ -159,6 +159,7 @@ def find_jobs(folder: Path) -> Iterator[BegunJob]:
         run_json = read_run_json(path)
         sealed = run_json.get("schema_version", 0) >= SEALED
         tables = [path / name for name in names if name.endswith(".parquet")]
+        tables += (path / "parts").glob("*.parquet")
         done = run_json["status"] == "done" and bool(tables) and all(_is_whole(table, sealed) for table in tables)
         yield BegunJob(path, int(number[1]), overrides, done, _code(run_json))
 

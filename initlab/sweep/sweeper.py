@@ -59,6 +59,7 @@ class Sweeper(HydraSweeper):
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         """Run the jobs; returns the JobReturns of the launcher, a batch each. Raises the first fault, at the end."""
         from initlab.runs import recorder
+        from initlab.runs.parts import compact_left
         from initlab.sweep import resume  # and with it pandas, which a run needs later, if at all
 
         assert self.config is not None and self.launcher is not None
@@ -80,6 +81,9 @@ class Sweeper(HydraSweeper):
         Sweep.begin(folder, len(left.jobs))
         recorder.write_text(folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
         if resumed:
+            for run in resume.find_jobs(folder):
+                if run.done and (run.folder / "parts").is_dir():
+                    compact_left(run.folder)
             log.info(f"resuming {folder}: {left.kept} jobs are done and kept, {len(left.jobs)} are left")
             outcome.notes.extend(filter(None, [resume.describe_other_code(folder)]))
         returns = []

@@ -8,15 +8,20 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from initlab import stops
 from initlab.job.options import EXTRAS as PROCESS_LAUNCHERS
 from initlab.job.options import PLUGIN
+from initlab.job.worker_process import GRACE, LAUNCHER, LOOKS
+from initlab.runs.lock import LOCK, hold_lock, is_locked
 
 LARGEST_ARRAY = 1000  # Slurm's MaxArraySize is 1001 by default
 
@@ -60,6 +65,7 @@ def environment(config: DictConfig, launcher: str) -> Iterator[None]:
     if launcher not in PROCESS_LAUNCHERS:
         yield
         return
+    stops.work()
     threads = {name: str(config.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     given = threads | {
         "INITLAB_PARENT": str(os.getpid()),
@@ -72,7 +78,12 @@ def environment(config: DictConfig, launcher: str) -> Iterator[None]:
     if launcher == "submitit_local" and settings.gpus_per_node is None:
         given["INITLAB_GPUS"] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
     with ExitStack() as after:
-        if launcher == "ray" and settings.ray.init.get("address") is None:
+        folder = Path(str(config.hydra.sweep.dir)).absolute()
+        own_ray = launcher == "ray" and settings.ray.init.get("address") is None
+        if own_ray or launcher in ("joblib", "submitit_local"):  # whose processes run on this machine
+            given["INITLAB_SWEEP"] = str(folder)
+            after.enter_context(_end_jobs_at_a_stop(folder))
+        if own_ray:
             after.enter_context(_own_ray(settings))
         before = {name: os.environ.get(name) for name in given}
         os.environ.update(given)
@@ -83,6 +94,22 @@ def environment(config: DictConfig, launcher: str) -> Iterator[None]:
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
+
+
+@contextmanager
+def _end_jobs_at_a_stop(folder: Path) -> Iterator[None]:
+    """Within the block the jobs of a sweep's folder may work; after a signal they have two seconds to end."""
+    with ExitStack() as alive:
+        alive.enter_context(hold_lock(folder / LAUNCHER))
+
+        def end() -> None:
+            alive.close()
+            last = time.monotonic() + LOOKS + GRACE
+            while time.monotonic() < last and any(is_locked(lock.parent) for lock in folder.rglob(f"*/{LOCK}")):
+                time.sleep(LOOKS / 10)
+
+        with stops.first(end):
+            yield
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def test_tables_pass_and_the_rows_that_theory_knows_are_compared() -> None:
     stage()(sink)
     assert [list(frames) for frames in sink.frames] == [["stats", "losses"]] * 3 + [["theory"]]
     assert sink.frames[-1]["theory"]["step"].tolist() == [0] * 4 and not sink.notes
-    assert list(sink.frames[0]["stats"]) == ["seed", "step"]  # which network of the program it was is nobody's business
+    assert list(sink.frames[0]["stats"]) == ["seed", "step", "network"]  # by which the recorder puts rows in order
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_rows_of_one_program_find_back_to_their_jobs() -> None:
     sinks = [Kept(), Kept()]
     run_together([stage(), stage(ensemble=grid)], sinks)
     first, second = (sink.frames[0]["stats"] for sink in sinks)
-    assert first["seed"].tolist() == [4, 7] and list(first) == ["seed", "step"]
+    assert first["seed"].tolist() == [4, 7] and list(first) == ["seed", "step", "network"]
     assert second["seed"].tolist() == [3, 3] and second["init"].tolist() == ["a", "b"]
     assert sinks[1].frames[-1]["theory"]["init"].tolist() == ["a", "a", "b", "b"]
 

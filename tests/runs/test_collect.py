@@ -68,9 +68,9 @@ def test_every_run_that_is_not_done_is_named_in_one_line_a_kind(tmp_path: Path) 
     change(tmp_path / "sweep" / "7", status="failed")
     lines = said(tmp_path)
     assert len(lines) == 2
-    assert f"3 runs are running, not done; reading the 9 rows they have: {tmp_path}/sweep: 3, 4, 10" in lines
+    assert f"3 runs are killed, not done; reading the 9 rows they have: {tmp_path}/sweep: 3, 4, 10" in lines
     assert f"{tmp_path}/sweep/7: this run is failed, not done; reading the 3 rows it has" in lines
-    with pytest.warns(UserWarning, match="3 runs are running"), pytest.warns(UserWarning, match="failed"):
+    with pytest.warns(UserWarning, match="3 runs are killed"), pytest.warns(UserWarning, match="failed"):
         assert len(read(tmp_path)) == 36
 
 

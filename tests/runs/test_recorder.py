@@ -97,7 +97,7 @@ def test_a_killed_run_is_named_and_its_parts_are_read(tmp_path: Path) -> None:
     recorder.add({"stats": rows(0, 1.0)})
     recorder.add({"stats": rows(1, 2.0)})
     write(tmp_path / "whole", 3.0)
-    with pytest.warns(UserWarning, match=r"killed: this run is running, not done; reading the 2 rows"):
+    with pytest.warns(UserWarning, match=r"killed: this run is killed, not done; reading the 2 rows"):
         frame = read(tmp_path / "**")
     assert sorted(frame["std"]) == [1, 2, 3]
 

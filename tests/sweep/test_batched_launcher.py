@@ -297,7 +297,8 @@ def test_a_folder_in_use_and_one_that_cannot_be_made(lab: Lab, monkeypatch: pyte
     Path("there/1/run.json").write_text("{}")
     Path("there/2").write_text("a file where a folder should be")
     code, _, errors = sweep(lab, "there", BATCHED, "seed=range(0,4)", "seeds=1", "task=stack")
-    assert code == 1 and "holds a run already" in errors
+    assert code == 2 and "holds a run already" in errors
+    assert "there/2/.lock: cannot be written (File exists)" in errors
     assert json.loads(Path("there/1/run.json").read_text()) == {}
     assert all(json.loads(Path(f"there/{k}/run.json").read_text())["status"] == "done" for k in (0, 3))
 
@@ -311,8 +312,10 @@ def test_rows_that_cannot_be_written_end_their_own_job(lab: Lab, monkeypatch: py
         own(self, frames)
 
     monkeypatch.setattr(Recorder, "add", full)
-    assert sweep(lab, "there", BATCHED, "seed=range(0,3)", "seeds=1", "task=stack")[0] == 1
-    assert statuses("there") == {0: "done", 1: "failed", 2: "done"}
+    code, out, errors = sweep(lab, "there", BATCHED, "seed=range(0,3)", "seeds=1", "task=stack")
+    assert code == 2 and statuses("there") == {0: "done", 1: "failed", 2: "done"}
+    assert "there/1: cannot be written (No space left on device); free some space" in errors
+    assert "Traceback" not in out + errors
 
 
 def test_figures_are_drawn_for_each_job(lab: Lab) -> None:

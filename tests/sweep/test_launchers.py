@@ -142,15 +142,15 @@ def test_defaults_that_would_do_harm_are_replaced_and_what_is_said_stays(
         assert own.ray.init == {"address": None, "include_dashboard": False, "logging_level": "warning"}
 
 
-def with_launcher(launcher: dict[str, object]) -> workers.DictConfig:
-    return OmegaConf.create({"threads": 3, "hydra": {"launcher": launcher}})
+def with_launcher(launcher: dict[str, object], where: Path) -> workers.DictConfig:
+    return OmegaConf.create({"threads": 3, "hydra": {"launcher": launcher, "sweep": {"dir": str(where)}}})
 
 
-def test_what_the_processes_inherit_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_processes_inherit_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     before = dict(os.environ)
-    with workers.environment(with_launcher({"gpus_per_node": None}), "submitit_local"):
+    with workers.environment(with_launcher({"gpus_per_node": None}, tmp_path), "submitit_local"):
         assert os.environ["OMP_NUM_THREADS"] == os.environ["MKL_NUM_THREADS"] == "3"
         assert os.environ["INITLAB_GPUS"] == "3,5"  # submitit would show none, or count from 0
         assert not worker_process.is_worker()  # this process is their parent
@@ -158,15 +158,16 @@ def test_what_the_processes_inherit_is_taken_back(monkeypatch: pytest.MonkeyPatc
         assert worker_process.is_worker()
         monkeypatch.undo()
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        assert os.environ.pop("INITLAB_SWEEP") == str(tmp_path)  # a process would end with the sweep
         monkeypatch.setattr(os, "getpid", lambda: -1)
         monkeypatch.setattr(sys, "argv", [])
         with worker_process.as_worker("cpu"):
             assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
         monkeypatch.undo()
     assert "INITLAB_PARENT" not in os.environ and "INITLAB_GPUS" not in os.environ
-    with workers.environment(with_launcher({"gpus_per_node": 1}), "submitit_local"):
+    with workers.environment(with_launcher({"gpus_per_node": 1}, tmp_path), "submitit_local"):
         assert "INITLAB_GPUS" not in os.environ  # as it was asked for
-    with workers.environment(with_launcher({}), "basic"):
+    with workers.environment(with_launcher({}, tmp_path), "basic"):
         assert "INITLAB_PARENT" not in os.environ
     assert before["OMP_NUM_THREADS"] == "7"
 

@@ -74,7 +74,7 @@ def test_a_killed_sweep_is_finished_and_equals_one_that_was_not(lab: Lab, tmp_pa
         process.kill()
     killed = Path("killed")
     before = statuses(killed)
-    assert before == ["done", "done", "running"] and list(killed.glob("2/parts/stats-*.parquet"))
+    assert before == ["done", "done", "killed"] and list(killed.glob("2/parts/stats-*.parquet"))
     kept = {path: path.stat().st_mtime_ns for path in killed.glob("*/*") if before[int(path.parent.name)] == "done"}
     code, out, err = lab(*SIX, "resume=killed")
     assert code == 0, err
