@@ -75,9 +75,10 @@ class Forks:
         return self.start(folder, words, **asked).wait()
 
     def close(self) -> None:
-        assert self._server.stdin is not None
+        assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.close()
         self._server.wait()
+        self._server.stdout.close()
 
 
 @contextmanager
