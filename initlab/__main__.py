@@ -5,13 +5,15 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import initlab
 from initlab import commands, stops
-from initlab.errors import Fault, UsageError, disk_error
+from initlab.errors import Fault, UsageError, disk_error, nearest, not_one_of
 
 log = logging.getLogger("initlab")
 
@@ -64,15 +66,9 @@ def main() -> int:
 
 
 def _run() -> int:
-    from concurrent.futures.process import BrokenProcessPool
-
-    import hydra
-
-    from initlab.job.life_cycle import finish_sweep, outcome, run_composed
-    from initlab.job.options import HYDRA_MISTAKES, as_usage_error
-    from initlab.job.settings import CONF
+    from initlab.job.life_cycle import finish_sweep, outcome
     from initlab.sweep import batched_launcher, sweeper, workers
-    from initlab.sweep.callback import Refused, Sweep
+    from initlab.sweep.callback import Sweep
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler that counts memory warns about its own start
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them
@@ -82,32 +78,7 @@ def _run() -> int:
     workers.install()
     Sweep.forget()
     outcome.clear()
-    code = 0
-    try:
-        sys.argv[1:] = check_words(sys.argv[1:])
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(run_composed)()
-    except Fault as error:  # of a job, which has said so; the others have run
-        log.debug("%s", error)
-        code = 1
-    except (UsageError, Refused) as error:
-        outcome.mistakes.append(str(error))
-    except HYDRA_MISTAKES as error:
-        outcome.mistakes.append(str(as_usage_error(error)))
-    except (KeyboardInterrupt, SystemExit) as stop:
-        code = 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
-    except OSError as error:
-        outcome.mistakes.append(str(disk_error(error, error.filename or "standard output")))
-    except BrokenProcessPool as error:
-        code = 1
-        outcome.mistakes.append(f"a process of the launcher was killed ({type(error).__name__})")
-    except Exception as error:
-        if stops.is_stopping():
-            log.debug("%s", error)
-        elif outcome.started or Sweep.folder is not None:
-            traceback.print_exc()
-            code = 1
-        else:  # whatever Hydra could not make of the options, no job has begun
-            outcome.mistakes.append(str(as_usage_error(error)))
+    code = _run_jobs()
     code = stops.exit_code() or code
     folder = Sweep.close()
     try:
@@ -132,6 +103,76 @@ def _tell_end(code: int, folder: Path | None) -> int:
     return code or (2 if outcome.mistakes else 0) or (4 if outcome.failed else 0)
 
 
+def _run_jobs() -> int:
+    """Let Hydra run what the command line asks for; the exit code, 0 also where a mistake is kept for the end."""
+    from concurrent.futures.process import BrokenProcessPool
+
+    import hydra
+
+    from initlab.job.life_cycle import outcome, run_composed
+    from initlab.job.options import HYDRA_MISTAKES, as_usage_error
+    from initlab.job.settings import CONF
+    from initlab.runs.recorder import discard
+    from initlab.sweep.callback import Refused, Sweep
+
+    warned: list[str] = []
+    try:
+        sys.argv[1:] = check_words(sys.argv[1:])
+        with _note_warnings(Path(hydra.__file__).parent, warned):
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(run_composed)()
+        outcome.notes.extend(warned)
+    except Fault as error:  # of a job, which has said so; the others have run
+        log.debug("%s", error)
+        return 1
+    except (UsageError, Refused) as error:
+        outcome.mistakes.append(str(error))
+    except HYDRA_MISTAKES as error:
+        outcome.mistakes.append(str(as_usage_error(error)))
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except OSError as error:
+        outcome.mistakes.append(str(disk_error(error, error.filename or "standard output")))
+    except BrokenProcessPool as error:
+        outcome.mistakes.append(f"a process of the launcher was killed ({type(error).__name__})")
+        return 1
+    except Exception as error:
+        begun = outcome.started or Sweep.folder is not None
+        if stops.is_stopping():
+            log.debug("%s", error)
+        elif begun and not str(error).startswith("Unable to configure"):  # what Hydra says of a log
+            traceback.print_exc()
+            return 1
+        else:
+            if Sweep.single is not None:
+                discard(Sweep.single)
+            theirs = [word for word in sys.argv[1:] if "hydra" in word] or sys.argv[1:]
+            silent = isinstance(error, AssertionError) or not str(error)
+            outcome.mistakes.append(
+                f"{UsageError(' '.join(theirs))}: Hydra takes no such value" if silent else str(as_usage_error(error))
+            )
+    return 0
+
+
+@contextmanager
+def _note_warnings(package: Path, notes: list[str]) -> Iterator[None]:
+    """What a package warns of in the block becomes a note, in one line; warnings of others stay as they are."""
+    usual = warnings.showwarning
+
+    def show(text: Warning | str, kind: type[Warning], file: str, *where: Any, **more: Any) -> None:
+        if package in Path(file).parents:
+            notes.append(str(UsageError(str(text))))
+        else:
+            usual(text, kind, file, *where, **more)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
+
+
 def _tell(line: str) -> None:
     print(f"initlab: {line}", file=sys.stderr)
 
@@ -140,32 +181,44 @@ GROUPS = ("init", "activation", "data")  # folders of conf/: one file of each is
 
 
 def check_words(words: Sequence[str]) -> list[str]:
-    """The command line as Hydra wants it.
+    """The command line as Hydra wants it: flags first, whatever stands between them.
 
     `--depth=50` is a habit from elsewhere: say how it is written here, and put every other fault of a flag in one line
-    too. The keys of an option that holds a dictionary, such as `activation.arguments`, need no `+`.
+    too. An option needs no `+`, nor do the keys of one that holds a dictionary, such as `activation.arguments`.
     """
-    from initlab.job.options import open_options, option_names
+    from initlab.job.options import list_files, open_options, option_names
     from initlab.sweep.hydra_private import get_args_parser
 
     options = set(option_names())
-    for word in words:
-        bare = word.lstrip("-")
-        if word.startswith("-") and bare.split("=")[0] in options:
-            raise UsageError(f"{word}: options have no dashes, write {bare if '=' in bare else bare + '=VALUE'}")
-        name, _, value = word.partition("=")
-        if name in GROUPS and value.startswith("["):  # Hydra would lay one over the other, and run the last
-            values = value.strip("[] ")
-            raise UsageError(f"{word}: one at a time; for several write -m {name}={values or 'A,B'}")
 
     def refuse(message: str) -> NoReturn:
         raise UsageError(f"{message}; see --help")
 
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
-    parser.parse_args(list(words))
-    free = tuple(f"{name}{end}" for name in open_options() for end in ".=")
-    return [f"++{word}" if word.startswith(free) else word for word in words]
+    given, unknown = parser.parse_known_intermixed_args(list(words))
+    for word in unknown:
+        bare = word.lstrip("-")
+        if bare.split("=")[0] in options:
+            raise UsageError(f"{word}: options have no dashes, write {bare if '=' in bare else bare + '=VALUE'}")
+        raise UsageError(f"{word}: no such flag{nearest(bare.split('=')[0], options)}; see --help and --hydra-help")
+    found, flags = [], list(words)
+    for word in given.overrides:
+        flags.remove(word)
+        bare = word.lstrip("+ ")
+        name, _, value = (part.strip() for part in bare.partition("="))
+        if name in GROUPS and value.startswith("["):  # Hydra would lay one over the other, and run the last
+            values = value.strip("[] ")
+            raise UsageError(f"{word}: one at a time; for several write -m {name}={values or 'A,B'}")
+        if name in ("", "hydra") and "=" in bare:
+            raise UsageError(f"{word}: not an option; options are NAME=VALUE, see --help and --hydra-help")
+        if name in GROUPS and value in ("", "null", "???"):
+            raise not_one_of(name, value, list_files(name))
+        if word.startswith("~") and name.lstrip("~") in options:
+            raise UsageError(f"{word}: an option cannot be taken away; give it another value")
+        free = any(f"{name}.".startswith(f"{one}.") for one in open_options())
+        found.append(f"++{bare}" if free and "=" in bare else bare if name in options else word)
+    return [*flags, *found]
 
 
 def help_text() -> str:

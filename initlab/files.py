@@ -129,13 +129,13 @@ def _clean(value: Any) -> Any:
 
 
 def _check_form(path: Path | str, value: Any, form: Form) -> Any:
-    wrong = _find_misfit(value, form)
+    wrong = find_misfit(value, form)
     if wrong is not None:
         raise UsageError(f"{path}: cannot be read ({wrong or 'the whole'} has another form)")
     return value
 
 
-def _find_misfit(value: Any, form: Form, name: str = "") -> str | None:
+def find_misfit(value: Any, form: Form, name: str = "") -> str | None:
     """The place of the first thing in a value that is not of the form; None where all is."""
     if isinstance(form, list):
         parts = [(one, form[0], f"{name}[{k}]") for k, one in enumerate(value)] if isinstance(value, list) else None
@@ -149,5 +149,5 @@ def _find_misfit(value: Any, form: Form, name: str = "") -> str | None:
         return None if form(value) else name
     if parts is None:
         return name
-    found = (_find_misfit(one, inner, where) for one, inner, where in parts if inner is not None)
+    found = (find_misfit(one, inner, where) for one, inner, where in parts if inner is not None)
     return next((place for place in found if place is not None), None)

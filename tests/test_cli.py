@@ -98,9 +98,26 @@ MISTAKES = {
     "depth=1,2": "initlab: depth=1,2: several values need a sweep; put -m before the options",
     "--depth=3": "initlab: --depth=3: options have no dashes, write depth=3",
     "-depth=3": "initlab: -depth=3: options have no dashes, write depth=3",
-    "--dept=3": "initlab: unrecognized arguments: --dept=3; see --help",
+    "--dept=3": "initlab: --dept=3: no such flag - did you mean depth?; see --help and --hydra-help",
     "-cn": "initlab: argument --config-name/-cn: expected one argument; see --help",
-    "init=null": "initlab: Config group override must be a string or a list. Got NoneType",
+    "init=null": f"initlab: init=null: must be one of {choices('init')}",
+    "init=???": f"initlab: init=???: must be one of {choices('init')}",
+    "graph.shapes=8": "initlab: graph.shapes=8: must be a list, as in [VALUE,VALUE]",
+    "sweep.init=[[naive]]": "initlab: sweep.init=[['naive']]: must be a list of words",
+    "sweep.init=naive": "initlab: sweep.init=naive: must be a list, as in [VALUE,VALUE]",
+    "depth=???": "initlab: depth=???: must have a value",
+    "depth=null": "initlab: depth=null: must have a value",
+    "~depth": "initlab: ~depth: an option cannot be taken away; give it another value",
+    "study.cost.runs=???": "initlab: study.cost.runs=???: must have a value",
+    "phase.sw=3": "initlab: phase.sw: holds options of its own: phase.sw.min, phase.sw.max, phase.sw.points",
+    "graph.model=3": "initlab: graph.model=3: must be a dictionary, as in {NAME:VALUE}",
+    "hydra.run.dir=???": "initlab: hydra.run.dir=???: must have a value",
+    "hydra.output_subdir=x": "initlab: hydra.output_subdir=x: must be .hydra, where runs are looked up",
+    "++hydra.verbose=1e-3": "initlab: ++hydra.verbose=1e-3: Hydra takes no such value",
+    "+=???": "initlab: +=???: not an option; options are NAME=VALUE, see --help and --hydra-help",
+    "train.lr=1e308": "initlab: train.lr=1e+308: must be at most 3e+38",
+    "activation._target_=numpy.tanh": "initlab: activation._target_=numpy.tanh: cannot be trained with float32 tensors "
+    "(Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.)",
     "hydra.run.dir=/dev/null/x": "initlab: /dev/null/x: cannot be written (Not a directory); a file stands where a "
     "folder should be: move it, or choose another folder",
     "activation=ReLU": f"initlab: activation=ReLU: must be one of {choices('activation')} - did you mean relu?",
@@ -125,6 +142,45 @@ def test_a_mistake_is_one_line_and_leaves_nothing(lab: Lab, word: str, line: str
     assert "Traceback" not in out
     assert not list(Path().glob("**/*.parquet")) and not runs()
     assert not Path("outputs").exists() or not list(Path("outputs").iterdir())
+
+
+LONG = {
+    "width=" + "1" * 3000: "must be at most",
+    "init=" + "x" * 3000: "must be one of",
+    "train.lr=\x1b[31mred": "\\x1b[31mred: not an option",
+    "depth=a\nb": "not an option",
+    "activation._target_=sys.exit": "sys.exit: cannot be called",
+    "statistics.mine=sys.exit": "statistics.mine: fails for a tensor (2, 3, 4)",
+    "statistics.mine=torch.mean": "one number for each (N, C)",
+}
+
+
+@pytest.mark.parametrize(("word", "text"), LONG.items(), ids=range(len(LONG)))
+def test_a_line_is_short_and_printable_whatever_is_given(lab: Lab, word: str, text: str) -> None:
+    code, _, err = lab(*QUICK, word)
+    assert code == 2 and text in err and len(err) < 320 and err.endswith("\n") and err[:-1].isprintable()
+
+
+@pytest.mark.parametrize("words", [("graph.shapes=[[]]",), ("graph.shapes=[[99999999999]]",)])
+def test_shapes_that_no_input_has_are_one_line(lab: Lab, words: tuple[str, ...]) -> None:
+    code, _, err = lab("task=graph", *words)
+    assert code == 2 and err.count("\n") == 1 and not Path("outputs").exists()
+
+
+def test_a_sweep_of_too_many_jobs_is_refused_before_one_is_made(lab: Lab) -> None:
+    for word, text in (
+        ("seed=range(0,1000000000000)", "seed=range(0,1000000000000): a sweep of 1e+12 jobs; at most 100,000"),
+        ("seed=range(0,1000)", "seed=range(0,1000) depth=range(1,1000): a sweep of 999000 jobs; at most 100,000"),
+        ("seed=range(0,9,0)", "seed=range(0,9,0): a range needs finite ends, and a step that is not 0"),
+    ):
+        more = ["depth=range(1,1000)"] if "1000)" in word else []
+        assert lab("-m", word, *more, "task=stack")[::2] == (2, f"initlab: {text}\n")
+    assert not Path("outputs").exists()
+
+
+def test_flags_stand_anywhere_and_rules_are_found_by_a_pattern(lab: Lab) -> None:
+    code, _, err = lab("task=stack", "depth=2", "-m", "init=glob(k*)", "seeds=1", "plots=false")
+    assert (code, err) == (0, "") and set(initlab.read("outputs/**")["init"]) == {"kaiming"}
 
 
 def test_mnist_without_network_is_one_line(lab: Lab) -> None:

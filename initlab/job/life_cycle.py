@@ -101,6 +101,7 @@ def begin(config: "Callable[[], Config]", choices: dict[str, str | None], folder
     """The job of this folder, prepared. After a `UsageError` the folder is gone, unless an earlier command made it."""
     from initlab.job import prepare
     from initlab.runs.recorder import clear, discard, refuse_used
+    from initlab.tasks.ensemble.memory import is_out_of_memory
 
     if not gc.isenabled():  # the first job of this process; later ones leave garbage that must not be kept
         gc.freeze()  # what was imported stays, and no collection need look at it again
@@ -109,9 +110,11 @@ def begin(config: "Callable[[], Config]", choices: dict[str, str | None], folder
         refuse_used(folder)
     try:
         prepared = prepare.prepare(config(), choices, folder)
-    except UsageError:
+    except Exception as error:  # nothing is measured yet
         if not resumed:
             discard(folder)
+        if is_out_of_memory(error):
+            raise UsageError("out of memory before anything is measured; make it smaller") from error
         raise
     if resumed:
         clear(folder)  # of a run that did not end: the sweep asks for no other
@@ -142,7 +145,8 @@ def study_of(cfg: DictConfig, name: str | None, overrides: Any) -> "Study":
 
     about: Any = OmegaConf.to_container(cfg.study, resolve=True, throw_on_missing=True)
     expect: Any = OmegaConf.to_container(cfg.expect, resolve=True)
-    return prepare(str(name), about, expect, option_names(), [str(one) for one in overrides])
+    words: Any = OmegaConf.to_container(overrides, resolve=False)  # `width=${depth}` as it was typed
+    return prepare(str(name), about, expect, option_names(), words)
 
 
 def answer(folder: Path, study: "Study", plots: bool) -> None:

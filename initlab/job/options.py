@@ -12,10 +12,11 @@ from typing import Any, get_origin
 import hydra.utils
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from initlab.errors import UsageError, nearest, not_one_of
-from initlab.job.settings import Config
+from initlab import files
+from initlab.errors import UsageError, nearest, not_one_of, show
+from initlab.job.settings import CONF, Config
 from initlab.runs.schema import OPTION_OF
 
 HYDRA_MISTAKES = (HydraException, OmegaConfBaseException)
@@ -25,12 +26,28 @@ def read_config(cfg: DictConfig) -> Config:
     """The composed configuration as plain dataclasses; keys that slipped past Hydra with a `+` are refused."""
     try:
         made: Any = OmegaConf.to_object(cfg)
-        if isinstance(made, Config) and _has_declared_fields(made):
-            return made
-        plain = OmegaConf.to_container(cfg, resolve=True)
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[return-value]
+        if not (isinstance(made, Config) and _has_declared_fields(made)):
+            plain = OmegaConf.to_container(cfg, resolve=True)
+            made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except OmegaConfBaseException as error:
         raise as_usage_error(error) from error
+    _check_lists(made)
+    return made  # type: ignore[no-any-return]
+
+
+def _check_lists(node: Any, prefix: str = "") -> None:
+    """Lists in lists pass OmegaConf's types."""
+    for f in fields(node):
+        value, kind = getattr(node, f.name), str(f.type)
+        if is_dataclass(value):
+            _check_lists(value, f"{prefix}{f.name}.")
+        elif value is not None and "list[" in kind and "Any" not in kind:
+            inner = str if "[str]" in kind else int if "[int]" in kind else (int, float)
+            form: files.Form = [[inner]] if "list[list[" in kind else [inner]
+            if files.find_misfit(value, form) is not None:
+                word = "words" if inner is str else "whole numbers" if inner is int else "numbers"
+                what = f"lists of {word}, as in [[8,4]]" if form == [[inner]] else word
+                raise UsageError(f"{prefix}{f.name}={show(value)}: must be a list of {what}")
 
 
 def _has_declared_fields(node: Any) -> bool:
@@ -48,8 +65,11 @@ def instantiate(given: Mapping[str, Any]) -> Any:
         raise UsageError("graph.model: no _target_; it names a class, as in graph.model._target_=torch.nn.Linear")
     try:
         return hydra.utils.instantiate(dict(given))
-    except Exception as error:  # whatever the class itself raises is about the arguments that it was given
-        reason = " ".join(str(error.__cause__ or error).split())
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # whatever the class itself raises is about the arguments that it was given
+        reason = str(error.__cause__ or error)
         raise UsageError(f"graph.model: {given['_target_']} cannot be built ({reason})") from error
 
 
@@ -70,8 +90,8 @@ def import_function(option: str, path: str, arguments: Mapping[str, Any] | None 
         module = import_module(module_name)
         found = getattr(module, name)
         made: Callable[[Any], Any] = found(**(arguments or {})) if isinstance(found, type) else found
-    except Exception as error:  # a module of the user's may raise anything
-        reason = " ".join(str(error).split())
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
+        reason = str(error) or type(error).__name__
         near = nearest(name, dir(module)) if isinstance(error, AttributeError) else ""
         raise UsageError(f"{option}={path}: cannot be had ({reason}){near}") from error
     return partial(made, **arguments) if arguments and made is found else made
@@ -124,24 +144,54 @@ def as_usage_error(error: Exception) -> UsageError:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__ or cause.__context__
-    key = getattr(cause, "full_key", None)
-    said = str(getattr(cause, "msg", None) or error).splitlines()[0].rstrip(".")
-    if key and re.match(r"Key '.*' (is )?not in", said):
-        return UsageError(f"{key}: no such option{nearest(key, option_names())}; see --help")
-    if key and (given := re.match(r"Value '(.*?)'( of|$| could| is)", said)):
-        wanted = next((words for kind, words in _WANTED.items() if kind in said), f"is not allowed ({said})")
-        return UsageError(f"{key}={given[1]}: {wanted}")
-    if key:
-        return UsageError(f"{key}: {said[0].lower()}{said[1:]}")
+    said = (str(getattr(cause, "msg", None) or error) or type(error).__name__).splitlines()[0].rstrip(".")
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        return UsageError(_explain(cause, str(cause.full_key), said))
     if several := re.match(r"Ambiguous value for argument '(.*)'", str(error)):
         return UsageError(f"{several[1]}: several values need a sweep; put -m before the options")
-    return UsageError(" ".join(str(error).split()))
+    if absent := re.match(r"You must specify '(\w+)'", str(error)):
+        return not_one_of(absent[1], "???", list_files(absent[1]))
+    if twice := re.match(r"Could not append to config. An item is already at '(.*?)'", str(error)):
+        return UsageError(f"+{twice[1]}: is there already; write {twice[1]}=VALUE")
+    return UsageError(str(error) or type(error).__name__)
 
 
+def list_files(group: str) -> list[str]:
+    """The files of a group of conf/."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def _explain(error: OmegaConfBaseException, key: str, said: str) -> str:
+    """What is wrong with the value of an option, in our words; `said` are the first of OmegaConf's."""
+    if re.match(r"Key '.*' (is )?not in", said):
+        return f"{key}: no such option{nearest(key, option_names())}; see --help"
+    if isinstance(error, MissingMandatoryValue) or "missing mandatory value" in said:
+        return f"{key}=???: must have a value"
+    if "is not Optional" in said:
+        return f"{key}=null: must have a value"
+    given = getattr(error, "value", None)
+    match = re.match(r"Value '(.*?)'( \(| of|$| could| is)", said) or re.search(
+        r"(?:of|assigned:|assign|type) `?(\w+)", said
+    )
+    text = given if isinstance(given, str) else show(given) if given is not None else match[1] if match else ""
+    wanted = next((words for kind, words in _WANTED.items() if kind in said), "")
+    if wanted:
+        return f"{key}={text}: {wanted}"
+    if inner := [name for name in option_names() if name.startswith(f"{key}.") and "is not a subclass of" in said]:
+        return f"{key}: holds options of its own: {', '.join(inner)}"
+    return f"{key}: {said[0].lower()}{said[1:]}"
+
+
+# What OmegaConf says of a value -> what we say.
 _WANTED = {
     "Integer": "must be an integer",
+    "hint 'int'": "must be an integer",
     "Float": "must be a number",
+    "hint 'float'": "must be a number",
     "valid bool": "must be true or false",
+    "is not a ListConfig": "must be a list, as in [VALUE,VALUE]",
+    "to Dict[": "must be a dictionary, as in {NAME:VALUE}",
+    "Cannot convert": "must be text",
 }
 
 

@@ -16,10 +16,11 @@ from initlab.job.settings import Config
 from initlab.job.stages import TASKS, JobSettings, Stage
 from initlab.meanfield.gain_table import gain_words
 from initlab.nn.activations import ACTIVATIONS
-from initlab.nn.custom_activation import as_activation, numerical
+from initlab.nn.custom_activation import as_activation, check_trainable, numerical
 from initlab.nn.init import RULES, Rule, rule
 from initlab.runs.recorder import Recorder
 from initlab.runs.schema import NOT_OPTIONS, OPTION_OF
+from initlab.stats.backend import measure_custom
 from initlab.stats.statistics import checked_statistics
 from initlab.tasks.ensemble.device import Where, set_matmul
 from initlab.tasks.ensemble.networks import Net
@@ -89,8 +90,11 @@ def resolve(config: Config, choices: Mapping[str, str | None]) -> JobSettings:
     scaling = rule(Rule() if by_file else config.init.name, **fields)
     asked = config.activation
     function = import_function("activation._target_", asked._target_, asked.arguments) if asked._target_ else None
+    where = Where.resolve(config.dtype, config.device, config.generator)
     try:
         activation = as_activation(asked.name if function is None else function)
+        if function is not None and config.task in ("lab", "train"):
+            check_trainable(activation, where.dtype)
     except UsageError as error:
         if function is None:
             raise
@@ -99,8 +103,8 @@ def resolve(config: Config, choices: Mapping[str, str | None]) -> JobSettings:
     net = Net.resolve(activation, config.depth, config.width, config.inputs, config.batch)
     options = {name: value for name, value in vars(config.train).items() if name != "lr"}
     training = Training(**options, every=config.every, histograms=config.histograms)
-    where = Where.resolve(config.dtype, config.device, config.generator)
     statistics = checked_statistics(statistics_of(config), (*OPTION_OF, *NOT_OPTIONS))
+    measure_custom(statistics, torch.linspace(-1, 1, 24, dtype=where.dtype).reshape(2, 3, 4))  # refuses what it cannot
     return JobSettings(config, scaling, activation, net, training, where, seeds(config), statistics)
 
 

@@ -4,7 +4,9 @@ Theory holds for functions that are elementwise, finite and the same at every ca
 """
 
 import copy
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import TypeAlias
 
@@ -121,20 +123,40 @@ def row_of(phi: Callable[[Tensor], Tensor]) -> Activation:
                 if random
                 else "activation: not an elementwise function; phi(z) of an entry must depend on that entry alone"
             )
-    kinks = find_kinks(phi, grid)
-    slope = _Differences(phi, kinks)
-    largest = float(slope(grid).abs().max())
+    with warnings.catch_warnings(action="ignore"):
+        kinks = find_kinks(phi, grid)
+        slope = _Differences(phi, kinks)
+        largest = float(slope(grid).abs().max())
     return Activation(phi=phi, slope=slope, module=partial(ElementwiseModule, phi), kinks=kinks, largest_slope=largest)
+
+
+@contextmanager
+def _own_words(what: str) -> Iterator[None]:
+    """Whatever a function of the user's raises in the block, or warns of, is about that function."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"activation: {what} ({str(error) or type(error).__name__})") from error
+
+
+def check_trainable(row: Activation, dtype: torch.dtype) -> None:
+    """Refuse a function that autograd cannot differentiate, or that does not keep the number format."""
+    name = str(dtype).removeprefix("torch.")
+    with torch.random.fork_rng(devices=[]), _own_words(f"cannot be trained with {name} tensors"), torch.enable_grad():
+        z = torch.linspace(-1, 1, 6, dtype=dtype).reshape(2, 3).requires_grad_()
+        value = row.module()(z)
+        if value.dtype != dtype:
+            raise TypeError(f"it gives {str(value.dtype).removeprefix('torch.')}")
+        if z.grad is not None or torch.autograd.grad(value.sum(), z)[0].shape != z.shape:
+            raise TypeError("its gradient has another shape")
 
 
 def _evaluate(phi: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     """phi(z), or one line on what is wrong with phi."""
-    try:
-        argument = z.clone()
+    argument = z.clone()
+    with _own_words("cannot be called with a float64 tensor"):
         value = phi(argument)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"activation: cannot be called with a float64 tensor ({reason})") from error
     if not torch.equal(argument, z):
         raise UsageError("activation: changes its argument in place; it must leave it as it is")
     if not isinstance(value, Tensor) or value.shape != z.shape:

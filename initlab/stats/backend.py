@@ -175,7 +175,7 @@ def measure_custom(statistics: Mapping[str, Function], x: Tensor) -> Tensor:
         try:
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 value = function(x.clone())
-        except Exception as error:  # a function of the user may raise anything
+        except (Exception, SystemExit) as error:  # a function of the user may raise anything
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UsageError(f"statistics.{name}: fails for a tensor {tuple(x.shape)}: {reason}") from error
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -1,25 +1,27 @@
 """What surrounds the jobs of a sweep: its study, checked before the first job; its folder; its progress bar."""
 
+import math
 import threading
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 from hydra.core.utils import JobReturn
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
 from initlab.errors import UsageError
 from initlab.job.life_cycle import study_of
+from initlab.job.options import HYDRA_MISTAKES, as_usage_error
 from initlab.runs.lock import lock_folder
 from initlab.runs.recorder import refuse_used
 from initlab.studies.study import Study
 
+MOST_JOBS = 100_000  # of a sweep: their words alone take 100 MB
 FINISHED = ".finished"  # a byte for each job that ended in another process, wherever that was
 SECONDS = 0.5  # between two looks at it
 
@@ -32,6 +34,7 @@ class Sweep(Callback):
     """Hydra's callback: remembers the sweep's folder and its study, for what comes after the last job."""
 
     folder: ClassVar[Path | None] = None
+    single: ClassVar[Path | None] = None  # the folder of a run that is no sweep
     study: ClassVar[Study | None] = None
     plots: ClassVar[bool] = True
     _bar: ClassVar[Any] = None
@@ -39,25 +42,17 @@ class Sweep(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before Hydra writes of this run over what it wrote of another."""
-        try:
-            refuse_used(Path(str(config.hydra.run.dir)))
-        except UsageError as error:
-            raise Refused(str(error)) from error
+        with _refuse_mistakes():
+            _refuse_other_subdir(config)
+            Sweep.single = Path(str(config.hydra.run.dir))
+            refuse_used(Sweep.single)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        try:
-            overrides = parse_overrides(config.hydra.overrides.task, config.hydra.sweeper.get("params"))
-        except HydraException:  # which Hydra itself will say
-            overrides = []
-        try:
-            for override in overrides:
-                listed = override.is_choice_sweep() or override.is_range_sweep()
-                if listed and next(iter(override.sweep_string_iterator()), None) is None:
-                    raise UsageError(f"{override.input_line}: has no values, the sweep is empty")
+        with _refuse_mistakes():
+            _refuse_other_subdir(config)
+            parse_overrides(config.hydra.overrides.task, config.hydra.sweeper.params)
             Sweep.study = study_of(config, config.hydra.job.config_name, config.hydra.overrides.task)
-        except UsageError as error:
-            raise Refused(str(error)) from error
-        Sweep.plots = bool(config.plots)
+            Sweep.plots = bool(config.plots)
         if Sweep.study.question:
             print(Sweep.study.question)
 
@@ -71,7 +66,7 @@ class Sweep(Callback):
     @classmethod
     def forget(cls) -> None:
         """Nothing is known yet: a process may run one command after another."""
-        cls.folder, cls.study, cls.plots = None, None, True
+        cls.folder, cls.single, cls.study, cls.plots = None, None, None, True
 
     @classmethod
     def lock(cls, folder: Path) -> None:
@@ -110,10 +105,53 @@ class Sweep(Callback):
         cls._after = ExitStack()
 
 
-def parse_overrides(arguments: Iterable[str], params: Mapping[str, Any] | None) -> list[Override]:
-    """What the study's file (`params`) and the command line say of a sweep, as Hydra parses it."""
+@contextmanager
+def _refuse_mistakes() -> Iterator[None]:
+    """A mistake of the user in the block, however it is raised, ends the command: Hydra would go on with a warning."""
+    try:
+        yield
+    except (UsageError, *HYDRA_MISTAKES) as error:
+        raise Refused(str(error if isinstance(error, UsageError) else as_usage_error(error))) from error
+
+
+def _refuse_other_subdir(config: DictConfig) -> None:
+    """The overrides that Hydra keeps there are read again: by `read` for what was swept, by `resume` for its jobs."""
+    if config.hydra.output_subdir != ".hydra":
+        raise UsageError(f"hydra.output_subdir={config.hydra.output_subdir}: must be .hydra, where runs are looked up")
+
+
+def parse_overrides(arguments: Iterable[str], params: Mapping[str, Any] | None, loader: Any = None) -> list[Override]:
+    """What the study's file (`params`) and the command line say of a sweep, as Hydra parses it.
+
+    loader: Hydra's, of configurations; with it `glob` is known. Errors: a sweep of no jobs, or of too many.
+    """
+    if isinstance(arguments, ListConfig):
+        arguments = OmegaConf.to_container(arguments, resolve=False)  # type: ignore[assignment]
     texts = [*(f"{key}={value}" for key, value in (params or {}).items()), *arguments]
-    return list(OverridesParser.create().parse_overrides(texts))
+    overrides = list(OverridesParser.create(config_loader=loader).parse_overrides(texts))
+    counts = {override.get_key_element(): (_count_values(override), str(override.input_line)) for override in overrides}
+    jobs = math.prod(count for count, _ in counts.values())
+    if jobs > MOST_JOBS:
+        swept = " ".join(word for count, word in counts.values() if count > 1)
+        raise UsageError(f"{swept}: a sweep of {float(jobs):.6g} jobs; at most {MOST_JOBS:,}")
+    return overrides
+
+
+def _count_values(override: Override) -> int:
+    """How many values an override has in a sweep, none of them made; at least one."""
+    given, word = override.value(), override.input_line
+    if isinstance(given, RangeSweep):
+        start, stop, step = (math.nan if end is None else end for end in (given.start, given.stop, given.step))
+        if step == 0 or not all(map(math.isfinite, (start, stop, step))):
+            raise UsageError(f"{word}: a range needs finite ends, and a step that is not 0")
+        count = max(0, math.ceil((stop - start) / step))
+    elif isinstance(given, ChoiceSweep):
+        count = len(given.list)
+    else:
+        count = 1
+    if not count:
+        raise UsageError(f"{word}: has no values, the sweep is empty")
+    return count
 
 
 def watch_others(ended: Path, bar: Any, over: threading.Event) -> None:

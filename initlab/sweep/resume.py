@@ -47,23 +47,31 @@ class Left(NamedTuple):
     kept: int
 
 
-def expand(arguments: Iterable[str], params: Mapping[str, Any] | None) -> list[list[str]]:
-    """All jobs of a sweep: every combination of the values on the command line and in the study's `params`."""
+def expand(arguments: Iterable[str], params: Mapping[str, Any] | None, loader: Any = None) -> list[list[str]]:
+    """All jobs of a sweep: every combination of the values on the command line and in the study's `params`.
+
+    loader: Hydra's, of configurations; with it `glob` is known.
+    """
     axes: dict[str, list[str]] = {}  # the last word about an option counts
-    for override in parse_overrides(arguments, params):
+    for override in parse_overrides(arguments, params, loader):
         key = override.get_key_element()
         if not override.is_sweep_override():
             axes[key] = [f"{key}={override.get_value_element_as_str()}"]
         elif override.is_discrete_sweep():
             axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            if not axes[key]:
+                raise UsageError(f"{override.input_line}: has no values, the sweep is empty")
         else:
             raise UsageError(f"{override.input_line}: an interval has no end of values; use range, or list them")
     return [list(job) for job in product(*axes.values())]
 
 
-def find_left(folder: Path, config: DictConfig, jobs: Sequence[Job]) -> Left:
-    """What of `jobs` is not done in the folder of a sweep; a UsageError if it is not the folder of this sweep."""
-    _refuse_other(folder, config, jobs)
+def find_left(folder: Path, config: DictConfig, jobs: Sequence[Job], loader: Any) -> Left:
+    """What of `jobs` is not done in the folder of a sweep; a UsageError if it is not the folder of this sweep.
+
+    loader: Hydra's, of configurations, for what the sweep was begun with.
+    """
+    _refuse_other(folder, config, jobs, loader)
     runs = list(find_jobs(folder))
     running = [run for run in runs if is_locked(run.folder)]
     if running:
@@ -108,14 +116,14 @@ def describe_other_code(folder: Path) -> str | None:
     )
 
 
-def _refuse_other(folder: Path, config: DictConfig, jobs: Sequence[Job]) -> None:
+def _refuse_other(folder: Path, config: DictConfig, jobs: Sequence[Job], loader: Any) -> None:
     """The command must make every job that the sweep was begun with, from the same configuration."""
     path = folder / "multirun.yaml"
     try:
         begun: Any = OmegaConf.create(files.read_yaml_text(path))
         if not isinstance(begun, DictConfig) or "task" not in begun:
             raise UsageError(f"resume={folder}: not a sweep of initlab's")
-        before = expand(begun.hydra.overrides.task, begun.hydra.sweeper.get("params"))
+        before = expand(begun.hydra.overrides.task, begun.hydra.sweeper.get("params"), loader)
         then, now = begun.hydra.job.config_name, config.hydra.job.config_name
     except UsageError:
         raise

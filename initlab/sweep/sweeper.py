@@ -62,9 +62,10 @@ class Sweeper(HydraSweeper):
         from initlab.runs.parts import compact_left
         from initlab.sweep import resume  # and with it pandas, which a run needs later, if at all
 
-        assert self.config is not None and self.launcher is not None
+        assert self.config is not None and self.launcher is not None and self.hydra_context is not None
         folder = Path(str(self.config.hydra.sweep.dir))
-        jobs = resume.expand(arguments, self.params)
+        loader = self.hydra_context.config_loader
+        jobs = resume.expand(arguments, self.params, loader)
         resumed = self.config.get("resume") is not None
         if resumed:
             resume.refuse_no_sweep(folder)
@@ -72,7 +73,11 @@ class Sweeper(HydraSweeper):
             raise UsageError(f"{folder}: holds a sweep already; choose another hydra.sweep.dir, or say resume={folder}")
         Sweep.lock(folder)
         try:
-            left = resume.find_left(folder, self.config, jobs) if resumed else resume.Left(jobs, range(len(jobs)), 0)
+            left = (
+                resume.find_left(folder, self.config, jobs, loader)
+                if resumed
+                else resume.Left(jobs, range(len(jobs)), 0)
+            )
             getattr(self.launcher, "validate_batch_is_legal", self.validate_batch_is_legal)(left.jobs)
         except BaseException:  # one that stops the program, too
             if not resumed:

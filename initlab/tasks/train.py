@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from initlab.errors import UsageError, check, check_functions, library_call
-from initlab.nn.activations import Activation
-from initlab.nn.custom_activation import Given, as_activation
+from initlab.nn.activations import ACTIVATIONS, Activation
+from initlab.nn.custom_activation import Given, as_activation, check_trainable
 from initlab.nn.init import permutation
 from initlab.nn.mup import learning_rates
 from initlab.scratch.layers import LOSSES
@@ -77,6 +77,8 @@ def train(
     row = as_activation(activation)
     training = Training(depth, width, batch, steps, optimizer, loss, modules, drift, every, histograms)
     ensemble, where = Ensemble.resolve(init, seeds, row, rule_fields, lr), Where.resolve(dtype, device, generator)
+    if row not in ACTIVATIONS.values():
+        check_trainable(row, where.dtype)
     source = data if isinstance(data, Data) else load(data)
     collected: list[Frames] = []
     run_training(source, training, row, ensemble, where, emit or collected.append, progress, statistics)

@@ -68,7 +68,7 @@ def graph(
         targets = targets.to(where.device, where.dtype if targets.is_floating_point() else targets.dtype)
     if inputs is None:
         shapes = shapes or [first_shape(model, batch)]
-        if any(size < 1 for shape in shapes for size in shape):
+        if any(not shape or min(shape) < 1 for shape in shapes):
             raise UsageError(f"shapes={[list(shape) for shape in shapes]}: every size must be at least 1")
         notes.append(f"inputs: Gaussian noise of shape {' and '.join(str(tuple(shape)) for shape in shapes)}")
         inputs = [gaussian(shape, seed, "input", number) for number, shape in enumerate(shapes)]
