@@ -9,7 +9,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import wraps
 from numbers import Real
@@ -72,6 +72,7 @@ TRUTHS = frozenset(
 )
 _GROUPS = ("train", "phase")
 
+
 _short = Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
 
@@ -114,6 +115,12 @@ def show(value: object) -> str:
     return " ".join(text.split())
 
 
+def describe_error(error: BaseException) -> str:
+    """What an error of others' code says, in one line."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return shorten(text, LONGEST_WORD)
+
+
 CURES = {
     (errno.ENOSPC, errno.EDQUOT): "free some space",
     (errno.EROFS, errno.EACCES, errno.EPERM): "choose a folder that may be written to",
@@ -154,7 +161,21 @@ def choose(table: Mapping[str, Row], name: object, what: str) -> Row:
 
 def plain(value: Any) -> Any:
     """numpy's numbers and arrays, and torch's, as Python's numbers and lists; everything else as it is."""
-    return value.tolist() if callable(getattr(value, "tolist", None)) else value
+    try:
+        return value.tolist() if callable(getattr(value, "tolist", None)) else value
+    except RuntimeError:  # a tensor without data
+        return value
+
+
+def as_several(given: Any, kind: Any) -> Iterator[Any]:
+    """What is inside of something that was given, or itself where it is of a kind that counts as one, or holds nothing.
+
+    One after the other, so that the first that is wrong ends it, however many there are.
+    """
+    try:
+        return iter([given] if isinstance(given, kind) else given)
+    except TypeError:
+        return iter([given])
 
 
 def check(**options: object) -> list[Any]:

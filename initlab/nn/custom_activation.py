@@ -5,7 +5,7 @@ Theory holds for functions that are elementwise, finite and the same at every ca
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import TypeAlias
@@ -45,7 +45,7 @@ def as_activation(given: Given) -> Activation:
         raise UsageError(f"activation={show(given)}: must be a name, a row of the table or an elementwise function")
     if isinstance(given, nn.Module) and next(given.parameters(), None) is not None:
         return row_of(_Frozen(given))
-    return row_of(given)
+    return row_of(given if isinstance(given, Hashable) else partial(given))
 
 
 class _Frozen:
@@ -104,7 +104,8 @@ def gain(activation: Given, kind: str = "chi") -> float:
     >>> round(gain("tanh"), 5), round(gain(torch.sin), 4)
     (1.46741, 1.3273)
     """
-    return activations.gain(activation if isinstance(activation, str) else as_activation(activation), kind)
+    choose(activations.GAIN_KINDS, kind, "init.gain_kind")
+    return activations.gain(as_activation(activation), kind)
 
 
 @lru_cache

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from initlab.errors import UsageError, nearest, show
+from initlab.errors import UsageError, as_several, nearest, show
 from initlab.nn.activations import ACTIVATIONS
 from initlab.probes.torch_private import ConvNd, NormBase
 from initlab.stats.dtypes import DTYPES, resolve_dtype
@@ -83,10 +83,11 @@ def refuse_several(seeds: Sequence[int]) -> None:
 
 def list_patterns(layers: str | Iterable[str]) -> list[str]:
     """One glob, or any number of them, as a list; a UsageError for what is neither."""
-    found = [layers] if isinstance(layers, str) or not isinstance(layers, Iterable) else list(layers)
-    for pattern in found:
+    found = []
+    for pattern in as_several(layers, str):
         if not isinstance(pattern, str):
             raise UsageError(f"layers={show(layers)}: must be a glob on the names of modules, or a list of them")
+        found.append(pattern)
     if not found:
         raise UsageError("layers: empty; give at least one glob, such as layers='*'")
     return found

@@ -12,15 +12,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from initlab.errors import UsageError, library_call, show
+from initlab.errors import UsageError, describe_error, library_call, show
 from initlab.probes.probe_buffer import ProbeBuffer
 from initlab.probes.probed_modules import list_patterns, refuse_several, select
 from initlab.probes.steps import StepTracker
 from initlab.stats.keys import Seeds, resolve_seeds
 from initlab.stats.measure import backend_for
 from initlab.stats.statistics import Function
-
-_MISFITS = (RuntimeError, ValueError, IndexError, TypeError)
 
 
 @library_call
@@ -93,17 +91,17 @@ def _forward(model: nn.Module, x: Any, batch: list[Tensor]) -> Any:
         return model(*x) if isinstance(x, tuple) else model(x)
     except UsageError:  # says itself what is wrong
         raise
-    except _MISFITS as error:
+    except Exception as error:  # a model of the user's may raise anything
         shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in batch)
         where = _where(model, error)
-        raise UsageError(f"x={shapes or type(x).__name__}: does not fit {where}: {_first_line(error)}") from error
+        raise UsageError(f"x={shapes or type(x).__name__}: does not fit {where}: {describe_error(error)}") from error
 
 
 def _value(loss: Callable[..., Tensor], out: Any, y: Any) -> Tensor:
     try:
         value = loss(out) if y is None else loss(out, y)
-    except _MISFITS as error:
-        raise UsageError(f"loss: does not fit the model's output and y: {_first_line(error)}") from error
+    except Exception as error:  # so may a loss
+        raise UsageError(f"loss: does not fit the model's output and y: {describe_error(error)}") from error
     if not isinstance(value, Tensor) or value.numel() != 1:
         given = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise UsageError(f"loss: gives {given}: must give a tensor of one number")
@@ -154,7 +152,3 @@ def _where(model: nn.Module, error: BaseException) -> str:
             found = owner
     name = names[found]
     return f"{name} ({type(found).__name__})" if name else f"the model ({type(found).__name__})"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

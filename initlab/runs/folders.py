@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from initlab import files
-from initlab.errors import UsageError
+from initlab.errors import UsageError, as_several, show
 from initlab.runs.lock import is_locked
 
 Paths = str | Path | Iterable[str | Path]
@@ -43,11 +43,12 @@ class Folder(NamedTuple):
 
 def list_paths(paths: Paths) -> list[str]:
     """One path, or any number of them, as a list; a UsageError for what is neither, or names nothing."""
-    found = [paths] if isinstance(paths, str | Path) else list(paths) if isinstance(paths, Iterable) else [paths]
-    for path in found:
+    found = []
+    for path in as_several(paths, str | Path):
         if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
-            raise UsageError(f"{path!r}: must be a folder or a glob, or a list of them")
-    return [str(path) for path in found]
+            raise UsageError(f"{show(path)}: must be a folder or a glob, or a list of them")
+        found.append(str(path))
+    return found
 
 
 def find_folders(paths: Paths) -> list[Folder]:

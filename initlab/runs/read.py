@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from initlab.errors import UsageError, choose, library_call, printable
+from initlab.errors import UsageError, choose, library_call, printable, show
 from initlab.runs import folders, parquet
 from initlab.runs.folders import Folder, Paths
 from initlab.runs.schema import SEALED, STATS, TABLES, TASKS_WITH_STATS, column_kinds
@@ -109,7 +109,9 @@ def read(paths: Paths = "outputs/**", table: str = STATS) -> pd.DataFrame:
     for note in notes(runs, table):
         warnings.warn(note, stacklevel=2)
     if frame is None:
-        raise UsageError(f"no run with a table `{table}` at or below {paths}")
+        raise UsageError(
+            f"no run with a table `{table}` at or below {paths if isinstance(paths, str | Path) else show(paths)}"
+        )
     return frame
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from initlab.nn.activations import Activation
 from initlab.scratch.layers import Loss, lin, lin_inp_grad, lin_param_grads
@@ -59,7 +60,7 @@ def twin(parameters: Parameters, member: int, activation: Activation) -> nn.Sequ
     """The same network as torch writes it, with a copy of the weights of one member of the ensemble."""
     layers: list[nn.Module] = []
     for w, b in parameters:
-        linear = nn.Linear(w.shape[-2], w.shape[-1], device=w.device, dtype=w.dtype)
+        linear = skip_init(nn.Linear, w.shape[-2], w.shape[-1], device=w.device, dtype=w.dtype)  # type: ignore[no-untyped-call]  # draws nothing
         with torch.no_grad():
             linear.weight.copy_(w[member].mT)
             linear.bias.copy_(b[member])

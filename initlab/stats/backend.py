@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from initlab.errors import UsageError
+from initlab.errors import UsageError, describe_error
 from initlab.stats.histogram import Bins, histogram, octaves
 from initlab.stats.reference import FIELDS
 from initlab.stats.statistics import Function, checked_statistics
@@ -176,11 +176,13 @@ def measure_custom(statistics: Mapping[str, Function], x: Tensor) -> Tensor:
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 value = function(x.clone())
         except (Exception, SystemExit) as error:  # a function of the user may raise anything
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise UsageError(f"statistics.{name}: fails for a tensor {tuple(x.shape)}: {reason}") from error
+            says = describe_error(error)
+            raise UsageError(f"statistics.{name}: fails for a tensor {tuple(x.shape)}: {says}") from error
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         if shape != tuple(x.shape[:-2]):
             wanted = f"{tuple(x.shape[:-2])} for a tensor {tuple(x.shape)}"
             raise UsageError(f"statistics.{name}: gives {shape}, must give {wanted}, one number for each (N, C)")
+        if value.is_complex():
+            raise UsageError(f"statistics.{name}: gives complex numbers; it must give real ones")
         found.append(value.detach().to(x.device, torch.float64))
     return torch.stack(found) if found else x.new_empty((0, *x.shape[:-2]), dtype=torch.float64)

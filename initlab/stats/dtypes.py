@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from initlab.errors import not_one_of
+from initlab.errors import not_one_of, show
 
 if TYPE_CHECKING:
     import torch
@@ -75,12 +75,12 @@ def format_of(dtype: "str | torch.dtype", among: tuple[str, ...] = DTYPES) -> Nu
 
 def resolve_dtype(dtype: "str | torch.dtype") -> "torch.dtype":
     """The torch dtype that networks compute in, given as "float32" or as torch.float32."""
-    return format_of(dtype).dtype
+    return format_of(dtype_name(dtype)).dtype
 
 
 def dtype_name(dtype: "str | torch.dtype") -> str:
     """The name of a number format in options and tables: torch.float32 is "float32"."""
-    return str(dtype).removeprefix("torch.").removesuffix("fn")
+    return (dtype if isinstance(dtype, str) else show(dtype)).removeprefix("torch.").removesuffix("fn")
 
 
 def epsilon_of(names: Iterable[str]) -> float:

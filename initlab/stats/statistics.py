@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import nan
 from typing import TYPE_CHECKING
 
-from initlab.errors import UsageError
+from initlab.errors import UsageError, show
 from initlab.stats.keys import KEY_COLUMNS, MODULE_COLUMNS
 
 if TYPE_CHECKING:
@@ -106,13 +106,14 @@ def checked_statistics(statistics: Mapping[str, Function] | None, reserved: Iter
     `reserved` are names of further columns of the tables, such as those of the configuration.
     """
     if statistics is not None and not isinstance(statistics, Mapping):
-        raise UsageError(f"statistics={statistics!r}: must be a dictionary of functions by the names of their columns")
+        raise UsageError(f"statistics={show(statistics)}: must be a dictionary of functions by column names")
     given = dict(statistics or {})
     for name, function in given.items():
         if not isinstance(name, str) or not name.isidentifier():
-            raise UsageError(f"statistics.{name}: the name of a column must be letters, digits and underscores")
+            text = name if isinstance(name, str) else show(name)
+            raise UsageError(f"statistics.{text}: the name of a column must be letters, digits and underscores")
         if name in RESERVED or name in reserved:
             raise UsageError(f"statistics.{name}: the tables have a column of this name; choose another one")
         if not callable(function):
-            raise UsageError(f"statistics.{name}={function!r}: must be a function (..., N, C) -> (...)")
+            raise UsageError(f"statistics.{name}={show(function)}: must be a function (..., N, C) -> (...)")
     return given

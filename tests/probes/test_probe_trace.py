@@ -374,11 +374,11 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "loss of none": (lambda m: initlab.measure(m, BATCH, loss=lambda out: 1), "loss: gives int"),
     "wrong y": (
         lambda m: initlab.measure(m, BATCH, CLASSES[:2], cross_entropy),
-        "loss: does not fit the model's output and y: Expected",
+        "loss: does not fit the model's output and y: ValueError: Expected",
     ),
     "wrong x": (
         lambda m: initlab.measure(m, BATCH[:, :5]),
-        r"x=float32 \(4, 5\): does not fit 0 \(Linear\): mat1 and mat2",
+        r"x=float32 \(4, 5\): does not fit 0 \(Linear\): RuntimeError: mat1 and mat2",
     ),
     "wrong dtype": (lambda m: initlab.measure(m, BATCH.long()), r"x=int64 \(4, 6\): does not fit 0 \(Linear\)"),
     "too many x": (lambda m: initlab.measure(m, (BATCH, BATCH)), "does not fit the model"),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from initlab.errors import UsageError, choose, not_one_of
+from initlab.errors import UsageError, choose, not_one_of, show
 from initlab.nn.init import GENERATORS
 from initlab.stats.dtypes import resolve_dtype
 
@@ -40,7 +40,7 @@ def find_device(device: str | torch.device) -> torch.device:
 
     Errors: another kind of device; a GPU that is not there, which is never replaced in silence.
     """
-    name = str(device)
+    name = str(device) if isinstance(device, str | torch.device) else show(device)
     kind, _, number = name.partition(":")
     if kind not in DEVICES or (number and (kind == "auto" or not number.isdigit())):
         raise not_one_of("device", name, DEVICES)
