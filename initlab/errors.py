@@ -39,7 +39,7 @@ def _count(lowest: int, highest: int, optional: bool = False) -> Limits:
 # Every number that an option or a parameter takes. Parameters have the names of options, less what stands before a dot;
 # what stands there twice has other limits in training or in the phase plane.
 LIMITS: dict[str, Limits] = {
-    "depth": _count(1, 10**6),
+    "depth": _count(1, 10**5),
     "width": _count(1, 10**12),
     "inputs": _count(1, 10**12, optional=True),
     "batch": _count(1, 10**12),
@@ -49,22 +49,22 @@ LIMITS: dict[str, Limits] = {
     "flush_steps": _count(1, 10**12),
     "threads": _count(1, 1024),  # more no library starts
     "networks": _count(2, 10**6, optional=True),
-    "gain": Limits(highest=1.7e308, optional=True),  # weights that no format holds are data
+    "gain": Limits(highest=1e150, optional=True),  # theory squares it
     "bias": Limits(),
     "attempts": _count(0, 10**6),
     "tolerance": Limits(above=True),
     "base_width": _count(0, 10**12),
-    "train.depth": _count(0, 10**6),
+    "train.depth": _count(0, 10**5),
     "train.width": _count(1, 10**12),
     "train.batch": _count(1, 10**12),
     "train.steps": _count(1, 10**12),
-    "train.lr": Limits(),
-    "sigma_w": Limits(),
-    "sigma_b": Limits(),
+    "train.lr": Limits(highest=1e30),  # Adam multiplies it before it divides
+    "sigma_w": Limits(highest=1e5),  # beyond, no table of fixed points goes
+    "sigma_b": Limits(highest=1e5),
     "q0": Limits(above=True),
     "c0": Limits(0, 1, below=True),
     "phase.batch": _count(2, 10**12),  # one input has no cosine
-    "phase.sigma_b": Limits(),
+    "phase.sigma_b": Limits(highest=1e5),
     "phase.correlation": Limits(0, 1, below=True),
 }
 TRUTHS = frozenset(
@@ -209,9 +209,9 @@ def check_value(option: str, given: object, limits: Limits | None = None) -> Any
     if limits.whole and value != value // 1:
         raise UsageError(f"{what}: must be a whole number")
     if value < limits.lowest or (limits.above and value == limits.lowest):
-        raise UsageError(f"{what}: must be {'above' if limits.above else 'at least'} {limits.lowest}")
+        raise UsageError(f"{what}: must be {'above' if limits.above else 'at least'} {show(limits.lowest)}")
     if value > limits.highest or (limits.below and value == limits.highest):
-        raise UsageError(f"{what}: must be {'below' if limits.below else 'at most'} {limits.highest}")
+        raise UsageError(f"{what}: must be {'below' if limits.below else 'at most'} {show(limits.highest)}")
     return int(value) if limits.whole else float(value)
 
 

@@ -215,6 +215,8 @@ def critical(activation: Given, sigma_b: float = 0.0) -> float:
         return 1 / math.sqrt(float(slope_square[0]))
     change = (bias >= wanted).int().diff().nonzero().flatten()
     if not len(change):
+        if float(bias.max()) < 0:
+            raise UsageError(f"activation={name_of(activation)}: has no critical line, gradients grow at every sigma_w")
         low, high = (max(0.0, float(end)) ** 0.5 for end in (bias.min(), bias.max()))
         raise UsageError(
             f"sigma_b={sigma_b:g}: the critical line of activation={name_of(activation)} has sigma_b from {low:.4g} to "

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from initlab.errors import Limits, UsageError, check, check_value, choose
+from initlab.errors import LIMITS, Limits, UsageError, check, check_value, choose
 from initlab.meanfield.fixed_points import phase_plane
 from initlab.meanfield.trajectories import trajectory
 from initlab.nn.custom_activation import Given, as_activation
@@ -29,7 +29,7 @@ FITTED = (1e-10, 0.1)  # 1 - cosine between these falls by a constant factor a l
 LEAST = 3  # layers through which a line is fitted
 NOISE = 3.0  # standard deviations that a cosine must be away from its end to count as on its way there
 THEORY = 4096  # points that are predicted together
-LIMITS = {  # column -> that of `phase_plane`
+LIMIT_COLUMNS = {  # column -> that of `phase_plane`
     "limit_q": "q",
     "limit_cosine": "c",
     "limit_chi_1": "chi_1",
@@ -48,9 +48,8 @@ class Axis(NamedTuple):
 
     def values(self, name: str) -> list[float]:
         """Refuses what is no axis; `name` is the option's."""
-        low, high = (
-            check_value(f"{name}.{end}", value, Limits()) for end, value in (("min", self.low), ("max", self.high))
-        )
+        scale = LIMITS["sigma_w"]
+        low, high = check_value(f"{name}.min", self.low, scale), check_value(f"{name}.max", self.high, scale)
         points = check_value(f"{name}.points", self.points, Limits(1, MOST_POINTS, whole=True))
         if low > high:
             raise UsageError(f"{name}.min={low:g}: must not be above {name}.max={high:g}")
@@ -157,7 +156,7 @@ def predict_points(points: Points, rows: Sequence[int]) -> pd.DataFrame:
         }  # fmt: skip
         frame = pd.DataFrame({name: values[:, at].ravel() for name, values in found.items()})
         limits = phase_plane(points.row, across, up, first_layer=True)
-        limit = {name: np.repeat(limits[column].to_numpy(), len(rows)) for name, column in LIMITS.items()}
+        limit = {name: np.repeat(limits[column].to_numpy(), len(rows)) for name, column in LIMIT_COLUMNS.items()}
         frames.append(frame.assign(**limit))
     return pd.concat(frames, ignore_index=True)
 

@@ -184,7 +184,7 @@ def simulated_bands(block: torch.Tensor, limits: dict[str, Array]) -> list[Rows]
         if name not in limits or np.isnan(rows[name]).all():
             continue
         values = rows[name][np.isfinite(rows[name])]
-        points = np.quantile(values, QUANTILES)
+        points = np.quantile(values, QUANTILES) if len(values) else np.full(len(QUANTILES), np.inf)
         if name in IN_LN:
             values = np.log(values[values > 0])
         moments = (values.mean(), values.std()) if len(values) else (-math.inf, math.nan)

@@ -18,6 +18,8 @@ from initlab.nn.init import MODES, Rule, rule
 from initlab.nn.mup import last_layer
 from initlab.theory.forward_law import BatchVariation, DenseLayer, Fitted
 
+DEPTH, WIDTH = 50, 100  # of a stack of which nothing is said
+
 
 @dataclass(frozen=True)
 class Request:
@@ -50,8 +52,8 @@ class Request:
 def parse_request(
     init: str | Rule = "kaiming",
     activation: Given = "relu",
-    depth: int = 50,
-    width: int = 100,
+    depth: int = DEPTH,
+    width: int = WIDTH,
     widths: Sequence[int] | None = None,
     inputs: int | None = None,
     batch: int = 200,
@@ -76,6 +78,8 @@ def _resolve_units(depth: int, width: int, widths: Sequence[int] | None, inputs:
     given = plain(widths)
     if given is not None and (not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given):
         raise UsageError(f"widths={show(given)}: must be a list with the units of every layer")
+    if given and ((depth, width) != (DEPTH, WIDTH)):
+        raise UsageError("widths: says the units of every layer; leave depth and width out")
     own = [width] * depth if given is None else [check_value("widths", n, LIMITS["width"]) for n in given]
     return [own[0] if inputs is None else inputs, *own]
 

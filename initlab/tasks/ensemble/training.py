@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
-from initlab.errors import UsageError, choose, keep_checked
+from initlab.errors import Limits, UsageError, check_value, choose, keep_checked
 from initlab.scratch.layers import LOSSES
 from initlab.tasks.data import Data
 
@@ -23,6 +24,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
 }
 # They divide a gradient by its own size.
 ADAPTIVE = ("rmsprop", "adam", "adamw")
+CLASSES = Limits(1, 10**6, whole=True, optional=True)  # of data; None where targets are numbers
 # How the modules of an ensemble run on steps that are not recorded; recorded ones go one by one.
 MODULES = {"one_by_one": "each nn.Module by itself", "vmap": "all as one program, torch.func.vmap"}
 
@@ -60,7 +62,13 @@ class Training:
         return [data.x.shape[1], *[self.width] * self.depth, outputs]
 
     def check_data(self, data: Data) -> None:
-        """Refuse a loss that does not fit the targets, and a batch larger than the data."""
+        """Refuse data that are none, a loss that does not fit the targets, and a batch larger than the data."""
+        n = len(data.x) if isinstance(data.x, Tensor) and data.x.ndim == 2 and not data.x.is_complex() else -1
+        if not isinstance(data.y, Tensor) or data.y.shape != (n,) or data.y.is_complex():
+            raise UsageError(f"data={data.name}: x must be a tensor (n, I) of real numbers, y a tensor (n,)")
+        classes = range(check_value("data.classes", data.classes, CLASSES) or 0)
+        if len(classes) and not bool(torch.isin(data.y, torch.arange(len(classes), device=data.y.device)).all()):
+            raise UsageError(f"data={data.name}: targets must be classes from 0 to {len(classes) - 1}")
         if LOSSES[self.loss].classes and data.classes is None:
             raise UsageError(f"train.loss={self.loss}: data={data.name} has no classes; use train.loss=mse")
         if self.batch > len(data.x):
