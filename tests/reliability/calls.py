@@ -31,7 +31,7 @@ from initlab.theory.request import Request, parse_request
 from tests.reliability.attack import Case
 
 LARGE = 600
-LONGEST = 510  # characters of a line
+LONGEST = 320  # characters of a line
 PRODUCTS = ("mm", "bmm", "addmm", "matmul", "baddbmm", "addmv", "mv", "dot")
 
 
