@@ -67,7 +67,7 @@ class Hooks:
 
     def __init__(self, modules: list[ProbedModule], buffer: ProbeBuffer, stage: str, training: bool) -> None:
         self.modules, self._buffer, self._stage, self._training = modules, buffer, stage, training
-        self._numbered = 0
+        self._numbered = self.calls = self.unfollowed = 0  # calls of the model, and those that autograd did not follow
         self._layer, self._last = _INPUT, cast(_Preactivation | None, None)
         self._on_modules: list[RemovableHandle] = []
         self._on_tensors: list[RemovableHandle] = []
@@ -97,6 +97,8 @@ class Hooks:
             raise UsageError(
                 "probe: inside torch.func (vmap, grad, ...) or a trace nothing can be measured: call the model"
             )
+        self.calls += 1
+        self.unfollowed += not torch.is_grad_enabled()
         self._layer, self._last = _INPUT, None
 
     def end_step(self) -> None:

@@ -1,5 +1,6 @@
 """The parameters of a watched network as rows: their values, gradients and updates."""
 
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 
 import torch
@@ -39,28 +40,48 @@ class Parameters:
         keys, self._all = [key for key, _ in pairs], [p for _, p in pairs]
         self._codes = [buffer.code(key) for key in keys]
         self._gradient_codes = [buffer.code(key._replace(direction="backward")) for key in keys]
+        # Weights stand first: the k-th of them is the k-th of all.
         self._weights = [p for key, p in pairs if updates and key.tensor == "weight"]
+        self._open: set[int] = set()
         self._update_codes = [buffer.code(key._replace(tensor="update")) for key in keys if key.tensor == "weight"]
 
+    def start(self) -> None:
+        """A step begins in which nothing has been measured yet."""
+        self._open = set(range(len(self._all)))
+
+    def choose(self, wanted: Callable[[nn.Parameter], bool]) -> list[int]:
+        """The numbers of those parameters that have not been measured in this step and are wanted now."""
+        chosen = [k for k in sorted(self._open) if wanted(self._all[k])]
+        self._open.difference_update(chosen)
+        return chosen
+
     @torch.no_grad()
-    def measure_values(self) -> None:
+    def measure_values(self, chosen: Sequence[int]) -> None:
         """Rows of the values as they are; the weights are kept for `measure_updates`."""
-        self._buffer.put_each(self._codes, self._all)
+        self._buffer.put_each([self._codes[k] for k in chosen], [self._all[k] for k in chosen])
         if not self._before:
             with torch.inference_mode(False):
                 self._before = [torch.empty_like(w, requires_grad=False) for w in self._weights]
-        for before, w in zip(self._before, self._weights, strict=True):
-            before.copy_(w)
+        for k in chosen:
+            if k < len(self._before):
+                self._before[k].copy_(self._weights[k])
 
     @torch.no_grad()
-    def measure_updates(self) -> None:
-        """Rows of W_{k+1} - W_k, for weights; W_k is what `measure_values` has seen."""
-        self._buffer.put_each(self._update_codes, self._weights, self._before)
+    def measure_updates(self, held: Container[int]) -> None:
+        """Rows of W_{k+1} - W_k, for the weights whose ids are held; W_k is what `measure_values` has seen."""
+        moved = [k for k, w in enumerate(self._weights) if id(w) in held and k not in self._open]
+        self._buffer.put_each(
+            [self._update_codes[k] for k in moved], [self._weights[k] for k in moved], [self._before[k] for k in moved]
+        )
+
+    def forget(self) -> None:
+        """Let go of the kept weights: the next recorded step is far away."""
+        self._before = []
 
     @torch.no_grad()
-    def measure_gradients(self) -> None:
+    def measure_gradients(self, chosen: Sequence[int]) -> None:
         """Rows of `.grad` as it stands; parameters without one have none."""
-        grads = [(code, p.grad) for code, p in zip(self._gradient_codes, self._all, strict=True)]
+        grads = [(self._gradient_codes[k], self._all[k].grad) for k in chosen]
         found = [(code, _dense(grad)) for code, grad in grads if grad is not None]
         self._buffer.put_each([code for code, _ in found], [grad for _, grad in found])
 

@@ -22,6 +22,7 @@ from initlab.errors import UsageError, check, check_functions, library_call
 from initlab.probes.probe_buffer import ProbeBuffer
 from initlab.probes.probed_modules import list_patterns, refuse_several, select
 from initlab.probes.steps import StepTracker
+from initlab.probes.updates import list_optimizers
 from initlab.stats.buffer import BATCHED
 from initlab.stats.keys import Seeds, TensorKey, resolve_seeds
 from initlab.stats.measure import backend_for
@@ -110,7 +111,7 @@ def probe(
     model: nn.Module | Watchable,
     x: None = None,
     *,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
     every: int = 1,
     layers: str | Iterable[str] = "*",
     seeds: Seeds = 1,
@@ -122,8 +123,10 @@ def probe(
     """Record the statistics of a training loop: `with probe(model, optimizer=optimizer) as p: ...`, then `p.frame()`.
 
     model: an nn.Module, or a hand-written network that offers `watch(sink)`. x: is refused; `measure` takes one pass.
-    optimizer: a step ends with `optimizer.step()` (stage `train`, gradients as the optimizer gets them, updates; passes
-    under `no_grad` are left out). Without it a step ends with the next forward pass (stage `probe`, no updates).
+    optimizer: one or several; a step ends when all gradients have been used (stage `train`, gradients as the optimizer
+    gets them, updates; passes under `no_grad` are left out). Gradients are those of the loss, also where a GradScaler
+    multiplies it by what the column `loss_scale` says. Without an optimizer a step ends with the next forward pass
+    (stage `probe`, no updates).
     every: record every k-th step. layers: one or several globs on the dotted names of modules. seeds: labels of the
     rows, how many networks the model holds or a seed for each; an nn.Module is one. emit: a function that gets a frame
     every `flush_steps` recorded steps or 30 seconds. histograms: count entries by sign and power of two too, see
@@ -154,7 +157,8 @@ def probe(
     sink = Sink(buffer, every, patterns)
     if isinstance(model, nn.Module):
         refuse_several(buffer.seeds)
-        return Probe(buffer, StepTracker(model, optimizer, select(model, patterns), every, buffer), sink)
+        optimizers = [] if optimizer is None else list_optimizers(model, optimizer)
+        return Probe(buffer, StepTracker(model, optimizers, select(model, patterns), every, buffer), sink)
     if not isinstance(model, Watchable) or isinstance(model, type):
         raise UsageError(f"model={type(model).__name__}: must be an nn.Module, or offer watch(sink)")
     if optimizer is not None:

@@ -20,8 +20,11 @@ from initlab.stats.buffer import StatsBuffer
 from initlab.stats.histogram import bin_columns
 from initlab.stats.keys import KEY_COLUMNS, MODULE_COLUMNS, TEXT_COLUMNS, update_ratio
 from initlab.stats.reference import FIELDS
-from initlab.stats.statistics import COUNTS, UPDATE_RATIO
+from initlab.stats.statistics import COUNTS, LOSS_SCALE, UPDATE_RATIO
 
+PARAMETERS = ("weight", "bias")
+# Fields of a row that grow with the tensor, and with its square.
+LINEAR, SQUARED = ([list(FIELDS).index(name) for name in names] for names in (("mean", "min", "max"), ("m2", "within")))
 BLOCK_ENTRIES = 2**18  # entries of a block that a processor's cache holds
 BLOCK_TENSORS = 64  # of a block at most: beyond, copying costs more than measuring
 
@@ -61,6 +64,7 @@ class ProbeBuffer(StatsBuffer):
         self._gathered: dict[tuple[object, ...], _Block] = {}
         self._shares: list[tuple[int, Tensor]] = []  # of a row: its saturated share
         self._rectified: list[tuple[int, int]] = []  # of a row: that of its ReLU, which says the share
+        self._scales: list[tuple[int, float]] = []  # what multiplied the loss from a row on
 
     def put(self, code: int, x: Tensor, batched: bool = True) -> int:  # type: ignore[override]
         """Take the values of (N, C) or (E, N, C) as they are now; gives the number of the row.
@@ -123,6 +127,10 @@ class ProbeBuffer(StatsBuffer):
         """Preactivations are saturated where their ReLU, which is measured too, is 0 or nan: nothing to compute."""
         self._rectified.append((row, activation_row))
 
+    def set_loss_scale(self, scale: float) -> None:
+        """What multiplied the loss of the step under way; the gradients of its activations are divided by it."""
+        self._scales = [one for one in self._scales if one[0] != self._first] + [(self._first, scale)]
+
     def end_step(self, step: int) -> None:
         """Close a step: measure what was gathered, and hand over what is due."""
         for (*_, batched), block in self._gathered.items():
@@ -147,7 +155,8 @@ class ProbeBuffer(StatsBuffer):
         frame = super().frame()
         rms = frame["rms"].to_numpy().reshape(-1, len(self.seeds))
         ratio = update_ratio(self.codes, *self.code_and_step(np.arange(self.n_closed)), rms)
-        return frame.assign(**{UPDATE_RATIO: ratio.reshape(-1)})
+        scale = np.repeat(self._scale_of_rows(), len(self.seeds))
+        return frame.assign(**{UPDATE_RATIO: ratio.reshape(-1), LOSS_SCALE: scale})
 
     def histograms(self) -> pd.DataFrame:
         """The table `histograms` of what was closed since it was last asked for, with `name`, `part` and `call`."""
@@ -169,7 +178,24 @@ class ProbeBuffer(StatsBuffer):
             self._page[lines] = found.reshape(len(found), len(rows), -1).permute(1, 2, 0).to(self._page.device)
             self._bin_rows += [] if self.bins is None else rows
 
+    def _scale_of_rows(self) -> np.ndarray:
+        """What multiplied the loss, of every row of closed steps: 1 where nothing did."""
+        scale, (_, steps) = np.ones(self.n_closed), self.code_and_step(np.arange(self.n_closed))
+        for first, value in self._scales:
+            scale[first:][steps[first:] == steps[first : first + 1]] = value
+        return scale
+
+    def _scale_of_gradients(self) -> np.ndarray:
+        """The same where it was never divided out: of activations. Those of parameters the scaler itself divides."""
+        keys = list(self.codes)
+        scaled = [keys[code].direction == "backward" and keys[code].tensor not in PARAMETERS for code in self.rows]
+        return np.where(scaled[: self.n_closed], self._scale_of_rows(), 1.0)
+
     def _statistics(self, rows: Tensor) -> Tensor:
+        if self._scales:
+            scale = torch.from_numpy(self._scale_of_gradients())[:, None]
+            rows[LINEAR] /= scale
+            rows[SQUARED] /= scale.square()
         shares = [(row, share) for row, share in self._shares if row < self.n_closed]
         if shares:
             share = torch.cat([share.double().cpu().expand(-1, rows.shape[-1]) for _, share in shares])
@@ -194,4 +220,8 @@ class ProbeBuffer(StatsBuffer):
         order = np.argsort(rows, kind="stable")
         each = (order[:, None] * len(self.seeds) + np.arange(len(self.seeds))).reshape(-1)
         keys = self._key_columns(rows[order])
-        return pd.DataFrame({**keys, **{name: column[each] for name, column in columns.items()}})
+        frame = pd.DataFrame({**keys, **{name: column[each] for name, column in columns.items()}})
+        if self._scales:  # powers of two, so that entries only move by octaves
+            moved = np.log2(self._scale_of_gradients()[rows[order]]).round().astype(np.int64)
+            frame["first"] -= np.repeat(moved, len(self.seeds))
+        return frame

@@ -60,7 +60,7 @@ def measure(
     buffer = ProbeBuffer(list(resolve_seeds(seeds)), backend_for("cpu", statistics))
     refuse_several(buffer.seeds)
     patterns = list_patterns(layers)
-    tracker = StepTracker(model, None, select(model, patterns), 1, buffer)
+    tracker = StepTracker(model, [], select(model, patterns), 1, buffer)
     batch = list(_all_tensors(x))
     _refuse_places(model, batch)
     with torch.inference_mode(False), torch.enable_grad(), _left_as_it_was(model, batch):

@@ -84,7 +84,7 @@ def test_every_row_is_about_the_tensor_that_it_names(inplace: bool) -> None:
         same(one(rows, **words, direction="backward"), p.grad.reshape(matrix.shape), False)
     assert len(rows) == 2 * (5 + 6)
     assert set(rows["stage"]) == {"probe"} and set(rows["implementation"]) == {"module"} and set(rows["step"]) == {0}
-    assert list(rows.columns) == [*KEYS, "name", "part", "call", *STATISTICS, "update_ratio"]
+    assert list(rows.columns) == [*KEYS, "name", "part", "call", *STATISTICS, "update_ratio", "loss_scale"]
 
 
 def test_a_loop_records_updates_of_every_kth_step() -> None:

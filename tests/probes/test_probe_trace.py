@@ -393,7 +393,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "flush": (lambda m: initlab.probe(m, flush_steps=0), "flush_steps=0: must be at least 1"),
     "seeds": (lambda m: initlab.measure(m, BATCH, seeds=[1, 2]), "seeds: 2 given; an nn.Module is one network"),
     "a pass as a loop": (lambda m: initlab.probe(m, BATCH), r"for one pass on x use initlab.measure\(model, x"),  # type: ignore[arg-type]
-    "no optimizer": (lambda m: initlab.probe(m, optimizer=0.1), "optimizer=float: must be a torch.optim.Optimizer"),
+    "no optimizer": (lambda m: initlab.probe(m, optimizer=0.1), "optimizer=0.1: must be a torch.optim.Optimizer"),
     "foreign": (
         lambda m: initlab.probe(m, optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters())),
         "optimizer=SGD: holds none of the model's parameters",
