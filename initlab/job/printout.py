@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from initlab.errors import UsageError
 from initlab.runs import summary, theory_rows
 from initlab.runs.read import Run, find_runs, read_runs
 from initlab.runs.recorder import Recorder
@@ -53,7 +54,10 @@ def _summarize(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """The short table, and how many layers keep to the prediction."""
     if STATS not in tables:
         return []
-    table = summary.summarize(*(tables.get(name) for name in (STATS, LOSSES, PARITY, THEORY)))
+    try:
+        table = summary.summarize(*(tables.get(name) for name in (STATS, LOSSES, PARITY, THEORY)))
+    except UsageError as error:  # files of another table, or rows that stand there twice
+        return [f"no short table: {error}"]
     lines = [summary.as_text(table)]
     return [*lines, theory_rows.describe(list(table["theory"].dropna()))] if "theory" in table else lines
 

@@ -73,7 +73,10 @@ def _format_values(column: pd.Series) -> str:
 def short_table(runs: Sequence[Run], stats: pd.DataFrame) -> str:
     """The table that a sweep ends in."""
     tables = {name: read_runs(runs, name)[1] for name in (LOSSES, PARITY, THEORY)}
-    table = summary.summarize(stats, **tables)
+    try:
+        table = summary.summarize(stats, **tables)
+    except UsageError as error:
+        return f"no short table: {error}"
     text = summary.as_text(table.head(LONGEST))
     more = len(table) - LONGEST
     return text + (f"\n... and {more:,} more; --to FILE keeps all rows" if more > 0 else "")

@@ -8,6 +8,7 @@ pyarrow, which is built for files that nobody vouches for.
 
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,13 +26,13 @@ import pyarrow.parquet as pq
 from initlab.errors import UsageError, printable
 from initlab.files import SMALL, check_file
 
-# Key of a file's metadata: {"collected": whether its rows are those of many runs, "numbers": rows times columns,
-# "crc32": its seal}.
+# Key of a file's metadata: {"collected": whether its rows are those of many runs, "numbers": how many its rows hold, 8
+# bytes each, "crc32": its seal}.
 METADATA = b"initlab"
 FILE = "file of this row"  # a column while files are read
 SEAL = re.compile(rb'"numbers": (\d{1,18}), "crc32": "([0-9a-f]{8})"')
 UNSEALED = "0" * 8  # in the place of the sum before it is known
-TAIL = 2**17  # bytes at the end of a file in which the seal is looked for
+TAIL = 8  # bytes behind the footer: its length, and PAR1
 BLOCK = 2**20
 # Bytes that the rows of a file may take: of a small file, and for each byte of a larger one. A table in which every
 # number is nan takes 300 times its file.
@@ -79,7 +80,7 @@ def open_writer(path: Path, schema: pa.Schema, collected: bool = False) -> Itera
     texts = [f.name for f in schema if pa.types.is_dictionary(f.type)]
     floats = [f.name for f in schema if pa.types.is_floating(f.type)]
     partial = path.with_suffix(".part")
-    rows = 0
+    numbers = 0
     try:
         # Of these tables LZ4 makes files as small as Zstandard does, and takes a third of its time to read many.
         with pq.ParquetWriter(
@@ -88,12 +89,12 @@ def open_writer(path: Path, schema: pa.Schema, collected: bool = False) -> Itera
         ) as writer:  # fmt: skip
 
             def write_rows(table: pa.Table) -> None:
-                nonlocal rows
+                nonlocal numbers
                 writer.write_table(table)
-                rows += len(table)
+                numbers += max(table.num_rows * table.num_columns, table.nbytes // 8)  # lists hold several
 
             yield write_rows
-            about = {"collected": collected, "numbers": rows * len(schema), "crc32": UNSEALED}
+            about = {"collected": collected, "numbers": numbers, "crc32": UNSEALED}
             writer.add_key_value_metadata({METADATA.decode(): json.dumps(about)})
         with partial.open("r+b") as file:
             place, _ = _find_seal(file)
@@ -115,7 +116,10 @@ def write(table: pa.Table, path: Path, collected: bool = False) -> None:
 
 def _find_seal(file: BinaryIO) -> tuple[int, int]:
     """Where in a file its seal stands, and how many numbers it says that the file holds; -1 and 0 for no seal."""
-    start = file.seek(max(0, file.seek(0, 2) - TAIL))
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - TAIL))
+    footer = int.from_bytes(file.read(4), "little")
+    start = file.seek(max(0, end - TAIL - footer))
     tail = file.read()
     found = SEAL.match(tail, max(0, tail.rfind(b'"numbers": ')))
     return (start + found.start(2), int(found[1])) if found else (-1, 0)
@@ -211,11 +215,16 @@ def read_files(
         rows |= dict(zip(runs["value"], runs["len"], strict=True))
         table = table.drop(FILE)
     except (Exception, pl.exceptions.PanicException):  # columns differ, or one of them is broken
-        frames = {}
+        frames: dict[str, Any] = {}
+        lists: dict[str, bool] = {}  # whether a column holds lists
         for path in good:
             try:
                 frames[path] = _read_file(path, is_sealed[path])
                 _check_kinds(frames[path].schema, kinds)
+                lists |= {name: kind.is_nested() for name, kind in frames[path].schema.items() if name not in lists}
+                for name, kind in frames[path].schema.items():
+                    if kind.is_nested() != lists[name]:
+                        raise UsageError(f"its column `{name}` holds {'' if kind.is_nested() else 'no '}lists")
             except (Exception, pl.exceptions.PanicException) as error:  # whatever a reader raises is about the file
                 why = str(error) or type(error).__name__
                 unreadable[path] = str(UsageError(f"{path}: cannot be read ({why.removeprefix(f'{path}: ')})"))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from initlab.errors import UsageError
 from initlab.runs import theory_rows
 from initlab.runs.labels import add_labels, format_folders, label_columns
 from initlab.runs.schema import LOSSES, PARITY, STATS, THEORY, refuse_other_table
@@ -76,10 +77,13 @@ def band(frame: pd.DataFrame, along: list[str], value: str) -> pd.DataFrame:
     """Per label and position: median and 16-84 % of the networks, by `rank_quantiles`; needs `label` and `seed`."""
     found = []
     for label, rows in frame.groupby("label", observed=True):
+        if rows.duplicated([*along, "seed"]).any():
+            raise UsageError(f"{label}: a network has several rows at one {' and '.join(along)}")
         networks = rows.pivot(index=along, columns="seed", values=value)
         low, median, high = rank_quantiles(networks.to_numpy())
         found.append(networks.index.to_frame(index=False).assign(label=label, low=low, median=median, high=high))
-    return pd.concat(found, ignore_index=True)
+    columns = [*along, "label", "low", "median", "high"]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
 
 
 def end_of_signal(stats: pd.DataFrame, direction: str = "forward") -> dict[str, str]:

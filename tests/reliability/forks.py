@@ -1,177 +1,72 @@
-"""The command line in processes that cost no import: a server imports all of it once, and forks for each command.
-
-A forked process can be told to send itself signals at its n-th event: a write, a renaming or a removal of a file, just
-before it or just after. Every part that it has flushed is kept beside the run, so that nothing can be lost unseen.
-"""
+"""Cases in forked children of a fresh interpreter: each costs milliseconds, and none can harm the next."""
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib import import_module
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-import initlab
+from tests.reliability.attack import Case
 
-PRELOADED = (
-    "initlab.__main__", "initlab.job.life_cycle", "initlab.job.options", "initlab.job.prepare", "initlab.runs.recorder",
-    "initlab.runs.read", "initlab.sweep.batched_launcher", "initlab.sweep.batch", "initlab.sweep.resume",
-    "initlab.sweep.sweeper", "initlab.sweep.workers", "initlab.tasks.stack", "initlab.tasks.train", "polars",
-)  # fmt: skip
-FLUSHED = "flushed"  # folder beside the runs: a second name of every part that was flushed
+ROOT = Path(__file__).parents[2]
 
 
-@dataclass
-class Ended:
-    """How a command ended: its exit code (less than 0: the signal that killed it), and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Running:
-    """A command that runs; `wait` for its end, or send it signals before."""
-
-    def __init__(self, server: "subprocess.Popen[str]", folder: Path, pid: int) -> None:
-        self.server, self.folder, self.pid = server, folder, pid
-
-    def wait(self) -> Ended:
-        assert self.server.stdout is not None
-        code = os.waitstatus_to_exitcode(int(self.server.stdout.readline()))
-        out, err = ((self.folder / name).read_text(encoding="utf-8", errors="replace") for name in ("out", "err"))
-        return Ended(code, out, err)
+def isolate(topic: str, count: int, seed: int, folder: Path) -> Iterator[Case]:
+    """The cases of a topic's `attempts`, in an interpreter of its own: what tests left in this one cannot fork."""
+    program = (
+        f"from tests.reliability import forks, {topic}; forks.send({topic}.attempts({count}, {seed}, {str(folder)!r}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT, env=environment
+    ) as process:
+        for line in process.stdout or ():
+            yield Case(**json.loads(line))
+    assert process.returncode == 0
 
 
-class Forks:
-    """Starts commands, one at a time."""
-
-    def __init__(self) -> None:
-        root = Path(initlab.__file__).parents[1]
-        paths = os.pathsep.join([str(Path(__file__).parents[2]), str(root)])
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.reliability.forks"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root,
-            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, process_group=0,
-        )  # fmt: skip
-
-    def start(
-        self, folder: Path, words: Sequence[str], signals: Mapping[int, int] | None = None, **patches: Any
-    ) -> Running:
-        """`initlab WORDS` in a folder. signals: number of an event -> the signal. patches: `module__NAME` -> value."""
-        folder.mkdir(parents=True, exist_ok=True)
-        asked = {"folder": str(folder), "words": list(words), "signals": signals or {}, "patches": patches}
-        assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.write(json.dumps(asked) + "\n")
-        self._server.stdin.flush()
-        return Running(self._server, folder, int(self._server.stdout.readline()))
-
-    def run(self, folder: Path, words: Sequence[str], **asked: Any) -> Ended:
-        return self.start(folder, words, **asked).wait()
-
-    def close(self) -> None:
-        assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.close()
-        self._server.wait()
-        self._server.stdout.close()
+def send(attempts: Iterable[Case]) -> None:
+    """Hand each case over as a line."""
+    for case in attempts:
+        print(json.dumps(vars(case)), flush=True)
 
 
-@contextmanager
-def forks() -> Iterator[Forks]:
-    server = Forks()
-    try:
-        yield server
-    finally:
-        server.close()
+def run_forked(call: Callable[[], int], folder: Path, seconds: int = 60, memory: int = 0) -> tuple[int, str, str]:
+    """Exit code, output and errors of a call in a child with a folder and standard streams of its own.
 
-
-# --- in the forked process --------------------------------------------------------------------------------------------
-
-
-def watch_events(signals: Mapping[int, int], folder: Path) -> list[int]:
-    """Send the signals at their events; the list holds how many events there have been."""
-    import pyarrow.parquet as pq
-
-    events = [0]
-
-    def event() -> None:
-        events[0] += 1
-        number = signals.get(events[0])
-        if number is not None:
-            os.kill(os.getpid(), number)
-
-    def watched(owner: Any, name: str, after: Callable[..., None] = lambda *_: None) -> None:
-        own = getattr(owner, name)
-
-        def act(self: Any, *given: Any, **options: Any) -> Any:
-            event()
-            found = own(self, *given, **options)
-            after(self, *given)
-            event()
-            return found
-
-        setattr(owner, name, act)
-
-    def keep(source: Path, target: Path) -> None:
-        target = Path(target)
-        if target.parent.name == "parts":
-            kept = folder / FLUSHED / target.parents[1].absolute().relative_to(folder)
-            kept.mkdir(parents=True, exist_ok=True)
-            os.link(target, kept / f"{target.stem}-{time.monotonic_ns()}.parquet")
-
-    watched(Path, "replace", keep)
-    watched(Path, "unlink")
-    watched(pq.ParquetWriter, "write_table")
-    return events
-
-
-def _become_command(asked: Mapping[str, Any]) -> int:
-    folder = Path(asked["folder"])
-    os.chdir(folder)
-    for name, number in (("out", 1), ("err", 2)):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
-    for name, value in asked["patches"].items():
-        module, _, attribute = name.rpartition("__")
-        setattr(import_module(module.replace("__", ".")), attribute, value)
-    events = watch_events({int(n): number for n, number in asked["signals"].items()}, folder)
-    sys.argv = ["initlab", *asked["words"]]
-    from initlab.__main__ import main
-
-    try:
-        code = main()
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-    (folder / "events").write_text(str(events[0]))
-    return code
-
-
-def serve() -> None:
-    for name in PRELOADED:
-        import_module(name)
-    import torch
-
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                code = _become_command(json.loads(line))
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        print(pid, flush=True)
-        print(os.waitpid(pid, 0)[1], flush=True)
-
-
-if __name__ == "__main__":
-    serve()
+    seconds: of CPU that it may take. memory: bytes that it may take beyond those that this process has; 0 for any.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            os.chdir(folder)
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+            signal.alarm(20 * seconds)  # one that waits for ever ends, too
+            if memory:
+                now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (now + memory, now + memory))
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            for number, name in ((1, ".out"), (2, ".err")):
+                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+            sys.stdout = os.fdopen(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+            sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
+            code = call()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    out, err = ((folder / name).read_bytes().decode("utf-8", "replace") for name in (".out", ".err"))
+    for name in (".out", ".err"):
+        (folder / name).unlink()
+    return os.waitstatus_to_exitcode(status), out, err

@@ -4,20 +4,17 @@ Words are drawn from a grammar: every option and group, right, misspelt and nest
 every prefix, sweep and flag that Hydra has. Each list runs in a forked child.
 """
 
-import os
 import random
 import re
-import resource
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.reliability.attack import Case
+from tests.reliability.forks import isolate, run_forked
 
 LARGE = 2000
 LONGEST = 330  # characters of a line: some 300, with what stands before it
-SECONDS = 60  # of CPU for one list; all that are drawn end in a fraction
 # A run that takes a fraction of a second, unless a word that follows says otherwise.
 QUICK = ("depth=3", "width=4", "batch=3", "seeds=1", "train.steps=2", "train.width=3", "plots=false", "data=digits")
 QUICK += ("phase.sw.points=2", "phase.sb.points=2", "device=cpu")
@@ -105,36 +102,6 @@ def _misspell(draw: random.Random, name: str) -> str:
     )
 
 
-def run_forked(call: Callable[[], int], folder: Path, seconds: int = SECONDS) -> tuple[int, str, str]:
-    """Exit code, output and errors of a call in a child of its own folder and standard streams."""
-    folder.mkdir(parents=True)
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            os.chdir(folder)
-            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            for number, name in ((1, ".out"), (2, ".err")):
-                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
-            sys.stdout = os.fdopen(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
-            sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
-            code = call()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            os._exit(code)
-    status = os.waitpid(child, 0)[1]
-    out, err = ((folder / name).read_bytes().decode("utf-8", "replace") for name in (".out", ".err"))
-    for name in (".out", ".err"):
-        (folder / name).unlink()
-    return os.waitstatus_to_exitcode(status), out, err
-
-
 def what_is_wrong(code: int, out: str, err: str, folder: Path, words: list[str]) -> str:
     """Nothing, or the first thing that was not as promised."""
     shown = err.strip().replace("\n", " | ")[-300:]
@@ -159,6 +126,10 @@ def what_is_wrong(code: int, out: str, err: str, folder: Path, words: list[str])
 
 
 def cases(count: int, seed: int, folder: Path) -> Iterator[Case]:
+    return isolate("options", count, seed, folder)
+
+
+def attempts(count: int, seed: int, folder: str) -> Iterator[Case]:
     import initlab.job.prepare  # noqa: F401 (what every child needs, imported once)
     from initlab.__main__ import main
     from initlab.job.options import option_names
@@ -173,7 +144,7 @@ def cases(count: int, seed: int, folder: Path) -> Iterator[Case]:
     for number in range(count):
         draw = random.Random(f"{seed} {number}")
         words = words_of(draw, options)
-        here = folder / str(number)
+        here = Path(folder, str(number))
 
         def call(words: list[str] = words) -> int:
             sys.argv = ["initlab", *words]

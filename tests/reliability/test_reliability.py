@@ -7,7 +7,7 @@ import pytest
 from tests.reliability.attack import TOPICS, attack
 
 HERE = Path(__file__).parent
-SMALL: dict[str, int] = {"options": 20, "calls": 100}  # cases in a test run, where it is not FEW
+SMALL: dict[str, int] = {"options": 20, "files": 20, "calls": 100}  # cases in a test run, where it is not FEW
 FEW = 5
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from initlab.runs.parquet import as_arrow, is_collected, read_files, repeat, write
+from initlab.runs.parquet import as_arrow, is_collected, open_writer, read_files, repeat, write
 
 
 def read_back(folder: Path, *frames: pd.DataFrame, **constants: object) -> pd.DataFrame:
@@ -103,6 +103,36 @@ def test_a_broken_file_is_named_and_the_others_are_read(tmp_path: Path) -> None:
     assert found.frame["n"].tolist() == [1, 2, 3] * 2
     assert found.rows == {paths[0]: 3, paths[-1]: 3}
     assert list(found.unreadable) == paths[1:4] and all(found.unreadable.values())
+
+
+def test_a_file_that_was_damaged_anywhere_never_reads_as_other_numbers(tmp_path: Path) -> None:
+    """Every byte, one after the other: pages, page headers, footer, the seal itself."""
+    frame = pd.DataFrame({"x": np.random.default_rng(0).standard_normal(50), "word": pd.Categorical(["a", "b"] * 25)})
+    whole = tmp_path / "whole.parquet"
+    write(as_arrow(frame, {}), whole)
+    raw = whole.read_bytes()
+    damaged = [str(tmp_path / f"{k}.parquet") for k in range(0, len(raw), 7)]
+    for k, path in zip(range(0, len(raw), 7), damaged, strict=True):
+        Path(path).write_bytes(raw[:k] + bytes([raw[k] ^ 1 << k % 8]) + raw[k + 1 :])
+    found = read_files([str(whole), *damaged], sealed=[str(whole), *damaged])
+    assert len(found.frame) == 50 and sorted(found.unreadable) == sorted(damaged)
+    np.testing.assert_array_equal(found.frame["x"], frame["x"])
+
+
+def test_a_file_that_promises_more_than_it_is_worth_is_not_read(tmp_path: Path) -> None:
+    rows = pa.table({"x": np.zeros(10**6), "y": np.zeros(10**6)})
+    with open_writer(tmp_path / "ours.parquet", rows.schema) as write_rows:
+        for _ in range(40):
+            write_rows(rows)
+    with pq.ParquetWriter(tmp_path / "theirs.parquet", rows.schema) as writer:
+        for _ in range(40):
+            writer.write_table(rows)
+    pq.write_table(pa.table({"x": pa.array(["a"], pa.binary())}), tmp_path / "kind.parquet")
+    found = read_files([str(path) for path in sorted(tmp_path.iterdir())])
+    assert len(found.unreadable) == 3 and not len(found.frame)
+    assert all(
+        "promise 80,000,000 numbers" in found.unreadable[str(tmp_path / f"{n}.parquet")] for n in ("ours", "theirs")
+    )
 
 
 SETTINGS: list[tuple[list[object], list[object]]] = [

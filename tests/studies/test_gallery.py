@@ -95,6 +95,27 @@ def test_what_is_known_stays_where_there_is_no_new_sweep(house: Path, tmp_path: 
     )
 
 
+def test_what_comes_from_elsewhere_is_shown_as_text(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tags and links of an answer are escaped; a file that cannot be read is named, and the others count."""
+    left(tmp_path / "outputs" / "a", "one", 2)
+    left(tmp_path / "outputs" / "b", "two", 2)
+    answers = tmp_path / "outputs" / "a" / "expect.json"
+    kept = json.loads(answers.read_text())
+    kept["verdicts"][0]["said"] = "holds: <script>x</script> [a](javascript:b) \x1b[31m"
+    answers.write_text(json.dumps(kept))
+    (tmp_path / "outputs" / "c").mkdir()
+    (tmp_path / "outputs" / "c" / "expect.json").write_text('{"study": 3}')
+    (tmp_path / "outputs" / "b" / "two.png").write_bytes(b"\x89PNG nothing")
+    assert main(["--experiments", str(house), str(tmp_path / "outputs")]) == 0
+    text, err = (house / "README.md").read_text(), capsys.readouterr().err
+    assert "&lt;script&gt;" in text and "<script" not in text and "](javascript" not in text and "\x1b" not in text
+    assert (
+        "2 of 2 hold" in text and err.count("\n") == 2 and "c/expect.json: cannot be read" in err and "two.png" in err
+    )
+
+
 def test_lines_keep_their_colours(tmp_path: Path) -> None:
     """Thin lines of the palette on a white page with a shaded band; a median cut makes one of the two oranges."""
     lines = [(1, 115, 178), (222, 143, 5), (2, 158, 115), (213, 94, 0)]
