@@ -2,12 +2,13 @@
 
 Layers are numbered in the order in which the modules with parameters are first called; an activation has the number of
 the layer below it. A module that is called again in a step gives further rows, numbered by `call`, and so does what
-activation checkpointing computes anew; a second backward pass through one graph gives its backward rows a second time.
+activation checkpointing computes anew; those of a second backward pass through one graph are numbered by `pass`.
 The hooks change no value and leave nothing behind.
 """
 
 from collections.abc import Callable
 from functools import partial
+from threading import get_ident
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -69,6 +70,8 @@ class Hooks:
         self.modules, self._buffer, self._stage, self._training = modules, buffer, stage, training
         self._numbered = self.calls = self.unfollowed = 0  # calls of the model, and those that autograd did not follow
         self._layer, self._last = _INPUT, cast(_Preactivation | None, None)
+        self._passes: dict[int, int] = {}  # how often a gradient has come in this step
+        self._thread = 0  # that calls the model in this step
         self._on_modules: list[RemovableHandle] = []
         self._on_tensors: list[RemovableHandle] = []
 
@@ -106,7 +109,8 @@ class Hooks:
         for handle in self._on_tensors:
             handle.remove()
         self._on_tensors.clear()
-        self._last = None
+        self._passes.clear()
+        self._last, self._thread = None, 0
         for m in self.modules:
             m.calls = 0
 
@@ -123,11 +127,18 @@ class Hooks:
 
     def _measure_output(self, m: ProbedModule, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook: number the layer, measure what comes out of it, and its gradient when that comes."""
-        if is_compiling() or (self._training and not torch.is_grad_enabled()):
+        if is_compiling():
             return
+        if self._training and not torch.is_grad_enabled():  # perhaps the first pass of a checkpoint
+            if m.is_layer:
+                self.number(m)
+            return
+        if self._thread != get_ident():
+            self._set_thread()
         m.ran = True
         m.calls += 1
-        if m.parameters:
+        m.below = self._layer.number
+        if m.is_layer:
             self._layer = LayerAxis(self.number(m), self._layer.axis, self._layer.ndim)
         plain = type(output) is Tensor and measurable(output)
         for part, x in (("", output),) if plain else find_tensors(output):
@@ -136,7 +147,7 @@ class Hooks:
             if not m.chosen:
                 continue
             row = self._buffer.put(site.code, as_batch(x, site.axis))
-            if m.parameters:
+            if m.is_layer:
                 self._last = _Preactivation(x, _version(x), site.axis, row)
             elif m.activation is RELU and self._last is not None and self._last.is_input(args, x is self._last.x):
                 self._buffer.set_rectified(self._last.row, row)
@@ -145,7 +156,24 @@ class Hooks:
                 self.on_gradient(x, partial(self._measure_gradient, site))
 
     def _measure_gradient(self, site: Site, grad: Tensor) -> None:
-        self._buffer.put(site.gradient_code, as_batch(grad, site.axis))
+        self._buffer.put(self.count_pass(site.gradient_code), as_batch(grad, site.axis))
+
+    def count_pass(self, code: int) -> int:
+        """The number of the key of a gradient that comes now: another one if it has come before in this step."""
+        self._passes[code] = passes = self._passes.get(code, -1) + 1
+        if not passes:
+            return code
+        key = list(self._buffer.codes)[code]
+        return self._buffer.code(key._replace(pass_=passes))
+
+    def _set_thread(self) -> None:
+        """A step belongs to the thread that calls the model first; rows of several at once could not be told apart."""
+        if self._thread:
+            raise UsageError(
+                "probe: several threads call the model at once (nn.DataParallel does so); watch a model on one device, "
+                "or DistributedDataParallel"
+            )
+        self._thread = get_ident()
 
     def _measure_saturation(self, activation: Activation, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook: the preactivation that an activation is about to see, perhaps to overwrite."""
@@ -159,10 +187,9 @@ class Hooks:
         seen = (self._layer, m.calls, part, ndim)
         if seen not in m.sites:
             number = self._layer.number
-            layer = LayerAxis(number, m.axis(ndim), ndim) if m.parameters else self._layer
+            layer = LayerAxis(number, m.axis(ndim), ndim) if m.is_layer else self._layer
             axis = layer.axis if ndim == layer.ndim else ndim - 1
-            tensor = "preactivation" if m.parameters else "activation"
-            key = TensorKey(self._stage, "module", number, tensor, "forward", m.name, part, m.calls - 1)
+            key = TensorKey(self._stage, "module", number, m.word, "forward", m.name, part, m.calls - 1)
             codes = (self._buffer.code(key), self._buffer.code(key._replace(direction="backward")))
             m.sites[seen] = Site(layer, axis, *codes)
         return m.sites[seen]

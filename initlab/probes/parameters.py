@@ -9,7 +9,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from initlab.probes.hooks import Hooks
 from initlab.probes.probe_buffer import ProbeBuffer
-from initlab.probes.probed_modules import MEASURED
+from initlab.probes.probed_modules import MEASURED, name_parameter
 from initlab.stats.backend import as_matrix
 from initlab.stats.keys import TensorKey
 
@@ -28,11 +28,11 @@ class Parameters:
         self._hooks, self._buffer, self._before = hooks, buffer, list[Tensor]()  # weights before an update
         found: dict[int, tuple[TensorKey, nn.Parameter]] = {}
         for m in hooks.modules:
-            number = hooks.number(m) if m.parameters else 0
+            number = hooks.number(m) if m.is_layer else m.below
             for part, p in m.parameters if m.chosen else []:
                 if p.dtype in MEASURED and not isinstance(p, UninitializedParameter) and p.numel():
-                    tensor = "bias" if "bias" in part else "weight"
-                    key = TensorKey(stage, "module", number, tensor, "forward", m.name, part)
+                    word = name_parameter(m.module, part, p)
+                    key = TensorKey(stage, "module", number, word, "forward", m.name, part)
                     found.setdefault(id(p), (key, p))
         # Weights before biases, and those of one shape together: neighbours of one shape are measured together.
         kinds = list(dict.fromkeys(_kind(pair) for pair in found.values()))
@@ -92,6 +92,7 @@ class Parameters:
                 self._hooks.on_gradient(p, partial(self._measure_gradient, code))
 
     def _measure_gradient(self, code: int, grad: Tensor) -> None:
+        code = self._hooks.count_pass(code)
         self._buffer.put(code, as_matrix(_dense(grad.detach())), batched=False)
 
 

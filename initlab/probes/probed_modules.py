@@ -1,10 +1,12 @@
 """What is watched inside an `nn.Module`: which modules give rows, which tensors they put out, and what counts units.
 
-A module with parameters of its own (Linear, Conv, LayerNorm, Embedding, LSTM, ...) gives preactivations, a leaf without
-(ReLU, Dropout, Flatten, ...) activations. Units are the channels of convolutions, pooling included,
+A module with parameters of its own (Linear, Conv, LSTM, ...) gives preactivations; norms, embeddings and activations
+are called so, with parameters or without; a leaf that only moves or drops entries (Dropout, Flatten, pooling) is
+`other`. Units are the channels of convolutions, pooling included,
 (N, C, H, W) -> (N H W, C), and the last dimension of everything else, (B, T, C) -> (B T, C).
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
@@ -14,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from initlab.errors import UsageError, as_several, nearest, show
-from initlab.nn.activations import ACTIVATIONS
+from initlab.nn.activations import ACTIVATIONS, Activation
+from initlab.nn.custom_activation import as_activation
 from initlab.probes.torch_private import ConvNd, NormBase
 from initlab.stats.dtypes import DTYPES, resolve_dtype
 
@@ -30,6 +33,50 @@ def _module_text(module: nn.Module) -> tuple[type, str]:
 
 # A LeakyReLU of another slope and a GELU by tanh are none of the table's.
 _ROWS = {_module_text(row.module()): row for row in ACTIVATIONS.values()}
+_NUMERICAL: dict[tuple[type, str], Activation | None] = {}  # those that had to be looked at
+# torch's modules by the file that defines them; softmax and attention mix units.
+_WORDS = {"activation": "activation", "batchnorm": "norm", "instancenorm": "norm", "normalization": "norm"}
+_WORDS |= {"sparse": "embedding"} | dict.fromkeys(
+    ("dropout", "flatten", "pooling", "padding", "fold", "upsampling", "pixelshuffle", "channelshuffle", "distance"),
+    "other",
+)
+_MIXING = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU, nn.MultiheadAttention)
+
+
+def name_output(module: nn.Module) -> str:
+    """What the output of a module is called in the column `tensor`."""
+    home = type(module).__module__
+    known = _WORDS.get(home.rpartition(".")[2]) if home.startswith("torch.nn.modules.") else None
+    if isinstance(module, nn.MultiheadAttention):
+        return "preactivation"
+    if known is None and isinstance(module, nn.Identity):
+        return "other"
+    return known or ("preactivation" if own_parameters(module) else "activation")
+
+
+def find_activation(module: nn.Module) -> Activation | None:
+    """The function of an activation module: a row of the table, or looked at numerically; None where it is none."""
+    text = _module_text(module)
+    if text in _ROWS:
+        return _ROWS[text]
+    if (
+        name_output(module) != "activation"
+        or isinstance(module, _MIXING)
+        or not text[0].__module__.startswith("torch.")
+    ):
+        return None
+    if own_parameters(module):  # they change: it is looked at as it is now
+        return _look_at_function(module)
+    if text not in _NUMERICAL:
+        _NUMERICAL[text] = _look_at_function(copy.deepcopy(module))
+    return _NUMERICAL[text]
+
+
+def _look_at_function(module: nn.Module) -> Activation | None:
+    try:
+        return as_activation(module)
+    except UsageError:  # random, or with a parameter for each unit
+        return None
 
 
 class LayerAxis(NamedTuple):
@@ -55,10 +102,11 @@ class ProbedModule:
     def __init__(self, name: str, module: nn.Module, chosen: bool) -> None:
         self.name, self.module, self.chosen = name, module, chosen
         self.parameters = own_parameters(module)
-        self.activation = None if self.parameters else _ROWS.get(_module_text(module))
+        self.word, self.activation = name_output(module), find_activation(module)
+        self.is_layer = bool(self.parameters) and self.word != "activation"  # which the layers are numbered by
         self._second = isinstance(module, (NormBase, nn.GroupNorm))
         self._from_end = 1 + (len(module.kernel_size) if isinstance(module, ConvNd) else 0)
-        self.number = self.calls = 0
+        self.number = self.calls = self.below = 0  # `below`: the layer that it was last called above
         self.ran = False
         self.sites: dict[tuple[LayerAxis, int, str, int], Site] = {}  # by the layer below, call, part and ndim
 
@@ -74,6 +122,17 @@ def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
         hidden = module.get_submodule(PARAMETRIZED)
         found += [(f"{PARAMETRIZED}.{name}", p) for name, p in hidden.named_parameters()]
     return found
+
+
+def name_parameter(module: nn.Module, part: str, p: Tensor) -> str:
+    """`weight` or `bias`: by shape, and a vector by what it is for."""
+    name = part.rpartition(".")[2].lower()
+    if sum(n > 1 for n in p.shape) >= 2:
+        return "weight"
+    if name_output(module) in ("norm", "activation"):
+        return "bias" if "bias" in name or name in ("beta", "b") else "weight"
+    factor = "weight" in name or "original" in name or name in ("gamma", "alpha", "scale", "gain", "g", "w")
+    return "weight" if factor else "bias"
 
 
 def refuse_several(seeds: Sequence[int]) -> None:

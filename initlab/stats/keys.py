@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # The columns that stand first in the table `stats`; a step and a seed belong to each row.
 KEY_COLUMNS = ("stage", "implementation", "seed", "step", "layer", "tensor", "direction")
-MODULE_COLUMNS = ("name", "part", "call")  # and behind them in the rows of a probe
+MODULE_COLUMNS = ("name", "part", "call", "pass")  # and behind them in the rows of a probe
 TENSOR_COLUMNS = ("layer", "tensor", "direction")
 PARITY_COLUMNS = ("seed", "step", *TENSOR_COLUMNS)
 LOSS_COLUMNS = ("implementation", "seed", "step")
@@ -37,6 +37,7 @@ class TensorKey(NamedTuple):
     name: str = ""  # dotted name of the module
     part: str = ""  # name of the parameter, or the path in a module's nested output
     call: int = 0  # how often the module had been called before in this step
+    pass_: int = 0  # how many backward passes had been through this call before; the column `pass`
 
 
 def key_columns(
@@ -66,7 +67,8 @@ def key_columns(
             codes, texts = pd.factorize(np.array([getattr(key, name) for key in keys], dtype=object))
             columns[name] = pd.Categorical.from_codes(codes[repeated], list(texts))
         else:
-            columns[name] = np.array([getattr(key, name) for key in keys], dtype=np.int64)[repeated]
+            field = "pass_" if name == "pass" else name
+            columns[name] = np.array([getattr(key, field) for key in keys], dtype=np.int64)[repeated]
     return columns
 
 

@@ -84,7 +84,7 @@ def test_every_row_is_about_the_tensor_that_it_names(inplace: bool) -> None:
         same(one(rows, **words, direction="backward"), p.grad.reshape(matrix.shape), False)
     assert len(rows) == 2 * (5 + 6)
     assert set(rows["stage"]) == {"probe"} and set(rows["implementation"]) == {"module"} and set(rows["step"]) == {0}
-    assert list(rows.columns) == [*KEYS, "name", "part", "call", *STATISTICS, "update_ratio", "loss_scale"]
+    assert list(rows.columns) == [*KEYS, "name", "part", "call", "pass", *STATISTICS, "update_ratio", "loss_scale"]
 
 
 def test_a_loop_records_updates_of_every_kth_step() -> None:
@@ -161,9 +161,30 @@ def test_saturation_is_that_of_the_preactivation(name: str, layers: str | list[s
     assert rows.loc[(rows["name"] == "4") | (rows["tensor"] != "preactivation"), "frac_saturated"].isna().all()
 
 
-def test_saturation_of_what_the_table_does_not_know_is_nan() -> None:
+@pytest.mark.parametrize(
+    "other",
+    [nn.LeakyReLU(0.01), nn.ELU(2.0), nn.Softplus(beta=2), nn.Hardtanh(), nn.Softsign(), nn.LogSigmoid(), nn.PReLU()],
+    ids=repr,
+)
+def test_saturation_of_an_activation_outside_the_table_is_looked_at(other: nn.Module) -> None:
+    """Against autograd's derivative, on a grid for its largest value."""
+    torch.manual_seed(0)
+    model, x = mlp(other), 4 * batch()[0]
+
+    def slope(z: Tensor) -> Tensor:
+        z = z.detach().requires_grad_()
+        return torch.autograd.grad(other(z).sum(), z)[0].abs()
+
+    largest = float(slope(torch.linspace(-16, 16, 100_001)).max())
+    share = (slope(model[0](x)) < 0.05 * largest).double().mean()
+    rows = initlab.measure(model, x)
+    found = one(rows, name="0", tensor="preactivation", direction="forward")
+    assert found["frac_saturated"] == pytest.approx(float(share), abs=0.02)
+
+
+def test_saturation_of_what_is_no_elementwise_function_is_nan() -> None:
     x, _ = batch()
-    for other in (nn.LeakyReLU(0.3), nn.ELU(2.0), nn.Softplus(beta=2)):
+    for other in (nn.Softmax(-1), nn.RReLU(), nn.Dropout(0.5)):
         rows = initlab.measure(mlp(other), x)
         assert rows["frac_saturated"].isna().all()
     overwritten = nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5, inplace=True), nn.ReLU(), nn.Linear(4, 2))
@@ -207,8 +228,10 @@ def test_units_of_a_convolution_are_its_channels() -> None:
         same(one(rows, name=str(k), part="", direction="forward"), flat[k].movedim(1, -1).reshape(-1, 6), True)
     assert one(rows, name="2")["frac_dead"] == 2 / 6
     same(one(rows, name="4"), flat[4], True)
-    assert list(rows.loc[rows["tensor"] == "preactivation", "layer"]) == [1, 2, 3]
-    assert list(rows.loc[rows["tensor"] == "activation", "layer"]) == [2, 2, 2]
+    assert list(rows.loc[rows["tensor"] == "preactivation", "layer"]) == [1, 3]
+    assert list(rows.loc[rows["tensor"] == "norm", "layer"]) == [2]
+    assert list(rows.loc[rows["tensor"] == "other", "name"]) == ["3", "4"]
+    assert list(rows.loc[rows["tensor"] == "activation", "layer"]) == [2]
     tokens = nn.Sequential(nn.Embedding(10, 8), nn.LayerNorm(8), nn.Linear(8, 4), nn.Tanh())
     words = torch.randint(0, 10, (3, 7))
     rows = initlab.measure(tokens, words)
