@@ -133,7 +133,7 @@ def _run_jobs() -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except OSError as error:
-        outcome.mistakes.append(str(disk_error(error, error.filename or "standard output")))
+        outcome.mistakes.append(str(disk_error(error, error.filename or Sweep.place)))
     except BrokenProcessPool as error:
         outcome.mistakes.append(f"a process of the launcher was killed ({type(error).__name__})")
         return 1
@@ -141,6 +141,8 @@ def _run_jobs() -> int:
         begun = outcome.started or Sweep.folder is not None
         if stops.is_stopping():
             log.debug("%s", error)
+        elif begun and isinstance(error.__cause__, OSError):  # of a log, say
+            outcome.mistakes.append(str(disk_error(error.__cause__, error.__cause__.filename or Sweep.place)))
         elif begun and not str(error).startswith("Unable to configure"):  # what Hydra says of a log
             traceback.print_exc()
             return 1

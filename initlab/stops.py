@@ -115,8 +115,11 @@ def _obey(number: int, frame: FrameType | None) -> None:
 
 def _prepare() -> None:
     """What comes first, each once; a signal on the way does what is left of it."""
+    global _writing
+    _writing += 1  # what is written here ends in no exception
     while _first:
         name = next(iter(_first))
-        with suppress(OSError):
+        with suppress(Exception):
             _first[name]()
         _first.pop(name, None)
+    _writing -= 1

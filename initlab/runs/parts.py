@@ -26,14 +26,14 @@ from initlab.stats.row_order import NETWORK, place_columns, row_order
 log = logging.getLogger("initlab")
 
 GROUP = 2**14  # rows of a part that are read together
-AT_ONCE = 2**17  # rows that are put in order and written together
-SHOWN = 2**17  # rows of a table that are drawn and summed up at the end of a run
+AT_ONCE = 2**15  # rows that are put in order and written together
+SHOWN = 2**16  # rows of a table that are drawn and summed up at the end of a run
 
 NETWORKS = b"networks"  # key of the metadata of a part
 Place = tuple[Any, ...]
 
 
-@dataclass
+@dataclass(eq=False)
 class Part:
     """Some rows of a table, in memory, on the disk, or both.
 

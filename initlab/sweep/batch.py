@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import pandas as pd
 
+from initlab import stops
 from initlab.errors import UsageError
 from initlab.job.options import seeds
 from initlab.job.prepare import Job
@@ -163,6 +164,7 @@ def _run_stage(running: Sequence[_RunningJob], k: int) -> None:
         else:  # a stage that only one job can have
             stages[0](running[0].recorder)
     except Exception as fault:
+        stops.check()  # what a signal broke is no fault
         if len(running) == 1:
             running[0].fault = fault
             return

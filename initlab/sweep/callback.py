@@ -35,6 +35,7 @@ class Sweep(Callback):
 
     folder: ClassVar[Path | None] = None
     single: ClassVar[Path | None] = None  # the folder of a run that is no sweep
+    place: ClassVar[str] = ""  # the folder of either, from the first moment
     study: ClassVar[Study | None] = None
     plots: ClassVar[bool] = True
     _bar: ClassVar[Any] = None
@@ -44,12 +45,14 @@ class Sweep(Callback):
         """Before Hydra writes of this run over what it wrote of another."""
         with _refuse_mistakes():
             _refuse_other_subdir(config)
-            Sweep.single = Path(str(config.hydra.run.dir))
+            Sweep.place = str(config.hydra.run.dir)
+            Sweep.single = Path(Sweep.place)
             refuse_used(Sweep.single)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _refuse_mistakes():
             _refuse_other_subdir(config)
+            Sweep.place = str(config.hydra.sweep.dir)
             parse_overrides(config.hydra.overrides.task, config.hydra.sweeper.params)
             Sweep.study = study_of(config, config.hydra.job.config_name, config.hydra.overrides.task)
             Sweep.plots = bool(config.plots)
@@ -66,7 +69,7 @@ class Sweep(Callback):
     @classmethod
     def forget(cls) -> None:
         """Nothing is known yet: a process may run one command after another."""
-        cls.folder, cls.single, cls.study, cls.plots = None, None, None, True
+        cls.folder, cls.single, cls.place, cls.study, cls.plots = None, None, "the working folder", None, True
 
     @classmethod
     def lock(cls, folder: Path) -> None:
