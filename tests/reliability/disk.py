@@ -7,7 +7,7 @@ from pathlib import Path
 
 from initlab.runs.folders import read_run_json
 from tests.reliability.attack import Case
-from tests.reliability.forks import Ended, Forks, forks
+from tests.reliability.commands import Ended, Forks, forks
 from tests.reliability.kills import (
     Whole,
     draw_command,

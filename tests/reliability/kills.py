@@ -20,7 +20,7 @@ from initlab.errors import UsageError
 from initlab.runs.folders import read_run_json
 from initlab.runs.schema import TABLES
 from tests.reliability.attack import Case
-from tests.reliability.forks import FLUSHED, Ended, Forks, forks
+from tests.reliability.commands import FLUSHED, Ended, Forks, forks
 
 LARGE = 400
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

@@ -7,13 +7,12 @@ import pytest
 from tests.reliability.attack import TOPICS, attack
 
 HERE = Path(__file__).parent
-<<<<<<< HEAD
-SMALL: dict[str, int] = {"options": 20, "files": 20, "calls": 100}  # cases in a test run, where it is not FEW
-=======
 SMALL: dict[str, int] = {
+    "options": 20,
+    "files": 20,
+    "calls": 100,
     "long": 1,
 }  # cases in a test run, where it is not FEW
->>>>>>> 4425b04 (Attacks on full disks and long trainings; a stop is no fault, whatever a library makes of it)
 FEW = 5
 
 
