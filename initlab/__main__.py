@@ -18,6 +18,9 @@ from initlab.errors import Fault, UsageError, disk_error, nearest, not_one_of
 log = logging.getLogger("initlab")
 
 STOPPED = (130, 143)  # exit codes
+# Threads of the libraries that numpy multiplies with: several sum in another order, and theory would hang on how many
+# cores there are. torch's own follow the option `threads`.
+BLAS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 HELP = """initlab {version}: what happens to the numbers in a deep network under this initialization?
 
@@ -40,6 +43,7 @@ default:
 def main() -> int:
     """Exit code: 0 done, 1 a fault in a job, 2 the user's mistake, 3 a difference, 4 an expectation failed, 130/143."""
     stops.install()
+    os.environ.update(dict.fromkeys(BLAS, "1"))  # read when numpy is imported, here and in every process started here
     words = sys.argv[1:]
     try:
         if commands.is_command(words):

@@ -66,8 +66,8 @@ def environment(config: DictConfig, launcher: str) -> Iterator[None]:
         yield
         return
     stops.work()
-    threads = {name: str(config.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    given = threads | {
+    given = {
+        "OMP_NUM_THREADS": str(config.threads),
         "INITLAB_PARENT": str(os.getpid()),
         "INITLAB_COMMAND": json.dumps(sys.argv),
         "TQDM_DISABLE": "1",  # one bar, the sweep's

@@ -1,7 +1,11 @@
 """The compiled passes: the rows and histograms of plain PyTorch, and what they were fused with."""
 
 import logging
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -254,18 +258,86 @@ def test_many_terms_and_a_mean_above_the_std(shape: tuple[int, int], mean: float
 
 
 @needs_compiler
-def test_a_broken_or_foreign_library_is_built_again(afresh: pytest.MonkeyPatch) -> None:
+def test_a_broken_or_foreign_library_is_built_again(afresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    afresh.setattr(cpu.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
     assert library() is not None
     folder = cpu._cache_folder()
+    assert folder is not None
     (built,) = folder.glob("*.so")
-    half = built.read_bytes()[:1000]
-    built.unlink()  # the one that is loaded stays what it is
-    built.write_bytes(half)
-    cpu._library.cache_clear()
-    assert library() is not None and built.stat().st_size > 1000
+    whole = built.read_bytes()
+    for damage in (
+        lambda: built.write_bytes(whole[:1000]),
+        lambda: cpu._digest_path(built).write_bytes(b"\xff\x00 no text"),
+        lambda: built.chmod(0o775),  # another user of the group may have written it
+    ):
+        built.unlink()  # the one that is loaded stays what it is
+        built.write_bytes(whole)
+        built.chmod(0o700)
+        damage()
+        cpu._library.cache_clear()
+        assert library() is not None
+        assert cpu._is_whole(built) and built.stat().st_size == len(whole)
     folder.chmod(0o777)
-    assert cpu._cache_folder() != folder
+    assert cpu._cache_folder() == tmp_path / "tmp" / f"initlab-{os.getuid()}"
     folder.chmod(0o700)
+
+
+BUILDS = """#!/bin/sh
+echo $$ >> "{folder}/calls"
+{before}
+exec c++ "$@"
+"""
+
+
+def counting_compiler(folder: Path, before: str = "") -> Path:
+    """A compiler that writes a line for each call."""
+    script = folder / "compiler"
+    script.write_text(BUILDS.format(folder=folder, before=before))
+    script.chmod(0o700)
+    return script
+
+
+def start_loading(folder: Path, umask: int = 0o022, **environment: str) -> "subprocess.Popen[str]":
+    code = f"import os; os.umask({umask}); from initlab.stats.kernels.cpu import library; print(library() is not None)"
+    paths = os.pathsep.join(sys.path)
+    given = os.environ | {"PYTHONPATH": paths, "CXX": str(counting_compiler(folder)), "TMPDIR": str(folder)}
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=given | environment)
+
+
+def ended(processes: Sequence["subprocess.Popen[str]"]) -> list[str]:
+    return [process.communicate()[0].strip() for process in processes]
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs users and groups")
+@pytest.mark.parametrize("cache", ["cache", "/proc/no cache"])
+def test_processes_that_start_together_compile_once(tmp_path: Path, cache: str) -> None:
+    """Also where a group may write what is not told otherwise, and where there is no folder for a cache."""
+    where = {"XDG_CACHE_HOME": str(tmp_path / cache) if cache == "cache" else cache}
+    assert ended([start_loading(tmp_path, 0o002, **where) for _ in range(3)]) == ["True"] * 3
+    assert ended([start_loading(tmp_path, 0o002, **where)]) == ["True"]
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1
+    assert len([path for path in tmp_path.iterdir() if path.name.startswith("initlab-")]) == (cache != "cache")
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs process groups")
+def test_a_compiler_that_hangs_is_asked_once(
+    afresh: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The process that it waits for holds its pipes: both are ended."""
+    afresh.setenv("CXX", str(counting_compiler(tmp_path, before="sleep 1000")))
+    afresh.setattr(cpu, "PATIENCE", 0.5)
+    for _ in range(2):
+        cpu._library.cache_clear()
+        with caplog.at_level(logging.WARNING):
+            assert library() is None
+    assert "timed out" in caplog.records[0].message and "hung the last time; remove" in caplog.records[1].message
+
+
+def test_a_compiler_that_no_shell_would_read(afresh: pytest.MonkeyPatch) -> None:
+    afresh.setenv("CXX", '"g++')
+    assert library() is None
 
 
 def test_a_compiler_that_is_not_there_is_named(afresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

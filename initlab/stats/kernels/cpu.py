@@ -11,15 +11,17 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-w")
+PATIENCE = 60  # seconds that a compiler may take; it takes 4 where nothing else runs
 SWITCH = "INITLAB_ACCELERATED"  # 0 in the environment asks for plain PyTorch everywhere
 
 _POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
@@ -55,12 +57,12 @@ def _library() -> ctypes.CDLL | None:
     if os.environ.get(SWITCH) == "0":
         return None
     try:
-        found = ctypes.CDLL(str(_build()))
+        found = _load()
         for name, arguments in _ARGUMENTS.items():
             function = getattr(found, name)
             function.argtypes, function.restype = arguments, None
         return found
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         logging.getLogger(__name__).warning("statistics in plain PyTorch, slower: %s", _reason(error))
         return None
 
@@ -72,8 +74,12 @@ def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _build() -> Path:
-    """Path of the library; it is compiled unless it was before, from these sources for this compiler and processor."""
+def _load() -> ctypes.CDLL:
+    """The library; it is compiled unless it was before, from these sources for this compiler and processor.
+
+    One process compiles, and others that need the same wait for it. Without a folder to keep it in the library is
+    removed as soon as it is loaded.
+    """
     given = os.environ.get("CXX", "").strip()
     compiler = given or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
@@ -81,26 +87,77 @@ def _build() -> Path:
     command = [compiler] if Path(compiler).is_file() else shlex.split(compiler)
     if shutil.which(command[0]) is None:
         raise OSError(f"CXX={given}: no such program")
-    built = _cache_folder() / f"accelerated-{_fingerprint(compiler)}.so"
-    proof = built.with_suffix(".blake2b")
-    if not _is_whole(built, proof):
-        with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-            own = Path(folder) / built.name
-            complete = [*command, *FLAGS, "-o", str(own), str(SOURCE)]
-            subprocess.run(complete, check=True, capture_output=True, text=True, errors="replace", timeout=300)
-            own.with_suffix(".blake2b").write_text(_digest(own))
-            own.replace(built)
-            own.with_suffix(".blake2b").replace(proof)
-    return built
+    name = f"accelerated-{_fingerprint(compiler)}.so"
+    folder = _cache_folder()
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="initlab-", ignore_cleanup_errors=True) as own:
+            return ctypes.CDLL(str(_compile(command, Path(own) / name)))
+    built = folder / name
+    if not _is_whole(built):
+        from filelock import FileLock
+
+        with FileLock(built.with_suffix(".lock"), timeout=2 * PATIENCE, mode=0o600):
+            if not _is_whole(built):
+                _build(command, built)
+    return ctypes.CDLL(str(built))
 
 
-def _digest(path: Path) -> str:
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+def _build(command: Sequence[str], built: Path) -> None:
+    """Compile into the cache, where nobody else compiles meanwhile; a compiler that hung once is not asked again."""
+    hung, folder = built.with_suffix(".hung"), built.with_suffix(".build")
+    if hung.exists():
+        raise OSError(f"{command[0]} hung the last time; remove {hung} to try it again")
+    shutil.rmtree(folder, ignore_errors=True)  # what a process that was killed has left
+    folder.mkdir(mode=0o700)
+    try:
+        own = _compile(command, folder / built.name)
+        own.replace(built)
+        _digest_path(own).replace(_digest_path(built))
+    except subprocess.TimeoutExpired:
+        hung.touch()
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_whole(built: Path, proof: Path) -> bool:
+def _compile(command: Sequence[str], target: Path) -> Path:
+    """The library with its proof beside it, which only the user can write to, whatever the umask."""
+    complete = [*command, *FLAGS, "-o", str(target), str(SOURCE)]
+    pipe = subprocess.PIPE
+    compiler = subprocess.Popen(
+        complete, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, errors="replace",
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = compiler.communicate(timeout=PATIENCE)
+    except BaseException:  # with the processes that it started, which would hold the pipes open
+        with suppress(OSError):
+            os.killpg(compiler.pid, signal.SIGKILL) if hasattr(os, "killpg") else compiler.kill()
+        compiler.communicate()
+        raise
+    if compiler.returncode:
+        raise subprocess.CalledProcessError(compiler.returncode, complete, out, err)
+    _digest_path(target).write_bytes(_digest(target))
+    for path in (target, _digest_path(target)):
+        path.chmod(0o700)
+    return target
+
+
+def _digest_path(built: Path) -> Path:
+    """The file that holds the digest of a library."""
+    return built.with_suffix(".blake2b")
+
+
+def _digest(path: Path) -> bytes:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest().encode()
+
+
+def _is_whole(built: Path) -> bool:
     """Whether the library is there, the user's own, and complete: loading half a library would end the process."""
-    return all(path.is_file() and _is_private(path) for path in (built, proof)) and proof.read_text() == _digest(built)
+    both = (built, _digest_path(built))
+    return all(path.is_file() and _is_private(path) for path in both) and _digest_path(built).read_bytes() == _digest(
+        built
+    )
 
 
 def _is_private(path: Path) -> bool:
@@ -111,16 +168,22 @@ def _is_private(path: Path) -> bool:
     return found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
-def _cache_folder() -> Path:
-    """A folder that only the user can write to: in the user's cache, or a temporary one for this process."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "initlab"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK) and _is_private(folder):
-            return folder
-    except (OSError, RuntimeError):
-        pass  # no home, or one that cannot be written to
-    return Path(tempfile.mkdtemp(prefix="initlab-"))
+def _cache_folder() -> Path | None:
+    """A folder that only the user can write to: in the user's cache, else in the system's folder for temporary files.
+
+    None where neither is to be had.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111 - raises nothing
+    for folder in (cache / "initlab", Path(tempfile.gettempdir()) / f"initlab-{user}"):
+        try:
+            if folder.is_absolute():  # else there is no home
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if os.access(folder, os.W_OK) and _is_private(folder) and not folder.is_symlink():
+                    return folder
+        except OSError:
+            continue
+    return None
 
 
 def _fingerprint(compiler: str) -> str:
