@@ -187,7 +187,7 @@ GROUPS = ("init", "activation", "data")  # folders of conf/: one file of each is
 
 
 def check_words(words: Sequence[str]) -> list[str]:
-    """The command line as Hydra wants it: flags first, whatever stands between them.
+    """The command line as Hydra wants it: flags last, wherever they stood.
 
     `--depth=50` is a habit from elsewhere: say how it is written here, and put every other fault of a flag in one line
     too. An option needs no `+`, nor do the keys of one that holds a dictionary, such as `activation.arguments`.
@@ -224,7 +224,7 @@ def check_words(words: Sequence[str]) -> list[str]:
             raise UsageError(f"{word}: an option cannot be taken away; give it another value")
         free = any(f"{name}.".startswith(f"{one}.") for one in open_options())
         found.append(f"++{bare}" if free and "=" in bare else bare if name in options else word)
-    return [*flags, *found]
+    return [*found, *flags]
 
 
 def help_text() -> str:

@@ -115,7 +115,7 @@ MISTAKES = {
     "hydra.output_subdir=x": "initlab: hydra.output_subdir=x: must be .hydra, where runs are looked up",
     "++hydra.verbose=1e-3": "initlab: ++hydra.verbose=1e-3: Hydra takes no such value",
     "+=???": "initlab: +=???: not an option; options are NAME=VALUE, see --help and --hydra-help",
-    "train.lr=1e308": "initlab: train.lr=1e+308: must be at most 3e+38",
+    "train.lr=1e308": "initlab: train.lr=1e+308: must be at most 1e+30",
     "activation._target_=numpy.tanh": "initlab: activation._target_=numpy.tanh: cannot be trained with float32 tensors "
     "(Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.)",
     "hydra.run.dir=/dev/null/x": "initlab: /dev/null/x: cannot be written (Not a directory); a file stands where a "

@@ -189,8 +189,8 @@ def read_files(
     A column that a file has not is nan there, or no text; integers beside floating numbers become these; numbers
     beside text become text. Text is categorical, its categories in the order in which they are met.
 
-    kinds: whether a column holds `numbers` or `text`, in a file that has it. sealed: the files that were sealed when
-    they were written. A file that cannot be read raises nothing, and is named in the result.
+    kinds: whether a column holds `numbers`, `text` or either, `values`, in a file that has it. sealed: the files that
+    were sealed when they were written. A file that cannot be read raises nothing, and is named in the result.
     """
     import polars as pl  # a single run is drawn from memory and needs none
 
@@ -270,10 +270,9 @@ def _check_kinds(schema: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
     for name, kind in kinds.items():
         if name not in schema:
             continue
-        found = (
-            "text" if schema[name] in (pl.Categorical, pl.String) else "numbers" if schema[name].is_numeric() else ""
-        )
-        if found != kind and schema[name] != pl.Null:
+        is_text, is_number = schema[name] in (pl.Categorical, pl.String), schema[name].is_numeric()
+        fits = {"text": is_text, "numbers": is_number, "values": is_text or is_number or schema[name] == pl.Boolean}
+        if not fits[kind] and schema[name] != pl.Null:
             raise UsageError(f"its column `{name}` holds no {kind}")
 
 

@@ -131,14 +131,15 @@ def own_columns(name: str) -> set[str] | None:
 
 
 def column_kinds(name: str) -> dict[str, str]:
-    """The columns that others read of a table, and whether they hold `numbers` or `text`."""
+    """The columns that others read of a table, and whether they hold `numbers`, `text`, or either, `values`."""
     text = {*TEXT_COLUMNS, "statistic", "activation", "format", "event"}
-    return {one: "text" if one in text else "numbers" for one in (*TABLES[name].keys, *TABLES[name].needed)}
+    own = {one: "text" if one in text else "numbers" for one in (*TABLES[name].keys, *TABLES[name].needed)}
+    return dict.fromkeys((*OPTION_OF, *NOT_OPTIONS), "values") | own
 
 
 def refuse_other_table(name: str, columns: Collection[str]) -> None:
     """A frame that is not such a table, whatever its file is called."""
-    missing = [one for one in column_kinds(name) if one not in columns]
+    missing = [one for one in (*TABLES[name].keys, *TABLES[name].needed) if one not in columns]
     if missing:
         raise UsageError(f"the table {name} has no column {', '.join(missing)}")
 

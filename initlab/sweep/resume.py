@@ -157,6 +157,9 @@ def find_jobs(folder: Path) -> Iterator[BegunJob]:
             continue
         folders.clear()
         path = Path(here)
+        for name in ("initlab.log", ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml"):
+            if os.path.lexists(path / name) and not (path / name).is_file():  # Hydra would write there, and wait
+                raise UsageError(f"{path / name}: is not a file; take it away before the sweep is resumed")
         try:
             overrides = files.read_yaml(path / ".hydra" / "overrides.yaml", [str])
             number = re.search(r"^    num: (\d{1,9})$", files.read_yaml_text(path / ".hydra" / "hydra.yaml"), re.M)
