@@ -11,6 +11,7 @@ SMALL: dict[str, int] = {
     "options": 20,
     "files": 20,
     "calls": 100,
+    "determinism": 2,
     "long": 1,
 }  # cases in a test run, where it is not FEW
 FEW = 5
