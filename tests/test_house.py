@@ -41,7 +41,9 @@ HOUSE = {
         "tensor_law backward_law infinite_width stack_laws format_limits method predict z_scores"
     ),
     "scratch": "agreement graph_text autograd_graph layers checks classes matmul mlp modules backward",
-    "probes": "probe_buffer torch_private probed_modules hooks parameters updates steps probe snapshot",
+    "probes": (
+        "hook_types probe_buffer torch_private probed_modules operations hooks parameters updates steps probe snapshot"
+    ),
     "engine": "layer_memory named_tensors fast_network recorders",
     "tasks": (
         "course.rotated_timing data ensemble.device ensemble.memory course.timing course.ladders "

@@ -31,7 +31,8 @@ class Parameters:
             number = hooks.number(m) if m.is_layer else m.below
             for part, p in m.parameters if m.chosen else []:
                 if p.dtype in MEASURED and not isinstance(p, UninitializedParameter) and p.numel():
-                    word = name_parameter(m.module, part, p)
+                    word = name_parameter(m.module, part, p, id(p) in hooks.added)
+                    number = hooks.weight_numbers.get(id(p), number)
                     key = TensorKey(stage, "module", number, word, "forward", m.name, part)
                     found.setdefault(id(p), (key, p))
         # Weights before biases, and those of one shape together: neighbours of one shape are measured together.

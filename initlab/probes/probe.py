@@ -145,7 +145,7 @@ def probe(
     ...         model(torch.ones(5, 3)).sum().backward()
     ...         optimizer.step()
     >>> sorted(p.frame()["tensor"].unique())
-    ['bias', 'preactivation', 'update', 'weight']
+    ['activation', 'bias', 'preactivation', 'update', 'weight']
     """
     if x is not None:
         raise UsageError("probe: records a loop; for one pass on x use initlab.measure(model, x, y, loss)")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from initlab.errors import UsageError, as_several, nearest, show
 from initlab.nn.activations import ACTIVATIONS, Activation
@@ -28,7 +29,7 @@ RELU = ACTIVATIONS["relu"]
 
 def _module_text(module: nn.Module) -> tuple[type, str]:
     """What a module computes; whether in place makes no difference."""
-    return type(module), repr(module).replace(", inplace=True", "").replace("inplace=True", "")
+    return type_before_parametrizations(module), repr(module).replace(", inplace=True", "").replace("inplace=True", "")
 
 
 # A LeakyReLU of another slope and a GELU by tanh are none of the table's.
@@ -45,12 +46,14 @@ _MIXING = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU, nn.Multi
 
 def name_output(module: nn.Module) -> str:
     """What the output of a module is called in the column `tensor`."""
-    home = type(module).__module__
+    home = type_before_parametrizations(module).__module__
     known = _WORDS.get(home.rpartition(".")[2]) if home.startswith("torch.nn.modules.") else None
     if isinstance(module, nn.MultiheadAttention):
         return "preactivation"
     if known is None and isinstance(module, nn.Identity):
         return "other"
+    if known is None and is_owner(module) and any(module.children()):
+        return "stream"
     return known or ("preactivation" if own_parameters(module) else "activation")
 
 
@@ -104,15 +107,27 @@ class ProbedModule:
         self.parameters = own_parameters(module)
         self.word, self.activation = name_output(module), find_activation(module)
         self.is_layer = bool(self.parameters) and self.word != "activation"  # which the layers are numbered by
+        self.is_owner = is_owner(module)
         self._second = isinstance(module, (NormBase, nn.GroupNorm))
         self._from_end = 1 + (len(module.kernel_size) if isinstance(module, ConvNd) else 0)
         self.number = self.calls = self.below = 0  # `below`: the layer that it was last called above
+        self.first_weight = 0  # id of the weight that a function of its own used first
         self.ran = False
         self.sites: dict[tuple[LayerAxis, int, str, int], Site] = {}  # by the layer below, call, part and ndim
 
     def axis(self, ndim: int) -> int:
         """Which dimension of its output counts units."""
         return min(1, ndim - 1) if self._second else ndim - self._from_end
+
+
+def is_owner(module: nn.Module) -> bool:
+    """Whether functions that a module calls are layers of its own: one of the user's, or torch's of several parts."""
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.MultiheadAttention)):
+        return False
+    kind = type_before_parametrizations(module)
+    if kind.__module__.startswith("torch.nn.modules."):
+        return any(name != PARAMETRIZED for name, _ in module.named_children())
+    return True
 
 
 def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -124,11 +139,13 @@ def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return found
 
 
-def name_parameter(module: nn.Module, part: str, p: Tensor) -> str:
-    """`weight` or `bias`: by shape, and a vector by what it is for."""
+def name_parameter(module: nn.Module, part: str, p: Tensor, added: bool = False) -> str:
+    """`weight` or `bias`: by shape, and a vector by what it is for; `added`: a function was seen to add it."""
     name = part.rpartition(".")[2].lower()
     if sum(n > 1 for n in p.shape) >= 2:
         return "weight"
+    if added:
+        return "bias"
     if name_output(module) in ("norm", "activation"):
         return "bias" if "bias" in name or name in ("beta", "b") else "weight"
     factor = "weight" in name or "original" in name or name in ("gamma", "alpha", "scale", "gain", "g", "w")
@@ -155,9 +172,10 @@ def list_patterns(layers: str | Iterable[str]) -> list[str]:
 def select(model: nn.Module, patterns: Sequence[str]) -> list[ProbedModule]:
     """All modules that give rows, those chosen whose dotted name matches a glob; each glob must match something."""
     named = {
-        name.removeprefix("_orig_mod."): module
+        f"{name}.".removeprefix("_orig_mod.").rstrip("."): module
         for name, module in model.named_modules()
-        if PARAMETRIZED not in name.split(".") and (own_parameters(module) or not any(module.children()))
+        if PARAMETRIZED not in name.split(".")
+        and (own_parameters(module) or not any(module.children()) or is_owner(module))
     }
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in named):

@@ -18,11 +18,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from initlab.probes.hooks import Hook, Hooks
+from initlab.probes.hook_types import Hook
+from initlab.probes.hooks import Hooks
 from initlab.probes.parameters import Parameters
 from initlab.probes.probe_buffer import ProbeBuffer
 from initlab.probes.probed_modules import ProbedModule
-from initlab.probes.torch_private import in_backward
+from initlab.probes.torch_private import is_differentiating
 from initlab.probes.updates import add_listener, find_held
 
 
@@ -56,7 +57,7 @@ class StepTracker:
             self._begin()
             return
         for handle in (
-            self._model.register_forward_pre_hook(Hook(self._before_pass)),
+            self._model.register_forward_pre_hook(Hook(self._before_pass), with_kwargs=True),
             self._model.register_forward_hook(Hook(self._after_pass)),
         ):
             self._outer.callback(handle.remove)
@@ -76,7 +77,13 @@ class StepTracker:
 
     def warn(self, depth: int) -> None:
         """Name what was chosen and never seen, and why nothing was: a selection that looks right and yields nothing."""
-        idle = [w.name or type(w.module).__name__ for w in self._hooks.modules if w.chosen and not w.ran]
+        watched = {w.name: w for w in self._hooks.modules}
+        idle = [
+            w.name or type(w.module).__name__
+            for w in self._hooks.modules
+            if w.chosen and not w.ran and not (w.is_owner and any(w.module.children()))  # its parts speak for it
+            and not ((above := watched.get(w.name.rpartition(".")[0])) and above.ran and not above.is_owner)
+        ]  # fmt: skip
         calls, unfollowed = self._hooks.calls, self._hooks.unfollowed
         text = ""
         if idle and self._recorded:
@@ -181,7 +188,7 @@ class StepTracker:
         """End the step if no gradient waits for another optimizer; else the next forward pass ends it."""
         updated = set().union(*self._stepped.values())
         whole = self._whole is not None or all(p.grad is None or id(p) in updated for p in self._model.parameters())
-        if whole and not in_backward():
+        if whole and not is_differentiating():
             self._remove_waiting()
             self._end()
             self._begin()
@@ -190,12 +197,12 @@ class StepTracker:
             self._waiting = [m.register_forward_pre_hook(Hook(self._end_before_pass)) for m in modules]
 
     def _end_before_pass(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not in_backward():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_differentiating():
             self._remove_waiting()
             self._end()
             self._begin()
             if self._recording and module is self._model:
-                self._hooks.begin_pass()
+                self._hooks.begin_pass(module, args)
 
     def _remove_waiting(self) -> None:
         for handle in self._waiting:
@@ -204,7 +211,7 @@ class StepTracker:
 
     # --- without ----------------------------------------------------------------------------------------------------
 
-    def _before_pass(self, model: nn.Module, args: Any) -> None:
+    def _before_pass(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
             return
         if self._running:
@@ -212,7 +219,7 @@ class StepTracker:
         self._running = True
         self._begin()
         if self._recording:  # a hook that is installed inside of a pass misses its beginning
-            self._hooks.begin_pass()
+            self._hooks.begin_pass(model, args, kwargs)
 
     def _after_pass(self, model: nn.Module, args: Any, output: Any) -> None:
         if self._recording and not torch.compiler.is_compiling():

@@ -1,16 +1,24 @@
 """The names beginning with an underscore that initlab takes from torch, each with its reason; no other file has any.
 
 `ConvNd`, `NormBase`: what all convolutions, and all norms over a batch, have in common; torch names it nowhere else.
-`in_backward`: whether autograd is at work in this thread; torch says that nowhere else.
+`is_differentiating`, `is_transforming`: whether autograd, or a transform of torch.func, is at work in this thread.
+`ignore_functions`: a context in which no mode hears of torch's functions, for what is none of the network's work.
 """
 
 import torch
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as ConvNd
 
-__all__ = ["ConvNd", "NormBase", "in_backward"]
+__all__ = ["ConvNd", "NormBase", "ignore_functions", "is_differentiating", "is_transforming"]
+
+ignore_functions = torch._C.DisableTorchFunction
 
 
-def in_backward() -> bool:
+def is_differentiating() -> bool:
     """Whether a backward pass is under way in this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_transforming() -> bool:
+    """Whether a transform of torch.func is under way: its tensors have no values of their own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 # The columns that stand first in the table `stats`; a step and a seed belong to each row.
 KEY_COLUMNS = ("stage", "implementation", "seed", "step", "layer", "tensor", "direction")
-MODULE_COLUMNS = ("name", "part", "call", "pass")  # and behind them in the rows of a probe
+MODULE_COLUMNS = ("name", "part", "op", "call", "pass")  # and behind them in the rows of a probe
 TENSOR_COLUMNS = ("layer", "tensor", "direction")
 PARITY_COLUMNS = ("seed", "step", *TENSOR_COLUMNS)
 LOSS_COLUMNS = ("implementation", "seed", "step")
-TEXT_COLUMNS = ("stage", "implementation", "tensor", "direction", "name", "part")  # each repeats a few texts
+TEXT_COLUMNS = ("stage", "implementation", "tensor", "direction", "name", "part", "op")  # each repeats a few texts
 
 
 LayerTensor = tuple[int, str, str]  # the TENSOR_COLUMNS of one tensor
@@ -37,6 +37,7 @@ class TensorKey(NamedTuple):
     name: str = ""  # dotted name of the module
     part: str = ""  # name of the parameter, or the path in a module's nested output
     call: int = 0  # how often the module had been called before in this step
+    op: str = ""  # what computed it: the class of the module, or the function of torch
     pass_: int = 0  # how many backward passes had been through this call before; the column `pass`
 
 

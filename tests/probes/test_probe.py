@@ -84,7 +84,17 @@ def test_every_row_is_about_the_tensor_that_it_names(inplace: bool) -> None:
         same(one(rows, **words, direction="backward"), p.grad.reshape(matrix.shape), False)
     assert len(rows) == 2 * (5 + 6)
     assert set(rows["stage"]) == {"probe"} and set(rows["implementation"]) == {"module"} and set(rows["step"]) == {0}
-    assert list(rows.columns) == [*KEYS, "name", "part", "call", "pass", *STATISTICS, "update_ratio", "loss_scale"]
+    assert list(rows.columns) == [
+        *KEYS,
+        "name",
+        "part",
+        "op",
+        "call",
+        "pass",
+        *STATISTICS,
+        "update_ratio",
+        "loss_scale",
+    ]
 
 
 def test_a_loop_records_updates_of_every_kth_step() -> None:
@@ -442,7 +452,8 @@ def test_lazy_and_parametrized_modules() -> None:
 def test_a_model_without_parameters() -> None:
     x = batch()[0].requires_grad_()
     rows = initlab.measure(nn.Tanh(), x, loss=sum_of_squares)
-    assert list(rows["direction"]) == ["forward", "backward"] and set(rows["layer"]) == {0}
+    assert list(rows["op"]) == ["input", "Tanh", "Tanh", "input"] and set(rows["layer"]) == {0}
+    assert list(rows["direction"]) == ["forward", "forward", "backward", "backward"]
     assert x.grad is None
 
 

@@ -1,7 +1,6 @@
 """What rows are called: by what is computed, numbered by the flow of data, no two with the same words."""
 
 import threading
-from collections.abc import Callable
 
 import pandas as pd
 import pytest
@@ -17,7 +16,7 @@ KEYS = ["stage", "implementation", "seed", "step", "layer", "tensor", "direction
 
 def words(rows: pd.DataFrame) -> dict[str, str]:
     """The word of every module's output."""
-    outputs = rows[(rows["direction"] == "forward") & (rows["part"] == "")]
+    outputs = rows[(rows["direction"] == "forward") & (rows["part"] == "") & (rows["op"] != "input")]
     return dict(zip(outputs["name"], outputs["tensor"], strict=True))
 
 
@@ -63,7 +62,7 @@ def test_weights_and_biases_are_told_by_shape_and_use() -> None:
         "weight_ih_l0": "weight", "weight_hh_l0": "weight", "bias_ih_l0": "bias", "bias_hh_l0": "bias",
     }  # fmt: skip
     line = initlab.measure(nn.Linear(1, 1), torch.randn(5, 1))
-    assert sorted(line["tensor"]) == ["bias", "preactivation", "weight"]
+    assert sorted(line["tensor"]) == ["activation", "bias", "preactivation", "weight"]
 
 
 @pytest.mark.parametrize("optimizer", [True, False])
@@ -111,30 +110,42 @@ def test_layers_are_numbered_by_the_flow_of_data_under_checkpoints(reentrant: bo
             model(torch.randn(8, 4)).square().mean().backward()
             optimizer.step()
     rows = p.frame()
-    layers = rows.groupby("name", observed=True)["layer"].agg(set).to_dict()
+    layers = rows[rows["name"] != ""].groupby("name", observed=True)["layer"].agg(set).to_dict()
     assert layers == {"head": {1}, "body.0": {2}, "body.1": {2}, "out": {3}}
     assert not rows.duplicated(KEYS).any()
 
 
 def test_several_threads_are_refused_and_one_of_ones_own_is_not() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    meeting = threading.Barrier(2)
+
+    class Wait(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if not meeting.broken:
+                meeting.wait()
+            return x
+
+    model = nn.Sequential(nn.Linear(4, 4), Wait(), nn.ReLU())
     errors: list[BaseException] = []
 
-    def call(ready: Callable[[], object]) -> None:
+    def call() -> None:
         try:
-            ready()
             model(torch.randn(3, 4))
+        except threading.BrokenBarrierError:
+            pass
         except BaseException as error:
             errors.append(error)
+            meeting.abort()
 
     watched = initlab.probe(model, optimizer=torch.optim.SGD(model.parameters(), 0.1))
-    with pytest.warns(UserWarning, match="no optimizer that holds"), watched as p:
-        for _ in range(2):
-            thread = threading.Thread(target=call, args=(lambda: None,))
+    with pytest.warns(UserWarning, match="no optimizer that holds"), watched:
+        threads = [threading.Thread(target=call) for _ in range(2)]
+        for thread in threads:
             thread.start()
+        for thread in threads:
             thread.join()
-    assert [type(error) for error in errors] == [UsageError] and "several threads" in str(errors[0])
-    assert len(p.frame()) == 2 and not any(m._forward_hooks for m in model.modules())
+    assert {type(error) for error in errors} == {UsageError} and "several threads" in str(errors[0])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    meeting.abort()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
 
     def train() -> None:

@@ -1,0 +1,41 @@
+"""A hook that copies of its module do not inherit, and what a hook remembers of the layer below an activation."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Hook(partial[None]):
+    """A hook that its module's copies do not inherit: what is copied or pickled in its place does nothing."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return do_nothing
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return partial, (do_nothing,)
+
+
+def do_nothing(*args: Any) -> None:
+    """What stands in a copy of a watched module where its hook was."""
+
+
+class Preactivation(NamedTuple):
+    """The latest output of a layer, how often it had been overwritten, and its row."""
+
+    x: Tensor
+    version: int
+    axis: int
+    row: int
+
+    def is_input(self, args: tuple[Any, ...], overwritten: bool = False) -> bool:
+        """Whether a module was called with these very values, which it has perhaps overwritten itself since."""
+        if not args or args[0] is not self.x:
+            return False
+        return count_writes(self.x) == self.version + (overwritten and not self.x.is_inference())
+
+
+def count_writes(x: Tensor) -> int:
+    """How often x has been overwritten; torch does not count that in inference mode."""
+    return 0 if x.is_inference() else x._version
