@@ -150,6 +150,7 @@ BASES: dict[str, Callable[[], dict[str, Any]]] = {
     "limits": lambda: SMALL | {"formats": ["float16"]},
     "read": dict,
     "compare": lambda: {"a": "nowhere", "b": "nowhere"},
+    "compare_gradients": lambda: {"yours": {"w": torch.ones(3, 2)}, "reference": {"w": torch.ones(3, 2)}, "batch": 3},
     "Rule": dict,
 }
 # Names that no annotation tells apart: those that only a pass through the model can judge.

@@ -1,4 +1,8 @@
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +19,19 @@ from initlab.theory.z_scores import ENSEMBLE, compare_stack, compare_training, m
 
 SHAPE = {"depth": 10, "width": 200, "inputs": 100, "batch": 50}
 XAVIER = rule("xavier", gain=1.3)
+
+
+def theory_with(threads: int, folder: Path) -> pd.DataFrame:
+    """The predictions for a training, where numpy is told to multiply with so many threads."""
+    words = ["task=train", "seeds=1", "train.width=8", "train.batch=16", "train.steps=1", "plots=false"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "initlab", *words, f"hydra.run.dir={folder}"]
+    subprocess.run(command, check=True, capture_output=True, cwd=folder.parent, env=environment)
+    return pd.read_parquet(folder / "theory.parquet")
+
+
+def test_predictions_hang_on_no_number_of_threads(tmp_path: Path) -> None:
+    pd.testing.assert_frame_equal(*(theory_with(n, tmp_path / str(n)) for n in (1, 8)), check_exact=True)
 
 
 def beside(stats: pd.DataFrame, init: str | Rule = XAVIER, activation: Given = "tanh", **shape: int) -> pd.DataFrame:
