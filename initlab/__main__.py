@@ -203,12 +203,12 @@ def check_words(words: Sequence[str]) -> list[str]:
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
     given, unknown = parser.parse_known_intermixed_args(list(words))
-    for word in unknown:
+    for word in (word for word in (*unknown, *given.overrides) if word.startswith("-")):
         bare = word.lstrip("-")
         if bare.split("=")[0] in options:
             raise UsageError(f"{word}: options have no dashes, write {bare if '=' in bare else bare + '=VALUE'}")
         raise UsageError(f"{word}: no such flag{nearest(bare.split('=')[0], options)}; see --help and --hydra-help")
-    found, flags = [], list(words)
+    found, flags = [], [word for word in words if word != "--"]
     for word in given.overrides:
         flags.remove(word)
         bare = word.lstrip("+ ")

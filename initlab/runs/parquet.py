@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from initlab.errors import UsageError, printable
@@ -92,6 +93,9 @@ def open_writer(path: Path, schema: pa.Schema, collected: bool = False) -> Itera
                 nonlocal numbers
                 writer.write_table(table)
                 numbers += max(table.num_rows * table.num_columns, table.nbytes // 8)  # lists hold several
+                words = [part.dictionary for name in texts for part in table[name].chunks]
+                longest = max((pc.max(pc.binary_length(some)).as_py() or 0 for some in words), default=0)
+                numbers += table.num_rows * (longest // 64)  # a reader may spell each of them out
 
             yield write_rows
             about = {"collected": collected, "numbers": numbers, "crc32": UNSEALED}

@@ -63,7 +63,8 @@ def discard(folder: Path) -> None:
 
     Folders go only if they are empty then and bear the time stamp of ours; a folder that the user named stays.
     """
-    for name in _BEFORE_A_RUN:
+    logs = [path.name for path in folder.glob("*.log") if not path.stat().st_size]  # of another hydra.job.name
+    for name in (*_BEFORE_A_RUN, *logs):
         with suppress(OSError):  # Windows removes no open file, as the log is
             (folder / name).unlink(missing_ok=True)
     here = Path.cwd().resolve()

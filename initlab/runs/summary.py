@@ -171,7 +171,7 @@ def as_text(table: pd.DataFrame) -> str:
     names = [name for name in table if name not in ("std16", "std84", "not comparable", "limit")]  # these serve others
     if "std16" in table:
         names.insert(names.index("std") + 1, "16-84 % of networks")
-    if "diverged" in names and not table["diverged"].dropna().str.match("[1-9]").any():
+    if "diverged" in names and not table["diverged"].dropna().astype(str).str.match("[1-9]").any():
         names.remove("diverged")  # no network did
     shown = pd.DataFrame({name: [_text(name, row) for _, row in table.iterrows()] for name in names})
     return str(shown.to_string(index=False))
