@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from initlab.errors import disk_error
@@ -188,10 +187,11 @@ def thin_out(rows: pa.Table, parts: Sequence[Part]) -> pa.Table:
         return rows
     steps = np.unique(np.concatenate([part.steps for part in parts]))
     shown = np.append(steps[:: -(-total // SHOWN)], steps[-1])
-    chosen = pc.is_in(rows["step"], pa.array(shown))
+    chosen = np.isin(rows["step"].to_numpy(), shown)
     if "relative_error" in rows.column_names:
-        chosen = pc.or_(chosen, pc.equal(rows["relative_error"], pc.max(rows["relative_error"])))
-    return rows.filter(chosen)
+        errors = rows["relative_error"].to_numpy()
+        chosen[np.argsort(errors)[np.isfinite(errors).sum() - 1 :][:1]] = True
+    return rows.filter(pa.array(chosen))
 
 
 def compact(folder: Path, parts: Sequence[Part]) -> dict[str, pa.Table]:

@@ -115,18 +115,19 @@ class Recorder:
         self._waiting: list[Part] = []
         self._written: list[Part] = []
         self._busy = RLock()  # of the lists and their files
-        self._since = time.monotonic()
+        self._since = time.monotonic()  # the first row waits
         self._shown: dict[str, pa.Table] = {}
         self._after = ExitStack()
 
     def __enter__(self) -> "Recorder":
         stops.work()
+        self._after.enter_context(stops.first(lambda: self._end("interrupted")))
         try:
             (self.folder / "parts").mkdir(parents=True, exist_ok=True)
             self._write_status("running")
         except OSError as error:
+            self._after.close()
             raise disk_error(error, self.folder) from error
-        self._after.enter_context(stops.first(lambda: self._end("interrupted")))
         return self
 
     def add(self, frames: Mapping[str, pd.DataFrame]) -> None:
@@ -137,13 +138,14 @@ class Recorder:
         """
         parts = [Part.make(self._count, name, frame, self.columns) for name, frame in frames.items()]
         with stops.whole(), self._busy:
+            self._since = self._since if self._waiting else time.monotonic()
             self._waiting += parts
             self._count += 1
         if time.monotonic() - self._since >= self.patience:
             self.flush()
 
     def flush(self, waited: float = 0.0) -> None:
-        """Write what waits in memory, if it has waited so many seconds. Any thread may ask for it."""
+        """Write what waits in memory, if its first row has waited so many seconds. Any thread may ask for it."""
         while self._waiting and time.monotonic() - self._since >= waited:
             with stops.whole(), self._busy:
                 for part in self._waiting[:1]:  # another thread may have written it
@@ -154,7 +156,6 @@ class Recorder:
                     self._written.append(self._waiting.pop(0))
                     if sum(one.nbytes for one in self._written if one.table is not None) > KEPT:
                         part.table = None
-        self._since = time.monotonic()
 
     def mark(self) -> int:
         """Where the record stands: what `rewind` goes back to."""

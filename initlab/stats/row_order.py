@@ -49,3 +49,10 @@ def row_order(frame: "pd.DataFrame", networks: np.ndarray, order: Sequence[str] 
     tensors = [name for name in KEY_COLUMNS if name in frame and name not in ("seed", "step")]
     kind = frame.groupby(tensors, sort=False, observed=True).ngroup().to_numpy() if tensors else np.zeros(len(frame))
     return np.lexsort((networks, pd.factorize(kind)[0], *reversed(places)))
+
+
+def sort_rows(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """A measured table in its order, less the column `network`."""
+    order = ("stage", "layer", "attempt") if "attempt" in frame else ORDER if "stage" in frame else ("step",)
+    rows = row_order(frame, frame[NETWORK].to_numpy(), order)
+    return frame.drop(columns=NETWORK).iloc[rows].reset_index(drop=True)

@@ -5,11 +5,13 @@ from functools import partial
 from threading import Lock
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from initlab import stops
 from initlab.errors import UsageError, check, check_functions, library_call
 from initlab.nn.activations import Activation
 from initlab.nn.custom_activation import Given
@@ -18,6 +20,7 @@ from initlab.stats.backend import SATURATED, Backend
 from initlab.stats.buffer import StatsBuffer
 from initlab.stats.keys import Seeds, TensorKey
 from initlab.stats.measure import backend_for
+from initlab.stats.row_order import NETWORK, sort_rows
 from initlab.stats.statistics import TRUE_COLUMNS, Function
 from initlab.stats.summarize import saturated_share
 from initlab.tasks.ensemble.device import Where
@@ -67,7 +70,8 @@ def stack(
     rms below 16 times the smallest normal number), and from there, and on all its way down, the same weights in float64
     with a power of two carried. For float32 that is right to 1e-6 against exact arithmetic; -inf is a true zero.
 
-    On a CPU each of torch's threads takes a chunk of its own: small matrices gain nothing from sharing one. A rule that
+    Rows stand by layer in the order of travel, then by network in the order of `seeds`, whatever ran together. On a CPU
+    each of torch's threads takes a chunk of its own: small matrices gain nothing from sharing one. A rule that
     is fitted to data is fitted to the stack's own input; how it went is emitted as the table `lsuv`.
     Errors: an unknown name, a number out of its range, a network that does not fit into memory.
 
@@ -97,7 +101,7 @@ def run_stack(
     """`stack` of what has been resolved. Without `backward` nothing that is kept grows with depth."""
     backend = backend_for(where.device, statistics)
     planned = plan(net, len(ensemble), where, backward)
-    collected: dict[int, list[Frames]] = {}
+    collected: dict[tuple[int, int], list[Frames]] = {}
     lock = Lock()
     total = len(ensemble) * net.depth * (2 if backward else 1)
     with tqdm(total=total, desc="stack", unit="layer", disable=None if progress else True) as bar:
@@ -105,7 +109,7 @@ def run_stack(
         def run(chunk: slice) -> None:
             def deliver(frames: Frames) -> None:
                 if emit is None:
-                    collected.setdefault(chunk.start, []).append(frames)
+                    collected.setdefault((chunk.start, chunk.stop), []).append(frames)
                 else:
                     with lock:
                         emit(frames)
@@ -117,8 +121,13 @@ def run_stack(
 
         threads = torch.get_num_threads() if where.device.type == "cpu" else 1
         run_chunks(run, len(ensemble), planned.networks, net, threads)
-    parts = [part["stats"] for start in sorted(collected) for part in collected[start] if "stats" in part]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    parts = [
+        part["stats"].assign(**{NETWORK: start + np.arange(len(part["stats"])) % (stop - start)})
+        for (start, stop), parts in collected.items()
+        for part in parts
+        if "stats" in part
+    ]
+    return sort_rows(pd.concat(parts, ignore_index=True)) if parts else pd.DataFrame()
 
 
 def _keys(layers: Iterable[int], direction: str) -> list[TensorKey]:
@@ -268,6 +277,7 @@ class _Pass:
             if net.network.residual:
                 self.record.window.append(self.backend.rows(a.whole)[:, None])
             self.bar.update(len(self.nets))
+            stops.check()
 
         x = _Signal.from_tensor(self.nets.gaussian(net.inputs, "input"))
         self.record.window.append(self.backend.rows(x.whole)[:, None])
@@ -283,12 +293,15 @@ class _Pass:
         def preactivation(layer: int) -> Tensor:
             return buffers.passed[layer - 1]
 
+        def visit(*_: object) -> None:
+            self.bar.update(len(self.nets))
+            stops.check()
+
         g = buffers.halves[net.depth % 2]
         g.whole.copy_(self.nets.gaussian(net.width, "gradient"))
         for window in _windows(range(net.depth, 0, -1)):
             start = g.whole.clone()
             signal = lambda layer: _Signal(preactivation(layer))  # noqa: E731
-            visit = lambda *_: self.bar.update(len(self.nets))  # noqa: E731
             g = backward(net.network, self.nets.weights, signal, g, visit, buffers, window)
             follow = partial(self.twin.backward, window, start, passed=preactivation)
             self.record.close(_keys(window, "backward"), follow)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from initlab.nn.mup import learning_rates
 from initlab.scratch.layers import LOSSES
 from initlab.stats.keys import Seeds
 from initlab.stats.measure import backend_for
+from initlab.stats.row_order import NETWORK, sort_rows
 from initlab.stats.statistics import Function
 from initlab.tasks.data import Data, load
 from initlab.tasks.ensemble.device import Where
@@ -81,9 +83,14 @@ def train(
         check_trainable(row, where.dtype)
     source = data if isinstance(data, Data) else load(data)
     collected: list[Frames] = []
+    if emit is None:
+        ensemble = replace(ensemble, columns={**ensemble.columns, NETWORK: np.arange(len(ensemble))})
     run_training(source, training, row, ensemble, where, emit or collected.append, progress, statistics)
-    names = dict.fromkeys(name for part in collected for name in part)
-    return {name: pd.concat([part[name] for part in collected if name in part], ignore_index=True) for name in names}
+    parts: dict[str, list[pd.DataFrame]] = {}
+    for frames in collected:
+        for name, frame in frames.items():
+            parts.setdefault(name, []).append(frame)
+    return {name: sort_rows(pd.concat(some, ignore_index=True)) for name, some in parts.items()}
 
 
 def run_training(
