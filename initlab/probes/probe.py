@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from initlab.errors import UsageError, check, check_functions, library_call
 from initlab.probes.probe_buffer import ProbeBuffer
-from initlab.probes.probed_modules import list_patterns, refuse_several, select
+from initlab.probes.probed_modules import find_parameter_device, list_patterns, refuse_several, select
 from initlab.probes.steps import StepTracker
 from initlab.probes.updates import list_optimizers
 from initlab.stats.buffer import BATCHED
@@ -98,7 +98,7 @@ class Probe:
             self._network.warn(3)
 
     def frame(self) -> pd.DataFrame:
-        """Columns of the table `stats`, and `name`, `part`, `call`, `update_ratio`; what `emit` has got is left out."""
+        """The table `stats` with further columns, `name` to `loss_scale`; what `emit` has got is left out."""
         return self._buffer.frame()
 
     def histograms(self) -> pd.DataFrame:
@@ -152,8 +152,8 @@ def probe(
     every, flush_steps, histograms = check(every=every, flush_steps=flush_steps, histograms=histograms)
     check_functions(emit=emit)
     patterns = list_patterns(layers)
-    # Tensors on a GPU are measured by plain PyTorch.
-    buffer = ProbeBuffer(list(resolve_seeds(seeds)), backend_for("cpu", statistics), emit, flush_steps, histograms)
+    backend = backend_for(find_parameter_device(model), statistics)
+    buffer = ProbeBuffer(list(resolve_seeds(seeds)), backend, emit, flush_steps, histograms)
     sink = Sink(buffer, every, patterns)
     if isinstance(model, nn.Module):
         refuse_several(buffer.seeds)

@@ -152,6 +152,12 @@ def name_parameter(module: nn.Module, part: str, p: Tensor, added: bool = False)
     return "weight" if factor else "bias"
 
 
+def find_parameter_device(model: object) -> torch.device:
+    """Where the parameters of a module lie; a processor for whatever has none."""
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if first is None else first.device
+
+
 def refuse_several(seeds: Sequence[int]) -> None:
     if len(seeds) != 1:
         raise UsageError(f"seeds: {len(seeds)} given; an nn.Module is one network and has one")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from initlab.errors import UsageError, describe_error, library_call, show
 from initlab.probes.probe_buffer import ProbeBuffer
-from initlab.probes.probed_modules import list_patterns, refuse_several, select
+from initlab.probes.probed_modules import find_parameter_device, list_patterns, refuse_several, select
 from initlab.probes.steps import StepTracker
 from initlab.stats.keys import Seeds, resolve_seeds
 from initlab.stats.measure import backend_for
@@ -57,7 +57,7 @@ def measure(
         raise UsageError(
             f"loss={show(loss)}: must be a function of (out, y), such as torch.nn.functional.cross_entropy"
         )
-    buffer = ProbeBuffer(list(resolve_seeds(seeds)), backend_for("cpu", statistics))
+    buffer = ProbeBuffer(list(resolve_seeds(seeds)), backend_for(find_parameter_device(model), statistics))
     refuse_several(buffer.seeds)
     patterns = list_patterns(layers)
     tracker = StepTracker(model, [], select(model, patterns), 1, buffer)
