@@ -320,7 +320,7 @@ def test_drift_is_how_far_the_first_batch_has_moved() -> None:
     seen = mlp.forward_and_backward(start, xb, yb, ACTIVATIONS["relu"], LOSSES["cross_entropy"])
     moved = [(w - lr * gw, b - lr * gb) for (w, b), (gw, gb) in zip(start, seen.parameter_grads, strict=True)]
     now = mlp.forward(moved, xb, ACTIVATIONS["relu"])[0]
-    drift = stats[stats["tensor"] == "drift"].set_index(["step", "implementation", "layer", "seed"])
+    drift = stats[stats["tensor"] == "drift"].set_index(["step", "implementation", "layer", "seed"]).sort_index()
     for layer, (old, new) in enumerate(zip(seen.preactivations, now, strict=True), start=1):
         wanted = (new - old).square().mean((-2, -1)).sqrt().tolist()
         for name in ("scratch", "module"):  # rounding of differences of numbers a hundred times as large
