@@ -163,7 +163,8 @@ class ProbeBuffer(StatsBuffer):
         if self.bins is None:
             raise UsageError("histograms: none were recorded; ask for them with histograms=True")
         tables, self._bin_tables = [*self._bin_tables, self._name_bins()], []
-        return pd.concat(tables, ignore_index=True).astype(dict.fromkeys(TEXT_COLUMNS, "category"))
+        some = [table for table in tables if len(table)] or tables[:1]  # pandas 2 warns of empty ones
+        return pd.concat(some, ignore_index=True).astype(dict.fromkeys(TEXT_COLUMNS, "category"))
 
     def _measure_block(self, block: _Block, batched: bool) -> None:
         """Measure what waits in a block; if that fails, its rows say that they count nothing."""

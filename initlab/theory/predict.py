@@ -85,7 +85,7 @@ def _pivot(long: pd.DataFrame) -> pd.DataFrame:
     """One row per tensor, with the columns of `predict(wide=True)`."""
     sources = {"": "predicted", "_low": "band_low", "_high": "band_high", "_limit": "limit"}
     by = [*_KEYS, "activation", "slope"]
-    table = long.groupby(by, sort=False)["method"].first().reset_index()
+    table = long.groupby(by, sort=False, observed=True)["method"].first().reset_index()
     for name in (name for name in IN_ORDER if name in set(long["statistic"])):
         columns = {f"{name}{end}": source for end, source in sources.items()}
         if name in IN_LN:

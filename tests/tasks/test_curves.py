@@ -56,7 +56,7 @@ def test_only_one_of_those_that_share_is_run(monkeypatch: pytest.MonkeyPatch) ->
     inits = ["naive", "torch_default", "small", "orthogonal", rule("orthogonal", gain=3.0), rule("naive", gain=0.0)]
     found = gain_curves(inits, depth=4, width=10, seeds=[0])
     assert set(ran) == {rule("naive"), rule("torch_default"), rule("orthogonal"), rule("naive", gain=0.0)}
-    derived = found.groupby(["init", "gain"])["derived_from"].first()
+    derived = found.groupby(["init", "gain"], observed=True)["derived_from"].first()
     assert derived["orthogonal, fan_in", 3.0] == "orthogonal" and derived["torch_default"].tolist() == [""]
     three = found[found["gain"] == 3.0]
     assert furthest(three, stack(inits[4], depth=4, width=10, seeds=[0])) < LIMIT
