@@ -121,7 +121,7 @@ class Recorder:
 
     def __enter__(self) -> "Recorder":
         stops.work()
-        self._after.enter_context(stops.first(lambda: self._end("interrupted")))
+        self._after.enter_context(stops.first(self._tell_stop))
         try:
             (self.folder / "parts").mkdir(parents=True, exist_ok=True)
             self._write_status("running")
@@ -198,6 +198,10 @@ class Recorder:
         if not stopped or sum(part.nbytes for part in self._written) <= SMALL:
             self._shown = compact(self.folder, self._written)
             self._written = []
+
+    def _tell_stop(self) -> None:
+        """What is done first after a signal. A second one may come while another word is being written: then that."""
+        self._write_status("interrupted" if self.about["status"] == "running" else self.about["status"])
 
     def _end(self, status: str, **more: Any) -> None:
         """How the run ended: the first word counts."""
