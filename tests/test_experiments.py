@@ -72,7 +72,7 @@ def test_a_study_says_what_it_asks_and_runs(path: Path, composed: Callable[..., 
     text = path.read_text(encoding="utf-8")
     assert f"# Launch: python -m initlab -cd experiments -cn {path.stem}" in text
     config = composed(path)
-    asked = study_of(config, path.stem, ())
+    asked = study_of(config, path.stem, OmegaConf.create([]))
     assert asked.question.endswith("?") and "\n" not in asked.question
     assert asked.source and asked.cost["runs"] and asked.cost["cpu_seconds"]
     assert asked.expect and config.hydra.mode.name == "MULTIRUN"

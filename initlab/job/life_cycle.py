@@ -145,13 +145,13 @@ def study_of(cfg: DictConfig, name: str | None, overrides: Any) -> "Study":
 
     about: Any = OmegaConf.to_container(cfg.study, resolve=True, throw_on_missing=True)
     expect: Any = OmegaConf.to_container(cfg.expect, resolve=True)
-    for name, value, kind in (
+    for option, value, kind in (
         ("study.cost", about["cost"], dict),
         ("study.figure", about["figure"], dict),
         ("expect", expect, list),
     ):
         if not isinstance(value, kind):  # what an interpolation stands for has any type
-            raise UsageError(f"{name}={value}: must be a {'list' if kind is list else 'dictionary'}")
+            raise UsageError(f"{option}={value}: must be a {'list' if kind is list else 'dictionary'}")
     words: Any = OmegaConf.to_container(overrides, resolve=False)  # `width=${depth}` as it was typed
     return prepare(str(name), about, expect, option_names(), words)
 

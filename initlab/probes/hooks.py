@@ -9,7 +9,7 @@ The hooks change no value and leave nothing behind.
 from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import signature
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import Any, cast
 from weakref import ReferenceType, ref
 
@@ -46,7 +46,7 @@ class Hooks:
         self._numbered = self.calls = self.unfollowed = 0  # calls of the model, and those that autograd did not follow
         self._layer, self._last = _INPUT, cast(Preactivation | None, None)
         self._passes: dict[int, int] = {}  # how often a gradient has come in this step
-        self._thread = 0  # that calls the model in this step
+        self._thread, self._lock = 0, Lock()  # that calls the model in this step
         self._root = next((m for m in modules if not m.name), None)  # the model itself, if it gives rows
         self._owners: list[ProbedModule] = []  # modules at work whose functions are layers of their own
         self._mode: OperationMode | None = None  # that sees these functions
@@ -299,13 +299,14 @@ class Hooks:
 
     def _set_thread(self) -> None:
         """A step belongs to the thread that calls the model first; rows of several at once could not be told apart."""
-        if self._is_foreign():
+        with self._lock:
+            foreign = self._is_foreign()
+            self._thread = self._thread or get_ident()
+        if foreign:
             raise UsageError(
                 "probe: several threads call the model at once (nn.DataParallel does so); watch a model on one device, "
                 "or DistributedDataParallel"
             )
-        if not self._thread:
-            self._thread = get_ident()
 
     def _measure_saturation(self, activation: Activation, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook: the preactivation that an activation is about to see, perhaps to overwrite."""
