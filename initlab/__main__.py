@@ -135,6 +135,8 @@ def _run_jobs() -> int:
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:
+        if not stop.code and not outcome.started and not any(word.startswith("--") for word in sys.argv[1:]):
+            outcome.mistakes.append("something that a _target_ names ended the program before anything was run")
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except OSError as error:
         outcome.mistakes.append(str(disk_error(error, error.filename or Sweep.place)))

@@ -555,3 +555,10 @@ def test_keys_of_a_dictionary_need_no_plus(lab: Lab, words: tuple[str, ...]) -> 
     assert (code, err) == (0, "")
     found = initlab.read("outputs").query("tensor == 'activation' and direction == 'forward' and layer > 0")
     assert found["max"].max() == 2 and found["min"].min() == -2
+
+
+def test_what_ends_the_program_before_anything_ran_is_a_mistake(lab: Lab) -> None:
+    code, out, err = lab(*QUICK, "depth=3", "hydra.callbacks.sweep._target_=sys.exit")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "ended the program before anything" in err
+    code, _, err = lab(*QUICK, "depth=3", "statistics.mine=torch.tensor")
+    assert code == 2 and err.count("\n") == 1 and "statistics.mine: gives (" in err  # and no warning of the function's

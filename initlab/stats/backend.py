@@ -13,6 +13,7 @@ With statistics of the user rows are (F + M, ...): their M results stand behind 
 Legend: E networks, N batch, C units, F fields, M functions of the user, K rows.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Protocol
@@ -173,7 +174,8 @@ def measure_custom(statistics: Mapping[str, Function], x: Tensor) -> Tensor:
     found = []
     for name, function in statistics.items():
         try:
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the user's function at every tensor
                 value = function(x.clone())
         except (Exception, SystemExit) as error:  # a function of the user may raise anything
             says = describe_error(error)
