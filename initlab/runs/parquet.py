@@ -93,7 +93,8 @@ def open_writer(path: Path, schema: pa.Schema, collected: bool = False) -> Itera
                 nonlocal numbers
                 writer.write_table(table)
                 numbers += max(table.num_rows * table.num_columns, table.nbytes // 8)  # lists hold several
-                words = [part.dictionary for name in texts for part in table[name].chunks]
+                columns = [column for column in table.itercolumns() if pa.types.is_dictionary(column.type)]
+                words = [part.dictionary for column in columns for part in column.chunks]
                 longest = max((pc.max(pc.binary_length(some)).as_py() or 0 for some in words), default=0)
                 numbers += table.num_rows * (longest // 64)  # a reader may spell each of them out
 
