@@ -86,7 +86,7 @@ def bomb_table(draw: random.Random, here: Path) -> str:
         long = pa.DictionaryArray.from_arrays(pa.array(np.zeros(10**6, np.int32)), ["x" * 10**6])
         table, groups = pa.table({"stage": long}), 3
     elif kind == "repeated":
-        table, groups = pa.table({f"c{k}": pa.array(["y" * 1000] * 10**4) for k in range(30)}), 10
+        table, groups = pa.table({f"c{k}": pa.array(["y" * 1000] * 10**4) for k in range(30)}), 2
     elif kind == "lists":
         table, groups = pa.table({"x": pa.array([[0] * 10**5] * 10)}), groups
     else:
