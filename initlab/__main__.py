@@ -1,6 +1,7 @@
 """The command line: compose configurations, hand them to their jobs, turn what happened into lines and an exit code."""
 
 import gc
+import json
 import logging
 import os
 import sys
@@ -117,10 +118,12 @@ def _run_jobs() -> int:
     from initlab.job.options import HYDRA_MISTAKES, as_usage_error
     from initlab.job.settings import CONF
     from initlab.runs.recorder import discard
+    from initlab.runs.schema import COMMAND
     from initlab.sweep.callback import Refused, Sweep
 
     warned: list[str] = []
     try:
+        os.environ[COMMAND] = json.dumps(sys.argv)  # as it was typed
         sys.argv[1:] = check_words(sys.argv[1:])
         with _note_warnings(Path(hydra.__file__).parent, warned):
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(run_composed)()

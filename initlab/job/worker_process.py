@@ -16,6 +16,7 @@ from pathlib import Path
 from initlab import stops
 from initlab.errors import UsageError
 from initlab.runs.lock import hold_lock, is_locked
+from initlab.runs.schema import COMMAND
 
 LAUNCHER = ".launcher"  # in the folder of a sweep: a lock that its own process holds while others work for it
 LOOKS = 0.5  # seconds between two looks at it
@@ -33,7 +34,7 @@ def as_worker(device: str) -> Iterator[None]:
     if not is_worker():
         yield
         return
-    sys.argv = json.loads(os.environ["INITLAB_COMMAND"])
+    sys.argv = json.loads(os.environ[COMMAND])
     gpus = os.environ.get("INITLAB_GPUS")
     if gpus == "all":
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)

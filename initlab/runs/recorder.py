@@ -5,6 +5,7 @@ every file is written under a temporary name and renamed.
 """
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -30,7 +31,7 @@ from initlab.runs import parquet
 from initlab.runs.folders import read_overrides
 from initlab.runs.lock import LOCK
 from initlab.runs.parts import Part, clear_parts, compact
-from initlab.runs.schema import SCHEMA_VERSION, TABLES
+from initlab.runs.schema import COMMAND, SCHEMA_VERSION, TABLES
 
 # What Hydra, and who locked the folder, have written there before a job begins.
 _HYDRAS = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "multirun.yaml")
@@ -226,7 +227,8 @@ class Recorder:
 
 def machine() -> dict[str, Any]:
     """What a run is made with: versions and revision of the code, platform, and the command."""
-    return {**_code(), "platform": platform.platform(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+    program, *words = json.loads(os.environ.get(COMMAND) or "null") or sys.argv
+    return {**_code(), "platform": platform.platform(), "command": [Path(program).name, *words]}
 
 
 @cache  # of what was loaded, whatever is committed while it runs

@@ -11,6 +11,7 @@ from initlab.stats.keys import KEY_COLUMNS, LOSS_COLUMNS, PARITY_COLUMNS, TEXT_C
 from initlab.stats.row_order import ORDER
 from initlab.stats.statistics import NONFINITE, STATISTICS, TORCH_COLUMN, TRUE_COLUMNS
 
+COMMAND = "INITLAB_COMMAND"  # variable of the environment: the command line of run.json, as it was typed
 SCHEMA_VERSION = 2
 SEALED = 2  # from here on every table of a run is sealed, see parquet.py
 

@@ -22,6 +22,7 @@ from initlab.job.options import EXTRAS as PROCESS_LAUNCHERS
 from initlab.job.options import PLUGIN
 from initlab.job.worker_process import GRACE, LAUNCHER, LOOKS
 from initlab.runs.lock import LOCK, hold_lock, is_locked
+from initlab.runs.schema import COMMAND
 
 LARGEST_ARRAY = 1000  # Slurm's MaxArraySize is 1001 by default
 
@@ -69,7 +70,7 @@ def environment(config: DictConfig, launcher: str) -> Iterator[None]:
     given = {
         "OMP_NUM_THREADS": str(config.threads),
         "INITLAB_PARENT": str(os.getpid()),
-        "INITLAB_COMMAND": json.dumps(sys.argv),
+        COMMAND: os.environ.get(COMMAND) or json.dumps(sys.argv),
         "TQDM_DISABLE": "1",  # one bar, the sweep's
         "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
