@@ -42,7 +42,7 @@ HOUSE = {
     ),
     "scratch": "agreement graph_text autograd_graph layers checks classes matmul mlp modules backward",
     "probes": (
-        "hook_types probe_buffer torch_private probed_modules operations hooks parameters updates steps probe snapshot"
+        "torch_private hook_types probe_buffer probed_modules operations hooks parameters updates steps probe snapshot"
     ),
     "engine": "layer_memory named_tensors fast_network recorders",
     "tasks": (

@@ -5,10 +5,22 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.compiler import is_compiling
+
+from initlab.probes.torch_private import ignore_functions
 
 
 class Hook(partial[None]):
-    """A hook that its module's copies do not inherit: what is copied or pickled in its place does nothing."""
+    """A hook that its module's copies do not inherit: what is copied or pickled in its place does nothing.
+
+    What it computes is none of the network's work: a mode that sees the functions of torch does not see its own.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if is_compiling():
+            return
+        with ignore_functions():
+            super().__call__(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return do_nothing

@@ -15,7 +15,6 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils.hooks import RemovableHandle
 
@@ -25,7 +24,7 @@ from initlab.probes.hook_types import Hook, Preactivation, count_writes
 from initlab.probes.operations import Operation, OperationMode, find_axis, is_parameter, refine_operation
 from initlab.probes.probe_buffer import ProbeBuffer
 from initlab.probes.probed_modules import RELU, LayerAxis, ProbedModule, Site, as_batch, find_tensors, measurable
-from initlab.probes.torch_private import ignore_functions, is_differentiating, is_transforming
+from initlab.probes.torch_private import is_differentiating, is_transforming
 from initlab.stats.keys import TensorKey
 from initlab.stats.summarize import saturated_share
 
@@ -80,8 +79,6 @@ class Hooks:
 
     def begin_pass(self, model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> None:
         """A pass begins: below what comes now there is no layer but the input."""
-        if is_compiling():
-            return
         if torch._C._is_tracing() or is_transforming():
             raise UsageError(
                 "probe: inside torch.func (vmap, grad, ...) or a trace nothing can be measured: call the model"
@@ -147,8 +144,6 @@ class Hooks:
 
     def _open_module(self, m: ProbedModule, *_: Any) -> None:
         """A forward pre-hook: functions that are called now belong to this module."""
-        if is_compiling():
-            return
         if not self._is_unseen():
             self._set_thread()
         self._measure_pending()
@@ -159,7 +154,7 @@ class Hooks:
 
     def _close_module(self, m: ProbedModule, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook, called after an exception too: measure what comes out of the module and has no row yet."""
-        if is_compiling() or not self._owners or (self._is_foreign() and output is None):
+        if not self._owners or (self._is_foreign() and output is None):
             return
         if output is not None:
             self._measure_output(m, module, args, output)
@@ -194,8 +189,7 @@ class Hooks:
         found = refine_operation(operation, args, x)
         if m is None or found is None or self._is_unseen():
             return
-        with ignore_functions():
-            self._measure_function(m, found, args, x)
+        self._measure_function(m, found, args, x)
 
     def _measure_function(self, m: ProbedModule, found: Operation, args: tuple[Any, ...], x: Tensor) -> None:
         self._set_thread()
@@ -239,8 +233,6 @@ class Hooks:
 
     def _measure_output(self, m: ProbedModule, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook: number the layer, measure what comes out of it, and its gradient when that comes."""
-        if is_compiling():
-            return
         pending, self._pending = self._pending, None
         if pending is not None and (pending[2] is not output or m.is_owner):
             self._pending = pending
@@ -257,9 +249,8 @@ class Hooks:
         if m.is_layer and not m.is_owner:
             self._layer = LayerAxis(self.number(m), self._layer.axis, self._layer.ndim)
         plain = type(output) is Tensor and measurable(output)
-        with ignore_functions():
-            for part, x in (("", output),) if plain else find_tensors(output):
-                self._measure_part(m, part, x, args)
+        for part, x in (("", output),) if plain else find_tensors(output):
+            self._measure_part(m, part, x, args)
 
     def _measure_part(self, m: ProbedModule, part: str, x: Tensor, args: tuple[Any, ...]) -> None:
         """One tensor of a module's output."""
@@ -311,7 +302,7 @@ class Hooks:
     def _measure_saturation(self, activation: Activation, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook: the preactivation that an activation is about to see, perhaps to overwrite."""
         last = self._last
-        if not is_compiling() and last is not None and last.is_input(args):
+        if last is not None and last.is_input(args):
             slope = activation.slope(as_batch(last.x.detach(), last.axis))
             self._buffer.set_saturated(last.row, saturated_share(slope, activation.largest_slope))
 

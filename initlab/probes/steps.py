@@ -197,7 +197,7 @@ class StepTracker:
             self._waiting = [m.register_forward_pre_hook(Hook(self._end_before_pass)) for m in modules]
 
     def _end_before_pass(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_differentiating():
+        if torch.is_grad_enabled() and not is_differentiating():
             self._remove_waiting()
             self._end()
             self._begin()
@@ -212,8 +212,6 @@ class StepTracker:
     # --- without ----------------------------------------------------------------------------------------------------
 
     def _before_pass(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
         if self._running:
             self._end()
         self._running = True
@@ -222,7 +220,7 @@ class StepTracker:
             self._hooks.begin_pass(model, args, kwargs)
 
     def _after_pass(self, model: nn.Module, args: Any, output: Any) -> None:
-        if self._recording and not torch.compiler.is_compiling():
+        if self._recording:
             self._recorded = True
             parameters = self._all_parameters()
             parameters.start()

@@ -122,6 +122,33 @@ def test_the_stream_of_a_residual_network_is_seen(training: bool) -> None:
     assert list(values["layer"]) == [2, 3, 5, 6, 8, 9, 11, 12, 13]
 
 
+@pytest.mark.parametrize("module", [nn.Tanh(), nn.GELU(), nn.SiLU(), nn.Softplus(beta=2), nn.Mish()], ids=repr)
+@pytest.mark.parametrize("training", [True, False])
+def test_what_the_probe_computes_itself_has_no_rows(module: nn.Module, training: bool) -> None:
+    """The slopes behind `frac_saturated` are made of the same functions as networks; the block calls none of them."""
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.act, self.last = nn.Linear(4, 4), module, nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.act(self.first(x)))
+
+    model, x = Plain(), torch.randn(8, 4)
+    if training:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with initlab.probe(model, optimizer=optimizer) as p:
+            square_loss(model(x)).backward()
+            optimizer.step()
+        rows = p.frame()
+    else:
+        rows = initlab.measure(model, x)
+    outputs = rows[(rows["direction"] == "forward") & ~rows["tensor"].isin(["weight", "bias", "update"])]
+    assert list(outputs["op"]) == ["input", "Linear", type(module).__name__, "Linear"]
+    assert one(rows, name="first", part="", direction="forward")["frac_saturated"] >= 0
+
+
 class Attention(nn.Module):
     def __init__(self, fused: bool) -> None:
         super().__init__()
