@@ -131,16 +131,27 @@ class Hooks:
             given = (*args, *kwargs.values())
         for part, x in find_tensors(given if len(given) > 1 else [*args, *kwargs.values()][0] if given else ()):
             key = TensorKey(self._stage, "module", 0, "activation", "forward", root.name, part, root.calls, "input")
-            self._put(key, x, x.ndim - 1)
+            self._measure(x, self._make_site(key, self._layer, x.ndim - 1))
 
-    def _put(self, key: TensorKey, x: Tensor, axis: int) -> int:
+    def _make_site(self, key: TensorKey, layer: LayerAxis, axis: int) -> Site:
+        return Site(layer, axis, self._buffer.code(key), self._buffer.code(key._replace(direction="backward")))
+
+    def _measure(self, x: Tensor, site: Site) -> int:
         """Measure a tensor, and its gradient when that comes; gives the number of the row."""
-        row = self._buffer.put(self._buffer.code(key), as_batch(x, axis))
+        row = self._buffer.put(site.code, as_batch(x, site.axis))
         self._measured[id(x)] = ref(x)
         if x.requires_grad:
-            code = self._buffer.code(key._replace(direction="backward"))
-            self.on_gradient(x, partial(self._measure_gradient, Site(self._layer, axis, -1, code)))
+            self.on_gradient(x, partial(self._measure_gradient, site))
         return row
+
+    def _set_last(self, x: Tensor, axis: int, row: int, is_layer: bool, rectifies: bool, args: tuple[Any, ...]) -> None:
+        """Remember the output of a layer; a ReLU that was called with it says its saturated share."""
+        last = self._last
+        if is_layer:
+            self._last = Preactivation(x, count_writes(x), axis, row)
+        elif rectifies and last is not None and last.is_input(args, x is last.x):
+            self._buffer.set_rectified(last.row, row)
+            self._last = None  # its memory is free as early as without a probe
 
     def _open_module(self, m: ProbedModule, *_: Any) -> None:
         """A forward pre-hook: functions that are called now belong to this module."""
@@ -206,17 +217,11 @@ class Hooks:
         part = f"{found.name}.{count}" if count else found.name
         key = TensorKey(self._stage, "module", number, found.word, "forward", m.name, part, m.calls, found.name)
         if found.name == "softmax":
-            self._put(key._replace(tensor="logits"), args[0], axis)
-        last = self._last
-        overwritten = last is not None and last.x is x
-        if last is not None and found.activation not in (None, RELU) and last.is_input(args):
+            self._measure(args[0], self._make_site(key._replace(tensor="logits"), self._layer, axis))
+        if found.activation not in (None, RELU):
             self._measure_saturation(found.activation, m.module, args)
-        row = self._put(key, x, axis)
-        if found.word == "preactivation":
-            self._last = Preactivation(x, count_writes(x), axis, row)
-        elif last is not None and found.activation is RELU and last.is_input(args, overwritten):
-            self._buffer.set_rectified(last.row, row)
-            self._last = None
+        row = self._measure(x, self._make_site(key, self._layer, axis))
+        self._set_last(x, axis, row, found.word == "preactivation", found.activation is RELU, args)
 
     def _number_function(self, m: ProbedModule, args: tuple[Any, ...]) -> int:
         """The layer of a function with a weight: that of its module, or a further one for a further weight."""
@@ -262,16 +267,7 @@ class Hooks:
         self._layer = site.layer
         if not m.chosen:
             return
-        row = self._buffer.put(site.code, as_batch(x, site.axis))
-        if self._mode is not None:
-            self._measured[id(x)] = ref(x)
-        if m.is_layer:
-            self._last = Preactivation(x, count_writes(x), site.axis, row)
-        elif m.activation is RELU and self._last is not None and self._last.is_input(args, x is self._last.x):
-            self._buffer.set_rectified(self._last.row, row)
-            self._last = None  # its memory is free as early as without a probe
-        if x.requires_grad:
-            self.on_gradient(x, partial(self._measure_gradient, site))
+        self._set_last(x, site.axis, self._measure(x, site), m.is_layer, m.activation is RELU, args)
 
     def _measure_gradient(self, site: Site, grad: Tensor) -> None:
         self._buffer.put(self.count_pass(site.gradient_code), as_batch(grad, site.axis))
@@ -316,6 +312,5 @@ class Hooks:
             word = "loss" if m.is_owner and not ndim else m.word
             op = type_before_parametrizations(m.module).__name__
             key = TensorKey(self._stage, "module", number, word, "forward", m.name, part, m.calls - 1, op)
-            codes = (self._buffer.code(key), self._buffer.code(key._replace(direction="backward")))
-            m.sites[seen] = Site(layer, axis, *codes)
+            m.sites[seen] = self._make_site(key, layer, axis)
         return m.sites[seen]
