@@ -108,6 +108,7 @@ class ProbedModule:
         self.word, self.activation = name_output(module), find_activation(module)
         self.is_layer = bool(self.parameters) and self.word != "activation"  # which the layers are numbered by
         self.is_owner = is_owner(module)
+        self.expected = not (self.is_owner and any(module.children()))  # to be called; a block's parts speak for it
         self._second = isinstance(module, (NormBase, nn.GroupNorm))
         self._from_end = 1 + (len(module.kernel_size) if isinstance(module, ConvNd) else 0)
         self.number = self.calls = self.below = 0  # `below`: the layer that it was last called above
@@ -187,7 +188,12 @@ def select(model: nn.Module, patterns: Sequence[str]) -> list[ProbedModule]:
         if not any(fnmatchcase(name, pattern) for name in named):
             shown = ", ".join(list(named)[:8]) + (", ..." if len(named) > 8 else "")
             raise UsageError(f"layers={pattern}: matches none of {shown}{nearest(pattern, named)}")
-    return [ProbedModule(name, m, any(fnmatchcase(name, pattern) for pattern in patterns)) for name, m in named.items()]
+    found = [
+        ProbedModule(name, m, any(fnmatchcase(name, pattern) for pattern in patterns)) for name, m in named.items()
+    ]
+    for m in found:  # torch's attention takes the weights of its parts and calls none of them
+        m.expected &= not isinstance(named.get(m.name.rpartition(".")[0]), nn.MultiheadAttention)
+    return found
 
 
 def measurable(x: Tensor) -> bool:

@@ -77,13 +77,7 @@ class StepTracker:
 
     def warn(self, depth: int) -> None:
         """Name what was chosen and never seen, and why nothing was: a selection that looks right and yields nothing."""
-        watched = {w.name: w for w in self._hooks.modules}
-        idle = [
-            w.name or type(w.module).__name__
-            for w in self._hooks.modules
-            if w.chosen and not w.ran and not (w.is_owner and any(w.module.children()))  # its parts speak for it
-            and not ((above := watched.get(w.name.rpartition(".")[0])) and above.ran and not above.is_owner)
-        ]  # fmt: skip
+        idle = [m.name or type(m.module).__name__ for m in self._hooks.modules if m.chosen and m.expected and not m.ran]
         calls, unfollowed = self._hooks.calls, self._hooks.unfollowed
         text = ""
         if idle and self._recorded:
