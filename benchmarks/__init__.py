@@ -22,6 +22,7 @@ From the figure down to the watch:
     rows.py        a result, its JSON, its bar
     machine.py     where it was measured
     scale.py       beside the groups: what many run folders cost, in sums and not in ratios
+    sees.py        beside the groups: what each tool says of planted situations, which planted.py holds
 
 A benchmark is no test: nothing here runs in the test suite but the arithmetic and the agreement of the contestants.
 initlab knows nothing of this package, and no wheel holds it.

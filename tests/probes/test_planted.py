@@ -1,0 +1,22 @@
+"""The situations that `python -m benchmarks.sees` asks about: initlab says the truth."""
+
+import pytest
+
+from benchmarks.planted import SITUATIONS, Situation
+from benchmarks.sees import ask_initlab
+
+WRONG = {
+    "saturated share, F.leaky_relu 0.2": "the arguments of a function are not looked at",
+    "layer where nan is born": "sqrt is none of the functions that are seen; the layer above it is named",
+}
+CASES = [
+    pytest.param(s, id=s.name, marks=pytest.mark.xfail(strict=True, reason=WRONG[s.name]) if s.name in WRONG else [])
+    for s in SITUATIONS
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("situation", CASES)
+def test_initlab_says_the_truth(situation: Situation) -> None:
+    truth = situation.answer()
+    assert ask_initlab(situation) == (truth if isinstance(truth, str) else pytest.approx(truth, rel=1e-6))
