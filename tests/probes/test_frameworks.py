@@ -250,3 +250,44 @@ def test_accelerate_in_bfloat16_as_prepared() -> None:
     rows = p.frame()
     found = [text for text in faults(rows, trace, "") if "name=''" not in text]  # the root's output is float32 again
     assert not found, "\n".join(found[:20])
+
+
+# --- the trainer of Hugging Face ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_trainer_of_hugging_face(accumulate: int, tmp_path: Path) -> None:
+    """Clipped gradients, batches that add up, a wrapped optimizer: all inside of `train`."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    words = torch.randint(31, (8, 7), generator=torch.Generator().manual_seed(1))
+    data = [{"input_ids": line, "labels": line} for line in words]
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    small = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": 31, **dropouts}
+    quiet = {"report_to": [], "use_cpu": True, "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    trained: list[nn.Module] = []
+    trace = Trace(axis=lambda name, x: x.ndim - 1)
+    rows = pd.DataFrame()
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**small))
+        optimizer = SGD(model.parameters(), 0.1)
+        settings = transformers.TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=2, num_train_epochs=1, max_grad_norm=0.5,
+            gradient_accumulation_steps=accumulate, **quiet,
+        )  # fmt: skip
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        trainer = transformers.Trainer(model, settings, train_dataset=data, optimizers=(optimizer, schedule))
+        if watched:
+            with initlab.probe(model, optimizer=optimizer) as p:
+                trainer.train()
+            rows = p.frame()
+        else:
+            trace.follow(model, [optimizer])
+            optimizer.register_step_post_hook(lambda *_: trace.end_step())
+            trainer.train()
+        trained.append(model)
+    assert set(rows["step"]) == set(range(4 // accumulate)) and count_hooks(trained[1]) == 0
+    assert all(map(torch.equal, *[list(model.parameters()) for model in trained]))
+    found = faults(rows, trace, "")
+    assert not found, "\n".join(found[:20])
