@@ -227,3 +227,112 @@ def test_an_input_has_a_row_whatever_the_root_is() -> None:
     rows = snapshot(mlp(), X).rows
     found = rows[rows["layer"] == 0]
     assert len(found) == 1 and not differences(found.iloc[0], numbers(X, 1))
+
+
+class Force(nn.Module):
+    """The slope of an energy with respect to the input: a gradient is taken inside of the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return -torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+class Experts(nn.Module):
+    """Each row goes to two of three experts, whose outputs are added where the rows came from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(6, 3)
+        self.experts = nn.ModuleList([nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6)) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, places = self.gate(x).softmax(-1).topk(2, -1)
+        out = torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            mine = places == k
+            rows = mine.any(-1).nonzero()[:, 0]
+            if len(rows):
+                out = out.index_add(0, rows, expert(x[rows]) * (weights * mine).sum(-1)[rows, None])
+        return out + x
+
+
+class Modulated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.scales, self.norm = nn.Linear(6, 6), nn.Linear(6, 12), nn.LayerNorm(6, elementwise_affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor, shift = self.scales(x).chunk(2, -1)
+        out: Tensor = self.norm(self.body(x)) * (1 + factor) + shift
+        return out
+
+
+class OverDepth(nn.Module):
+    """One layer, four times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.act = nn.Linear(6, 6), nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(4):
+            x = x + self.act(self.body(x))
+        return x
+
+
+class Autoencoder(nn.Module):
+    """Random numbers between its parts, three outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 8), nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, log = self.encoder(x).chunk(2, -1)
+        out: Tensor = self.decoder(mean + torch.randn_like(mean) * (0.5 * log).exp())
+        return out
+
+
+class Skips(nn.Module):
+    """Down, up, and side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.pool = nn.Conv2d(1, 4, 3, padding=1), nn.MaxPool2d(2)
+        self.middle = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU())
+        self.up, self.out = nn.ConvTranspose2d(8, 4, 2, stride=2), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.down(x[:, None, None, :4].reshape(-1, 1, 2, 2))
+        out: Tensor = self.out(torch.cat([a, self.up(self.middle(self.pool(a)))], 1))
+        return out
+
+
+class Named(nn.Module):
+    """A part that takes words only and gives a dict with what is no tensor."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, *, x: Tensor, scale: float) -> dict[str, object]:
+            return {"h": self.layer(input=x) * scale, "more": [x, None, "text"]}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.head = Named.Part(), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.part(x=x, scale=2.0)["h"])
+        return out
+
+
+@pytest.mark.parametrize("kind", [Force, Experts, Modulated, OverDepth, Autoencoder, Skips, Named])
+def test_nets_of_many_kinds(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    watch(kind(), lambda m, o: once(m, o, square)).check()

@@ -1,5 +1,7 @@
 """Steps as no tutorial has them: every row against hooks by hand."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -270,3 +272,50 @@ def test_a_validation_with_dropout_off_between_steps() -> None:
     seen = watch(model, step, steps=3)
     seen.check()
     assert set(seen.rows["call"]) == {0}
+
+
+def penalty(model: nn.Module, optimizers: list[Optimizer]) -> Tensor:
+    """The norm of the gradient is all of the loss."""
+    optimizers[0].zero_grad()
+    grads = torch.autograd.grad(square(model), list(model.parameters()), create_graph=True)
+    loss = torch.stack([g.square().sum() for g in grads]).sum()
+    torch.autograd.backward(loss)
+    optimizers[0].step()
+    return loss
+
+
+def halved(model: nn.Module, optimizers: list[Optimizer]) -> Tensor:
+    """The user's hooks on parameters."""
+    handles = [p.register_hook(lambda g: 0.5 * g) for p in model.parameters()]
+    loss = once(model, optimizers, square)
+    for handle in handles:
+        handle.remove()
+    return loss
+
+
+def noisy(model: nn.Module, optimizers: list[Optimizer]) -> Tensor:
+    """Gradients are changed after the backward pass."""
+    optimizers[0].zero_grad()
+    loss = square(model)
+    loss.backward()
+    nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad.add_(torch.randn_like(p) * 0.01)
+    optimizers[0].step()
+    return loss
+
+
+def rebound(model: nn.Module, optimizers: list[Optimizer]) -> Tensor:
+    """The values of parameters get other memory."""
+    loss = once(model, optimizers, square)
+    for p in model.parameters():
+        p.data = p.data.clone()
+    return loss
+
+
+@pytest.mark.parametrize("step", [penalty, halved, noisy, rebound])
+def test_what_users_do_to_gradients_and_weights(step: Callable[[nn.Module, list[Optimizer]], Tensor]) -> None:
+    model = mlp()
+    model[1] = nn.Tanh()
+    watch(model, step).check()
