@@ -162,26 +162,40 @@ def test_the_residual_stream_of_llama_and_its_norms_by_hand() -> None:
         assert set(forward.loc[forward["name"] == name, "tensor"]) == {"activation"}
 
 
-@pytest.mark.xfail(strict=True, reason="a class that is not torch's is not looked at")
-def test_gates_of_hugging_face_say_their_saturated_share() -> None:
-    """GPT-2's NewGELU is a class of Hugging Face's: |phi'| below 5 % of its largest, by torch.autograd."""
-    model = build("gpt2").eval()
-    rows = snapshot(model, {"input_ids": ids()}).rows
-    caught: list[Tensor] = []
-    for block in model.transformer.h:
-        block.mlp.c_fc.register_forward_hook(lambda m, a, out: caught.append(out.detach().double()))
-    model(input_ids=ids())
-    grid = torch.linspace(-6, 6, 200001, dtype=torch.float64, requires_grad=True)
-    act = model.transformer.h[0].mlp.act
+NOT_TORCHS = pytest.mark.xfail(strict=True, reason="a class that is not torch's is not looked at")
+GATES = {
+    "gpt2": ("transformer.h.{}.mlp.c_fc", "transformer.h.0.mlp.act"),
+    "bert": ("bert.encoder.layer.{}.intermediate.dense", "bert.encoder.layer.0.intermediate.intermediate_act_fn"),
+    "llama": ("model.layers.{}.mlp.gate_proj", "model.layers.0.mlp.act_fn"),
+    "t5": ("encoder.block.{}.layer.1.DenseReluDense.wi", "encoder.block.0.layer.1.DenseReluDense.act"),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=NOT_TORCHS), "bert", "llama", "t5"])
+def test_layers_below_activations_say_their_saturated_share(name: str) -> None:
+    """Classes of Hugging Face's, by formula and by function: |phi'| below 5 % of its largest, by torch.autograd."""
+    layers, activation = GATES[name]
+    model = build(name).eval()
+    for k in range(2):
+        model.get_submodule(layers.format(k)).weight.data.mul_(60)  # far into the flat parts
+    rows = snapshot(model, batch(name)).rows
+    act = model.get_submodule(activation)
+    grid = torch.linspace(-20, 20, 200001, dtype=torch.float64).requires_grad_()
     (slopes,) = torch.autograd.grad(act(grid).sum(), grid)
-    for k, z in enumerate(caught):
-        z = z.requires_grad_()
+    for k in range(2):
+        caught: list[Tensor] = []
+        handle = model.get_submodule(layers.format(k)).register_forward_hook(
+            lambda m, args, out, caught=caught: caught.append(out.detach().double())
+        )
+        model(**batch(name))
+        handle.remove()
+        z = caught[0].requires_grad_()
         (slope,) = torch.autograd.grad(act(z).sum(), z)
         share = float((slope.abs() < 0.05 * slopes.abs().max()).double().mean())
-        name = f"transformer.h.{k}.mlp.c_fc"
-        row = rows[(rows["name"] == name) & (rows["part"] == "") & (rows["direction"] == "forward")]
+        own = rows[rows["name"].eq(layers.format(k)) & rows["part"].eq("") & rows["direction"].eq("forward")]
+        assert share > 0.1
         # a share of counted entries; an entry at the very edge in float32 may fall on either side
-        assert float(row["frac_saturated"].iloc[0]) == pytest.approx(share, abs=2 / z.numel())
+        assert float(own["frac_saturated"].iloc[0]) == pytest.approx(share, abs=2 / z.numel())
 
 
 def test_attention_logits_and_weights_of_bert() -> None:
