@@ -10,7 +10,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -228,17 +227,6 @@ class Watched(NamedTuple):
     def check(self) -> None:
         found = faults(self.rows, self.trace, self.said)
         assert not found, "\n".join([f"{len(found)} faults; warned: {self.said!r}", *found[:25]])
-        assert not (misplaced := self.misplaced()), misplaced
-
-    def misplaced(self) -> list[str]:
-        """Layers whose numbers are not in the order in which they were first called."""
-        modules = dict(self.model.named_modules())
-        rows = self.rows[self.rows["direction"].eq("forward") & ~self.rows["tensor"].isin([*PARAMETERS, "activation"])]
-        lowest = rows.groupby("name", observed=True)["layer"].min().to_dict()
-        called = dict.fromkeys(p.name for p in self.trace.values if p.direction == "forward" and not p.word)
-        leaves = [n for n in called if n in self.trace.leaves and n in lowest and n in modules]
-        layers = [n for n in leaves if any(True for _ in modules[n].parameters(recurse=False))]
-        return [f"{a} {lowest[a]}, {b} {lowest[b]}" for a, b in pairwise(layers) if lowest[a] >= lowest[b]]
 
 
 Make = Callable[[nn.Module], list[Optimizer]]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.probes.by_hand import WORDS, differences, flat, numbers, snapshot, watch
+from tests.probes.flow import misplaced
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of these packages, about each other
@@ -83,6 +84,7 @@ def test_a_pass_alone(name: str, attention: str) -> None:
     model = build(name, attention).eval()
     seen = snapshot(model, batch(name), loss=lambda out: out.loss, axis=last_axis)
     seen.check()
+    assert not misplaced(seen)
     expected = "softmax" if attention == "eager" else "scaled_dot_product_attention"
     rows = seen.rows[(seen.rows["tensor"] == "attention") & (seen.rows["direction"] == "forward")]
     assert set(rows["op"]) == {expected}

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.probes.by_hand import Axis, differences, flat, numbers, once, snapshot, watch
+from tests.probes.flow import misplaced
 
 timm = pytest.importorskip("timm")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of these packages, about each other
@@ -59,7 +60,9 @@ def test_every_module_and_parameter_has_its_row(name: str, drop: float) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_a_pass_alone(name: str) -> None:
     model = build(name).eval()
-    snapshot(model, IMAGES, Y, F.cross_entropy, axis=axis_of(model)).check()
+    seen = snapshot(model, IMAGES, Y, F.cross_entropy, axis=axis_of(model))
+    seen.check()
+    assert not misplaced(seen)
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "convnext_atto", "mixer"])
