@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from initlab.runs.parquet import as_arrow, write
+from initlab.runs.parquet import add_constants, as_arrow, write
 from initlab.runs.recorder import Recorder
 from initlab.runs.schema import OPTION_OF
 from initlab.tasks import stack as stacks
@@ -22,6 +22,6 @@ def run_folders(folder: Path, count: int) -> list[Path]:
     for k, file in enumerate(files[1:], start=1):  # what a Recorder writes, without asking git each time
         file.parent.mkdir()
         own = {"lr": k / count}
-        write(as_arrow(frame.assign(mean=frame["mean"] + k), told | own), file)
+        write(add_constants(as_arrow(frame.assign(mean=frame["mean"] + k)), told | own), file)
         (file.parent / "run.json").write_text(said.replace('"lr": 1.0', f'"lr": {k / count}'), encoding="utf-8")
     return files

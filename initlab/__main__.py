@@ -45,6 +45,8 @@ def main() -> int:
     """Exit code: 0 done, 1 a fault in a job, 2 the user's mistake, 3 a difference, 4 an expectation failed, 130/143."""
     stops.install()
     os.environ.update(dict.fromkeys(BLAS, "1"))  # read when numpy is imported, here and in every process started here
+    # Tables are then put together in the memory that the training has left, not beside it; read with pyarrow.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     words = sys.argv[1:]
     try:
         if commands.is_command(words):

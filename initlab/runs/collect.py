@@ -120,7 +120,7 @@ def save(frame: pd.DataFrame, file: Path) -> None:
     refuse(file)
     temporary = file.with_name(f".{file.name}.part{file.suffix}")
     try:
-        FORMATS[file.suffix](parquet.as_arrow(frame, {}), temporary)
+        FORMATS[file.suffix](parquet.as_arrow(frame), temporary)
         temporary.replace(file)
     except (OSError, pa.ArrowException) as error:
         why = (getattr(error, "strerror", None) or str(error)).splitlines()[0]

@@ -51,8 +51,8 @@ _CODECS = {
 }
 
 
-def as_arrow(frame: pd.DataFrame, constants: Mapping[str, Any]) -> pa.Table:
-    """Columns of the frame, then the constant ones that it has not; strings as dictionaries, nan kept as nan."""
+def as_arrow(frame: pd.DataFrame) -> pa.Table:
+    """The columns of a frame; categories as dictionaries, nan kept as nan."""
     columns: dict[str, pa.Array] = {}
     for name, column in frame.items():
         if isinstance(column.dtype, pd.CategoricalDtype):
@@ -63,14 +63,19 @@ def as_arrow(frame: pd.DataFrame, constants: Mapping[str, Any]) -> pa.Table:
             columns[str(name)] = pa.array(column, pa.string())
         else:
             columns[str(name)] = pa.array(column.to_numpy(), from_pandas=False)
-    for name in [name for name in constants if name not in columns]:
+    return pa.table(columns)
+
+
+def add_constants(table: pa.Table, constants: Mapping[str, Any]) -> pa.Table:
+    """With a column for each value whose name no column has; text as dictionaries."""
+    for name in [name for name in constants if name not in table.column_names]:
         value = constants[name]
         if isinstance(value, str):
-            codes = pa.array(np.zeros(len(frame), np.int32))
-            columns[name] = pa.DictionaryArray.from_arrays(codes, pa.array([value]))
+            codes = pa.array(np.zeros(len(table), np.int32))
+            table = table.append_column(name, pa.DictionaryArray.from_arrays(codes, pa.array([value])))
         else:
-            columns[name] = pa.array(np.full(len(frame), value))
-    return pa.table(columns)
+            table = table.append_column(name, pa.array(np.full(len(table), value)))
+    return table
 
 
 @contextmanager

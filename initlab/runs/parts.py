@@ -6,7 +6,7 @@ Putting them in order takes the memory of a few groups of rows, not of the table
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,38 +24,43 @@ from initlab.stats.row_order import NETWORK, place_columns, row_order
 
 log = logging.getLogger("initlab")
 
-GROUP = 2**14  # rows of a part that are read together
+GROUP = 2**12  # rows of a part that are read together
 AT_ONCE = 2**15  # rows that are put in order and written together
 SHOWN = 2**16  # rows of a table that are drawn and summed up at the end of a run
 
 NETWORKS = b"networks"  # key of the metadata of a part
 Place = tuple[Any, ...]
+Waiting = tuple[Place, np.ndarray, pa.Table]  # words of a place, the number behind them for each row, the rows
 
 
 @dataclass(eq=False)
 class Part:
     """Some rows of a table, in memory, on the disk, or both.
 
-    networks: the number of each row's network in its run, repeated as often as there are rows; empty where rows keep
-    the order in which they came. groups: the first place, and from where to where, of rows that are read together.
+    table: the rows in memory, without the constants: columns of one value each, which its file has as well. networks:
+    the number of each row's network in its run, repeated as often as there are rows; empty where rows keep the order in
+    which they came. groups: the first place, and from where to where, of rows that are read together. own: the columns
+    of `table`.
     """
 
     number: int
     name: str
     table: pa.Table | None
+    constants: Mapping[str, Any]
     networks: np.ndarray
     groups: list[tuple[Place, int, int]]
     steps: np.ndarray
     rows: int
     nbytes: int
-    schema: pa.Schema
+    own: pa.Schema
 
     @classmethod
     def make(cls, number: int, name: str, frame: pd.DataFrame, constants: Mapping[str, Any]) -> "Part":
         """From a frame; of tables that have an order its column `network` says whose the rows are."""
         who = frame[NETWORK].to_numpy() if NETWORK in frame and TABLES[name].order else np.empty(0, np.int64)
-        frame = frame.drop(columns=NETWORK, errors="ignore")
-        return cls._from_table(number, name, parquet.as_arrow(frame, constants), _cut_repeats(who))
+        table = parquet.as_arrow(frame.drop(columns=NETWORK, errors="ignore"))
+        constants = {key: value for key, value in constants.items() if key not in table.column_names}
+        return cls._group_rows(number, name, table, frame, constants, _cut_repeats(who), range(0, len(frame), GROUP))
 
     @classmethod
     def load(cls, path: Path) -> "Part":
@@ -63,25 +68,35 @@ class Part:
         name, _, number = path.stem.rpartition("-")
         table = pq.read_table(path)
         who = json.loads((table.schema.metadata or {}).get(NETWORKS, b"[]"))
-        part = cls._from_table(int(number), name, table, np.array(who, np.int64))
+        about = pq.read_metadata(path)
+        cuts = np.cumsum([about.row_group(k).num_rows for k in range(about.num_row_groups)])[:-1].tolist()
+        table = table.replace_schema_metadata()
+        part = cls._group_rows(int(number), name, table, key_columns(table, name), {}, np.array(who, np.int64), cuts)
         part.table = None
         return part
 
     @classmethod
-    def _from_table(cls, number: int, name: str, table: pa.Table, who: np.ndarray) -> "Part":
-        frame = key_columns(table, name)
-        order = [column for column in TABLES[name].order if column in frame] if len(who) else []
-        cuts = {0, *range(0, len(frame), GROUP)}
-        places = place_columns(frame, order)
+    def _group_rows(
+        cls, number: int, name: str, table: pa.Table, keys: pd.DataFrame, constants: Mapping[str, Any], who: np.ndarray,
+        ends: Iterable[int],
+    ) -> "Part":  # fmt: skip
+        order = [column for column in TABLES[name].order if column in keys] if len(who) else []
+        cuts = {0, *ends}
+        places = place_columns(keys, order)
         for column in places[:-1]:  # in the last one, a step or a layer, rows follow each other
             cuts |= set((np.flatnonzero(np.diff(column)) + 1).tolist())
         groups: list[tuple[Place, int, int]] = []
         starts = sorted(cuts)
-        for start, stop in zip(starts, [*starts[1:], len(frame)], strict=True):
-            words = [frame[word].iloc[start] for word in order[:-1]] if len(frame) else []
+        for start, stop in zip(starts, [*starts[1:], len(keys)], strict=True):
+            words = [keys[word].iloc[start] for word in order[:-1]] if len(keys) else []
             groups.append(((*words, *(int(last[start:stop].min(initial=2**62)) for last in places[-1:])), start, stop))
-        steps = np.unique(frame["step"].to_numpy()) if "step" in frame else np.empty(0, np.int64)
-        return cls(number, name, table, who, groups, steps, len(frame), table.nbytes, table.schema)
+        steps = np.unique(keys["step"].to_numpy()) if "step" in keys else np.empty(0, np.int64)
+        return cls(number, name, table, constants, who, groups, steps, len(keys), table.nbytes, table.schema)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of its file."""
+        return parquet.add_constants(self.own.empty_table(), self.constants).schema
 
     def path(self, folder: Path) -> Path:
         """Its file, while the run goes on."""
@@ -89,23 +104,19 @@ class Part:
 
     def write(self, folder: Path) -> None:
         """It bears its name when it is whole."""
-        said = {**(self.schema.metadata or {}), NETWORKS: json.dumps(self.networks.tolist())}
+        said = {NETWORKS: json.dumps(self.networks.tolist())}
         assert self.table is not None
         with parquet.open_writer(self.path(folder), self.schema.with_metadata(said)) as write_rows:
             for _, start, stop in self.groups:
-                write_rows(self.table.slice(start, stop - start))
+                write_rows(parquet.add_constants(self.table.slice(start, stop - start), self.constants))
 
     def read(self, folder: Path, k: int) -> pa.Table:
-        """The rows of a group, with the column `network` where they have an order."""
+        """The rows of a group, without the constants."""
         _, start, stop = self.groups[k]
         if self.table is not None or not self.rows:
-            rows = (self.schema.empty_table() if self.table is None else self.table).slice(start, stop - start)
-        else:
-            with pq.ParquetFile(self.path(folder)) as file:
-                rows = file.read_row_group(k)
-        if not len(self.networks):
-            return rows
-        return rows.append_column(NETWORK, pa.array(self.networks[np.arange(start, stop) % len(self.networks)]))
+            return (self.own.empty_table() if self.table is None else self.table).slice(start, stop - start)
+        with pq.ParquetFile(self.path(folder)) as file:
+            return file.read_row_group(k, columns=self.own.names)
 
 
 def key_columns(table: pa.Table, name: str) -> pd.DataFrame:
@@ -121,17 +132,13 @@ def _cut_repeats(values: np.ndarray) -> np.ndarray:
     return once.copy() if len(values) and (values == np.resize(once, len(values))).all() else values
 
 
-def common_schema(parts: Sequence[Part]) -> pa.Schema:
-    """The columns of all parts, each of a kind that holds what every part has."""
-    return pa.unify_schemas([part.schema.remove_metadata() for part in parts], promote_options="permissive")
-
-
 def merge(folder: Path, parts: Sequence[Part]) -> Iterator[pa.Table]:
-    """The rows of the parts of one table in its order, some at a time.
+    """The rows of the parts of one table in its order, some at a time, without the constants that all parts have.
 
-    Groups are read by their first places: rows that lie before the next group's place have found theirs.
+    Groups are read by their first places: rows that lie before the next group's place have found theirs. The others
+    wait as they were read, so that memory holds a group of each part that is not at its end, and what is written.
     """
-    schema, name = common_schema(parts), parts[0].name
+    name, own = parts[0].name, {column for part in parts for column in part.own.names}
     ordered = all(len(part.networks) for part in parts)
     groups = [
         (place if ordered else (part.number,), part.number, k, part)
@@ -139,45 +146,61 @@ def merge(folder: Path, parts: Sequence[Part]) -> Iterator[pa.Table]:
         for k, (place, *_) in enumerate(part.groups)
     ]
     groups.sort(key=lambda group: group[:3])
-    pool: list[pa.Table] = []
+    pool: list[Waiting] = []
     rows, enough = 0, AT_ONCE
     for place, _, k, part in groups:
         if rows >= enough:
-            found, rest = _settle(pool, name, place if ordered else None)
-            if len(found):
-                yield _with_columns(found, schema)
-            pool, rows = [rest], len(rest)
-            enough = max(AT_ONCE, 2 * rows)
-        pool.append(part.read(folder, k))
-        rows += len(pool[-1])
-    found, _ = _settle(pool, name, None)
-    yield _with_columns(found, schema)
+            found, pool = _split(pool, place)
+            yield from _sort_rows(found, name)
+            rows = sum(len(table) for *_, table in pool)
+            enough = rows + AT_ONCE
+        kept = {key: value for key, value in part.constants.items() if key in own}
+        table = parquet.add_constants(part.read(folder, k), kept)
+        rows += len(table)
+        if ordered:
+            keys = key_columns(table, name)
+            last = place_columns(keys, [column for column in TABLES[name].order if column in keys])[-1]
+            _, start, stop = part.groups[k]
+            who = part.networks[np.arange(start, stop) % len(part.networks)]
+            pool.append((place[:-1], last, table.append_column(NETWORK, pa.array(who))))
+        else:
+            pool.append(((), np.full(len(table), -1), table))
+    found = [table for *_, table in pool]
+    pool.clear()
+    yield from _sort_rows(found, name)
 
 
-def _settle(pool: Sequence[pa.Table], name: str, before: Place | None) -> tuple[pa.Table, pa.Table]:
-    """The rows in order: those whose stage, implementation and step lie before a place (None: all), and the others."""
-    table = parquet.join(pool).combine_chunks()
-    if NETWORK not in table.column_names:
-        return table, table.slice(len(table))
-    frame = key_columns(table, name)
-    order = [column for column in TABLES[name].order if column in frame]
-    rows = row_order(frame, table[NETWORK].to_numpy(), order)
-    if not (rows == np.arange(len(rows))).all():
-        table, frame = table.take(pa.array(rows)), frame.iloc[rows]
-    end = len(table)
-    if before is not None:
-        columns = [*(frame[key].astype(str).to_numpy() for key in order[:-1]), place_columns(frame, order)[-1]]
-        alike, less = np.ones(len(frame), bool), np.zeros(len(frame), bool)
-        for column, value in zip(columns, before, strict=True):
-            less |= alike & (column < value)
-            alike &= column == value
-        end = int(less.sum())  # they stand first
-    return table.slice(0, end), table.slice(end)
+def _split(pool: Sequence[Waiting], before: Place) -> tuple[list[pa.Table], list[Waiting]]:
+    """The rows whose stage, implementation and step lie before a place, and the others."""
+    found, others = [], []
+    for words, last, table in pool:
+        chosen = (last < before[-1]) & (words == before[:-1]) | (words < before[:-1])
+        count = int(chosen.sum())
+        if not chosen[:count].all():  # as a rule they stand first, and nothing need be copied
+            rows = np.argsort(~chosen, kind="stable")
+            last, table = last[rows], table.take(pa.array(rows))
+        if count:
+            found.append(table.slice(0, count))
+        if count < len(table):
+            others.append((words, last[count:], table.slice(count)))
+    return found, others
 
 
-def _with_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    table = table.drop_columns([NETWORK]) if NETWORK in table.column_names else table
-    return parquet.join([schema.empty_table(), table]).select(schema.names).cast(schema)
+def _sort_rows(tables: list[pa.Table], name: str) -> Iterator[pa.Table]:
+    """All rows in their order, some at a time; the list is emptied, so that its memory can be used."""
+    if not tables:
+        return
+    table = parquet.join(tables).combine_chunks()
+    tables.clear()
+    rows = np.arange(len(table))
+    if NETWORK in table.column_names:
+        keys = key_columns(table, name)
+        rows = row_order(keys, table[NETWORK].to_numpy(), [column for column in TABLES[name].order if column in keys])
+        table = table.drop_columns([NETWORK])
+    for start in range(0, max(len(table), 1), AT_ONCE):
+        some = rows[start : start + AT_ONCE]
+        in_order = (np.diff(some) == 1).all()
+        yield table.slice(int(some[0]) if len(some) else 0, len(some)) if in_order else table.take(pa.array(some))
 
 
 def thin_out(rows: pa.Table, parts: Sequence[Part]) -> pa.Table:
@@ -194,27 +217,34 @@ def thin_out(rows: pa.Table, parts: Sequence[Part]) -> pa.Table:
     return rows.filter(pa.array(chosen))
 
 
-def compact(folder: Path, parts: Sequence[Part]) -> dict[str, pa.Table]:
+def compact(folder: Path, parts: Sequence[Part]) -> dict[str, pd.DataFrame]:
     """Each table as one file in its order, and its parts are removed; what can be shown of each.
 
     What the disk refuses stays in parts, and they read as well.
     """
-    shown: dict[str, pa.Table] = {}
+    shown: dict[str, pd.DataFrame] = {}
     for name in dict.fromkeys(part.name for part in parts):
         mine = [part for part in parts if part.name == name]
         whole = folder / f"{name}.parquet"
+        schema = pa.unify_schemas([part.schema for part in mine], promote_options="permissive")
+
+        def complete(rows: pa.Table, schema: pa.Schema = schema, part: Part = mine[0]) -> pa.Table:
+            rows = parquet.add_constants(rows, part.constants)
+            return parquet.join([schema.empty_table(), rows]).select(schema.names).cast(schema)
+
         pieces = []
         try:
-            with parquet.open_writer(whole, common_schema(mine)) as write_rows:
+            with parquet.open_writer(whole, schema) as write_rows:
                 for rows in merge(folder, mine):
-                    write_rows(rows)
+                    write_rows(complete(rows))
                     pieces.append(thin_out(rows, mine))
         except OSError as error:
             log.warning("%s; its rows are in parts", disk_error(error, whole))
             with suppress(OSError):  # what is in memory is shown all the same
-                shown[name] = parquet.join([thin_out(rows, mine) for rows in merge(folder, mine)])
+                pieces = [thin_out(rows, mine) for rows in merge(folder, mine)]
+                shown[name] = complete(parquet.join(pieces)).to_pandas()
             continue
-        shown[name] = parquet.join(pieces)
+        shown[name] = complete(parquet.join(pieces)).to_pandas()
         for part in mine:
             with suppress(OSError):
                 part.path(folder).unlink(missing_ok=True)

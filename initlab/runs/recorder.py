@@ -22,7 +22,6 @@ from types import TracebackType
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
 
 import initlab
 from initlab import stops
@@ -36,8 +35,8 @@ from initlab.runs.schema import COMMAND, SCHEMA_VERSION, TABLES
 # What Hydra, and who locked the folder, have written there before a job begins.
 _HYDRAS = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "multirun.yaml")
 _BEFORE_A_RUN = (LOCK, *_HYDRAS, "initlab.log")
-KEPT = 2**25  # bytes of rows that stay in memory beside their files, for the tables at the end
-SMALL = 2**26  # bytes of rows that become tables after a signal, in half a second
+KEPT = 2**24  # bytes of rows that stay in memory beside their files, for the tables at the end
+SMALL = 2**25  # bytes of rows that become tables after a signal, in half a second
 _STAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d+")
 
 
@@ -117,7 +116,7 @@ class Recorder:
         self._written: list[Part] = []
         self._busy = RLock()  # of the lists and their files
         self._since = time.monotonic()  # the first row waits
-        self._shown: dict[str, pa.Table] = {}
+        self._shown: dict[str, pd.DataFrame] = {}
         self._after = ExitStack()
 
     def __enter__(self) -> "Recorder":
@@ -214,7 +213,7 @@ class Recorder:
 
         Of a long training so many steps as can be drawn and summed up.
         """
-        frames = {name: self._shown[name].to_pandas() for name in TABLES if name in self._shown}
+        frames = {name: self._shown[name] for name in TABLES if name in self._shown}
         folder = str(self.folder)
         return {name: frame.assign(run=parquet.repeat([folder], [len(frame)])) for name, frame in frames.items()}
 

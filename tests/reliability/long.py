@@ -46,7 +46,7 @@ def status(folder: Path) -> str:
 
 
 def long_case(rng: random.Random, folder: Path, rows: int, stopped: bool) -> Case:
-    depth, seeds = rng.choice([(1, 8), (2, 8), (1, 24)])
+    depth, seeds = rng.choice([(1, 1), (1, 8), (2, 8), (1, 24), (1, 64), (6, 8)])
     steps = rows // (seeds * (16 + 16 * depth))
     if stopped:
         steps *= 3

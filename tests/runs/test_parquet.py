@@ -9,13 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from initlab.runs.parquet import as_arrow, is_collected, open_writer, read_files, repeat, write
+from initlab.runs.parquet import add_constants, as_arrow, is_collected, open_writer, read_files, repeat, write
 
 
 def read_back(folder: Path, *frames: pd.DataFrame, **constants: object) -> pd.DataFrame:
     """The frames, a file each, read in one go."""
     for k, each in enumerate(frames):
-        write(as_arrow(each, constants), folder / f"{k}.parquet")
+        write(add_constants(as_arrow(each), constants), folder / f"{k}.parquet")
     return read_files([str(folder / f"{k}.parquet") for k in range(len(frames))]).frame
 
 
@@ -39,7 +39,7 @@ def test_numbers_come_back_bit_for_bit(tmp_path: Path, values: list[float], copi
 
 
 def test_nan_is_a_value_and_no_null(tmp_path: Path) -> None:
-    write(as_arrow(pd.DataFrame({"x": [math.nan, 1.0]}), {}), tmp_path / "0.parquet")
+    write(as_arrow(pd.DataFrame({"x": [math.nan, 1.0]})), tmp_path / "0.parquet")
     assert pq.read_table(tmp_path / "0.parquet")["x"].null_count == 0
 
 
@@ -96,7 +96,7 @@ def test_a_broken_file_is_named_and_the_others_are_read(tmp_path: Path) -> None:
     frame = pd.DataFrame({"n": [1, 2, 3]})
     paths = [str(tmp_path / f"{name}.parquet") for name in ("a", "torn", "gone", "text", "b")]
     for path in paths[:2] + paths[-1:]:
-        write(as_arrow(frame, {}), Path(path))
+        write(as_arrow(frame), Path(path))
     Path(paths[1]).write_bytes(Path(paths[1]).read_bytes()[:-5])
     Path(paths[3]).write_text("years of work")
     found = read_files(paths)
@@ -109,7 +109,7 @@ def test_a_file_that_was_damaged_anywhere_never_reads_as_other_numbers(tmp_path:
     """Every byte, one after the other: pages, page headers, footer, the seal itself."""
     frame = pd.DataFrame({"x": np.random.default_rng(0).standard_normal(50), "word": pd.Categorical(["a", "b"] * 25)})
     whole = tmp_path / "whole.parquet"
-    write(as_arrow(frame, {}), whole)
+    write(as_arrow(frame), whole)
     raw = whole.read_bytes()
     damaged = [str(tmp_path / f"{k}.parquet") for k in range(0, len(raw), 7)]
     for k, path in zip(range(0, len(raw), 7), damaged, strict=True):

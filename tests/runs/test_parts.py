@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from initlab.runs import parts
@@ -54,7 +55,42 @@ def test_order_does_not_hang_on_how_rows_came(tmp_path: Path, monkeypatch: pytes
             part.table = None
     found = join(list(merge(tmp_path, made))).to_pandas()
     whole = pd.concat([rows_of(list(range(networks)), "train", name, range(steps)) for name in ("module", "scratch")])
-    pd.testing.assert_frame_equal(
-        found.drop(columns="init").astype(str), whole.drop(columns="network").reset_index(drop=True).astype(str)
-    )
-    assert set(found["init"]) == {"naive"} and (np.diff(found["step"]) < 0).sum() <= 1
+    pd.testing.assert_frame_equal(found.astype(str), whole.drop(columns="network").reset_index(drop=True).astype(str))
+    assert (np.diff(found["step"]) < 0).sum() <= 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_parts_of_a_killed_run_are_read_as_they_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """By a process that reads more rows together; and a column may be a constant of some parts alone."""
+    rng = random.Random(seed)
+    (tmp_path / "parts").mkdir()
+    monkeypatch.setattr(parts, "GROUP", rng.choice([5, 7, 16]))
+    for k, frame in enumerate(emitted(rng, 4, 6)):
+        given = frame.assign(width=3) if rng.random() < 0.5 else frame
+        Part.make(k, "stats", given, {"init": "naive", "width": 3}).write(tmp_path)
+    monkeypatch.setattr(parts, "GROUP", 1000)
+    parts.compact_left(tmp_path)
+    found = pd.read_parquet(tmp_path / "stats.parquet")
+    whole = pd.concat([rows_of(list(range(4)), "train", name, range(6)) for name in ("module", "scratch")])
+    names = list(whole.columns.drop("network"))
+    pd.testing.assert_frame_equal(found[names].astype(str), whole[names].reset_index(drop=True).astype(str))
+    assert set(found["init"]) == {"naive"} and set(found["width"]) == {3} and not (tmp_path / "parts").exists()
+
+
+def test_memory_holds_a_group_of_each_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many networks are trained one after the other: their rows stand side by side in the table."""
+    monkeypatch.setattr(parts, "GROUP", 12)
+    monkeypatch.setattr(parts, "AT_ONCE", 24)
+    frames = [rows_of([who], "train", "module", range(40)) for who in range(10)]
+    made = [Part.make(k, "stats", frame, {"width": 3}) for k, frame in enumerate(frames)]
+    own, held = parts._split, []
+
+    def split(pool: list[parts.Waiting], before: parts.Place) -> tuple[list[pa.Table], list[parts.Waiting]]:
+        held.append(sum(len(table) for *_, table in pool))
+        assert all("width" not in table.column_names for *_, table in pool)
+        return own(pool, before)
+
+    monkeypatch.setattr(parts, "_split", split)
+    assert sum(map(len, merge(tmp_path, made))) == 2400 and max(held) <= 10 * 12 + 24
