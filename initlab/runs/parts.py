@@ -217,34 +217,29 @@ def thin_out(rows: pa.Table, parts: Sequence[Part]) -> pa.Table:
     return rows.filter(pa.array(chosen))
 
 
-def compact(folder: Path, parts: Sequence[Part]) -> dict[str, pd.DataFrame]:
-    """Each table as one file in its order, and its parts are removed; what can be shown of each.
+def compact(folder: Path, parts: Sequence[Part]) -> dict[str, pa.Table]:
+    """Each table as one file in its order, and its parts are removed; what can be shown of each, without constants.
 
     What the disk refuses stays in parts, and they read as well.
     """
-    shown: dict[str, pd.DataFrame] = {}
+    shown: dict[str, pa.Table] = {}
     for name in dict.fromkeys(part.name for part in parts):
         mine = [part for part in parts if part.name == name]
-        whole = folder / f"{name}.parquet"
         schema = pa.unify_schemas([part.schema for part in mine], promote_options="permissive")
-
-        def complete(rows: pa.Table, schema: pa.Schema = schema, part: Part = mine[0]) -> pa.Table:
-            rows = parquet.add_constants(rows, part.constants)
-            return parquet.join([schema.empty_table(), rows]).select(schema.names).cast(schema)
-
+        whole = folder / f"{name}.parquet"
         pieces = []
         try:
             with parquet.open_writer(whole, schema) as write_rows:
                 for rows in merge(folder, mine):
-                    write_rows(complete(rows))
+                    full = parquet.add_constants(rows, mine[0].constants)
+                    write_rows(parquet.join([schema.empty_table(), full]).select(schema.names).cast(schema))
                     pieces.append(thin_out(rows, mine))
         except OSError as error:
             log.warning("%s; its rows are in parts", disk_error(error, whole))
             with suppress(OSError):  # what is in memory is shown all the same
-                pieces = [thin_out(rows, mine) for rows in merge(folder, mine)]
-                shown[name] = complete(parquet.join(pieces)).to_pandas()
+                shown[name] = parquet.join([thin_out(rows, mine) for rows in merge(folder, mine)])
             continue
-        shown[name] = complete(parquet.join(pieces)).to_pandas()
+        shown[name] = parquet.join(pieces)
         for part in mine:
             with suppress(OSError):
                 part.path(folder).unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
 import initlab
 from initlab import stops
@@ -116,7 +117,7 @@ class Recorder:
         self._written: list[Part] = []
         self._busy = RLock()  # of the lists and their files
         self._since = time.monotonic()  # the first row waits
-        self._shown: dict[str, pd.DataFrame] = {}
+        self._shown: dict[str, pa.Table] = {}
         self._after = ExitStack()
 
     def __enter__(self) -> "Recorder":
@@ -213,7 +214,8 @@ class Recorder:
 
         Of a long training so many steps as can be drawn and summed up.
         """
-        frames = {name: self._shown[name] for name in TABLES if name in self._shown}
+        rows = {name: self._shown[name] for name in TABLES if name in self._shown}
+        frames = {name: parquet.add_constants(table, self.columns).to_pandas() for name, table in rows.items()}
         folder = str(self.folder)
         return {name: frame.assign(run=parquet.repeat([folder], [len(frame)])) for name, frame in frames.items()}
 
