@@ -58,9 +58,13 @@ class Part:
     def make(cls, number: int, name: str, frame: pd.DataFrame, constants: Mapping[str, Any]) -> "Part":
         """From a frame; of tables that have an order its column `network` says whose the rows are."""
         who = frame[NETWORK].to_numpy() if NETWORK in frame and TABLES[name].order else np.empty(0, np.int64)
+        again = np.flatnonzero(who == who[0]) if len(who) else who
+        once = who[: again[1]] if len(again) > 1 else who
+        if len(who) and (who == np.resize(once, len(who))).all():  # what is repeated is kept once
+            who = once.copy()
         table = parquet.as_arrow(frame.drop(columns=NETWORK, errors="ignore"))
         constants = {key: value for key, value in constants.items() if key not in table.column_names}
-        return cls._group_rows(number, name, table, frame, constants, _cut_repeats(who), range(0, len(frame), GROUP))
+        return cls._group_rows(number, name, table, frame, constants, who, range(0, len(frame), GROUP))
 
     @classmethod
     def load(cls, path: Path) -> "Part":
@@ -123,13 +127,6 @@ def key_columns(table: pa.Table, name: str) -> pd.DataFrame:
     """What the order of a table hangs on."""
     names = {*TABLES[name].order, *TABLES[name].keys, "layer", "tensor", "direction", "step"}
     return table.select([key for key in table.column_names if key in names]).to_pandas()
-
-
-def _cut_repeats(values: np.ndarray) -> np.ndarray:
-    """What is repeated, once."""
-    again = np.flatnonzero(values == values[0]) if len(values) else values
-    once = values[: again[1]] if len(again) > 1 else values
-    return once.copy() if len(values) and (values == np.resize(once, len(values))).all() else values
 
 
 def merge(folder: Path, parts: Sequence[Part]) -> Iterator[pa.Table]:
