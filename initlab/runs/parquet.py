@@ -68,14 +68,17 @@ def as_arrow(frame: pd.DataFrame) -> pa.Table:
 
 def add_constants(table: pa.Table, constants: Mapping[str, Any]) -> pa.Table:
     """With a column for each value whose name no column has; text as dictionaries."""
-    for name in [name for name in constants if name not in table.column_names]:
-        value = constants[name]
-        if isinstance(value, str):
-            codes = pa.array(np.zeros(len(table), np.int32))
-            table = table.append_column(name, pa.DictionaryArray.from_arrays(codes, pa.array([value])))
-        else:
-            table = table.append_column(name, pa.array(np.full(len(table), value)))
-    return table
+    more = {name: value for name, value in constants.items() if name not in table.column_names}
+    if not more:
+        return table
+    codes = pa.array(np.zeros(len(table), np.int32))
+    columns = [
+        pa.DictionaryArray.from_arrays(codes, [value])
+        if isinstance(value, str)
+        else pa.array(np.full(len(table), value))
+        for value in more.values()
+    ]
+    return pa.Table.from_arrays([*table.columns, *columns], names=[*table.column_names, *more])
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from initlab.stats.row_order import NETWORK, place_columns, row_order
 
 log = logging.getLogger("initlab")
 
-GROUP = 2**12  # rows of a part that are read together
+GROUP = 2**13  # rows of a part that are read together
 AT_ONCE = 2**15  # rows that are put in order and written together
 SHOWN = 2**16  # rows of a table that are drawn and summed up at the end of a run
 
@@ -136,7 +136,7 @@ def merge(folder: Path, parts: Sequence[Part]) -> Iterator[pa.Table]:
     wait as they were read, so that memory holds a group of each part that is not at its end, and what is written.
     """
     name, own = parts[0].name, {column for part in parts for column in part.own.names}
-    ordered = all(len(part.networks) for part in parts)
+    ordered, several = all(len(part.networks) for part in parts), sum(part.rows for part in parts) > AT_ONCE
     groups = [
         (place if ordered else (part.number,), part.number, k, part)
         for part in parts
@@ -154,14 +154,15 @@ def merge(folder: Path, parts: Sequence[Part]) -> Iterator[pa.Table]:
         kept = {key: value for key, value in part.constants.items() if key in own}
         table = parquet.add_constants(part.read(folder, k), kept)
         rows += len(table)
+        last = np.full(len(table), -1)
         if ordered:
-            keys = key_columns(table, name)
-            last = place_columns(keys, [column for column in TABLES[name].order if column in keys])[-1]
+            if several:
+                keys = key_columns(table, name)
+                last = place_columns(keys, [column for column in TABLES[name].order if column in keys])[-1]
             _, start, stop = part.groups[k]
             who = part.networks[np.arange(start, stop) % len(part.networks)]
-            pool.append((place[:-1], last, table.append_column(NETWORK, pa.array(who))))
-        else:
-            pool.append(((), np.full(len(table), -1), table))
+            table = table.append_column(NETWORK, pa.array(who))
+        pool.append((place[:-1], last, table))
     found = [table for *_, table in pool]
     pool.clear()
     yield from _sort_rows(found, name)
