@@ -124,7 +124,8 @@ def answer_lines(text: str, name: str, answers: Mapping[str, Any] | None) -> lis
     """How many expectations hold, then each of them: of the new sweep, or as the README has them; [] if never run."""
     if answers is None:
         old = re.search(rf"^### `{re.escape(name)}`$(.*?)(?=^### |\Z|^<!--)", text, re.M | re.S)
-        return re.findall(r"^(?:\*\*\d+ of .*|- (?:holds|FAILS): .*)$", old[1], re.M) if old else []
+        lines = re.findall(r"^(?:\*\*\d+ of .*|- (?:holds|FAILS): .*)$", old[1], re.M) if old else []
+        return [escape_markdown(html.unescape(line)) for line in lines]  # somebody may have written there
     said = [f"- {escape_markdown(one['said'])}" for one in answers["verdicts"]]
     return [f"**{answers['holds']} of {answers['of']} hold**", *said]
 

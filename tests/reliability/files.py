@@ -301,10 +301,13 @@ def attempts(count: int, seed: int, folder: str) -> Iterator[Case]:
         how = spoil(draw, here / name)
         whole = spoil is not spoil_table and not name.endswith("run.json")
         door = draw.choice(doors_of(name, truth, whole))
+        readme = here / "experiments" / "README.md"
+        before = readme.read_bytes()
         code, out, err = run_forked(door, here)
         wrong = what_is_wrong(code, out, err)
-        readme = (here / "experiments" / "README.md").read_bytes()
-        if b"<script" in readme or b"\x1b" in readme:
+        written = b"" if readme.read_bytes() == before else readme.read_bytes()
+        generated = written.partition(BEGIN.encode())[2].partition(END.encode())[0]  # the rest is the user's own
+        if b"<script" in generated or b"\x1b" in generated:
             wrong = wrong or "a tag or an escape sequence in the README"
         yield Case(f"{seed} {number}: {name}, {how}, {door.__qualname__.split('.')[0]}", wrong)
         shutil.rmtree(here)

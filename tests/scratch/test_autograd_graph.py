@@ -293,3 +293,14 @@ def test_losses_that_are_refused(loss, said: str) -> None:
 def test_one_number_of_any_shape_is_a_loss() -> None:
     x = torch.randn(1, 1, requires_grad=True)
     assert gradients(loss := 3 * x, walk(loss, {"x": x}))["x"].tolist() == [[3.0]]
+
+
+def test_an_edge_says_which_output_of_which_node_its_gradient_is_for() -> None:
+    """`input` counts the outputs of the forward pass that the target made: here the second of two has the gradient."""
+    x = torch.randn(3, requires_grad=True)
+    graph = walk((Doubled.apply(x)[1] * 2).sum(), {"x": x})
+    edges = graph.edges()
+    names = {node.id: node.name for node in graph.nodes}
+    assert list(edges.columns) == ["source", "target", "position", "input", "shape"]
+    into = edges[[names[target].startswith("Doubled") for target in edges["target"]]]
+    assert into["input"].tolist() == [1] and into["position"].tolist() == [0] and into["shape"].tolist() == ["(3,)"]

@@ -116,6 +116,18 @@ def test_what_comes_from_elsewhere_is_shown_as_text(
     )
 
 
+def test_what_somebody_wrote_among_the_answers_is_shown_as_text(house: Path, tmp_path: Path) -> None:
+    """Answers that are kept are cleaned, the same each time; what stands outside of the marks is the user's own."""
+    readme = house / "README.md"
+    kept = "### `one`\n\n**1 of 2 hold**<script>\n\n- holds: a &lt; b <script>x</script>\x1b[31m\n"
+    readme.write_text(f"<b>mine</b>\n{BEGIN}\n{kept}\n{END}\n")
+    for _ in range(2):
+        assert main(["--experiments", str(house), str(house)]) == 0
+        text = readme.read_text()
+        assert "- holds: a &lt; b &lt;script&gt;x&lt;/script&gt;" in text and text.startswith("<b>mine</b>")
+        assert "<script" not in text and "\x1b" not in text
+
+
 def test_lines_keep_their_colours(tmp_path: Path) -> None:
     """Thin lines of the palette on a white page with a shaded band; a median cut makes one of the two oranges."""
     lines = [(1, 115, 178), (222, 143, 5), (2, 158, 115), (213, 94, 0)]
