@@ -42,7 +42,9 @@ HOUSE = {
     ),
     "scratch": "agreement graph_text autograd_graph layers checks classes matmul mlp modules backward",
     "probes": (
-        "torch_private hook_types probe_buffer probed_modules operations hooks parameters updates steps probe snapshot"
+        "torch_private hook_types probe_buffer computed_weights probed_modules layer_numbers gradient_hooks operations "
+        "used_weights losses one_thread tensor_rows call_trace function_rows hooks parameters updates steps probe "
+        "snapshot"
     ),
     "engine": "layer_memory named_tensors fast_network recorders",
     "tasks": (

@@ -4,15 +4,16 @@ A mode sees every function of torch that is called inside a forward pass, by its
 there is measured by `hooks.py`; a module of torch's own has its row from its output, and what it calls is not reported.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from initlab.nn.activations import ACTIVATIONS, Activation
+from initlab.probes.probed_modules import RELU, look_at_function
 
 
 class Operation(NamedTuple):
@@ -52,42 +53,81 @@ OPERATIONS: dict[Any, Operation] = {
 }
 
 
-class OperationMode(TorchFunctionMode):
-    """Calls `before()` before every function of torch, and `see(operation, arguments, output)` after one of OPERATIONS.
+# Functions that another library has wrapped are known by their names.
+_BY_NAME = {getattr(function, "__name__", ""): operation for function, operation in OPERATIONS.items()}
 
-    The output is handed over when the function is done; it may be measured up to the next `before`, which comes before
-    anything can overwrite it.
+
+class OperationMode(TorchFunctionMode):
+    """Calls `before()` before every function of torch, and `see(function, arguments, named ones, output)` after it.
+
+    What is seen may be measured up to the next `before`, which comes before anything can overwrite it.
     """
 
-    def __init__(self, before: Callable[[], None], see: Callable[[Operation, tuple[Any, ...], Any], None]) -> None:
+    def __init__(
+        self, before: Callable[[], None], see: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
+    ) -> None:
         super().__init__()
-        self._before, self._note_function = before, see
+        self._before, self._see = before, see
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._before()
         output = func(*args, **(kwargs or {}))
-        operation = OPERATIONS.get(func)
-        if operation is not None:
-            self._note_function(operation, (*args, *(kwargs or {}).values()), output)
+        self._see(func, args, kwargs or {}, output)
         return output
 
 
-def refine_operation(operation: Operation, args: tuple[Any, ...], output: Tensor) -> Operation | None:
+# Functions of two tensors by which a ReLU is written out, and whose output may be one.
+RARE = ("sin", "cos", "atan", "arctan", "asinh", "erf", "threshold", "rrelu", "hardshrink", "softshrink", "tanhshrink")
+WRITTEN_OUT = ("where", "maximum", "max", "fmax", "mul", "__mul__", "__rmul__")
+_LOOKED_AT: dict[object, Activation | None] = {}  # functions with their arguments
+
+
+def find_operation(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Operation | None:
+    """What a function computes by the table, an activation with its arguments."""
+    operation = OPERATIONS.get(func) or _BY_NAME.get(getattr(func, "__name__", ""))
+    if operation is not None and operation.name in ("clamp", "clamp_min"):
+        return operation._replace(activation=RELU) if (*args[1:], *kwargs.values()) == (0,) else None
+    if operation is None or operation.activation is RELU or operation.word != "activation":
+        return operation
+    if operation.activation is not None and len(args) == 1 and not kwargs:
+        return operation
+    plain = getattr(F, operation.name, None) or getattr(torch, operation.name)  # what is not in place
+    return operation._replace(activation=look_at_call(plain, args[1:], kwargs))
+
+
+def look_at_call(func: Any, more: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Activation | None:
+    """A function of one tensor and further numbers as an activation; looked at once for each choice of these."""
+    named = {name: value for name, value in kwargs.items() if name != "inplace"}
+    if any(isinstance(value, Tensor) for value in (*more, *named.values())):
+        return None
+    key = (func, repr(more), repr(named))
+    if key not in _LOOKED_AT:
+        _LOOKED_AT[key] = look_at_function(lambda z: func(z, *more, **named))
+    return _LOOKED_AT[key]
+
+
+def guess_operation(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], z: Tensor) -> Operation | None:
+    """A function of the latest preactivations z that has other uses too: one of RARE, or a ReLU written out."""
+    name = getattr(func, "__name__", "").strip("_")
+    if not any(arg is z for arg in args):
+        return None
+    if func.__name__ in WRITTEN_OUT:
+        return Operation(name, "activation", RELU)
+    found = look_at_call(func, args[1:], kwargs) if args[0] is z and name in RARE else None
+    return None if found is None else Operation(name, "activation", found)
+
+
+def refine_operation(
+    operation: Operation, args: tuple[Any, ...], output: Tensor, is_weight: Callable[[Tensor], object]
+) -> Operation | None:
     """What a call computes, by its arguments: None where it is no layer, no activation and no sum of two streams."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     if operation.word == "stream":
-        alike = [t for t in tensors if t.shape == output.shape and not is_parameter(t)]
+        alike = [t for t in tensors if t.shape == output.shape and not is_weight(t)]
         return operation if len(alike) == 2 and output.ndim > 1 else None
-    if operation.name in ("clamp", "clamp_min"):
-        return operation._replace(activation=ACTIVATIONS["relu"]) if args[1:] == (0,) else None
     if operation.name in PRODUCTS:
-        return operation if any(map(is_parameter, tensors)) else None
+        return operation if any(map(is_weight, tensors)) else None
     return operation
-
-
-def is_parameter(x: Tensor) -> bool:
-    """A parameter, or a view of one such as its transpose."""
-    return isinstance(x, nn.Parameter) or isinstance(x._base, nn.Parameter)
 
 
 def find_axis(operation: Operation, x: Tensor) -> int | None:

@@ -1,7 +1,6 @@
 """The parameters of a watched network as rows: their values, gradients and updates."""
 
 from collections.abc import Callable, Container, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,31 +8,46 @@ from torch.nn.parameter import UninitializedParameter
 
 from initlab.probes.hooks import Hooks
 from initlab.probes.probe_buffer import ProbeBuffer
-from initlab.probes.probed_modules import MEASURED, name_parameter
-from initlab.stats.backend import as_matrix
+from initlab.probes.probed_modules import (
+    as_dense,
+    as_weight,
+    describe_output,
+    measurable,
+    name_parameter,
+)
 from initlab.stats.keys import TensorKey
 
-
-def _dense(grad: Tensor) -> Tensor:
-    return grad if grad.layout == torch.strided else grad.to_dense()
+AS_FOUND = "backward"  # in the column `op` of gradients as the backward pass has left them
 
 
 class Parameters:
     """The chosen parameters, each once: a shared one goes by the name under which it is met first.
+
+    Those that a weight is computed from are called `parameter`, all others `weight` or `bias`.
 
     With `updates` the weights before an update are kept in memory of their own.
     """
 
     def __init__(self, hooks: Hooks, buffer: ProbeBuffer, stage: str, updates: bool) -> None:
         self._hooks, self._buffer, self._before = hooks, buffer, list[Tensor]()  # weights before an update
+        self._modules = hooks.modules  # and their parameters, which a pass may be lent others for
+        self.unseen: list[str] = []  # parameters whose numbers cannot be measured
         found: dict[int, tuple[TensorKey, nn.Parameter]] = {}
         for m in hooks.modules:
-            number = hooks.number(m) if m.is_layer else m.below
+            number = hooks.rows.numbers.number(m) if m.is_layer else m.below
+            if m.chosen and m.is_quantized:
+                self.unseen.append(f"{m.label} (quantized)")
             for part, p in m.parameters if m.chosen else []:
-                if p.dtype in MEASURED and not isinstance(p, UninitializedParameter) and p.numel():
-                    word = name_parameter(m.module, part, p, id(p) in hooks.added)
-                    number = hooks.weight_numbers.get(id(p), number)
-                    key = TensorKey(stage, "module", number, word, "forward", m.name, part)
+                if isinstance(p, UninitializedParameter):
+                    continue
+                if not measurable(p):
+                    self.unseen.append(f"{m.name}.{part}".lstrip(".") + f" ({describe_output(p.data)})")
+                else:
+                    computed = next((c for c in m.computed if c.is_made_of(part)), None)
+                    source = p if computed is None else computed.source
+                    word = "parameter" if computed else name_parameter(m.module, part, p, id(p) in hooks.rows.added)
+                    layer = hooks.rows.numbers.of_weights.get(id(source), number)
+                    key = TensorKey(stage, "module", layer, word, "forward", m.name, part)
                     found.setdefault(id(p), (key, p))
         # Weights before biases, and those of one shape together: neighbours of one shape are measured together.
         kinds = list(dict.fromkeys(_kind(pair) for pair in found.values()))
@@ -43,12 +57,24 @@ class Parameters:
         self._gradient_codes = [buffer.code(key._replace(direction="backward")) for key in keys]
         # Weights stand first: the k-th of them is the k-th of all.
         self._weights = [p for key, p in pairs if updates and key.tensor == "weight"]
+        self._raw_codes = [buffer.code(key._replace(direction="backward", op=AS_FOUND)) for key in keys]
+        buffer.scaled.update(self._raw_codes)
+        self._seen: dict[int, tuple[int, int]] = {}  # gradients by their memory and how often it was written to
+        self._raw: dict[int, Tensor] = {}  # rows of gradients as the backward pass has left them
         self._open: set[int] = set()
         self._update_codes = [buffer.code(key._replace(tensor="update")) for key in keys if key.tensor == "weight"]
+
+    def is_current(self) -> bool:
+        """Whether the modules hold these parameters still."""
+        if self._modules is not self._hooks.modules:
+            return False
+        return all(m.module._parameters.get(part, p) is p for m in self._modules for part, p in m.parameters)
 
     def start(self) -> None:
         """A step begins in which nothing has been measured yet."""
         self._open = set(range(len(self._all)))
+        self._raw.clear()
+        self._seen.clear()
 
     def choose(self, wanted: Callable[[nn.Parameter], bool]) -> list[int]:
         """The numbers of those parameters that have not been measured in this step and are wanted now."""
@@ -59,20 +85,22 @@ class Parameters:
     @torch.no_grad()
     def measure_values(self, chosen: Sequence[int]) -> None:
         """Rows of the values as they are; the weights are kept for `measure_updates`."""
-        self._buffer.put_each([self._codes[k] for k in chosen], [self._all[k] for k in chosen])
+        self._buffer.put_each([self._codes[k] for k in chosen], [as_dense(self._all[k]) for k in chosen])
         if not self._before:
             with torch.inference_mode(False):
-                self._before = [torch.empty_like(w, requires_grad=False) for w in self._weights]
+                self._before = [torch.empty_like(as_dense(w), requires_grad=False) for w in self._weights]
         for k in chosen:
             if k < len(self._before):
-                self._before[k].copy_(self._weights[k])
+                self._before[k].copy_(as_dense(self._weights[k]))
 
     @torch.no_grad()
     def measure_updates(self, held: Container[int]) -> None:
         """Rows of W_{k+1} - W_k, for the weights whose ids are held; W_k is what `measure_values` has seen."""
         moved = [k for k, w in enumerate(self._weights) if id(w) in held and k not in self._open]
         self._buffer.put_each(
-            [self._update_codes[k] for k in moved], [self._weights[k] for k in moved], [self._before[k] for k in moved]
+            [self._update_codes[k] for k in moved],
+            [as_dense(self._weights[k]) for k in moved],
+            [self._before[k] for k in moved],
         )
 
     def forget(self) -> None:
@@ -80,21 +108,41 @@ class Parameters:
         self._before = []
 
     @torch.no_grad()
-    def measure_gradients(self, chosen: Sequence[int]) -> None:
-        """Rows of `.grad` as it stands; parameters without one have none."""
-        grads = [(self._gradient_codes[k], self._all[k].grad) for k in chosen]
-        found = [(code, _dense(grad)) for code, grad in grads if grad is not None]
-        self._buffer.put_each([code for code, _ in found], [grad for _, grad in found])
+    def look_at_gradients(self) -> None:
+        """A backward pass is over: keep the rows of the gradients that it has changed."""
+        grads = {k: p.grad for k, p in enumerate(self._all) if p.grad is not None}
+        states = {k: (id(grad), grad._version) for k, grad in grads.items()}
+        changed = [k for k, state in states.items() if self._seen.get(k) != state]
+        self._seen = states
+        if changed:
+            rows = self._buffer.backend.rows_of_each([as_dense(grads[k]) for k in changed])
+            self._raw.update(zip(changed, rows.unbind(1), strict=True))
+
+    @torch.no_grad()
+    def measure_gradients(self, chosen: Sequence[int], scaled: bool) -> None:
+        """Rows of `.grad` as it stands; parameters without one have none.
+
+        scaled: the loss was multiplied by a gradient scaler, and the gradients have not been divided yet. What a
+        backward pass has left has rows of its own where it is something else, as before clipping.
+        """
+        grads = [self._all[k].grad for k in chosen]
+        found = [(k, as_dense(grad)) for k, grad in zip(chosen, grads, strict=True) if grad is not None]
+        rows = self._buffer.put_each([self._gradient_codes[k] for k, _ in found], [grad for _, grad in found])
+        if scaled:
+            self._buffer.scaled_rows.update(rows)
+        raw = [(k, row) for (k, _), row in zip(found, rows, strict=True) if k in self._raw]
+        if raw:
+            self._buffer.put_unless_alike(
+                [self._raw_codes[k] for k, _ in raw],
+                torch.stack([self._raw[k] for k, _ in raw], 1),
+                [row for _, row in raw],
+            )
 
     def measure_coming_gradients(self) -> None:
         """Rows of the gradients that the coming backward pass finds, whatever `.grad` holds."""
         for code, p in zip(self._gradient_codes, self._all, strict=True):
             if p.requires_grad:
-                self._hooks.on_gradient(p, partial(self._measure_gradient, code))
-
-    def _measure_gradient(self, code: int, grad: Tensor) -> None:
-        code = self._hooks.count_pass(code)
-        self._buffer.put(code, as_matrix(_dense(grad.detach())), batched=False)
+                self._hooks.rows.gradients.watch(p, code, as_weight, batched=False)
 
 
 def _kind(pair: tuple[TensorKey, Tensor]) -> tuple[object, ...]:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from initlab.errors import UsageError, check, check_functions, library_call
 from initlab.probes.probe_buffer import ProbeBuffer
-from initlab.probes.probed_modules import find_parameter_device, list_patterns, refuse_several, select
+from initlab.probes.probed_modules import find_parameter_device, list_patterns, refuse_several
 from initlab.probes.steps import StepTracker
 from initlab.probes.updates import list_optimizers
 from initlab.stats.buffer import BATCHED
@@ -145,7 +145,7 @@ def probe(
     ...         model(torch.ones(5, 3)).sum().backward()
     ...         optimizer.step()
     >>> sorted(p.frame()["tensor"].unique())
-    ['activation', 'bias', 'preactivation', 'update', 'weight']
+    ['activation', 'bias', 'loss', 'preactivation', 'update', 'weight']
     """
     if x is not None:
         raise UsageError("probe: records a loop; for one pass on x use initlab.measure(model, x, y, loss)")
@@ -158,7 +158,7 @@ def probe(
     if isinstance(model, nn.Module):
         refuse_several(buffer.seeds)
         optimizers = [] if optimizer is None else list_optimizers(model, optimizer)
-        return Probe(buffer, StepTracker(model, optimizers, select(model, patterns), every, buffer), sink)
+        return Probe(buffer, StepTracker(model, optimizers, patterns, every, buffer), sink)
     if not isinstance(model, Watchable) or isinstance(model, type):
         raise UsageError(f"model={type(model).__name__}: must be an nn.Module, or offer watch(sink)")
     if optimizer is not None:

@@ -20,9 +20,8 @@ from initlab.stats.buffer import StatsBuffer
 from initlab.stats.histogram import bin_columns
 from initlab.stats.keys import KEY_COLUMNS, MODULE_COLUMNS, TEXT_COLUMNS, update_ratio
 from initlab.stats.reference import FIELDS
-from initlab.stats.statistics import COUNTS, LOSS_SCALE, UPDATE_RATIO
+from initlab.stats.statistics import CHANCE, COUNTS, IN_LN, LOSS_SCALE, UPDATE_RATIO
 
-PARAMETERS = ("weight", "bias")
 # Fields of a row that grow with the tensor, and with its square.
 LINEAR, SQUARED = ([list(FIELDS).index(name) for name in names] for names in (("mean", "min", "max"), ("m2", "within")))
 BLOCK_ENTRIES = 2**18  # entries of a block that a processor's cache holds
@@ -52,6 +51,7 @@ class ProbeBuffer(StatsBuffer):
     ) -> None:
         super().__init__(seeds, backend, histograms, columns=(*KEY_COLUMNS, *MODULE_COLUMNS))
         self._emit, self._flush_steps = emit, flush_steps
+        self.scaled: set[int] = set()  # keys of what a gradient scaler multiplies, and nobody divides again
         self._bin_rows: list[int] = []  # which rows the histograms belong to
         self._bin_tables: list[pd.DataFrame] = []
         numbers = len(FIELDS) + len(backend.statistics)
@@ -65,6 +65,9 @@ class ProbeBuffer(StatsBuffer):
         self._shares: list[tuple[int, Tensor]] = []  # of a row: its saturated share
         self._rectified: list[tuple[int, int]] = []  # of a row: that of its ReLU, which says the share
         self._scales: list[tuple[int, float]] = []  # what multiplied the loss from a row on
+        self.scaled_rows: set[int] = set()  # rows that carry it beside those of the keys in `scaled`
+        self._alike: list[tuple[int, int]] = []  # a row that is shown only where it differs from another
+        self._chances: list[tuple[int, Tensor]] = []  # of a loss: its value at chance
 
     def put(self, code: int, x: Tensor, batched: bool = True) -> int:  # type: ignore[override]
         """Take the values of (N, C) or (E, N, C) as they are now; gives the number of the row.
@@ -95,21 +98,31 @@ class ProbeBuffer(StatsBuffer):
             self._measure_block(block, batched)
         return row
 
-    def put_each(self, codes: Sequence[int], tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> None:
+    def put_each(self, codes: Sequence[int], tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> range:
         """Measure tensors of a single network that have no batch, of any shapes, or what `before` has become since.
 
-        codes: the numbers of their keys. before: earlier values, which the changes take the place of.
+        codes: the numbers of their keys. before: earlier values, which the changes take the place of. Gives the numbers
+        of the rows.
         """
-        if codes:
-            first, backend = len(self.rows) - self._first, self.backend
-            if before:
-                rows = backend.change_rows_(before, tensors, self.bins)
-            else:
-                rows = backend.rows_of_each(tensors, self.bins)
-            self._make_room(first + len(codes), tensors[0].device)
-            self._page[first : first + len(codes)] = rows.t().unsqueeze(1)
-            self._bin_rows += [] if self.bins is None else range(len(self.rows), len(self.rows) + len(codes))
-            self.rows += codes
+        if not codes:
+            return range(0)
+        if before:
+            rows = self.backend.change_rows_(before, tensors, self.bins)
+        else:
+            rows = self.backend.rows_of_each(tensors, self.bins)
+        self._bin_rows += [] if self.bins is None else range(len(self.rows), len(self.rows) + len(codes))
+        return self._put_rows(codes, rows)
+
+    def put_unless_alike(self, codes: Sequence[int], rows: Tensor, others: Sequence[int]) -> None:
+        """Rows (F, K) that are left out of frames where they say what the rows of these numbers say."""
+        self._alike += zip(self._put_rows(codes, rows), others, strict=True)
+
+    def _put_rows(self, codes: Sequence[int], rows: Tensor) -> range:
+        first, place = len(self.rows), len(self.rows) - self._first
+        self._make_room(place + len(codes), rows.device)
+        self._page[place : place + len(codes)] = rows.t().unsqueeze(1)
+        self.rows += codes
+        return range(first, first + len(codes))
 
     def _make_room(self, rows: int, device: torch.device) -> None:
         """Let so many rows of the step under way have room; the memory grows by doubling."""
@@ -122,6 +135,10 @@ class ProbeBuffer(StatsBuffer):
     def set_saturated(self, row: int, share: Tensor) -> None:
         """The saturated share of a row of preactivations, (E,) or one number."""
         self._shares.append((row, share.reshape(1, -1)))
+
+    def set_chance(self, row: int, value: Tensor) -> None:
+        """What the loss of a row would be if all classes were equally probable."""
+        self._chances.append((row, value))
 
     def set_rectified(self, row: int, activation_row: int) -> None:
         """Preactivations are saturated where their ReLU, which is measured too, is 0 or nan: nothing to compute."""
@@ -155,8 +172,21 @@ class ProbeBuffer(StatsBuffer):
         frame = super().frame()
         rms = frame["rms"].to_numpy().reshape(-1, len(self.seeds))
         ratio = update_ratio(self.codes, *self.code_and_step(np.arange(self.n_closed)), rms)
-        scale = np.repeat(self._scale_of_rows(), len(self.seeds))
-        return frame.assign(**{UPDATE_RATIO: ratio.reshape(-1), LOSS_SCALE: scale})
+        scale, chance = self._scale_of_rows(), np.full(self.n_closed, np.nan)
+        for row, value in self._chances:
+            if row < self.n_closed:
+                chance[row] = float(value) / self._scale_of_gradients()[row]
+        more = {UPDATE_RATIO: ratio.reshape(-1)}
+        more |= {name: np.repeat(column, len(self.seeds)) for name, column in ((LOSS_SCALE, scale), (CHANCE, chance))}
+        frame = frame.assign(**more)
+        return frame.drop(self._find_alike(frame)).reset_index(drop=True) if self._alike else frame
+
+    def _find_alike(self, frame: pd.DataFrame) -> list[int]:
+        """The rows that differ from others by rounding at most: those of a scaled loss were divided twice."""
+        pairs = [pair for pair in self._alike if max(pair) < self.n_closed]
+        rows, others = (frame[[*IN_LN, "min", "max"]].to_numpy()[list(side)] for side in zip(*pairs, strict=True))
+        alike = np.isclose(rows, others, rtol=1e-5 if self._scales else 1e-12, atol=0, equal_nan=True).all(1)
+        return [row for (row, _), same in zip(pairs, alike, strict=True) if same]
 
     def histograms(self) -> pd.DataFrame:
         """The table `histograms` of what was closed since it was last asked for, with `name`, `part` and `call`."""
@@ -187,10 +217,10 @@ class ProbeBuffer(StatsBuffer):
         return scale
 
     def _scale_of_gradients(self) -> np.ndarray:
-        """The same where it was never divided out: of activations. Those of parameters the scaler itself divides."""
-        keys = list(self.codes)
-        scaled = [keys[code].direction == "backward" and keys[code].tensor not in PARAMETERS for code in self.rows]
-        return np.where(scaled[: self.n_closed], self._scale_of_rows(), 1.0)
+        """The same where it was never divided out; the gradients of parameters are divided by the scaler itself."""
+        scaled = np.isin(self.rows[: self.n_closed], list(self.scaled))
+        scaled[[row for row in self.scaled_rows if row < self.n_closed]] = True
+        return np.where(scaled, self._scale_of_rows(), 1.0)
 
     def _statistics(self, rows: Tensor) -> Tensor:
         if self._scales:

@@ -7,10 +7,10 @@ are called so, with parameters or without; a leaf that only moves or drops entri
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,13 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from initlab.errors import UsageError, as_several, nearest, show
 from initlab.nn.activations import ACTIVATIONS, Activation
 from initlab.nn.custom_activation import as_activation
+from initlab.probes.computed_weights import PARAMETRIZED, find_computed
 from initlab.probes.torch_private import ConvNd, NormBase
+from initlab.stats.backend import as_matrix
 from initlab.stats.dtypes import DTYPES, resolve_dtype
 
-PARAMETRIZED = "parametrizations"
-MEASURED = frozenset(map(resolve_dtype, DTYPES))
+COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
+MEASURED = frozenset(map(resolve_dtype, DTYPES)) | set(COMPLEX)
 RELU = ACTIVATIONS["relu"]
 
 
@@ -34,10 +36,11 @@ def _module_text(module: nn.Module) -> tuple[type, str]:
 
 # A LeakyReLU of another slope and a GELU by tanh are none of the table's.
 _ROWS = {_module_text(row.module()): row for row in ACTIVATIONS.values()}
+_LAYERS = ("Linear", "Conv", "LSTM", "GRU", "Embedding")  # how torch's quantized layers are called
 _NUMERICAL: dict[tuple[type, str], Activation | None] = {}  # those that had to be looked at
 # torch's modules by the file that defines them; softmax and attention mix units.
 _WORDS = {"activation": "activation", "batchnorm": "norm", "instancenorm": "norm", "normalization": "norm"}
-_WORDS |= {"sparse": "embedding"} | dict.fromkeys(
+_WORDS |= {"sparse": "embedding", "loss": "loss"} | dict.fromkeys(
     ("dropout", "flatten", "pooling", "padding", "fold", "upsampling", "pixelshuffle", "channelshuffle", "distance"),
     "other",
 )
@@ -46,57 +49,51 @@ _MIXING = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU, nn.Multi
 
 def name_output(module: nn.Module) -> str:
     """What the output of a module is called in the column `tensor`."""
-    home = type_before_parametrizations(module).__module__
-    known = _WORDS.get(home.rpartition(".")[2]) if home.startswith("torch.nn.modules.") else None
-    if isinstance(module, nn.MultiheadAttention):
+    kind = type_before_parametrizations(module)
+    known = _WORDS.get(kind.__module__.rpartition(".")[2]) if _is_torchs(kind) else None
+    if isinstance(module, nn.MultiheadAttention) or (_is_quantized(kind) and kind.__name__.startswith(_LAYERS)):
         return "preactivation"
-    if known is None and isinstance(module, nn.Identity):
-        return "other"
     if known is None and is_owner(module) and any(module.children()):
         return "stream"
-    return known or ("preactivation" if own_parameters(module) else "activation")
+    if known is None and isinstance(module, nn.Identity):
+        return "other"
+    return known or ("preactivation" if own_parameters(module) else "other")
+
+
+def _is_torchs(kind: type) -> bool:
+    return kind.__module__.startswith("torch.nn.modules.")
+
+
+def _is_quantized(kind: type) -> bool:
+    return kind.__module__.startswith("torch.ao.nn.")
 
 
 def find_activation(module: nn.Module) -> Activation | None:
-    """The function of an activation module: a row of the table, or looked at numerically; None where it is none."""
+    """The function of an activation module of torch's: a row of the table, or looked at numerically; None where it is
+    none."""
     text = _module_text(module)
     if text in _ROWS:
         return _ROWS[text]
-    if (
-        name_output(module) != "activation"
-        or isinstance(module, _MIXING)
-        or not text[0].__module__.startswith("torch.")
-    ):
-        return None
-    if own_parameters(module):  # they change: it is looked at as it is now
-        return _look_at_function(module)
-    if text not in _NUMERICAL:
-        _NUMERICAL[text] = _look_at_function(copy.deepcopy(module))
-    return _NUMERICAL[text]
+    if text[0].__module__.startswith("torch."):
+        if _WORDS.get(text[0].__module__.rpartition(".")[2]) != "activation" or isinstance(module, _MIXING):
+            return None
+        if own_parameters(module):  # they change: it is looked at as it is now
+            return look_at_function(module)
+        if text not in _NUMERICAL:
+            _NUMERICAL[text] = look_at_function(copy.deepcopy(module))
+        return _NUMERICAL[text]
+    return None
 
 
-def _look_at_function(module: nn.Module) -> Activation | None:
+def look_at_function(function: Callable[[Tensor], Tensor]) -> Activation | None:
+    """A function as an activation; None where it is random, not elementwise, or a straight line."""
     try:
-        return as_activation(module)
-    except UsageError:  # random, or with a parameter for each unit
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            found = as_activation(function)
+            slope = found.slope(torch.linspace(-8, 8, 64, dtype=torch.float64))
+    except UsageError:
         return None
-
-
-class LayerAxis(NamedTuple):
-    """What a layer tells the activations above it: its number, and which of how many dimensions counts its units."""
-
-    number: int
-    axis: int
-    ndim: int
-
-
-class Site(NamedTuple):
-    """What stays the same from step to step of an output of a module."""
-
-    layer: LayerAxis  # what it tells the activations above it
-    axis: int
-    code: int  # numbers of the keys of its rows, and of those of its gradient
-    gradient_code: int
+    return found if float(slope.max() - slope.min()) > 1e-6 else None
 
 
 class ProbedModule:
@@ -104,17 +101,38 @@ class ProbedModule:
 
     def __init__(self, name: str, module: nn.Module, chosen: bool) -> None:
         self.name, self.module, self.chosen = name, module, chosen
+        self.is_scripted = isinstance(module, torch.jit.ScriptModule)  # takes no hooks
         self.parameters = own_parameters(module)
+        self.computed = [] if self.is_scripted else list(find_computed(module))
         self.word, self.activation = name_output(module), find_activation(module)
-        self.is_layer = bool(self.parameters) and self.word != "activation"  # which the layers are numbered by
-        self.is_owner = is_owner(module)
-        self.expected = not (self.is_owner and any(module.children()))  # to be called; a block's parts speak for it
+        # Which the layers are numbered by; a quantized one keeps its weights elsewhere.
+        self.is_layer = (bool(self.parameters) or self.word == "preactivation") and self.word != "activation"
+        self.is_owner, self.is_quantized = is_owner(module), _is_quantized(type(module))
+        # One of the user's with nothing inside: the functions that it calls may together be an activation.
+        inside = (module.children(), module.parameters(), module.buffers())
+        self.may_be_activation = self.is_owner and all(next(found, None) is None for found in inside)
+        is_container = isinstance(module, (nn.ParameterList, nn.ParameterDict))
+        self.expected = (
+            not is_container and not self.is_scripted and not (self.is_owner and any(module.children()))
+        )  # to be called; parts speak for blocks
         self._second = isinstance(module, (NormBase, nn.GroupNorm))
         self._from_end = 1 + (len(module.kernel_size) if isinstance(module, ConvNd) else 0)
         self.number = self.calls = self.below = 0  # `below`: the layer that it was last called above
         self.first_weight = 0  # id of the weight that a function of its own used first
-        self.ran = False
-        self.sites: dict[tuple[LayerAxis, int, str, int], Site] = {}  # by the layer below, call, part and ndim
+        self.ran = self.unfollowed = False  # called in a recorded step, called without autograd
+        self.sites: dict[tuple[object, ...], Any] = {}  # what stays the same from step to step of its outputs
+
+    def look(self, function: Callable[[Tensor], Tensor] | None) -> None:
+        """Whether the module is an activation, by what it has computed in a call."""
+        self.may_be_activation = False
+        self.activation = None if function is None else look_at_function(function)
+        if self.activation is not None:
+            self.word = "activation"
+
+    @property
+    def label(self) -> str:
+        """What it is called in a message."""
+        return self.name or type(self.module).__name__
 
     def axis(self, ndim: int) -> int:
         """Which dimension of its output counts units."""
@@ -123,10 +141,14 @@ class ProbedModule:
 
 def is_owner(module: nn.Module) -> bool:
     """Whether functions that a module calls are layers of its own: one of the user's, or torch's of several parts."""
-    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.MultiheadAttention)):
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
         return False
     kind = type_before_parametrizations(module)
-    if kind.__module__.startswith("torch.nn.modules."):
+    if kind is nn.Softmax:
+        return True
+    if isinstance(module, nn.MultiheadAttention) or _is_quantized(kind):
+        return False
+    if _is_torchs(kind):
         return any(name != PARAMETRIZED for name, _ in module.named_children())
     return True
 
@@ -134,7 +156,7 @@ def is_owner(module: nn.Module) -> bool:
 def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Parameters that belong to the module itself, those behind its parametrizations (weight_norm, ...) included."""
     found = list(module.named_parameters(recurse=False))
-    if PARAMETRIZED in module._modules:
+    if any(name == PARAMETRIZED for name, _ in module.named_children()):
         hidden = module.get_submodule(PARAMETRIZED)
         found += [(f"{PARAMETRIZED}.{name}", p) for name, p in hidden.named_parameters()]
     return found
@@ -176,8 +198,20 @@ def list_patterns(layers: str | Iterable[str]) -> list[str]:
     return found
 
 
-def select(model: nn.Module, patterns: Sequence[str]) -> list[ProbedModule]:
-    """All modules that give rows, those chosen whose dotted name matches a glob; each glob must match something."""
+def is_whole(patterns: Sequence[str]) -> bool:
+    """Whether the model itself, whose name is empty, is chosen: its input and its loss have rows."""
+    return any(fnmatchcase("", pattern) for pattern in patterns)
+
+
+def select(model: nn.Module, patterns: Sequence[str], strict: bool = True) -> list[ProbedModule]:
+    """All modules that give rows, those chosen whose dotted name matches a glob.
+
+    strict: each glob must match something.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError(
+            "model: is scripted, and scripted modules take no hooks; give the nn.Module that it was made of"
+        )
     named = {
         f"{name}.".removeprefix("_orig_mod.").rstrip("."): module
         for name, module in model.named_modules()
@@ -185,7 +219,7 @@ def select(model: nn.Module, patterns: Sequence[str]) -> list[ProbedModule]:
         and (own_parameters(module) or not any(module.children()) or is_owner(module))
     }
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in named):
+        if strict and not any(fnmatchcase(name, pattern) for name in named):
             shown = ", ".join(list(named)[:8]) + (", ..." if len(named) > 8 else "")
             raise UsageError(f"layers={pattern}: matches none of {shown}{nearest(pattern, named)}")
     found = [
@@ -197,8 +231,9 @@ def select(model: nn.Module, patterns: Sequence[str]) -> list[ProbedModule]:
 
 
 def measurable(x: Tensor) -> bool:
-    """Whether its entries are numbers of a known format that lie in memory one by one; there may be none."""
-    return x.dtype in MEASURED and x.layout is torch.strided and x.numel() > 0
+    """Whether it has entries, numbers of a known format that lie in its own memory one by one."""
+    plain = type(x) in (Tensor, nn.Parameter) or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return plain and x.dtype in MEASURED and x.layout is torch.strided and not x.is_meta and x.numel() > 0
 
 
 def find_tensors(output: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -208,6 +243,8 @@ def find_tensors(output: object, path: str = "") -> Iterator[tuple[str, Tensor]]
             yield path, output
         return
     parts: Any = ()
+    if not path and hasattr(output, "__dict__") and not isinstance(output, (Mapping, tuple, type, nn.Module)):
+        parts = [(key, value) for key, value in vars(output).items() if not key.startswith("_")]
     if isinstance(output, Mapping):
         parts = output.items()
     elif isinstance(output, (tuple, list)):
@@ -218,9 +255,42 @@ def find_tensors(output: object, path: str = "") -> Iterator[tuple[str, Tensor]]
         yield from find_tensors(value, f"{path}.{key}" if path else str(key))
 
 
+def describe_output(output: object) -> str:
+    """Why an output has no row: the kind of numbers that it holds, or that it holds no tensor."""
+    tensor = output if isinstance(output, Tensor) else None
+    if tensor is None and isinstance(output, (tuple, list)):
+        tensor = next((x for x in output if isinstance(x, Tensor)), None)
+    if tensor is None:
+        return f"{type(output).__name__} without tensors"
+    if type(tensor) is not Tensor or tensor.is_meta:
+        return "meta" if tensor.is_meta else type(tensor).__name__
+    if tensor.layout is not torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    return str(tensor.dtype).removeprefix("torch.") if tensor.numel() else f"empty, {tuple(tensor.shape)}"
+
+
 def as_batch(x: Tensor, axis: int) -> Tensor:
-    """(N, C) of any tensor, C its dimension `axis`; x itself where it has that shape, else cut off from the graph."""
-    if x.ndim == 2 and axis == 1:
+    """(N, C) of any tensor, C its dimension `axis`; x itself where it has that shape, else cut off from the graph.
+
+    A complex unit counts as two, its real and its imaginary part.
+    """
+    if x.ndim == 2 and axis == 1 and not x.is_complex():
         return x
     x = x.detach()
-    return x.movedim(axis, -1).reshape(-1, x.shape[axis]) if x.ndim > 1 else x.reshape(1, -1)
+    x = as_real(x.movedim(axis, -1) if x.ndim > 1 else x.reshape(1, -1))
+    return x.reshape(-1, x.shape[-1])
+
+
+def as_real(x: Tensor) -> Tensor:
+    """A complex tensor (..., C) as its real and imaginary parts (..., 2 C); any other as it is."""
+    return torch.view_as_real(x.detach().resolve_conj()).flatten(-2) if x.is_complex() else x
+
+
+def as_dense(x: Tensor) -> Tensor:
+    """A weight or its gradient as real numbers that lie in memory one by one."""
+    return as_real(x.detach() if x.layout == torch.strided else x.detach().to_dense())
+
+
+def as_weight(x: Tensor) -> Tensor:
+    """(O, rest) of a weight or its gradient."""
+    return as_matrix(as_dense(x))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from initlab.errors import UsageError, describe_error, library_call, show
 from initlab.probes.probe_buffer import ProbeBuffer
-from initlab.probes.probed_modules import find_parameter_device, list_patterns, refuse_several, select
+from initlab.probes.probed_modules import find_parameter_device, list_patterns, refuse_several
 from initlab.probes.steps import StepTracker
 from initlab.stats.keys import Seeds, resolve_seeds
 from initlab.stats.measure import backend_for
@@ -45,7 +45,7 @@ def measure(
 
     >>> rows = measure(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.randn(5, 3))
     >>> rows[["layer", "tensor"]].drop_duplicates().values.tolist()
-    [[1, 'preactivation'], [1, 'activation'], [1, 'weight'], [1, 'bias']]
+    [[0, 'activation'], [1, 'preactivation'], [1, 'activation'], [1, 'weight'], [1, 'bias']]
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"model={type(model).__name__}: must be an nn.Module")
@@ -60,7 +60,7 @@ def measure(
     buffer = ProbeBuffer(list(resolve_seeds(seeds)), backend_for(find_parameter_device(model), statistics))
     refuse_several(buffer.seeds)
     patterns = list_patterns(layers)
-    tracker = StepTracker(model, [], select(model, patterns), 1, buffer)
+    tracker = StepTracker(model, [], patterns, 1, buffer)
     batch = list(_all_tensors(x))
     _refuse_places(model, batch)
     with torch.inference_mode(False), torch.enable_grad(), _left_as_it_was(model, batch):
@@ -68,7 +68,10 @@ def measure(
             tracker.open()
             out = _forward(model, x, batch)
             if loss is not None:
-                _backward(_value(loss, out, y), [*model.parameters(), *batch])
+                value = _value(loss, out, y)
+                tracker.before_backward([value])
+                _backward(value, [*model.parameters(), *batch])
+                tracker.after_backward()
         finally:
             tracker.close()
     tracker.warn(3)
@@ -112,7 +115,12 @@ def _backward(value: Tensor, sources: list[Tensor]) -> None:
     """Gradients pass by the hooks and are dropped: `.grad` is not touched and no hook of an optimizer is woken."""
     sources = [source for source in sources if source.requires_grad]
     if value.requires_grad and sources:
-        torch.autograd.grad(value, sources, grad_outputs=torch.ones_like(value), allow_unused=True)
+        try:
+            torch.autograd.grad(value, sources, grad_outputs=torch.ones_like(value), allow_unused=True)
+        except UsageError:
+            raise
+        except Exception as error:  # of a function of the user's, or of one that overwrites what its gradient needs
+            raise UsageError(f"loss: its backward pass fails: {describe_error(error)}") from error
 
 
 @contextmanager

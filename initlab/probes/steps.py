@@ -9,20 +9,22 @@ runs uncompiled: inside compiled code no hook is heard.
 
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from initlab.probes.hook_types import Hook
 from initlab.probes.hooks import Hooks
+from initlab.probes.losses import LossRows
 from initlab.probes.parameters import Parameters
 from initlab.probes.probe_buffer import ProbeBuffer
-from initlab.probes.probed_modules import ProbedModule
+from initlab.probes.probed_modules import is_whole
 from initlab.probes.torch_private import is_differentiating
 from initlab.probes.updates import add_listener, find_held
 
@@ -34,14 +36,15 @@ class StepTracker:
         self,
         model: nn.Module,
         optimizers: Sequence[Optimizer],
-        modules: list[ProbedModule],
+        patterns: Sequence[str],
         every: int,
         buffer: ProbeBuffer,
     ) -> None:
         self.step, self._every = 0, every
         self._model, self._buffer, self._training = model, buffer, bool(optimizers)
         self._stage = "train" if optimizers else "probe"
-        self._hooks = Hooks(modules, buffer, self._stage, training=self._training)
+        self._hooks = Hooks(model, patterns, buffer, self._stage, training=self._training)
+        self._losses = LossRows(buffer, self._stage) if is_whole(patterns) else None
         self._parameters: Parameters | None = None
         self._outer, self._uncompiled = ExitStack(), ExitStack()
         self._recording = self._running = self._recorded = False
@@ -52,37 +55,47 @@ class StepTracker:
         self._waiting: list[RemovableHandle] = []  # for the pass that ends a step with updates still to come
 
     def open(self) -> None:
+        self._outer = add_listener(self, updates=self._training)
         if self._training:
-            self._outer = add_listener(self._before_update, self._after_update, self._see_scale, self._skip_update)
             self._begin()
             return
-        for handle in (
-            self._model.register_forward_pre_hook(Hook(self._before_pass), with_kwargs=True),
-            self._model.register_forward_hook(Hook(self._after_pass)),
-        ):
+        after = self._model.register_forward_hook(Hook(self._after_pass))
+        before = Hook(self._before_pass, after)
+        for handle in (after, self._model.register_forward_pre_hook(before, with_kwargs=True)):
             self._outer.callback(handle.remove)
         if self._model._compiled_call_impl is not None:  # then these two are compiled with it
             self._outer.enter_context(torch.compiler.set_stance("force_eager"))
 
     def close(self) -> None:
         """Remove every hook, then close the step that is under way."""
-        self._hooks.remove()
-        self._remove_waiting()
-        self._uncompiled.close()
-        self._outer.close()
+        with self._outer, self._uncompiled:
+            self._remove_waiting()
+            self._hooks.remove()
         self._buffer.end_step(self.step)
         self.step += self._running or bool(self._stepped)  # a probe that is opened again goes on counting
         self._recording = self._running = False
         self._stepped = {}
+        if self._losses is not None:
+            self._losses.end_step()
 
     def warn(self, depth: int) -> None:
         """Name what was chosen and never seen, and why nothing was: a selection that looks right and yields nothing."""
-        idle = [m.name or type(m.module).__name__ for m in self._hooks.modules if m.chosen and m.expected and not m.ran]
+        idle = [m for m in self._hooks.modules if m.chosen and m.expected and not m.ran]
         calls, unfollowed = self._hooks.calls, self._hooks.unfollowed
+        text = self._losses.broadcast if self._losses is not None else ""
+        if text:
+            warnings.warn(f"probe: {text}", UserWarning, stacklevel=depth)
         text = ""
-        if idle and self._recorded:
-            names = ", ".join(idle[:8]) + (f" and {len(idle) - 8} more" if len(idle) > 8 else "")
-            text = f"never called in a recorded step: {names}; only their parameters have rows"
+        if self._recorded:
+            kinds = {
+                "never called in a recorded step": [m.label for m in idle if not m.unfollowed],
+                "called without autograd only, so outside of every step": [m.label for m in idle if m.unfollowed],
+                "ran, but what came out cannot be measured": [
+                    f"{m} ({what})" for m, what in self._hooks.unseen.items()
+                ],
+                "parameters without rows": [] if self._parameters is None else self._parameters.unseen,
+            }
+            text = "; ".join(f"{kind}: {_shorten(names)}" for kind, names in kinds.items() if names)
         elif not self._recorded and not calls:
             text = "the model was never called while it was watched"
         elif not self._recorded and calls == unfollowed:
@@ -92,9 +105,11 @@ class StepTracker:
         if text:
             warnings.warn(f"probe: {text}", UserWarning, stacklevel=depth)
 
-    def _begin(self) -> None:
+    def _begin(self) -> bool:
+        """A step begins; says whether hooks were put on the model now, which a pass that has begun does not hear."""
         due = self.step % self._every == 0
-        if due and not self._recording:
+        is_new = due and not self._recording
+        if is_new:
             if "torch._dynamo" in sys.modules:
                 self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
             self._hooks.install(self._model)
@@ -104,6 +119,7 @@ class StepTracker:
         self._recording = due
         if due and self._parameters is not None:
             self._parameters.start()
+        return is_new
 
     def _end(self) -> None:
         if self._recording:
@@ -113,17 +129,48 @@ class StepTracker:
                 self._parameters.forget()
         self.step += 1
         self._stepped = {}
+        if self._losses is not None:
+            self._losses.end_step()
 
     def _all_parameters(self) -> Parameters:
-        """Found late: lazy modules have theirs, and layers their numbers, only after a forward pass."""
+        """Found late: lazy modules have theirs, and layers their numbers, only after a forward pass; a loop may replace
+        some."""
+        if self._training and self._parameters is not None and not self._parameters.is_current():
+            self._parameters = None
+            self._hooks.find_parameters()
         if self._parameters is None:
             self._parameters = Parameters(self._hooks, self._buffer, self._stage, self._training)
             self._parameters.start()
         return self._parameters
 
+    # --- backward passes --------------------------------------------------------------------------------------------
+
+    def before_backward(self, roots: Sequence[Tensor]) -> None:
+        """A backward pass begins at these losses; gradients tell whether it is the model's own."""
+        if self._recording and self._losses is not None:
+            known = [(loss, self._hooks.rows.find_row(loss)) for loss in roots]
+            self._losses.begin(known, self._hooks.rows.layer.number, self._hooks.rows.gradients.count)
+
+    def after_backward(self) -> None:
+        """It is over: the losses have rows, and the gradients stand as it has left them."""
+        if self._recording and self._losses is not None:
+            self._losses.end(self._hooks.rows.gradients.count)
+        if self._recording and self._training and self._hooks.calls:
+            self._all_parameters().look_at_gradients()
+
+    def begin_recomputation(self, function: Any) -> None:
+        """A checkpoint runs a function anew, outside of the module that it belongs to."""
+        if self._recording:
+            self._hooks.begin_recomputation(function)
+
+    def end_recomputation(self) -> None:
+        """It has run."""
+        if self._recording:
+            self._hooks.end_recomputation()
+
     # --- with optimizers ------------------------------------------------------------------------------------------
 
-    def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._whole is not optimizer or self._recording:
             held = {id(p) for p in find_held(self._model, optimizer)}
             self._whole = optimizer if held >= {id(p) for p in self._model.parameters()} else None
@@ -138,7 +185,7 @@ class StepTracker:
         if self._recording:
             self._recorded = True
             self._measure(optimizer, held, gradients=not _has_closure(args, kwargs))
-        self._stepped[id(optimizer)] = held
+        self._stepped[id(optimizer)] = set() if _is_skipping(optimizer) else held
 
     def _measure(self, optimizer: Optimizer, held: set[int], gradients: bool) -> None:
         """Values and gradients of what the optimizer holds, and at first of what none that is known will update."""
@@ -153,23 +200,24 @@ class StepTracker:
         parameters.measure_values(chosen)
         self._late = chosen
         if gradients:
-            parameters.measure_gradients(chosen)
+            parameters.measure_gradients(chosen, scaled=getattr(optimizer, "grad_scale", None) is not None)
 
-    def _after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         held = self._stepped.get(id(optimizer))
         if held is None:
             return
         if self._recording:
             if _has_closure(args, kwargs):
-                self._all_parameters().measure_gradients(self._late)
+                self._all_parameters().measure_gradients(self._late, scaled=False)
             self._all_parameters().measure_updates(held)
+            self._hooks.rows.weights.measure_updates(held)
         self._end_if_covered()
 
-    def _see_scale(self, scale: float) -> None:
+    def see_scale(self, scale: float) -> None:
         if self._recording:
             self._buffer.set_loss_scale(scale)
 
-    def _skip_update(self, optimizer: Optimizer) -> None:
+    def skip_update(self, optimizer: Optimizer) -> None:
         held = {id(p) for p in find_held(self._model, optimizer)}
         if held:
             if self._recording:
@@ -187,16 +235,16 @@ class StepTracker:
             self._end()
             self._begin()
         elif not self._waiting:
-            modules = {m.module for m in self._hooks.modules} | {self._model}
-            self._waiting = [m.register_forward_pre_hook(Hook(self._end_before_pass)) for m in modules]
+            modules = {m.module for m in self._hooks.modules if not m.is_scripted} | {self._model}
+            hook = Hook(self._end_before_pass)
+            self._waiting = [m.register_forward_pre_hook(hook, prepend=True, with_kwargs=True) for m in modules]
 
-    def _end_before_pass(self, module: nn.Module, args: Any) -> None:
+    def _end_before_pass(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.is_grad_enabled() and not is_differentiating():
             self._remove_waiting()
             self._end()
-            self._begin()
-            if self._recording and module is self._model:
-                self._hooks.begin_pass(module, args)
+            if self._begin() and module is self._model:
+                self._hooks.begin_pass(module, args, kwargs)
 
     def _remove_waiting(self) -> None:
         for handle in self._waiting:
@@ -205,22 +253,34 @@ class StepTracker:
 
     # --- without ----------------------------------------------------------------------------------------------------
 
-    def _before_pass(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+    def _before_pass(self, after: RemovableHandle, model: nn.Module, args: Any, kwargs: Any) -> None:
         if self._running:
             self._end()
         self._running = True
-        self._begin()
-        if self._recording:  # a hook that is installed inside of a pass misses its beginning
+        if self._begin():
             self._hooks.begin_pass(model, args, kwargs)
+        cast(OrderedDict[int, Any], model._forward_hooks).move_to_end(
+            after.id
+        )  # what the model put out has its rows by then
 
     def _after_pass(self, model: nn.Module, args: Any, output: Any) -> None:
         if self._recording:
             self._recorded = True
             parameters = self._all_parameters()
             parameters.start()
-            parameters.measure_values(parameters.choose(lambda p: True))
+            parameters.measure_values(parameters.choose(lambda p: id(p) not in self._hooks.rows.weights.replaced))
             if torch.is_grad_enabled():
                 parameters.measure_coming_gradients()
+
+
+def _shorten(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _is_skipping(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer, which divides by the loss's scale itself, is about to leave the weights alone."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -1,7 +1,8 @@
 """The names beginning with an underscore that initlab takes from torch, each with its reason; no other file has any.
 
 `ConvNd`, `NormBase`: what all convolutions, and all norms over a batch, have in common; torch names it nowhere else.
-`is_differentiating`, `is_transforming`: whether autograd, or a transform of torch.func, is at work in this thread.
+`is_differentiating`, `is_faking`, `is_transforming`: whether autograd, a mode of fake tensors, or a transform of
+torch.func is at work in this thread.
 `ignore_functions`: a context in which no mode hears of torch's functions, for what is none of the network's work.
 """
 
@@ -9,7 +10,7 @@ import torch
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as ConvNd
 
-__all__ = ["ConvNd", "NormBase", "ignore_functions", "is_differentiating", "is_transforming"]
+__all__ = ["ConvNd", "NormBase", "ignore_functions", "is_differentiating", "is_faking", "is_transforming"]
 
 ignore_functions = torch._C.DisableTorchFunction
 
@@ -17,6 +18,11 @@ ignore_functions = torch._C.DisableTorchFunction
 def is_differentiating() -> bool:
     """Whether a backward pass is under way in this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_faking() -> bool:
+    """Whether operations make fake tensors, which have no values."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def is_transforming() -> bool:

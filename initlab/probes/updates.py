@@ -1,25 +1,57 @@
-"""Who updates a watched model: every optimizer that holds its parameters, and a gradient scaler that skips one.
+"""What happens to a watched model in a loop: backward passes, optimizers that step, a gradient scaler that skips one.
 
-`add_listener` hears all optimizers of the process while it is open, those made in the middle of a loop too, and every
-`torch.amp.GradScaler`. Nothing of the user's is changed; optimizers that hold none of the parameters are not reported.
+A listener hears of all of these in the process while it is added, also of optimizers made in the middle of a loop.
+Nothing of the user's is changed.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from functools import wraps
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.checkpoint import CheckpointFunction
 
 from initlab.errors import UsageError, show
+from initlab.probes.torch_private import is_differentiating
 
-Skip = Callable[[Optimizer], None]
-Scale = Callable[[float], None]
 
-_SCALERS: list[tuple[Scale, Skip]] = []  # who hears of gradient scalers
+class Listener(Protocol):
+    """Who hears of the backward passes and updates of the process."""
+
+    def before_backward(self, roots: Sequence[Tensor]) -> None:
+        """A backward pass begins at these losses, inside of no other."""
+
+    def after_backward(self) -> None:
+        """It is over."""
+
+    def begin_recomputation(self, function: Any) -> None:
+        """A backward pass is about to run a function anew, whose first run autograd did not follow."""
+
+    def end_recomputation(self) -> None:
+        """It has run, and so have the gradients inside of it."""
+
+    def before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """An optimizer is about to step."""
+
+    def after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """It has stepped."""
+
+    def see_scale(self, scale: float) -> None:
+        """A gradient scaler, which multiplied the loss by so much, is about to let an optimizer step."""
+
+    def skip_update(self, optimizer: Optimizer) -> None:
+        """A gradient scaler did not let an optimizer step."""
+
+
+_LISTENERS: list[Listener] = []
 _SCALER_STEP = torch.amp.GradScaler.step
+_BACKWARD = torch.autograd.backward
+_RECOMPUTATION = CheckpointFunction.backward
 
 
 def list_optimizers(model: nn.Module, given: object) -> list[Optimizer]:
@@ -50,37 +82,59 @@ def find_held(model: nn.Module, optimizer: Optimizer) -> Iterator[nn.Parameter]:
     return (p for group in optimizer.param_groups for p in group["params"] if id(p) in own)
 
 
-def add_listener(
-    before: Callable[[Optimizer, Any, Any], None],
-    after: Callable[[Optimizer, Any, Any], None],
-    scale: Scale,
-    skip: Skip,
-) -> ExitStack:
-    """Report every optimizer's step before and after it, the scale of the loss, and a step that a scaler skips.
-
-    Closing what is returned ends it.
-    """
+def add_listener(listener: Listener, updates: bool) -> ExitStack:
+    """Report every backward pass and, with `updates`, every step of an optimizer; closing what is returned ends it."""
     stack = ExitStack()
-    stack.callback(register_optimizer_step_pre_hook(before).remove)
-    stack.callback(register_optimizer_step_post_hook(after).remove)
-    entry = (scale, skip)
-    _SCALERS.append(entry)
-    torch.amp.GradScaler.step = _run_scaler_step  # type: ignore[method-assign, assignment]
-    stack.callback(_remove_listener, entry)
+    _LISTENERS.append(listener)
+    stack.callback(_remove_listener, listener)
+    torch.autograd.backward = _run_backward  # type: ignore[assignment]
+    CheckpointFunction.backward = staticmethod(_run_recomputation)  # type: ignore[method-assign]
+    if updates:
+        stack.callback(register_optimizer_step_pre_hook(listener.before_update).remove)
+        stack.callback(register_optimizer_step_post_hook(listener.after_update).remove)
+        torch.amp.GradScaler.step = _run_scaler_step  # type: ignore[method-assign, assignment]
     return stack
 
 
-def _remove_listener(entry: tuple[Scale, Skip]) -> None:
-    _SCALERS.remove(entry)
-    if not _SCALERS:
+def _remove_listener(listener: Listener) -> None:
+    _LISTENERS.remove(listener)
+    if not _LISTENERS:
+        torch.autograd.backward = _BACKWARD
+        CheckpointFunction.backward = staticmethod(_RECOMPUTATION)  # type: ignore[method-assign]
         torch.amp.GradScaler.step = _SCALER_STEP  # type: ignore[method-assign]
+
+
+@wraps(_BACKWARD)
+def _run_backward(tensors: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
+    """torch.autograd.backward, which Tensor.backward calls; one inside of another is none of its own."""
+    listeners = [] if is_compiling() or is_differentiating() else list(_LISTENERS)
+    roots = [tensors] if isinstance(tensors, Tensor) else list(tensors) if listeners else []
+    for listener in listeners:
+        listener.before_backward(roots)
+    try:
+        _BACKWARD(tensors, *args, **kwargs)
+    finally:
+        for listener in listeners:
+            listener.after_backward()
+
+
+def _run_recomputation(ctx: Any, *gradients: Any) -> Any:
+    """CheckpointFunction.backward, of checkpoints with use_reentrant=True."""
+    listeners = list(_LISTENERS)
+    for listener in listeners:
+        listener.begin_recomputation(ctx.run_function)
+    try:
+        return _RECOMPUTATION(ctx, *gradients)  # type: ignore[no-untyped-call]
+    finally:
+        for listener in listeners:
+            listener.end_recomputation()
 
 
 def _run_scaler_step(scaler: torch.amp.GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
     """GradScaler.step, which calls the optimizer only where all gradients are finite."""
     inner = find_optimizer(optimizer)
-    for scale, _ in _SCALERS:
-        scale(float(scaler.get_scale()))
+    for listener in _LISTENERS:
+        listener.see_scale(float(scaler.get_scale()))
     stepped: list[Optimizer] = []
     handle = inner.register_step_post_hook(lambda one, *_: stepped.append(one))
     try:
@@ -88,6 +142,6 @@ def _run_scaler_step(scaler: torch.amp.GradScaler, optimizer: Optimizer, *args: 
     finally:
         handle.remove()
     if not stepped:
-        for _, skip in _SCALERS:
-            skip(inner)
+        for listener in _LISTENERS:
+            listener.skip_update(inner)
     return value

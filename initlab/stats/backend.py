@@ -89,11 +89,14 @@ class Backend:
     def change_rows_(self, before: Sequence[Tensor], tensors: Sequence[Tensor], bins: Bins | None = None) -> Tensor:
         """Each of `before`, earlier values of the tensors, becomes the change since then; the rows of these (F + M, K).
 
-        As in `rows_of_each` there is no batch.
+        As in `rows_of_each` there is no batch. Changes of half precision numbers are those of their values: the row is
+        that of float32, which holds them, and `before` stays.
         """
-        for old, x in zip(before, tensors, strict=True):
-            torch.sub(x, old, out=old)
-        return self.rows_of_each(before, bins)
+        changes = [
+            x.float() - old.float() if x.itemsize < 4 else torch.sub(x, old, out=old)
+            for old, x in zip(before, tensors, strict=True)
+        ]
+        return self.rows_of_each(changes, bins)
 
     def relu_rows_(self, z: Tensor, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
         """z becomes max(z, 0), nan kept; rows (F + M, 2, ...) of z, with its saturated share, and of what it became."""

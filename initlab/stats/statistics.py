@@ -94,10 +94,11 @@ COUNTS = (*(name for name, row in STATISTICS.items() if row.is_count), NONFINITE
 IN_LN = tuple(name for name, row in STATISTICS.items() if row.in_ln)
 
 # What some rows of the table `stats` have beside these: log2 of rms and std in arithmetic without a range (stack),
-# torch's own std (seeded), rms(update) / rms(weight) and what a scaler multiplied the loss by (probe).
+# torch's own std (seeded), rms(update) / rms(weight), what a scaler multiplied the loss by, and what a cross-entropy is
+# where all classes are equally probable (probe).
 TRUE_COLUMNS, TORCH_COLUMN, UPDATE_RATIO = ("log2_rms_true", "log2_std_true"), "std_torch", "update_ratio"
-LOSS_SCALE = "loss_scale"
-MORE_COLUMNS = (*TRUE_COLUMNS, TORCH_COLUMN, UPDATE_RATIO, LOSS_SCALE)
+LOSS_SCALE, CHANCE = "loss_scale", "chance_loss"
+MORE_COLUMNS = (*TRUE_COLUMNS, TORCH_COLUMN, UPDATE_RATIO, LOSS_SCALE, CHANCE)
 RESERVED = (*KEY_COLUMNS, *MODULE_COLUMNS, *STATISTICS, *MORE_COLUMNS, "network", "run", "init", "gain", "lr")
 
 

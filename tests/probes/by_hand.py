@@ -167,6 +167,7 @@ def faults(rows: pd.DataFrame, trace: Trace, said: str) -> list[str]:
     is_parameter = rows["tensor"].isin(PARAMETERS)
     columns = ["step", "name", "part", "call", "direction", "pass"]
     plain = rows[~is_parameter & (rows["op"] != "input")]
+    is_parameter &= rows["op"] != "backward"  # as the backward pass has left them
     by_place: dict[tuple[Any, ...], list[int]] = {}
     for number, key in zip(plain.index, plain[columns].itertuples(index=False, name=None), strict=True):
         by_place.setdefault((*key, ""), []).append(number)

@@ -14,7 +14,6 @@ def loss_of(model: nn.Module) -> torch.Tensor:
     return 30 * out.float().square().mean()
 
 
-@pytest.mark.xfail(strict=True, reason="the difference is rounded to the format of the weights")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_updates_are_differences_of_values(dtype: torch.dtype) -> None:
     model = mlp().to(dtype)
@@ -26,4 +25,7 @@ def test_updates_are_differences_of_values(dtype: torch.dtype) -> None:
         moved = numbers(weight.detach().double() - before)
     rows = p.frame()
     row = rows[rows["tensor"].eq("update") & rows["name"].eq("0")].iloc[0]
-    assert row["rms"] == pytest.approx(moved["rms"], rel=1e-12) and row["max"] == moved["max"]
+    # A difference of half precision numbers fits into float32; one of float32 numbers is rounded to its last digit.
+    relative = 2.0**-23 if dtype == torch.float32 else 1e-12
+    assert row["rms"] == pytest.approx(moved["rms"], rel=relative)
+    assert row["max"] == pytest.approx(moved["max"], rel=relative)

@@ -54,23 +54,9 @@ CASES = {
     "jagged": BEGIN + "x = torch.nested.nested_tensor([x[:3], x[3:]], layout=torch.jagged)" + END,
     "fully sharded": BEGIN + SHARDED,
 }
-FAULTY = {
-    "a parameter of two tensors": "a segmentation fault",
-    "an input of two tensors": "a segmentation fault",
-    "fake tensors": "a segmentation fault",
-    "meta": "an error of torch's",
-    "jagged": "neither rows nor a word",
-    "fully sharded": "a segmentation fault",
-}
 
 
-@pytest.mark.parametrize(
-    "what",
-    [
-        pytest.param(what, marks=pytest.mark.xfail(strict=True, reason=FAULTY[what]) if what in FAULTY else [])
-        for what in CASES
-    ],
-)
+@pytest.mark.parametrize("what", CASES)
 def test_tensors_without_memory_of_their_own_end_no_process(what: str) -> None:
     """Every module has rows, or is named in a warning or in one line."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}

@@ -144,7 +144,7 @@ def test_what_the_probe_computes_itself_has_no_rows(module: nn.Module, training:
         rows = p.frame()
     else:
         rows = initlab.measure(model, x)
-    outputs = rows[(rows["direction"] == "forward") & ~rows["tensor"].isin(["weight", "bias", "update"])]
+    outputs = rows[(rows["direction"] == "forward") & ~rows["tensor"].isin(["weight", "bias", "update", "loss"])]
     assert list(outputs["op"]) == ["input", "Linear", type(module).__name__, "Linear"]
     assert one(rows, name="first", part="", direction="forward")["frac_saturated"] >= 0
 
@@ -249,7 +249,7 @@ def test_an_exception_inside_a_block_leaves_no_mode() -> None:
     model = nn.Sequential(Block(6), Broken(6))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     watched = initlab.probe(model, optimizer=optimizer)
-    with pytest.warns(UserWarning, match="never called in a recorded step: 1.first"), watched as p:
+    with watched as p:
         with pytest.raises(KeyError):
             model(torch.randn(4, 6))
         assert torch.overrides._get_current_function_mode() is None

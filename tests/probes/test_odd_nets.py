@@ -203,7 +203,6 @@ def test_parameters_in_a_list() -> None:
     watch(Listed(), lambda m, o: once(m, o, square), sgd).check()
 
 
-@pytest.mark.xfail(strict=True, reason="the pending function is measured as the block's when such a hook calls another")
 def test_hooks_of_the_user_change_no_row() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -222,7 +221,6 @@ def test_hooks_of_the_user_change_no_row() -> None:
     assert list(wanted["layer"]) == list(found["layer"]) and list(wanted["rms"]) == list(found["rms"])
 
 
-@pytest.mark.xfail(strict=True, reason="a Sequential has no row of its input")
 def test_an_input_has_a_row_whatever_the_root_is() -> None:
     rows = snapshot(mlp(), X).rows
     found = rows[rows["layer"] == 0]

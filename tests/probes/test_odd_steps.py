@@ -171,7 +171,6 @@ def test_a_scaled_loss_over_several_batches_and_two_optimizers(scale: float) -> 
         assert scaled[column].tolist() == pytest.approx(plain[column].tolist(), rel=1e-5, abs=1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="modules are looked for once, when the probe is made")
 def test_a_head_that_is_replaced_in_mid_run() -> None:
     """From then on the new one has the rows: what ran is what is shown."""
     model = mlp()
@@ -215,10 +214,7 @@ def test_a_loop_over_time_with_a_cell() -> None:
     assert set(seen.rows.loc[seen.rows["name"] == "cell", "call"]) == set(range(7)) | {0}
 
 
-UNHEARD = pytest.mark.xfail(strict=True, reason="functions that run anew outside of any module have no row")
-
-
-@pytest.mark.parametrize("reentrant", [pytest.param(True, marks=UNHEARD), False])
+@pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoints_inside_of_checkpoints(reentrant: bool) -> None:
     """Every number is that of the plain net; what is computed three times has further calls."""
 

@@ -43,12 +43,6 @@ def rows_of(model: nn.Module) -> pd.DataFrame:
         return initlab.measure(model, X)
 
 
-def faulty(reason: str, *values: object) -> object:
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
-DEFAULT = "the arguments of a function are not looked at"
-UNKNOWN = "a function outside the table is not looked at numerically"
 FUNCTIONS = [
     ("relu", F.relu),
     ("relu6", F.relu6),
@@ -57,16 +51,16 @@ FUNCTIONS = [
     ("leaky 0.001", lambda z: F.leaky_relu(z, 0.001)),
     ("gelu by tanh", lambda z: F.gelu(z, approximate="tanh")),
     ("clamp", lambda z: z.clamp(min=0)),
-    faulty(DEFAULT, "leaky 0.2", lambda z: F.leaky_relu(z, 0.2)),
-    faulty(DEFAULT, "softplus 5", lambda z: F.softplus(z, beta=5)),
-    faulty(DEFAULT, "elu 30", lambda z: F.elu(z, 30.0)),
-    faulty(UNKNOWN, "hardtanh 2", lambda z: F.hardtanh(z, -2, 2)),
-    faulty(UNKNOWN, "celu 2", lambda z: F.celu(z, 2.0)),
-    faulty(UNKNOWN, "logsigmoid", F.logsigmoid),
-    faulty(UNKNOWN, "sin", torch.sin),
-    faulty(UNKNOWN, "threshold", lambda z: F.threshold(z, 0.0, 0.0)),
-    faulty(UNKNOWN, "where", lambda z: torch.where(z > 0, z, 0.0)),
-    faulty(UNKNOWN, "maximum", lambda z: torch.maximum(z, torch.zeros(()).to(z))),
+    ("leaky 0.2", lambda z: F.leaky_relu(z, 0.2)),
+    ("softplus 5", lambda z: F.softplus(z, beta=5)),
+    ("elu 30", lambda z: F.elu(z, 30.0)),
+    ("hardtanh 2", lambda z: F.hardtanh(z, -2, 2)),
+    ("celu 2", lambda z: F.celu(z, 2.0)),
+    ("logsigmoid", F.logsigmoid),
+    ("sin", torch.sin),
+    ("threshold", lambda z: F.threshold(z, 0.0, 0.0)),
+    ("where", lambda z: torch.where(z > 0, z, 0.0)),
+    ("maximum", lambda z: torch.maximum(z, torch.zeros(()).to(z))),
 ]
 
 
@@ -91,10 +85,10 @@ def test_functions_with_arguments_say_their_own_saturated_share(
     [
         ("relu_", lambda z: z.clone().relu_()),
         ("clamp_min", lambda z: z.clamp_min(0)),
-        faulty("no row", "where", lambda z: torch.where(z > 0, z, 0.0)),
-        faulty("no row", "maximum", lambda z: torch.maximum(z, torch.zeros(()))),
-        faulty("no row", "threshold", lambda z: F.threshold(z, 0.0, 0.0)),
-        faulty("no row", "product", lambda z: z * (z > 0)),
+        ("where", lambda z: torch.where(z > 0, z, 0.0)),
+        ("maximum", lambda z: torch.maximum(z, torch.zeros(()))),
+        ("threshold", lambda z: F.threshold(z, 0.0, 0.0)),
+        ("product", lambda z: z * (z > 0)),
     ],
 )
 def test_a_relu_written_out_has_a_row(name: str, function: Callable[[Tensor], Tensor]) -> None:
@@ -108,7 +102,6 @@ def test_a_relu_written_out_has_a_row(name: str, function: Callable[[Tensor], Te
     assert not differences(found.iloc[0], numbers(function(model.first(X)), 1))
 
 
-@pytest.mark.xfail(strict=True, reason="an error of the backward pass is torch's own")
 def test_an_error_in_the_backward_pass_is_one_line() -> None:
     """What exp needs for its gradient has been overwritten: a mistake of the model."""
     with pytest.raises(UsageError) as caught:
@@ -116,7 +109,6 @@ def test_an_error_in_the_backward_pass_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="a loss of torch's is called an activation")
 def test_the_loss_inside_of_a_model_is_called_so() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -129,7 +121,6 @@ def test_the_loss_inside_of_a_model_is_called_so() -> None:
     assert row_of(rows_of(Model()), name="loss")["tensor"] == "loss"
 
 
-@pytest.mark.xfail(strict=True, reason="a module Softmax is called an activation, and its logits have no row")
 def test_softmax_is_one_thing_as_a_module_and_as_a_function() -> None:
     by_function, by_module = rows_of(Between(lambda z: z.softmax(-1))), rows_of(Between(nn.Softmax(-1)))
     for tensor in ("logits", "attention"):
@@ -137,7 +128,6 @@ def test_softmax_is_one_thing_as_a_module_and_as_a_function() -> None:
         assert wanted["rms"] == found["rms"] and wanted["layer"] == found["layer"]
 
 
-@pytest.mark.xfail(strict=True, reason="only what the weight is made of has rows")
 @pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "orthogonal", "prune"])
 def test_the_weight_that_a_layer_uses_has_a_row(kind: str) -> None:
     torch.manual_seed(0)
@@ -154,7 +144,6 @@ def test_the_weight_that_a_layer_uses_has_a_row(kind: str) -> None:
     assert not differences(row_of(rows, name="0", part="weight", tensor="weight"), wanted)
 
 
-@pytest.mark.xfail(strict=True, reason="functions are known by identity")
 def test_functions_that_another_library_has_wrapped_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """As tracers do, which never unwrap them."""
     wanted = rows_of(Between(lambda z: (z + z.flip(0)).relu()))

@@ -6,7 +6,6 @@ from benchmarks.planted import SITUATIONS, Situation
 from benchmarks.sees import ask_initlab
 
 WRONG = {
-    "saturated share, F.leaky_relu 0.2": "the arguments of a function are not looked at",
     "layer where nan is born": "sqrt is none of the functions that are seen; the layer above it is named",
 }
 CASES = [

@@ -82,7 +82,9 @@ def test_every_row_is_about_the_tensor_that_it_names(inplace: bool) -> None:
         matrix = p if p.ndim == 2 else p[None]
         same(one(rows, **words, direction="forward"), matrix, False)
         same(one(rows, **words, direction="backward"), p.grad.reshape(matrix.shape), False)
-    assert len(rows) == 2 * (5 + 6)
+    value = cross_entropy(model(x), y)
+    same(one(rows, tensor="loss", op="cross_entropy"), value.reshape(1, 1), False)
+    assert len(rows) == 1 + 2 * (5 + 6) + 1  # the input before them, the loss behind them
     assert set(rows["stage"]) == {"probe"} and set(rows["implementation"]) == {"module"} and set(rows["step"]) == {0}
     assert list(rows.columns) == [
         *KEYS,
@@ -94,6 +96,7 @@ def test_every_row_is_about_the_tensor_that_it_names(inplace: bool) -> None:
         *STATISTICS,
         "update_ratio",
         "loss_scale",
+        "chance_loss",
     ]
 
 
@@ -210,7 +213,7 @@ def test_a_relu_of_nan_is_saturated_and_nothing_is_lost() -> None:
     rows = initlab.measure(model, x, loss=sum_of_squares)
     z = one(rows, name="0", tensor="preactivation", direction="forward")
     assert z["n_nan"] == 6 * 4 and z["frac_saturated"] == 1  # 0 * nan in every product
-    assert len(rows) == 6
+    assert len(rows) == 8
 
 
 def test_dead_units_are_units_of_activations() -> None:
@@ -241,7 +244,7 @@ def test_units_of_a_convolution_are_its_channels() -> None:
     assert list(rows.loc[rows["tensor"] == "preactivation", "layer"]) == [1, 3]
     assert list(rows.loc[rows["tensor"] == "norm", "layer"]) == [2]
     assert list(rows.loc[rows["tensor"] == "other", "name"]) == ["3", "4"]
-    assert list(rows.loc[rows["tensor"] == "activation", "layer"]) == [2]
+    assert list(rows.loc[rows["tensor"] == "activation", "layer"]) == [0, 2]
     tokens = nn.Sequential(nn.Embedding(10, 8), nn.LayerNorm(8), nn.Linear(8, 4), nn.Tanh())
     words = torch.randint(0, 10, (3, 7))
     rows = initlab.measure(tokens, words)
@@ -442,8 +445,9 @@ def test_lazy_and_parametrized_modules() -> None:
     parts = rows.loc[(rows["name"] == "2") & (rows["direction"] == "forward"), ["tensor", "part"]]
     assert list(parts.itertuples(index=False, name=None)) == [
         ("preactivation", ""),
-        ("weight", "parametrizations.weight.original0"),
-        ("weight", "parametrizations.weight.original1"),
+        ("weight", "weight"),
+        ("parameter", "parametrizations.weight.original0"),
+        ("parameter", "parametrizations.weight.original1"),
         ("bias", "bias"),
     ]
     assert one(rows, name="0", tensor="weight", direction="forward")["count"] == 20
@@ -452,8 +456,8 @@ def test_lazy_and_parametrized_modules() -> None:
 def test_a_model_without_parameters() -> None:
     x = batch()[0].requires_grad_()
     rows = initlab.measure(nn.Tanh(), x, loss=sum_of_squares)
-    assert list(rows["op"]) == ["input", "Tanh", "Tanh", "input"] and set(rows["layer"]) == {0}
-    assert list(rows["direction"]) == ["forward", "forward", "backward", "backward"]
+    assert list(rows["op"]) == ["input", "Tanh", "Tanh", "input", "sum"] and set(rows["layer"]) == {0}
+    assert list(rows["direction"]) == ["forward", "forward", "backward", "backward", "forward"]
     assert x.grad is None
 
 
@@ -491,7 +495,7 @@ def test_a_recording_step_waits_for_nothing() -> None:
                 cross_entropy(model(x), y).backward()
                 optimizer.step()
         assert not [name for name in seen.names if any(f"aten.{word}." in name for word in WAITING)]
-        assert len(p.frame()) == 3 * (2 * (5 + 6) + 3)
+        assert len(p.frame()) == 3 * (1 + 2 * (5 + 6) + 3 + 1)
     with Counter() as seen:
         float(model(x).detach().std())
     assert "aten._local_scalar_dense.default" in seen.names

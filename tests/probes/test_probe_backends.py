@@ -197,4 +197,4 @@ def test_a_hook_of_the_user_on_a_watched_tensor_stays() -> None:
             optimizer.step()
         handle.remove()
     assert len(seen) == 3 and [len(out._backward_hooks) for out in outs] == [1, 1, 1]
-    assert len(p.frame()) == 3 * (10 + 6 + 6 + 3)
+    assert len(p.frame()) == 3 * (1 + 10 + 6 + 6 + 3 + 1)

@@ -1,0 +1,150 @@
+"""What autograd's graph says of a loss: its name, its value where all classes are equally probable, and a
+target that broadcasts by mistake.
+
+A cross-entropy is linear in the logarithms of the probabilities. Of equal probabilities these are all -ln(classes), so
+that the loss at chance is -ln(classes) times the sum of its gradient with respect to them, whatever its reduction,
+weights and smoothing are (Karpathy, "A recipe for training neural networks", 2019: verify the loss at init).
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from initlab.probes.probe_buffer import ProbeBuffer
+from initlab.probes.probed_modules import as_batch, measurable
+from initlab.probes.torch_private import ignore_functions
+from initlab.stats.keys import TensorKey
+
+Node = Any  # of autograd's graph
+FARTHEST = 32  # nodes that are looked at: a loss is made of a few functions
+_LINEAR = {"NllLoss", "NllLoss2D", "Neg", "Sum", "Mean", "Mul", "Div", "Add", "Sub", "View", "UnsafeView", "Reshape"}
+_LINEAR |= {"ReshapeAlias", "Squeeze", "Unsqueeze", "Gather", "MaskedFill", "MaskedSelect", "Index", "Select", "Slice"}
+_LINEAR |= {"T", "Transpose", "Permute", "ToCopy", "Expand", "Where", "Clone", "Stack", "Cat", "Alias"}
+_WITH_CONSTANT = {"Sub", "Rsub", "Add", "Mul", "Div", "Expand"}  # between a prediction and its target
+
+
+def name_node(node: Node) -> str:
+    """MseLoss of MseLossBackward0."""
+    return re.sub(r"Backward\d*$", "", node.name())
+
+
+def name_loss(loss: Tensor) -> str:
+    """The function that a loss is the value of, in torch's spelling: mse_loss, cross_entropy, mean."""
+    if loss.grad_fn is None:
+        return ""
+    if next(find_chance_nodes(loss), None):
+        return "cross_entropy"
+    node: Node = loss.grad_fn
+    while name_node(node) == "Alias":  # of a subclass of Tensor
+        node = node.next_functions[0][0]
+    return re.sub(r"(?<=[a-z0-9])([A-Z])", r"_\1", name_node(node)).lower()
+
+
+def find_chance_nodes(loss: Tensor) -> Iterator[tuple[Node, float]]:
+    """Where a loss is linear in log-probabilities: the functions that make these, each with the log of chance.
+
+    A binary cross-entropy of logits counts as two classes. Gives nothing where anything else is added to the loss.
+    """
+    found: dict[Node, float] = {}
+    waiting: list[Node] = [loss.grad_fn]
+    seen: set[Node] = set()
+    while waiting and len(seen) < FARTHEST:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name = name_node(node)
+        if name == "LogSoftmax":
+            shape, dim = node._input_metadata[0].shape, node._saved_dim
+            found[node] = -math.log(shape[dim - 2**64 if dim >= 2**63 else dim])
+        elif name == "BinaryCrossEntropyWithLogits" and node._saved_weight is node._saved_pos_weight is None:
+            found[node] = math.log(2) * (node._saved_target.numel() if node._saved_reduction == 2 else 1)
+        elif name in _LINEAR:
+            below = [one for one, _ in node.next_functions]
+            if name in ("Add", "Sub") and None in below:  # a constant beside it
+                return
+            waiting += below
+        else:
+            return
+    if not waiting:
+        yield from found.items()
+
+
+class LossRows:
+    """The rows of the losses of one network: their values, and beside them what they would be at chance."""
+
+    def __init__(self, buffer: ProbeBuffer, stage: str) -> None:
+        self._buffer, self._stage = buffer, stage
+        self._roots: list[tuple[Tensor, str, int | None]] = []  # of the pass under way: names, and rows that they have
+        self._chances: dict[int, Tensor] = {}  # of these losses, by their place
+        self._handles: list[RemovableHandle] = []
+        self._n_passes = 0  # in this step
+        self._layer = self._n_gradients = 0  # before the pass under way: the layer called last, and gradients seen
+        self.broadcast = ""  # what is wrong with the shapes that a loss compares
+
+    def begin(self, roots: Sequence[tuple[Tensor, int | None]], layer: int, n_gradients: int) -> None:
+        """A backward pass begins at these losses; what they would be at chance adds up while it runs.
+
+        With each comes the number of its row where it has one already, as an output of a module. layer: that was called
+        last. n_gradients: that the network has seen so far.
+        """
+        self._layer, self._n_gradients = layer, n_gradients
+        self._roots, self._chances = [(loss.detach(), name_loss(loss), row) for loss, row in roots], {}
+        for k, (loss, _) in enumerate(roots):
+            self.broadcast = self.broadcast or find_broadcast(loss)
+            for node, chance in find_chance_nodes(loss):
+                self._handles.append(node.register_prehook(partial(self._add_chance, k, chance)))
+
+    def _add_chance(self, k: int, chance: float, gradients: tuple[Tensor | None, ...]) -> None:
+        if gradients[0] is not None:
+            with ignore_functions():
+                part = chance * gradients[0].detach().double().sum()
+                self._chances[k] = self._chances[k] + part if k in self._chances else part
+
+    def end(self, n_gradients: int) -> None:
+        """It is over: the rows of its losses, if the network has seen gradients."""
+        is_own = n_gradients > self._n_gradients
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for k, (loss, op, row) in enumerate(self._roots if is_own else []):
+            if row is None and measurable(loss):
+                part = f"{op}.{k}" if k else op
+                key = TensorKey(self._stage, "module", self._layer, "loss", "forward", "", part, self._n_passes, op)
+                code = self._buffer.code(key)
+                self._buffer.scaled.add(code)
+                row = self._buffer.put(code, as_batch(loss, loss.ndim - 1), batched=False)
+            if row is not None and k in self._chances:
+                self._buffer.set_chance(row, self._chances[k])
+        self._n_passes += is_own
+        self._roots.clear()
+
+    def end_step(self) -> None:
+        """Count passes from 0 again."""
+        self._n_passes = 0
+
+
+def find_broadcast(loss: Tensor) -> str:
+    """What is wrong where a prediction (N, 1) met a target (N,), or the other way round; else nothing."""
+    waiting: list[Node] = [loss.grad_fn]
+    seen: set[Node] = set()
+    while waiting and len(seen) < FARTHEST:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        below = [one for one, _ in node.next_functions if one is not None]
+        if len(below) == 1 and name_node(node) in _WITH_CONSTANT and node._input_metadata and below[0]._input_metadata:
+            made, given = (tuple(one._input_metadata[0].shape) for one in (node, below[0]))
+            n = math.prod(given)
+            prediction = name_node(below[0]) != "torch::autograd::AccumulateGrad"  # and no parameter
+            if prediction and n > 1 and made == (n, n) and given in ((n,), (n, 1)):
+                other = (n, 1) if given == (n,) else (n,)
+                return f"the loss compares a prediction {given} with a target {other}: they broadcast to {made}"
+        waiting += below
+    return ""

@@ -1,0 +1,173 @@
+"""The rows of the tensors that come by in a pass, and what is remembered of them until the next layer."""
+
+from functools import partial
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from initlab.nn.activations import Activation
+from initlab.probes.gradient_hooks import GradientHooks
+from initlab.probes.hook_types import Preactivation, count_writes
+from initlab.probes.layer_numbers import LayerAxis, LayerNumbers, Site
+from initlab.probes.one_thread import OneThread
+from initlab.probes.operations import Operation, find_axis
+from initlab.probes.probe_buffer import ProbeBuffer
+from initlab.probes.probed_modules import RELU, ProbedModule, as_batch
+from initlab.probes.used_weights import UsedWeights
+from initlab.stats.keys import TensorKey
+from initlab.stats.summarize import saturated_share
+
+INPUT = LayerAxis(0, 0, 0)  # below the first layer
+MASKED = -9000.0  # a logit below this, of probability 0, is a mask and counts as -inf
+LAYERS = ("preactivation", "norm", "embedding")  # words of functions that are numbered
+
+
+class TensorRows:
+    """Measures tensors of one network under the layer that was called last.
+
+    With `training` only passes that autograd follows are part of a step.
+    """
+
+    def __init__(self, buffer: ProbeBuffer, stage: str, training: bool) -> None:
+        self.buffer, self.stage, self._training = buffer, stage, training
+        self.numbers, self.gradients, self.thread = LayerNumbers(), GradientHooks(buffer), OneThread()
+        self.weights = UsedWeights(buffer, stage, training, self.gradients)
+        self.added: set[int] = set()  # ids of parameters that functions add
+        self.layer = INPUT
+        self.last: Preactivation | None = None  # the output of the layer that was called last
+        self._measured: dict[int, ReferenceType[Tensor]] = {}  # tensors that have a row in this pass
+        self._scalars: dict[int, tuple[ReferenceType[Tensor], int]] = {}  # outputs of one number in this step: rows
+        self._counts: dict[tuple[str, int, str], int] = {}  # functions of one name in a call of a module
+
+    def is_unseen(self) -> bool:
+        """Whether a pass is none of a step's: a validation, or the first pass of a checkpoint."""
+        return self._training and not torch.is_grad_enabled()
+
+    def begin_pass(self) -> None:
+        """Below what comes now there is no layer but the input."""
+        self.layer, self.last = INPUT, None
+        self._measured.clear()
+
+    def end_step(self) -> None:
+        """Forget the step's graph and count from 0 again."""
+        self.gradients.end_step()
+        self.weights.end_step()
+        self.thread.end_step()
+        self.last = None
+        for kept in (self._measured, self._scalars, self._counts):
+            kept.clear()
+
+    def find_row(self, x: Tensor) -> int | None:
+        """The row that a tensor of one number has as the output of a module in this step."""
+        seen = self._scalars.get(id(x))
+        return seen[1] if seen is not None and seen[0]() is x else None
+
+    def has_row(self, x: Tensor) -> bool:
+        """Whether a tensor, or what it is another shape of, was measured in this pass."""
+        base = x if x._base is None or x._base.numel() != x.numel() else x._base
+        seen = [(self._measured.get(id(one)), one) for one in (x, base)]
+        return any(known is not None and known() is one for known, one in seen)
+
+    def note_shape(self, x: Tensor) -> None:
+        """A layer hands on its output in another shape with the same units: an activation may be called with that."""
+        last = self.last
+        if (
+            last is not None
+            and x._base is last.x
+            and last.axis == last.x.ndim - 1
+            and x.shape[-1:] == last.x.shape[-1:]
+        ):
+            self.last = last._replace(x=x, axis=x.ndim - 1)
+
+    def make_site(self, key: TensorKey, layer: LayerAxis, axis: int) -> Site:
+        """The numbers of a key and of that of its gradient."""
+        gradient = self.buffer.code(key._replace(direction="backward"))
+        self.buffer.scaled.add(gradient)
+        return Site(layer, axis, self.buffer.code(key), gradient)
+
+    def measure(self, x: Tensor, site: Site, values: Tensor | None = None) -> int:
+        """Measure a tensor, or other values in its place, and its gradient when that comes; the number of the row."""
+        row = self.buffer.put(site.code, as_batch(x if values is None else values, site.axis))
+        self._measured[id(x)] = ref(x)
+        if x.requires_grad:
+            self.gradients.watch(x, site.gradient_code, partial(as_batch, axis=site.axis), batched=True)
+        return row
+
+    def measure_function(self, m: ProbedModule, found: Operation, args: tuple[Any, ...], x: Tensor) -> None:
+        """The rows of what a function has made inside of a module."""
+        number, axis = self.layer.number, find_axis(found, x)
+        if found.word in LAYERS:
+            number = self.number_function(m, args)
+            self.layer = LayerAxis(number, x.ndim - 1 if axis is None else axis, x.ndim)
+        if axis is None:
+            axis = self.layer.axis if x.ndim == self.layer.ndim else x.ndim - 1
+        if not m.chosen:
+            return
+        count = self._counts[m.name, m.calls, found.name] = self._counts.get((m.name, m.calls, found.name), -1) + 1
+        part = f"{found.name}.{count}" if count else found.name
+        key = TensorKey(self.stage, "module", number, found.word, "forward", m.name, part, m.calls, found.name)
+        if found.name == "softmax":
+            logits = self.make_site(key._replace(tensor="logits"), self.layer, axis)
+            z = args[0].detach()
+            self.measure(args[0], logits, z.masked_fill((x == 0) & (z < MASKED), -torch.inf))
+        if found.activation not in (None, RELU):
+            self.measure_saturation(found.activation, args)
+        row = self.measure(x, self.make_site(key, self.layer, axis))
+        self._set_last(x, axis, row, found.word == "preactivation", found.activation is RELU, args)
+
+    def number_function(self, m: ProbedModule, args: tuple[Any, ...]) -> int:
+        """The layer of a function by the weight that it is given."""
+        sources = (self.weights.find_source(t) for t in args if isinstance(t, Tensor))
+        return self.numbers.number_function(m, next(filter(None, sources), 0))
+
+    def note_bias(self, args: tuple[Any, ...]) -> None:
+        """A sum: a parameter in it is a bias of the layer below."""
+        for p in args:
+            if isinstance(p, nn.Parameter):
+                self.numbers.of_weights.setdefault(id(p), self.layer.number)
+                self.added.add(id(p))
+
+    def measure_output(self, m: ProbedModule, part: str, x: Tensor, given: tuple[Any, ...], word: str) -> None:
+        """One tensor of a module's output under a word for it."""
+        if m.is_layer and m.is_owner:
+            self.layer = LayerAxis(self.numbers.number(m), self.layer.axis, self.layer.ndim)
+        site = self._find_site(m, part, x.ndim, word)
+        self.layer = site.layer
+        if not m.chosen:
+            return
+        row = self.measure(x, site)
+        if not x.ndim:
+            self._scalars[id(x)] = ref(x), row
+        self._set_last(x, site.axis, row, m.is_layer, m.activation is RELU, given)
+
+    def _find_site(self, m: ProbedModule, part: str, ndim: int, word: str) -> Site:
+        """The site of an output of this call, made when it is first seen."""
+        seen = (self.layer, m.calls, part, ndim, word)
+        if seen not in m.sites:
+            number = self.layer.number
+            layer = LayerAxis(number, m.axis(ndim), ndim) if m.is_layer else self.layer
+            axis = layer.axis if ndim == layer.ndim else ndim - 1
+            op = type_before_parametrizations(m.module).__name__
+            key = TensorKey(self.stage, "module", number, word, "forward", m.name, part, m.calls - 1, op)
+            m.sites[seen] = self.make_site(key, layer, axis)
+        site: Site = m.sites[seen]
+        return site
+
+    def _set_last(self, x: Tensor, axis: int, row: int, is_layer: bool, rectifies: bool, args: tuple[Any, ...]) -> None:
+        """Remember the output of a layer; a ReLU that was called with it says its saturated share."""
+        last = self.last
+        if is_layer:
+            self.last = Preactivation(x, count_writes(x), axis, row)
+        elif rectifies and last is not None and last.is_input(args, x is last.x):
+            self.buffer.set_rectified(last.row, row)
+            self.last = None  # its memory is free as early as without a probe
+
+    def measure_saturation(self, activation: Activation, args: tuple[Any, ...]) -> None:
+        """The preactivation that an activation is given, if it has not been overwritten since."""
+        last = self.last
+        if last is not None and last.is_input(args):
+            slope = activation.slope(as_batch(last.x.detach(), last.axis))
+            self.buffer.set_saturated(last.row, saturated_share(slope, activation.largest_slope))

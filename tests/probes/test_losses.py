@@ -1,0 +1,170 @@
+"""The loss of a loop: its row, its value at chance, targets that broadcast; gradients before and after clipping."""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import initlab
+from tests.probes.by_hand import differences, numbers
+from tests.probes.test_functions import one
+
+N, C = 24, 5
+X = torch.randn(N, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = torch.arange(N) % C
+WEIGHTS = torch.linspace(0.5, 2, C, dtype=torch.float64)
+
+
+def net(out: int = C) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, out)).double()
+
+
+CROSS_ENTROPIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda z: F.cross_entropy(z, Y),
+    "sum": lambda z: F.cross_entropy(z, Y, reduction="sum"),
+    "none": lambda z: F.cross_entropy(z, Y, reduction="none").mean(),
+    "a third": lambda z: F.cross_entropy(z, Y) / 3,
+    "smoothed": lambda z: F.cross_entropy(z, Y, label_smoothing=0.2),
+    "weighted": lambda z: F.cross_entropy(z, Y, weight=WEIGHTS),
+    "ignored": lambda z: F.cross_entropy(z, Y.where(Y > 1, -100)),
+    "probabilities": lambda z: F.cross_entropy(z, F.one_hot(Y, C).double() * 0.8 + 0.2 / C),
+    "written out": lambda z: -z.log_softmax(-1)[torch.arange(N), Y].mean(),
+    "nll_loss": lambda z: F.nll_loss(z.log_softmax(1), Y),
+    "two": lambda z: F.cross_entropy(z, Y) + 2 * F.cross_entropy(z[:, :3], Y.clamp(max=2)),
+    "images": lambda z: F.cross_entropy(z.reshape(2, 12, C).mT, Y.reshape(2, 12)),
+    "binary": lambda z: F.binary_cross_entropy_with_logits(z, (Y[:, None] > 2).double().expand(N, C)),
+    "binary sum": lambda z: F.binary_cross_entropy_with_logits(z, torch.rand_like(z).detach(), reduction="sum"),
+}
+
+
+@pytest.mark.parametrize("name", CROSS_ENTROPIES)
+@pytest.mark.parametrize("loop", [True, False], ids=["loop", "pass"])
+def test_a_cross_entropy_stands_beside_its_value_at_chance(name: str, loop: bool) -> None:
+    """That is what the same loss gives for equal logits."""
+    model, loss = net(), CROSS_ENTROPIES[name]
+    if loop:
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        with initlab.probe(model, optimizer=optimizer) as p:
+            loss(model(X)).backward()
+            optimizer.step()
+        rows = p.frame()
+    else:
+        rows = initlab.measure(model, X, loss=loss)
+    row = one(rows, tensor="loss")
+    if "binary sum" not in name:  # its targets are drawn anew
+        assert row["mean"] == pytest.approx(float(loss(model(X)).detach()), rel=1e-12)
+    assert row["chance_loss"] == pytest.approx(float(loss(torch.zeros(N, C, dtype=torch.float64))), rel=1e-12)
+    assert row["op"] == "cross_entropy" and row["layer"] == 2 and row["name"] == ""
+
+
+@pytest.mark.parametrize(
+    ("op", "loss"),
+    [
+        ("mse_loss", lambda z: F.mse_loss(z, torch.zeros_like(z))),
+        ("add", lambda z: F.cross_entropy(z, Y) + z.square().mean()),
+        ("mean", lambda z: ((1 - z.softmax(-1)) ** 2 * -z.log_softmax(-1))[torch.arange(N), Y].mean()),
+        ("mean", lambda z: F.kl_div(z.log_softmax(-1), torch.full((N, C), 1 / C, dtype=torch.float64))),
+    ],
+)
+def test_other_losses_have_no_value_at_chance(op: str, loss: Callable[[Tensor], Tensor]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        row = one(initlab.measure(net(), X, loss=loss), tensor="loss")
+    assert row["op"] == op and math.isnan(row["chance_loss"])
+
+
+@pytest.mark.parametrize("scale", [1024.0, 1000.0])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaled_loss_is_the_loss(scale: float, fused: bool) -> None:
+    """The loss, its value at chance and all gradients in one unit, also where a fused optimizer divides by itself."""
+    model = net().float()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    value = F.cross_entropy(model(X.float()), Y)
+    gradients = torch.autograd.grad(value, list(model.parameters()))
+    with initlab.probe(model, optimizer=optimizer) as p:
+        scaler.scale(F.cross_entropy(model(X.float()), Y)).backward()
+        scaler.step(optimizer)
+    rows = p.frame()
+    row = one(rows, tensor="loss")
+    assert row["mean"] == pytest.approx(float(value.detach()), rel=1e-6)  # float32
+    assert row["chance_loss"] == pytest.approx(math.log(C), rel=1e-6)
+    for (name, _), grad in zip(model.named_parameters(), gradients, strict=True):
+        module, part = name.split(".")
+        found = one(rows, name=module, part=part, direction="backward")  # one row: dividing it is no clipping
+        assert found["rms"] == pytest.approx(numbers(grad)["rms"], rel=1e-5)
+
+
+def test_a_fused_step_that_is_skipped_has_no_update() -> None:
+    model = net().float()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    with initlab.probe(model, optimizer=optimizer) as p:
+        for k in range(2):
+            optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(model(X.float()), Y) * (math.inf if k == 0 else 1)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert set(p.frame().query("tensor == 'update'")["step"]) == {1}
+
+
+CLIPS: dict[str, Callable[[nn.Module], object]] = {
+    "norm": lambda m: nn.utils.clip_grad_norm_(m.parameters(), 0.01),
+    "value": lambda m: nn.utils.clip_grad_value_(m.parameters(), 0.001),
+    "by hand": lambda m: [p.grad.data.mul_(0.5) for p in m.parameters() if p.grad is not None],
+    "another": lambda m: [setattr(p, "grad", p.grad.sign()) for p in m.parameters() if p.grad is not None],
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_gradients_before_and_after_clipping(name: str, accumulated: int) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    kept: list[list[dict[str, float]]] = []
+    with initlab.probe(model, optimizer=optimizer) as p:
+        for _ in range(2):
+            optimizer.zero_grad()
+            for part in range(accumulated):
+                F.cross_entropy(model(X + part), Y).backward()
+            kept.append([numbers(w.grad) for w in model.parameters() if w.grad is not None])
+            CLIPS[name](model)
+            kept[-1] += [numbers(w.grad) for w in model.parameters() if w.grad is not None]
+            optimizer.step()
+    rows = p.frame()
+    for step, found in enumerate(kept):
+        for k, (parameter, _) in enumerate(model.named_parameters()):
+            module, part = parameter.split(".")
+            words = {"step": step, "name": module, "part": part, "direction": "backward"}
+            assert not differences(one(rows, **words, op="backward"), found[k])
+            assert not differences(one(rows, **words, op=""), found[k + 4])
+
+
+def test_gradients_that_nobody_changes_have_one_row() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with initlab.probe(model, optimizer=optimizer) as p:
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(model(X), Y).backward()
+            optimizer.step()
+    assert not (p.frame()["op"] == "backward").any()
+
+
+@pytest.mark.parametrize(("out", "target"), [((N, 1), (N,)), ((N,), (N, 1))])
+@pytest.mark.parametrize("loss", [lambda z, y: (z - y).square().mean(), lambda z, y: (y - z).abs().sum()])
+def test_a_prediction_and_a_target_that_broadcast_are_named(
+    out: tuple[int, ...], target: tuple[int, ...], loss: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    model, y = net(1), torch.randn(N, dtype=torch.float64).reshape(target)
+    says = rf"the loss compares a prediction \({N}.*\) with a target .* they broadcast to \({N}, {N}\)"
+    with pytest.warns(UserWarning, match=says):
+        initlab.measure(model, X, y, lambda z, y: loss(z.reshape(out), y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        initlab.measure(model, X, y.reshape(out), lambda z, y: loss(z.reshape(out), y))
