@@ -509,6 +509,7 @@ def test_an_activation_by_target_is_the_row_that_it_names(lab: Lab) -> None:
         (("activation._target_=torch.log",), "torch.log: not finite at z=-16"),
         (("activation._target_=torch.softmax", "activation.arguments.dim=-1"), "not an elementwise function"),
         (("activation._target_=torch.nn.Softplus", "activation.arguments.gamma=2"), "unexpected keyword argument"),
+        (("activation=leaky_relu", "activation.arguments.negative_slope=0.2"), "those of activation._target_"),
         (("activation._target_=torch.relu_",), "changes its argument in place"),
         (("activation._target_=torch.sin", "task=explain"), "is for task=lab, stack, train, seeded"),
         (("activation._targett_=torch.sin",), "did you mean activation._target_?"),

@@ -89,6 +89,11 @@ def resolve(config: Config, choices: Mapping[str, str | None]) -> JobSettings:
     by_file = config.init.name not in RULES and config.init.name == _file_of("init", choices)
     scaling = rule(Rule() if by_file else config.init.name, **fields)
     asked = config.activation
+    if asked.arguments and not asked._target_:
+        raise UsageError(
+            "activation.arguments: are those of activation._target_, which is not set; give one, such as "
+            "activation._target_=torch.nn.LeakyReLU"
+        )
     function = import_function("activation._target_", asked._target_, asked.arguments) if asked._target_ else None
     where = Where.resolve(config.dtype, config.device, config.generator)
     try:

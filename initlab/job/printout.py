@@ -59,7 +59,10 @@ def _summarize(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     except UsageError as error:  # files of another table, or rows that stand there twice
         return [f"no short table: {error}"]
     lines = [summary.as_text(table)]
-    return [*lines, theory_rows.describe(list(table["theory"].dropna()))] if "theory" in table else lines
+    if "theory" in table:
+        lines.append(theory_rows.describe(list(table["theory"].dropna())))
+    parted = summary.describe_parting(table)
+    return [*lines, parted] if parted else lines
 
 
 def _notes(run_jsons: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from initlab.meanfield.fixed_points import phase
-from initlab.nn.activations import ACTIVATIONS, GAIN_KINDS, TORCH_HAS, Activation, gain
+from initlab.nn.activations import ACTIVATIONS, GAIN_KINDS, TORCH_HAS, Activation, find_torch_gain, gain
 from initlab.nn.custom_activation import Given, as_activation, name_of
 from initlab.nn.init import Rule
 
@@ -81,15 +81,15 @@ def gain_table(activations: Sequence[Given] = tuple(ACTIVATIONS)) -> pd.DataFram
     rows = []
     for given in activations:
         name, row = name_of(given), as_activation(given)
-        known = ACTIVATIONS.get(name) is row and name in TORCH_HAS
-        by_torch = gain(name, "torch") if known else float("nan")
+        by_torch = find_torch_gain(row)
         for kind in GAIN_KINDS:
-            if kind == "torch" and not known:
+            if kind == "torch" and by_torch is None:
                 continue
             value = gain(row, kind)
             named = {"activation": name, "kind": kind, **consequences(row, value)}
             why = WHY_TORCH.get(name, "torch has none" if name in ACTIVATIONS else "a function of one's own")
-            rows.append({**named, "torch": by_torch, "ratio": value / by_torch, "why": why})
+            theirs = float("nan") if by_torch is None else by_torch
+            rows.append({**named, "torch": theirs, "ratio": value / theirs, "why": why})
     return pd.DataFrame(rows)
 
 
@@ -134,12 +134,12 @@ def gain_words(scaling: Rule, row: Activation) -> str:
     if scaling.gain is not None:
         return ""
     kind, value = scaling.gain_kind, scaling.gain_for(row)
-    known = any(ACTIVATIONS[name] is row for name in TORCH_HAS)
+    by_torch = find_torch_gain(row)
     if kind == "torch":
         other = f"the one that keeps gradients is {gain(row, 'chi'):.6g}, init.gain_kind=chi"
-    elif not known:
+    elif by_torch is None:
         other = "torch has none"
-    elif abs((by_torch := gain(row, "torch")) / value - 1) < EDGE:
+    elif abs(by_torch / value - 1) < EDGE:
         other = "torch has the same"
     else:
         other = f"torch has {by_torch:.6g}, init.gain_kind=torch"

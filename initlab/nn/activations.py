@@ -211,11 +211,28 @@ TORCH_HAS = ("linear", "relu", "leaky_relu", "tanh", "sigmoid", "selu")
 
 
 def torch_gain(row: Activation) -> float:
-    """`torch.nn.init.calculate_gain`, under torch's own names; it has none for the others and a user's function."""
-    name = next((name for name, known in ACTIVATIONS.items() if known is row), "a custom function")
-    if name not in TORCH_HAS:
-        raise UsageError(f"init.gain_kind=torch: torch has no gain for activation={name}; use chi, rms or std")
-    return float(nn.init.calculate_gain(name, SLOPE if name == "leaky_relu" else None))  # type: ignore[arg-type]
+    """`torch.nn.init.calculate_gain`, for the functions that torch knows, a leaky ReLU of any slope among them.
+
+    A function of the user's is one of them if its values are.
+    """
+    z = torch.linspace(-8, 8, 33, dtype=torch.float64)
+    values = row.phi(z)
+    below = torch.where(z < 0, -float(row.phi(-torch.ones(1, dtype=torch.float64))) * z, z)  # leaky, with this slope
+    shapes = {name: ACTIVATIONS[name].phi(z) for name in TORCH_HAS} | {"leaky_relu": below}
+    name = next((name for name, known in shapes.items() if torch.allclose(values, known, rtol=1e-9, atol=1e-12)), "")
+    if not name:
+        known = next((name for name, known in ACTIVATIONS.items() if known is row), "a custom function")
+        raise UsageError(f"init.gain_kind=torch: torch has no gain for activation={known}; use chi, rms or std")
+    slope = -float(row.phi(-torch.ones(1, dtype=torch.float64))) if name == "leaky_relu" else None
+    return float(nn.init.calculate_gain(name, slope))  # type: ignore[arg-type]
+
+
+def find_torch_gain(row: Activation) -> float | None:
+    """The same; None where torch has none."""
+    try:
+        return gain(row, "torch")
+    except UsageError:
+        return None
 
 
 def std_gain(row: Activation) -> float:

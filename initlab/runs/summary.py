@@ -17,6 +17,8 @@ from initlab.stats.dtypes import FORMATS
 
 # What the two backward passes are held to at the default shape; the table says where it is passed.
 PARITY_LIMIT = {name: row.tolerance for name, row in FORMATS.items() if row.eps <= FORMATS["float32"].eps}
+PARTED = 0.01  # share by which the losses of two trainings differ that are said to part
+ROUNDING = 1e-3  # of gradients at equal weights: a rule that is wrong differs by more
 
 
 def stack_signal(stats: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
@@ -162,6 +164,23 @@ def summarize(
         table["limit"] = gradients["dtype"].first().map(PARITY_LIMIT) if "dtype" in parity else np.nan
         table["not comparable"] = gradients["n_nonfinite"].agg(lambda n: float((n > 0).mean()))
     return table.reset_index(drop=True)
+
+
+def describe_parting(table: pd.DataFrame) -> str:
+    """Why two right trainings end at other losses: one line where some do, or nothing."""
+    if not {"loss by hand", "loss nn.Module", "gradient difference"} <= set(table):
+        return ""
+    names = ("loss by hand", "loss nn.Module", "gradient difference")
+    ours, theirs, difference = (table[name].astype(float) for name in names)
+    agree = difference <= ROUNDING
+    n = int((agree & ((ours - theirs).abs() > PARTED * theirs.abs())).sum())
+    if not n:
+        return ""
+    where = "" if n == len(table) else f" in {n} of {len(table)} rows"
+    return (
+        f"chaos: the two trainings part{where}, though gradients agree to {float(difference[agree].max()):.0e} at "
+        "equal weights; this training makes rounding grow from step to step"
+    )
 
 
 def as_text(table: pd.DataFrame) -> str:

@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
+import initlab
 from initlab.errors import UsageError
 from initlab.nn.activations import ACTIVATIONS, gain
 from initlab.nn.custom_activation import as_activation, name_of, numerical
@@ -142,3 +144,16 @@ def test_what_is_no_activation_is_said() -> None:
     with pytest.raises(UsageError, match="0 almost everywhere"):
         gain(as_activation(lambda z: 0 * z + 1), "chi")
     assert math.isfinite(gain(as_activation(torch.sign), "rms"))
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.01, 0.2, 0.7, -0.5])
+def test_torch_has_the_gain_of_a_leaky_relu_of_any_slope(slope: float) -> None:
+    """As a module and as a function; torch's formula is sqrt(2 / (1 + slope^2))."""
+    wanted = torch.nn.init.calculate_gain("leaky_relu", slope)
+    for given in (nn.LeakyReLU(slope), lambda z: torch.nn.functional.leaky_relu(z, slope)):
+        assert initlab.gain(given, "torch") == pytest.approx(wanted, rel=1e-12)
+        assert initlab.gain(given) == pytest.approx(wanted, rel=1e-12)
+    assert initlab.gain(torch.tanh, "torch") == 5 / 3 and initlab.gain(nn.SELU(), "torch") == 0.75
+    for other in (nn.GELU(), nn.ELU(), lambda z: z.clamp(0, 3)):
+        with pytest.raises(UsageError, match="torch has no gain"):
+            initlab.gain(other, "torch")

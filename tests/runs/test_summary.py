@@ -106,6 +106,19 @@ def test_a_difference_above_the_limit_is_said() -> None:
     assert "3e-05 (above 1e-05)" in summary.as_text(summary.summarize(tables["stats"], tables["losses"], wrong))
 
 
+def test_two_right_trainings_that_part_are_said_to() -> None:
+    """Losses apart by more than 1 %, gradients equal: chaos. With wrong gradients, or losses that agree, no word."""
+    found = train(load("digits"), steps=2, seeds=[0])
+    tables = {name: frame.assign(init="kaiming", activation="relu", dtype="float32") for name, frame in found.items()}
+    text = {}
+    for name, factor, error in (("agree", 1.0, 5e-7), ("chaos", 1.8, 5e-7), ("wrong", 1.8, 1e-2)):
+        losses = tables["losses"].copy()
+        losses.loc[losses["implementation"] == "scratch", "loss"] *= factor
+        parity = tables["parity"].assign(relative_error=error)
+        text[name] = summary.describe_parting(summary.summarize(tables["stats"], losses, parity))
+    assert text["agree"] == text["wrong"] == "" and text["chaos"].startswith("chaos: the two trainings part")
+
+
 def test_summary_of_a_whole_run() -> None:
     frames = train(load("digits"), steps=3, seeds=range(3))
     tables = {
