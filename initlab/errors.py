@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import wraps
 from numbers import Real
@@ -129,7 +130,8 @@ CURES = {
     (errno.EFBIG,): "raise the limit on the size of a file",
     (errno.EMFILE, errno.ENFILE): "raise the limit on open files",
 }
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # never a fault of the program
+# Never a fault of the program, wherever it is met.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE)
 
 
 def disk_error(error: OSError, path: object) -> UsageError:
@@ -137,6 +139,15 @@ def disk_error(error: OSError, path: object) -> UsageError:
     cure = next((text for numbers, text in CURES.items() if error.errno in numbers), "see to the disk")
     why = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
     return UsageError(f"{path}: cannot be written ({why}); {cure}, or choose another folder")
+
+
+@contextmanager
+def report_disk(path: object) -> Iterator[None]:
+    """Within the block files are written or removed: an OSError becomes one line with this path."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, path) from error
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:

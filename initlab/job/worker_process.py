@@ -11,6 +11,7 @@ import time
 from _thread import interrupt_main
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from initlab import stops
@@ -64,6 +65,7 @@ def end_with_launcher() -> Iterator[None]:
         yield
         return
     stops.install()
+    _end_with_parent()
     over = threading.Event()
 
     def watch() -> None:
@@ -83,6 +85,23 @@ def end_with_launcher() -> Iterator[None]:
         over.set()
         if stops.is_stopping():
             stops.end(stops.exit_code() - 128)
+
+
+@cache  # once in a process, which may run one job after another
+def _end_with_parent() -> None:
+    """From now on this process ends when the one that started it is gone, also while it waits for a job.
+
+    A job that runs then has its time to come to an end first.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOKS)
+        time.sleep(LOOKS + 2 * GRACE)
+        stops.end(signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from initlab.errors import UsageError, disk_error
+from initlab.errors import UsageError, report_disk
 
 LOCK = ".lock"
 PATIENCE = 0.3  # seconds: whoever only asks holds a lock for a moment
@@ -46,11 +46,9 @@ def hold_lock(path: Path, patience: float = 0.0) -> Iterator[bool]:
 def lock_folder(folder: Path) -> Iterator[None]:
     """The folder is this process's until the end of the block; a UsageError if it is another's or cannot be made."""
     with ExitStack() as stack:
-        try:
+        with report_disk(folder / LOCK):
             folder.mkdir(parents=True, exist_ok=True)
             held = stack.enter_context(hold_lock(folder / LOCK, PATIENCE))
-        except OSError as error:
-            raise disk_error(error, folder / LOCK) from error
         if not held:
             raise UsageError(f"{folder}: another process is working in it; wait for its end or stop it")
         yield

@@ -26,7 +26,7 @@ import pyarrow as pa
 
 import initlab
 from initlab import stops
-from initlab.errors import UsageError, disk_error
+from initlab.errors import UsageError, disk_error, report_disk
 from initlab.runs import parquet
 from initlab.runs.folders import read_overrides
 from initlab.runs.lock import LOCK
@@ -81,12 +81,16 @@ def discard(folder: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what an unfinished run left: tables, parts, figures, run.json. Its log and what Hydra wrote stay."""
-    clear_parts(folder)
-    for name in (*(f"{table}.parquet" for table in TABLES), "run.json"):
-        (folder / name).unlink(missing_ok=True)
-    for path in folder.glob("*.png"):
-        path.unlink()
+    """Remove what an unfinished run left: tables, parts, figures, run.json. Its log and what Hydra wrote stay.
+
+    Errors: one line where something cannot be removed.
+    """
+    with report_disk(folder):
+        clear_parts(folder)
+        for name in (*(f"{table}.parquet" for table in TABLES), "run.json"):
+            (folder / name).unlink(missing_ok=True)
+        for path in folder.glob("*.png"):
+            path.unlink()
 
 
 class Recorder:
@@ -124,11 +128,12 @@ class Recorder:
         stops.work()
         self._after.enter_context(stops.first(self._tell_stop))
         try:
-            (self.folder / "parts").mkdir(parents=True, exist_ok=True)
-            self._write_status("running")
-        except OSError as error:
+            with report_disk(self.folder):
+                (self.folder / "parts").mkdir(parents=True, exist_ok=True)
+                self._write_status("running")
+        except UsageError:
             self._after.close()
-            raise disk_error(error, self.folder) from error
+            raise
         return self
 
     def add(self, frames: Mapping[str, pd.DataFrame]) -> None:
@@ -150,10 +155,8 @@ class Recorder:
         while self._waiting and time.monotonic() - self._since >= waited:
             with stops.whole(), self._busy:
                 for part in self._waiting[:1]:  # another thread may have written it
-                    try:
+                    with report_disk(part.path(self.folder)):
                         part.write(self.folder)
-                    except OSError as error:
-                        raise disk_error(error, part.path(self.folder)) from error
                     self._written.append(self._waiting.pop(0))
                     if sum(one.nbytes for one in self._written if one.table is not None) > KEPT:
                         part.table = None
@@ -163,8 +166,8 @@ class Recorder:
         return self._count
 
     def rewind(self, mark: int) -> None:
-        """Forget what was added since the mark, to measure it again."""
-        with stops.whole(), self._busy:
+        """Forget what was added since the mark, to measure it again. Errors: one line where files cannot be removed."""
+        with stops.whole(), self._busy, report_disk(self.folder):
             self._waiting = [part for part in self._waiting if part.number < mark]
             for part in [part for part in self._written if part.number >= mark]:
                 part.path(self.folder).unlink(missing_ok=True)

@@ -169,7 +169,7 @@ def _run_stage(running: Sequence[_RunningJob], k: int) -> None:
             running[0].fault = fault
             return
         for one, mark in zip(running, marks, strict=True):
-            one.recorder.rewind(mark)
+            one.attempt(one.recorder.rewind, mark)
         middle = len(running) // 2
         _run_stage([one for one in running[:middle] if one.fault is None], k)
         _run_stage([one for one in running[middle:] if one.fault is None], k)

@@ -14,7 +14,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from initlab.errors import Fault, UsageError
+from initlab.errors import Fault, UsageError, report_disk
 from initlab.job.life_cycle import as_ended, begin, outcome
 from initlab.job.options import read_config
 from initlab.job.settings import Config
@@ -167,12 +167,13 @@ class Batched(Launcher):
 
         def config() -> Config:  # asked for in a folder that is free, before the job is prepared
             about = one.folder / str(self._config.hydra.output_subdir)
-            about.mkdir(parents=True, exist_ok=True)
-            for name, text in one.files.items():
-                (about / name).write_text(text, encoding="utf-8")
-            for handler in one.job_logging.get("handlers", {}).values():
-                if "filename" in handler:
-                    Path(handler["filename"]).touch()
+            with report_disk(one.folder):
+                about.mkdir(parents=True, exist_ok=True)
+                for name, text in one.files.items():
+                    (about / name).write_text(text, encoding="utf-8")
+                for handler in one.job_logging.get("handlers", {}).values():
+                    if "filename" in handler:
+                        Path(handler["filename"]).touch()
             if isinstance(one.config, UsageError):
                 raise one.config
             return one.config

@@ -20,8 +20,10 @@ import initlab
 from initlab import stops
 from initlab.errors import UsageError
 from initlab.job import shared_program
+from initlab.job.worker_process import LAUNCHER
 from initlab.runs import parts
 from initlab.runs.folders import read_run_json
+from initlab.runs.lock import hold_lock
 from initlab.runs.recorder import Recorder
 from initlab.sweep import batch
 from tests.reliability.commands import Forks, forks
@@ -123,6 +125,24 @@ def test_jobs_in_other_processes_end_with_the_sweep(tmp_path: Path) -> None:
     finally:
         for pid in processes_in(tmp_path):
             os.kill(pid, signal.SIGKILL)
+
+
+def test_a_process_that_waits_for_a_job_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    job = f"""if True:
+        import os, time
+        os.environ["INITLAB_SWEEP"] = {str(tmp_path)!r}
+        from initlab.job.worker_process import end_with_launcher
+        with end_with_launcher():
+            pass
+        print("waits", flush=True)
+        time.sleep(100)
+        print("stays", flush=True)"""
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {job!r}])"
+    with hold_lock(tmp_path / LAUNCHER):  # its last job has ended, the sweep has not
+        process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, env=HERE)
+        assert process.stdout is not None and process.stdout.readline() == b"waits\n"
+        process.kill()
+        assert process.communicate()[0] == b""
 
 
 # --- one recorder, in this process ------------------------------------------------------------------------------------

@@ -318,6 +318,33 @@ def test_rows_that_cannot_be_written_end_their_own_job(lab: Lab, monkeypatch: py
     assert "Traceback" not in out + errors
 
 
+@pytest.mark.parametrize("method, where", [("write_text", ".hydra"), ("touch", "initlab.log"), ("unlink", "parts")])
+def test_a_refusal_without_a_name_is_one_line_of_its_own_job(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, method: str, where: str
+) -> None:
+    """While a job is taken up, and while rows of a shared program that failed are taken back."""
+    own, together = getattr(Path, method), batch.run_together
+
+    def refuse(path: Path, *given: Any, **options: Any) -> Any:
+        if path.is_relative_to(Path("there/1").absolute() / where):
+            raise PermissionError(13, "Permission denied")
+        return own(path, *given, **options)
+
+    def fail_together(stages: Any, running: Any) -> None:
+        together(stages, running)
+        for one in running:
+            one.recorder.flush()
+        if len(running) == 3:
+            raise ValueError("of one of them")
+
+    monkeypatch.setattr(Path, method, refuse)
+    monkeypatch.setattr(batch, "run_together", fail_together)
+    code, out, errors = sweep(lab, "there", BATCHED, "seed=range(0,3)", "seeds=1", "task=stack")
+    assert code == 2 and "there/1: cannot be written (Permission denied); choose a folder" in errors
+    assert "Traceback" not in out + errors and "Error executing" not in out + errors
+    assert {k: status for k, status in statuses("there").items() if k != 1} == {0: "done", 2: "done"}
+
+
 def test_figures_are_drawn_for_each_job(lab: Lab) -> None:
     assert sweep(lab, "there", BATCHED, "seed=0,1", "seeds=1", "task=stack", "plots=true")[0] == 0
     assert [len(list(Path(f"there/{k}").glob("*.png"))) for k in (0, 1)] == [2, 2]
