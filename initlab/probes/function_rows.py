@@ -7,12 +7,19 @@ from torch import Tensor
 
 from initlab.nn.activations import Activation
 from initlab.probes.call_trace import CallTrace
-from initlab.probes.operations import Operation, OperationMode, find_operation, guess_operation, refine_operation
+from initlab.probes.operations import (
+    FACTORS,
+    Operation,
+    OperationMode,
+    find_operation,
+    guess_operation,
+    refine_operation,
+)
 from initlab.probes.probed_modules import RELU, ProbedModule, measurable
 from initlab.probes.tensor_rows import LAYERS, TensorRows
 from initlab.probes.torch_private import ignore_functions, is_transforming
 
-Call = tuple[Operation, tuple[Any, ...], Tensor]
+Call = tuple[Operation, tuple[Any, ...], Tensor, bool]  # what it gave, and whether the pass was none of a step's
 
 
 class FunctionRows:
@@ -25,12 +32,12 @@ class FunctionRows:
         self._rows = rows
         self._owners: list[ProbedModule] = []  # modules at work, one inside of another
         self._given: list[tuple[Any, ...]] = []  # what each of them was called with
+        self._calls: list[int] = []  # how often each of them had been called before
         self._n_leaves = 0  # leaves at work
         self._mode: OperationMode | None = None
         self._recomputing: list[OperationMode] = []  # of checkpoints that run anew, one inside of another
         self._pending: Call | None = None  # the latest function, not yet measured
         self._trace: CallTrace | None = None  # of a module that may be an activation
-        self._rectifiers: dict[tuple[object, ...], bool] = {}  # functions of several tensors: whether they are a ReLU
 
     def open_module(self, m: ProbedModule, args: tuple[Any, ...] = ()) -> None:
         """Functions that are called now belong to this module."""
@@ -38,8 +45,8 @@ class FunctionRows:
         if not rows.is_unseen():
             rows.thread.check()
         self.measure_pending()
-        self._owners.append(m)
-        self._given.append(args)
+        self._begin_call(m, args)
+        m.forget_activation_that_changes()
         if m.activation is not None:
             self.open_leaf(m.activation, args)
         rows.weights.open(m)
@@ -49,13 +56,18 @@ class FunctionRows:
             self._mode = OperationMode(self.measure_pending, self._note)
             self._mode.__enter__()  # type: ignore[no-untyped-call]
 
+    def _begin_call(self, m: ProbedModule, args: tuple[Any, ...]) -> None:
+        self._owners.append(m)
+        self._given.append(args)
+        self._calls.append(m.calls)
+        m.calls += not self._rows.is_unseen()
+
     def begin_recomputation(self, m: ProbedModule) -> None:
         """A checkpoint runs functions of a module anew, perhaps inside of a backward pass that no mode hears."""
         with ignore_functions(), torch.enable_grad():
             self._rows.thread.check()
             self.measure_pending()
-            self._owners.append(m)
-            self._given.append(())
+            self._begin_call(m, ())
             mode = OperationMode(self.measure_pending, self._note)
         self._recomputing.append(mode)
         mode.__enter__()  # type: ignore[no-untyped-call]
@@ -80,23 +92,32 @@ class FunctionRows:
                     self.measure_pending()
         self.measure_pending()
 
-    def close_module(self, m: ProbedModule) -> bool:
-        """A module is left, and those that an exception has left before; whether it was the outermost one."""
+    def close_module(self, m: ProbedModule) -> None:
+        """A module is left, and those that an exception has left before."""
         while self._owners:
             self._given.pop()
+            self._calls.pop()
             if self._owners.pop() is m:
                 break
-        return not self._owners
+
+    @property
+    def call(self) -> int:
+        """How often the innermost module at work had been called before in this step."""
+        return self._calls[-1]
+
+    def is_at_work(self, m: ProbedModule) -> bool:
+        """Whether a module has been called and is not done."""
+        return m in self._owners
 
     @property
     def is_open(self) -> bool:
         """Whether a module is at work."""
         return bool(self._owners)
 
-    def forget_pending(self) -> None:
-        """An exception has ended the module that called it."""
-        self._pending = self._trace = None
-        self._n_leaves = 0
+    def forget_trace(self) -> None:
+        """An exception has ended the module that was looked at; its last function has run."""
+        self._trace, self._n_leaves = None, 0
+        self.measure_pending()
 
     def open_leaf(self, activation: Activation | None, args: tuple[Any, ...]) -> None:
         """Functions that are called now belong to no row of their own."""
@@ -112,9 +133,9 @@ class FunctionRows:
     def end_pass(self) -> None:
         """No module is at work any more."""
         mode, self._mode = self._mode, None
-        self.forget_pending()
-        self._owners.clear()
-        self._given.clear()
+        self._pending, self._trace, self._n_leaves = None, None, 0
+        for kept in (self._owners, self._given, self._calls):
+            kept.clear()
         if mode is not None:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
@@ -127,22 +148,17 @@ class FunctionRows:
             return
         if not isinstance(output, Tensor) or not measurable(output):
             return
+        if func in FACTORS:
+            self._rows.note_factors(args)
         operation = find_operation(func, args, kwargs)
         z = None if self._rows.last is None else self._rows.last.x
         if operation is None and z is not None and z.shape == output.shape and z.dtype == output.dtype:
             operation = guess_operation(func, args, kwargs, z)
-            if operation is not None and operation.activation is RELU and not self._is_relu(func, z, output):
-                operation = None
+            if operation is not None and operation.activation is RELU:
+                operation = operation if torch.equal(output.detach(), z.detach().clamp_min(0)) else None
             args = (z,)
         if operation is not None:
-            self._pending = (operation, (*args, *kwargs.values()), output)
-
-    def _is_relu(self, func: Any, z: Tensor, output: Tensor) -> bool:
-        """Whether what a function of several tensors gives is max(z, 0); looked at once in each module."""
-        place = (self._owners[-1].name if self._owners else "", func, z.shape[-1])
-        if place not in self._rectifiers:
-            self._rectifiers[place] = torch.equal(output.detach(), z.detach().clamp_min(0))
-        return self._rectifiers[place]
+            self._pending = (operation, (*args, *kwargs.values()), output, self._rows.is_unseen())
 
     def _is_known(self, x: Any) -> bool:
         """Whether a summand is what a module at work was given, or has a row: others are parts of a formula."""
@@ -154,17 +170,17 @@ class FunctionRows:
         """The row of the function that was seen last."""
         if self._pending is None:
             return
-        (operation, args, x), self._pending = self._pending, None
+        (operation, args, x, unseen), self._pending = self._pending, None
         rows, m = self._rows, self._owners[-1] if self._owners else None
         if operation.name == "add":
             rows.note_bias(args)
         found = refine_operation(operation, args, x, rows.weights.find_source)
         if m is None or found is None or (found.word == "stream" and not any(map(self._is_known, args))):
             return
-        if rows.is_unseen():
+        if unseen:
             if found.word in LAYERS:
                 rows.number_function(m, args)
             return
         rows.thread.check()
         m.ran = True
-        rows.measure_function(m, found, args, x)
+        rows.measure_function(m, self._calls[-1], found, args, x)

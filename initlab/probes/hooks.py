@@ -6,6 +6,7 @@ activation checkpointing computes anew; those of a second backward pass through 
 The hooks change no value and leave nothing behind.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from inspect import signature
@@ -32,7 +33,7 @@ from initlab.probes.probed_modules import (
     select,
 )
 from initlab.probes.tensor_rows import INPUT, TensorRows
-from initlab.probes.torch_private import is_faking, is_transforming
+from initlab.probes.torch_private import has_no_values
 from initlab.stats.keys import TensorKey
 
 
@@ -45,9 +46,9 @@ class Hooks:
     def __init__(
         self, model: nn.Module, patterns: Sequence[str], buffer: ProbeBuffer, stage: str, training: bool
     ) -> None:
-        self._patterns = patterns
+        self._patterns, self._training = patterns, training
         self.modules = select(model, patterns)
-        self._present = list(map(id, model.modules()))
+        self._present = _list_present(model)
         self._root = next((m for m in self.modules if not m.name), None)  # the model itself, if it gives rows
         self.rows = TensorRows(buffer, stage, training)
         self._functions = FunctionRows(self.rows)
@@ -67,7 +68,7 @@ class Hooks:
                 continue
             module, add = m.module, self._handles.append
             for chain in [c.source for c in m.computed if c.is_chain]:
-                add(chain.register_forward_pre_hook(Hook(self._open_leaf, None)))
+                add(chain.register_forward_pre_hook(Hook(self._open_leaf, None), with_kwargs=True))
                 add(chain.register_forward_hook(Hook(self._note_weight)))
             if m.is_owner:
                 if m is not self._root:
@@ -77,14 +78,17 @@ class Hooks:
                 continue
             asks = m.activation is not None and not (m.chosen and m.activation is RELU)
             if sees_functions or asks:
-                add(module.register_forward_pre_hook(Hook(self._open_leaf, m.activation if asks else None)))
+                hook = Hook(self._open_leaf, m.activation if asks else None)
+                add(module.register_forward_pre_hook(hook, with_kwargs=True))
             if sees_functions or m.parameters or m.chosen:
-                add(module.register_forward_hook(Hook(self._close_leaf, m)))
+                add(module.register_forward_hook(Hook(self._close_leaf, m), always_call=sees_functions))
 
     def _install_anew(self, model: nn.Module) -> None:
-        """Modules were replaced since: those that take a place have its number."""
-        known, numbers = {(m.name, m.module): m for m in self.modules}, {m.name: m.number for m in self.modules}
-        self.modules = [known.get((m.name, m.module), m) for m in select(model, self._patterns, strict=False)]
+        """Modules, or what computes their weights, were replaced since: those that take a place have its number."""
+        numbers = {m.name: m.number for m in self.modules}
+        known = {(m.name, m.module, *(part for part, _ in m.parameters)): m for m in self.modules}
+        found = select(model, self._patterns, strict=False)
+        self.modules = [known.get((m.name, m.module, *(part for part, _ in m.parameters)), m) for m in found]
         for m in self.modules:
             m.number = m.number or numbers.get(m.name, 0)
         self._root = next((m for m in self.modules if not m.name), None)
@@ -99,7 +103,6 @@ class Hooks:
     def remove(self) -> None:
         """Take all hooks away."""
         self.end_step()
-        self._functions.end_pass()
         self._remove_hooks()
 
     def _remove_hooks(self) -> None:
@@ -109,7 +112,7 @@ class Hooks:
 
     def begin_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
         """A pass begins: below what comes now there is no layer but the input."""
-        if torch._C._is_tracing() or is_transforming() or is_faking():
+        if not self._training and has_no_values():
             raise UsageError(
                 "probe: inside torch.func (vmap, grad, ...), a trace or fake tensors nothing can be measured: call the "
                 "model"
@@ -119,18 +122,22 @@ class Hooks:
         seen = not self.rows.is_unseen()
         if seen:
             self.rows.thread.check()
-            present = list(map(id, model.modules()))
+            present = _list_present(model)
             if present != self._present:
                 self._present = present
                 self._install_anew(model)
+        root = self._root
+        if root is not None and self.is_at_work():  # it calls itself
+            self._functions.open_module(root, args)
+            return
         self.calls += 1
-        self.unfollowed += not torch.is_grad_enabled()
+        self.unfollowed += not torch.is_grad_enabled() or has_no_values()
         self.rows.begin_pass()
         self._functions.end_pass()
         if seen and is_whole(self._patterns):
             self._measure_input(model, args, kwargs)
-        if self._root is not None and self._root.is_owner:
-            self._functions.open_module(self._root, args)
+        if root is not None and root.is_owner:
+            self._functions.open_module(root, args)
 
     def begin_recomputation(self, function: Any) -> None:
         """A checkpoint runs a function anew: its functions belong to the module whose method it is, else to the model.
@@ -154,8 +161,13 @@ class Hooks:
         if m is not None:
             self._functions.end_recomputation(m)
 
+    def is_at_work(self) -> bool:
+        """Whether the model has been called and is not done."""
+        return self._root is not None and self._functions.is_at_work(self._root)
+
     def end_step(self) -> None:
         """Forget the step's graph and count calls from 0 again."""
+        self._functions.end_pass()
         self.rows.end_step()
         self._n_inputs = 0
         for m in self.modules:
@@ -182,21 +194,27 @@ class Hooks:
         """A forward hook, called after an exception too: measure what comes out of the module and has no row yet."""
         if not self._functions.is_open or (self.rows.thread.is_foreign() and output is None):
             return
-        if output is None:
-            self._functions.forget_pending()
+        if output is None and sys.exc_info()[0] is not None:
+            self._functions.forget_trace()
         else:
             self._functions.end_functions(m, args, output)
-            self._measure_output(m, (*args, *kwargs.values()), output)
-        if self._functions.close_module(m):
+            self._measure_output(m, self._functions.call, (*args, *kwargs.values()), output)
+        self._functions.close_module(m)
+        if not self._functions.is_open:
             self._functions.end_pass()
+            if not self.rows.is_unseen():
+                self.rows.weights.measure_rest(self.modules, self.rows.numbers.of_weights)
 
-    def _open_leaf(self, activation: Activation | None, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _open_leaf(
+        self, activation: Activation | None, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
         """A forward pre-hook of a module whose functions have no rows."""
-        self._functions.open_leaf(activation, args)
+        self._functions.open_leaf(activation, args or tuple(kwargs.values()))
 
     def _close_leaf(self, m: ProbedModule, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._functions.close_leaf()
-        self._measure_output(m, args, output)
+        if output is not None or sys.exc_info()[0] is None:
+            self._measure_output(m, m.calls, args, output)
 
     def _note_weight(self, chain: nn.Module, args: tuple[Any, ...], weight: Any) -> None:
         """A forward hook of what computes a weight."""
@@ -204,7 +222,7 @@ class Hooks:
         if not self.rows.is_unseen():
             self.rows.weights.note(chain, weight)
 
-    def _measure_output(self, m: ProbedModule, given: tuple[Any, ...], output: Any) -> None:
+    def _measure_output(self, m: ProbedModule, call: int, given: tuple[Any, ...], output: Any) -> None:
         """Number the layer, measure what a module makes of what it was given, and its gradient when that comes."""
         rows = self.rows
         if rows.is_unseen():
@@ -214,22 +232,27 @@ class Hooks:
             return
         rows.thread.check()
         m.ran = True
-        m.calls += 1
+        m.calls += not m.is_owner
         m.below = rows.layer.number
         if m.is_layer and not m.is_owner:
             rows.layer = LayerAxis(rows.numbers.number(m), rows.layer.axis, rows.layer.ndim)
         plain = type(output) is Tensor and measurable(output)
         found = [("", output)] if plain else list(find_tensors(output))
         for part, x in found:
-            if m.is_owner and rows.has_row(x):  # a function has made it
+            if m.is_owner and rows.has_row(x) and not any(x is one for one in given):  # a function has made it
                 rows.note_shape(x)
                 continue
             word = m.word
             if word == "stream" and all(t.shape != x.shape for _, t in find_tensors(given)):
                 word = "other" if x.ndim else "loss"
-            rows.measure_output(m, part, x, given, word)
+            rows.measure_output(m, call, part, x, given, word)
         if not found and m.chosen and m.expected:
             self.unseen.setdefault(m.label, describe_output(output))
         if m.chosen:
             number = rows.numbers.number(m) if m.is_layer else rows.layer.number
-            rows.weights.measure(m, number, rows.numbers.of_weights)
+            rows.weights.measure(m, call, number, rows.numbers.of_weights)
+
+
+def _list_present(model: nn.Module) -> list[tuple[object, ...]]:
+    """The modules of a model and the names of their parameters, by which one that has changed is known."""
+    return [(id(module), *module._parameters.keys()) for module in model.modules()]

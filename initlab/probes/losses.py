@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -21,11 +22,13 @@ from initlab.probes.torch_private import ignore_functions
 from initlab.stats.keys import TensorKey
 
 Node = Any  # of autograd's graph
-FARTHEST = 32  # nodes that are looked at: a loss is made of a few functions
+FARTHEST = 32  # nodes that are looked at for a broadcast: a loss is made of a few functions
+NEAR = 0.01  # relative; of half precision numbers
+MOST_NODES = 4096  # of a loss that is a sum over time
 _LINEAR = {"NllLoss", "NllLoss2D", "Neg", "Sum", "Mean", "Mul", "Div", "Add", "Sub", "View", "UnsafeView", "Reshape"}
 _LINEAR |= {"ReshapeAlias", "Squeeze", "Unsqueeze", "Gather", "MaskedFill", "MaskedSelect", "Index", "Select", "Slice"}
 _LINEAR |= {"T", "Transpose", "Permute", "ToCopy", "Expand", "Where", "Clone", "Stack", "Cat", "Alias"}
-_WITH_CONSTANT = {"Sub", "Rsub", "Add", "Mul", "Div", "Expand"}  # between a prediction and its target
+_WITH_TARGET = {"Sub", "Rsub", "Expand"}  # by which a prediction is compared
 
 
 def name_node(node: Node) -> str:
@@ -53,7 +56,7 @@ def find_chance_nodes(loss: Tensor) -> Iterator[tuple[Node, float]]:
     found: dict[Node, float] = {}
     waiting: list[Node] = [loss.grad_fn]
     seen: set[Node] = set()
-    while waiting and len(seen) < FARTHEST:
+    while waiting and len(seen) < MOST_NODES:
         node = waiting.pop()
         if node is None or node in seen:
             continue
@@ -66,7 +69,7 @@ def find_chance_nodes(loss: Tensor) -> Iterator[tuple[Node, float]]:
             found[node] = math.log(2) * (node._saved_target.numel() if node._saved_reduction == 2 else 1)
         elif name in _LINEAR:
             below = [one for one, _ in node.next_functions]
-            if name in ("Add", "Sub") and None in below:  # a constant beside it
+            if name == "Sub" and below[0] is None:  # taken from a constant
                 return
             waiting += below
         else:
@@ -82,6 +85,7 @@ class LossRows:
         self._buffer, self._stage = buffer, stage
         self._roots: list[tuple[Tensor, str, int | None]] = []  # of the pass under way: names, and rows that they have
         self._chances: dict[int, Tensor] = {}  # of these losses, by their place
+        self._seeds: dict[int, Tensor] = {}  # what the pass begins with at each
         self._handles: list[RemovableHandle] = []
         self._n_passes = 0  # in this step
         self._layer = self._n_gradients = 0  # before the pass under way: the layer called last, and gradients seen
@@ -94,17 +98,30 @@ class LossRows:
         last. n_gradients: that the network has seen so far.
         """
         self._layer, self._n_gradients = layer, n_gradients
+        self._seeds.clear()
         self._roots, self._chances = [(loss.detach(), name_loss(loss), row) for loss, row in roots], {}
         for k, (loss, _) in enumerate(roots):
             self.broadcast = self.broadcast or find_broadcast(loss)
+            if loss.grad_fn is not None:
+                self._handles.append(loss.grad_fn.register_prehook(partial(self._note_seed, k)))
             for node, chance in find_chance_nodes(loss):
-                self._handles.append(node.register_prehook(partial(self._add_chance, k, chance)))
+                self._handles.append(node.register_prehook(partial(self._add_chance, k, node, chance)))
 
-    def _add_chance(self, k: int, chance: float, gradients: tuple[Tensor | None, ...]) -> None:
-        if gradients[0] is not None:
-            with ignore_functions():
-                part = chance * gradients[0].detach().double().sum()
-                self._chances[k] = self._chances[k] + part if k in self._chances else part
+    def _note_seed(self, k: int, gradients: tuple[Tensor | None, ...]) -> None:
+        """What `backward` begins with at a loss: 1, or what it was given."""
+        if k not in self._seeds and gradients[0] is not None:
+            self._seeds[k] = gradients[0].detach().double()
+
+    def _add_chance(self, k: int, node: Node, chance: float, gradients: tuple[Tensor | None, ...]) -> None:
+        """Add what log-probabilities give to the loss: as they are, and at chance."""
+        if gradients[0] is None:
+            return
+        with ignore_functions(), torch.no_grad():
+            grad = gradients[0].detach().double()
+            at_chance = chance * grad.sum()
+            now = (grad * node._saved_result).sum() if name_node(node) == "LogSoftmax" else torch.nan
+            part = torch.stack([at_chance, torch.as_tensor(now, dtype=torch.float64, device=grad.device)])
+            self._chances[k] = self._chances[k] + part if k in self._chances else part
 
     def end(self, n_gradients: int) -> None:
         """It is over: the rows of its losses, if the network has seen gradients."""
@@ -120,7 +137,10 @@ class LossRows:
                 self._buffer.scaled.add(code)
                 row = self._buffer.put(code, as_batch(loss, loss.ndim - 1), batched=False)
             if row is not None and k in self._chances:
-                self._buffer.set_chance(row, self._chances[k])
+                at_chance, now = self._chances[k] / self._seeds[k]
+                # A loss that is more than its log-probabilities, such as the square of one, is not known at chance.
+                known = now.isnan() | ((now - loss).abs() <= NEAR * loss.abs())
+                self._buffer.set_chance(row, at_chance.where(known, torch.nan))
         self._n_passes += is_own
         self._roots.clear()
 
@@ -139,7 +159,7 @@ def find_broadcast(loss: Tensor) -> str:
             continue
         seen.add(node)
         below = [one for one, _ in node.next_functions if one is not None]
-        if len(below) == 1 and name_node(node) in _WITH_CONSTANT and node._input_metadata and below[0]._input_metadata:
+        if len(below) == 1 and name_node(node) in _WITH_TARGET and node._input_metadata and below[0]._input_metadata:
             made, given = (tuple(one._input_metadata[0].shape) for one in (node, below[0]))
             n = math.prod(given)
             prediction = name_node(below[0]) != "torch::autograd::AccumulateGrad"  # and no parameter

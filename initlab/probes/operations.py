@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from initlab.nn.activations import ACTIVATIONS, Activation
-from initlab.probes.probed_modules import RELU, look_at_function
+from initlab.probes.probed_modules import MOST_LOOKS, RELU, look_at_function
 
 
 class Operation(NamedTuple):
@@ -35,7 +35,16 @@ def _table(word: str, names: Iterable[str]) -> dict[Any, Operation]:
     return {f: Operation(name, word, row) for name, row in rows.items() for f in _functions(name)}
 
 
-PRODUCTS = ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum")  # layers where one factor is a parameter
+PRODUCTS = (
+    "matmul",
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "einsum",
+    "tensordot",
+    "inner",
+)  # layers where one factor is a parameter
 CONVOLUTIONS = [f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)]
 OPERATIONS: dict[Any, Operation] = {
     **_table(
@@ -44,7 +53,7 @@ OPERATIONS: dict[Any, Operation] = {
     **_table(
         "activation", ["hardswish", "relu6", "celu", "hardtanh", "hardsigmoid", "logsigmoid", "softsign", "prelu"]
     ),
-    **_table("activation", ["clamp_min", "clamp"]),
+    **_table("activation", ["clamp_min", "clamp", "clip"]),
     **_table("preactivation", ["linear", "bilinear", *PRODUCTS, *CONVOLUTIONS]),
     **_table("norm", ["layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm"]),
     **_table("embedding", ["embedding", "embedding_bag"]),
@@ -78,14 +87,15 @@ class OperationMode(TorchFunctionMode):
 
 # Functions of two tensors by which a ReLU is written out, and whose output may be one.
 RARE = ("sin", "cos", "atan", "arctan", "asinh", "erf", "threshold", "rrelu", "hardshrink", "softshrink", "tanhshrink")
+FACTORS = set(_functions("mul") + _functions("div") + _functions("truediv"))  # functions that multiply
 WRITTEN_OUT = ("where", "maximum", "max", "fmax", "mul", "__mul__", "__rmul__")
-_LOOKED_AT: dict[object, Activation | None] = {}  # functions with their arguments
+_LOOKED_AT: dict[tuple[Any, str, str], Activation | None] = {}  # functions with their arguments
 
 
 def find_operation(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Operation | None:
     """What a function computes by the table, an activation with its arguments."""
     operation = OPERATIONS.get(func) or _BY_NAME.get(getattr(func, "__name__", ""))
-    if operation is not None and operation.name in ("clamp", "clamp_min"):
+    if operation is not None and operation.name in ("clamp", "clamp_min", "clip"):
         return operation._replace(activation=RELU) if (*args[1:], *kwargs.values()) == (0,) else None
     if operation is None or operation.activation is RELU or operation.word != "activation":
         return operation
@@ -102,6 +112,8 @@ def look_at_call(func: Any, more: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         return None
     key = (func, repr(more), repr(named))
     if key not in _LOOKED_AT:
+        if sum(known[0] is func for known in _LOOKED_AT) >= MOST_LOOKS:
+            return None
         _LOOKED_AT[key] = look_at_function(lambda z: func(z, *more, **named))
     return _LOOKED_AT[key]
 

@@ -45,8 +45,10 @@ class Parameters:
                 else:
                     computed = next((c for c in m.computed if c.is_made_of(part)), None)
                     source = p if computed is None else computed.source
-                    word = "parameter" if computed else name_parameter(m.module, part, p, id(p) in hooks.rows.added)
+                    word = "parameter" if computed else name_parameter(m.module, part, p, *hooks.rows.find_use(p))
                     layer = hooks.rows.numbers.of_weights.get(id(source), number)
+                    if m.ran and m.is_layer and not m.is_owner:  # its own use is the first
+                        layer = number
                     key = TensorKey(stage, "module", layer, word, "forward", m.name, part)
                     found.setdefault(id(p), (key, p))
         # Weights before biases, and those of one shape together: neighbours of one shape are measured together.
@@ -55,6 +57,8 @@ class Parameters:
         keys, self._all = [key for key, _ in pairs], [p for _, p in pairs]
         self._codes = [buffer.code(key) for key in keys]
         self._gradient_codes = [buffer.code(key._replace(direction="backward")) for key in keys]
+        if not updates:  # then nobody is heard who divides them
+            buffer.scaled.update(self._gradient_codes)
         # Weights stand first: the k-th of them is the k-th of all.
         self._weights = [p for key, p in pairs if updates and key.tensor == "weight"]
         self._raw_codes = [buffer.code(key._replace(direction="backward", op=AS_FOUND)) for key in keys]
@@ -91,6 +95,8 @@ class Parameters:
                 self._before = [torch.empty_like(as_dense(w), requires_grad=False) for w in self._weights]
         for k in chosen:
             if k < len(self._before):
+                if self._before[k].shape != as_dense(self._weights[k]).shape:  # it has grown in place
+                    self._before[k] = torch.empty_like(as_dense(self._weights[k]))
                 self._before[k].copy_(as_dense(self._weights[k]))
 
     @torch.no_grad()

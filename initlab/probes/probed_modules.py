@@ -27,6 +27,7 @@ from initlab.stats.dtypes import DTYPES, resolve_dtype
 COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
 MEASURED = frozenset(map(resolve_dtype, DTYPES)) | set(COMPLEX)
 RELU = ACTIVATIONS["relu"]
+MOST_LOOKS = 64  # at one function: one whose numbers change from step to step is not looked at for ever
 
 
 def _module_text(module: nn.Module) -> tuple[type, str]:
@@ -110,6 +111,7 @@ class ProbedModule:
         self.is_owner, self.is_quantized = is_owner(module), _is_quantized(type(module))
         # One of the user's with nothing inside: the functions that it calls may together be an activation.
         inside = (module.children(), module.parameters(), module.buffers())
+        self._n_looks, self._state = 0, dict[str, object]()
         self.may_be_activation = self.is_owner and all(next(found, None) is None for found in inside)
         is_container = isinstance(module, (nn.ParameterList, nn.ParameterDict))
         self.expected = (
@@ -124,10 +126,20 @@ class ProbedModule:
 
     def look(self, function: Callable[[Tensor], Tensor] | None) -> None:
         """Whether the module is an activation, by what it has computed in a call."""
-        self.may_be_activation = False
+        self.may_be_activation, self._n_looks = False, self._n_looks + 1
         self.activation = None if function is None else look_at_function(function)
         if self.activation is not None:
             self.word = "activation"
+
+    def forget_activation_that_changes(self) -> None:
+        """A call begins: an activation of the user's with other numbers in it than before is looked at anew."""
+        if not self._n_looks and not self.may_be_activation:
+            return
+        own = vars(self.module).items()
+        state: dict[str, object] = {name: value for name, value in own if isinstance(value, int | float | str)}
+        if self._n_looks and self.activation is not None and state != self._state:
+            self.activation, self.may_be_activation = None, self._n_looks < MOST_LOOKS
+        self._state = state
 
     @property
     def label(self) -> str:
@@ -162,13 +174,13 @@ def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return found
 
 
-def name_parameter(module: nn.Module, part: str, p: Tensor, added: bool = False) -> str:
-    """`weight` or `bias`: by shape, and a vector by what it is for; `added`: a function was seen to add it."""
+def name_parameter(module: nn.Module, part: str, p: Tensor, added: bool = False, multiplied: bool = False) -> str:
+    """`weight` or `bias`: by shape, and a vector by what it is for; `added`, `multiplied`: by a function."""
     name = part.rpartition(".")[2].lower()
     if sum(n > 1 for n in p.shape) >= 2:
         return "weight"
-    if added:
-        return "bias"
+    if added or multiplied:
+        return "bias" if added else "weight"
     if name_output(module) in ("norm", "activation"):
         return "bias" if "bias" in name or name in ("beta", "b") else "weight"
     factor = "weight" in name or "original" in name or name in ("gamma", "alpha", "scale", "gain", "g", "w")

@@ -12,10 +12,12 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import ExitStack
+from types import FrameType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -50,6 +52,7 @@ class StepTracker:
         self._recording = self._running = self._recorded = False
         self._known = list(optimizers)  # that may update the model
         self._stepped: dict[int, set[int]] = {}  # in this step: optimizer -> ids of the parameters that it holds
+        self._stepping: FrameType | None = None  # the step of an optimizer that is under way
         self._whole: Optimizer | None = None  # that was seen to hold all parameters
         self._late: list[int] = []  # parameters whose gradients are found inside of step()
         self._waiting: list[RemovableHandle] = []  # for the pass that ends a step with updates still to come
@@ -89,7 +92,9 @@ class StepTracker:
         if self._recorded:
             kinds = {
                 "never called in a recorded step": [m.label for m in idle if not m.unfollowed],
-                "called without autograd only, so outside of every step": [m.label for m in idle if m.unfollowed],
+                "called without autograd or inside of a transform only, so outside of every step": [
+                    m.label for m in idle if m.unfollowed
+                ],
                 "ran, but what came out cannot be measured": [
                     f"{m} ({what})" for m, what in self._hooks.unseen.items()
                 ],
@@ -99,7 +104,8 @@ class StepTracker:
         elif not self._recorded and not calls:
             text = "the model was never called while it was watched"
         elif not self._recorded and calls == unfollowed:
-            text = f"the model was called {calls} times, always without autograd: such passes belong to no step"
+            how = "always without autograd or inside of a transform"
+            text = f"the model was called {calls} times, {how}: such passes belong to no step"
         elif not self._recorded:
             text = f"the model was called {calls} times, but no optimizer that holds its parameters has stepped"
         if text:
@@ -171,6 +177,11 @@ class StepTracker:
     # --- with optimizers ------------------------------------------------------------------------------------------
 
     def before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if is_compiling():  # nothing is heard inside of compiled code
+            return
+        frame = sys._getframe(1)
+        if self._stepping is not None and _is_inside(frame, self._stepping):
+            return  # of the step of an optimizer made of others
         if self._whole is not optimizer or self._recording:
             held = {id(p) for p in find_held(self._model, optimizer)}
             self._whole = optimizer if held >= {id(p) for p in self._model.parameters()} else None
@@ -186,6 +197,7 @@ class StepTracker:
             self._recorded = True
             self._measure(optimizer, held, gradients=not _has_closure(args, kwargs))
         self._stepped[id(optimizer)] = set() if _is_skipping(optimizer) else held
+        self._stepping = frame
 
     def _measure(self, optimizer: Optimizer, held: set[int], gradients: bool) -> None:
         """Values and gradients of what the optimizer holds, and at first of what none that is known will update."""
@@ -203,9 +215,10 @@ class StepTracker:
             parameters.measure_gradients(chosen, scaled=getattr(optimizer, "grad_scale", None) is not None)
 
     def after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        held = self._stepped.get(id(optimizer))
-        if held is None:
+        held = None if is_compiling() else self._stepped.get(id(optimizer))
+        if held is None or self._stepping is not sys._getframe(1):
             return
+        self._stepping = None
         if self._recording:
             if _has_closure(args, kwargs):
                 self._all_parameters().measure_gradients(self._late, scaled=False)
@@ -254,6 +267,8 @@ class StepTracker:
     # --- without ----------------------------------------------------------------------------------------------------
 
     def _before_pass(self, after: RemovableHandle, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._hooks.is_at_work():  # the model calls itself
+            return
         if self._running:
             self._end()
         self._running = True
@@ -264,7 +279,7 @@ class StepTracker:
         )  # what the model put out has its rows by then
 
     def _after_pass(self, model: nn.Module, args: Any, output: Any) -> None:
-        if self._recording:
+        if self._recording and not self._hooks.is_at_work():
             self._recorded = True
             parameters = self._all_parameters()
             parameters.start()
@@ -275,6 +290,13 @@ class StepTracker:
 
 def _shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _is_inside(frame: FrameType | None, outer: FrameType) -> bool:
+    """Whether a call was made in another one, which has not ended."""
+    while frame is not None and frame is not outer:
+        frame = frame.f_back
+    return frame is outer
 
 
 def _is_skipping(optimizer: Optimizer) -> bool:

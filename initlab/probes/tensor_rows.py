@@ -16,6 +16,7 @@ from initlab.probes.one_thread import OneThread
 from initlab.probes.operations import Operation, find_axis
 from initlab.probes.probe_buffer import ProbeBuffer
 from initlab.probes.probed_modules import RELU, ProbedModule, as_batch
+from initlab.probes.torch_private import has_no_values
 from initlab.probes.used_weights import UsedWeights
 from initlab.stats.keys import TensorKey
 from initlab.stats.summarize import saturated_share
@@ -35,16 +36,17 @@ class TensorRows:
         self.buffer, self.stage, self._training = buffer, stage, training
         self.numbers, self.gradients, self.thread = LayerNumbers(), GradientHooks(buffer), OneThread()
         self.weights = UsedWeights(buffer, stage, training, self.gradients)
-        self.added: set[int] = set()  # ids of parameters that functions add
+        self._added: set[int] = set()  # ids of parameters that functions add, and that they multiply by
+        self._multiplied: set[int] = set()
         self.layer = INPUT
         self.last: Preactivation | None = None  # the output of the layer that was called last
-        self._measured: dict[int, ReferenceType[Tensor]] = {}  # tensors that have a row in this pass
+        self._measured: dict[int, tuple[ReferenceType[Tensor], int]] = {}  # in this pass, and how often written to
         self._scalars: dict[int, tuple[ReferenceType[Tensor], int]] = {}  # outputs of one number in this step: rows
         self._counts: dict[tuple[str, int, str], int] = {}  # functions of one name in a call of a module
 
     def is_unseen(self) -> bool:
-        """Whether a pass is none of a step's: a validation, or the first pass of a checkpoint."""
-        return self._training and not torch.is_grad_enabled()
+        """Whether a pass is none of a step's: a validation, an export, or the first pass of a checkpoint."""
+        return (self._training and not torch.is_grad_enabled()) or has_no_values()
 
     def begin_pass(self) -> None:
         """Below what comes now there is no layer but the input."""
@@ -66,10 +68,10 @@ class TensorRows:
         return seen[1] if seen is not None and seen[0]() is x else None
 
     def has_row(self, x: Tensor) -> bool:
-        """Whether a tensor, or what it is another shape of, was measured in this pass."""
+        """Whether a tensor, or what it is another shape of, was measured in this pass as it is now."""
         base = x if x._base is None or x._base.numel() != x.numel() else x._base
         seen = [(self._measured.get(id(one)), one) for one in (x, base)]
-        return any(known is not None and known() is one for known, one in seen)
+        return any(known is not None and known[0]() is one and known[1] == count_writes(one) for known, one in seen)
 
     def note_shape(self, x: Tensor) -> None:
         """A layer hands on its output in another shape with the same units: an activation may be called with that."""
@@ -91,13 +93,13 @@ class TensorRows:
     def measure(self, x: Tensor, site: Site, values: Tensor | None = None) -> int:
         """Measure a tensor, or other values in its place, and its gradient when that comes; the number of the row."""
         row = self.buffer.put(site.code, as_batch(x if values is None else values, site.axis))
-        self._measured[id(x)] = ref(x)
+        self._measured[id(x)] = ref(x), count_writes(x)
         if x.requires_grad:
             self.gradients.watch(x, site.gradient_code, partial(as_batch, axis=site.axis), batched=True)
         return row
 
-    def measure_function(self, m: ProbedModule, found: Operation, args: tuple[Any, ...], x: Tensor) -> None:
-        """The rows of what a function has made inside of a module."""
+    def measure_function(self, m: ProbedModule, call: int, found: Operation, args: tuple[Any, ...], x: Tensor) -> None:
+        """The rows of what a function has made inside of a call of a module."""
         number, axis = self.layer.number, find_axis(found, x)
         if found.word in LAYERS:
             number = self.number_function(m, args)
@@ -106,9 +108,9 @@ class TensorRows:
             axis = self.layer.axis if x.ndim == self.layer.ndim else x.ndim - 1
         if not m.chosen:
             return
-        count = self._counts[m.name, m.calls, found.name] = self._counts.get((m.name, m.calls, found.name), -1) + 1
+        count = self._counts[m.name, call, found.name] = self._counts.get((m.name, call, found.name), -1) + 1
         part = f"{found.name}.{count}" if count else found.name
-        key = TensorKey(self.stage, "module", number, found.word, "forward", m.name, part, m.calls, found.name)
+        key = TensorKey(self.stage, "module", number, found.word, "forward", m.name, part, call, found.name)
         if found.name == "softmax":
             logits = self.make_site(key._replace(tensor="logits"), self.layer, axis)
             z = args[0].detach()
@@ -128,13 +130,23 @@ class TensorRows:
         for p in args:
             if isinstance(p, nn.Parameter):
                 self.numbers.of_weights.setdefault(id(p), self.layer.number)
-                self.added.add(id(p))
+                self._added.add(id(p))
 
-    def measure_output(self, m: ProbedModule, part: str, x: Tensor, given: tuple[Any, ...], word: str) -> None:
-        """One tensor of a module's output under a word for it."""
+    def note_factors(self, args: tuple[Any, ...]) -> None:
+        """A product: a parameter in it is a factor."""
+        self._multiplied.update(id(p) for p in args if isinstance(p, nn.Parameter))
+
+    def find_use(self, p: Tensor) -> tuple[bool, bool]:
+        """Whether functions were seen to add a parameter, and to multiply by it."""
+        return id(p) in self._added, id(p) in self._multiplied
+
+    def measure_output(
+        self, m: ProbedModule, call: int, part: str, x: Tensor, given: tuple[Any, ...], word: str
+    ) -> None:
+        """One tensor of what a call of a module gives, under a word for it."""
         if m.is_layer and m.is_owner:
             self.layer = LayerAxis(self.numbers.number(m), self.layer.axis, self.layer.ndim)
-        site = self._find_site(m, part, x.ndim, word)
+        site = self._find_site(m, call, part, x.ndim, word)
         self.layer = site.layer
         if not m.chosen:
             return
@@ -143,15 +155,15 @@ class TensorRows:
             self._scalars[id(x)] = ref(x), row
         self._set_last(x, site.axis, row, m.is_layer, m.activation is RELU, given)
 
-    def _find_site(self, m: ProbedModule, part: str, ndim: int, word: str) -> Site:
-        """The site of an output of this call, made when it is first seen."""
-        seen = (self.layer, m.calls, part, ndim, word)
+    def _find_site(self, m: ProbedModule, call: int, part: str, ndim: int, word: str) -> Site:
+        """The site of an output of a call, made when it is first seen."""
+        seen = (self.layer, call, part, ndim, word)
         if seen not in m.sites:
             number = self.layer.number
             layer = LayerAxis(number, m.axis(ndim), ndim) if m.is_layer else self.layer
             axis = layer.axis if ndim == layer.ndim else ndim - 1
             op = type_before_parametrizations(m.module).__name__
-            key = TensorKey(self.stage, "module", number, word, "forward", m.name, part, m.calls - 1, op)
+            key = TensorKey(self.stage, "module", number, word, "forward", m.name, part, call, op)
             m.sites[seen] = self.make_site(key, layer, axis)
         site: Site = m.sites[seen]
         return site

@@ -1,8 +1,8 @@
 """The names beginning with an underscore that initlab takes from torch, each with its reason; no other file has any.
 
 `ConvNd`, `NormBase`: what all convolutions, and all norms over a batch, have in common; torch names it nowhere else.
-`is_differentiating`, `is_faking`, `is_transforming`: whether autograd, a mode of fake tensors, or a transform of
-torch.func is at work in this thread.
+`is_differentiating`, `is_transforming`, `has_no_values`: whether autograd, a transform of torch.func, or anything that
+makes tensors without values of their own is at work in this thread.
 `ignore_functions`: a context in which no mode hears of torch's functions, for what is none of the network's work.
 """
 
@@ -10,7 +10,7 @@ import torch
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as ConvNd
 
-__all__ = ["ConvNd", "NormBase", "ignore_functions", "is_differentiating", "is_faking", "is_transforming"]
+__all__ = ["ConvNd", "NormBase", "has_no_values", "ignore_functions", "is_differentiating", "is_transforming"]
 
 ignore_functions = torch._C.DisableTorchFunction
 
@@ -20,9 +20,10 @@ def is_differentiating() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def is_faking() -> bool:
-    """Whether operations make fake tensors, which have no values."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+def has_no_values() -> bool:
+    """Whether tensors stand for others here: in a trace, in a transform of torch.func, or under fake tensors."""
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    return fake or torch._C._is_tracing() or is_transforming()
 
 
 def is_transforming() -> bool:

@@ -49,9 +49,7 @@ class Listener(Protocol):
 
 
 _LISTENERS: list[Listener] = []
-_SCALER_STEP = torch.amp.GradScaler.step
-_BACKWARD = torch.autograd.backward
-_RECOMPUTATION = CheckpointFunction.backward
+_HEARD: dict[str, Any] = {}  # the functions that are heard while there are listeners, as they were before
 
 
 def list_optimizers(model: nn.Module, given: object) -> list[Optimizer]:
@@ -85,26 +83,26 @@ def find_held(model: nn.Module, optimizer: Optimizer) -> Iterator[nn.Parameter]:
 def add_listener(listener: Listener, updates: bool) -> ExitStack:
     """Report every backward pass and, with `updates`, every step of an optimizer; closing what is returned ends it."""
     stack = ExitStack()
+    if not _LISTENERS:
+        for name, (owner, place, function) in _OURS.items():
+            _HEARD[name] = vars(owner)[place]
+            setattr(owner, place, function)
     _LISTENERS.append(listener)
     stack.callback(_remove_listener, listener)
-    torch.autograd.backward = _run_backward  # type: ignore[assignment]
-    CheckpointFunction.backward = staticmethod(_run_recomputation)  # type: ignore[method-assign]
     if updates:
         stack.callback(register_optimizer_step_pre_hook(listener.before_update).remove)
         stack.callback(register_optimizer_step_post_hook(listener.after_update).remove)
-        torch.amp.GradScaler.step = _run_scaler_step  # type: ignore[method-assign, assignment]
     return stack
 
 
 def _remove_listener(listener: Listener) -> None:
     _LISTENERS.remove(listener)
-    if not _LISTENERS:
-        torch.autograd.backward = _BACKWARD
-        CheckpointFunction.backward = staticmethod(_RECOMPUTATION)  # type: ignore[method-assign]
-        torch.amp.GradScaler.step = _SCALER_STEP  # type: ignore[method-assign]
+    for name, (owner, place, function) in _OURS.items() if not _LISTENERS else ():
+        if vars(owner)[place] is function:  # else somebody has put another one around it, which stays
+            setattr(owner, place, _HEARD[name])
 
 
-@wraps(_BACKWARD)
+@wraps(torch.autograd.backward)
 def _run_backward(tensors: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
     """torch.autograd.backward, which Tensor.backward calls; one inside of another is none of its own."""
     listeners = [] if is_compiling() or is_differentiating() else list(_LISTENERS)
@@ -112,7 +110,7 @@ def _run_backward(tensors: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any)
     for listener in listeners:
         listener.before_backward(roots)
     try:
-        _BACKWARD(tensors, *args, **kwargs)
+        _HEARD["backward"](tensors, *args, **kwargs)
     finally:
         for listener in listeners:
             listener.after_backward()
@@ -124,7 +122,7 @@ def _run_recomputation(ctx: Any, *gradients: Any) -> Any:
     for listener in listeners:
         listener.begin_recomputation(ctx.run_function)
     try:
-        return _RECOMPUTATION(ctx, *gradients)  # type: ignore[no-untyped-call]
+        return _HEARD["recomputation"].__func__(ctx, *gradients)
     finally:
         for listener in listeners:
             listener.end_recomputation()
@@ -132,16 +130,27 @@ def _run_recomputation(ctx: Any, *gradients: Any) -> Any:
 
 def _run_scaler_step(scaler: torch.amp.GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
     """GradScaler.step, which calls the optimizer only where all gradients are finite."""
-    inner = find_optimizer(optimizer)
     for listener in _LISTENERS:
         listener.see_scale(float(scaler.get_scale()))
+    try:
+        inner = find_optimizer(optimizer)
+    except UsageError:  # another kind of object, which holds none of the model's parameters or is not heard
+        return _HEARD["scaler"](scaler, optimizer, *args, **kwargs)
     stepped: list[Optimizer] = []
     handle = inner.register_step_post_hook(lambda one, *_: stepped.append(one))
     try:
-        value = _SCALER_STEP(scaler, optimizer, *args, **kwargs)
+        value = _HEARD["scaler"](scaler, optimizer, *args, **kwargs)
     finally:
         handle.remove()
     if not stepped:
         for listener in _LISTENERS:
             listener.skip_update(inner)
     return value
+
+
+# Who holds each function, under which name, and what stands there while there are listeners.
+_OURS: dict[str, tuple[Any, str, Any]] = {
+    "backward": (torch.autograd, "backward", _run_backward),
+    "recomputation": (CheckpointFunction, "backward", staticmethod(_run_recomputation)),
+    "scaler": (torch.amp.GradScaler, "step", _run_scaler_step),
+}

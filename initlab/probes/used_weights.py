@@ -5,7 +5,7 @@ Some are computed from parameters before each use, which then have the word `par
 its values, its gradient, and its update where it is computed.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -69,14 +69,14 @@ class UsedWeights:
                 return seen[1]
         return 0
 
-    def measure(self, m: ProbedModule, layer: int, numbers: dict[int, int]) -> None:
+    def measure(self, m: ProbedModule, call: int, layer: int, numbers: dict[int, int]) -> None:
         """The rows of what the call that ends has used: of this layer, or of that which a source has in `numbers`."""
         for used, source, part, op in self._list_used(m):
             if not measurable(used):
                 continue
             word = name_parameter(m.module, part, used)
             number = numbers.get(source, layer)
-            key = TensorKey(self._stage, "module", number, word, "forward", m.name, part, m.calls - 1, op)
+            key = TensorKey(self._stage, "module", number, word, "forward", m.name, part, call, op)
             self._buffer.put(self._buffer.code(key), as_weight(used), batched=False)
             if used.requires_grad:
                 gradient = self._buffer.code(key._replace(direction="backward"))
@@ -95,6 +95,13 @@ class UsedWeights:
             if any(id(p) in held for _, p in m.parameters):
                 del self._before[source]
                 self._buffer.put(code, as_weight(computed.compute() - before), batched=False)
+
+    def measure_rest(self, modules: Iterable[ProbedModule], numbers: dict[int, int]) -> None:
+        """What functions of other modules have used, at the end of a pass."""
+        for m in modules if self._computed else ():
+            if m.chosen and any(id(c.source) in self._computed and id(c.source) in numbers for c in m.computed):
+                m.ran = True
+                self.measure(m, m.calls, 0, numbers)
 
     def end_step(self) -> None:
         """Forget the tensors of the step."""

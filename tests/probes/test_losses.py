@@ -168,3 +168,80 @@ def test_a_prediction_and_a_target_that_broadcast_are_named(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         initlab.measure(model, X, y.reshape(out), lambda z, y: loss(z.reshape(out), y))
+
+
+def test_a_scaled_loss_without_an_optimizer() -> None:
+    model = net().float()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    value = F.cross_entropy(model(X.float()), Y)
+    gradients = torch.autograd.grad(value, list(model.parameters()))
+    with initlab.probe(model) as p:
+        scaler.scale(F.cross_entropy(model(X.float()), Y)).backward()
+        scaler.step(optimizer)
+    rows = p.frame()
+    assert one(rows, tensor="loss")["mean"] == pytest.approx(float(value.detach()), rel=1e-6)
+    assert set(rows["loss_scale"]) == {1024.0}
+    found = one(rows, name="2", tensor="weight", direction="backward")
+    assert found["rms"] == pytest.approx(numbers(gradients[2])["rms"], rel=1e-6)
+
+
+def test_a_backward_pass_that_begins_with_another_number_than_1() -> None:
+    model = net()
+    with initlab.probe(model) as p:
+        F.cross_entropy(model(X), Y).backward(torch.tensor(0.5, dtype=torch.float64))
+    assert one(p.frame(), tensor="loss")["chance_loss"] == pytest.approx(math.log(C), rel=1e-12)
+    with initlab.probe(model) as p:
+        losses = [F.cross_entropy(model(X), Y) / k for k in (1, 2)]
+        torch.autograd.backward(losses, [torch.tensor(k, dtype=torch.float64) for k in (0.5, 2.0)])
+    found = p.frame().query("tensor == 'loss'")["chance_loss"].tolist()
+    assert found == pytest.approx([math.log(C), math.log(C) / 2], rel=1e-12)
+
+
+def test_what_others_put_around_torchs_functions_stays() -> None:
+    heard: list[int] = []
+    inner = torch.autograd.backward
+
+    def outer(*args: object, **words: object) -> None:
+        heard.append(1)
+        inner(*args, **words)  # type: ignore[arg-type]
+
+    torch.autograd.backward = outer  # type: ignore[assignment]
+    try:
+        model = net()
+        for _ in range(2):
+            with initlab.probe(model) as p:
+                F.cross_entropy(model(X), Y).backward()
+            assert len(p.frame().query("tensor == 'loss'")) == 1
+        assert len(heard) == 2 and torch.autograd.backward is outer
+    finally:
+        torch.autograd.backward = inner
+
+
+def test_a_scaler_with_an_object_of_another_kind_goes_on() -> None:
+    class Duck:
+        def __init__(self, parameters: list[nn.Parameter]) -> None:
+            self.param_groups = [{"params": parameters}]
+            self.steps = 0
+
+        def step(self) -> None:
+            self.steps += 1
+
+    model, other = net().float(), nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    duck, scaler = Duck(list(other.parameters())), torch.amp.GradScaler("cpu", init_scale=4.0)
+    with initlab.probe(model, optimizer=optimizer):
+        scaler.scale(F.cross_entropy(model(X.float()), Y) + other(X.float()).sum()).backward()
+        scaler.step(duck)  # type: ignore[arg-type]
+        scaler.step(optimizer)
+    assert duck.steps == 1
+
+
+def test_a_long_sum_of_cross_entropies_is_one() -> None:
+    def loss(z: Tensor) -> Tensor:
+        return torch.stack([F.cross_entropy(z[k : k + 1], Y[k : k + 1]) for k in range(N)]).sum()
+
+    row = one(initlab.measure(net(), X, loss=loss), tensor="loss")
+    assert row["chance_loss"] == pytest.approx(N * math.log(C), rel=1e-12) and row["op"] == "cross_entropy"
+    squared = one(initlab.measure(net(), X, loss=lambda z: F.cross_entropy(z, Y) ** 2), tensor="loss")
+    assert math.isnan(squared["chance_loss"])

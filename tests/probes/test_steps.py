@@ -4,7 +4,8 @@ Every value is held against the tensor itself, caught in the loop without any ho
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -15,7 +16,8 @@ from torch.optim import SGD, Adam, Optimizer
 
 import initlab
 from initlab.errors import UsageError
-from initlab.probes import updates
+from tests.probes.by_hand import differences, numbers
+from tests.probes.test_functions import one
 
 X, Y = torch.randn(16, 8, generator=torch.Generator().manual_seed(3)), torch.arange(16) % 2
 
@@ -191,7 +193,7 @@ def test_a_scaled_loss_has_gradients_of_the_loss(clip: bool) -> None:
     pd.testing.assert_frame_equal(frames[0][numbers], frames[1][numbers], check_exact=False, rtol=1e-5, atol=1e-9)
     first, other = (found["first"].tolist() for found in histograms)
     assert first == other and len(first) == 3 * 3
-    assert torch.amp.GradScaler.step is updates._SCALER_STEP
+    assert torch.amp.GradScaler.step.__module__ == "torch.amp.grad_scaler"
 
 
 def test_a_step_that_the_scaler_skips_is_a_step_without_updates() -> None:
@@ -286,3 +288,89 @@ def test_kept_weights_are_let_go_where_the_next_recorded_step_is_far() -> None:
             parameters = p._network._parameters  # type: ignore[union-attr]
             assert parameters is not None and parameters._before == []
     assert set(values(p.frame(), "update", "0")) == {0, 3}
+
+
+class Centred(SGD):
+    """Changes gradients, and calls the step that it inherits."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad -= p.grad.mean()
+        return super().step(closure)
+
+
+class Chained(Optimizer):
+    """Made of two others, one for weights and one for biases."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        given = list(parameters)
+        super().__init__(given, {})
+        self.parts = [SGD([p for p in given if p.ndim == 2], 0.1), SGD([p for p in given if p.ndim == 1], 0.2)]
+
+    def step(self, closure: Any = None) -> Any:
+        for part in self.parts:
+            part.step()
+
+
+class Lookahead(Optimizer):
+    """Every second step goes half of the way back."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        given = list(parameters)
+        super().__init__(given, {})
+        self.optimizer, self.n = SGD(given, 0.1), 0
+        self.slow = [p.detach().clone() for p in given]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.optimizer.step()
+        self.n += 1
+        for p, slow in zip(self.param_groups[0]["params"], self.slow, strict=True):
+            if self.n % 2 == 0:
+                p.copy_(slow.add_(p - slow, alpha=0.5))
+
+
+@pytest.mark.parametrize("kind", [Centred, Chained, Lookahead])
+def test_an_optimizer_made_of_others_makes_one_step(kind: type[Optimizer]) -> None:
+    model = net()
+    SGD(model.parameters(), 0.1)  # torch hears the steps of a class from its first object on
+    optimizer = kind(model.parameters(), lr=0.1) if kind is Centred else kind(model.parameters())  # type: ignore[call-arg]
+    moved = []
+    with initlab.probe(model, optimizer=optimizer) as p:
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            before = model[0].weight.detach().clone()
+            optimizer.step()
+            moved.append(model[0].weight.detach() - before)
+    rows = p.frame()
+    assert set(rows["step"]) == {0, 1, 2, 3}
+    for step, wanted in enumerate(moved):
+        assert not differences(one(rows, step=step, name="0", tensor="update"), numbers(wanted))
+        assert len(rows.query(f"step == {step} and name == '0' and part == 'bias' and op == ''")) == 2
+
+
+def test_a_step_that_fails_is_not_under_way_for_ever() -> None:
+    class Failing(SGD):
+        fails = True
+
+        def step(self, closure: Any = None) -> Any:
+            if self.fails:
+                raise ArithmeticError
+            return super().step(closure)
+
+    model = net()
+    optimizer = Failing(model.parameters(), lr=0.1)
+    with initlab.probe(model, optimizer=optimizer) as p:
+        for k in range(3):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.fails = k == 0
+            if k == 0:
+                with pytest.raises(ArithmeticError):
+                    optimizer.step()
+            else:
+                optimizer.step()
+    assert len(p.frame().query("tensor == 'update' and name == '0'")) == 2
