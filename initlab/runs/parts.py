@@ -24,7 +24,8 @@ from initlab.stats.row_order import NETWORK, place_columns, row_order
 
 log = logging.getLogger("initlab")
 
-GROUP = 2**13  # rows of a part that are read together
+GROUP = 2**13  # rows of a part that are read together, fewer where other networks' parts are read beside it
+FEWEST = 2**10  # that are worth a group
 AT_ONCE = 2**15  # rows that are put in order and written together
 SHOWN = 2**16  # rows of a table that are drawn and summed up at the end of a run
 
@@ -64,7 +65,9 @@ class Part:
             who = once.copy()
         table = parquet.as_arrow(frame.drop(columns=NETWORK, errors="ignore"))
         constants = {key: value for key, value in constants.items() if key not in table.column_names}
-        return cls._group_rows(number, name, table, frame, constants, who, range(0, len(frame), GROUP))
+        beside = int(who[0]) // len(np.unique(who)) if len(who) else 0  # parts of the networks before these
+        cuts = range(0, len(frame), max(GROUP // (1 + beside), min(FEWEST, GROUP)))
+        return cls._group_rows(number, name, table, frame, constants, who, cuts)
 
     @classmethod
     def load(cls, path: Path) -> "Part":

@@ -94,3 +94,12 @@ def test_memory_holds_a_group_of_each_part(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(parts, "_split", split)
     assert sum(map(len, merge(tmp_path, made))) == 2400 and max(held) <= 10 * 12 + 24
+
+
+def test_the_more_networks_the_fewer_rows_of_each_are_read_together() -> None:
+    """Eight at a time, and 200 of them: memory holds a group of each eight."""
+    most = []
+    for first in range(0, 200, 8):
+        part = Part.make(0, "stats", rows_of(list(range(first, first + 8)), "train", "module", range(100)), {})
+        most.append(max(stop - start for _, start, stop in part.groups))
+    assert most[0] == 4800 and min(most) == parts.FEWEST and sum(most) < 5 * parts.GROUP
