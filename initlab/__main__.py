@@ -117,11 +117,9 @@ def _run_jobs() -> int:
     import hydra
 
     from initlab.job.life_cycle import outcome, run_composed
-    from initlab.job.options import HYDRA_MISTAKES, as_usage_error
     from initlab.job.settings import CONF
-    from initlab.runs.recorder import discard
     from initlab.runs.schema import COMMAND
-    from initlab.sweep.callback import Refused, Sweep
+    from initlab.sweep.callback import Refused
 
     warned: list[str] = []
     try:
@@ -130,42 +128,51 @@ def _run_jobs() -> int:
         with _note_warnings(Path(hydra.__file__).parent, warned):
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(run_composed)()
         outcome.notes.extend(warned)
-    except Fault as error:  # of a job, which has said so; the others have run
-        log.debug("%s", error)
-        return 1
-    except (UsageError, Refused) as error:
-        outcome.mistakes.append(str(error))
-    except HYDRA_MISTAKES as error:
-        outcome.mistakes.append(str(as_usage_error(error)))
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:
         if not stop.code and not outcome.started and not any(word.startswith("--") for word in sys.argv[1:]):
             outcome.mistakes.append("something that a _target_ names ended the program before anything was run")
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except OSError as error:
-        outcome.mistakes.append(str(disk_error(error, error.filename or Sweep.place)))
+    except Fault as error:  # of a job, which has said so; the others have run
+        log.debug("%s", error)
+        return 1
     except BrokenProcessPool as error:
         outcome.mistakes.append(f"a process of the launcher was killed ({type(error).__name__})")
         return 1
+    except (UsageError, Refused) as error:
+        outcome.mistakes.append(str(error))
     except Exception as error:
-        begun = outcome.started or Sweep.folder is not None
-        if stops.is_stopping():
-            log.debug("%s", error)
-        elif begun and isinstance(error.__cause__, OSError):  # of a log, say
-            outcome.mistakes.append(str(disk_error(error.__cause__, error.__cause__.filename or Sweep.place)))
-        elif begun and not str(error).startswith("Unable to configure"):  # what Hydra says of a log
-            traceback.print_exc()
+        line = _describe_mistake(error)
+        if line is None:
+            if not stops.is_stopping():
+                traceback.print_exc()
             return 1
-        else:
-            if Sweep.single is not None:
-                discard(Sweep.single)
-            theirs = [word for word in sys.argv[1:] if "hydra" in word] or sys.argv[1:]
-            silent = isinstance(error, AssertionError) or not str(error)
-            outcome.mistakes.append(
-                f"{UsageError(' '.join(theirs))}: Hydra takes no such value" if silent else str(as_usage_error(error))
-            )
+        outcome.mistakes.append(line)
     return 0
+
+
+def _describe_mistake(error: Exception) -> str | None:
+    """The line for what ended Hydra's work, if it is the user's or the disk's; None for a fault of ours."""
+    from initlab.job.life_cycle import outcome
+    from initlab.job.options import HYDRA_MISTAKES, as_usage_error
+    from initlab.runs.recorder import discard
+    from initlab.sweep.callback import Sweep
+
+    begun = outcome.started or Sweep.folder is not None
+    disk = error.__cause__ if begun and isinstance(error.__cause__, OSError) else error  # of a log, say
+    if isinstance(error, HYDRA_MISTAKES):
+        return str(as_usage_error(error))
+    if isinstance(disk, OSError):
+        return str(disk_error(disk, disk.filename or Sweep.place))
+    if stops.is_stopping() or (begun and not str(error).startswith("Unable to configure")):  # what Hydra says of a log
+        return None
+    if Sweep.single is not None:
+        discard(Sweep.single)
+    if str(error) and not isinstance(error, AssertionError):
+        return str(as_usage_error(error))
+    theirs = [word for word in sys.argv[1:] if "hydra" in word] or sys.argv[1:]
+    return f"{UsageError(' '.join(theirs))}: Hydra takes no such value"
 
 
 @contextmanager
