@@ -215,7 +215,7 @@ def torch_gain(row: Activation) -> float:
 
     A function of the user's is one of them if its values are.
     """
-    z = torch.linspace(-8, 8, 33, dtype=torch.float64)
+    z = torch.linspace(-8, 8, 33, dtype=torch.float64, device="cpu")
     values = row.phi(z)
     below = torch.where(z < 0, -float(row.phi(-torch.ones(1, dtype=torch.float64))) * z, z)  # leaky, with this slope
     shapes = {name: ACTIVATIONS[name].phi(z) for name in TORCH_HAS} | {"leaky_relu": below}

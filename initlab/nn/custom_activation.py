@@ -111,9 +111,11 @@ def gain(activation: Given, kind: str = "chi") -> float:
 @lru_cache
 def row_of(phi: Callable[[Tensor], Tensor]) -> Activation:
     """An elementwise function as a row of the table: checked on a grid, where its kinks are searched too."""
-    grid = torch.linspace(-REACH, REACH, 4096, dtype=torch.float64)
+    grid = torch.linspace(-REACH, REACH, 4096, dtype=torch.float64, device="cpu")
     values = _evaluate(phi, grid)
-    _evaluate(phi, torch.arange(-REACH, REACH + 1 / 32, 1 / 16, dtype=torch.float64))  # poles like round numbers
+    _evaluate(
+        phi, torch.arange(-REACH, REACH + 1 / 32, 1 / 16, dtype=torch.float64, device="cpu")
+    )  # poles like round numbers
     order = torch.randperm(len(grid), generator=torch.Generator().manual_seed(0))
     for some in (order, order[: len(grid) // 4].reshape(16, -1)):  # another order, and other neighbours
         again = _evaluate(phi, grid[some])

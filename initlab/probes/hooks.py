@@ -139,6 +139,11 @@ class Hooks:
         if root is not None and root.is_owner:
             self._functions.open_module(root, args)
 
+    def list_bypassed(self) -> list[str]:
+        """The model, if other methods of it than `forward` have called its modules."""
+        root = self._root
+        return [root.label] if root is not None and root.is_owner and root.chosen and not self.calls else []
+
     def begin_recomputation(self, function: Any) -> None:
         """A checkpoint runs a function anew: its functions belong to the module whose method it is, else to the model.
 

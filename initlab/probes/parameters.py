@@ -63,7 +63,7 @@ class Parameters:
         self._weights = [p for key, p in pairs if updates and key.tensor == "weight"]
         self._raw_codes = [buffer.code(key._replace(direction="backward", op=AS_FOUND)) for key in keys]
         buffer.scaled.update(self._raw_codes)
-        self._seen: dict[int, tuple[int, int]] = {}  # gradients by their memory and how often it was written to
+        self._seen: dict[int, tuple[Tensor, int]] = {}  # gradients before a backward pass: how often written to
         self._raw: dict[int, Tensor] = {}  # rows of gradients as the backward pass has left them
         self._open: set[int] = set()
         self._update_codes = [buffer.code(key._replace(tensor="update")) for key in keys if key.tensor == "weight"]
@@ -78,11 +78,13 @@ class Parameters:
         """A step begins in which nothing has been measured yet."""
         self._open = set(range(len(self._all)))
         self._raw.clear()
-        self._seen.clear()
 
     def choose(self, wanted: Callable[[nn.Parameter], bool]) -> list[int]:
-        """The numbers of those parameters that have not been measured in this step and are wanted now."""
-        chosen = [k for k in sorted(self._open) if wanted(self._all[k])]
+        """The numbers of those parameters that have not been measured in this step and are wanted now.
+
+        One whose memory somebody has taken away, to load it later, has no row.
+        """
+        chosen = [k for k in sorted(self._open) if wanted(self._all[k]) and _has_memory(self._all[k])]
         self._open.difference_update(chosen)
         return chosen
 
@@ -102,7 +104,7 @@ class Parameters:
     @torch.no_grad()
     def measure_updates(self, held: Container[int]) -> None:
         """Rows of W_{k+1} - W_k, for the weights whose ids are held; W_k is what `measure_values` has seen."""
-        moved = [k for k, w in enumerate(self._weights) if id(w) in held and k not in self._open]
+        moved = [k for k, w in enumerate(self._weights) if id(w) in held and k not in self._open and _has_memory(w)]
         self._buffer.put_each(
             [self._update_codes[k] for k in moved],
             [as_dense(self._weights[k]) for k in moved],
@@ -113,13 +115,20 @@ class Parameters:
         """Let go of the kept weights: the next recorded step is far away."""
         self._before = []
 
+    def note_gradients(self) -> None:
+        """A backward pass begins: remember which gradients there are."""
+        self._seen = {k: (p.grad, p.grad._version) for k, p in enumerate(self._all) if p.grad is not None}
+
     @torch.no_grad()
     def look_at_gradients(self) -> None:
         """A backward pass is over: keep the rows of the gradients that it has changed."""
-        grads = {k: p.grad for k, p in enumerate(self._all) if p.grad is not None}
-        states = {k: (id(grad), grad._version) for k, grad in grads.items()}
-        changed = [k for k, state in states.items() if self._seen.get(k) != state]
-        self._seen = states
+        grads = {k: p.grad for k, p in enumerate(self._all) if p.grad is not None and measurable(p.grad)}
+        before, self._seen = self._seen, {}
+        changed = []
+        for k, grad in grads.items():
+            seen, version = before.get(k, (None, 0))
+            if seen is not grad or version != grad._version:
+                changed.append(k)
         if changed:
             rows = self._buffer.backend.rows_of_each([as_dense(grads[k]) for k in changed])
             self._raw.update(zip(changed, rows.unbind(1), strict=True))
@@ -149,6 +158,10 @@ class Parameters:
         for code, p in zip(self._gradient_codes, self._all, strict=True):
             if p.requires_grad:
                 self._hooks.rows.gradients.watch(p, code, as_weight, batched=False)
+
+
+def _has_memory(x: Tensor) -> bool:
+    return x.layout is not torch.strided or x.untyped_storage().nbytes() > 0
 
 
 def _kind(pair: tuple[TensorKey, Tensor]) -> tuple[object, ...]:

@@ -55,7 +55,9 @@ class ProbeBuffer(StatsBuffer):
         self._bin_rows: list[int] = []  # which rows the histograms belong to
         self._bin_tables: list[pd.DataFrame] = []
         numbers = len(FIELDS) + len(backend.statistics)
-        self._page = torch.empty(0, len(self.seeds), numbers, dtype=torch.float64)  # rows of the step under way
+        self._page = torch.empty(
+            0, len(self.seeds), numbers, dtype=torch.float64, device="cpu"
+        )  # rows of the step under way
         self._lines: list[Tensor] = []  # the same row by row: views are made once
 
     def clear(self) -> None:
@@ -202,7 +204,7 @@ class ProbeBuffer(StatsBuffer):
         block.rows.clear()
         if rows:
             lines = torch.tensor([row - self._first for row in rows], device=self._page.device)
-            nothing = torch.full((self._page.shape[-1], 1, 1), torch.nan, dtype=torch.float64)
+            nothing = torch.full((self._page.shape[-1], 1, 1), torch.nan, dtype=torch.float64, device="cpu")
             nothing[[k for k, name in enumerate(FIELDS) if name in COUNTS]] = 0
             self._page[lines] = nothing.movedim(0, -1).to(self._page.device)
             found = self.backend.rows(block.values[: len(rows)], batched, self.bins)
@@ -233,7 +235,7 @@ class ProbeBuffer(StatsBuffer):
             rows[SATURATED, [row for row, _ in shares]] = share
         pairs = [pair for pair in self._rectified if pair[1] < self.n_closed]
         if pairs:
-            z, a = torch.tensor(pairs).T
+            z, a = torch.tensor(pairs, device="cpu").T
             rows[SATURATED, z] = (rows[N_ZERO, a] + rows[N_NAN, a]) / rows[COUNT, a]
         return super()._statistics(rows)
 

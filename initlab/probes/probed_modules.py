@@ -89,10 +89,10 @@ def find_activation(module: nn.Module) -> Activation | None:
 def look_at_function(function: Callable[[Tensor], Tensor]) -> Activation | None:
     """A function as an activation; None where it is random, not elementwise, or a straight line."""
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
             found = as_activation(function)
-            slope = found.slope(torch.linspace(-8, 8, 64, dtype=torch.float64))
-    except UsageError:
+            slope = found.slope(torch.linspace(-8, 8, 64, dtype=torch.float64, device="cpu"))
+    except Exception:  # random, not elementwise, or nothing that takes such numbers
         return None
     return found if float(slope.max() - slope.min()) > 1e-6 else None
 
@@ -154,7 +154,8 @@ class ProbedModule:
 def is_owner(module: nn.Module) -> bool:
     """Whether functions that a module calls are layers of its own: one of the user's, or torch's of several parts."""
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
-        return False
+        own = "forward" in vars(module) or type(module).forward not in (nn.Sequential.forward, nn.Module.forward)
+        return own and not isinstance(module, torch.jit.ScriptModule)
     kind = type_before_parametrizations(module)
     if kind is nn.Softmax:
         return True

@@ -98,6 +98,7 @@ class StepTracker:
                 "ran, but what came out cannot be measured": [
                     f"{m} ({what})" for m, what in self._hooks.unseen.items()
                 ],
+                "forward was bypassed, so that functions between the modules have no rows": self._hooks.list_bypassed(),
                 "parameters without rows": [] if self._parameters is None else self._parameters.unseen,
             }
             text = "; ".join(f"{kind}: {_shorten(names)}" for kind, names in kinds.items() if names)
@@ -156,12 +157,14 @@ class StepTracker:
         if self._recording and self._losses is not None:
             known = [(loss, self._hooks.rows.find_row(loss)) for loss in roots]
             self._losses.begin(known, self._hooks.rows.layer.number, self._hooks.rows.gradients.count)
+        if self._recording and self._training and any(m.ran for m in self._hooks.modules):
+            self._all_parameters().note_gradients()
 
     def after_backward(self) -> None:
         """It is over: the losses have rows, and the gradients stand as it has left them."""
         if self._recording and self._losses is not None:
             self._losses.end(self._hooks.rows.gradients.count)
-        if self._recording and self._training and self._hooks.calls:
+        if self._recording and self._training and any(m.ran for m in self._hooks.modules):
             self._all_parameters().look_at_gradients()
 
     def begin_recomputation(self, function: Any) -> None:
@@ -226,8 +229,8 @@ class StepTracker:
             self._hooks.rows.weights.measure_updates(held)
         self._end_if_covered()
 
-    def see_scale(self, scale: float) -> None:
-        if self._recording:
+    def see_scale(self, optimizer: Optimizer, scale: float) -> None:
+        if self._recording and any(True for _ in find_held(self._model, optimizer)):
             self._buffer.set_loss_scale(scale)
 
     def skip_update(self, optimizer: Optimizer) -> None:

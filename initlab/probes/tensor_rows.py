@@ -39,6 +39,7 @@ class TensorRows:
         self._added: set[int] = set()  # ids of parameters that functions add, and that they multiply by
         self._multiplied: set[int] = set()
         self.layer = INPUT
+        self._axes: dict[int, int] = {}  # by how many dimensions: that which counted the units of the last such tensor
         self.last: Preactivation | None = None  # the output of the layer that was called last
         self._measured: dict[int, tuple[ReferenceType[Tensor], int]] = {}  # in this pass, and how often written to
         self._scalars: dict[int, tuple[ReferenceType[Tensor], int]] = {}  # outputs of one number in this step: rows
@@ -51,6 +52,7 @@ class TensorRows:
     def begin_pass(self) -> None:
         """Below what comes now there is no layer but the input."""
         self.layer, self.last = INPUT, None
+        self._axes.clear()
         self._measured.clear()
 
     def end_step(self) -> None:
@@ -69,7 +71,7 @@ class TensorRows:
 
     def has_row(self, x: Tensor) -> bool:
         """Whether a tensor, or what it is another shape of, was measured in this pass as it is now."""
-        base = x if x._base is None or x._base.numel() != x.numel() else x._base
+        base = x._base if x._base is not None and _is_reshaped(x, x._base) else x
         seen = [(self._measured.get(id(one)), one) for one in (x, base)]
         return any(known is not None and known[0]() is one and known[1] == count_writes(one) for known, one in seen)
 
@@ -105,7 +107,8 @@ class TensorRows:
             number = self.number_function(m, args)
             self.layer = LayerAxis(number, x.ndim - 1 if axis is None else axis, x.ndim)
         if axis is None:
-            axis = self.layer.axis if x.ndim == self.layer.ndim else x.ndim - 1
+            axis = self._follow_axis(x, args)
+        self._axes[x.ndim] = axis
         if not m.chosen:
             return
         count = self._counts[m.name, call, found.name] = self._counts.get((m.name, call, found.name), -1) + 1
@@ -119,6 +122,20 @@ class TensorRows:
             self.measure_saturation(found.activation, args)
         row = self.measure(x, self.make_site(key, self.layer, axis))
         self._set_last(x, axis, row, found.word == "preactivation", found.activation is RELU, args)
+
+    def _follow_axis(self, x: Tensor, given: tuple[Any, ...]) -> int:
+        """Which dimension counts units of what a function has made entry by entry.
+
+        A view of a layer's output has them where the strides say; else as in the last tensor of so many dimensions.
+        """
+        z: Any = given[0] if given else None
+        last, base = self.last, z._base if isinstance(z, Tensor) and z.shape == x.shape else None
+        if last is not None and base is not None and (base is last.x or base is last.x._base):
+            size, stride = last.x.shape[last.axis], last.x.stride(last.axis)
+            found = [k for k in range(z.ndim) if z.shape[k] == size > 1 and z.stride(k) == stride]
+            if len(found) == 1:
+                return found[0]
+        return self._axes.get(x.ndim, x.ndim - 1)
 
     def number_function(self, m: ProbedModule, args: tuple[Any, ...]) -> int:
         """The layer of a function by the weight that it is given."""
@@ -146,7 +163,9 @@ class TensorRows:
         """One tensor of what a call of a module gives, under a word for it."""
         if m.is_layer and m.is_owner:
             self.layer = LayerAxis(self.numbers.number(m), self.layer.axis, self.layer.ndim)
-        site = self._find_site(m, call, part, x.ndim, word)
+        axis = m.axis(x.ndim) if m.is_layer else self._follow_axis(x, given)
+        site = self._find_site(m, call, part, x.ndim, word, axis)
+        self._axes[x.ndim] = site.axis
         self.layer = site.layer
         if not m.chosen:
             return
@@ -155,13 +174,12 @@ class TensorRows:
             self._scalars[id(x)] = ref(x), row
         self._set_last(x, site.axis, row, m.is_layer, m.activation is RELU, given)
 
-    def _find_site(self, m: ProbedModule, call: int, part: str, ndim: int, word: str) -> Site:
+    def _find_site(self, m: ProbedModule, call: int, part: str, ndim: int, word: str, axis: int) -> Site:
         """The site of an output of a call, made when it is first seen."""
-        seen = (self.layer, call, part, ndim, word)
+        seen = (self.layer, call, part, ndim, word, axis)
         if seen not in m.sites:
             number = self.layer.number
-            layer = LayerAxis(number, m.axis(ndim), ndim) if m.is_layer else self.layer
-            axis = layer.axis if ndim == layer.ndim else ndim - 1
+            layer = LayerAxis(number, axis, ndim) if m.is_layer else self.layer
             op = type_before_parametrizations(m.module).__name__
             key = TensorKey(self.stage, "module", number, word, "forward", m.name, part, call, op)
             m.sites[seen] = self.make_site(key, layer, axis)
@@ -183,3 +201,16 @@ class TensorRows:
         if last is not None and last.is_input(args):
             slope = activation.slope(as_batch(last.x.detach(), last.axis))
             self.buffer.set_saturated(last.row, saturated_share(slope, activation.largest_slope))
+
+
+def _is_reshaped(x: Tensor, base: Tensor) -> bool:
+    """Whether a view has the entries of its base, each once and as they are, in another shape or order."""
+    if (
+        x.numel() != base.numel()
+        or x.data_ptr() != base.data_ptr()
+        or x.is_neg() != base.is_neg()
+        or x.dtype != base.dtype
+    ):
+        return False
+    moved = sorted(x.stride()) == sorted(base.stride()) and sorted(x.shape) == sorted(base.shape)
+    return moved or (x.is_contiguous() and base.is_contiguous())

@@ -41,7 +41,7 @@ class Listener(Protocol):
     def after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """It has stepped."""
 
-    def see_scale(self, scale: float) -> None:
+    def see_scale(self, optimizer: Optimizer, scale: float) -> None:
         """A gradient scaler, which multiplied the loss by so much, is about to let an optimizer step."""
 
     def skip_update(self, optimizer: Optimizer) -> None:
@@ -130,12 +130,12 @@ def _run_recomputation(ctx: Any, *gradients: Any) -> Any:
 
 def _run_scaler_step(scaler: torch.amp.GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
     """GradScaler.step, which calls the optimizer only where all gradients are finite."""
-    for listener in _LISTENERS:
-        listener.see_scale(float(scaler.get_scale()))
     try:
         inner = find_optimizer(optimizer)
-    except UsageError:  # another kind of object, which holds none of the model's parameters or is not heard
+    except UsageError:  # an object of another kind, whose steps are not heard
         return _HEARD["scaler"](scaler, optimizer, *args, **kwargs)
+    for listener in _LISTENERS:
+        listener.see_scale(inner, float(scaler.get_scale()))
     stepped: list[Optimizer] = []
     handle = inner.register_step_post_hook(lambda one, *_: stepped.append(one))
     try:

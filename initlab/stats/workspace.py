@@ -19,7 +19,7 @@ class _Kept(threading.local):
 
     def __init__(self) -> None:
         with torch.inference_mode(False):  # what is allocated inside that mode cannot be written outside it
-            self.blocks = torch.empty(2, AT_ONCE, dtype=torch.float64)
+            self.blocks = torch.empty(2, AT_ONCE, dtype=torch.float64, device="cpu")
         self.views: dict[tuple[torch.Size, torch.dtype], tuple[Tensor, Tensor]] = {}
 
 

@@ -302,3 +302,83 @@ def test_an_optimizer_that_is_compiled_ends_nothing() -> None:
             model(X).square().mean().backward()
             step()
     assert not torch.equal(model[0].weight, before)
+
+
+class OwnSequential(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = x + F.gelu(layer(x))
+        return x
+
+
+class OwnDict(nn.ModuleDict):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.values():
+            x = x + F.gelu(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize(
+    "kind", [lambda *m: OwnSequential(*m), lambda *m: OwnDict({str(k): one for k, one in enumerate(m)})]
+)
+def test_a_container_with_a_forward_of_its_own_is_a_block(kind: Callable[..., nn.Module], inside: bool) -> None:
+    torch.manual_seed(0)
+    block = kind(nn.Linear(6, 6), nn.Linear(6, 6)).double()
+    model = nn.Sequential(block, nn.Linear(6, 2).double()) if inside else block
+    rows = initlab.measure(model, X, loss=torch.sum)
+    forward = rows[rows["direction"] == "forward"]
+    assert forward["op"].value_counts()[["gelu", "add"]].tolist() == [2, 2]
+    assert set(forward.loc[forward["tensor"] == "stream", "name"]) == {"0" if inside else ""}
+
+
+@pytest.mark.parametrize("make", [lambda x: (x * (x > 0)).to_sparse(), lambda x: x.to(torch.float8_e4m3fn)])
+def test_a_module_that_makes_tensors_of_another_kind_is_named(make: Callable[[Tensor], Tensor]) -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return make(x)
+
+    model = nn.Sequential(nn.Linear(6, 6), Odd()).double()
+    with pytest.warns(UserWarning, match=r"1 \((sparse_coo|float8_e4m3fn)\)"):
+        rows = initlab.measure(model, X)
+    assert {"0"} <= set(rows["name"])
+
+
+def test_the_default_device_and_memory_that_is_taken_away() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    optimizer = torch.optim.SGD(model[2].parameters(), 0.1)
+    with initlab.probe(model, optimizer=optimizer) as p:
+        loss = model(X).square().mean()
+        kept = model[0].weight.detach().clone()
+        with torch.device("meta"):
+            loss.backward()
+            model[0].weight.untyped_storage().resize_(0)
+            optimizer.step()
+    model[0].weight.untyped_storage().resize_(kept.untyped_storage().nbytes())
+    rows = p.frame()
+    assert len(rows.query("name == '2' and tensor == 'update'")) == 1
+    assert not len(rows.query("name == '0' and tensor == 'weight' and direction == 'forward'"))
+
+
+def test_a_model_whose_forward_is_bypassed_is_said_to_be() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def training_step(self, x: Tensor) -> Tensor:
+            out: Tensor = self.second(F.relu(self.first(x)))
+            return out.square().mean()
+
+    torch.manual_seed(0)
+    model = Loop().double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    watched = initlab.probe(model, optimizer=optimizer)
+    with pytest.warns(UserWarning, match="forward was bypassed, so that functions between the modules"), watched as p:
+        model.training_step(X).backward()
+        before = numbers(model.first.weight.grad if model.first.weight.grad is not None else X)
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        optimizer.step()
+    row = one(p.frame(), name="first", part="weight", direction="backward", op="backward")
+    assert not differences(row, before)

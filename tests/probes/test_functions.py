@@ -210,6 +210,7 @@ def test_products_with_parameters_are_layers_and_others_are_not() -> None:
     assert dict(zip(weights["part"], weights["layer"], strict=True)) == {"w1": 1, "w2": 2, "b1": 1}
 
 
+@pytest.mark.filterwarnings("ignore:probe. forward was bypassed")
 def test_a_root_whose_forward_is_never_called_is_watched() -> None:
     """As in frameworks whose loops call a method of the model instead."""
 

@@ -374,3 +374,36 @@ def test_a_step_that_fails_is_not_under_way_for_ever() -> None:
             else:
                 optimizer.step()
     assert len(p.frame().query("tensor == 'update' and name == '0'")) == 2
+
+
+def test_the_scaler_of_another_model_scales_nothing_here() -> None:
+    ours, theirs = net(), net()
+    first, second = SGD(ours.parameters(), 0.1), SGD(theirs.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    with initlab.probe(ours, optimizer=first) as p:
+        for _ in range(20):
+            first.zero_grad()
+            loss = loss_of(ours)
+            loss.backward()
+            second.zero_grad()
+            scaler.scale(loss_of(theirs)).backward()
+            scaler.step(second)
+            scaler.update()
+            first.step()
+    rows = p.frame()
+    assert (rows["loss_scale"] == 1).all() and not (rows["op"] == "backward").any()
+    last = rows.query("tensor == 'loss' and step == 19")["mean"].item()
+    assert last == pytest.approx(float(loss.detach()), rel=1e-6)
+
+
+def test_gradients_of_a_pass_that_was_dropped_are_no_gradients_before_clipping() -> None:
+    model = net()
+    optimizer = SGD(model.parameters(), 0.01)
+    with initlab.probe(model, optimizer=optimizer) as p:
+        for _ in range(50):
+            (100 * loss_of(model)).backward()
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert not (p.frame()["op"] == "backward").any()

@@ -43,7 +43,11 @@ class CpuBackend(Backend):
         x = x.contiguous()
         *_, n, c = x.shape
         networks = entries // (n * c)
-        rows = torch.empty((*x.shape[:-2], len(FIELDS)), dtype=torch.float64) if out is None or self.statistics else out
+        rows = (
+            torch.empty((*x.shape[:-2], len(FIELDS)), dtype=torch.float64, device="cpu")
+            if out is None or self.statistics
+            else out
+        )
         arena = None if bins is None else _arena(bins, networks)
         self._passes.describe_rows(x.data_ptr(), networks, n, c, batched, rows.data_ptr(), arena)
         return rows if rows is out else into(out, self._with_custom(rows.movedim(-1, 0), x, None))
@@ -63,7 +67,7 @@ class CpuBackend(Backend):
         lists = [[x.data_ptr() for x in tensors], [x.data_ptr() for x in before or tensors]]
         numbers = np.array([*lists, [x.numel() for x in tensors]], dtype=np.int64)
         addresses, old, sizes = (row.ctypes.data for row in numbers)
-        rows = torch.empty((len(tensors), len(FIELDS)), dtype=torch.float64)
+        rows = torch.empty((len(tensors), len(FIELDS)), dtype=torch.float64, device="cpu")
         arena = None if bins is None else _arena(bins, len(rows))
         self._passes.describe_many(addresses, old if before else None, sizes, len(rows), rows.data_ptr(), arena)
         return rows.t()
@@ -101,7 +105,7 @@ def _room(
     """Memory for the rows of so many tensors like x, (networks, N, C) of x, and the address of the arena, if any."""
     n, c = x.shape[-2:]
     networks = x.numel() // (n * c)
-    rows = torch.empty((count, *x.shape[:-2], len(FIELDS)), dtype=torch.float64) if out is None else out
+    rows = torch.empty((count, *x.shape[:-2], len(FIELDS)), dtype=torch.float64, device="cpu") if out is None else out
     return rows, (networks, n, c), None if bins is None else _arena(bins, count * networks)
 
 
