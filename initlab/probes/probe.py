@@ -18,7 +18,7 @@ import pandas as pd
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from initlab.errors import UsageError, check, check_functions, library_call
+from initlab.errors import UsageError, check, check_functions, library_call, show
 from initlab.probes.probe_buffer import ProbeBuffer
 from initlab.probes.probed_modules import find_parameter_device, list_patterns, refuse_several
 from initlab.probes.steps import StepTracker
@@ -105,6 +105,10 @@ class Probe:
         """The table `histograms` of the steps closed since it was last asked for (in `emit`, those of the frame)."""
         return self._buffer.histograms()
 
+    def merged(self) -> pd.DataFrame:
+        """A row for each output over all recorded batches, as if they had been one: dead in the whole epoch."""
+        return self._buffer.merged()
+
 
 @library_call
 def probe(
@@ -118,6 +122,7 @@ def probe(
     emit: Emit | None = None,
     flush_steps: int = 100,
     histograms: bool = False,
+    merged: bool = False,
     statistics: Mapping[str, Function] | None = None,
 ) -> Probe:
     """Record the statistics of a training loop: `with probe(model, optimizer=optimizer) as p: ...`, then `p.frame()`.
@@ -130,7 +135,8 @@ def probe(
     every: record every k-th step. layers: one or several globs on the dotted names of modules. seeds: labels of the
     rows, how many networks the model holds or a seed for each; an nn.Module is one. emit: a function that gets a frame
     every `flush_steps` recorded steps or 30 seconds. histograms: count entries by sign and power of two too, see
-    `p.histograms()`. statistics: your functions (..., N, C) -> (...) by the names of their columns.
+    `p.histograms()`. merged: put the outputs of all recorded batches together unit by unit too, see `p.merged()`.
+    statistics: your functions (..., N, C) -> (...) by the names of their columns.
 
     Outputs and gradients are bit for bit those of the unwatched model, but for compiled models, whose recorded steps
     run uncompiled, and for torch's fused inference paths of attention, which give way to any hook. Raises UsageError
@@ -150,10 +156,12 @@ def probe(
     if x is not None:
         raise UsageError("probe: records a loop; for one pass on x use initlab.measure(model, x, y, loss)")
     every, flush_steps, histograms = check(every=every, flush_steps=flush_steps, histograms=histograms)
+    if not isinstance(merged, bool):
+        raise UsageError(f"merged={show(merged)}: must be true or false")
     check_functions(emit=emit)
     patterns = list_patterns(layers)
     backend = backend_for(find_parameter_device(model), statistics)
-    buffer = ProbeBuffer(list(resolve_seeds(seeds)), backend, emit, flush_steps, histograms)
+    buffer = ProbeBuffer(list(resolve_seeds(seeds)), backend, emit, flush_steps, histograms, merged)
     sink = Sink(buffer, every, patterns)
     if isinstance(model, nn.Module):
         refuse_several(buffer.seeds)

@@ -7,7 +7,7 @@ Legend: E networks, N batch, C units, K rows, F numbers of a row.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from initlab.errors import UsageError
+from initlab.stats import reference
 from initlab.stats.backend import COUNT, N_NAN, N_ZERO, SATURATED, Backend
 from initlab.stats.buffer import StatsBuffer
 from initlab.stats.histogram import bin_columns
-from initlab.stats.keys import KEY_COLUMNS, MODULE_COLUMNS, TEXT_COLUMNS, update_ratio
-from initlab.stats.reference import FIELDS
-from initlab.stats.statistics import CHANCE, COUNTS, IN_LN, LOSS_SCALE, UPDATE_RATIO
+from initlab.stats.keys import KEY_COLUMNS, MODULE_COLUMNS, TEXT_COLUMNS, key_columns, update_ratio
+from initlab.stats.reference import FIELDS, Row
+from initlab.stats.statistics import CHANCE, COUNTS, IN_LN, LOSS_SCALE, STATISTICS, UPDATE_RATIO
+from initlab.stats.summarize import derive
 
 # Fields of a row that grow with the tensor, and with its square.
 LINEAR, SQUARED = ([list(FIELDS).index(name) for name in names] for names in (("mean", "min", "max"), ("m2", "within")))
@@ -48,8 +50,12 @@ class ProbeBuffer(StatsBuffer):
         emit: Callable[[pd.DataFrame], None] | None = None,
         flush_steps: int = 100,
         histograms: bool = False,
+        merged: bool = False,
     ) -> None:
         super().__init__(seeds, backend, histograms, columns=(*KEY_COLUMNS, *MODULE_COLUMNS))
+        self._merged: dict[int, list[tuple[Row, int]]] | None = (
+            {} if merged else None
+        )  # of a key: rows, and of how many
         self._emit, self._flush_steps = emit, flush_steps
         self.scaled: set[int] = set()  # keys of what a gradient scaler multiplies, and nobody divides again
         self._bin_rows: list[int] = []  # which rows the histograms belong to
@@ -76,6 +82,8 @@ class ProbeBuffer(StatsBuffer):
 
         code: the number of the key. batched: whether N counts inputs.
         """
+        if self._merged is not None and batched and code not in self.scaled:
+            self._merge(code, x)
         row, line = len(self.rows), len(self.rows) - self._first
         if not line or line >= len(self._lines):
             self._make_room(line + 1, x.device)
@@ -133,6 +141,37 @@ class ProbeBuffer(StatsBuffer):
                 page = torch.empty(max(64, 2 * rows), *self._page.shape[1:], dtype=torch.float64, device=device)
                 page[: len(self._page)].copy_(self._page)
             self._page, self._lines = page, list(page.unbind())
+
+    def _merge(self, code: int, x: Tensor) -> None:
+        """Merge a batch unit by unit with those before it of the same key and shape."""
+        assert self._merged is not None
+        own = reference.row(x)
+        known = self._merged.setdefault(code, [])
+        if known and known[-1][0].heading.shape == own.heading.shape:
+            before, n = known.pop()
+            known.append((reference.merge(before, own), n + 1))
+        else:
+            known.append((own, 1))
+
+    def merged(self) -> pd.DataFrame:
+        """A row for each key of a forward pass over all batches that were recorded: a frame's columns but for a step's."""
+        if self._merged is None:
+            raise UsageError("merged: batches were not merged; ask for it with merged=True")
+        found = [(code, row, n) for code, rows in self._merged.items() for row, n in rows]
+        found.sort(key=lambda one: one[0])
+        keys, codes = list(self.codes), np.array([code for code, _, _ in found], dtype=np.int64)
+        names = [name for name in self.columns if name != "step"]
+        columns: dict[str, Any] = key_columns(keys, codes, np.zeros_like(codes), self.seeds, names)
+        columns["batches"] = np.repeat([n for _, _, n in found], len(self.seeds))
+        width = len(self.seeds)
+        fields = [row.fields.cpu().reshape(len(FIELDS), -1).expand(-1, width) for _, row, _ in found]
+        values = derive(torch.stack(fields, 1)) if found else torch.empty(len(STATISTICS), 0, width)
+        ours = np.array([keys[code].tensor == "activation" for code in codes], dtype=bool)
+        for (name, one), column in zip(STATISTICS.items(), values, strict=True):
+            if one.of_activations:
+                column[torch.from_numpy(~ours)] = torch.nan
+            columns[name] = column.reshape(-1).numpy().astype(np.int64 if one.is_count else np.float64)
+        return pd.DataFrame(columns)
 
     def set_saturated(self, row: int, share: Tensor) -> None:
         """The saturated share of a row of preactivations, (E,) or one number."""

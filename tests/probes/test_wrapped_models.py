@@ -90,7 +90,13 @@ def unwrap(rows: pd.DataFrame) -> pd.DataFrame:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo meets in a file")
 @pytest.mark.parametrize(
-    ("parts", "words"), [(1, {}), (2, {}), (2, {"static_graph": True, "gradient_as_bucket_view": True})], ids=str
+    ("parts", "words"),
+    [
+        pytest.param(1, {}, marks=pytest.mark.slow),
+        pytest.param(2, {}, marks=pytest.mark.slow),
+        (2, {"static_graph": True, "gradient_as_bucket_view": True}),
+    ],
+    ids=str,
 )
 def test_distributed_data_parallel(parts: int, words: dict[str, Any], tmp_path: Path) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
