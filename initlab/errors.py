@@ -69,7 +69,18 @@ LIMITS: dict[str, Limits] = {
     "phase.correlation": Limits(0, 1, below=True),
 }
 TRUTHS = frozenset(
-    ("backward", "residual", "progress", "histograms", "train.drift", "wide", "outputs", "fixed_input", "plots")
+    (
+        "backward",
+        "residual",
+        "progress",
+        "histograms",
+        "train.drift",
+        "wide",
+        "outputs",
+        "fixed_input",
+        "plots",
+        "merged",
+    )
 )
 _GROUPS = ("train", "phase")
 

@@ -162,9 +162,9 @@ class FunctionRows:
 
     def _is_known(self, x: Any) -> bool:
         """Whether a summand is what a module at work was given, or has a row: others are parts of a formula."""
-        return isinstance(x, Tensor) and (
-            self._rows.has_row(x) or any(x is one for args in self._given for one in args)
-        )
+        if not isinstance(x, Tensor) or (x._base is not None and x._base.shape[-1:] != x.shape[-1:]):
+            return False
+        return self._rows.has_row(x) or any(x is one for args in self._given for one in args)
 
     def measure_pending(self) -> None:
         """The row of the function that was seen last."""

@@ -18,7 +18,7 @@ import pandas as pd
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from initlab.errors import UsageError, check, check_functions, library_call, show
+from initlab.errors import UsageError, check, check_functions, library_call
 from initlab.probes.probe_buffer import ProbeBuffer
 from initlab.probes.probed_modules import find_parameter_device, list_patterns, refuse_several
 from initlab.probes.steps import StepTracker
@@ -155,9 +155,8 @@ def probe(
     """
     if x is not None:
         raise UsageError("probe: records a loop; for one pass on x use initlab.measure(model, x, y, loss)")
-    every, flush_steps, histograms = check(every=every, flush_steps=flush_steps, histograms=histograms)
-    if not isinstance(merged, bool):
-        raise UsageError(f"merged={show(merged)}: must be true or false")
+    whole = {"every": every, "flush_steps": flush_steps, "histograms": histograms, "merged": merged}
+    every, flush_steps, histograms, merged = check(**whole)
     check_functions(emit=emit)
     patterns = list_patterns(layers)
     backend = backend_for(find_parameter_device(model), statistics)

@@ -53,9 +53,8 @@ class ProbeBuffer(StatsBuffer):
         merged: bool = False,
     ) -> None:
         super().__init__(seeds, backend, histograms, columns=(*KEY_COLUMNS, *MODULE_COLUMNS))
-        self._merged: dict[int, list[tuple[Row, int]]] | None = (
-            {} if merged else None
-        )  # of a key: rows, and of how many
+        # Of a key: the rows of its shapes, each of how many batches.
+        self._merged: dict[int, list[tuple[Row, int]]] | None = {} if merged else None
         self._emit, self._flush_steps = emit, flush_steps
         self.scaled: set[int] = set()  # keys of what a gradient scaler multiplies, and nobody divides again
         self._bin_rows: list[int] = []  # which rows the histograms belong to
@@ -154,7 +153,7 @@ class ProbeBuffer(StatsBuffer):
             known.append((own, 1))
 
     def merged(self) -> pd.DataFrame:
-        """A row for each key of a forward pass over all batches that were recorded: a frame's columns but for a step's."""
+        """A row for each output over all batches that were recorded: the columns of a frame but those of a step."""
         if self._merged is None:
             raise UsageError("merged: batches were not merged; ask for it with merged=True")
         found = [(code, row, n) for code, rows in self._merged.items() for row, n in rows]

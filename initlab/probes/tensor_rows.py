@@ -107,7 +107,7 @@ class TensorRows:
             number = self.number_function(m, args)
             self.layer = LayerAxis(number, x.ndim - 1 if axis is None else axis, x.ndim)
         if axis is None:
-            axis = self._follow_axis(x, args)
+            axis = self._follow_axis(x, args, found.word)
         self._axes[x.ndim] = axis
         if not m.chosen:
             return
@@ -123,13 +123,17 @@ class TensorRows:
         row = self.measure(x, self.make_site(key, self.layer, axis))
         self._set_last(x, axis, row, found.word == "preactivation", found.activation is RELU, args)
 
-    def _follow_axis(self, x: Tensor, given: tuple[Any, ...]) -> int:
-        """Which dimension counts units of what a function has made entry by entry.
+    def _follow_axis(self, x: Tensor, given: tuple[Any, ...], word: str) -> int:
+        """Which dimension counts units of what is made entry by entry of what was given.
 
-        A view of a layer's output has them where the strides say; else as in the last tensor of so many dimensions.
+        An activation of a view of a layer's output has them where the strides say; others as the last tensor of so many
+        dimensions.
         """
         z: Any = given[0] if given else None
-        last, base = self.last, z._base if isinstance(z, Tensor) and z.shape == x.shape else None
+        last, base = (
+            self.last,
+            z._base if isinstance(z, Tensor) and z.shape == x.shape and word == "activation" else None,
+        )
         if last is not None and base is not None and (base is last.x or base is last.x._base):
             size, stride = last.x.shape[last.axis], last.x.stride(last.axis)
             found = [k for k in range(z.ndim) if z.shape[k] == size > 1 and z.stride(k) == stride]
@@ -163,7 +167,7 @@ class TensorRows:
         """One tensor of what a call of a module gives, under a word for it."""
         if m.is_layer and m.is_owner:
             self.layer = LayerAxis(self.numbers.number(m), self.layer.axis, self.layer.ndim)
-        axis = m.axis(x.ndim) if m.is_layer else self._follow_axis(x, given)
+        axis = m.axis(x.ndim) if m.is_layer else self._follow_axis(x, given, word)
         site = self._find_site(m, call, part, x.ndim, word, axis)
         self._axes[x.ndim] = site.axis
         self.layer = site.layer

@@ -72,5 +72,5 @@ def test_what_was_not_asked_for_is_one_line() -> None:
         model(torch.ones(1, 2))
     with pytest.raises(UsageError, match="ask for it with merged=True"):
         p.merged()
-    with pytest.raises(UsageError, match="merged=3: must be true or false"):
+    with pytest.raises(UsageError, match="merged=3: must be True or False"):
         initlab.probe(nn.Linear(2, 2), merged=3)  # type: ignore[arg-type]
