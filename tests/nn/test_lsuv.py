@@ -11,7 +11,7 @@ from torch import Tensor
 from initlab.errors import UsageError
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import Rule, draw, rule
-from initlab.nn.lsuv import fit
+from initlab.nn.lsuv import GIVEN_UP, Fit, fit
 from initlab.nn.network import PLAIN, dense
 from initlab.tasks.data import load
 from initlab.tasks.ensemble.networks import draw_trained
@@ -80,11 +80,39 @@ def test_it_says_when_it_gives_up(given: float, attempts: int, reason: str, capl
     with caplog.at_level(logging.WARNING):
         parameters, found = draw_trained([own], "relu", SIZES, [3], x)
     assert found is not None and reason in set(found.frame()["outcome"])
-    assert caplog.messages[0].startswith("lsuv gives up at layer 1: ") and "first seed 3" in caplog.messages[0]
+    assert caplog.messages[0] == f"lsuv gives up at layer 1: {GIVEN_UP[reason]}; so in 1 of 1 networks, first seed 3"
     assert all(bool(w.isfinite().all()) for w, _ in parameters)
     caplog.clear()
     draw_trained([rule("lsuv")], "relu", SIZES, [3], inputs(1))
     assert not caplog.messages
+
+
+def test_the_pass_that_fits_by_hand() -> None:
+    """Biases count from the start, each network has its own attempts, and every layer its own factors."""
+    x, generator = inputs(2), torch.Generator().manual_seed(2)
+    w = torch.randn(2, 13, 5, generator=generator, dtype=torch.float64)
+    b = 20 * torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    found = Fit([rule("lsuv", attempts=k, tolerance=1e-12) for k in (1, 2)], [7, 8], x.device)
+    z = found.linear(x, w, b)
+    frame = found.frame()
+    drawn = PLAIN.linear(x, w, b).std((-2, -1), correction=0)
+    assert frame.query("attempt == 0")["std"].tolist() == pytest.approx(drawn.tolist(), rel=1e-12)
+    told = frame.groupby("seed")["outcome"].agg(list).to_dict()
+    assert told == {7: ["scaled", "attempts"], 8: ["scaled", "scaled", "attempts"]}
+    assert str(frame["outcome"].dtype) == "category"
+    assert torch.equal(z, PLAIN.linear(x, found.scale(1, w), b))
+    found.linear(z, w[:, :5])
+    for layer, k in ((1, 0), (1, 1), (2, 0), (2, 1)):
+        assert torch.equal(found.scale(layer, w[[k]], [k]), found.scale(layer, w)[[k]])
+    assert len({float(factor) for layer in found.factors for factor in layer}) == 4
+
+
+def test_one_preactivation_that_is_not_finite_is_enough() -> None:
+    x = inputs(1)
+    x[0, 7, 3] = float("nan")
+    found = Fit([rule("lsuv")], [0], x.device)
+    found.linear(x, torch.ones(1, 13, 1, dtype=torch.float64))
+    assert found.frame()["outcome"].tolist() == ["not finite"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -177,6 +177,20 @@ def test_relative_error_of_zeros_and_of_what_is_not_finite() -> None:
     assert math.isnan(error) and n_bad == 2
 
 
+def test_the_relative_error_of_a_network_does_not_hang_on_the_others() -> None:
+    """One has a nan, one is 0, one is huge: each as if it were alone."""
+    scale = torch.tensor([1.0, 1.0, 0.0, 1e200, 1e-200], dtype=torch.float64).reshape(5, 1, 1)
+    b = torch.randn(5, 4, 3, dtype=torch.float64) * scale
+    a = b * (1 + 1e-6)
+    a[1, 2, 0] = torch.nan
+    errors, n_bad = relative_error(a, b)
+    assert n_bad.tolist() == [0, 1, 0, 0, 0] and n_bad.dtype == torch.int64
+    assert errors.tolist() == pytest.approx([1e-6, math.nan, 0, 1e-6, 1e-6], rel=1e-3, nan_ok=True)
+    clean = [0, 2, 3, 4]
+    assert torch.equal(relative_error(a[clean], b[clean])[0], errors[clean])
+    assert relative_error(a[clean], b[clean])[1].dtype == torch.int64
+
+
 def test_the_flags_of_the_table_are_true() -> None:
     x = torch.randn(6, 5)
     found = described(x, batched=False)
