@@ -139,6 +139,7 @@ def merge(folder: Path, parts: Sequence[Part]) -> Iterator[pa.Table]:
     wait as they were read, so that memory holds a group of each part that is not at its end, and what is written.
     """
     name, own = parts[0].name, {column for part in parts for column in part.own.names}
+    parts = [part for part in parts if part.rows] or parts[:1]  # one without rows says nothing about their order
     ordered, several = all(len(part.networks) for part in parts), sum(part.rows for part in parts) > AT_ONCE
     groups = [
         (place if ordered else (part.number,), part.number, k, part)

@@ -48,7 +48,9 @@ def test_order_does_not_hang_on_how_rows_came(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(parts, "GROUP", rng.choice([1, 7, 16, 1000]))
     monkeypatch.setattr(parts, "AT_ONCE", rng.choice([1, 16, 50, 10**6]))
     (tmp_path / "parts").mkdir()
-    made = [Part.make(k, "stats", frame, {"init": "naive"}) for k, frame in enumerate(emitted(rng, networks, steps))]
+    frames = emitted(rng, networks, steps)
+    frames.insert(rng.randint(0, len(frames)), frames[0].iloc[:0])  # of steps that are not measured
+    made = [Part.make(k, "stats", frame, {"init": "naive"}) for k, frame in enumerate(frames)]
     for part in made:
         if rng.random() < 0.5:
             part.write(tmp_path)
