@@ -154,6 +154,14 @@ def test_unbatched_tensors_have_no_batch_statistics() -> None:
     assert found["std"] > 0
 
 
+def test_a_cosine_needs_two_vectors_and_stays_one() -> None:
+    """Also where the resultant is rounded: of one vector, of equal ones, and of ones that cancel."""
+    alive = torch.tensor([0.0, 1, 1, 2, 2, 2, 2, 3], dtype=torch.float64)
+    resultant = torch.tensor([0.0, 1, 1 + 1e-15, 2, 4 + 1e-12, -1e-12, 3, 9], dtype=torch.float64)
+    found = STATISTICS["cosine"].formula({"alive": alive, "resultant": resultant}).tolist()
+    assert found == pytest.approx([math.nan] * 3 + [0, 1, -1, 0.5, 1], rel=0, abs=0, nan_ok=True)
+
+
 def test_saturated_share() -> None:
     slope = torch.tensor([[[1.0, 0.04, -0.04, 0.06]]])
     assert saturated_share(slope, 1.0).tolist() == [0.5]
