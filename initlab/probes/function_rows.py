@@ -161,10 +161,14 @@ class FunctionRows:
             self._pending = (operation, (*args, *kwargs.values()), output, self._rows.is_unseen())
 
     def _is_known(self, x: Any) -> bool:
-        """Whether a summand is what a module at work was given, or has a row: others are parts of a formula."""
+        """Whether a summand has a row, or is what a module at work was given first: others are parts of a formula.
+
+        What has the shape of the first argument counts as it does; a mask has another.
+        """
         if not isinstance(x, Tensor) or (x._base is not None and x._base.shape[-1:] != x.shape[-1:]):
             return False
-        return self._rows.has_row(x) or any(x is one for args in self._given for one in args)
+        alike = [args for args in self._given if args and isinstance(args[0], Tensor) and args[0].shape == x.shape]
+        return self._rows.has_row(x) or any(x is one for args in alike for one in args)
 
     def measure_pending(self) -> None:
         """The row of the function that was seen last."""

@@ -243,12 +243,13 @@ class Hooks:
             rows.layer = LayerAxis(rows.numbers.number(m), rows.layer.axis, rows.layer.ndim)
         plain = type(output) is Tensor and measurable(output)
         found = [("", output)] if plain else list(find_tensors(output))
+        first = next((x for _, x in find_tensors(given)), None) if m.is_owner else None
         for part, x in found:
-            if m.is_owner and rows.has_row(x) and not any(x is one for one in given):  # a function has made it
+            if m.is_owner and rows.has_row(x) and x is not first:  # a function has made it
                 rows.note_shape(x)
                 continue
             word = m.word
-            if word == "stream" and all(t.shape != x.shape for _, t in find_tensors(given)):
+            if word == "stream" and (first is None or first.shape != x.shape):
                 word = "other" if x.ndim else "loss"
             rows.measure_output(m, call, part, x, given, word)
         if not found and m.chosen and m.expected:
