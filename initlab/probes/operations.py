@@ -59,6 +59,9 @@ OPERATIONS: dict[Any, Operation] = {
     **_table("embedding", ["embedding", "embedding_bag"]),
     **_table("attention", ["softmax", "scaled_dot_product_attention"]),
     **_table("stream", ["add"]),
+    # Where numbers are lost: these have a row only if not all of what they give is finite.
+    **_table("other", ["sqrt", "rsqrt", "log", "log2", "log10", "log1p", "exp", "pow", "div", "truediv", "reciprocal"]),
+    **_table("other", ["acos", "asin", "acosh", "atanh", "logit", "erfinv", "logsumexp"]),
 }
 
 

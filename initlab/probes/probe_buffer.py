@@ -73,6 +73,7 @@ class ProbeBuffer(StatsBuffer):
         self._rectified: list[tuple[int, int]] = []  # of a row: that of its ReLU, which says the share
         self._scales: list[tuple[int, float]] = []  # what multiplied the loss from a row on
         self.scaled_rows: set[int] = set()  # rows that carry it beside those of the keys in `scaled`
+        self._rare: list[int] = []  # rows that are shown only where something is not finite
         self._alike: list[tuple[int, int]] = []  # a row that is shown only where it differs from another
         self._chances: list[tuple[int, Tensor]] = []  # of a loss: its value at chance
 
@@ -125,6 +126,10 @@ class ProbeBuffer(StatsBuffer):
     def put_unless_alike(self, codes: Sequence[int], rows: Tensor, others: Sequence[int]) -> None:
         """Rows (F, K) that are left out of frames where they say what the rows of these numbers say."""
         self._alike += zip(self._put_rows(codes, rows), others, strict=True)
+
+    def set_rare(self, row: int) -> None:
+        """A row that is left out of frames where all entries are finite."""
+        self._rare.append(row)
 
     def _put_rows(self, codes: Sequence[int], rows: Tensor) -> range:
         first, place = len(self.rows), len(self.rows) - self._first
@@ -219,7 +224,9 @@ class ProbeBuffer(StatsBuffer):
         more = {UPDATE_RATIO: ratio.reshape(-1)}
         more |= {name: np.repeat(column, len(self.seeds)) for name, column in ((LOSS_SCALE, scale), (CHANCE, chance))}
         frame = frame.assign(**more)
-        return frame.drop(self._find_alike(frame)).reset_index(drop=True) if self._alike else frame
+        finite = [row for row in self._rare if row < self.n_closed and not frame.loc[row, ["n_nan", "n_inf"]].any()]
+        dropped = [*finite, *(self._find_alike(frame) if self._alike else ())]
+        return frame.drop(dropped).reset_index(drop=True) if dropped else frame
 
     def _find_alike(self, frame: pd.DataFrame) -> list[int]:
         """The rows that differ from others by rounding at most: those of a scaled loss were divided twice."""

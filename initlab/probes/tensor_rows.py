@@ -109,7 +109,7 @@ class TensorRows:
         if axis is None:
             axis = self._follow_axis(x, args, found.word)
         self._axes[x.ndim] = axis
-        if not m.chosen:
+        if not m.chosen or (found.word == "other" and x.is_cpu and bool(x.isfinite().all())):
             return
         count = self._counts[m.name, call, found.name] = self._counts.get((m.name, call, found.name), -1) + 1
         part = f"{found.name}.{count}" if count else found.name
@@ -120,6 +120,10 @@ class TensorRows:
             self.measure(args[0], logits, z.masked_fill((x == 0) & (z < MASKED), -torch.inf))
         if found.activation not in (None, RELU):
             self.measure_saturation(found.activation, args)
+        if found.word == "other":
+            code = self.buffer.code(key)
+            self.buffer.set_rare(self.buffer.put(code, as_batch(x, axis)))
+            return
         row = self.measure(x, self.make_site(key, self.layer, axis))
         self._set_last(x, axis, row, found.word == "preactivation", found.activation is RELU, args)
 

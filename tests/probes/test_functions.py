@@ -1,5 +1,7 @@
 """Layers, activations and sums that a network computes by functions: each row against the tensor itself."""
 
+from collections.abc import Callable
+
 import pandas as pd
 import pytest
 import torch
@@ -259,3 +261,30 @@ def test_an_exception_inside_a_block_leaves_no_mode() -> None:
         optimizer.step()
     assert torch.overrides._get_current_function_mode() is None
     assert "stream" in set(p.frame()["tensor"])
+
+
+@pytest.mark.parametrize(
+    "function", [torch.sqrt, torch.log, lambda z: 1 / z, lambda z: z**-1.5, lambda z: (9e3 * z).exp()]
+)
+def test_a_function_that_bears_nan_or_inf_has_a_row(function: Callable[[Tensor], Tensor]) -> None:
+    """And one that gives finite numbers has none."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            out: Tensor = self.last(function(h).sqrt() * 0 + function(1 + h.sigmoid() * 1e-3))
+            return out
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(32, 4)
+    with torch.no_grad():
+        model.first.weight[0] = model.first.bias[0] = 0
+    rows = initlab.measure(model, x)
+    born = rows[(rows["tensor"] == "other") & (rows["direction"] == "forward")]
+    wanted = function(model.first(x))
+    assert (born["n_nan"] + born["n_inf"] > 0).all()
+    assert int((~wanted.isfinite()).sum()) == born.iloc[0][["n_nan", "n_inf"]].sum() and born.iloc[0]["layer"] == 1

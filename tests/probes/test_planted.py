@@ -5,17 +5,9 @@ import pytest
 from benchmarks.planted import SITUATIONS, Situation
 from benchmarks.sees import ask_initlab
 
-WRONG = {
-    "layer where nan is born": "sqrt is none of the functions that are seen; the layer above it is named",
-}
-CASES = [
-    pytest.param(s, id=s.name, marks=pytest.mark.xfail(strict=True, reason=WRONG[s.name]) if s.name in WRONG else [])
-    for s in SITUATIONS
-]
-
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("situation", CASES)
+@pytest.mark.parametrize("situation", SITUATIONS, ids=lambda s: s.name)
 def test_initlab_says_the_truth(situation: Situation) -> None:
     """To 1e-4: an update of float32 weights is rounded to their last digit, 2^-24 of them."""
     truth = situation.answer()
