@@ -218,19 +218,23 @@ class ProbeBuffer(StatsBuffer):
         rms = frame["rms"].to_numpy().reshape(-1, len(self.seeds))
         ratio = update_ratio(self.codes, *self.code_and_step(np.arange(self.n_closed)), rms)
         scale, chance = self._scale_of_rows(), np.full(self.n_closed, np.nan)
-        for row, value in self._chances:
-            if row < self.n_closed:
-                chance[row] = float(value) / self._scale_of_gradients()[row]
+        chances = [(row, float(value)) for row, value in self._chances if row < self.n_closed]
+        if chances:
+            rows, values = (list(side) for side in zip(*chances, strict=True))
+            chance[rows] = values / self._scale_of_gradients()[rows]
         more = {UPDATE_RATIO: ratio.reshape(-1)}
         more |= {name: np.repeat(column, len(self.seeds)) for name, column in ((LOSS_SCALE, scale), (CHANCE, chance))}
         frame = frame.assign(**more)
-        finite = [row for row in self._rare if row < self.n_closed and not frame.loc[row, ["n_nan", "n_inf"]].any()]
-        dropped = [*finite, *(self._find_alike(frame) if self._alike else ())]
+        lost = frame[["n_nan", "n_inf"]].to_numpy().any(1)
+        finite = [row for row in self._rare if row < self.n_closed and not lost[row]]
+        dropped = [*finite, *self._find_alike(frame)]
         return frame.drop(dropped).reset_index(drop=True) if dropped else frame
 
     def _find_alike(self, frame: pd.DataFrame) -> list[int]:
         """The rows that differ from others by rounding at most: those of a scaled loss were divided twice."""
         pairs = [pair for pair in self._alike if max(pair) < self.n_closed]
+        if not pairs:
+            return []
         rows, others = (frame[[*IN_LN, "min", "max"]].to_numpy()[list(side)] for side in zip(*pairs, strict=True))
         alike = np.isclose(rows, others, rtol=1e-5 if self._scales else 1e-12, atol=0, equal_nan=True).all(1)
         return [row for (row, _), same in zip(pairs, alike, strict=True) if same]

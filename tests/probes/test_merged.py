@@ -74,3 +74,15 @@ def test_what_was_not_asked_for_is_one_line() -> None:
         p.merged()
     with pytest.raises(UsageError, match="merged=3: must be True or False"):
         initlab.probe(nn.Linear(2, 2), merged=3)  # type: ignore[arg-type]
+
+
+def test_a_frame_in_the_middle_of_the_first_step_has_no_rows() -> None:
+    """One of two optimizers has stepped: what it measured belongs to a step that is not closed."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    first, second = (torch.optim.SGD(layer.parameters(), 0.1) for layer in (model[0], model[2]))
+    with initlab.probe(model, optimizer=[first, second]) as p:
+        model(batches()[0]).square().mean().backward()
+        first.step()
+        assert len(p.frame()) == 0
+        second.step()
+    assert len(p.frame())
