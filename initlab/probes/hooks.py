@@ -20,7 +20,6 @@ from initlab.errors import UsageError
 from initlab.nn.activations import Activation
 from initlab.probes.function_rows import FunctionRows
 from initlab.probes.hook_types import Hook
-from initlab.probes.layer_numbers import LayerAxis
 from initlab.probes.probe_buffer import ProbeBuffer
 from initlab.probes.probed_modules import (
     RELU,
@@ -32,7 +31,7 @@ from initlab.probes.probed_modules import (
     own_parameters,
     select,
 )
-from initlab.probes.tensor_rows import INPUT, TensorRows
+from initlab.probes.tensor_rows import TensorRows
 from initlab.probes.torch_private import has_no_values
 from initlab.stats.keys import TensorKey
 
@@ -186,7 +185,7 @@ class Hooks:
             given = (*args, *kwargs.values())
         for part, x in find_tensors(given if len(given) > 1 else [*args, *kwargs.values()][0] if given else ()):
             key = TensorKey(self.rows.stage, "module", 0, "activation", "forward", "", part, self._n_inputs, "input")
-            self.rows.measure(x, self.rows.make_site(key, INPUT, x.ndim - 1))
+            self.rows.measure(x, self.rows.make_site(key, x.ndim - 1))
         self._n_inputs += 1
 
     def _open_module(self, m: ProbedModule, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -238,9 +237,9 @@ class Hooks:
         rows.thread.check()
         m.ran = True
         m.calls += not m.is_owner
-        m.below = rows.layer.number
+        m.below = rows.layer
         if m.is_layer and not m.is_owner:
-            rows.layer = LayerAxis(rows.numbers.number(m), rows.layer.axis, rows.layer.ndim)
+            rows.layer = rows.numbers.number(m)
         plain = type(output) is Tensor and measurable(output)
         found = [("", output)] if plain else list(find_tensors(output))
         first = next((x for _, x in find_tensors(given)), None) if m.is_owner else None
@@ -255,7 +254,7 @@ class Hooks:
         if not found and m.chosen and m.expected:
             self.unseen.setdefault(m.label, describe_output(output))
         if m.chosen:
-            number = rows.numbers.number(m) if m.is_layer else rows.layer.number
+            number = rows.numbers.number(m) if m.is_layer else rows.layer
             rows.weights.measure(m, call, number, rows.numbers.of_weights)
 
 

@@ -5,19 +5,10 @@ from typing import NamedTuple
 from initlab.probes.probed_modules import ProbedModule
 
 
-class LayerAxis(NamedTuple):
-    """What a layer tells the activations above it: its number, and which of how many dimensions counts its units."""
-
-    number: int
-    axis: int
-    ndim: int
-
-
 class Site(NamedTuple):
     """What stays the same from step to step of an output of a module."""
 
-    layer: LayerAxis  # what it tells the activations above it
-    axis: int
+    axis: int  # which dimension counts units
     code: int  # numbers of the keys of its rows, and of those of its gradient
     gradient_code: int
 

@@ -36,12 +36,20 @@ def name_node(node: Node) -> str:
     return re.sub(r"Backward\d*$", "", node.name())
 
 
+def _walk(waiting: list[Node], most: int) -> Iterator[Node]:
+    """Nodes of a graph, each once and so many at most; whoever asks puts those below one into `waiting`."""
+    seen: set[Node] = set()
+    while waiting and len(seen) < most:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+
+
 def name_loss(loss: Tensor) -> str:
-    """The function that a loss is the value of, in torch's spelling: mse_loss, cross_entropy, mean."""
+    """The function that a loss is the value of, in torch's spelling: mse_loss, mean."""
     if loss.grad_fn is None:
         return ""
-    if next(find_chance_nodes(loss), None):
-        return "cross_entropy"
     node: Node = loss.grad_fn
     while name_node(node) == "Alias":  # of a subclass of Tensor
         node = node.next_functions[0][0]
@@ -55,12 +63,7 @@ def find_chance_nodes(loss: Tensor) -> Iterator[tuple[Node, float]]:
     """
     found: dict[Node, float] = {}
     waiting: list[Node] = [loss.grad_fn]
-    seen: set[Node] = set()
-    while waiting and len(seen) < MOST_NODES:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in _walk(waiting, MOST_NODES):
         name = name_node(node)
         if name == "LogSoftmax":
             shape, dim = node._input_metadata[0].shape, node._saved_dim
@@ -99,12 +102,14 @@ class LossRows:
         """
         self._layer, self._n_gradients = layer, n_gradients
         self._seeds.clear()
-        self._roots, self._chances = [(loss.detach(), name_loss(loss), row) for loss, row in roots], {}
-        for k, (loss, _) in enumerate(roots):
+        self._roots, self._chances = [], {}
+        for k, (loss, row) in enumerate(roots):
+            nodes = list(find_chance_nodes(loss))
+            self._roots.append((loss.detach(), "cross_entropy" if nodes else name_loss(loss), row))
             self.broadcast = self.broadcast or find_broadcast(loss)
             if loss.grad_fn is not None:
                 self._handles.append(loss.grad_fn.register_prehook(partial(self._note_seed, k)))
-            for node, chance in find_chance_nodes(loss):
+            for node, chance in nodes:
                 self._handles.append(node.register_prehook(partial(self._add_chance, k, node, chance)))
 
     def _note_seed(self, k: int, gradients: tuple[Tensor | None, ...]) -> None:
@@ -152,12 +157,7 @@ class LossRows:
 def find_broadcast(loss: Tensor) -> str:
     """What is wrong where a prediction (N, 1) met a target (N,), or the other way round; else nothing."""
     waiting: list[Node] = [loss.grad_fn]
-    seen: set[Node] = set()
-    while waiting and len(seen) < FARTHEST:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in _walk(waiting, FARTHEST):
         below = [one for one, _ in node.next_functions if one is not None]
         if len(below) == 1 and name_node(node) in _WITH_TARGET and node._input_metadata and below[0]._input_metadata:
             made, given = (tuple(one._input_metadata[0].shape) for one in (node, below[0]))

@@ -88,9 +88,10 @@ class OperationMode(TorchFunctionMode):
         return output
 
 
-# Functions of two tensors by which a ReLU is written out, and whose output may be one.
+# Functions that have other uses than as an activation.
 RARE = ("sin", "cos", "atan", "arctan", "asinh", "erf", "threshold", "rrelu", "hardshrink", "softshrink", "tanhshrink")
 FACTORS = set(_functions("mul") + _functions("div") + _functions("truediv"))  # functions that multiply
+# Functions of two tensors by which a ReLU is written out, and whose output may be one.
 WRITTEN_OUT = ("where", "maximum", "max", "fmax", "mul", "__mul__", "__rmul__")
 _LOOKED_AT: dict[tuple[Any, str, str], Activation | None] = {}  # functions with their arguments
 

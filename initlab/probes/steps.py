@@ -102,12 +102,12 @@ class StepTracker:
                 "parameters without rows": [] if self._parameters is None else self._parameters.unseen,
             }
             text = "; ".join(f"{kind}: {_shorten(names)}" for kind, names in kinds.items() if names)
-        elif not self._recorded and not calls:
+        elif not calls:
             text = "the model was never called while it was watched"
-        elif not self._recorded and calls == unfollowed:
+        elif calls == unfollowed:
             how = "always without autograd or inside of a transform"
             text = f"the model was called {calls} times, {how}: such passes belong to no step"
-        elif not self._recorded:
+        else:
             text = f"the model was called {calls} times, but no optimizer that holds its parameters has stepped"
         if text:
             warnings.warn(f"probe: {text}", UserWarning, stacklevel=depth)
@@ -156,7 +156,7 @@ class StepTracker:
         """A backward pass begins at these losses; gradients tell whether it is the model's own."""
         if self._recording and self._losses is not None:
             known = [(loss, self._hooks.rows.find_row(loss)) for loss in roots]
-            self._losses.begin(known, self._hooks.rows.layer.number, self._hooks.rows.gradients.count)
+            self._losses.begin(known, self._hooks.rows.layer, self._hooks.rows.gradients.count)
         if self._recording and self._training and any(m.ran for m in self._hooks.modules):
             self._all_parameters().note_gradients()
 

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from initlab.nn.activations import Activation
 from initlab.probes.gradient_hooks import GradientHooks
 from initlab.probes.hook_types import Preactivation, count_writes
-from initlab.probes.layer_numbers import LayerAxis, LayerNumbers, Site
+from initlab.probes.layer_numbers import LayerNumbers, Site
 from initlab.probes.one_thread import OneThread
 from initlab.probes.operations import Operation, find_axis
 from initlab.probes.probe_buffer import ProbeBuffer
@@ -21,7 +21,6 @@ from initlab.probes.used_weights import UsedWeights
 from initlab.stats.keys import TensorKey
 from initlab.stats.summarize import saturated_share
 
-INPUT = LayerAxis(0, 0, 0)  # below the first layer
 MASKED = -9000.0  # a logit below this, of probability 0, is a mask and counts as -inf
 LAYERS = ("preactivation", "norm", "embedding")  # words of functions that are numbered
 
@@ -38,7 +37,7 @@ class TensorRows:
         self.weights = UsedWeights(buffer, stage, training, self.gradients)
         self._added: set[int] = set()  # ids of parameters that functions add, and that they multiply by
         self._multiplied: set[int] = set()
-        self.layer = INPUT
+        self.layer = 0  # the number of the layer that was called last; below the first one is the input
         self._axes: dict[int, int] = {}  # by how many dimensions: that which counted the units of the last such tensor
         self.last: Preactivation | None = None  # the output of the layer that was called last
         self._measured: dict[int, tuple[ReferenceType[Tensor], int]] = {}  # in this pass, and how often written to
@@ -51,7 +50,7 @@ class TensorRows:
 
     def begin_pass(self) -> None:
         """Below what comes now there is no layer but the input."""
-        self.layer, self.last = INPUT, None
+        self.layer, self.last = 0, None
         self._axes.clear()
         self._measured.clear()
 
@@ -86,11 +85,11 @@ class TensorRows:
         ):
             self.last = last._replace(x=x, axis=x.ndim - 1)
 
-    def make_site(self, key: TensorKey, layer: LayerAxis, axis: int) -> Site:
+    def make_site(self, key: TensorKey, axis: int) -> Site:
         """The numbers of a key and of that of its gradient."""
         gradient = self.buffer.code(key._replace(direction="backward"))
         self.buffer.scaled.add(gradient)
-        return Site(layer, axis, self.buffer.code(key), gradient)
+        return Site(axis, self.buffer.code(key), gradient)
 
     def measure(self, x: Tensor, site: Site, values: Tensor | None = None) -> int:
         """Measure a tensor, or other values in its place, and its gradient when that comes; the number of the row."""
@@ -102,10 +101,9 @@ class TensorRows:
 
     def measure_function(self, m: ProbedModule, call: int, found: Operation, args: tuple[Any, ...], x: Tensor) -> None:
         """The rows of what a function has made inside of a call of a module."""
-        number, axis = self.layer.number, find_axis(found, x)
+        axis = find_axis(found, x)
         if found.word in LAYERS:
-            number = self.number_function(m, args)
-            self.layer = LayerAxis(number, x.ndim - 1 if axis is None else axis, x.ndim)
+            self.layer = self.number_function(m, args)
         if axis is None:
             axis = self._follow_axis(x, args, found.word)
         self._axes[x.ndim] = axis
@@ -113,9 +111,9 @@ class TensorRows:
             return
         count = self._counts[m.name, call, found.name] = self._counts.get((m.name, call, found.name), -1) + 1
         part = f"{found.name}.{count}" if count else found.name
-        key = TensorKey(self.stage, "module", number, found.word, "forward", m.name, part, call, found.name)
+        key = TensorKey(self.stage, "module", self.layer, found.word, "forward", m.name, part, call, found.name)
         if found.name == "softmax":
-            logits = self.make_site(key._replace(tensor="logits"), self.layer, axis)
+            logits = self.make_site(key._replace(tensor="logits"), axis)
             z = args[0].detach()
             self.measure(args[0], logits, z.masked_fill((x == 0) & (z < MASKED), -torch.inf))
         if found.activation not in (None, RELU):
@@ -124,7 +122,7 @@ class TensorRows:
             code = self.buffer.code(key)
             self.buffer.set_rare(self.buffer.put(code, as_batch(x, axis)))
             return
-        row = self.measure(x, self.make_site(key, self.layer, axis))
+        row = self.measure(x, self.make_site(key, axis))
         self._set_last(x, axis, row, found.word == "preactivation", found.activation is RELU, args)
 
     def _follow_axis(self, x: Tensor, given: tuple[Any, ...], word: str) -> int:
@@ -134,10 +132,8 @@ class TensorRows:
         dimensions.
         """
         z: Any = given[0] if given else None
-        last, base = (
-            self.last,
-            z._base if isinstance(z, Tensor) and z.shape == x.shape and word == "activation" else None,
-        )
+        follows = word == "activation" and isinstance(z, Tensor) and z.shape == x.shape
+        last, base = self.last, z._base if follows else None
         if last is not None and base is not None and (base is last.x or base is last.x._base):
             size, stride = last.x.shape[last.axis], last.x.stride(last.axis)
             found = [k for k in range(z.ndim) if z.shape[k] == size > 1 and z.stride(k) == stride]
@@ -154,7 +150,7 @@ class TensorRows:
         """A sum: a parameter in it is a bias of the layer below."""
         for p in args:
             if isinstance(p, nn.Parameter):
-                self.numbers.of_weights.setdefault(id(p), self.layer.number)
+                self.numbers.of_weights.setdefault(id(p), self.layer)
                 self._added.add(id(p))
 
     def note_factors(self, args: tuple[Any, ...]) -> None:
@@ -170,11 +166,10 @@ class TensorRows:
     ) -> None:
         """One tensor of what a call of a module gives, under a word for it."""
         if m.is_layer and m.is_owner:
-            self.layer = LayerAxis(self.numbers.number(m), self.layer.axis, self.layer.ndim)
+            self.layer = self.numbers.number(m)
         axis = m.axis(x.ndim) if m.is_layer else self._follow_axis(x, given, word)
         site = self._find_site(m, call, part, x.ndim, word, axis)
-        self._axes[x.ndim] = site.axis
-        self.layer = site.layer
+        self._axes[x.ndim] = axis
         if not m.chosen:
             return
         row = self.measure(x, site)
@@ -186,11 +181,9 @@ class TensorRows:
         """The site of an output of a call, made when it is first seen."""
         seen = (self.layer, call, part, ndim, word, axis)
         if seen not in m.sites:
-            number = self.layer.number
-            layer = LayerAxis(number, axis, ndim) if m.is_layer else self.layer
             op = type_before_parametrizations(m.module).__name__
-            key = TensorKey(self.stage, "module", number, word, "forward", m.name, part, call, op)
-            m.sites[seen] = self.make_site(key, layer, axis)
+            key = TensorKey(self.stage, "module", self.layer, word, "forward", m.name, part, call, op)
+            m.sites[seen] = self.make_site(key, axis)
         site: Site = m.sites[seen]
         return site
 
