@@ -9,6 +9,7 @@ The rooms, lowest first; imports go from a room to those above it in this list, 
     theory/     finite width: what is predicted for a stack, with bands, and how far a measurement is from it
     scratch/    the course: matmul, layers, the backward pass by hand, autograd's graph
     probes/     measuring any nn.Module: one pass, or a training loop
+    models/     how any nn.Module is initialized: fans, laws of weights, what follows each layer
     engine/     the fast training of one network or many, and its recorders
     tasks/      what can be run, plain values in and frames out; ensemble/ runs many networks, course/ the ladders
     runs/       run folders: writing, reading, collecting, comparing

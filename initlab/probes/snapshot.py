@@ -61,12 +61,11 @@ def measure(
     refuse_several(buffer.seeds)
     patterns = list_patterns(layers)
     tracker = StepTracker(model, [], patterns, 1, buffer)
-    batch = list(_all_tensors(x))
-    _refuse_places(model, batch)
-    with torch.inference_mode(False), torch.enable_grad(), _left_as_it_was(model, batch):
+    batch = list(all_tensors(x))
+    with left_as_it_was(model, batch):
         try:
             tracker.open()
-            out = _forward(model, x, batch)
+            out = run_model(model, x, batch)
             if loss is not None:
                 value = _value(loss, out, y)
                 tracker.before_backward([value])
@@ -78,16 +77,18 @@ def measure(
     return buffer.frame()
 
 
-def _all_tensors(x: Any) -> Iterator[Tensor]:
+def all_tensors(x: Any) -> Iterator[Tensor]:
     """Tensors of any kind in the arguments, integers too."""
     if isinstance(x, Tensor):
         yield x
     elif isinstance(x, (Mapping, tuple, list)):
         for part in x.values() if isinstance(x, Mapping) else x:
-            yield from _all_tensors(part)
+            yield from all_tensors(part)
 
 
-def _forward(model: nn.Module, x: Any, batch: list[Tensor]) -> Any:
+def run_model(model: nn.Module, x: Any, batch: list[Tensor]) -> Any:
+    """The output of a model for a batch of any form, or one line on what does not fit; `batch`: the tensors of x."""
+    _refuse_places(model, batch)
     try:
         if isinstance(x, Mapping):
             return model(**x)
@@ -124,8 +125,8 @@ def _backward(value: Tensor, sources: list[Tensor]) -> None:
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module, batch: list[Tensor]) -> Iterator[None]:
-    """Buffers and torch's random numbers are restored."""
+def left_as_it_was(model: nn.Module, batch: list[Tensor]) -> Iterator[None]:
+    """Gradients can be taken within the block; buffers and torch's random numbers are restored after it."""
     kept = [
         (module._buffers, name, buffer, buffer.clone())
         for module in model.modules()
@@ -133,7 +134,8 @@ def _left_as_it_was(model: nn.Module, batch: list[Tensor]) -> Iterator[None]:
         if buffer is not None
     ]
     places = {t.device.index for t in [*batch, *model.parameters()] if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(place for place in places if place is not None)):
+    devices = sorted(place for place in places if place is not None)
+    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.enable_grad():
         try:
             yield
         finally:
