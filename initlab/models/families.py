@@ -1,0 +1,196 @@
+"""Whether numbers are uniform, normal or cut normal: one family of densities, exp(a t + b t^2) on the range of the numbers.
+
+A uniform density is the member with a = b = 0, a normal one the member whose tails end within the range, and every
+other one with b < 0 is a normal density that was cut. Numbers are counted in fine bins first, so that all that follows
+costs the same however many they are.
+
+A verdict needs three things: the smooth test of Neyman 1937 finds nothing wrong with the family (its part in the
+directions of a and b taken off, Thomas & Pierce 1979); the likelihood ratios of the members leave one alone; a
+densities that end without a jump, as a triangular one, are less likely.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.polynomial.legendre import leggauss, legvander
+
+BINS = 2048
+DEGREES = 8  # of the polynomials that the smooth test looks along
+WIDEST = 14.0  # standard deviations between the ends: what a float32 generator can give ends at 5.8 on either side
+# A law that is right to so much of its density, as a root mean square, is called by its name: rounding to bfloat16 and
+# small steps of training stay below it, however many numbers show them.
+TOLERANCE = 0.014
+DOUBT = 3e-5  # how often 4096 numbers or more of a law may be refused it; oftener the fewer they are
+ROUNDED = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)  # powers p of (1 - x^2)^p; 0 stands for 1 - |x|
+NEAR = 7.5  # by how much a normal density must be more likely than one that ends without a jump
+WIDTHS = (0.97, 0.98, 0.99, 1.0, 1.01, 1.02, 1.03)  # of such a density, in those that its variance asks for
+NODES, WEIGHTS = leggauss(160)
+ONLY, NEVER = 12.5, 16.0  # a member is possible up to the first log likelihood ratio, and excluded from the second on
+NORMAL, UNIFORM, CUT, OTHER, UNKNOWN = "normal", "uniform", "cut normal", "other", "too few to tell"
+
+
+class Fit(NamedTuple):
+    """A law by name, the mean and standard deviation of the normal density behind it, and why, where it has no name."""
+
+    name: str
+    mean: float = math.nan
+    std: float = math.nan
+    kurtosis: float = math.nan  # E (x - mean)^4 / var^2 of the numbers themselves
+    note: str = ""
+
+
+class _Member(NamedTuple):
+    """The most likely density of the family on t in (-1, 1)."""
+
+    slopes: np.ndarray  # a, b
+    log_scale: float  # log of the integral of exp(a t + b t^2)
+
+
+def _fit_member(moments: np.ndarray) -> _Member:
+    """The member with these means of t and t^2, by Newton's method: the likelihood is concave."""
+    powers = np.stack([NODES, NODES**2])
+    variance = moments[1] - moments[0] ** 2
+    slopes = np.array([moments[0] / variance, -0.5 / variance])
+
+    def evaluate(trial: np.ndarray) -> tuple[float, np.ndarray]:
+        height = trial @ powers
+        mass = WEIGHTS * np.exp(height - height.max())
+        return float(np.log(mass.sum()) + height.max()), mass / mass.sum()
+
+    value, mass = evaluate(slopes)
+    for _ in range(60):
+        centred = powers - (powers @ mass)[:, None]
+        error = moments - powers @ mass
+        step = np.linalg.solve((centred * mass) @ centred.T, error)
+        if error @ step < 1e-14:
+            break
+        size = 1.0
+        while size > 1e-6:
+            trial = slopes + size * step
+            new, new_mass = evaluate(trial)
+            if new - trial @ moments <= value - slopes @ moments:
+                break
+            size /= 2
+        slopes, value, mass = trial, new, new_mass
+    return _Member(slopes, value)
+
+
+def _smooth_test(share: np.ndarray, centres: np.ndarray, member: _Member) -> tuple[float, int]:
+    """How far the numbers are from the member, as chi^2 over the count of numbers, and the directions looked along."""
+    powers = np.stack([centres, centres**2])
+    density = np.exp(member.slopes @ powers - member.log_scale)
+    density /= density.sum()
+    u = np.cumsum(density) - density / 2
+    waves = (legvander(2 * u - 1, DEGREES) * np.sqrt(2 * np.arange(DEGREES + 1) + 1))[:, 1:]
+    waves -= density @ waves
+    powers = (powers - (powers @ density)[:, None]).T
+    # What remains of the waves beside the directions in which the member was fitted.
+    waves -= powers @ np.linalg.solve((powers.T * density) @ powers, (powers.T * density) @ waves)
+    spread, turn = np.linalg.eigh((waves.T * density) @ waves)
+    kept = spread > 0.1
+    parts = (share @ waves @ turn[:, kept]) ** 2 / spread[kept]
+    return float(parts.sum()), int(kept.sum())
+
+
+def _kurtosis_score(kurtosis: float, n: int) -> float:
+    """The kurtosis of n normal numbers as a standard normal number (Anscombe & Glynn 1983)."""
+    variance = 24 * n * (n - 2) * (n - 3) / ((n + 1) ** 2 * (n + 3) * (n + 5))
+    x = (kurtosis - 3 * (n - 1) / (n + 1)) / math.sqrt(variance)
+    skewness = 6 * (n * n - 5 * n + 2) / ((n + 7) * (n + 9))
+    skewness *= math.sqrt(6 * (n + 3) * (n + 5) / (n * (n - 2) * (n - 3)))
+    a = 6 + 8 / skewness * (2 / skewness + math.sqrt(1 + 4 / skewness**2))
+    root = 1 + x * math.sqrt(2 / (a - 4))
+    return (1 - 2 / (9 * a) - math.copysign(((1 - 2 / a) / abs(root)) ** (1 / 3), root)) / math.sqrt(2 / (9 * a))
+
+
+def _rounded_height(share: np.ndarray, centres: np.ndarray, mean: float, variance: float) -> float:
+    """The largest mean log density of the numbers under densities that end without a jump: 1 - |x| and (1 - x^2)^p."""
+    offset, share = np.abs(centres - mean)[share > 0], share[share > 0]
+    found = []
+    for power in ROUNDED:
+        by_variance = math.sqrt(variance * (2 * power + 3 if power else 6))
+        log_scale = math.lgamma(0.5) + math.lgamma(power + 1) - math.lgamma(power + 1.5) if power else 0.0
+        for half in {max(by_variance * factor, float(offset.max()) + 1 / BINS) for factor in WIDTHS}:
+            x = offset / half
+            height = power * np.log1p(-x * x) if power else np.log1p(-x)
+            found.append(float(share @ height) - log_scale - math.log(half))
+    return max(found)
+
+
+def _beyond(score: float, n: int) -> float:
+    """A distance in standard errors less what the tolerance allows."""
+    return max(0.0, abs(score) - TOLERANCE * math.sqrt(n))
+
+
+def fit_law(sample: torch.Tensor, low: float, high: float, n: int) -> Fit:
+    """Which member of the family numbers are drawn from.
+
+    sample: the numbers, or some of them, float64 (m,). low, high, n: the least and the largest of all, and how many.
+    """
+    m = len(sample)
+    if m < 32:
+        return Fit(UNKNOWN, note=f"{n} numbers")
+    half, middle = high / 2 - low / 2, low / 2 + high / 2
+    sample = ((sample - middle) / half).clamp(-1, 1)
+    mean, std = float(sample.mean()), float(sample.std(correction=0))
+    kurtosis = float(((sample - mean) / std).pow(4).mean())
+    if 2 > WIDEST * std:
+        note = f"from {(-1 - mean) / std:.3g} to {(1 - mean) / std:.3g} standard deviations"
+        return Fit(OTHER, kurtosis=kurtosis, note=note)
+    counts = torch.histc(sample, BINS, -1, 1).numpy()
+    share, centres = counts / counts.sum(), (np.arange(BINS) + 0.5) * (2 / BINS) - 1
+    moments = np.array([share @ centres, share @ centres**2])
+    variance = moments[1] - moments[0] ** 2
+    member = _fit_member(moments)
+    height = float(member.slopes @ moments - member.log_scale)  # mean log density of the numbers, as all below
+
+    distance, directions = _smooth_test(share, centres, member)
+    chance = _chance_of(directions, _beyond(math.sqrt(m * distance), m))
+    doubt = min(1.0, DOUBT * max(1.0, 4096 / m) ** 3)
+    over_rounded = m * (height - _rounded_height(share, centres, moments[0], variance))
+
+    # Log likelihood ratios of the best member over the uniform and the uncut normal one.
+    over_uniform = _beyond(math.sqrt(2 * m * max(0.0, height + math.log(2))), m) ** 2 / 2
+    inside = math.erfc((-1 - mean) / std / math.sqrt(2)) / 2 - math.erfc((1 - mean) / std / math.sqrt(2)) / 2
+    normal_height = -0.5 * (1 + math.log(2 * math.pi * variance))
+    over_normal = max(m * (height - normal_height), -n * math.log(inside))
+    a, b = member.slopes
+    parent_mean, parent_std = (-a / (2 * b), math.sqrt(-0.5 / b)) if b < 0 else (math.nan, math.inf)
+
+    possible = [name for name, ratio in ((UNIFORM, over_uniform), (NORMAL, over_normal)) if ratio < ONLY]
+    excluded = [name for name, ratio in ((UNIFORM, over_uniform), (NORMAL, over_normal)) if ratio > NEVER]
+    if chance < doubt or doubt == 1:
+        if chance >= DOUBT:
+            return Fit(UNKNOWN, kurtosis=kurtosis, note=f"{n} numbers")
+        note = f"neither uniform nor (cut) normal: chi^2 {m * distance:.3g} in {directions} directions"
+        return Fit(OTHER, kurtosis=kurtosis, note=note)
+    if len(possible) == len(excluded) == 1:
+        name = possible[0]
+    elif len(excluded) == 2:
+        name = CUT
+    else:
+        return Fit(UNKNOWN, kurtosis=kurtosis, note=f"{n} numbers; {' or '.join(possible) or CUT} fits them")
+    if over_rounded < NEAR and name != UNIFORM:
+        name = OTHER if over_rounded < 0 and doubt == DOUBT else UNKNOWN
+        return Fit(name, kurtosis=kurtosis, note="as near to a density that ends without a jump as to a normal one")
+    if name == NORMAL:
+        farthest = (1 + abs(mean)) / std
+        tails = _beyond(_kurtosis_score(kurtosis, m), m)
+        chance = min(math.erfc(tails / math.sqrt(2)), 3 * n * math.erfc(farthest / math.sqrt(2)))
+        if chance < doubt:
+            note = f"kurtosis {kurtosis:.3g}, and {farthest:.3g} standard deviations from the mean at most"
+            return Fit(OTHER if chance < DOUBT else UNKNOWN, kurtosis=kurtosis, note=note)
+        return Fit(name, middle + half * mean, half * std, 3.0)
+    if name == UNIFORM:
+        return Fit(name, kurtosis=1.8)
+    if not -1 - 2 * parent_std <= parent_mean <= 1 + 2 * parent_std:
+        return Fit(OTHER, kurtosis=kurtosis, note="no normal density near the numbers")
+    return Fit(CUT, middle + half * float(parent_mean), half * parent_std, kurtosis)
+
+
+def _chance_of(directions: int, distance: float) -> float:
+    """How often so many standard normal numbers are together so far from 0, or farther."""
+    half = torch.tensor([directions / 2, distance**2 / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(half[0], half[1]))
