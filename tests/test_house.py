@@ -46,7 +46,7 @@ HOUSE = {
         "used_weights losses one_thread tensor_rows call_trace function_rows hooks parameters updates steps probe "
         "snapshot"
     ),
-    "models": "fans dataflow traced_flow symbolic_flow",
+    "models": "fans dataflow traced_flow symbolic_flow families laws named_rules",
     "engine": "layer_memory named_tensors fast_network recorders",
     "tasks": (
         "course.rotated_timing data ensemble.device ensemble.memory course.timing course.ladders "

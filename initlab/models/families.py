@@ -1,4 +1,4 @@
-"""Whether numbers are uniform, normal or cut normal: one family of densities, exp(a t + b t^2) on the range of the numbers.
+"""Whether numbers are uniform, normal or cut normal: one family of densities, exp(a t + b t^2) on their range.
 
 A uniform density is the member with a = b = 0, a normal one the member whose tails end within the range, and every
 other one with b < 0 is a normal density that was cut. Numbers are counted in fine bins first, so that all that follows
@@ -31,7 +31,7 @@ ONLY, NEVER = 12.5, 16.0  # a member is possible up to the first log likelihood 
 NORMAL, UNIFORM, CUT, OTHER, UNKNOWN = "normal", "uniform", "cut normal", "other", "too few to tell"
 
 
-class Fit(NamedTuple):
+class FamilyFit(NamedTuple):
     """A law by name, the mean and standard deviation of the normal density behind it, and why, where it has no name."""
 
     name: str
@@ -48,7 +48,7 @@ class _Member(NamedTuple):
     log_scale: float  # log of the integral of exp(a t + b t^2)
 
 
-def _fit_member(moments: np.ndarray) -> _Member:
+def fit_member(moments: np.ndarray) -> _Member:
     """The member with these means of t and t^2, by Newton's method: the likelihood is concave."""
     powers = np.stack([NODES, NODES**2])
     variance = moments[1] - moments[0] ** 2
@@ -77,7 +77,7 @@ def _fit_member(moments: np.ndarray) -> _Member:
     return _Member(slopes, value)
 
 
-def _smooth_test(share: np.ndarray, centres: np.ndarray, member: _Member) -> tuple[float, int]:
+def measure_distance(share: np.ndarray, centres: np.ndarray, member: _Member) -> tuple[float, int]:
     """How far the numbers are from the member, as chi^2 over the count of numbers, and the directions looked along."""
     powers = np.stack([centres, centres**2])
     density = np.exp(member.slopes @ powers - member.log_scale)
@@ -94,7 +94,7 @@ def _smooth_test(share: np.ndarray, centres: np.ndarray, member: _Member) -> tup
     return float(parts.sum()), int(kept.sum())
 
 
-def _kurtosis_score(kurtosis: float, n: int) -> float:
+def rescale_kurtosis(kurtosis: float, n: int) -> float:
     """The kurtosis of n normal numbers as a standard normal number (Anscombe & Glynn 1983)."""
     variance = 24 * n * (n - 2) * (n - 3) / ((n + 1) ** 2 * (n + 3) * (n + 5))
     x = (kurtosis - 3 * (n - 1) / (n + 1)) / math.sqrt(variance)
@@ -105,7 +105,7 @@ def _kurtosis_score(kurtosis: float, n: int) -> float:
     return (1 - 2 / (9 * a) - math.copysign(((1 - 2 / a) / abs(root)) ** (1 / 3), root)) / math.sqrt(2 / (9 * a))
 
 
-def _rounded_height(share: np.ndarray, centres: np.ndarray, mean: float, variance: float) -> float:
+def find_rounded_height(share: np.ndarray, centres: np.ndarray, mean: float, variance: float) -> float:
     """The largest mean log density of the numbers under densities that end without a jump: 1 - |x| and (1 - x^2)^p."""
     offset, share = np.abs(centres - mean)[share > 0], share[share > 0]
     found = []
@@ -119,78 +119,104 @@ def _rounded_height(share: np.ndarray, centres: np.ndarray, mean: float, varianc
     return max(found)
 
 
-def _beyond(score: float, n: int) -> float:
+def reduce_score(score: float, n: int) -> float:
     """A distance in standard errors less what the tolerance allows."""
     return max(0.0, abs(score) - TOLERANCE * math.sqrt(n))
 
 
-def fit_law(sample: torch.Tensor, low: float, high: float, n: int) -> Fit:
+class Evidence(NamedTuple):
+    """What the numbers say; all but the ends in units of half their range, from its middle.
+
+    chance: that a member of the family is as far from them. over_uniform, over_normal, over_rounded: log likelihood
+    ratios of the best member over the uniform one, the uncut normal one and the densities that end without a jump.
+    """
+
+    mean: float
+    std: float
+    kurtosis: float
+    distance: str
+    chance: float
+    over_uniform: float
+    over_normal: float
+    over_rounded: float
+    parent_mean: float
+    parent_std: float
+
+
+def measure_shape(sample: torch.Tensor, n: int) -> Evidence | None:
+    """The evidence of numbers in (-1, 1), some of n; None where they are too far apart for any member."""
+    m = len(sample)
+    mean, std = float(sample.mean()), float(sample.std(correction=0))
+    kurtosis = float(((sample - mean) / std).pow(4).mean())
+    if WIDEST * std < 2:
+        return None
+    counts = torch.histc(sample, BINS, -1, 1).numpy()
+    share, centres = counts / counts.sum(), (np.arange(BINS) + 0.5) * (2 / BINS) - 1
+    moments = np.array([share @ centres, share @ centres**2])
+    variance = moments[1] - moments[0] ** 2
+    member = fit_member(moments)
+    height = float(member.slopes @ moments - member.log_scale)  # mean log density of the numbers, as all below
+    distance, directions = measure_distance(share, centres, member)
+    inside = math.erfc((-1 - mean) / std / math.sqrt(2)) / 2 - math.erfc((1 - mean) / std / math.sqrt(2)) / 2
+    normal_height = -0.5 * (1 + math.log(2 * math.pi * variance))
+    a, b = member.slopes.tolist()
+    return Evidence(
+        mean,
+        std,
+        kurtosis,
+        distance=f"chi^2 {m * distance:.3g} in {directions} directions",
+        chance=measure_chance(directions, reduce_score(math.sqrt(m * distance), m)),
+        over_uniform=reduce_score(math.sqrt(2 * m * max(0.0, height + math.log(2))), m) ** 2 / 2,
+        over_normal=max(m * (height - normal_height), -n * math.log(inside)),
+        over_rounded=m * (height - find_rounded_height(share, centres, moments[0], variance)),
+        parent_mean=-a / (2 * b) if b < 0 else math.nan,
+        parent_std=math.sqrt(-0.5 / b) if b < 0 else math.inf,
+    )
+
+
+def fit_law(sample: torch.Tensor, low: float, high: float, n: int) -> FamilyFit:
     """Which member of the family numbers are drawn from.
 
     sample: the numbers, or some of them, float64 (m,). low, high, n: the least and the largest of all, and how many.
     """
     m = len(sample)
-    if m < 32:
-        return Fit(UNKNOWN, note=f"{n} numbers")
+    doubt = DOUBT * max(1.0, 4096 / max(m, 1)) ** 3
+    if doubt >= 1:
+        return FamilyFit(UNKNOWN, note=f"{n} numbers")
     half, middle = high / 2 - low / 2, low / 2 + high / 2
-    sample = ((sample - middle) / half).clamp(-1, 1)
-    mean, std = float(sample.mean()), float(sample.std(correction=0))
-    kurtosis = float(((sample - mean) / std).pow(4).mean())
-    if 2 > WIDEST * std:
-        note = f"from {(-1 - mean) / std:.3g} to {(1 - mean) / std:.3g} standard deviations"
-        return Fit(OTHER, kurtosis=kurtosis, note=note)
-    counts = torch.histc(sample, BINS, -1, 1).numpy()
-    share, centres = counts / counts.sum(), (np.arange(BINS) + 0.5) * (2 / BINS) - 1
-    moments = np.array([share @ centres, share @ centres**2])
-    variance = moments[1] - moments[0] ** 2
-    member = _fit_member(moments)
-    height = float(member.slopes @ moments - member.log_scale)  # mean log density of the numbers, as all below
+    found = measure_shape(((sample - middle) / half).clamp(-1, 1), n)
+    if found is None:
+        return FamilyFit(OTHER, note=f"numbers {WIDEST:g} standard deviations apart, or more")
 
-    distance, directions = _smooth_test(share, centres, member)
-    chance = _chance_of(directions, _beyond(math.sqrt(m * distance), m))
-    doubt = min(1.0, DOUBT * max(1.0, 4096 / m) ** 3)
-    over_rounded = m * (height - _rounded_height(share, centres, moments[0], variance))
+    def leave(chance: float, note: str) -> FamilyFit:
+        name = OTHER if chance < DOUBT else UNKNOWN
+        return FamilyFit(name, kurtosis=found.kurtosis, note=note if name == OTHER else f"{n} numbers")
 
-    # Log likelihood ratios of the best member over the uniform and the uncut normal one.
-    over_uniform = _beyond(math.sqrt(2 * m * max(0.0, height + math.log(2))), m) ** 2 / 2
-    inside = math.erfc((-1 - mean) / std / math.sqrt(2)) / 2 - math.erfc((1 - mean) / std / math.sqrt(2)) / 2
-    normal_height = -0.5 * (1 + math.log(2 * math.pi * variance))
-    over_normal = max(m * (height - normal_height), -n * math.log(inside))
-    a, b = member.slopes
-    parent_mean, parent_std = (-a / (2 * b), math.sqrt(-0.5 / b)) if b < 0 else (math.nan, math.inf)
-
-    possible = [name for name, ratio in ((UNIFORM, over_uniform), (NORMAL, over_normal)) if ratio < ONLY]
-    excluded = [name for name, ratio in ((UNIFORM, over_uniform), (NORMAL, over_normal)) if ratio > NEVER]
-    if chance < doubt or doubt == 1:
-        if chance >= DOUBT:
-            return Fit(UNKNOWN, kurtosis=kurtosis, note=f"{n} numbers")
-        note = f"neither uniform nor (cut) normal: chi^2 {m * distance:.3g} in {directions} directions"
-        return Fit(OTHER, kurtosis=kurtosis, note=note)
-    if len(possible) == len(excluded) == 1:
-        name = possible[0]
-    elif len(excluded) == 2:
-        name = CUT
-    else:
-        return Fit(UNKNOWN, kurtosis=kurtosis, note=f"{n} numbers; {' or '.join(possible) or CUT} fits them")
-    if over_rounded < NEAR and name != UNIFORM:
-        name = OTHER if over_rounded < 0 and doubt == DOUBT else UNKNOWN
-        return Fit(name, kurtosis=kurtosis, note="as near to a density that ends without a jump as to a normal one")
-    if name == NORMAL:
-        farthest = (1 + abs(mean)) / std
-        tails = _beyond(_kurtosis_score(kurtosis, m), m)
-        chance = min(math.erfc(tails / math.sqrt(2)), 3 * n * math.erfc(farthest / math.sqrt(2)))
-        if chance < doubt:
-            note = f"kurtosis {kurtosis:.3g}, and {farthest:.3g} standard deviations from the mean at most"
-            return Fit(OTHER if chance < DOUBT else UNKNOWN, kurtosis=kurtosis, note=note)
-        return Fit(name, middle + half * mean, half * std, 3.0)
-    if name == UNIFORM:
-        return Fit(name, kurtosis=1.8)
-    if not -1 - 2 * parent_std <= parent_mean <= 1 + 2 * parent_std:
-        return Fit(OTHER, kurtosis=kurtosis, note="no normal density near the numbers")
-    return Fit(CUT, middle + half * float(parent_mean), half * parent_std, kurtosis)
+    if found.chance < doubt:
+        return leave(found.chance, f"neither uniform nor (cut) normal: {found.distance}")
+    ratios = {UNIFORM: found.over_uniform, NORMAL: found.over_normal}
+    possible = [name for name, ratio in ratios.items() if ratio < ONLY]
+    excluded = [name for name, ratio in ratios.items() if ratio > NEVER]
+    if len(possible) + len(excluded) < 2 or len(possible) == 2:
+        return leave(1.0, "")
+    if possible == [UNIFORM]:
+        return FamilyFit(UNIFORM, kurtosis=1.8)
+    if found.over_rounded < NEAR:
+        certain = found.over_rounded < 0 and doubt == DOUBT
+        return leave(0.0 if certain else 1.0, "as near to a density that ends without a jump as to a normal one")
+    if not possible:
+        if not abs(found.parent_mean) <= 1 + 2 * found.parent_std:
+            return leave(0.0, "no normal density near the numbers")
+        return FamilyFit(CUT, middle + half * found.parent_mean, half * found.parent_std, found.kurtosis)
+    tails = reduce_score(rescale_kurtosis(found.kurtosis, m), m)
+    farthest = (1 + abs(found.mean)) / found.std
+    chance = min(math.erfc(tails / math.sqrt(2)), 3 * n * math.erfc(farthest / math.sqrt(2)))
+    if chance < doubt:
+        return leave(chance, f"kurtosis {found.kurtosis:.3g}, one number {farthest:.3g} standard deviations away")
+    return FamilyFit(NORMAL, middle + half * found.mean, half * found.std, 3.0)
 
 
-def _chance_of(directions: int, distance: float) -> float:
+def measure_chance(directions: int, distance: float) -> float:
     """How often so many standard normal numbers are together so far from 0, or farther."""
     half = torch.tensor([directions / 2, distance**2 / 2], dtype=torch.float64)
     return float(torch.special.gammaincc(half[0], half[1]))

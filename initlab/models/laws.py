@@ -8,12 +8,13 @@ by the shape of its distribution (families.py). Numbers that fit no law are `oth
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from initlab.errors import UsageError, show
-from initlab.models.families import CUT, NORMAL, OTHER, UNIFORM, UNKNOWN, Fit, fit_law
+from initlab.models.families import CUT, NORMAL, OTHER, UNIFORM, UNKNOWN, FamilyFit, fit_law
 from initlab.probes.probed_modules import describe_output, measurable
 from initlab.stats.measure import measure
 from initlab.stats.statistics import STATISTICS
@@ -28,17 +29,18 @@ CHANCE = 1e-9  # of random numbers being so near to orthogonal
 NEAR_IDENTITY = 0.01  # of the diagonal
 FEW = 4096
 SOME_ZEROS = 2e-3  # more than rounding gives
+FINE = 1e-35  # below, float32 has few numbers
 DISTINCT = 200  # fewer numbers than these, drawn again and again, are no sample of a density
 
 
-class Law(NamedTuple):
+class WeightLaw(NamedTuple):
     """The law that the numbers of a tensor follow.
 
     name: one of LAWS. mean, std: of all its finite numbers. std_error: the standard error of std under this law. low,
     high: the least and the largest number; of `uniform` and `cut normal` the ends. nominal_mean, nominal_std: of the
     normal density before it was cut, the same as mean and std for `normal`; what is set by `std=` in torch. scale: what
-    an orthogonal matrix or an identity is multiplied by. zeros: the share of numbers that are 0. note: why it has no
-    name, or what is not finite. Numbers that do not apply are nan.
+    an orthogonal matrix or an identity is multiplied by. zeros: the share of numbers that are 0. size: how many
+    there are in all. note: why it has no name, or what is not finite. Numbers that do not apply are nan.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Law(NamedTuple):
     nominal_std: float = math.nan
     scale: float = math.nan
     zeros: float = math.nan
+    size: int = 0
     note: str = ""
 
     @property
@@ -59,7 +62,7 @@ class Law(NamedTuple):
         return self.std / self.nominal_std if self.nominal_std else math.nan
 
 
-def recognize_law(values: Tensor) -> Law:
+def recognize_law(values: Tensor) -> WeightLaw:
     """The law that the numbers of a tensor were drawn from.
 
     values: of any shape; a matrix as torch stores it, (fan_out, fan_in, ...), can be orthogonal or an identity. All of
@@ -67,28 +70,29 @@ def recognize_law(values: Tensor) -> Law:
     half precision, and weights that have moved by a thousandth of their std, have the law that they had.
     Errors: no tensor. What has no numbers, or others than floats, is `other` with a note.
 
-    >>> law = recognize_law(torch.nn.init.trunc_normal_(torch.empty(256, 128), generator=torch.Generator().manual_seed(0)))
+    >>> law = recognize_law(torch.nn.init.trunc_normal_(torch.empty(256, 128)))
     >>> law.name, round(law.kept_std, 2)
     ('cut normal', 0.88)
     """
     if not isinstance(values, Tensor):
         raise UsageError(f"values={show(values)}: must be a tensor")
-    if isinstance(values, UninitializedTensorMixin):
-        return Law(OTHER, note="not initialized yet: its shape is known after the first call")
+    if is_lazy(values):
+        return WeightLaw(OTHER, note="not initialized yet: its shape is known after the first call")
     x = values.detach()
     if x.layout is torch.strided and not (x.is_meta or x.is_complex() or x.is_quantized) and not measurable(x):
         x = x.double()  # integers, and formats to store in
     if x.is_complex() or not measurable(x):
-        return Law(OTHER, note=describe_output(values.data))
+        return WeightLaw(OTHER, note=describe_output(values.data))
     found = dict(zip(STATISTICS, measure(x.reshape(1, -1), batched=False).tolist(), strict=True))
-    law = Law(OTHER, found["mean"], found["std"], low=found["min"], high=found["max"], zeros=found["frac_zero"])
+    ends = {"low": found["min"], "high": found["max"], "zeros": found["frac_zero"]}
+    law = WeightLaw(OTHER, found["mean"], found["std"], **ends, size=x.numel())
     if found["n_nan"] or found["n_inf"]:
         counts = (f"{found[key]:.0f} {key[2:]}" for key in ("n_nan", "n_inf") if found[key])
         return law._replace(note=", ".join(counts))
     return _tell(x, law)
 
 
-def _tell(x: Tensor, law: Law) -> Law:
+def _tell(x: Tensor, law: WeightLaw) -> WeightLaw:
     """The law of finite numbers whose mean, std and ends are known."""
     if law.low == law.high:
         drawn = x.numel() == 1 and law.low not in (0, 1)
@@ -96,11 +100,11 @@ def _tell(x: Tensor, law: Law) -> Law:
     largest = law.high if law.high > -law.low else law.low
     # An identity has at least one number of the largest size, and at most one in each row.
     ones = x.numel() * ((law.std / largest) ** 2 + (law.mean / largest) ** 2)
-    if 0.97 < ones < 1.03 * len(x) and (scale := _find_identity(x, largest)) is not None:
+    if 0.97 < ones < 1.03 * len(x) and (scale := find_identity(x, largest)) is not None:
         return law._replace(name=IDENTITY, scale=scale, std_error=0.0)
-    if (scale := _find_orthogonal(x.reshape(len(x), -1))) is not None:
+    if (scale := find_orthogonal(x.reshape(len(x), -1))) is not None:
         return law._replace(name=ORTHOGONAL, scale=scale, std_error=0.0)
-    sample = _select(x)
+    sample = choose_sample(x)
     if law.zeros > SOME_ZEROS and x.ndim == 2 and len(x) > 1:
         zeros = (x == 0).sum(0)
         inner = sample[sample != 0]
@@ -110,20 +114,20 @@ def _tell(x: Tensor, law: Law) -> Law:
             if fit.name == NORMAL:
                 error = law.std / math.sqrt(2 * n)
                 return law._replace(name=SPARSE, nominal_mean=fit.mean, nominal_std=fit.std, std_error=error)
-    distinct = len(sample[:FEW].unique())
-    if distinct < min(DISTINCT, len(sample) / 4):
-        return law._replace(note=f"{distinct} different numbers")
+    few = sample[:FEW]
+    distinct = len(np.unique(few.numpy()))
+    is_fine = x.dtype.itemsize > 2 and law.std > FINE  # all numbers are different then
+    if distinct < (0.8 * len(few) if is_fine else min(DISTINCT, len(few) / 4)):
+        return law._replace(note=f"{distinct} different numbers of {len(few)}")
     fit = fit_law(sample, law.low, law.high, x.numel())
     if law.zeros > SOME_ZEROS and fit.name in (NORMAL, UNIFORM, CUT):
-        fit = Fit(OTHER, kurtosis=fit.kurtosis, note=f"{fit.name} beside {law.zeros:.2g} of zeros")
+        fit = FamilyFit(OTHER, kurtosis=fit.kurtosis, note=f"{fit.name} beside {law.zeros:.2g} of zeros")
     nominal = (law.mean, law.std) if fit.name == NORMAL else (fit.mean, fit.std)
     error = law.std * math.sqrt(max(fit.kurtosis - 1, 0) / (4 * x.numel()))
-    return law._replace(
-        name=fit.name, std_error=error, nominal_mean=nominal[0], nominal_std=nominal[1], note=fit.note
-    )
+    return law._replace(name=fit.name, std_error=error, nominal_mean=nominal[0], nominal_std=nominal[1], note=fit.note)
 
 
-def _select(x: Tensor) -> Tensor:
+def choose_sample(x: Tensor) -> Tensor:
     """All numbers, or SAMPLE of them at places that depend on their count alone, float64 on the CPU."""
     flat = x.reshape(-1)
     if flat.numel() > SAMPLE:
@@ -132,13 +136,14 @@ def _select(x: Tensor) -> Tensor:
     return flat.double().cpu()
 
 
-def _find_identity(x: Tensor, largest: float) -> float | None:
+def find_identity(x: Tensor, largest: float) -> float | None:
     """What `eye_` or `dirac_` is multiplied by, if the tensor is one of these, also in groups and slightly moved."""
     if not 2 <= x.ndim <= 5 or (x.ndim == 2 and min(x.shape) < 2):
         return None
     rows, columns = x.shape[:2]
-    centre = tuple(size // 2 for size in x.shape[2:])
-    square = x[(slice(None), slice(None), *centre)].double() / largest
+    square = x.double() / largest
+    for size in x.shape[2:]:  # the numbers in the middle of the kernels
+        square = square.select(2, size // 2)
     ones = int((square.abs() > 0.5).sum())
     # A group of rows / groups has min(rows / groups, columns) ones.
     groups = [g for g in range(1, rows + 1) if rows % g == 0 and g * min(rows // g, columns) == ones]
@@ -154,7 +159,7 @@ def _find_identity(x: Tensor, largest: float) -> float | None:
     return None
 
 
-def _find_orthogonal(matrix: Tensor) -> float | None:
+def find_orthogonal(matrix: Tensor) -> float | None:
     """What a matrix with orthonormal rows or columns is multiplied by, if the matrix is one."""
     vectors = matrix if len(matrix) <= matrix.shape[1] else matrix.mT
     count, size = vectors.shape
