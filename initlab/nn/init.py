@@ -60,7 +60,7 @@ class Rule:
 FIELDS = tuple(field.name for field in fields(Rule))
 
 # What the variance of a weight is divided by.
-MODES: dict[str, Callable[[int, int], float]] = {
+MODES: dict[str, Callable[[float, float], float]] = {
     "constant": lambda fan_in, fan_out: 1.0,
     "fan_in": lambda fan_in, fan_out: float(fan_in),
     "fan_out": lambda fan_in, fan_out: float(fan_out),
