@@ -10,6 +10,7 @@ The rooms, lowest first; imports go from a room to those above it in this list, 
     scratch/    the course: matmul, layers, the backward pass by hand, autograd's graph
     probes/     measuring any nn.Module: one pass, or a training loop
     models/     how any nn.Module is initialized: fans, laws of weights, what follows each layer
+    verdict/    what is wrong with a network: evidence, rules, findings
     engine/     the fast training of one network or many, and its recorders
     tasks/      what can be run, plain values in and frames out; ensemble/ runs many networks, course/ the ladders
     runs/       run folders: writing, reading, collecting, comparing
@@ -23,6 +24,7 @@ At the top of the package, loaded when first used:
 
     measure     statistics of any nn.Module in one forward and backward pass
     probe       the same through a training loop, as a context manager
+    diagnose    what is wrong with a network: layer, cause, remedy
     stack       a stack of layers under a rule, forward and backward
     train       an MLP trained by hand and as an nn.Module, side by side
     predict     what theory predicts for a stack, with bands
@@ -52,11 +54,13 @@ if TYPE_CHECKING:
     from initlab.tasks.train import train as train
     from initlab.theory.format_limits import limits as limits
     from initlab.theory.predict import predict as predict
+    from initlab.verdict.diagnose import diagnose as diagnose
 
 # Public name -> where it is defined.
 _PUBLIC = {
     "measure": "initlab.probes.snapshot",
     "probe": "initlab.probes.probe",
+    "diagnose": "initlab.verdict.diagnose",
     "stack": "initlab.tasks.stack",
     "train": "initlab.tasks.train",
     "predict": "initlab.theory.predict",

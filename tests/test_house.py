@@ -46,7 +46,8 @@ HOUSE = {
         "used_weights losses one_thread tensor_rows call_trace function_rows hooks parameters updates steps probe "
         "snapshot"
     ),
-    "models": "fans dataflow traced_flow symbolic_flow families laws named_rules",
+    "models": "fans dataflow traced_flow symbolic_flow families laws named_rules layer_gains",
+    "verdict": "finding evidence reference_networks parameter_rules depth_rules signal_rules training_rules diagnose",
     "engine": "layer_memory named_tensors fast_network recorders",
     "tasks": (
         "course.rotated_timing data ensemble.device ensemble.memory course.timing course.ladders "
@@ -262,7 +263,7 @@ def test_public_doors_name_every_parameter() -> None:
     """With an example that runs as a doctest."""
     doors = [name for name in dir(initlab) if inspect.isfunction(getattr(initlab, name))]
     doors = [name for name in doors if name[0] != "_" and name != "import_module"]
-    assert len(doors) == 12
+    assert len(doors) == 13
     for name in doors:
         door = getattr(initlab, name)
         text = door.__doc__ or ""

@@ -34,7 +34,10 @@ class FlowNode:
     op: str = ""
     activation: Activation | None = None
     inputs: list[int] = field(default_factory=list)
-    weight: nn.Parameter | None = None  # of a function
+    owner: str = ""  # the innermost module whose code called it
+    finite: bool = True  # whether all that it gave was; and all of the loss gradient at that, where one was taken
+    gradient_finite: bool = True
+    logits: float = 0.0  # standard deviation over keys of what softmax is given
     equation: str = ""  # what a function does with it, as einsum writes it: inputs i, outputs o
 
 
@@ -209,7 +212,7 @@ class FlowBuilder:
             p, flipped = next((one for one in used if one[0].ndim > 1), used[0])
             is_weight = [self.find_parameter(arg) is not None for arg in args]
             equation = _find_equation(found.name, args, is_weight, p.ndim, flipped)
-            return FlowNode("layer", self.parameters[id(p)], found.name, None, inputs, p, equation)
+            return FlowNode("layer", self.parameters[id(p)], found.name, None, inputs, equation=equation)
         kinds = {"activation": "activation", "norm": "norm", "attention": "attention", "embedding": "layer"}
         kind = kinds.get(found.word, "other" if found.word == "other" else "pass")
         if kind == "activation" and found.activation is None:

@@ -67,9 +67,9 @@ def measure(
             tracker.open()
             out = run_model(model, x, batch)
             if loss is not None:
-                value = _value(loss, out, y)
+                value = loss_value(loss, out, y)
                 tracker.before_backward([value])
-                _backward(value, [*model.parameters(), *batch])
+                run_backward(value, [*model.parameters(), *batch])
                 tracker.after_backward()
         finally:
             tracker.close()
@@ -101,7 +101,8 @@ def run_model(model: nn.Module, x: Any, batch: list[Tensor]) -> Any:
         raise UsageError(f"x={shapes or type(x).__name__}: does not fit {where}: {describe_error(error)}") from error
 
 
-def _value(loss: Callable[..., Tensor], out: Any, y: Any) -> Tensor:
+def loss_value(loss: Callable[..., Tensor], out: Any, y: Any) -> Tensor:
+    """What a loss gives for the output of a model, one number, or one line on what it gives instead."""
     try:
         value = loss(out) if y is None else loss(out, y)
     except Exception as error:  # so may a loss
@@ -112,7 +113,7 @@ def _value(loss: Callable[..., Tensor], out: Any, y: Any) -> Tensor:
     return value
 
 
-def _backward(value: Tensor, sources: list[Tensor]) -> None:
+def run_backward(value: Tensor, sources: list[Tensor]) -> None:
     """Gradients pass by the hooks and are dropped: `.grad` is not touched and no hook of an optimizer is woken."""
     sources = [source for source in sources if source.requires_grad]
     if value.requires_grad and sources:

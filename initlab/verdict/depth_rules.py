@@ -1,0 +1,176 @@
+"""Rules about how sizes change with depth, and about inputs that cannot be told apart at the end."""
+
+import math
+from statistics import median
+
+from initlab.stats.dtypes import FORMATS, NumberFormat
+from initlab.verdict.evidence import NetworkEvidence, Trend, fit_trend
+from initlab.verdict.finding import ERROR, WARNING, Finding
+from initlab.verdict.reference_networks import Reference
+
+RATE, TOTAL = 0.15, math.log2(10)  # octaves a layer, and in all layers, that sizes may change
+POST_NORM = 36  # residual branches with norms behind them from which training needs a slow start
+COLLAPSED = 0.99  # a mean cosine of the batch beyond this
+
+
+def judge_trends(e: NetworkEvidence, reference: Reference) -> Finding | None:
+    """Sizes that grow or fall from layer to layer, beyond what the architecture does under the right rule."""
+    for direction, column in (("forward", "rms"), ("forward", "std_within"), ("backward", "rms")):
+        trend = e.trend(direction, column)
+        if direction == "backward":  # gradients run from the last layer to the first
+            trend = trend._replace(rate=-trend.rate)
+        if not is_significant(trend):
+            continue
+        usual, spread = reference.trend(direction, column)
+        usual = -usual if direction == "backward" else usual
+        excess = trend.rate - usual
+        span = trend.last - trend.first
+        if abs(excess) < max(RATE, 4 * spread) or abs(excess) * span < TOTAL:
+            continue
+        return _describe_trend(e, trend, direction, column, usual)
+    return None
+
+
+def is_significant(trend: Trend) -> bool:
+    return abs(trend.rate) > max(RATE, 3 * trend.error) and abs(trend.total) > TOTAL
+
+
+def _describe_trend(e: NetworkEvidence, trend: Trend, direction: str, column: str, usual: float) -> Finding:
+    grows = trend.rate > 0
+    rule = "exploding" if grows else "vanishing"
+    what = {"rms": "the signal", "std_within": "what the inputs differ by"}[column]
+    if direction == "backward":
+        rule, what = f"gradient-{rule}", "the gradient"
+    factor, octaves = 2.0**trend.rate, abs(trend.rate)
+    per = "from the last layer to the first" if direction == "backward" else "with depth"
+    way = (
+        f"{what} {'grows' if grows else 'falls'} {per} by a factor {factor:.3g} a layer, {2.0**trend.total:.3g} in all"
+    )
+    way += f" ({'doubles' if grows else 'halves'} every {1 / octaves:.2g} layers)"
+    cause, remedy, factors = _find_cause(e, grows)
+    first = e.gains[0] if e.gains else None
+    layer = trend.last if direction == "backward" else trend.first
+    where = next((g.tensor.module_name or g.tensor.name for g in e.gains if e.layer_of(g.tensor.name) == layer), "")
+    evidence = {
+        "octaves_a_layer": trend.rate,
+        "standard_error": trend.error,
+        "reference": usual,
+        "total_octaves": trend.total,
+        **({"gain": first.found, "needed": first.needed} if first is not None else {}),
+        **{f"leaves_{name}": layer for name, layer in _find_format_ends(trend, direction).items()},
+    }
+    left = _find_format_ends(trend, direction)
+    if left:
+        way += "; " + ", ".join(f"{name} ends {'above' if grows else 'below'} layer {n}" for name, n in left.items())
+    place = (layer, where, "preactivation", direction)
+    return Finding(rule, ERROR, *place, f"{cause}: {way}", remedy, evidence, factors=factors)
+
+
+def _find_format_ends(trend: Trend, direction: str) -> dict[str, int]:
+    """The layer at which the trend leaves each number format, below 10 times the depth."""
+    found = {}
+    for name in ("float16", "bfloat16", "float32"):
+        row: NumberFormat = FORMATS[name]
+        end = math.log2(row.max) if trend.rate > 0 else math.log2(row.least)
+        if direction == "forward":
+            steps = (end - trend.start) / trend.rate
+            if 0 <= steps <= 10 * trend.last:
+                found[name] = int(trend.first + steps)
+    return found
+
+
+def _find_cause(e: NetworkEvidence, grows: bool) -> tuple[str, str, dict[str, float]]:
+    """What in the weights makes sizes grow or fall: all of them, those of residual branches, or none."""
+    sized = [gain for gain in e.gains if gain.found > 0 and gain.tensor.kind != "recurrent"]
+    inner = [gain for gain in sized if gain.follower is not None and gain.follower.kind != "output"] or sized
+    off = [gain.octaves for gain in inner]
+    branches = e.residual_ends()
+    ends = [gain for gain in sized if e.is_residual_end(gain)]
+    if inner and abs(median(off)) > 0.1 and (median(off) > 0) == grows and not (ends and abs(median(off)) < 0.75):
+        usual = sorted(inner, key=lambda gain: gain.octaves)[len(inner) // 2]
+        share = usual.needed / usual.found
+        std = f"a standard deviation of {usual.rms * share:.3g} in place of {usual.rms:.3g}"
+        cause = f"the weights have gain {usual.found:.3g} where {usual.follower} needs {usual.needed:.3g}"
+        factors = {gain.name: gain.needed / gain.found for gain in inner}
+        return cause, f"multiply the weights by {share:.3g} ({std}), or initlab.init_(model, 'kaiming')", factors
+    if ends and grows:
+        share = 1 / math.sqrt(len(branches))
+        cause = f"{len(branches)} residual branches are added with no scaling"
+        return (
+            cause,
+            f"multiply the last weights of each branch by {share:.3g}, 1/sqrt of their number",
+            {gain.name: share for gain in ends},
+        )
+    return "no weight is of the wrong size; what lies between the layers makes it", "add norms or residual branches", {}
+
+
+def judge_post_norm(e: NetworkEvidence, reference: Reference) -> Finding | None:
+    """Norms on the stream of a deep residual network: Xiong et al. 2020, section 3."""
+    flow = e.known.flow
+    sums = {k for k, _ in flow.branches()}
+    after = [k for k in sums if len(flow.users[k]) == 1 and e.nodes[flow.users[k][0]].kind == "norm"]
+    if len(sums) < POST_NORM / 3 or len(after) < 0.8 * len(sums):
+        return None
+    trend = e.trend("backward")
+    cause = (
+        f"norms stand after the sums of {len(sums)} residual branches (post-norm): gradients of the last layers do not"
+    )
+    cause += f" shrink with depth, and those at the first are {2.0**-trend.total:.3g} times as large"
+    remedy = "put the norms in front of the branches (norm_first=True), or warm the learning rate up from 0"
+    severity = ERROR if len(sums) >= POST_NORM else WARNING
+    return Finding("post-norm", severity, e.n_layers, "", "stream", "backward", cause, remedy, {"branches": len(sums)})
+
+
+def judge_output(e: NetworkEvidence, reference: Reference) -> Finding | None:
+    """A first cross-entropy far above that of a guess: the last layer's outputs are too large."""
+    rows = e.select("loss")
+    chance = rows["chance_loss"].to_numpy(dtype=float)
+    for loss, guess in zip(rows["mean"], chance, strict=True):
+        if guess == guess and loss > 2 * guess + 1:
+            last = next((g for g in reversed(e.gains) if g.position >= 0), None)
+            name = last.tensor.module_name or last.tensor.name if last is not None else ""
+            cause = f"the loss starts at {loss:.3g} where a guess has {guess:.3g}: outputs are too large"
+            place = (e.layer_of(name), name, "loss", "forward")
+            remedy = f"draw the weights of {name or 'the last layer'} 10 times smaller, or as 0"
+            return Finding("output-scale", WARNING, *place, cause, remedy, {"loss": loss, "chance": guess})
+    return None
+
+
+def judge_collapse(e: NetworkEvidence, reference: Reference) -> Finding | None:
+    """Inputs that the last layers cannot tell apart, though they differ at the input."""
+    rows = e.select("preactivation")
+    given = e.rows[(e.rows["layer"] == 0) & (e.rows["op"] == "input")]["cosine"]
+    if len(rows) < 3 or not len(given) or not float(given.iloc[0]) < 0.9:
+        return None
+    late = rows[rows["layer"] < rows["layer"].max()]["cosine"].iloc[-1]
+    if not late > COLLAPSED:
+        return None
+    angles = [(row["layer"], 0.5 * math.log2(max(1 - row["cosine"], 1e-15))) for row in rows.to_dict("records")]
+    trend = fit_trend(*zip(*angles, strict=True))
+    scale = f" (the difference halves every {1 / abs(trend.rate):.2g} layers)" if trend.rate < 0 else ""
+    cause = f"vectors of different inputs have a mean cosine of {late:.4f} at the end{scale}"
+    remedy = "fewer layers, residual branches, or an activation and gain that keep angles (tanh, or a shaped ReLU)"
+    last = int(rows["layer"].max()) - 1
+    return Finding(
+        "correlation-collapse", WARNING, last, "", "preactivation", "forward", cause, remedy, {"cosine": late}
+    )
+
+
+def judge_width(e: NetworkEvidence, reference: Reference) -> Finding | None:
+    """Networks of one rule that differ much from each other, for they are narrow and deep; Hanin & Nica 2020."""
+    kinds = {node.kind for node in e.nodes}
+    if "norm" in kinds or "sum" in kinds:
+        return None
+    variance = 0.0
+    for gain in e.gains:
+        activation = gain.follower.activation if gain.follower is not None else None
+        if gain.tensor.kind == "linear" and (activation is None or activation.homogeneous):
+            variance += (5.0 if activation is not None else 2.0) / gain.part.fan_in
+    spread = 0.5 * math.sqrt(variance)
+    if spread < math.log(2):
+        return None
+    factor = math.exp(spread)
+    cause = f"sizes at the end differ between networks of this rule by a factor {factor:.3g} (one standard deviation)"
+    place = (e.n_layers, "", "preactivation", "forward")
+    remedy = "wider layers, fewer of them, or orthogonal weights"
+    return Finding("finite-width", WARNING, *place, cause, remedy, {"std_ln_rms": spread})

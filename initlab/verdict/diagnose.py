@@ -1,0 +1,137 @@
+"""What is wrong with a network, and what to change: one verdict of a model and a batch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from initlab.errors import UsageError, check_functions, library_call
+from initlab.verdict.depth_rules import judge_collapse, judge_output, judge_post_norm, judge_trends, judge_width
+from initlab.verdict.evidence import Loss, NetworkEvidence, changed_parameters, collect_evidence, default_loss
+from initlab.verdict.finding import ERROR, Finding, Verdict
+from initlab.verdict.parameter_rules import (
+    judge_input,
+    judge_lost_variance,
+    judge_outlier,
+    judge_parameters,
+    judge_zero,
+)
+from initlab.verdict.reference_networks import Reference, draw_parameters
+from initlab.verdict.signal_rules import judge_logits, judge_producers, judge_units
+from initlab.verdict.training_rules import judge_updates, train_steps
+
+# In the order in which causes are looked for. Each takes the evidence and gives a finding or None. A remedy in numbers
+# is applied before the next rule is asked, so that what a layer only inherits from those before it is not found again.
+SIGNAL_RULES = (
+    judge_parameters,
+    judge_input,
+    judge_zero,
+    judge_logits,
+    judge_outlier,
+    judge_lost_variance,
+    judge_producers,
+    judge_units,
+    judge_trends,
+    judge_post_norm,
+    judge_output,
+    judge_collapse,
+    judge_width,
+)
+ROUNDS = 6  # causes that are looked for one behind the other
+
+
+@library_call
+def diagnose(
+    model: nn.Module,
+    x: Any,
+    y: Any = None,
+    loss: Loss | None = None,
+    optimizer: Optimizer | None = None,
+    steps: int = 0,
+) -> Verdict:
+    """Say what is wrong with a network: which layer, why, and what to change.
+
+    model: any nn.Module, in the mode in which it trains. x: a batch, as for `initlab.measure`. y, loss: `loss(out, y)`,
+    or `loss(out)`; without a loss gradients are taken of the output itself. optimizer, steps: the rate of learning is
+    judged by as many steps, at least one, which are taken back.
+
+    Returns a `Verdict`: `print` it, or read `.ok` and `.findings`. Parameters, buffers, gradients, the optimizer and
+    random numbers are afterwards what they were. Raises UsageError for what does not fit the model.
+
+    >>> model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(20)])
+    >>> verdict = diagnose(model, torch.randn(100, 64))
+    >>> verdict.ok, verdict.findings[0].rule
+    (False, 'vanishing')
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model={type(model).__name__}: must be an nn.Module")
+    check_functions(loss=loss)
+    if x is None:
+        raise UsageError("diagnose: x is missing; give a batch, such as next(iter(loader))[0]")
+    if y is not None and loss is None:
+        raise UsageError("diagnose: y without a loss: give one too, such as loss=torch.nn.functional.cross_entropy")
+    if next(model.parameters(), None) is None:
+        raise UsageError("model: has no parameters; there is nothing to diagnose")
+    evidence = collect_evidence(model, x, y, loss or default_loss)
+    found = list(_find(evidence))
+    if optimizer is not None and all(one.severity != ERROR for one in found):
+        found += filter(None, [judge_updates(train_steps(evidence, optimizer, steps))])
+    found.sort(key=lambda one: one.severity != ERROR)
+    return Verdict(tuple(found), evidence.n_layers, evidence.rows)
+
+
+def _find(evidence: NetworkEvidence, rounds: int = ROUNDS) -> Iterator[Finding]:
+    """The findings of a pass; each cause that has a remedy in numbers is mended before the next one is looked for."""
+    reference = Reference(evidence)
+    for rule in SIGNAL_RULES:
+        finding = rule(evidence, reference)
+        if finding is None:
+            continue
+        yield finding
+        if finding.severity != ERROR:
+            continue
+        if rounds == 1 or not (finding.factors or finding.redraw):
+            return
+        with changed_parameters(list(_list_mended(evidence, finding))):
+            x = evidence.x
+            if "input" in finding.factors:
+                x = _scale_input(x, finding.factors["input"])
+            mended = collect_evidence(evidence.model, x, evidence.y, evidence.loss)
+            yield from _find(mended, rounds - 1)
+        return
+
+
+def _list_mended(evidence: NetworkEvidence, finding: Finding) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """The values that parameters have after a remedy."""
+    values: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    parts = {gain.name: gain for gain in evidence.gains}
+    tensors = {tensor.name: tensor for tensor in evidence.known.tensors}
+    for name, factor in finding.factors.items():
+        tensor = parts[name].tensor if name in parts else tensors.get(name)
+        if tensor is None or tensor.computed is not None:
+            continue
+        (p,) = tensor.sources
+        p, value = values.setdefault(id(p), (p, p.detach().clone()))
+        if name in parts:
+            part = parts[name].part
+            value = value.narrow(tensor.axis, part.start, part.stop - part.start)
+        value.mul_(factor)
+    drawn = {id(p): (p, new) for p, new in draw_parameters(evidence, torch.Generator().manual_seed(0))}
+    for name in finding.redraw:
+        for p in tensors[name].sources:
+            if id(p) in drawn:
+                values[id(p)] = drawn[id(p)]
+    yield from values.values()
+
+
+def _scale_input(x: Any, factor: float) -> Any:
+    """A batch of any form whose floating-point tensors are multiplied by a number."""
+    if isinstance(x, Tensor):
+        return x * factor if x.is_floating_point() else x
+    if isinstance(x, dict):
+        return {name: _scale_input(one, factor) for name, one in x.items()}
+    if isinstance(x, tuple | list):
+        return type(x)(_scale_input(one, factor) for one in x)
+    return x

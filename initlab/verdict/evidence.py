@@ -1,0 +1,168 @@
+"""What the rules of a verdict look at: the flow of a model, the gains of its weights, measured rows, trends."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from initlab.models.dataflow import FlowNode
+from initlab.models.layer_gains import LayerGain, ModelGains, measure_gains
+from initlab.models.traced_flow import TracedFlow
+from initlab.probes.probed_modules import find_tensors
+from initlab.probes.snapshot import measure
+
+Loss = Callable[..., Tensor]
+
+
+class Trend(NamedTuple):
+    """How a size changes from layer to layer.
+
+    rate: octaves (factors of 2) a layer, the median of the slopes between all pairs of layers, which one bad layer does
+    not move. error: its standard error. first, last: the layers between which it was taken. start: log2 at `first`.
+    """
+
+    rate: float
+    error: float
+    first: int
+    last: int
+    start: float
+
+    @property
+    def total(self) -> float:
+        """Octaves from the first layer to the last."""
+        return self.rate * (self.last - self.first)
+
+
+NO_TREND = Trend(0.0, math.inf, 0, 0, math.nan)
+
+
+def fit_trend(layers: Sequence[float], octaves: Sequence[float]) -> Trend:
+    """The trend through points (layer, log2 of a size), those that are not finite left out; Theil 1950, Sen 1968.
+
+    >>> fit_trend([1, 2, 3, 4], [0.0, -1.0, 9.0, -3.0]).rate
+    -1.0
+    """
+    x, y = np.asarray(layers, dtype=float), np.asarray(octaves, dtype=float)
+    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    if len(np.unique(x)) < 3:
+        return NO_TREND
+    a, b = np.triu_indices(len(x), 1)
+    apart = x[b] != x[a]
+    rate = float(np.median((y[b] - y[a])[apart] / (x[b] - x[a])[apart]))
+    offset = float(np.median(y - rate * x))
+    noise = 1.4826 * float(np.median(np.abs(y - rate * x - offset)))
+    error = 1.2533 * noise / (float(np.std(x)) * math.sqrt(len(x)))
+    return Trend(rate, error, int(x.min()), int(x.max()), offset + rate * float(x.min()))
+
+
+def default_loss(out: Any) -> Tensor:
+    """A loss for a model without one: the `loss` that the output holds, else its product with fixed random numbers."""
+    own = getattr(out, "loss", None)
+    if isinstance(own, Tensor) and own.numel() == 1:
+        return own
+    total = torch.zeros(())
+    generator = torch.Generator().manual_seed(0)
+    for _, t in find_tensors(out):
+        if t.is_floating_point() and t.requires_grad:
+            factor = torch.randn(t.shape, generator=generator).to(t.device, t.dtype)
+            total = total.to(t.device) + (t * factor).sum() / math.sqrt(t.numel())
+    return total
+
+
+@dataclass
+class NetworkEvidence:
+    """A model with a batch, and what was measured of both in one forward and backward pass."""
+
+    model: nn.Module
+    x: Any
+    y: Any
+    loss: Loss
+    known: ModelGains
+    rows: pd.DataFrame
+    layers: dict[str, int]  # dotted names of modules and parameters, and the numbers of their layers
+
+    @property
+    def gains(self) -> list[LayerGain]:
+        """The gains of the weights, in the order in which they run."""
+        return self.known.gains
+
+    @property
+    def nodes(self) -> list[FlowNode]:
+        """The operations of the pass."""
+        return self.known.flow.nodes
+
+    @property
+    def eps(self) -> float:
+        """The precision of the coarsest number format among the parameters."""
+        return max((torch.finfo(p.dtype).eps for p in self.model.parameters() if p.is_floating_point()), default=0.0)
+
+    @property
+    def n_layers(self) -> int:
+        """The highest number of a layer."""
+        return int(self.rows["layer"].max()) if len(self.rows) else 0
+
+    def layer_of(self, name: str) -> int:
+        """The number of the layer of a module or parameter, or of the nearest module around it; -1 if it has none."""
+        while name:
+            if name in self.layers:
+                return self.layers[name]
+            name = name.rpartition(".")[0]
+        return self.layers.get("", -1)
+
+    def select(self, tensor: str, direction: str = "forward") -> pd.DataFrame:
+        """The rows of one kind of tensor in one direction, in their order."""
+        return self.rows[(self.rows["tensor"] == tensor) & (self.rows["direction"] == direction)]
+
+    def trend(self, direction: str, column: str = "rms") -> Trend:
+        """How the preactivations, or the gradients with respect to them, change from layer to layer."""
+        rows = self.select("preactivation", direction)
+        finite = rows[(rows["n_nan"] + rows["n_inf"]) == 0]
+        sizes = finite[column].to_numpy(dtype=float)
+        if column == "std_within":  # differences of equal numbers are rounding
+            sizes = np.where(sizes > 32 * self.eps * finite["rms"].to_numpy(dtype=float), sizes, 0.0)
+        with np.errstate(divide="ignore"):
+            return fit_trend(finite["layer"].tolist(), np.log2(sizes).tolist())
+
+    def residual_ends(self) -> list[str]:
+        """The dotted names of the layers in which residual branches end."""
+        ends = [self.nodes[k].name for _, layers in self.known.flow.branches() for k in layers]
+        return list(dict.fromkeys(ends))
+
+    def is_residual_end(self, gain: LayerGain) -> bool:
+        """Whether a residual branch ends in this weight; of torch's attention that is its output projection."""
+        ends = self.residual_ends()
+        inside = gain.tensor.module_name.endswith(".out_proj") and gain.tensor.module_name[: -len(".out_proj")] in ends
+        stacked = isinstance(gain.tensor.module, nn.MultiheadAttention)
+        return inside or (not stacked and (gain.tensor.name in ends or gain.tensor.module_name in ends))
+
+
+def collect_evidence(model: nn.Module, x: Any, y: Any, loss: Loss) -> NetworkEvidence:
+    """Trace one pass and measure one, neither of which leaves a trace."""
+    flow = TracedFlow(model).record(x, y, loss)
+    known = measure_gains(model, flow=flow)
+    rows = measure(model, x, y, loss)
+    layers: dict[str, int] = {}
+    own = rows[(rows["direction"] == "forward") & rows["tensor"].isin(["weight", "preactivation", "norm", "embedding"])]
+    for name, part, layer in zip(own["name"], own["part"], own["layer"], strict=True):
+        layers.setdefault(name, int(layer))
+        layers.setdefault(f"{name}.{part}" if name else part, int(layer))
+    return NetworkEvidence(model, x, y, loss, known, rows, layers)
+
+
+@contextmanager
+def changed_parameters(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Within the block parameters have other values; their own memory is not touched and comes back after it."""
+    kept = [(p, p.data) for p, _ in values]
+    try:
+        for p, value in values:
+            p.data = value
+        yield
+    finally:
+        for p, data in reversed(kept):
+            p.data = data

@@ -1,0 +1,104 @@
+"""What is wrong with a network: findings with layer, cause and remedy, and the verdict that they make together."""
+
+import html
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pandas as pd
+
+ERROR, WARNING = "error", "warning"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, where it starts, why, and what to change.
+
+    rule: a name of `rules.RULES`. severity: `error` or `warning`. layer: its number in the frame of `measure`, 0 for
+    the input, -1 where it is none. name: the dotted name of the module or parameter. tensor, direction: as in the
+    frame. since: the training step at which it was seen first. cause, remedy: plain sentences. evidence: the numbers
+    behind them. factors: what the remedy multiplies parameters by, by their dotted names; `input` and `lr` stand for
+    the batch and the learning rate. redraw: the parameters that the remedy draws anew.
+    """
+
+    rule: str
+    severity: str
+    layer: int
+    name: str
+    tensor: str
+    direction: str
+    cause: str
+    remedy: str
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    since: int = 0
+    factors: Mapping[str, float] = field(default_factory=dict)
+    redraw: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        where = f"layer {self.layer}" if self.layer > 0 else "the input" if self.layer == 0 else ""
+        place = " ".join(filter(None, [where, f"({self.name})" if self.name else ""]))
+        return f"{self.rule}{f' at {place}' if place else ''}: {self.cause}. Remedy: {self.remedy}."
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found, errors first; `print` gives it in words.
+
+    findings: none if the network is healthy. n_layers: how many layers were looked at. frame: the measured rows, as
+    `initlab.measure` gives them.
+
+    >>> verdict = Verdict((), 3, pd.DataFrame())
+    >>> verdict.ok, str(verdict)
+    (True, 'healthy: nothing found in 3 layers.')
+    """
+
+    findings: tuple[Finding, ...]
+    n_layers: int
+    frame: pd.DataFrame = field(repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether no finding is an error."""
+        return all(one.severity != ERROR for one in self.findings)
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The findings that are errors."""
+        return tuple(one for one in self.findings if one.severity == ERROR)
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(self.findings)
+
+    def __str__(self) -> str:
+        if not self.findings:
+            return f"healthy: nothing found in {self.n_layers} layers."
+        head = "" if not self.ok else f"healthy, with {len(self.findings)} to know about:\n"
+        return head + "\n".join(str(one) for one in self.findings)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row per finding."""
+        columns = ["rule", "severity", "layer", "name", "tensor", "direction", "since", "cause", "remedy"]
+        return pd.DataFrame([{key: getattr(one, key) for key in columns} for one in self.findings], columns=columns)
+
+    @property
+    def json(self) -> str:
+        """The findings as JSON; what is not finite stands as a text."""
+        found = [{key: _as_plain(value) for key, value in asdict(one).items()} for one in self.findings]
+        return json.dumps({"ok": self.ok, "layers": self.n_layers, "findings": found}, indent=1)
+
+    def _repr_html_(self) -> str:
+        if not self.findings:
+            return f"<p>{html.escape(str(self))}</p>"
+        return str(self.table.to_html(index=False, escape=True))
+
+
+def _as_plain(value: Any) -> Any:
+    """What JSON can hold of a value."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_plain(one) for key, one in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

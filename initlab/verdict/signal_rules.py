@@ -1,0 +1,122 @@
+"""Rules about single operations: what makes nan, units that are dead or saturated, attention of one key."""
+
+import math
+
+import torch
+
+from initlab.nn.activations import Activation
+from initlab.stats.summarize import saturated_share
+from initlab.verdict.depth_rules import is_significant
+from initlab.verdict.evidence import NetworkEvidence
+from initlab.verdict.finding import ERROR, Finding
+from initlab.verdict.reference_networks import Reference
+
+SHARE = 0.2  # that dead and saturated units may be more than expected
+LOGITS = 10.0  # a standard deviation of attention's logits beyond this leaves one key for each query
+
+
+def judge_producers(e: NetworkEvidence, reference: Reference) -> Finding | None:
+    """The first operation that makes nan or inf of finite numbers, forward; then the first backward."""
+    for node in e.nodes:
+        if node.finite or not all(e.nodes[k].finite for k in node.inputs):
+            continue
+        if e.trend("forward").rate > 0 and is_significant(e.trend("forward")):
+            return None  # too large a number by growth: judge_trends says where it comes from
+        where = node.name or node.owner
+        what = f"{node.op} in {where or 'the model'}"
+        cause = f"{what} makes nan or inf of finite numbers"
+        place = (e.layer_of(where), where, "activation", "forward")
+        return Finding("non-finite", ERROR, *place, cause, _find_cure(node.op), {"op": node.op})
+    for node in reversed(e.nodes):
+        if node.gradient_finite and not all(e.nodes[k].gradient_finite for k in node.inputs):
+            where = node.name or node.owner
+            cause = (
+                f"the gradient of {node.op} in {where or 'the model'} is nan or inf, what it gives forward is finite"
+            )
+            place = (e.layer_of(where), where, "activation", "backward")
+            if e.trend("backward").rate < 0 and is_significant(e.trend("backward")):
+                return None
+            return Finding("non-finite", ERROR, *place, cause, _find_cure(node.op), {"op": node.op})
+    return None
+
+
+def _find_cure(op: str) -> str:
+    if op in ("sqrt", "rsqrt", "log", "log2", "log10", "div", "truediv", "reciprocal", "pow", "norm", "acos", "asin"):
+        return f"keep what {op} is given away from where it or its slope has no value: add a small number such as 1e-6"
+    return f"look at what {op} is given"
+
+
+def judge_units(e: NetworkEvidence, reference: Reference) -> Finding | None:
+    """Units that are dead, or saturated, more than their activation gives with inputs of size 1."""
+    before = e.select("preactivation")
+    dead = e.select("activation").groupby("layer")["frac_dead"].max()
+    found = []
+    by_name = {gain.tensor.module_name: gain for gain in e.gains} | {gain.tensor.name: gain for gain in e.gains}
+    for row in before.to_dict("records"):
+        gain = by_name.get(row["name"]) or by_name.get(".".join(filter(None, [row["name"], row["part"]])))
+        activation = gain.follower.activation if gain is not None and gain.follower is not None else None
+        share = row["frac_saturated"]
+        if gain is None or activation is None or share != share:
+            continue
+        all_dead = float(dead.get(row["layer"], 0.0))
+        if share > max(0.25, _usual_share(activation) + SHARE) or all_dead > 0.9:
+            found.append((row, gain, share, all_dead))
+    if not found:
+        return None
+    row, gain, share, all_dead = found[0]
+    bias = next((t for t in e.known.tensors if t.kind == "bias" and t.module_name == gain.tensor.module_name), None)
+    size = float(bias.values.double().square().mean().sqrt()) if bias is not None and bias.values.numel() else 0.0
+    spread = row["std_within"] if row["std_within"] == row["std_within"] else row["std"]
+    rectified = gain.follower is not None and "relu" in gain.follower.op.lower()
+    rule = "dead" if rectified or all_dead > 0.9 else "saturated"
+    many = f" (and in {len(found) - 1} layers above)" if len(found) > 1 else ""
+    what = f"{max(share, all_dead):.0%} of its units are {rule}{many}"
+    place = (int(row["layer"]), gain.tensor.module_name or gain.tensor.name, "preactivation", "forward")
+    evidence = {"frac_saturated": share, "frac_dead": all_dead, "bias": size, "gain": gain.found, "needed": gain.needed}
+    if bias is not None and size > 3 * max(spread, 1e-30):
+        cause = f"{what}: the biases, rms {size:.3g}, outweigh what the inputs give, {spread:.3g}"
+        return Finding(rule, ERROR, *place, cause, f"set {bias.name} to 0", evidence, factors={bias.name: 0.0})
+    if is_significant(e.trend("forward")):
+        return None  # numbers too small to be told from 0, or so large that all saturate
+    factor = gain.needed / gain.found if gain.found else 1.0
+    if 0.8 < factor < 1.25:
+        if abs(row["mean"]) > 2 * spread:
+            cause = f"{what}: its inputs have a mean that the weights turn into {row['mean']:.3g}"
+            return Finding(rule, ERROR, *place, cause, "subtract the mean of what the layer is given", evidence)
+        return None
+    same = [one for _, one, _, _ in found]
+    factors = {one.name: one.needed / one.found for one in same if one.found}
+    everywhere = "all such weights" if len(same) > 1 else gain.name
+    cause = f"{what}: the weights have gain {gain.found:.3g} where {gain.follower} needs {gain.needed:.3g}"
+    return Finding(rule, ERROR, *place, cause, f"multiply {everywhere} by {factor:.3g}", evidence, factors=factors)
+
+
+def _usual_share(activation: Activation) -> float:
+    """The saturated share of a standard normal preactivation, up to 1e-3."""
+    u = torch.erfinv(torch.linspace(-1, 1, 2001, dtype=torch.float64)[1:-1]) * math.sqrt(2)
+    slope = activation.slope(u).reshape(-1, 1)
+    return float(saturated_share(slope, activation.largest_slope))
+
+
+def judge_logits(e: NetworkEvidence, reference: Reference) -> Finding | None:
+    """Logits of attention so large that softmax leaves one key for each query."""
+    for k, node in enumerate(e.nodes):
+        if not node.logits > LOGITS or (node.kind == "attention" and e.known.flow.follower(k).kind == "output"):
+            continue
+        where = node.name or node.owner
+        place = (e.layer_of(where), where, "logits", "forward")
+        sources = [e.nodes[i].name for one in node.inputs for i in e.known.flow.last_layers(one)] + [node.name]
+        own = [g for g in e.gains if g.tensor.module_name in sources or g.tensor.name in sources]
+        scores = [g for g in own if g.part.label in ("query", "key")] or own
+        large = [g for g in scores if g.found > 2 * max(g.needed, 1.0)]
+        cause = f"attention's logits have a standard deviation of {node.logits:.3g}: softmax leaves one key a query"
+        evidence = {"std": node.logits, **{g.name: g.found for g in scores}}
+        if not large:
+            remedy = f"divide the logits by {node.logits:.3g}: they are divided by sqrt(head size) as a rule"
+            return Finding("saturated", ERROR, *place, cause, remedy, evidence)
+        cause += "; " + ", ".join(f"{g.name} has gain {g.found:.3g} where {g.needed:.3g} is usual" for g in large)
+        remedy = " and ".join(f"multiply {g.name} by {g.needed / g.found:.3g}" for g in large)
+        return Finding(
+            "saturated", ERROR, *place, cause, remedy, evidence, factors={g.name: g.needed / g.found for g in large}
+        )
+    return None

@@ -1,0 +1,99 @@
+"""Rules about a few steps of training, all of which are taken back."""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from torch import nn
+from torch.optim import Optimizer
+
+from initlab.errors import UsageError, check
+from initlab.probes.probe import probe
+from initlab.probes.snapshot import all_tensors, left_as_it_was, loss_value, run_model
+from initlab.verdict.evidence import NetworkEvidence, changed_parameters
+from initlab.verdict.finding import ERROR, WARNING, Finding
+
+# Of an update to the weight, both rms: what training goes well with is about 1e-3.
+USUAL, LARGE, SMALL, TINY = 1e-3, 0.1, 1e-4, 1e-5
+
+
+class Steps(NamedTuple):
+    """What a few steps of training gave: the loss before each of them, and the rows of the probe."""
+
+    losses: list[float]
+    rows: pd.DataFrame
+
+
+def train_steps(e: NetworkEvidence, optimizer: Optimizer, steps: int) -> Steps:
+    """Take steps on the batch and take them back: parameters, gradients and the optimizer are as they were."""
+    (steps,) = check(flush_steps=max(1, steps))
+    batch, losses = list(all_tensors(e.x)), []
+    own = [(p, p.detach().clone()) for p in e.model.parameters()]
+    with left_as_it_was(e.model, batch), _optimizer_as_it_was(e.model, optimizer), changed_parameters(own):
+        with probe(e.model, optimizer=optimizer) as p:
+            for _ in range(steps):
+                optimizer.zero_grad()
+                value = loss_value(e.loss, run_model(e.model, e.x, batch), e.y)
+                losses.append(float(value.detach()))
+                if not value.requires_grad:
+                    raise UsageError(
+                        "loss: has no gradient; all parameters are frozen, or the loss is cut off from them"
+                    )
+                value.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+            losses.append(float(loss_value(e.loss, run_model(e.model, e.x, batch), e.y).detach()))
+        return Steps(losses, p.frame())
+
+
+@contextmanager
+def _optimizer_as_it_was(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """After the block gradients and the optimizer's state are what they were."""
+    state, groups = optimizer.state, copy.deepcopy([_list_options(group) for group in optimizer.param_groups])
+    gradients = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    optimizer.state = copy.copy(state)
+    for key, value in state.items():
+        optimizer.state[key] = copy.deepcopy(value)
+    try:
+        yield
+    finally:
+        optimizer.state = state
+        for group, options in zip(optimizer.param_groups, groups, strict=True):
+            group.update(options)
+        for p, gradient, content in gradients:
+            if gradient is not None and content is not None:
+                gradient.copy_(content)
+            p.grad = gradient
+
+
+def _list_options(group: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def judge_updates(trained: Steps) -> Finding | None:
+    """Updates far larger, or far smaller, than what training goes well with; a loss that runs away."""
+    updates = trained.rows[trained.rows["tensor"] == "update"]
+    first = updates[updates["step"] == updates["step"].min()]
+    ratios = first["update_ratio"].to_numpy(dtype=float)
+    ratio = float(np.median(ratios[np.isfinite(ratios)])) if np.isfinite(ratios).any() else math.nan
+    start, end = trained.losses[0], trained.losses[-1]
+    gone = not math.isfinite(end) or (end > 10 * abs(start) + 1)
+    evidence = {"update_ratio": ratio, "first_loss": start, "last_loss": end}
+    place = (-1, "", "update", "forward")
+    change = f"an update changes the weights by {ratio:.2g} of their size"
+    if ratio > LARGE or (gone and ratio > SMALL):
+        loss = f", and the loss goes from {start:.3g} to {end:.3g}" if gone else ""
+        factor = 3 * USUAL / ratio
+        cause = f"{change}{loss}: 0.001 to 0.01 is usual"
+        remedy = f"multiply the learning rate by {factor:.2g}"
+        return Finding("update-too-large", ERROR, *place, cause, remedy, evidence, factors={"lr": factor})
+    if ratio < SMALL:
+        severity = ERROR if ratio < TINY else WARNING
+        factor = USUAL / ratio if ratio else math.inf
+        remedy = f"multiply the learning rate by {factor:.2g}" if ratio else "set a learning rate above 0"
+        cause = f"{change}: 0.001 is usual, nothing will be learned"
+        return Finding("update-too-small", severity, *place, cause, remedy, evidence, factors={"lr": factor})
+    return None
