@@ -49,7 +49,7 @@ OF_TORCH: dict[str, tuple[str, Draw]] = {
     "constant_": ("constant", lambda x: init.constant_(x, 0.3)),
     "zeros_": ("constant", init.zeros_),
     "eye_ or dirac_": ("identity", lambda x: init.eye_(x) if x.ndim == 2 else init.dirac_(x, 2)),
-    "sparse_": ("sparse", lambda x: init.sparse_(x, 0.1) if x.ndim == 2 else init.sparse_(x[:, :, 0, 0].clone(), 0.1)),
+    "sparse_": ("sparse", lambda x: init.sparse_(x.flatten(1), 0.1)),
 }
 NEAR: dict[str, Draw] = {
     "Student t, 5": lambda x: torch.distributions.StudentT(5.0).sample(x.shape),

@@ -31,6 +31,7 @@ At the top of the package, loaded when first used:
     gain, phase, critical, limits   a rule at infinite width, and where number formats end it
     read, compare   the tables of any number of runs; what differs between two of them
     compare_gradients   your backward pass against a reference, and why it differs
+    init_       a rule applied to a model of one's own, with the gains that its activations need
     Rule, UsageError   an initialization rule; what is raised, in one line, for a mistake of the user
 """
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from initlab.errors import UsageError as UsageError
     from initlab.meanfield.fixed_points import critical as critical
     from initlab.meanfield.fixed_points import phase as phase
+    from initlab.models.initialize import init_ as init_
     from initlab.nn.custom_activation import gain as gain
     from initlab.nn.init import Rule as Rule
     from initlab.probes.probe import probe as probe
@@ -71,6 +73,7 @@ _PUBLIC = {
     "read": "initlab.runs.read",
     "compare": "initlab.runs.compare",
     "compare_gradients": "initlab.scratch.agreement",
+    "init_": "initlab.models.initialize",
     "Rule": "initlab.nn.init",
     "UsageError": "initlab.errors",
 }
