@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from initlab.probes.probe_buffer import ProbeBuffer
-from initlab.probes.torch_private import ignore_functions
+from initlab.probes.torch_private import ignore_functions, is_batched
 from initlab.stats.keys import TensorKey
 
 
@@ -29,6 +29,8 @@ class GradientHooks:
         self._handles.append(x.register_hook(measure))  # type: ignore[no-untyped-call]
 
     def _measure(self, code: int, reshape: Callable[[Tensor], Tensor], batched: bool, grad: Tensor) -> None:
+        if is_batched(grad):
+            return
         self.count += 1
         self._passes[code] = passes = self._passes.get(code, -1) + 1
         if passes:

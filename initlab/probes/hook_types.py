@@ -1,13 +1,15 @@
 """A hook that copies of its module do not inherit, and what a hook remembers of the layer below an activation."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
+from types import FrameType
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from initlab.probes.torch_private import ignore_functions
+from initlab.probes.torch_private import CALL, ignore_functions
 
 
 class Hook(partial[None]):
@@ -46,6 +48,21 @@ class Preactivation(NamedTuple):
         if not args or not (args[0] is self.x or is_same_memory(args[0], self.x)):
             return False
         return count_writes(self.x) == self.version + (overwritten and not self.x.is_inference())
+
+
+def find_call() -> FrameType | None:
+    """The innermost call of a module that is under way."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not CALL:
+        frame = frame.f_back
+    return frame
+
+
+def is_inside(frame: FrameType | None, outer: FrameType) -> bool:
+    """Whether a call was made in another one, which has not ended."""
+    while frame is not None and frame is not outer:
+        frame = frame.f_back
+    return frame is outer
 
 
 def count_writes(x: Tensor) -> int:

@@ -32,7 +32,7 @@ from initlab.probes.probed_modules import (
     select,
 )
 from initlab.probes.tensor_rows import TensorRows
-from initlab.probes.torch_private import has_no_values
+from initlab.probes.torch_private import has_no_values, is_differentiating
 from initlab.stats.keys import TensorKey
 
 
@@ -51,6 +51,7 @@ class Hooks:
         self._root = next((m for m in self.modules if not m.name), None)  # the model itself, if it gives rows
         self.rows = TensorRows(buffer, stage, training)
         self._functions = FunctionRows(self.rows)
+        self._has_bypassed = False  # whether its modules were called outside of `forward`
         self.calls = self.unfollowed = 0  # calls of the model, and those that autograd did not follow
         self._n_inputs = 0  # passes in this step
         self._recomputing: list[ProbedModule | None] = []  # whose functions checkpoints run anew, one inside of another
@@ -138,10 +139,35 @@ class Hooks:
         if root is not None and root.is_owner:
             self._functions.open_module(root, args)
 
-    def list_bypassed(self) -> list[str]:
-        """The model, if other methods of it than `forward` have called its modules."""
-        root = self._root
-        return [root.label] if root is not None and root.is_owner and root.chosen and not self.calls else []
+    def list_gaps(self, parameters: Sequence[str]) -> str:
+        """What has no row in the steps that were recorded, each kind with its reason; parameters: those without."""
+        root, idle = self._root, [m for m in self.modules if m.chosen and m.expected and not m.ran]
+        bypassed = root is not None and root.is_owner and root.chosen and (self._has_bypassed or not self.calls)
+        kinds = {
+            "never called in a recorded step": [m.label for m in idle if not m.unfollowed],
+            "called without autograd or inside of a transform only, so outside of every step": [
+                m.label for m in idle if m.unfollowed
+            ],
+            "ran, but what came out cannot be measured": [f"{m} ({what})" for m, what in self.unseen.items()],
+            "forward was bypassed, or had returned, so that functions between the modules have no rows": [root.label]
+            if root is not None and bypassed
+            else [],
+            "parameters without rows": parameters,
+        }
+        found = []
+        for kind, names in kinds.items():
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            found += [f"{kind}: {', '.join(names[:8])}{more}"] if names else []
+        return "; ".join(found)
+
+    def explain_nothing(self) -> str:
+        """Why no step was recorded."""
+        if not self.calls:
+            return "the model was never called while it was watched"
+        if self.calls == self.unfollowed:
+            how = "always without autograd or inside of a transform"
+            return f"the model was called {self.calls} times, {how}: such passes belong to no step"
+        return f"the model was called {self.calls} times, but no optimizer that holds its parameters has stepped"
 
     def begin_recomputation(self, function: Any) -> None:
         """A checkpoint runs a function anew: its functions belong to the module whose method it is, else to the model.
@@ -235,6 +261,7 @@ class Hooks:
             m.unfollowed = True
             return
         rows.thread.check()
+        self._has_bypassed |= self._functions.is_outermost(m) and not is_differentiating()
         m.ran = True
         m.calls += not m.is_owner
         m.below = rows.layer
@@ -248,6 +275,10 @@ class Hooks:
                 rows.note_shape(x)
                 continue
             word = m.word
+            if isinstance(first, nn.Parameter) and first.shape == x.shape:  # as a fake quantization of weights
+                holder = next((one for one in self.modules if any(p is first for _, p in one.parameters)), m)
+                rows.weights.put(m.name, call, rows.numbers.number(holder), part, x, type(m.module).__name__)
+                continue
             if word == "stream" and (first is None or first.shape != x.shape):
                 word = "other" if x.ndim else "loss"
             rows.measure_output(m, call, part, x, given, word)

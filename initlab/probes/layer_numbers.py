@@ -22,6 +22,8 @@ class LayerNumbers:
 
     def number(self, m: ProbedModule) -> int:
         """The layer of a module with parameters; one that was never called comes after those that were."""
+        if m.within is not None and not m.ran:
+            return self.number(m.within)
         if not m.number:
             m.number = self._next()
         return m.number

@@ -1,5 +1,5 @@
-"""What autograd's graph says of a loss: its name, its value where all classes are equally probable, and a
-target that broadcasts by mistake.
+"""What autograd's graph says of a loss: its name, what multiplied it, its value where all classes are equally
+probable, and a target that broadcasts by mistake.
 
 A cross-entropy is linear in the logarithms of the probabilities. Of equal probabilities these are all -ln(classes), so
 that the loss at chance is -ln(classes) times the sum of its gradient with respect to them, whatever its reduction,
@@ -28,6 +28,7 @@ MOST_NODES = 4096  # of a loss that is a sum over time
 _LINEAR = {"NllLoss", "NllLoss2D", "Neg", "Sum", "Mean", "Mul", "Div", "Add", "Sub", "View", "UnsafeView", "Reshape"}
 _LINEAR |= {"ReshapeAlias", "Squeeze", "Unsqueeze", "Gather", "MaskedFill", "MaskedSelect", "Index", "Select", "Slice"}
 _LINEAR |= {"T", "Transpose", "Permute", "ToCopy", "Expand", "Where", "Clone", "Stack", "Cat", "Alias"}
+_SCALE = "initlab: loss scale"  # in the metadata of a node: what a gradient scaler multiplied by there
 _WITH_TARGET = {"Sub", "Rsub", "Expand"}  # by which a prediction is compared
 
 
@@ -81,12 +82,35 @@ def find_chance_nodes(loss: Tensor) -> Iterator[tuple[Node, float]]:
         yield from found.items()
 
 
+def mark_scale(scaled: object, scale: float) -> None:
+    """Write onto the graph of losses, one or several, what a gradient scaler has multiplied them by."""
+    node: Node = scaled.grad_fn if isinstance(scaled, Tensor) else None
+    if node is not None:
+        node.metadata[_SCALE] = scale
+    elif isinstance(scaled, (list, tuple)):
+        for one in scaled:
+            mark_scale(one, scale)
+
+
+def find_scales(loss: Tensor) -> set[float]:
+    """What gradient scalers have multiplied a loss by; several numbers where it is a sum of such losses."""
+    found: set[float] = set()
+    waiting: list[Node] = [loss.grad_fn]
+    for node in _walk(waiting, MOST_NODES):
+        scale = node.metadata.get(_SCALE)
+        if scale is None and name_node(node) in _LINEAR:
+            waiting += [below for below, _ in node.next_functions]
+        else:
+            found.add(scale or 1.0)
+    return found or {1.0}
+
+
 class LossRows:
     """The rows of the losses of one network: their values, and beside them what they would be at chance."""
 
     def __init__(self, buffer: ProbeBuffer, stage: str) -> None:
         self._buffer, self._stage = buffer, stage
-        self._roots: list[tuple[Tensor, str, int | None]] = []  # of the pass under way: names, and rows that they have
+        self._roots: list[tuple[Tensor, str, int | None, float]] = []  # of the pass under way: names, rows, scales
         self._chances: dict[int, Tensor] = {}  # of these losses, by their place
         self._seeds: dict[int, Tensor] = {}  # what the pass begins with at each
         self._handles: list[RemovableHandle] = []
@@ -105,7 +129,9 @@ class LossRows:
         self._roots, self._chances = [], {}
         for k, (loss, row) in enumerate(roots):
             nodes = list(find_chance_nodes(loss))
-            self._roots.append((loss.detach(), "cross_entropy" if nodes else name_loss(loss), row))
+            scales = find_scales(loss)
+            op = "cross_entropy" if nodes else name_loss(loss)
+            self._roots.append((loss.detach(), op, row, scales.pop() if len(scales) == 1 else 1.0))
             self.broadcast = self.broadcast or find_broadcast(loss)
             if loss.grad_fn is not None:
                 self._handles.append(loss.grad_fn.register_prehook(partial(self._note_seed, k)))
@@ -115,7 +141,8 @@ class LossRows:
     def _note_seed(self, k: int, gradients: tuple[Tensor | None, ...]) -> None:
         """What `backward` begins with at a loss: 1, or what it was given."""
         if k not in self._seeds and gradients[0] is not None:
-            self._seeds[k] = gradients[0].detach().double()
+            with ignore_functions():
+                self._seeds[k] = gradients[0].detach().double()
 
     def _add_chance(self, k: int, node: Node, chance: float, gradients: tuple[Tensor | None, ...]) -> None:
         """Add what log-probabilities give to the loss: as they are, and at chance."""
@@ -134,13 +161,14 @@ class LossRows:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for k, (loss, op, row) in enumerate(self._roots if is_own else []):
+        for k, (loss, op, row, scale) in enumerate(self._roots if is_own else []):
             if row is None and measurable(loss):
                 part = f"{op}.{k}" if k else op
                 key = TensorKey(self._stage, "module", self._layer, "loss", "forward", "", part, self._n_passes, op)
                 code = self._buffer.code(key)
                 self._buffer.scaled.add(code)
                 row = self._buffer.put(code, as_batch(loss, loss.ndim - 1), batched=False)
+                self._buffer.set_scale([row], scale)
             if row is not None and k in self._chances:
                 at_chance, now = self._chances[k] / self._seeds[k]
                 # A loss that is more than its log-probabilities, such as the square of one, is not known at chance.

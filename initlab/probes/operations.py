@@ -4,16 +4,18 @@ A mode sees every function of torch that is called inside a forward pass, by its
 there is measured by `hooks.py`; a module of torch's own has its row from its output, and what it calls is not reported.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from initlab.nn.activations import ACTIVATIONS, Activation
 from initlab.probes.probed_modules import MOST_LOOKS, RELU, look_at_function
+from initlab.probes.torch_private import ignore_functions
 
 
 class Operation(NamedTuple):
@@ -65,6 +67,10 @@ OPERATIONS: dict[Any, Operation] = {
 }
 
 
+# Functions whose value may be a residual sum; `sum` and `mean` of what `stack` has put side by side.
+_SUMS = ("add", "sub", "subtract", "lerp", "addcmul", "stack", "sum", "mean")
+SUMS = {function: name for name in _SUMS for function in _functions(name)}
+
 # Functions that another library has wrapped are known by their names.
 _BY_NAME = {getattr(function, "__name__", ""): operation for function, operation in OPERATIONS.items()}
 
@@ -82,9 +88,11 @@ class OperationMode(TorchFunctionMode):
         self._before, self._see = before, see
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._before()
+        with ignore_functions():  # another mode around this one hears the network's functions only
+            self._before()
         output = func(*args, **(kwargs or {}))
-        self._see(func, args, kwargs or {}, output)
+        with ignore_functions():
+            self._see(func, args, kwargs or {}, output)
         return output
 
 
@@ -134,13 +142,10 @@ def guess_operation(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any],
 
 
 def refine_operation(
-    operation: Operation, args: tuple[Any, ...], output: Tensor, is_weight: Callable[[Tensor], object]
+    operation: Operation, args: tuple[Any, ...], is_weight: Callable[[Tensor], object]
 ) -> Operation | None:
-    """What a call computes, by its arguments: None where it is no layer, no activation and no sum of two streams."""
+    """What a call computes, by its arguments: None where it is a product without a weight."""
     tensors = [a for a in args if isinstance(a, Tensor)]
-    if operation.word == "stream":
-        alike = [t for t in tensors if t.shape == output.shape and not is_weight(t)]
-        return operation if len(alike) == 2 and output.ndim > 1 else None
     if operation.name in PRODUCTS:
         return operation if any(map(is_weight, tensors)) else None
     return operation
@@ -153,3 +158,124 @@ def find_axis(operation: Operation, x: Tensor) -> int | None:
     if operation.name in ("batch_norm", "group_norm", "instance_norm"):
         return min(1, x.ndim - 1)
     return None if operation.word in ("activation", "stream") else x.ndim - 1
+
+
+class _Origin(NamedTuple):
+    """Of which measured tensors another is made, a bit for each: by functions without a row, and by whatever path."""
+
+    near: int = 0
+    deep: int = 0
+
+
+NOISE = 1  # the bit of random numbers
+_RANDOM = ("randn", "randn_like", "rand_like", "normal", "normal_")
+_PRODUCTS = ("mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__")
+
+
+class Origins:
+    """What each tensor of a pass is made of, by which a residual sum is told from a formula.
+
+    x + f(x) is a sum of what was measured and of something else made of it. All that is elementwise is one formula
+    with what it was given, as z + tanh(z); what no gradient goes through, and noise, is nothing else.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[ReferenceType[Tensor], _Origin]] = {}
+        self._factors: dict[int, tuple[ReferenceType[Tensor], list[ReferenceType[Tensor]]]] = {}
+        self._stacks: dict[int, tuple[ReferenceType[Tensor], int]] = {}  # of residual summands, along which dimension
+        self._bit = NOISE
+
+    def clear(self) -> None:
+        """A pass begins."""
+        for kept in (self._known, self._factors, self._stacks):
+            kept.clear()
+        self._bit = NOISE
+
+    def find(self, tensors: Iterable[Tensor]) -> _Origin:
+        """What tensors are made of, taken together; one that nobody has made but autograd follows is of its own."""
+        near = deep = 0
+        for x in tensors:
+            found = next((one for t in (x, x._base) if (one := self._known.get(id(t))) and one[0]() is t), None)
+            if found is not None and not (x.is_leaf and x.requires_grad and not found[1].near):
+                near, deep = near | found[1].near, deep | found[1].deep
+            elif x.requires_grad and not isinstance(x, nn.Parameter):
+                near, deep = near | self._mark(x, 0), deep | self._bit
+        return _Origin(near, deep)
+
+    def _mark(self, x: Tensor, deep: int) -> int:
+        self._bit <<= 1
+        self._known[id(x)] = ref(x), _Origin(self._bit, deep | self._bit)
+        return self._bit
+
+    def open(self, given: Iterable[Any]) -> None:
+        """A module is called with tensors that nobody has made."""
+        for x in list_tensors(given):
+            if not self.find([x]).deep:
+                self._mark(x, 0)
+
+    def mark(self, x: Tensor, given: Iterable[Any], elementwise: bool = False) -> None:
+        """A tensor is measured, that a module or a function has made of what it was given."""
+        known = self._known.get(id(x))
+        own = [x] if known is not None and known[0]() is x else []
+        origin = self.find([*own, *list_tensors(given)])
+        if elementwise:
+            self._known[id(x)] = ref(x), origin
+        else:
+            self._mark(x, origin.deep)
+
+    def follow(self, func: Any, args: Iterable[Any], output: Tensor) -> None:
+        """A function was called."""
+        name = getattr(func, "__name__", "")
+        given = list(list_tensors(args))
+        origin = self.find(given)
+        if name in _RANDOM:
+            origin = _Origin(NOISE, NOISE)
+        elif not output.requires_grad and any(x.requires_grad for x in given):
+            origin = _Origin()
+        self._known[id(output)] = ref(output), origin
+        if name in _PRODUCTS:
+            self._factors[id(output)] = ref(output), [ref(x) for x in given]
+
+    def is_residual(self, name: str, args: Sequence[Any], output: Tensor, is_known: Callable[[Tensor], bool]) -> bool:
+        """Whether a call sums what has a row, or what a module was given, and something else, of one shape.
+
+        Other sums than `x + y` are residual only if the other summand is made of the first.
+        """
+        first = args[0]
+        if name in ("sum", "mean"):
+            stack, dim = self._stacks.get(id(first), (None, 0))
+            along = next((one for one in args[1:] if isinstance(one, (int, tuple, list))), ())
+            dims = [along] if isinstance(along, int) else list(along)
+            is_along = output.ndim < first.ndim and [one % first.ndim for one in dims] == [dim]
+            return is_along and stack is not None and stack() is first
+        tensors = [x for x in (args[:2] if name == "lerp" else list_tensors(args)) if isinstance(x, Tensor)]
+        summands = [tensors[:1], tensors[1:]] if name == "addcmul" else [[x] for x in tensors]
+        shape = first[0].shape if name == "stack" else output.shape
+        for k, summand in enumerate(summands):
+            rest = self.find(x for other in summands[:k] + summands[k + 1 :] for x in other)
+            made, factors = self._factors.get(id(summand[0]), (None, []))
+            is_product = made is not None and made() is summand[0]
+            alike = all(x.shape == shape for x in (tensors if name in ("add", "sub") else summand[:1]))
+            if rest.near & NOISE or not alike or len(shape) < 2:
+                return False
+            for x in [*summand[:1], *(one() for one in factors if is_product)]:
+                own = self.find([] if x is None else [x])
+                is_made = own.near and own.near & rest.deep == own.near
+                counts = is_made or (name in ("add", "stack") and x is summand[0])
+                if x is not None and x.shape == shape and counts and rest.near & ~own.near and is_known(x):
+                    if name == "stack":
+                        dim = next((one for one in args[1:] if isinstance(one, int)), 0) % output.ndim
+                        self._stacks[id(output)] = ref(output), dim
+                    return name != "stack"
+            if name == "addcmul":
+                break
+        return False
+
+
+def list_tensors(given: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors of arguments, those in lists too."""
+    for one in given:
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, (list, tuple)):
+            yield from list_tensors(one)

@@ -1,6 +1,7 @@
 """The parameters of a watched network as rows: their values, gradients and updates."""
 
 from collections.abc import Callable, Container, Sequence
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class Parameters:
         found: dict[int, tuple[TensorKey, nn.Parameter]] = {}
         for m in hooks.modules:
             number = hooks.rows.numbers.number(m) if m.is_layer else m.below
-            if m.chosen and m.is_quantized:
+            if m.chosen and m.is_quantized and not m.parameters:
                 self.unseen.append(f"{m.label} (quantized)")
             for part, p in m.parameters if m.chosen else []:
                 if isinstance(p, UninitializedParameter):
@@ -64,7 +65,11 @@ class Parameters:
         self._raw_codes = [buffer.code(key._replace(direction="backward", op=AS_FOUND)) for key in keys]
         buffer.scaled.update(self._raw_codes)
         self._seen: dict[int, tuple[Tensor, int]] = {}  # gradients before a backward pass: how often written to
-        self._raw: dict[int, Tensor] = {}  # rows of gradients as the backward pass has left them
+        # Gradients as a pass has left them: rows, and what multiplied the loss; those that were only handed over too.
+        self._raw: dict[int, tuple[Tensor, float]] = {}
+        self._given: dict[int, tuple[ReferenceType[Tensor], Tensor, float]] = {}
+        # What multiplied the losses of a gradient when it was looked at last, and how often it had been written to.
+        self._scales: dict[int, tuple[int, float]] = {}
         self._open: set[int] = set()
         self._update_codes = [buffer.code(key._replace(tensor="update")) for key in keys if key.tensor == "weight"]
 
@@ -78,6 +83,7 @@ class Parameters:
         """A step begins in which nothing has been measured yet."""
         self._open = set(range(len(self._all)))
         self._raw.clear()
+        self._given.clear()
 
     def choose(self, wanted: Callable[[nn.Parameter], bool]) -> list[int]:
         """The numbers of those parameters that have not been measured in this step and are wanted now.
@@ -115,13 +121,20 @@ class Parameters:
         """Let go of the kept weights: the next recorded step is far away."""
         self._before = []
 
+    def note_unscaling(self, held: Container[int]) -> None:
+        """A scaler has divided the gradients of the parameters whose ids are held."""
+        self._scales = {k: one for k, one in self._scales.items() if id(self._all[k]) not in held}
+
     def note_gradients(self) -> None:
         """A backward pass begins: remember which gradients there are."""
         self._seen = {k: (p.grad, p.grad._version) for k, p in enumerate(self._all) if p.grad is not None}
 
     @torch.no_grad()
-    def look_at_gradients(self) -> None:
-        """A backward pass is over: keep the rows of the gradients that it has changed."""
+    def look_at_gradients(self, scale: float) -> None:
+        """A backward pass is over, whose loss was multiplied by `scale`: keep rows of the gradients that it changed.
+
+        A gradient that sums scaled and unscaled losses is divided as the scaler will divide it.
+        """
         grads = {k: p.grad for k, p in enumerate(self._all) if p.grad is not None and measurable(p.grad)}
         before, self._seen = self._seen, {}
         changed = []
@@ -129,27 +142,42 @@ class Parameters:
             seen, version = before.get(k, (None, 0))
             if seen is not grad or version != grad._version:
                 changed.append(k)
+                untouched = seen is grad and scale == 1 and self._scales.get(k, (-1, 1.0))[0] == version
+                self._scales[k] = grad._version, self._scales[k][1] if untouched else scale
         if changed:
-            rows = self._buffer.backend.rows_of_each([as_dense(grads[k]) for k in changed])
-            self._raw.update(zip(changed, rows.unbind(1), strict=True))
+            rows = self._buffer.backend.rows_of_each([as_dense(grads[k]) for k in changed]).unbind(1)
+            self._raw |= {k: (row, self._scales[k][1]) for k, row in zip(changed, rows, strict=True)}
 
     @torch.no_grad()
-    def measure_gradients(self, chosen: Sequence[int], scaled: bool) -> None:
+    def look_at_results(self, sources: Sequence[Tensor], gradients: Sequence[Tensor | None], scale: float) -> None:
+        """A backward pass has handed over gradients of `sources`: they have rows if they become `.grad`."""
+        numbers = {id(p): k for k, p in enumerate(self._all)}
+        pairs = [(numbers.get(id(p)), g) for p, g in zip(sources, gradients, strict=False)]
+        found = [(k, g) for k, g in pairs if k is not None and g is not None and measurable(g)]
+        if found:
+            rows = self._buffer.backend.rows_of_each([as_dense(g) for _, g in found]).unbind(1)
+            self._given |= {k: (ref(g), row, scale) for (k, g), row in zip(found, rows, strict=True)}
+
+    @torch.no_grad()
+    def measure_gradients(self, chosen: Sequence[int], scale: float) -> None:
         """Rows of `.grad` as it stands; parameters without one have none.
 
-        scaled: the loss was multiplied by a gradient scaler, and the gradients have not been divided yet. What a
-        backward pass has left has rows of its own where it is something else, as before clipping.
+        scale: what the optimizer will divide them by itself. What a backward pass has left has rows of its own where it
+        is something else, as before clipping.
         """
         grads = [self._all[k].grad for k in chosen]
         found = [(k, as_dense(grad)) for k, grad in zip(chosen, grads, strict=True) if grad is not None]
         rows = self._buffer.put_each([self._gradient_codes[k] for k, _ in found], [grad for _, grad in found])
-        if scaled:
-            self._buffer.scaled_rows.update(rows)
+        self._buffer.set_scale(rows, scale)
+        for k, (given, row, of_loss) in self._given.items():
+            if given() is not None and given() is self._all[k].grad:
+                self._raw[k] = row, of_loss
         raw = [(k, row) for (k, _), row in zip(found, rows, strict=True) if k in self._raw]
         if raw:
             self._buffer.put_unless_alike(
                 [self._raw_codes[k] for k, _ in raw],
-                torch.stack([self._raw[k] for k, _ in raw], 1),
+                torch.stack([self._raw[k][0] for k, _ in raw], 1),
+                [self._raw[k][1] for k, _ in raw],
                 [row for _, row in raw],
             )
 

@@ -8,6 +8,7 @@
 modules: it offers `watch(sink)` and hands over its tensors itself.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
@@ -22,6 +23,7 @@ from initlab.errors import UsageError, check, check_functions, library_call
 from initlab.probes.probe_buffer import ProbeBuffer
 from initlab.probes.probed_modules import find_parameter_device, list_patterns, refuse_several
 from initlab.probes.steps import StepTracker
+from initlab.probes.torch_private import ignore_functions
 from initlab.probes.updates import list_optimizers
 from initlab.stats.buffer import BATCHED
 from initlab.stats.keys import Seeds, TensorKey, resolve_seeds
@@ -72,7 +74,7 @@ class Probe:
     def __enter__(self) -> "Probe":
         if self._open:
             raise UsageError("probe: is open already; make another one")
-        with ExitStack() as undo:
+        with ExitStack() as undo, ignore_functions():
             undo.callback(self._release)
             self._open = True
             if isinstance(self._network, StepTracker):
@@ -90,19 +92,26 @@ class Probe:
             self._network.watch(None)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        try:
-            self._release()
-        finally:
-            self._buffer.flush()
+        with ignore_functions():
+            try:
+                self._release()
+            finally:
+                self._buffer.flush()
         if kind is None and isinstance(self._network, StepTracker):
             self._network.warn(3)
+        if self._buffer.has_lost_bins:
+            text = "histograms of earlier frames are gone: ask for p.histograms() in emit, or leave out histograms=True"
+            warnings.warn(f"probe: {text}", UserWarning, stacklevel=2)
 
     def frame(self) -> pd.DataFrame:
         """The table `stats` with further columns, `name` to `loss_scale`; what `emit` has got is left out."""
         return self._buffer.frame()
 
     def histograms(self) -> pd.DataFrame:
-        """The table `histograms` of the steps closed since it was last asked for (in `emit`, those of the frame)."""
+        """The table `histograms` of the steps closed since it was last asked for.
+
+        With `emit`, that of a frame can be asked for until the next frame comes: best in `emit` itself.
+        """
         return self._buffer.histograms()
 
     def merged(self) -> pd.DataFrame:
@@ -147,7 +156,6 @@ def probe(
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> with probe(model, optimizer=optimizer) as p:
     ...     for _ in range(2):
-    ...         optimizer.zero_grad()
     ...         model(torch.ones(5, 3)).sum().backward()
     ...         optimizer.step()
     >>> sorted(p.frame()["tensor"].unique())
@@ -155,13 +163,14 @@ def probe(
     """
     if x is not None:
         raise UsageError("probe: records a loop; for one pass on x use initlab.measure(model, x, y, loss)")
-    whole = {"every": every, "flush_steps": flush_steps, "histograms": histograms, "merged": merged}
-    every, flush_steps, histograms, merged = check(**whole)
+    every, flush_steps = check(every=every, flush_steps=flush_steps)
+    histograms, merged = check(histograms=histograms, merged=merged)
     check_functions(emit=emit)
-    patterns = list_patterns(layers)
-    backend = backend_for(find_parameter_device(model), statistics)
-    buffer = ProbeBuffer(list(resolve_seeds(seeds)), backend, emit, flush_steps, histograms, merged)
-    sink = Sink(buffer, every, patterns)
+    patterns, labels = list_patterns(layers), list(resolve_seeds(seeds))
+    with ignore_functions():
+        backend = backend_for(find_parameter_device(model), statistics)
+        buffer = ProbeBuffer(labels, backend, emit, flush_steps, histograms, merged)
+        sink = Sink(buffer, every, patterns)
     if isinstance(model, nn.Module):
         refuse_several(buffer.seeds)
         optimizers = [] if optimizer is None else list_optimizers(model, optimizer)

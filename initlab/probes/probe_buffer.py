@@ -5,8 +5,8 @@ into a block and measured together: what overwrites them afterwards changes no r
 Legend: E networks, N batch, C units, K rows, F numbers of a row.
 """
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from initlab.stats import reference
 from initlab.stats.backend import COUNT, N_NAN, N_ZERO, SATURATED, Backend
 from initlab.stats.buffer import StatsBuffer
 from initlab.stats.histogram import bin_columns
-from initlab.stats.keys import KEY_COLUMNS, MODULE_COLUMNS, TEXT_COLUMNS, key_columns, update_ratio
+from initlab.stats.keys import KEY_COLUMNS, MODULE_COLUMNS, TEXT_COLUMNS, TensorKey, key_columns, update_ratio
 from initlab.stats.reference import FIELDS, Row
 from initlab.stats.statistics import CHANCE, COUNTS, IN_LN, LOSS_SCALE, STATISTICS, UPDATE_RATIO
 from initlab.stats.summarize import derive
@@ -57,8 +57,10 @@ class ProbeBuffer(StatsBuffer):
         self._merged: dict[int, list[tuple[Row, int]]] | None = {} if merged else None
         self._emit, self._flush_steps = emit, flush_steps
         self.scaled: set[int] = set()  # keys of what a gradient scaler multiplies, and nobody divides again
+        self.pass_scale = 1.0  # what multiplied the loss of the backward pass under way
         self._bin_rows: list[int] = []  # which rows the histograms belong to
         self._bin_tables: list[pd.DataFrame] = []
+        self.has_lost_bins = False  # whether some were forgotten that nobody has asked for
         numbers = len(FIELDS) + len(backend.statistics)
         self._page = torch.empty(
             0, len(self.seeds), numbers, dtype=torch.float64, device="cpu"
@@ -67,12 +69,13 @@ class ProbeBuffer(StatsBuffer):
 
     def clear(self) -> None:
         super().clear()
+        self._used: set[int] = set()  # keys that have a row in it
         self._first = 0  # row of the step under way
         self._gathered: dict[tuple[object, ...], _Block] = {}
         self._shares: list[tuple[int, Tensor]] = []  # of a row: its saturated share
         self._rectified: list[tuple[int, int]] = []  # of a row: that of its ReLU, which says the share
-        self._scales: list[tuple[int, float]] = []  # what multiplied the loss from a row on
-        self.scaled_rows: set[int] = set()  # rows that carry it beside those of the keys in `scaled`
+        self._scales: dict[int, float] = {}  # of rows: what multiplied the loss, and is divided out
+        self._step_scales: dict[int, float] = {}  # of steps, by their first row: the same, for all other rows
         self._rare: list[int] = []  # rows that are shown only where something is not finite
         self._alike: list[tuple[int, int]] = []  # a row that is shown only where it differs from another
         self._chances: list[tuple[int, Tensor]] = []  # of a loss: its value at chance
@@ -82,9 +85,12 @@ class ProbeBuffer(StatsBuffer):
 
         code: the number of the key. batched: whether N counts inputs.
         """
+        code = self._find_unused(code)
         if self._merged is not None and batched and code not in self.scaled:
             self._merge(code, x)
         row, line = len(self.rows), len(self.rows) - self._first
+        if self.pass_scale != 1 and code in self.scaled:
+            self.set_scale([row], self.pass_scale)
         if not line or line >= len(self._lines):
             self._make_room(line + 1, x.device)
         quick = self.backend.is_quick(x) and self._page.is_cpu
@@ -123,9 +129,13 @@ class ProbeBuffer(StatsBuffer):
         self._bin_rows += [] if self.bins is None else range(len(self.rows), len(self.rows) + len(codes))
         return self._put_rows(codes, rows)
 
-    def put_unless_alike(self, codes: Sequence[int], rows: Tensor, others: Sequence[int]) -> None:
-        """Rows (F, K) that are left out of frames where they say what the rows of these numbers say."""
-        self._alike += zip(self._put_rows(codes, rows), others, strict=True)
+    def put_unless_alike(
+        self, codes: Sequence[int], rows: Tensor, scales: Sequence[float], others: Sequence[int]
+    ) -> None:
+        """Rows (F, K) of multiplied losses that are left out of frames where they say what `others` say."""
+        numbers = self._put_rows(codes, rows)
+        self._scales |= {row: scale for row, scale in zip(numbers, scales, strict=True) if scale != 1}
+        self._alike += zip(numbers, others, strict=True)
 
     def set_rare(self, row: int) -> None:
         """A row that is left out of frames where all entries are finite."""
@@ -133,10 +143,21 @@ class ProbeBuffer(StatsBuffer):
 
     def _put_rows(self, codes: Sequence[int], rows: Tensor) -> range:
         first, place = len(self.rows), len(self.rows) - self._first
+        codes = [self._find_unused(code) for code in codes]
         self._make_room(place + len(codes), rows.device)
         self._page[place : place + len(codes)] = rows.t().unsqueeze(1)
         self.rows += codes
         return range(first, first + len(codes))
+
+    def _find_unused(self, code: int) -> int:
+        """The number of a key; in a step that has a row of it, that of the same key with a number behind its part."""
+        if code in self._used:
+            key = list(self.codes)[code]
+            n = next(n for n in count(1) if self.codes.get(_number(key, n)) not in self._used)
+            self.scaled.update({self.code(_number(key, n))} if code in self.scaled else ())
+            code = self.code(_number(key, n))
+        self._used.add(code)
+        return code
 
     def _make_room(self, rows: int, device: torch.device) -> None:
         """Let so many rows of the step under way have room; the memory grows by doubling."""
@@ -189,14 +210,19 @@ class ProbeBuffer(StatsBuffer):
         """Preactivations are saturated where their ReLU, which is measured too, is 0 or nan: nothing to compute."""
         self._rectified.append((row, activation_row))
 
-    def set_loss_scale(self, scale: float) -> None:
-        """What multiplied the loss of the step under way; the gradients of its activations are divided by it."""
-        self._scales = [one for one in self._scales if one[0] != self._first] + [(self._first, scale)]
+    def set_scale(self, rows: Iterable[int], scale: float) -> None:
+        """What multiplied the loss that rows belong to: they are divided by it."""
+        self._scales |= dict.fromkeys(rows if scale != 1 else (), scale)
+
+    def set_step_scale(self, scale: float) -> None:
+        """What multiplied a loss of the step under way, which is shown beside all rows that belong to no pass."""
+        self._step_scales[self._first] = scale
 
     def end_step(self, step: int) -> None:
         """Close a step: measure what was gathered, and hand over what is due."""
         for (*_, batched), block in self._gathered.items():
             self._measure_block(block, bool(batched))
+        self._used.clear()
         self._gathered.clear()  # other shapes may never return
         if len(self.rows) > self.n_closed:
             super().put([], self._page[: len(self.rows) - self._first].clone().movedim(-1, 0), step)
@@ -208,7 +234,8 @@ class ProbeBuffer(StatsBuffer):
         """Hand the rows to `emit` and forget them."""
         if self._emit is not None and self.steps:
             if self.bins is not None:
-                self._bin_tables.append(self._name_bins())
+                self.has_lost_bins |= any(len(table) for table in self._bin_tables)
+                self._bin_tables = [self._name_bins()]
             self._emit(self.frame())
             self.clear()
 
@@ -216,12 +243,16 @@ class ProbeBuffer(StatsBuffer):
         """The rows of closed steps: the columns of the table `stats`, and `name`, `part`, `call`, `update_ratio`."""
         frame = super().frame()
         rms = frame["rms"].to_numpy().reshape(-1, len(self.seeds))
-        ratio = update_ratio(self.codes, *self.code_and_step(np.arange(self.n_closed)), rms)
-        scale, chance = self._scale_of_rows(), np.full(self.n_closed, np.nan)
+        codes, steps = self.code_and_step(np.arange(self.n_closed))
+        ratio = update_ratio(self.codes, codes, steps, rms)
+        scale, chance = np.ones(self.n_closed), np.full(self.n_closed, np.nan)
+        for first, value in self._step_scales.items():
+            scale[first:][steps[first:] == steps[first : first + 1]] = value
+        scale = np.where(np.isin(codes, list(self.scaled)), self._find_divisors(), scale)
         chances = [(row, float(value)) for row, value in self._chances if row < self.n_closed]
         if chances:
             rows, values = (list(side) for side in zip(*chances, strict=True))
-            chance[rows] = values / self._scale_of_gradients()[rows]
+            chance[rows] = values / self._find_divisors()[rows]
         more = {UPDATE_RATIO: ratio.reshape(-1)}
         more |= {name: np.repeat(column, len(self.seeds)) for name, column in ((LOSS_SCALE, scale), (CHANCE, chance))}
         frame = frame.assign(**more)
@@ -260,22 +291,16 @@ class ProbeBuffer(StatsBuffer):
             self._page[lines] = found.reshape(len(found), len(rows), -1).permute(1, 2, 0).to(self._page.device)
             self._bin_rows += [] if self.bins is None else rows
 
-    def _scale_of_rows(self) -> np.ndarray:
-        """What multiplied the loss, of every row of closed steps: 1 where nothing did."""
-        scale, (_, steps) = np.ones(self.n_closed), self.code_and_step(np.arange(self.n_closed))
-        for first, value in self._scales:
-            scale[first:][steps[first:] == steps[first : first + 1]] = value
-        return scale
-
-    def _scale_of_gradients(self) -> np.ndarray:
-        """The same where it was never divided out; the gradients of parameters are divided by the scaler itself."""
-        scaled = np.isin(self.rows[: self.n_closed], list(self.scaled))
-        scaled[[row for row in self.scaled_rows if row < self.n_closed]] = True
-        return np.where(scaled, self._scale_of_rows(), 1.0)
+    def _find_divisors(self) -> np.ndarray:
+        """What each row of closed steps is divided by; a scaler divides the gradients of parameters itself."""
+        found = np.ones(self.n_closed)
+        for row, scale in self._scales.items():
+            found[row : row + 1] = scale  # of the step under way there is nothing yet
+        return found
 
     def _statistics(self, rows: Tensor) -> Tensor:
         if self._scales:
-            scale = torch.from_numpy(self._scale_of_gradients())[:, None]
+            scale = torch.from_numpy(self._find_divisors())[:, None]
             rows[LINEAR] /= scale
             rows[SQUARED] /= scale.square()
         shares = [(row, share) for row, share in self._shares if row < self.n_closed]
@@ -304,6 +329,10 @@ class ProbeBuffer(StatsBuffer):
         keys = self._key_columns(rows[order])
         frame = pd.DataFrame({**keys, **{name: column[each] for name, column in columns.items()}})
         if self._scales:  # powers of two, so that entries only move by octaves
-            moved = np.log2(self._scale_of_gradients()[rows[order]]).round().astype(np.int64)
+            moved = np.log2(self._find_divisors()[rows[order]]).round().astype(np.int64)
             frame["first"] -= np.repeat(moved, len(self.seeds))
         return frame
+
+
+def _number(key: TensorKey, n: int) -> TensorKey:
+    return key._replace(part=f"{key.part}~{n}")

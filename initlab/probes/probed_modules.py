@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
+from itertools import count
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ def name_output(module: nn.Module) -> str:
     known = _WORDS.get(kind.__module__.rpartition(".")[2]) if _is_torchs(kind) else None
     if isinstance(module, nn.MultiheadAttention) or (_is_quantized(kind) and kind.__name__.startswith(_LAYERS)):
         return "preactivation"
+    if known is None and kind.__module__.startswith("torch.ao.quantization."):
+        return "other"
     if known is None and is_owner(module) and any(module.children()):
         return "stream"
     if known is None and isinstance(module, nn.Identity):
@@ -114,13 +117,18 @@ class ProbedModule:
         self._n_looks, self._state = 0, dict[str, object]()
         self.may_be_activation = self.is_owner and all(next(found, None) is None for found in inside)
         is_container = isinstance(module, (nn.ParameterList, nn.ParameterDict))
+        is_observer = type(module).__module__.startswith("torch.ao.quantization.")
         self.expected = (
-            not is_container and not self.is_scripted and not (self.is_owner and any(module.children()))
+            not is_container
+            and not is_observer
+            and not self.is_scripted
+            and not (self.is_owner and any(module.children()))
         )  # to be called; parts speak for blocks
         self._second = isinstance(module, (NormBase, nn.GroupNorm))
         self._from_end = 1 + (len(module.kernel_size) if isinstance(module, ConvNd) else 0)
         self.number = self.calls = self.below = 0  # `below`: the layer that it was last called above
         self.first_weight = 0  # id of the weight that a function of its own used first
+        self.within: ProbedModule | None = None  # torch's attention, which takes the weights of this part of it
         self.ran = self.unfollowed = False  # called in a recorded step, called without autograd
         self.sites: dict[tuple[object, ...], Any] = {}  # what stays the same from step to step of its outputs
 
@@ -238,8 +246,11 @@ def select(model: nn.Module, patterns: Sequence[str], strict: bool = True) -> li
     found = [
         ProbedModule(name, m, any(fnmatchcase(name, pattern) for pattern in patterns)) for name, m in named.items()
     ]
+    by_name = {m.name: m for m in found}
     for m in found:  # torch's attention takes the weights of its parts and calls none of them
-        m.expected &= not isinstance(named.get(m.name.rpartition(".")[0]), nn.MultiheadAttention)
+        above = by_name.get(m.name.rpartition(".")[0])
+        if above is not None and isinstance(above.module, nn.MultiheadAttention):
+            m.within, m.expected = above, False
     return found
 
 
@@ -249,8 +260,19 @@ def measurable(x: Tensor) -> bool:
     return plain and x.dtype in MEASURED and x.layout is torch.strided and not x.is_meta and x.numel() > 0
 
 
-def find_tensors(output: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a nested output that can be measured, each with its path: ("0", ...), ("1.hidden", ...)."""
+def find_tensors(output: object) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a nested output that can be measured, each with its path: ("0", ...), ("1.hidden", ...).
+
+    Of several by one path, as in {"a.b": ..., "a": {"b": ...}}, the later ones are numbered: "a.b~1".
+    """
+    seen: set[str] = set()
+    for path, x in _find_parts(output):
+        name = next(name for n in count() if (name := f"{path}~{n}" if n else path) not in seen)
+        seen.add(name)
+        yield name, x
+
+
+def _find_parts(output: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(output, Tensor):
         if measurable(output):
             yield path, output
@@ -265,7 +287,7 @@ def find_tensors(output: object, path: str = "") -> Iterator[tuple[str, Tensor]]
     elif is_dataclass(output):
         parts = [(field.name, getattr(output, field.name)) for field in fields(output)]
     for key, value in parts:
-        yield from find_tensors(value, f"{path}.{key}" if path else str(key))
+        yield from _find_parts(value, f"{path}.{key}" if path else str(key))
 
 
 def describe_output(output: object) -> str:

@@ -68,9 +68,7 @@ def measure(
             out = run_model(model, x, batch)
             if loss is not None:
                 value = loss_value(loss, out, y)
-                tracker.before_backward([value])
                 run_backward(value, [*model.parameters(), *batch])
-                tracker.after_backward()
         finally:
             tracker.close()
     tracker.warn(3)

@@ -21,14 +21,19 @@ from torch.compiler import is_compiling
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from initlab.probes.hook_types import Hook
+from initlab.probes.hook_types import Hook, is_inside
 from initlab.probes.hooks import Hooks
-from initlab.probes.losses import LossRows
+from initlab.probes.losses import LossRows, find_scales
 from initlab.probes.parameters import Parameters
 from initlab.probes.probe_buffer import ProbeBuffer
 from initlab.probes.probed_modules import is_whole
-from initlab.probes.torch_private import is_differentiating
+from initlab.probes.torch_private import ignore_functions, is_differentiating
 from initlab.probes.updates import add_listener, find_held
+
+MIXED = (
+    "a backward pass began at a loss multiplied by a GradScaler and one that was not: its gradients are as found, and "
+    "no scale was divided out"
+)
 
 
 class StepTracker:
@@ -54,6 +59,10 @@ class StepTracker:
         self._stepped: dict[int, set[int]] = {}  # in this step: optimizer -> ids of the parameters that it holds
         self._stepping: FrameType | None = None  # the step of an optimizer that is under way
         self._whole: Optimizer | None = None  # that was seen to hold all parameters
+        # Of the backward pass under way: whose gradients are asked for, those seen before, and what scaled its losses.
+        self._sources: Sequence[Tensor] | None = None
+        self._n_gradients, self._scales, self._mixed = 0, set[float](), False
+        self._deferred: set[int] = set()  # ids of updated parameters that another optimizer may update too
         self._late: list[int] = []  # parameters whose gradients are found inside of step()
         self._waiting: list[RemovableHandle] = []  # for the pass that ends a step with updates still to come
 
@@ -83,34 +92,12 @@ class StepTracker:
 
     def warn(self, depth: int) -> None:
         """Name what was chosen and never seen, and why nothing was: a selection that looks right and yields nothing."""
-        idle = [m for m in self._hooks.modules if m.chosen and m.expected and not m.ran]
-        calls, unfollowed = self._hooks.calls, self._hooks.unfollowed
-        text = self._losses.broadcast if self._losses is not None else ""
-        if text:
-            warnings.warn(f"probe: {text}", UserWarning, stacklevel=depth)
-        text = ""
-        if self._recorded:
-            kinds = {
-                "never called in a recorded step": [m.label for m in idle if not m.unfollowed],
-                "called without autograd or inside of a transform only, so outside of every step": [
-                    m.label for m in idle if m.unfollowed
-                ],
-                "ran, but what came out cannot be measured": [
-                    f"{m} ({what})" for m, what in self._hooks.unseen.items()
-                ],
-                "forward was bypassed, so that functions between the modules have no rows": self._hooks.list_bypassed(),
-                "parameters without rows": [] if self._parameters is None else self._parameters.unseen,
-            }
-            text = "; ".join(f"{kind}: {_shorten(names)}" for kind, names in kinds.items() if names)
-        elif not calls:
-            text = "the model was never called while it was watched"
-        elif calls == unfollowed:
-            how = "always without autograd or inside of a transform"
-            text = f"the model was called {calls} times, {how}: such passes belong to no step"
-        else:
-            text = f"the model was called {calls} times, but no optimizer that holds its parameters has stepped"
-        if text:
-            warnings.warn(f"probe: {text}", UserWarning, stacklevel=depth)
+        broadcast = "" if self._losses is None else self._losses.broadcast
+        unseen = [] if self._parameters is None else self._parameters.unseen
+        gaps = self._hooks.list_gaps(unseen) if self._recorded else self._hooks.explain_nothing()
+        for text in (broadcast, MIXED if self._mixed else "", gaps):
+            if text:
+                warnings.warn(f"probe: {text}", UserWarning, stacklevel=depth)
 
     def _begin(self) -> bool:
         """A step begins; says whether hooks were put on the model now, which a pass that has begun does not hear."""
@@ -130,6 +117,7 @@ class StepTracker:
 
     def _end(self) -> None:
         if self._recording:
+            self._measure_updates(self._deferred.copy())
             self._hooks.end_step()
             self._buffer.end_step(self.step)
             if self._parameters is not None and self._every > 1:
@@ -152,20 +140,46 @@ class StepTracker:
 
     # --- backward passes --------------------------------------------------------------------------------------------
 
-    def before_backward(self, roots: Sequence[Tensor]) -> None:
-        """A backward pass begins at these losses; gradients tell whether it is the model's own."""
-        if self._recording and self._losses is not None:
-            known = [(loss, self._hooks.rows.find_row(loss)) for loss in roots]
-            self._losses.begin(known, self._hooks.rows.layer, self._hooks.rows.gradients.count)
-        if self._recording and self._training and any(m.ran for m in self._hooks.modules):
+    @property
+    def is_recording(self) -> bool:
+        return self._recording
+
+    def before_backward(self, roots: Sequence[Tensor], sources: Sequence[Tensor] | None) -> None:
+        """A backward pass begins at these losses; gradients tell whether it is the model's own.
+
+        What only asks for gradients of other tensors than parameters, as a gradient penalty, begins at no loss.
+        """
+        if not self._recording:
+            return
+        roots = [root for root in roots if isinstance(root, Tensor)]
+        scales = set().union(*map(find_scales, roots))
+        self._sources, self._n_gradients, self._scales = sources, self._hooks.rows.gradients.count, scales
+        self._buffer.pass_scale = next(iter(scales)) if len(scales) == 1 else 1.0
+        if self._losses is not None:
+            own = {id(p) for p in self._model.parameters() if p.requires_grad}
+            of_own = sources is None or not own or any(id(p) in own for p in sources)
+            losses = [root for root in roots if of_own and (sources is None or root.numel() == 1)]
+            known = [(loss, self._hooks.rows.find_row(loss)) for loss in losses]
+            self._losses.begin(known, self._hooks.rows.layer, self._n_gradients)
+        if sources is None and self._training and any(m.ran for m in self._hooks.modules):
             self._all_parameters().note_gradients()
 
-    def after_backward(self) -> None:
+    def after_backward(self, gradients: Sequence[Tensor | None]) -> None:
         """It is over: the losses have rows, and the gradients stand as it has left them."""
-        if self._recording and self._losses is not None:
+        if not self._recording:
+            return
+        scale, self._buffer.pass_scale = self._buffer.pass_scale, 1.0
+        if self._hooks.rows.gradients.count > self._n_gradients:
+            self._mixed |= len(self._scales) > 1
+            if scale != 1:
+                self._buffer.set_step_scale(scale)
+        if self._losses is not None:
             self._losses.end(self._hooks.rows.gradients.count)
-        if self._recording and self._training and any(m.ran for m in self._hooks.modules):
-            self._all_parameters().look_at_gradients()
+        if self._training and any(m.ran for m in self._hooks.modules):
+            if self._sources is None:
+                self._all_parameters().look_at_gradients(scale)
+            else:
+                self._all_parameters().look_at_results(self._sources, gradients, scale)
 
     def begin_recomputation(self, function: Any) -> None:
         """A checkpoint runs a function anew, outside of the module that it belongs to."""
@@ -182,8 +196,11 @@ class StepTracker:
     def before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if is_compiling():  # nothing is heard inside of compiled code
             return
-        frame = sys._getframe(1)
-        if self._stepping is not None and _is_inside(frame, self._stepping):
+        with ignore_functions():
+            self._begin_update(sys._getframe(1), optimizer, has_closure=_has_closure(args, kwargs))
+
+    def _begin_update(self, frame: FrameType, optimizer: Optimizer, has_closure: bool) -> None:
+        if self._stepping is not None and is_inside(frame, self._stepping):
             return  # of the step of an optimizer made of others
         if self._whole is not optimizer or self._recording:
             held = {id(p) for p in find_held(self._model, optimizer)}
@@ -198,8 +215,10 @@ class StepTracker:
             self._begin()
         if self._recording:
             self._recorded = True
-            self._measure(optimizer, held, gradients=not _has_closure(args, kwargs))
-        self._stepped[id(optimizer)] = set() if _is_skipping(optimizer) else held
+            self._measure(optimizer, held, gradients=not has_closure)
+        # A fused optimizer, which divides by the loss's scale itself, may be about to leave the weights alone.
+        is_skipping = bool(getattr(optimizer, "found_inf", None))
+        self._stepped[id(optimizer)] = set() if is_skipping else held
         self._stepping = frame
 
     def _measure(self, optimizer: Optimizer, held: set[int], gradients: bool) -> None:
@@ -215,23 +234,31 @@ class StepTracker:
         parameters.measure_values(chosen)
         self._late = chosen
         if gradients:
-            parameters.measure_gradients(chosen, scaled=getattr(optimizer, "grad_scale", None) is not None)
+            parameters.measure_gradients(chosen, float(getattr(optimizer, "grad_scale", None) or 1))
 
     def after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         held = None if is_compiling() else self._stepped.get(id(optimizer))
         if held is None or self._stepping is not sys._getframe(1):
             return
         self._stepping = None
-        if self._recording:
-            if _has_closure(args, kwargs):
-                self._all_parameters().measure_gradients(self._late, scaled=False)
-            self._all_parameters().measure_updates(held)
-            self._hooks.rows.weights.measure_updates(held)
-        self._end_if_covered()
+        with ignore_functions():
+            if self._recording:
+                if _has_closure(args, kwargs):
+                    self._all_parameters().measure_gradients(self._late, 1.0)
+                waiting = [one for one in self._known if id(one) not in self._stepped]
+                later = {id(p) for one in waiting for p in find_held(self._model, one)}
+                self._measure_updates(held - later)
+                self._deferred |= held & later
+            self._end_if_covered()
 
-    def see_scale(self, optimizer: Optimizer, scale: float) -> None:
-        if self._recording and any(True for _ in find_held(self._model, optimizer)):
-            self._buffer.set_loss_scale(scale)
+    def _measure_updates(self, held: set[int]) -> None:
+        self._all_parameters().measure_updates(held)
+        self._hooks.rows.weights.measure_updates(held)
+        self._deferred -= held
+
+    def end_unscaling(self, optimizer: Optimizer) -> None:
+        if self._recording and self._parameters is not None:
+            self._parameters.note_unscaling({id(p) for p in find_held(self._model, optimizer)})
 
     def skip_update(self, optimizer: Optimizer) -> None:
         held = {id(p) for p in find_held(self._model, optimizer)}
@@ -289,23 +316,6 @@ class StepTracker:
             parameters.measure_values(parameters.choose(lambda p: id(p) not in self._hooks.rows.weights.replaced))
             if torch.is_grad_enabled():
                 parameters.measure_coming_gradients()
-
-
-def _shorten(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _is_inside(frame: FrameType | None, outer: FrameType) -> bool:
-    """Whether a call was made in another one, which has not ended."""
-    while frame is not None and frame is not outer:
-        frame = frame.f_back
-    return frame is outer
-
-
-def _is_skipping(optimizer: Optimizer) -> bool:
-    """Whether a fused optimizer, which divides by the loss's scale itself, is about to leave the weights alone."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from initlab.probes.gradient_hooks import GradientHooks
 from initlab.probes.hook_types import Preactivation, count_writes
 from initlab.probes.layer_numbers import LayerNumbers, Site
 from initlab.probes.one_thread import OneThread
-from initlab.probes.operations import Operation, find_axis
+from initlab.probes.operations import Operation, Origins, find_axis
 from initlab.probes.probe_buffer import ProbeBuffer
 from initlab.probes.probed_modules import RELU, ProbedModule, as_batch
 from initlab.probes.torch_private import has_no_values
@@ -34,6 +34,7 @@ class TensorRows:
     def __init__(self, buffer: ProbeBuffer, stage: str, training: bool) -> None:
         self.buffer, self.stage, self._training = buffer, stage, training
         self.numbers, self.gradients, self.thread = LayerNumbers(), GradientHooks(buffer), OneThread()
+        self.origins = Origins()
         self.weights = UsedWeights(buffer, stage, training, self.gradients)
         self._added: set[int] = set()  # ids of parameters that functions add, and that they multiply by
         self._multiplied: set[int] = set()
@@ -53,6 +54,7 @@ class TensorRows:
         self.layer, self.last = 0, None
         self._axes.clear()
         self._measured.clear()
+        self.origins.clear()
 
     def end_step(self) -> None:
         """Forget the step's graph and count from 0 again."""
@@ -60,6 +62,7 @@ class TensorRows:
         self.weights.end_step()
         self.thread.end_step()
         self.last = None
+        self.origins.clear()
         for kept in (self._measured, self._scalars, self._counts):
             kept.clear()
 
@@ -68,11 +71,15 @@ class TensorRows:
         seen = self._scalars.get(id(x))
         return seen[1] if seen is not None and seen[0]() is x else None
 
-    def has_row(self, x: Tensor) -> bool:
-        """Whether a tensor, or what it is another shape of, was measured in this pass as it is now."""
+    def has_row(self, x: Tensor, overwritten: bool = False) -> bool:
+        """Whether a tensor, or what it is another shape of, was measured in this pass as it is now.
+
+        overwritten: as it was before it was last written to.
+        """
         base = x._base if x._base is not None and _is_reshaped(x, x._base) else x
         seen = [(self._measured.get(id(one)), one) for one in (x, base)]
-        return any(known is not None and known[0]() is one and known[1] == count_writes(one) for known, one in seen)
+        wanted = [(known, one, count_writes(one) - overwritten) for known, one in seen]
+        return any(known is not None and known[0]() is one and known[1] == writes for known, one, writes in wanted)
 
     def note_shape(self, x: Tensor) -> None:
         """A layer hands on its output in another shape with the same units: an activation may be called with that."""
@@ -94,6 +101,9 @@ class TensorRows:
     def measure(self, x: Tensor, site: Site, values: Tensor | None = None) -> int:
         """Measure a tensor, or other values in its place, and its gradient when that comes; the number of the row."""
         row = self.buffer.put(site.code, as_batch(x if values is None else values, site.axis))
+        code = self.buffer.rows[row]
+        if code != site.code:  # another tensor has these words
+            site = self.make_site(list(self.buffer.codes)[code], site.axis)
         self._measured[id(x)] = ref(x), count_writes(x)
         if x.requires_grad:
             self.gradients.watch(x, site.gradient_code, partial(as_batch, axis=site.axis), batched=True)
@@ -107,6 +117,8 @@ class TensorRows:
         if axis is None:
             axis = self._follow_axis(x, args, found.word)
         self._axes[x.ndim] = axis
+        if found.word != "other":
+            self.origins.mark(x, args, elementwise=found.word == "activation")
         if not m.chosen or (found.word == "other" and x.is_cpu and bool(x.isfinite().all())):
             return
         count = self._counts[m.name, call, found.name] = self._counts.get((m.name, call, found.name), -1) + 1
@@ -170,6 +182,7 @@ class TensorRows:
         axis = m.axis(x.ndim) if m.is_layer else self._follow_axis(x, given, word)
         site = self._find_site(m, call, part, x.ndim, word, axis)
         self._axes[x.ndim] = axis
+        self.origins.mark(x, given, elementwise=word == "activation")
         if not m.chosen:
             return
         row = self.measure(x, site)

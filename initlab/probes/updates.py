@@ -4,9 +4,9 @@ A listener hears of all of these in the process while it is added, also of optim
 Nothing of the user's is changed.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import wraps
+from functools import partial, partialmethod
 from typing import Any, Protocol
 
 import torch
@@ -17,17 +17,28 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.checkpoint import CheckpointFunction
 
 from initlab.errors import UsageError, show
-from initlab.probes.torch_private import is_differentiating
+from initlab.probes.losses import mark_scale
+from initlab.probes.torch_private import ENGINE, has_no_values, ignore_functions, is_batched, is_differentiating
+
+Heard = Callable[..., Any]
+Scaler = torch.amp.GradScaler
 
 
 class Listener(Protocol):
     """Who hears of the backward passes and updates of the process."""
 
-    def before_backward(self, roots: Sequence[Tensor]) -> None:
-        """A backward pass begins at these losses, inside of no other."""
+    @property
+    def is_recording(self) -> bool:
+        """Whether the step under way has rows."""
 
-    def after_backward(self) -> None:
-        """It is over."""
+    def before_backward(self, roots: Sequence[Tensor], sources: Sequence[Tensor] | None) -> None:
+        """A backward pass begins at these losses, inside of no other.
+
+        sources: the tensors whose gradients are asked for; None where all parameters keep theirs.
+        """
+
+    def after_backward(self, gradients: Sequence[Tensor | None]) -> None:
+        """It is over: the gradients that were asked for."""
 
     def begin_recomputation(self, function: Any) -> None:
         """A backward pass is about to run a function anew, whose first run autograd did not follow."""
@@ -41,15 +52,16 @@ class Listener(Protocol):
     def after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """It has stepped."""
 
-    def see_scale(self, optimizer: Optimizer, scale: float) -> None:
-        """A gradient scaler, which multiplied the loss by so much, is about to let an optimizer step."""
+    def end_unscaling(self, optimizer: Optimizer) -> None:
+        """A gradient scaler has divided the gradients that an optimizer holds."""
 
     def skip_update(self, optimizer: Optimizer) -> None:
         """A gradient scaler did not let an optimizer step."""
 
 
 _LISTENERS: list[Listener] = []
-_HEARD: dict[str, Any] = {}  # the functions that are heard while there are listeners, as they were before
+# What stands in the place of a function while there are listeners: who holds it, its name, this, and what was there.
+_HEARD: list[tuple[Any, str, Any, Any]] = []
 
 
 def list_optimizers(model: nn.Module, given: object) -> list[Optimizer]:
@@ -84,9 +96,9 @@ def add_listener(listener: Listener, updates: bool) -> ExitStack:
     """Report every backward pass and, with `updates`, every step of an optimizer; closing what is returned ends it."""
     stack = ExitStack()
     if not _LISTENERS:
-        for name, (owner, place, function) in _OURS.items():
-            _HEARD[name] = vars(owner)[place]
-            setattr(owner, place, function)
+        _HEARD[:] = _list_heard()
+        for owner, place, ours, _ in _HEARD:
+            setattr(owner, place, ours)
     _LISTENERS.append(listener)
     stack.callback(_remove_listener, listener)
     if updates:
@@ -97,60 +109,85 @@ def add_listener(listener: Listener, updates: bool) -> ExitStack:
 
 def _remove_listener(listener: Listener) -> None:
     _LISTENERS.remove(listener)
-    for name, (owner, place, function) in _OURS.items() if not _LISTENERS else ():
-        if vars(owner)[place] is function:  # else somebody has put another one around it, which stays
-            setattr(owner, place, _HEARD[name])
+    for owner, place, ours, before in _HEARD if not _LISTENERS else ():
+        if vars(owner)[place] is ours:  # else somebody has put another one around it, which stays
+            setattr(owner, place, before)
 
 
-@wraps(torch.autograd.backward)
-def _run_backward(tensors: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
-    """torch.autograd.backward, which Tensor.backward calls; one inside of another is none of its own."""
-    listeners = [] if is_compiling() or is_differentiating() else list(_LISTENERS)
-    roots = [tensors] if isinstance(tensors, Tensor) else list(tensors) if listeners else []
-    for listener in listeners:
-        listener.before_backward(roots)
-    try:
-        _HEARD["backward"](tensors, *args, **kwargs)
-    finally:
+def _list_heard() -> Iterator[tuple[Any, str, Any, Any]]:
+    """The functions to be heard, as `_HEARD` has them; those of scalers in every class that has its own."""
+    engine, recomputation = vars(torch.autograd)[ENGINE], vars(CheckpointFunction)["backward"]
+    yield torch.autograd, ENGINE, partial(_run_engine, engine), engine
+    ours = staticmethod(partial(_run_recomputation, recomputation.__func__))
+    yield CheckpointFunction, "backward", ours, recomputation
+    kinds: list[type] = [torch.amp.GradScaler]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        for name, method in (("scale", _scale_loss), ("unscale_", _unscale_gradients), ("step", _run_scaler_step)):
+            if name in vars(kind) and (name != "step" or kind is torch.amp.GradScaler):  # whom the others call
+                yield kind, name, partialmethod(method, vars(kind)[name]), vars(kind)[name]
+
+
+def _run_engine(original: Heard, roots: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+    """What torch.autograd.backward and torch.autograd.grad both call; one inside of another is none of its own."""
+    unheard = is_compiling() or is_differentiating() or has_no_values()
+    if unheard or any(isinstance(given, Tensor) and is_batched(given) for given in args[0]):
+        return original(roots, *args, **kwargs)
+    listeners, found = list(_LISTENERS), ()
+    sources = None if kwargs.get("accumulate_grad") else args[3]
+    with ignore_functions():
         for listener in listeners:
-            listener.after_backward()
+            listener.before_backward(roots, sources)
+    try:
+        found = original(roots, *args, **kwargs)
+    finally:
+        with ignore_functions():
+            for listener in listeners:
+                listener.after_backward(found or ())
+    return found
 
 
-def _run_recomputation(ctx: Any, *gradients: Any) -> Any:
+def _run_recomputation(original: Heard, ctx: Any, *gradients: Any) -> Any:
     """CheckpointFunction.backward, of checkpoints with use_reentrant=True."""
     listeners = list(_LISTENERS)
     for listener in listeners:
         listener.begin_recomputation(ctx.run_function)
     try:
-        return _HEARD["recomputation"].__func__(ctx, *gradients)
+        return original(ctx, *gradients)
     finally:
         for listener in listeners:
             listener.end_recomputation()
 
 
-def _run_scaler_step(scaler: torch.amp.GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+def _run_scaler_step(scaler: Scaler, original: Heard, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
     """GradScaler.step, which calls the optimizer only where all gradients are finite."""
     try:
         inner = find_optimizer(optimizer)
     except UsageError:  # an object of another kind, whose steps are not heard
-        return _HEARD["scaler"](scaler, optimizer, *args, **kwargs)
-    for listener in _LISTENERS:
-        listener.see_scale(inner, float(scaler.get_scale()))
+        return original(scaler, optimizer, *args, **kwargs)
     stepped: list[Optimizer] = []
     handle = inner.register_step_post_hook(lambda one, *_: stepped.append(one))
     try:
-        value = _HEARD["scaler"](scaler, optimizer, *args, **kwargs)
+        value = original(scaler, optimizer, *args, **kwargs)
     finally:
         handle.remove()
-    if not stepped:
-        for listener in _LISTENERS:
+    with ignore_functions():
+        for listener in _LISTENERS if not stepped else ():
             listener.skip_update(inner)
     return value
 
 
-# Who holds each function, under which name, and what stands there while there are listeners.
-_OURS: dict[str, tuple[Any, str, Any]] = {
-    "backward": (torch.autograd, "backward", _run_backward),
-    "recomputation": (CheckpointFunction, "backward", staticmethod(_run_recomputation)),
-    "scaler": (torch.amp.GradScaler, "step", _run_scaler_step),
-}
+def _scale_loss(scaler: Scaler, original: Heard, outputs: Any) -> Any:
+    """GradScaler.scale."""
+    scaled = original(scaler, outputs)
+    if scaled is not outputs and any(listener.is_recording for listener in _LISTENERS):
+        with ignore_functions():
+            mark_scale(scaled, float(scaler.get_scale()))
+    return scaled
+
+
+def _unscale_gradients(scaler: Scaler, original: Heard, optimizer: Optimizer) -> None:
+    """GradScaler.unscale_, which writes to gradients without counting it in their version."""
+    original(scaler, optimizer)
+    for listener in _LISTENERS:
+        listener.end_unscaling(optimizer)

@@ -75,19 +75,25 @@ class UsedWeights:
             if not measurable(used):
                 continue
             word = name_parameter(m.module, part, used)
-            number = numbers.get(source, layer)
-            key = TensorKey(self._stage, "module", number, word, "forward", m.name, part, call, op)
-            self._buffer.put(self._buffer.code(key), as_weight(used), batched=False)
-            if used.requires_grad:
-                gradient = self._buffer.code(key._replace(direction="backward"))
-                self._buffer.scaled.add(gradient)
-                self._gradients.watch(used, gradient, as_weight, batched=False)
+            key = self.put(m.name, call, numbers.get(source, layer), part, used, op, word)
             computed = next((c for c in m.computed if id(c.source) == source), None)
             if self._training and computed is not None and source not in self._before:
                 update = self._buffer.code(key._replace(tensor="update"))
                 self._before[source] = m, computed, update, used.detach().clone()
         for c in m.computed:
             self._computed.pop(id(c.source), None)
+
+    def put(
+        self, name: str, call: int, number: int, part: str, used: Tensor, op: str, word: str = "weight"
+    ) -> TensorKey:
+        """The rows of a tensor that was used for a weight, and of its gradient."""
+        key = TensorKey(self._stage, "module", number, word, "forward", name, part, call, op)
+        self._buffer.put(self._buffer.code(key), as_weight(used), batched=False)
+        if used.requires_grad:
+            gradient = self._buffer.code(key._replace(direction="backward"))
+            self._buffer.scaled.add(gradient)
+            self._gradients.watch(used, gradient, as_weight, batched=False)
+        return key
 
     def measure_updates(self, held: Container[int]) -> None:
         """The changes of computed weights, where an optimizer has moved what they are computed from."""

@@ -4,9 +4,11 @@ import math
 import warnings
 from collections.abc import Callable
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import backward
 from torch.nn import functional as F
 
 import initlab
@@ -245,3 +247,54 @@ def test_a_long_sum_of_cross_entropies_is_one() -> None:
     assert row["chance_loss"] == pytest.approx(N * math.log(C), rel=1e-12) and row["op"] == "cross_entropy"
     squared = one(initlab.measure(net(), X, loss=lambda z: F.cross_entropy(z, Y) ** 2), tensor="loss")
     assert math.isnan(squared["chance_loss"])
+
+
+def ask(loss: Tensor, parameters: list[nn.Parameter]) -> None:
+    for p, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        p.grad = grad
+
+
+WAYS: dict[str, Callable[[Tensor, list[nn.Parameter]], None]] = {
+    "method": lambda loss, parameters: loss.backward(),
+    "kept": lambda loss, parameters: backward(loss),
+    "inputs": lambda loss, parameters: backward(loss, inputs=parameters),
+    "grad": ask,
+}
+
+
+def test_a_loss_has_a_row_whichever_way_it_is_differentiated() -> None:
+    """With the gradients before they were clipped; `backward` was taken from torch before a probe opened."""
+    found = {}
+    for name, way in WAYS.items():
+        model = net(3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with initlab.probe(model, optimizer=optimizer) as p:
+            for _ in range(2):
+                optimizer.zero_grad()
+                way(model(X).square().mean(), list(model.parameters()))
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+                optimizer.step()
+        found[name] = p.frame()
+        pd.testing.assert_frame_equal(found[name], found["method"])
+    rows = found["method"]
+    assert (rows["tensor"] == "loss").sum() == 2 and (rows["op"] == "backward").sum() == 8
+
+
+def test_a_gradient_penalty_begins_at_no_loss() -> None:
+    """The inner pass asks for gradients of the input alone; one of many at once has no rows at all."""
+    model = net(3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = X.clone().requires_grad_()
+    with initlab.probe(model, optimizer=optimizer) as p:
+        out = model(x)
+        (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        each = torch.eye(3, dtype=torch.float64)[:, None].expand(3, N, 3)
+        torch.autograd.grad(out, list(model.parameters()), each, is_grads_batched=True, retain_graph=True)
+        (out.square().mean() + grad.square().mean()).backward()
+        optimizer.step()
+    rows = p.frame()
+    assert rows.loc[rows["tensor"] == "loss", "op"].tolist() == ["add"]
+    assert rows.loc[rows["tensor"] == "loss", "rms"].item() == pytest.approx(
+        float((out.square().mean() + grad.square().mean()).detach()), rel=1e-12
+    )
+    assert not (rows["op"] == "backward").any()
