@@ -24,6 +24,7 @@ At the top of the package, loaded when first used:
 
     measure     statistics of any nn.Module in one forward and backward pass
     probe       the same through a training loop, as a context manager
+    audit       how every parameter of any nn.Module is initialized, and what it needs
     diagnose    what is wrong with a network: layer, cause, remedy
     stack       a stack of layers under a rule, forward and backward
     train       an MLP trained by hand and as an nn.Module, side by side
@@ -56,12 +57,14 @@ if TYPE_CHECKING:
     from initlab.tasks.train import train as train
     from initlab.theory.format_limits import limits as limits
     from initlab.theory.predict import predict as predict
+    from initlab.verdict.audit import audit as audit
     from initlab.verdict.diagnose import diagnose as diagnose
 
 # Public name -> where it is defined.
 _PUBLIC = {
     "measure": "initlab.probes.snapshot",
     "probe": "initlab.probes.probe",
+    "audit": "initlab.verdict.audit",
     "diagnose": "initlab.verdict.diagnose",
     "stack": "initlab.tasks.stack",
     "train": "initlab.tasks.train",

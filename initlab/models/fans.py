@@ -91,7 +91,7 @@ def list_tensors(model: nn.Module, equations: Mapping[str, str] | None = None) -
         for part, p in own:
             if id(p) not in seen:
                 seen.add(id(p))
-                found.append(_describe(name, module, part, p.detach(), (p,), None, known))
+                found.append(_describe(name, module, part, p if is_lazy(p) else p.detach(), (p,), None, known))
     return found
 
 

@@ -21,6 +21,7 @@ from initlab.verdict.parameter_rules import (
 from initlab.verdict.reference_networks import Reference, draw_parameters
 from initlab.verdict.signal_rules import judge_logits, judge_producers, judge_units
 from initlab.verdict.training_rules import judge_updates, train_steps
+from initlab.verdict.weight_rules import judge_lost_init
 
 # In the order in which causes are looked for. Each takes the evidence and gives a finding or None. A remedy in numbers
 # is applied before the next rule is asked, so that what a layer only inherits from those before it is not found again.
@@ -28,6 +29,7 @@ SIGNAL_RULES = (
     judge_parameters,
     judge_input,
     judge_zero,
+    judge_lost_init,
     judge_logits,
     judge_outlier,
     judge_lost_variance,

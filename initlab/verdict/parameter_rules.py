@@ -3,10 +3,11 @@
 import math
 from statistics import median
 
+from torch import Tensor
+
 from initlab.models.families import CUT
 from initlab.models.fans import is_readable, orthogonal_view
 from initlab.models.laws import recognize_law
-from initlab.models.layer_gains import LayerGain
 from initlab.verdict.evidence import NetworkEvidence
 from initlab.verdict.finding import ERROR, WARNING, Finding
 from initlab.verdict.reference_networks import Reference, right_std
@@ -70,7 +71,7 @@ def judge_zero(e: NetworkEvidence, reference: Reference) -> Finding | None:
     """A weight that is 0 throughout, or has equal columns; that of a residual branch's end may be 0, and the last."""
     last = max((gain.position for gain in e.gains), default=-1)
     for gain in e.gains:
-        alike = gain.position >= 0 and _has_equal_rows(gain)
+        alike = gain.position >= 0 and has_equal_rows(gain.tensor.cut(gain.part))
         if (gain.rms and not alike) or gain.position < 0 or e.is_residual_end(gain):
             continue
         place = (e.layer_of(gain.tensor.name), gain.tensor.name, "weight", "forward")
@@ -87,9 +88,10 @@ def judge_zero(e: NetworkEvidence, reference: Reference) -> Finding | None:
     return None
 
 
-def _has_equal_rows(gain: LayerGain) -> bool:
-    weight = orthogonal_view(gain.tensor.cut(gain.part))
-    return len(weight) > 1 and weight.shape[1] > 1 and gain.rms > 0 and bool((weight == weight[0]).all())
+def has_equal_rows(weight: Tensor) -> bool:
+    """Whether all outputs of a weight, outputs first, have the same numbers, which are not 0."""
+    rows = orthogonal_view(weight)
+    return len(rows) > 1 and rows.shape[1] > 1 and bool((rows == rows[0]).all()) and bool(rows[0].any())
 
 
 def judge_outlier(e: NetworkEvidence, reference: Reference) -> Finding | None:
