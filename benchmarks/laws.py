@@ -72,7 +72,7 @@ def list_cases() -> dict[str, tuple[str, Draw]]:
     """The name of each case, what is right, and how to draw it."""
     cases = dict(OF_TORCH)
     for name, (law, draw) in OF_TORCH.items():
-        if law in ("normal", "uniform", "cut normal", "orthogonal"):
+        if name in ("normal_", "kaiming_uniform_", "trunc_normal_", "orthogonal_"):
             cases[f"{name}, moved"] = law, moved(draw)
             cases[f"{name}, bfloat16"] = law, rounded(draw, torch.bfloat16)
             cases[f"{name}, float16"] = law, rounded(draw, torch.float16)

@@ -27,8 +27,11 @@ ROUNDED = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)  # powers p of (1 - x^2)^p; 0 stands fo
 NEAR = 7.5  # by how much a normal density must be more likely than one that ends without a jump
 WIDTHS = (0.97, 0.98, 0.99, 1.0, 1.01, 1.02, 1.03)  # of such a density, in those that its variance asks for
 NODES, WEIGHTS = leggauss(160)
-ONLY, NEVER = 12.5, 16.0  # a member is possible up to the first log likelihood ratio, and excluded from the second on
 NORMAL, UNIFORM, CUT, OTHER, UNKNOWN = "normal", "uniform", "cut normal", "other", "too few to tell"
+# A member is possible up to the first log likelihood ratio and excluded from the second on. For normal numbers the
+# ratio is as large once in 2e4 draws and once in 6e7: it has the gamma distribution of two ends that are estimated.
+# For uniform numbers it is rarer.
+POSSIBLE, EXCLUDED = {UNIFORM: 9.0, NORMAL: 12.5}, {UNIFORM: 12.0, NORMAL: 21.0}
 
 
 class FamilyFit(NamedTuple):
@@ -195,8 +198,8 @@ def fit_law(sample: torch.Tensor, low: float, high: float, n: int) -> FamilyFit:
     if found.chance < doubt:
         return leave(found.chance, f"neither uniform nor (cut) normal: {found.distance}")
     ratios = {UNIFORM: found.over_uniform, NORMAL: found.over_normal}
-    possible = [name for name, ratio in ratios.items() if ratio < ONLY]
-    excluded = [name for name, ratio in ratios.items() if ratio > NEVER]
+    possible = [name for name, ratio in ratios.items() if ratio < POSSIBLE[name]]
+    excluded = [name for name, ratio in ratios.items() if ratio > EXCLUDED[name]]
     if len(possible) + len(excluded) < 2 or len(possible) == 2:
         return leave(1.0, "")
     if possible == [UNIFORM]:

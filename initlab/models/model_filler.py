@@ -18,8 +18,10 @@ from initlab.models.weight_writer import put_weight, read_weight
 from initlab.nn.activations import Activation
 from initlab.nn.custom_activation import name_of
 from initlab.nn.init import Rule
+from initlab.probes.torch_private import NormBase
 
 RESIDUALS = ("1/sqrt(2L)", "zero")
+ENDS = ("linear", "convolution", "transposed convolution")
 FORGET = 1.0  # the bias of an LSTM's forget gate, Jozefowicz, Zaremba & Sutskever 2015
 NOT_FOR_TABLES = ("eye_", "dirac_", "sparse_")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -113,7 +115,7 @@ class ModelFiller:
         if tensor.is_weight:
             return self.set_weight(tensor)
         values = torch.zeros(tensor.values.shape)
-        if tensor.kind == "norm":
+        if is_norm_weight(tensor):
             return True, math.nan, [put_weight(tensor, values + 1)]
         if (
             tensor.kind == "bias"
@@ -127,7 +129,7 @@ class ModelFiller:
 
     def set_weight(self, tensor: ModelTensor) -> tuple[bool, float, list[str]]:
         if isinstance(self._rule, Rule) and any(math.isnan(part.fan_in) for part in tensor.slices):
-            return False, math.nan, ["its fans are not known: give a batch x"]
+            return False, math.nan, ["its fans are not known" + ("" if self._x is not None else ": give a batch x")]
         follower = self.find_follower(tensor)
         plain = follower is None or tensor.kind in ("recurrent", "attention")
         activation = None if plain or follower is None else follower.activation
@@ -192,21 +194,24 @@ class ModelFiller:
         tables = {k for k, node in self._flow.layers() if node.op.lower().startswith("embedding")}
         branches = [(total, ends) for total, ends in self._flow.branches() if not tables.issuperset(ends)]
         factor = 0.0 if residual == "zero" else len(branches) ** -0.5 if branches else 1.0
+        nodes = [self._flow.nodes[self.end_branch(end, total)] for total, ends in branches for end in ends]
+        layers = {node.name for node in nodes if node.kind == "layer"}
+        norms = {node.name or node.owner for node in nodes if node.kind == "norm"} - {""}
         found = {}
-        for total, ends in branches:
-            nodes = [self.end_branch(end, total) for end in ends]
-            names = {self._flow.nodes[k].name for k in nodes} - {""}
-            owned = [t for t in self._tensors if t.is_weight or t.kind == "norm"]
-            for tensor in owned:
-                parent = tensor.module_name.rpartition(".")[0] if isinstance(tensor.module, nn.Linear) else ""
-                if names & {tensor.name, tensor.module_name, parent} and tensor.kind not in ("recurrent", "attention"):
-                    found[tensor.name] = factor
+        for tensor in self._tensors:
+            inside = isinstance(tensor.module, nn.Linear)  # the output projection inside of torch's attention
+            parent = tensor.module_name.rpartition(".")[0] if inside else tensor.module_name
+            is_end = bool(layers & {tensor.name, tensor.module_name, parent}) and tensor.kind in ENDS
+            if is_end or (tensor.module_name in norms and is_norm_weight(tensor)):
+                found[tensor.name] = factor
         if not branches:
             self._remarks.append(
                 f"residual={residual}: no residual branch was found" + ("; give a batch x" if self._x is None else "")
             )
-        elif found:
+        else:
             self._remarks.append(f"residual={residual}: {len(branches)} branches, their ends times {factor:.4g}")
+            if not found:
+                self._remarks.append("none of the branches ends in a layer whose weight could be scaled")
         return found
 
     def end_branch(self, layer: int, total: int) -> int:
@@ -247,6 +252,12 @@ class ModelFiller:
         """What learning rates are multiplied by, SGD's and Adam's: Yang et al. 2022, table 3, as in nn/mup.py."""
         growth = self._find_growth(tensor)
         return growth.out / growth.into, 1 / growth.into
+
+
+def is_norm_weight(tensor: ModelTensor) -> bool:
+    """Also of a norm that somebody has built an activation into."""
+    norms = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+    return tensor.kind == "norm" or (tensor.kind == "scale" and isinstance(tensor.module, norms))
 
 
 def name_follower(follower: Follower) -> str:

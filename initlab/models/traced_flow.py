@@ -63,6 +63,8 @@ class TracedFlow(FlowBuilder):
         batch = list(all_tensors(x))
         with ExitStack() as hooks:
             for module in self._model.modules():
+                self.find_activation(module)  # before a hook stands there, which a copy of it would copy
+            for module in self._model.modules():
                 before = module.register_forward_pre_hook(self._enter, with_kwargs=True)
                 after = module.register_forward_hook(self._leave, always_call=True)
                 hooks.callback(before.remove)

@@ -256,6 +256,40 @@ def test_where_a_branch_ends_in_a_norm_the_norm_is_scaled() -> None:
         assert torch.equal(block(y), F.relu(y))
 
 
+class NormAct(nn.BatchNorm2d):
+    """A norm that somebody has built an activation into."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.act = nn.Hardsigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+def test_norms_with_parts_are_norms_and_a_branch_without_an_end_is_said() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), NormAct(8), nn.Flatten(), nn.Linear(8 * 36, 4))
+    nn.init.normal_(net[1].weight)
+    init_(net, "kaiming", torch.randn(2, 3, 8, 8), seed=0, quiet=True)
+    assert torch.equal(net[1].weight, torch.ones(8)) and not net[1].bias.any()
+    block = Block(8)
+    block.bn2 = NormAct(8)
+    init_(block, "kaiming", torch.randn(2, 8, 4, 4), residual="zero", seed=0, quiet=True)
+    assert block.bn1.weight.all()
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.cell = nn.Linear(6, 6), nn.GRU(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return h + self.cell(h)[0]
+
+    report = init_(Recurrent(), "kaiming", torch.randn(5, 2, 6), residual="zero", quiet=True)
+    assert "none of the branches ends in a layer" in str(report) and report.frame["std"].iloc[2] > 0
+
+
 def test_lsuv_gives_every_layer_unit_variance() -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, 20)
