@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -42,7 +43,6 @@ def init_(
     Errors: an unknown rule or option; parameters without memory or shape; a rule that needs a batch; a function that
     fails. The model is then as it was before.
 
-    >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(20, 50), torch.nn.ReLU(), torch.nn.Linear(50, 10))
     >>> report = init_(net, "kaiming", seed=0)
     init_: kaiming
@@ -55,6 +55,9 @@ def init_(
         raise UsageError(f"model={show(model)}: must be an nn.Module")
     if residual is not None and residual not in RESIDUALS:
         raise UsageError(f"residual={show(residual)}: must be None, {' or '.join(map(repr, RESIDUALS))}")
+    for name, part in model.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise UsageError(f"model: {name or 'it'} is scripted; give the nn.Module that it was made of")
     for name, p in model.named_parameters():
         if is_lazy(p):
             raise UsageError(f"model: {name} has no shape yet; call the model on a batch once, then init_")

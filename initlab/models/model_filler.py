@@ -120,7 +120,7 @@ class ModelFiller:
         if (
             tensor.kind == "bias"
             and sum(n > 1 for n in tensor.values.shape) < 2
-            and not tensor.part.startswith("bias_k")
+            and tensor.part not in ("bias_k", "bias_v")
         ):
             return True, math.nan, [self.fill_bias(tensor, values), put_weight(tensor, values)]
         if tensor.kind == "embedding":
@@ -140,7 +140,7 @@ class ModelFiller:
         words = []
         if len(tensor.slices) > 1:
             words.append(f"{', '.join(part.label for part in tensor.slices)}: each for itself")
-        elif follower is not None and isinstance(self._rule, Rule):
+        elif follower is not None and tensor.kind in ENDS and isinstance(self._rule, Rule):
             words.append(f"{name_follower(follower)} follows")
         growth = self._find_growth(tensor)
         if growth.into != 1 and follower is not None and follower.kind == "output":
@@ -183,9 +183,10 @@ class ModelFiller:
     def _fit(self, tensor: ModelTensor, rule: Rule) -> str:
         """Unit variance of the output of a layer on the batch."""
         position = self.find_position(tensor)
-        name = self._flow.nodes[position].name if position < len(self._flow.nodes) else ""
-        modules = dict(self._model.named_modules())
-        if tensor.kind in ("recurrent", "attention") or name not in modules:
+        if position == len(self._flow.nodes):
+            return "not fitted to the batch: the pass does not use it"
+        name, modules = self._flow.nodes[position].name, dict(self._model.named_modules())
+        if tensor.kind not in ENDS or name not in modules:
             return "not fitted to the batch: no module gives its product"
         return fit_weight(self._model, tensor, modules[name], self._x, rule)
 

@@ -54,7 +54,7 @@ def put_weight(tensor: ModelTensor, values: Tensor) -> str:
     if "SpectralNorm" in op:
         settle_power_iteration(tensor, tensor.computed)
     found = read_weight(tensor).double()
-    if float((found - wanted.double()).norm()) <= CLOSE * float(wanted.double().norm()):
+    if not note and float((found - wanted.double()).norm()) <= CLOSE * float(wanted.double().norm()):
         return f"through {op}"
     return f"{note or op + ' makes another weight of it'}: its std is {float(found.std(correction=0)):.3g}"
 

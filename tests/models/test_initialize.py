@@ -209,6 +209,36 @@ def test_what_decides_on_its_weight_itself_is_said() -> None:
     assert torch.allclose(ortho[0].weight, bare[0].weight, atol=1e-5)
 
 
+class Tanh(nn.Module):
+    """A parametrization without an inverse."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        return w.tanh()
+
+
+def test_what_cannot_be_set_or_fitted_is_said() -> None:
+    net = nn.Linear(64, 64)
+    nn.utils.parametrize.register_parametrization(net, "weight", Tanh())
+    assert "Tanh has no inverse" in str(init_(net, "naive", quiet=True))
+    assert has_std(net.parametrizations.weight.original, 1.0)
+
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused, self.w = nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.zeros(8, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x) @ self.w
+
+    notes = init_(Partly(), "lsuv", torch.randn(32, 8), quiet=True).frame.set_index("parameter")["note"]
+    assert "does not use it" in notes["unused.weight"] and "no module gives its product" in notes["w"]
+    assert "so that its output has std" in notes["used.weight"]
+    with warnings.catch_warnings(action="ignore"):  # that scripts are deprecated
+        scripted = torch.jit.script(nn.Linear(3, 3))
+    with pytest.raises(UsageError, match="scripted"):
+        init_(scripted, "kaiming")
+
+
 def test_shared_and_frozen_parameters_are_set_once_and_said() -> None:
     net = Tied()
     net.own.weight.requires_grad_(False)
