@@ -183,11 +183,11 @@ class Origins:
         self._known: dict[int, tuple[ReferenceType[Tensor], _Origin]] = {}
         self._factors: dict[int, tuple[ReferenceType[Tensor], list[ReferenceType[Tensor]]]] = {}
         self._stacks: dict[int, tuple[ReferenceType[Tensor], int]] = {}  # of residual summands, along which dimension
-        self._bit = NOISE
+        self._bit, self._deep = NOISE, dict[int, int]()  # of each bit: what its tensor is made of
 
     def clear(self) -> None:
         """A pass begins."""
-        for kept in (self._known, self._factors, self._stacks):
+        for kept in (self._known, self._factors, self._stacks, self._deep):
             kept.clear()
         self._bit = NOISE
 
@@ -204,6 +204,7 @@ class Origins:
 
     def _mark(self, x: Tensor, deep: int) -> int:
         self._bit <<= 1
+        self._deep[self._bit] = deep | self._bit
         self._known[id(x)] = ref(x), _Origin(self._bit, deep | self._bit)
         return self._bit
 
@@ -217,7 +218,7 @@ class Origins:
         """A tensor is measured, that a module or a function has made of what it was given."""
         known = self._known.get(id(x))
         own = [x] if known is not None and known[0]() is x else []
-        origin = self.find([*own, *list_tensors(given)])
+        origin = self.find([*own, *(one for one in list_tensors(given) if x.requires_grad or not one.requires_grad)])
         if elementwise:
             self._known[id(x)] = ref(x), origin
         else:
@@ -235,6 +236,15 @@ class Origins:
         self._known[id(output)] = ref(output), origin
         if name in _PRODUCTS:
             self._factors[id(output)] = ref(output), [ref(x) for x in given]
+
+    def _is_made(self, new: int, old: int) -> bool:
+        """Whether one of these bits is of a tensor that is made of all of those."""
+        while new and old:
+            lowest = new & -new
+            if old & self._deep.get(lowest, 0) == old:
+                return True
+            new ^= lowest
+        return False
 
     def is_residual(self, name: str, args: Sequence[Any], output: Tensor, is_known: Callable[[Tensor], bool]) -> bool:
         """Whether a call sums what has a row, or what a module was given, and something else, of one shape.
@@ -260,9 +270,9 @@ class Origins:
                 return False
             for x in [*summand[:1], *(one() for one in factors if is_product)]:
                 own = self.find([] if x is None else [x])
-                is_made = own.near and own.near & rest.deep == own.near
-                counts = is_made or (name in ("add", "stack") and x is summand[0])
-                if x is not None and x.shape == shape and counts and rest.near & ~own.near and is_known(x):
+                new, is_plain = rest.near & ~own.near, name in ("add", "stack") and x is summand[0]
+                counts = new and (is_plain or self._is_made(new, own.near))
+                if x is not None and x.shape == shape and counts and is_known(x):
                     if name == "stack":
                         dim = next((one for one in args[1:] if isinstance(one, int)), 0) % output.ndim
                         self._stacks[id(output)] = ref(output), dim

@@ -145,7 +145,7 @@ class Parameters:
                 untouched = seen is grad and scale == 1 and self._scales.get(k, (-1, 1.0))[0] == version
                 self._scales[k] = grad._version, self._scales[k][1] if untouched else scale
         if changed:
-            rows = self._buffer.backend.rows_of_each([as_dense(grads[k]) for k in changed]).unbind(1)
+            rows = self._buffer.describe([as_dense(grads[k]) for k in changed]).unbind(1)
             self._raw |= {k: (row, self._scales[k][1]) for k, row in zip(changed, rows, strict=True)}
 
     @torch.no_grad()
@@ -155,7 +155,7 @@ class Parameters:
         pairs = [(numbers.get(id(p)), g) for p, g in zip(sources, gradients, strict=False)]
         found = [(k, g) for k, g in pairs if k is not None and g is not None and measurable(g)]
         if found:
-            rows = self._buffer.backend.rows_of_each([as_dense(g) for _, g in found]).unbind(1)
+            rows = self._buffer.describe([as_dense(g) for _, g in found]).unbind(1)
             self._given |= {k: (ref(g), row, scale) for (k, g), row in zip(found, rows, strict=True)}
 
     @torch.no_grad()

@@ -11,12 +11,21 @@ import initlab
 from tests.probes.by_hand import X, differences, numbers
 
 
+class Angles(nn.Module):
+    """Gives what rotates; it has rows of its own."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        angle = torch.linspace(0, 1, x.numel()).view_as(x)
+        return angle.cos(), angle.sin()
+
+
 class Block(nn.Module):
     """Two layers, a scale and a table, used as the test says."""
 
     def __init__(self, function: Callable[["Block", Tensor], Tensor]) -> None:
         super().__init__()
         self.f, self.g, self.table = nn.Linear(6, 6), nn.Linear(6, 6), nn.Embedding(4, 6)
+        self.angles = Angles()
         self.scale, self.function = nn.Parameter(torch.full((6,), 0.5)), function
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,6 +90,7 @@ FORMULAS: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "softplus": lambda b, x: F.relu(x) + torch.log1p(torch.exp(-x.abs())),
     "centred": lambda b, x: x - x.mean(-1, keepdim=True).expand(12, 6),
     "rotary": rotate,
+    "rotary by a module": lambda b, x: x * b.angles(x)[0] + torch.cat([-x[:, 3:], x[:, :3]], -1) * b.angles(x)[1],
     "two towers": lambda b, x: b.f(x) - b.g(x),
     "a constant": lambda b, x: x + torch.zeros(12, 6),
     "lerp to noise": lambda b, x: torch.lerp(x, torch.randn(12, 6), 0.1),
