@@ -35,14 +35,18 @@ HELP = """initlab {version}: what happens to the numbers in a deep network under
   data={data}
 
 Tables, plots and logs go to outputs/. Exit codes: 0 done, 1 a fault, 2 a mistake in the options, 3 `compare` found
-a difference, 4 an expectation failed, 130 and 143 stopped. Hydra's own flags: --hydra-help. Every option with its
-default:
+a difference or task=diagnose an error, 4 an expectation failed, 130 and 143 stopped. Hydra's own flags: --hydra-help.
+Every option with its default:
 
 {config}"""
 
 
 def main() -> int:
-    """Exit code: 0 done, 1 a fault in a job, 2 the user's mistake, 3 a difference, 4 an expectation failed, 130/143."""
+    """The exit code, as the help says.
+
+    0 done, 1 a fault in a job, 2 the user's mistake, 3 a difference or an error that task=diagnose found, 4 an
+    expectation failed, 130 and 143 stopped.
+    """
     stops.install()
     os.environ.update(dict.fromkeys(BLAS, "1"))  # read when numpy is imported, here and in every process started here
     # Tables are then put together in the memory that the training has left, not beside it; read with pyarrow.
@@ -107,7 +111,7 @@ def _tell_end(code: int, folder: Path | None) -> int:
         _tell(f"the same command with resume={path_text(folder)} runs the jobs that are not done")
     for line in dict.fromkeys([*outcome.notes, *outcome.mistakes]):
         _tell(line)
-    return code or (2 if outcome.mistakes else 0) or (4 if outcome.failed else 0)
+    return code or (2 if outcome.mistakes else 0) or (4 if outcome.failed else 0) or (3 if outcome.ill else 0)
 
 
 def _run_jobs() -> int:
@@ -210,6 +214,7 @@ def check_words(words: Sequence[str]) -> list[str]:
     from initlab.sweep.hydra_private import get_args_parser
 
     options = set(option_names())
+    as_json, words = "--json" in words, [word for word in words if word != "--json"]
 
     def refuse(message: str) -> NoReturn:
         raise UsageError(f"{message}; see --help")
@@ -222,7 +227,7 @@ def check_words(words: Sequence[str]) -> list[str]:
         if bare.split("=")[0] in options:
             raise UsageError(f"{word}: options have no dashes, write {bare if '=' in bare else bare + '=VALUE'}")
         raise UsageError(f"{word}: no such flag{nearest(bare.split('=')[0], options)}; see --help and --hydra-help")
-    found, flags = [], [word for word in words if word != "--"]
+    found, flags = ["json=true"] * as_json, [word for word in words if word != "--"]
     for word in given.overrides:
         flags.remove(word)
         bare = word.lstrip("+ ")

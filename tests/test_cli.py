@@ -102,7 +102,7 @@ MISTAKES = {
     "-cn": "initlab: argument --config-name/-cn: expected one argument; see --help",
     "init=null": f"initlab: init=null: must be one of {choices('init')}",
     "init=???": f"initlab: init=???: must be one of {choices('init')}",
-    "graph.shapes=8": "initlab: graph.shapes=8: must be a list, as in [VALUE,VALUE]",
+    "shapes=8": "initlab: shapes=8: must be a list, as in [VALUE,VALUE]",
     "sweep.init=[[naive]]": "initlab: sweep.init=[['naive']]: must be a list of words",
     "sweep.init=naive": "initlab: sweep.init=naive: must be a list, as in [VALUE,VALUE]",
     "depth=???": "initlab: depth=???: must have a value",
@@ -110,7 +110,7 @@ MISTAKES = {
     "~depth": "initlab: ~depth: an option cannot be taken away; give it another value",
     "study.cost.runs=???": "initlab: study.cost.runs=???: must have a value",
     "phase.sw=3": "initlab: phase.sw: holds options of its own: phase.sw.min, phase.sw.max, phase.sw.points",
-    "graph.model=3": "initlab: graph.model=3: must be a dictionary, as in {NAME:VALUE}",
+    "model=3": "initlab: model=3: must be a dictionary, as in {NAME:VALUE}",
     "hydra.run.dir=???": "initlab: hydra.run.dir=???: must have a value",
     "hydra.output_subdir=x": "initlab: hydra.output_subdir=x: must be .hydra, where runs are looked up",
     "++hydra.verbose=1e-3": "initlab: ++hydra.verbose=1e-3: Hydra takes no such value",
@@ -161,7 +161,7 @@ def test_a_line_is_short_and_printable_whatever_is_given(lab: Lab, word: str, te
     assert code == 2 and text in err and len(err) < 320 and err.endswith("\n") and err[:-1].isprintable()
 
 
-@pytest.mark.parametrize("words", [("graph.shapes=[[]]",), ("graph.shapes=[[99999999999]]",)])
+@pytest.mark.parametrize("words", [("shapes=[[]]",), ("shapes=[[99999999999]]",)])
 def test_shapes_that_no_input_has_are_one_line(lab: Lab, words: tuple[str, ...]) -> None:
     code, _, err = lab("task=graph", *words)
     assert code == 2 and err.count("\n") == 1 and not Path("outputs").exists()
@@ -323,8 +323,8 @@ def test_the_ladder_and_the_graph_from_the_command_line(lab: Lab, monkeypatch: p
     assert code == 0, err
     assert "einsum" in out and "equal up to rounding" in out
     assert set(initlab.read("outputs", table="timings")["shape"]) == {"2x3 @ 3x4"}
-    code, out, err = lab("task=graph", "graph.model._target_=torch.nn.Linear", "graph.model.in_features=3",
-                         "graph.model.out_features=2")  # fmt: skip
+    code, out, err = lab("task=graph", "model._target_=torch.nn.Linear", "model.in_features=3",
+                         "model.out_features=2")  # fmt: skip
     assert code == 0, err
     assert "AddmmBackward0" in out and "Lin.bwd" in out
     assert "AccumulateGrad" in set(initlab.read("outputs/**", table="nodes")["node"])
@@ -334,9 +334,9 @@ def test_the_ladder_and_the_graph_from_the_command_line(lab: Lab, monkeypatch: p
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("graph.model._target_=torch.nn.Linearr",), "torch.nn.Linearr cannot be built"),
-        (("graph.model._target_=torch.nn.Linear",), "missing 2 required positional arguments"),
-        (("graph.model.in_features=3",), "no _target_"),
+        (("model._target_=torch.nn.Linearr",), "torch.nn.Linearr cannot be built"),
+        (("model._target_=torch.nn.Linear",), "missing 2 required positional arguments"),
+        (("model.in_features=3",), "no _target_"),
     ],
 )
 def test_a_model_that_cannot_be_built_is_one_line(lab: Lab, words: tuple[str, ...], text: str) -> None:

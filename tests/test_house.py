@@ -52,13 +52,13 @@ HOUSE = {
     ),
     "verdict": (
         "finding evidence reference_networks parameter_rules weight_rules audit depth_rules signal_rules "
-        "training_rules diagnose"
+        "training_rules table_rules diagnose"
     ),
     "engine": "layer_memory named_tensors fast_network recorders",
     "tasks": (
         "course.rotated_timing data ensemble.device ensemble.memory course.timing course.ladders "
         "ensemble.networks course.explain course.graph ensemble.plan ensemble.training "
-        "ensemble.unbounded_twin gains jacobian phase_points phase seeded stack curves formats twins train"
+        "ensemble.unbounded_twin gains jacobian phase_points phase seeded stack curves formats model_checks twins train"
     ),
     "runs": (
         "distance lock folders parquet schema labels read parts recorder select theory_rows summary collect compare"
@@ -295,7 +295,7 @@ def test_every_option_has_a_comment() -> None:
     text = (CONF / "config.yaml").read_text(encoding="utf-8")
     options = text[text.index("task:") : text.index("\nhydra:")].splitlines()
     bare = [line for line in options if ":" in line and not line.startswith("#") and "#" not in line]
-    assert bare == ["train:", "sweep:", "graph:", "phase:", "study:"]
+    assert bare == ["train:", "sweep:", "phase:", "study:"]
 
 
 def test_columns_are_options_and_summaries_know_them() -> None:

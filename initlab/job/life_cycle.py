@@ -32,6 +32,7 @@ class Outcome:
     mistakes: list[str] = field(default_factory=list)  # of the user
     notes: list[str] = field(default_factory=list)  # what should be known of the result
     failed: list[str] = field(default_factory=list)  # expectations of a study
+    ill: list[Path] = field(default_factory=list)  # folders of models that task=diagnose found an error in
 
     def clear(self) -> None:
         """A process may run one command after another."""
@@ -90,6 +91,8 @@ def _run(cfg: DictConfig, folder: Path, single: bool) -> None:
         printed = job.run()
     except Exception as error:
         raise as_ended(error, folder) from error
+    if cfg.task == "diagnose" and not job.recorder.ok:
+        outcome.ill.append(folder)
     if study is None:
         log.info("done: %s", path_text(folder))
     else:

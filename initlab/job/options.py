@@ -62,7 +62,7 @@ def instantiate(given: Mapping[str, Any]) -> Any:
     if not given:
         return None
     if "_target_" not in given:
-        raise UsageError("graph.model: no _target_; it names a class, as in graph.model._target_=torch.nn.Linear")
+        raise UsageError("model: no _target_; it names a class, as in model._target_=torch.nn.Linear")
     try:
         return hydra.utils.instantiate(dict(given))
     except (
@@ -70,7 +70,7 @@ def instantiate(given: Mapping[str, Any]) -> Any:
         SystemExit,
     ) as error:  # whatever the class itself raises is about the arguments that it was given
         reason = str(error.__cause__ or error)
-        raise UsageError(f"graph.model: {given['_target_']} cannot be built ({reason})") from error
+        raise UsageError(f"model: {given['_target_']} cannot be built ({reason})") from error
 
 
 def statistics_of(config: Config) -> dict[str, Callable[[Any], Any]]:

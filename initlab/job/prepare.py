@@ -26,6 +26,7 @@ from initlab.tasks.ensemble.device import Where, set_matmul
 from initlab.tasks.ensemble.networks import Net
 from initlab.tasks.ensemble.training import Training
 from initlab.theory.method import METHODS
+from initlab.verdict.table_rules import judge_tables
 
 
 @dataclass
@@ -36,13 +37,25 @@ class Job:
     recorder: Recorder
     plots: bool
     gain: str = ""  # which gain the rule took, in words; those of a sweep stand in the columns of its tables
+    texts_only: bool = False  # JSON for another program
     compares: bool = False  # networks that differ inside the job: the figures of a sweep are asked for
 
     def run(self) -> str:
         """Measure, record, draw; what is to be printed."""
         with self.recorder:
             texts = [stage(self.recorder) for stage in self.stages]
+        texts = [*self.judge(), *texts]
+        if self.texts_only:
+            return "\n".join(texts)
         return report_run(self.recorder, texts, self.plots, self.compares, self.gain)
+
+    def judge(self) -> list[str]:
+        """Keep the verdict of the run's own tables, and its first line."""
+        verdict = judge_tables(self.recorder.frames())
+        if verdict is None:
+            return []
+        self.recorder.keep_verdict(verdict)
+        return [f"verdict: {str(verdict).splitlines()[0]}"]
 
     def draw(self) -> None:
         """Only the figures, of what is recorded."""
@@ -80,7 +93,7 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     gain = gain_words(settings.rule, activation) if task.by_rule and not several else ""
     plots = config.plots and config.study.figure.y is None
     stages = [make(import_module(f"initlab.tasks.{module}"), settings) for module, make in task.stages]
-    return Job(stages, recorder, plots, gain, several)
+    return Job(stages, recorder, plots, gain, config.json, several)
 
 
 def resolve(config: Config, choices: Mapping[str, str | None]) -> JobSettings:

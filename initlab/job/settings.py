@@ -63,12 +63,6 @@ class SweepConfig:
 
 
 @dataclass
-class GraphConfig:
-    model: dict[str, Any] = field(default_factory=dict)
-    shapes: list[list[int]] | None = None
-
-
-@dataclass
 class AxisConfig:
     min: float = MISSING
     max: float = MISSING
@@ -134,7 +128,9 @@ class Config:
     threads: int = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
-    graph: GraphConfig = field(default_factory=GraphConfig)
+    model: dict[str, Any] = field(default_factory=dict)
+    shapes: list[list[int]] | None = None
+    json: bool = MISSING
     phase: PhaseConfig = field(default_factory=PhaseConfig)
     theory: str = MISSING
     every: int = MISSING

@@ -16,6 +16,7 @@ from initlab.nn.init import Rule
 from initlab.stats.row_order import NETWORK, row_order
 from initlab.tasks.ensemble.networks import Emit, Ensemble, Frames
 from initlab.theory.z_scores import as_categories
+from initlab.verdict.finding import Verdict
 
 Prediction: TypeAlias = pd.DataFrame | Exception  # the table `theory` of one point of a grid, or why there is none
 QUICK = "closed"  # the method for a run that is being stopped: a quarter of a second
@@ -29,6 +30,9 @@ class TableSink(Protocol):
 
     def note(self, text: str) -> None:
         """Take a sentence for the reader of the run; empty texts are ignored."""
+
+    def keep_verdict(self, verdict: Verdict) -> None:
+        """Take what was found, for `verdict.json`."""
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def explain_stage(task: Any, s: JobSettings) -> Stage:
 
 def graph_stage(task: Any, s: JobSettings) -> Stage:
     """Walks the graph at once: a model that cannot be built or run is a mistake of the user."""
-    t, given = s.training, s.config.graph
+    t, given = s.training, s.config
     shape = {"depth": t.depth, "width": t.width, "batch": t.batch, "loss": None if given.model else t.loss}
     network = {"init": s.rule, "activation": s.config.activation.name, "seed": s.config.seed}
     frames = task.graph(
@@ -179,6 +179,38 @@ def graph_stage(task: Any, s: JobSettings) -> Stage:
     notes = [f"note: {note}" for note in frames.pop("notes")["note"]]
     text = "\n".join([frames_as_text(frames["nodes"], frames["edges"]), *notes])
     return _measure_later(lambda: frames, lambda _: text)
+
+
+def _find_setting(task: Any, s: JobSettings) -> Any:
+    t, c = s.training, s.config
+    network = (s.rule, c.activation.name, t.depth, t.width, t.batch, c.seed, t.loss, c.train.lr, s.where)
+    return task.ModelSetting(instantiate(c.model), c.shapes, *network)
+
+
+def audit_stage(task: Any, s: JobSettings) -> Stage:
+    """How the parameters of a model are initialized."""
+    setting = _find_setting(task, s)
+
+    def run(sink: TableSink) -> str:
+        found = setting.audit()
+        sink.add(task.audit_frames(found))
+        sink.keep_verdict(found.verdict)
+        return str(found.verdict.json if s.config.json else found)
+
+    return run
+
+
+def diagnose_stage(task: Any, s: JobSettings) -> Stage:
+    """What is wrong with a model."""
+    setting = _find_setting(task, s)
+
+    def run(sink: TableSink) -> str:
+        verdict = setting.diagnose()
+        sink.add({"findings": verdict.table})
+        sink.keep_verdict(verdict)
+        return str(verdict.json if s.config.json else verdict)
+
+    return run
 
 
 def gains_stage(task: Any, s: JobSettings) -> Stage:
@@ -238,6 +270,8 @@ TASKS: dict[str, Task] = {
     "backward": Task((("course.ladders", backward_stage),)),
     "graph": Task((("course.graph", graph_stage),)),
     "explain": Task((("course.explain", explain_stage),)),
+    "audit": Task((("model_checks", audit_stage),)),
+    "diagnose": Task((("model_checks", diagnose_stage),)),
     "gains": Task((("gains", gains_stage),)),
     "jacobian": Task((("jacobian", jacobian_stage),), by_rule=True),
     "formats": Task((("formats", formats_stage),), any_function=True, by_rule=True),

@@ -32,6 +32,7 @@ from initlab.runs.folders import read_overrides
 from initlab.runs.lock import LOCK
 from initlab.runs.parts import Part, clear_parts, compact
 from initlab.runs.schema import COMMAND, SCHEMA_VERSION, TABLES
+from initlab.verdict.finding import Verdict
 
 # What Hydra, and who locked the folder, have written there before a job begins.
 _HYDRAS = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "multirun.yaml")
@@ -87,7 +88,7 @@ def clear(folder: Path) -> None:
     """
     with report_disk(folder):
         clear_parts(folder)
-        for name in (*(f"{table}.parquet" for table in TABLES), "run.json"):
+        for name in (*(f"{table}.parquet" for table in TABLES), "run.json", "verdict.json"):
             (folder / name).unlink(missing_ok=True)
         for path in folder.glob("*.png"):
             path.unlink()
@@ -122,6 +123,7 @@ class Recorder:
         self._busy = RLock()  # of the lists and their files
         self._since = time.monotonic()  # the first row waits
         self._shown: dict[str, pa.Table] = {}
+        self.ok = True  # whether no verdict found an error
         self._after = ExitStack()
 
     def __enter__(self) -> "Recorder":
@@ -173,6 +175,14 @@ class Recorder:
                 part.path(self.folder).unlink(missing_ok=True)
                 self._written.remove(part)
             self._count = mark
+
+    def keep_verdict(self, verdict: Verdict) -> None:
+        """What was found, as `verdict.json`; the first line stands in run.json. Errors: one line where it cannot be."""
+        self.ok &= verdict.ok
+        self.about["verdict"] = str(verdict).splitlines()[0]
+        with stops.whole(), report_disk(self.folder):
+            write_text(self.folder / "verdict.json", verdict.json + "\n")
+        self._write_status(self.about["status"])
 
     def note(self, text: str) -> None:
         """Something to say of the whole run that is in none of its tables: kept in run.json; nothing if empty."""

@@ -19,6 +19,7 @@ STATS, THEORY, LOSSES, PARITY = "stats", "theory", "losses", "parity"
 HISTOGRAMS, LSUV, TIMINGS = "histograms", "lsuv", "timings"
 JACOBIAN, SINGULAR_VALUES = "jacobian", "singular_values"
 GAINS, PHASE, FORMATS, ENDS = "gains", "phase", "formats", "ends"
+AUDIT, FINDINGS = "audit", "findings"
 NODES, EDGES, STEPS, RULES = "nodes", "edges", "steps", "rules"
 
 _TENSOR = tuple(name for name in KEY_COLUMNS if name != "seed")
@@ -118,6 +119,8 @@ TABLES: dict[str, Table] = {
         keys=("format", "event"),
     ),
     TIMINGS: Table("a row per version and shape of a ladder"),  # measured times never repeat
+    AUDIT: Table("a row per parameter of a model: law, gain, what it needs"),
+    FINDINGS: Table("a row per thing that is wrong: rule, layer, cause, remedy"),
     NODES: Table("a row per node of autograd's graph"),
     EDGES: Table("a row per edge of autograd's graph"),
     STEPS: Table("a row per `.g` that one backward pass sets, in order"),

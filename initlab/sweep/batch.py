@@ -89,6 +89,7 @@ class _RunningJob:
 
     def __init__(self, job: Job) -> None:
         self.job, self.recorder, self.note = job, job.recorder, job.recorder.note
+        self.keep_verdict = job.recorder.keep_verdict
         self.fault: Exception | None = None
         self.recorder.patience = PATIENCE
         self.closed = False

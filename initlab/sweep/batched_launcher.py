@@ -188,6 +188,7 @@ class Batched(Launcher):
         try:
             if fault is not None:
                 raise fault
+            job.judge()
             job.draw()
             log.info("done: %s", path_text(one.folder))
         except Exception as error:

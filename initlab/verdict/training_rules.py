@@ -52,7 +52,13 @@ def train_steps(e: NetworkEvidence, optimizer: Optimizer, steps: int) -> Steps:
 @contextmanager
 def _optimizer_as_it_was(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     """After the block gradients and the optimizer's state are what they were."""
-    state, groups = optimizer.state, copy.deepcopy([_list_options(group) for group in optimizer.param_groups])
+    state, groups = (
+        optimizer.state,
+        [
+            {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ],
+    )
     gradients = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
     optimizer.state = copy.copy(state)
     for key, value in state.items():
@@ -67,10 +73,6 @@ def _optimizer_as_it_was(model: nn.Module, optimizer: Optimizer) -> Iterator[Non
             if gradient is not None and content is not None:
                 gradient.copy_(content)
             p.grad = gradient
-
-
-def _list_options(group: dict[str, object]) -> dict[str, object]:
-    return {name: value for name, value in group.items() if name != "params"}
 
 
 def judge_updates(trained: Steps) -> Finding | None:

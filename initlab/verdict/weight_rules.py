@@ -120,7 +120,7 @@ def _judge_size(row: AuditRow) -> Iterator[Words]:
     apart = abs(math.log2(part.fan_in / part.fan_out)) > 0.5 if part.fan_in > 0 and part.fan_out > 0 else False
     unusual = tensor.axis == 1 or tensor.kind == "transposed convolution"
     if unusual and apart and law.std_error > 0:
-        counted = _count_as_torch(tensor)
+        counted = float(math.prod(tensor.values.shape[1:]))  # fan_in as torch.nn.init takes it, by the shape alone
         for one in sorted(usual | {3**-0.5}):
             swapped, right = one / math.sqrt(counted), one / math.sqrt(part.fan_in)
             if row.has_std(swapped) and not row.has_std(right):
@@ -136,12 +136,6 @@ def _judge_size(row: AuditRow) -> Iterator[Words]:
             cause = f"Xavier's rule took {n_parts} stacked matrices for one: std {law.std:.3g} in place of {each:.3g}"
             remedy = f"draw each part for itself, or multiply by {each / whole:.3g}"
             yield "xavier-stacked", WARNING, cause, remedy
-
-
-def _count_as_torch(tensor: ModelTensor) -> float:
-    """fan_in as torch.nn.init counts it, by the shape alone."""
-    shape = tensor.values.shape
-    return float(shape[1] * math.prod(shape[2:]))
 
 
 def describe_lost(tensor: ModelTensor, needed: float) -> tuple[str, str] | None:

@@ -137,7 +137,7 @@ def attempts(count: int, seed: int, folder: str) -> Iterator[Case]:
     options = [
         *option_names(),
         "activation.arguments.x",
-        "graph.model._target_",
+        "model._target_",
         "statistics.mine",
         "activation._target_",
     ]

@@ -116,7 +116,7 @@ KINDS = [
     ["train.loss=cross_entropy", "data=teacher"],
     ["data=mnist", "seed=1"],
     ["activation=relu"],
-    ["++graph.model.a=3", "seed=1"],
+    ["++model.a=3", "seed=1"],
     ["+init.gian=3"],
     ["~init.gain"],
     ["init={name: naive}", "seed=2"],

@@ -112,7 +112,7 @@ def first_shape(model: nn.Module, batch: int) -> tuple[int, ...]:
     first = next((layer for layer in model.modules() if next(layer.parameters(recurse=False), None) is not None), None)
     if not isinstance(first, nn.Linear):
         what = "no parameter" if first is None else f"a {type(first).__name__} first"
-        raise UsageError(f"graph: this model has {what}, which does not tell its inputs; give inputs or their shapes")
+        raise UsageError(f"shapes: this model has {what}, which does not tell its inputs; give their shapes")
     return batch, first.in_features
 
 

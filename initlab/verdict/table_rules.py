@@ -1,0 +1,99 @@
+"""A verdict of a run's own tables: how its stack's signal and gradients change, and whether its training learned."""
+
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import pandas as pd
+
+from initlab.stats.dtypes import FORMATS, format_of
+from initlab.verdict.depth_rules import is_significant
+from initlab.verdict.evidence import fit_trend
+from initlab.verdict.finding import ERROR, WARNING, Finding, Verdict
+
+SETTING = ("init", "activation", "gain", "lr", "dtype")  # columns whose networks are judged together
+DEAD = 0.9  # of the units of a layer
+LEARNED = 0.99  # of the first loss: above that nothing was learned
+
+
+def judge_tables(tables: Mapping[str, pd.DataFrame]) -> Verdict | None:
+    """What the tables `stats` and `losses` of a run say; None where it has no rows of a stack or of a training.
+
+    Sizes are the median over networks; each setting of a run is judged for itself. Taken is `log2_rms_true`, which
+    outlives the number format.
+    """
+    stats, losses = (tables.get(name, pd.DataFrame()) for name in ("stats", "losses"))
+    if "stage" not in stats or not stats["stage"].isin(["stack", "train"]).any():
+        return None
+    keys = [name for name in SETTING if name in stats]
+    several = len(stats[keys].drop_duplicates()) > 1
+    found: list[Finding] = []
+    for values, rows in stats.groupby(keys, observed=True, dropna=False):
+        setting = dict(zip(keys, values, strict=True))
+        label = ", ".join(f"{name}={value}" for name, value in setting.items()) if several else ""
+        found += _judge_stack(rows, setting, label)
+        if len(losses) and (rows["stage"] == "train").any():
+            own = losses
+            for name in set(keys) & set(losses):
+                own = own[own[name] == setting[name]]
+            found += _judge_training(rows[rows["stage"] == "train"], own, label)
+    found.sort(key=lambda one: one.severity != ERROR)
+    return Verdict(tuple(found), int(stats["layer"].max()), stats)
+
+
+def _judge_stack(rows: pd.DataFrame, setting: Mapping[str, object], label: str) -> Iterator[Finding]:
+    rows = rows[(rows["stage"] == "stack") & (rows["tensor"] == "activation") & (rows["layer"] > 0)]
+    if "log2_rms_true" not in rows or not len(rows):
+        return
+    for direction, what in (("forward", "the signal"), ("backward", "the gradient")):
+        sizes = rows[rows["direction"] == direction].groupby("layer", observed=True)["log2_rms_true"].median()
+        trend = fit_trend(sizes.index.tolist(), sizes.tolist())
+        if direction == "backward":
+            trend = trend._replace(rate=-trend.rate)
+        if not is_significant(trend):
+            continue
+        grows = trend.rate > 0
+        rule = ("gradient-" if direction == "backward" else "") + ("exploding" if grows else "vanishing")
+        cause = f"init={setting.get('init', '?')} with gain {float(str(setting.get('gain', math.nan))):.3g}: {what} "
+        cause += (
+            f"{'grows' if grows else 'falls'} by a factor {2.0**trend.rate:.3g} a layer, 2^{trend.total:.0f} in all"
+        )
+        own = FORMATS[format_of(str(setting.get("dtype", "float32"))).name]
+        end = math.log2(own.max if grows else own.least)
+        last = int(trend.first + (end - trend.start) / trend.rate) if direction == "forward" else 0
+        if 0 < last <= trend.last:
+            cause += f"; {own.name} ends at layer {last}"
+        place = (trend.last if direction == "backward" else trend.first, label, "activation", direction)
+        remedy = "init=kaiming, whose gain is that of the activation"
+        evidence = {"octaves_a_layer": trend.rate, "standard_error": trend.error}
+        yield Finding(rule, ERROR, *place, cause, remedy, evidence)
+        return  # the gradient inherits it
+
+
+def _judge_training(rows: pd.DataFrame, losses: pd.DataFrame, label: str) -> Iterator[Finding]:
+    hand = losses[losses["implementation"] == "scratch"]
+    if not len(hand):
+        return
+    by_step = hand.groupby("step", observed=True)["loss"].median()
+    first, last = float(by_step.iloc[0]), float(by_step.iloc[-1])
+    place = (-1, label, "loss", "forward")
+    lost = hand[~np.isfinite(hand["loss"])]
+    evidence = {"first_loss": first, "last_loss": last}
+    if len(lost):
+        step = int(lost["step"].min())
+        n = lost["seed"].nunique() if "seed" in lost else 1
+        cause = f"the loss of {n} networks is not finite from step {step} on"
+        yield Finding("diverged", ERROR, *place, cause, "a smaller train.lr", evidence, since=step)
+    elif len(by_step) > 10 and last > 10 * first + 1:
+        cause = f"the loss goes from {first:.3g} to {last:.3g}"
+        yield Finding("diverged", ERROR, *place, cause, "a smaller train.lr", evidence, since=int(by_step.index[-1]))
+    elif len(by_step) > 50 and last > LEARNED * first:
+        cause = f"nothing is learned: the loss goes from {first:.3g} to {last:.3g} in {len(by_step)} steps"
+        yield Finding("not-learning", WARNING, *place, cause, "another train.lr, or init=kaiming", evidence)
+    dead = rows[(rows["step"] == rows["step"].max()) & (rows["tensor"] == "activation") & (rows["layer"] > 0)]
+    share = dead.groupby("layer", observed=True)["frac_dead"].median()
+    if len(share) and float(share.max()) > DEAD:
+        layer = int(share.idxmax())
+        cause = f"{float(share.max()):.0%} of its units are dead at the end of the training"
+        place = (layer, label, "activation", "forward")
+        yield Finding("dead", ERROR, *place, cause, "a smaller train.lr", {"frac_dead": float(share.max())})

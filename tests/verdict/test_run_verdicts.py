@@ -1,0 +1,88 @@
+"""The verdict of a run's own tables, and the tasks audit and diagnose on the command line."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import initlab
+from initlab.verdict.table_rules import judge_tables
+
+
+@pytest.mark.parametrize(
+    ("init", "activation", "rule"),
+    [
+        ("kaiming", "relu", None),
+        ("naive", "relu", "exploding"),
+        ("small", "relu", "vanishing"),
+        ("lecun", "relu", "vanishing"),
+        ("lecun", "tanh", None),
+        ("orthogonal", "linear", None),
+    ],
+)
+def test_the_stack_of_a_rule(init: str, activation: str, rule: str | None) -> None:
+    frame = initlab.stack(init, activation, depth=30, width=100, seeds=4)
+    verdict = judge_tables({"stats": frame.assign(init=init, gain=1.0, dtype="float32")})
+    assert verdict is not None and [one.rule for one in verdict.errors] == ([] if rule is None else [rule])
+    if init == "naive":  # each layer multiplies by sqrt(100/2)
+        assert verdict.errors[0].evidence["octaves_a_layer"] == pytest.approx(math.log2(50**0.5), abs=0.05)
+
+
+def losses(values: list[float]) -> pd.DataFrame:
+    return pd.DataFrame({"implementation": "scratch", "seed": 0, "step": range(len(values)), "loss": values})
+
+
+def stats(dead: float) -> pd.DataFrame:
+    row = {"stage": "train", "step": 99, "tensor": "activation", "layer": 1, "frac_dead": dead, "direction": "forward"}
+    return pd.DataFrame([{**row, "seed": 0, "init": "kaiming", "gain": 1.4}])
+
+
+@pytest.mark.parametrize(
+    ("values", "dead", "rule"),
+    [
+        ([2.3 * 0.98**k for k in range(100)], 0.1, None),
+        ([2.3] * 99 + [float("nan")], 0.1, "diverged"),
+        ([2.3 * 1.1**k for k in range(100)], 0.1, "diverged"),
+        ([2.3] * 100, 0.1, "not-learning"),
+        ([2.3 * 0.98**k for k in range(100)], 1.0, "dead"),
+    ],
+)
+def test_a_training(values: list[float], dead: float, rule: str | None) -> None:
+    verdict = judge_tables({"stats": stats(dead), "losses": losses(values)})
+    assert verdict is not None and [one.rule for one in verdict] == ([] if rule is None else [rule])
+    if math.isnan(values[-1]):
+        assert verdict.findings[0].since == 99
+    assert judge_tables({"losses": losses(values)}) is None
+
+
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "initlab", *words, "device=cpu", f"hydra.run.dir={folder / 'run'}"]
+    root = Path(initlab.__file__).parents[1]
+    return subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+
+
+def test_diagnose_from_the_command_line(tmp_path: Path) -> None:
+    """Exit code 3, the finding first, and the same in verdict.json; --json prints nothing else."""
+    ill = run(tmp_path / "a", "task=diagnose", "init=naive", "train.depth=8")
+    assert ill.returncode == 3 and ill.stdout.startswith("exploding at layer 1 (0): the weights have gain")
+    kept = json.loads((tmp_path / "a" / "run" / "verdict.json").read_text())
+    assert kept["ok"] is False and kept["findings"][0]["rule"] == "exploding"
+    model = ("model._target_=torch.nn.Linear", "model.in_features=30", "model.out_features=4")
+    well = run(tmp_path / "b", "task=diagnose", "--json", *model)
+    assert well.returncode == 0 and json.loads(well.stdout) == {"ok": True, "layers": 1, "findings": []}
+
+
+def test_audit_from_the_command_line(tmp_path: Path) -> None:
+    model = ("model._target_=torch.nn.MultiheadAttention", "model.embed_dim=64", "model.num_heads=4")
+    found = run(tmp_path, "task=audit", *model)
+    assert found.returncode == 0 and "in_proj_weight[query]: uniform" in found.stdout
+    table = initlab.read(str(tmp_path / "run"), table="audit")
+    assert table["shape"][0] == "192x64" and "xavier-stacked" in found.stdout
+    wrong = run(tmp_path / "c", "task=diagnose", "model._target_=torch.nn.Conv2d", "model.in_channels=3",
+                "model.out_channels=4", "model.kernel_size=3")  # fmt: skip
+    assert wrong.returncode == 2 and "shapes: this model has a Conv2d first" in wrong.stderr
+    assert not (tmp_path / "c" / "run" / "findings.parquet").exists()
