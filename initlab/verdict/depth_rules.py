@@ -36,34 +36,31 @@ def is_significant(trend: Trend) -> bool:
 
 
 def _describe_trend(e: NetworkEvidence, trend: Trend, direction: str, column: str, usual: float) -> Finding:
-    grows = trend.rate > 0
-    rule = "exploding" if grows else "vanishing"
-    what = {"rms": "the signal", "std_within": "what the inputs differ by"}[column]
-    if direction == "backward":
-        rule, what = f"gradient-{rule}", "the gradient"
-    factor, octaves = 2.0**trend.rate, abs(trend.rate)
-    per = "from the last layer to the first" if direction == "backward" else "with depth"
-    way = (
-        f"{what} {'grows' if grows else 'falls'} {per} by a factor {factor:.3g} a layer, {2.0**trend.total:.3g} in all"
-    )
-    way += f" ({'doubles' if grows else 'halves'} every {1 / octaves:.2g} layers)"
+    grows, back = trend.rate > 0, direction == "backward"
+    rule = f"{'gradient-' if back else ''}{'exploding' if grows else 'vanishing'}"
+    what = "the gradient" if back else {"rms": "the signal", "std_within": "what the inputs differ by"}[column]
     cause, remedy, factors = _find_cause(e, grows)
-    first = e.gains[0] if e.gains else None
-    layer = trend.last if direction == "backward" else trend.first
+    cause += f": {what} {'grows' if grows else 'falls'} by a factor {2.0**trend.rate:.3g} a layer"
+    detail = (
+        f"{2.0**trend.total:.3g} in all {trend.last - trend.first} steps{', from the last layer down' if back else ''}"
+    )
+    detail = f"It {'doubles' if grows else 'halves'} every {1 / abs(trend.rate):.2g} layers, {detail}"
+    ends = _find_format_ends(trend, direction)
+    if ends:
+        detail += "; " + ", ".join(f"{name} ends at layer {n}" for name, n in ends.items())
+    layer = trend.last if back else trend.first
     where = next((g.tensor.module_name or g.tensor.name for g in e.gains if e.layer_of(g.tensor.name) == layer), "")
-    evidence = {
+    evidence: dict[str, float] = {
         "octaves_a_layer": trend.rate,
         "standard_error": trend.error,
         "reference": usual,
         "total_octaves": trend.total,
-        **({"gain": first.found, "needed": first.needed} if first is not None else {}),
-        **{f"leaves_{name}": layer for name, layer in _find_format_ends(trend, direction).items()},
+        **{f"leaves_{name}": n for name, n in ends.items()},
     }
-    left = _find_format_ends(trend, direction)
-    if left:
-        way += "; " + ", ".join(f"{name} ends {'above' if grows else 'below'} layer {n}" for name, n in left.items())
+    if e.gains:
+        evidence |= {"gain": e.gains[0].found, "needed": e.gains[0].needed}
     place = (layer, where, "preactivation", direction)
-    return Finding(rule, ERROR, *place, f"{cause}: {way}", remedy, evidence, factors=factors)
+    return Finding(rule, ERROR, *place, cause, remedy, evidence, factors=factors, detail=f"{detail}.")
 
 
 def _find_format_ends(trend: Trend, direction: str) -> dict[str, int]:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from initlab.errors import UsageError, check_functions, library_call
 from initlab.verdict.depth_rules import judge_collapse, judge_output, judge_post_norm, judge_trends, judge_width
 from initlab.verdict.evidence import Loss, NetworkEvidence, changed_parameters, collect_evidence, default_loss
-from initlab.verdict.finding import ERROR, Finding, Verdict
+from initlab.verdict.finding import ERROR, WARNING, Finding, Verdict
 from initlab.verdict.parameter_rules import (
     judge_input,
     judge_lost_variance,
@@ -80,6 +80,10 @@ def diagnose(
     found = list(_find(evidence))
     if optimizer is not None and all(one.severity != ERROR for one in found):
         found += filter(None, [judge_updates(train_steps(evidence, optimizer, steps))])
+    found += [
+        Finding("unmeasured", WARNING, -1, "", "other", "forward", note, "look at it, or leave it")
+        for note in evidence.notes
+    ]
     found.sort(key=lambda one: one.severity != ERROR)
     return Verdict(tuple(found), evidence.n_layers, evidence.rows)
 

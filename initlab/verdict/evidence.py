@@ -1,6 +1,7 @@
 """What the rules of a verdict look at: the flow of a model, the gains of its weights, measured rows, trends."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class NetworkEvidence:
     known: ModelGains
     rows: pd.DataFrame
     layers: dict[str, int]  # dotted names of modules and parameters, and the numbers of their layers
+    notes: tuple[str, ...] = ()  # what was not measured, and why
 
     @property
     def gains(self) -> list[LayerGain]:
@@ -146,13 +148,16 @@ def collect_evidence(model: nn.Module, x: Any, y: Any, loss: Loss) -> NetworkEvi
     """Trace one pass and measure one, neither of which leaves a trace."""
     flow = TracedFlow(model).record(x, y, loss)
     known = measure_gains(model, flow=flow)
-    rows = measure(model, x, y, loss)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        rows = measure(model, x, y, loss)
+    notes = tuple(str(one.message).removeprefix("probe: ") for one in heard if str(one.message).startswith("probe: "))
     layers: dict[str, int] = {}
     own = rows[(rows["direction"] == "forward") & rows["tensor"].isin(["weight", "preactivation", "norm", "embedding"])]
     for name, part, layer in zip(own["name"], own["part"], own["layer"], strict=True):
         layers.setdefault(name, int(layer))
         layers.setdefault(f"{name}.{part}" if name else part, int(layer))
-    return NetworkEvidence(model, x, y, loss, known, rows, layers)
+    return NetworkEvidence(model, x, y, loss, known, rows, layers, notes)
 
 
 @contextmanager

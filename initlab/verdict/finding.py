@@ -21,6 +21,7 @@ class Finding:
     frame. since: the training step at which it was seen first. cause, remedy: plain sentences. evidence: the numbers
     behind them. factors: what the remedy multiplies parameters by, by their dotted names; `input` and `lr` stand for
     the batch and the learning rate. redraw: the parameters that the remedy draws anew.
+    detail: further numbers in words, for a second line.
     """
 
     rule: str
@@ -35,11 +36,13 @@ class Finding:
     since: int = 0
     factors: Mapping[str, float] = field(default_factory=dict)
     redraw: tuple[str, ...] = ()
+    detail: str = ""
 
     def __str__(self) -> str:
         where = f"layer {self.layer}" if self.layer > 0 else "the input" if self.layer == 0 else ""
         place = " ".join(filter(None, [where, f"({self.name})" if self.name else ""]))
-        return f"{self.rule}{f' at {place}' if place else ''}: {self.cause}. Remedy: {self.remedy}."
+        line = f"{self.rule}{f' at {place}' if place else ''}: {self.cause}. Remedy: {self.remedy}."
+        return f"{line}\n  {self.detail}" if self.detail else line
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What healthy means for any architecture: the same one with weights drawn by the right rule, several times."""
 
 import math
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -33,7 +34,8 @@ class Reference:
         kinds = (("forward", "rms"), ("forward", "std_within"), ("backward", "rms"))
         found: dict[tuple[str, str], list[Trend]] = {kind: [] for kind in kinds}
         for seed in range(NETWORKS):
-            with changed_parameters(list(draw_parameters(e, torch.Generator().manual_seed(seed)))):
+            drawn = list(draw_parameters(e, torch.Generator().manual_seed(seed)))
+            with changed_parameters(drawn), warnings.catch_warnings(action="ignore"):
                 rows = measure(e.model, e.x, e.y, e.loss)
             one = NetworkEvidence(e.model, e.x, e.y, e.loss, e.known, rows, e.layers)
             for direction, column in kinds:

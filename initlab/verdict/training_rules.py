@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -34,7 +35,7 @@ def train_steps(e: NetworkEvidence, optimizer: Optimizer, steps: int) -> Steps:
     batch, losses = list(all_tensors(e.x)), []
     own = [(p, p.detach().clone()) for p in e.model.parameters()]
     with left_as_it_was(e.model, batch), _optimizer_as_it_was(e.model, optimizer), changed_parameters(own):
-        with probe(e.model, optimizer=optimizer) as p:
+        with warnings.catch_warnings(action="ignore"), probe(e.model, optimizer=optimizer) as p:
             for _ in range(steps):
                 optimizer.zero_grad()
                 value = loss_value(e.loss, run_model(e.model, e.x, batch), e.y)
