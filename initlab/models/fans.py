@@ -64,6 +64,8 @@ class ModelTensor(NamedTuple):
 
     def cut(self, one: Slice) -> Tensor:
         """The values of a slice, with outputs first."""
+        if not self.values.ndim:
+            return self.values.reshape(1)
         return self.values.narrow(self.axis, one.start, one.stop - one.start).transpose(0, self.axis)
 
 
@@ -138,7 +140,7 @@ def _find_kind(module: nn.Module, full: str, part: str, shape: tuple[int, ...]) 
         return "linear" if len(shape) > 1 else "bias"
     if _is_table(last, owner, shape):
         return "embedding"
-    return "linear" if len(shape) == 2 or (len(shape) == 3 and shape[0] > 1) else "unknown"
+    return "unknown"  # a table or a matrix: only its use tells
 
 
 def _is_table(last: str, owner: str, shape: tuple[int, ...]) -> bool:

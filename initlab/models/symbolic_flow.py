@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from initlab.models.dataflow import Flow, FlowBuilder, FlowNode, Weight
 from initlab.models.traced_flow import TracedFlow
 from initlab.probes.probed_modules import look_at_function
+from initlab.probes.snapshot import left_as_it_was
 
 FLIPS = ("t", "T", "mT", "transpose", "swapaxes", "permute", "adjoint", "H", "mH")
 # Where the branches of torch's layers of several parts end.
@@ -68,7 +69,8 @@ class _SymbolicFlow(FlowBuilder):
             if type(value) in (list, dict, set) and not name.startswith("_")
         ]
         try:
-            self._add_module(self._model, [self.add(FlowNode("input"))])
+            with left_as_it_was(self._model, []):
+                self._add_module(self._model, [self.add(FlowNode("input"))])
         finally:
             for module, state in kept:
                 vars(module).clear()

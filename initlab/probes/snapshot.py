@@ -3,11 +3,13 @@
 What does not fit the model is said in one line.
 """
 
+import random
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -125,7 +127,8 @@ def run_backward(value: Tensor, sources: list[Tensor]) -> None:
 
 @contextmanager
 def left_as_it_was(model: nn.Module, batch: list[Tensor]) -> Iterator[None]:
-    """Gradients can be taken within the block; buffers and torch's random numbers are restored after it."""
+    """Gradients can be taken within the block; buffers and random numbers, Python's too, are restored after it."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - what a model may draw from
     kept = [
         (module._buffers, name, buffer, buffer.clone())
         for module in model.modules()
@@ -138,6 +141,8 @@ def left_as_it_was(model: nn.Module, batch: list[Tensor]) -> Iterator[None]:
         try:
             yield
         finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
             for buffers, name, buffer, value in kept:
                 buffers[name] = buffer
                 buffer.data.copy_(value)  # a graph that waits for its backward pass does not take this for a change

@@ -129,7 +129,8 @@ class NetworkEvidence:
         if column == "std_within":  # differences of equal numbers are rounding
             sizes = np.where(sizes > 32 * self.eps * finite["rms"].to_numpy(dtype=float), sizes, 0.0)
         with np.errstate(divide="ignore"):
-            return fit_trend(finite["layer"].tolist(), np.log2(sizes).tolist())
+            depth = finite["layer"] + finite["call"] * self.n_layers  # a layer that is called again lies deeper
+            return fit_trend(depth.tolist(), np.log2(sizes).tolist())
 
     def residual_ends(self) -> list[str]:
         """The dotted names of the layers in which residual branches end."""

@@ -56,7 +56,7 @@ def judge_units(e: NetworkEvidence, reference: Reference) -> Finding | None:
         gain = by_name.get(row["name"]) or by_name.get(".".join(filter(None, [row["name"], row["part"]])))
         activation = gain.follower.activation if gain is not None and gain.follower is not None else None
         share = row["frac_saturated"]
-        if gain is None or activation is None or share != share:
+        if gain is None or activation is None or share != share or not row["rms"]:  # what it is given is 0
             continue
         all_dead = float(dead.get(row["layer"], 0.0))
         if share > max(0.25, _usual_share(activation) + SHARE) or all_dead > 0.9:

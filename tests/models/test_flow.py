@@ -1,13 +1,16 @@
 """What follows a layer, read from the code and from a pass: both say the same wherever the code can be read."""
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from initlab.models.dataflow import Flow
+from initlab.models.fans import list_tensors
 from initlab.models.symbolic_flow import find_flow
 
 
@@ -136,3 +139,39 @@ def test_an_activation_of_ones_own_is_known_by_its_numbers() -> None:
     first, second = (flow.follower(k) for k, _ in flow.layers())
     assert first.activation is not None and first.op == "Squared"
     assert float(first.activation.phi(torch.tensor([2.0]))) == 4 and second.activation is None
+
+
+def test_buffers_and_all_random_numbers_are_left_alone() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.scale = nn.Linear(3, 3), nn.Parameter(torch.tensor(2.0))
+            self.register_buffer("n", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.n += 1
+            return self.layer(x) * self.scale + random.random() + float(np.random.rand())  # noqa: NPY002
+
+    model, states = Counting(), (random.getstate(), np.random.get_state()[1].copy())  # noqa: NPY002
+    for x in (None, torch.randn(4, 3)):
+        find_flow(model, x)
+        assert float(model.n) == 0 and random.getstate() == states[0]
+        assert (np.random.get_state()[1] == states[1]).all()  # noqa: NPY002
+    assert [t.name for t in list_tensors(model)] == ["scale", "layer.weight", "layer.bias"]
+    assert [t.cut(t.slices[0]).numel() for t in list_tensors(model)] == [1, 9, 3]
+
+
+def test_a_table_that_no_product_uses_is_no_weight() -> None:
+    class Decay(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rates = nn.Parameter(torch.arange(1.0, 9.0).log().repeat(4, 1))
+            self.layer = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * torch.exp(-self.rates).sum(-1)
+
+    model = Decay()
+    for x in (None, torch.randn(5, 8)):
+        kinds = {t.name: t.kind for t in list_tensors(model, find_flow(model, x).equations())}
+        assert kinds == {"rates": "unknown", "layer.weight": "linear", "layer.bias": "bias"}
