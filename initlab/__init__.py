@@ -31,6 +31,8 @@ At the top of the package, loaded when first used:
     predict     what theory predicts for a stack, with bands
     gain, phase, critical, limits   a rule at infinite width, and where number formats end it
     read, compare   the tables of any number of runs; what differs between two of them
+    plot        the figure of any of these tables
+    coordinate_check   what grows or vanishes with the width of your own model, and since which step
     compare_gradients   your backward pass against a reference, and why it differs
     init_       a rule applied to a model of one's own, with the gains that its activations need
     Rule, UsageError   an initialization rule; what is raised, in one line, for a mistake of the user
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from initlab.errors import UsageError as UsageError
+    from initlab.figures.plot import plot as plot
     from initlab.meanfield.fixed_points import critical as critical
     from initlab.meanfield.fixed_points import phase as phase
     from initlab.models.initialize import init_ as init_
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
     from initlab.runs.compare import compare as compare
     from initlab.runs.read import read as read
     from initlab.scratch.agreement import compare_gradients as compare_gradients
+    from initlab.tasks.coordinate_check import coordinate_check as coordinate_check
     from initlab.tasks.stack import stack as stack
     from initlab.tasks.train import train as train
     from initlab.theory.format_limits import limits as limits
@@ -75,6 +79,8 @@ _PUBLIC = {
     "limits": "initlab.theory.format_limits",
     "read": "initlab.runs.read",
     "compare": "initlab.runs.compare",
+    "plot": "initlab.figures.plot",
+    "coordinate_check": "initlab.tasks.coordinate_check",
     "compare_gradients": "initlab.scratch.agreement",
     "init_": "initlab.models.initialize",
     "Rule": "initlab.nn.init",

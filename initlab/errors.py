@@ -262,7 +262,7 @@ def library_call(function: Callable[P, R]) -> Callable[P, R]:
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            unknown = next((nearest(name, signature.parameters) for name in kwargs if name in str(error)), "")
+            unknown = next((nearest(name, signature.parameters) for name in kwargs if f"'{name}'" in str(error)), "")
             raise UsageError(f"{function.__name__}: {error}{unknown}") from None
         try:
             return function(*args, **kwargs)

@@ -31,7 +31,7 @@ HOUSE = {
     "stops": "",
     "stats": (
         "dtypes kernels.cpu kernels.triton_programs kernels.triton_merge keys row_order quadrature statistics "
-        "workspace histogram reference kernels.triton_rows summarize backend buffer "
+        "workspace histogram format_shares reference kernels.triton_rows summarize backend buffer "
         "kernels.cpu_backend kernels.gpu_backend measure"
     ),
     "nn": "activations custom_activation network triton_philox philox init lsuv mup unbounded",
@@ -58,14 +58,15 @@ HOUSE = {
     "tasks": (
         "course.rotated_timing data ensemble.device ensemble.memory course.timing course.ladders "
         "ensemble.networks course.explain course.graph ensemble.plan ensemble.training "
-        "ensemble.unbounded_twin gains jacobian phase_points phase seeded stack curves formats model_checks twins train"
+        "ensemble.unbounded_twin coordinate_check gains jacobian phase_points phase seeded stack curves formats "
+        "model_checks twins train"
     ),
     "runs": (
         "distance lock folders parquet schema labels read parts recorder select theory_rows summary collect compare"
     ),
     "figures": (
-        "axes figure_spec format_figure gain_figure graph_figure histogram_figure jacobian_figure "
-        "phase_figure plots study_figure"
+        "axes model_rows figure_spec format_figure gain_figure graph_figure histogram_figure jacobian_figure "
+        "model_figure phase_figure share_figure plots study_figure table_figures plot"
     ),
     "studies": "reductions expect study gallery",
     "job": "printout settings network_grid options shared_program stages prepare worker_process life_cycle",
@@ -269,7 +270,7 @@ def test_public_doors_name_every_parameter() -> None:
     """With an example that runs as a doctest."""
     doors = [name for name in dir(initlab) if inspect.isfunction(getattr(initlab, name))]
     doors = [name for name in doors if name[0] != "_" and name != "import_module"]
-    assert len(doors) == 15
+    assert len(doors) == 17
     for name in doors:
         door = getattr(initlab, name)
         text = door.__doc__ or ""

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Mapping
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,19 @@ from initlab.stats.dtypes import FORMATS
 BEYOND = 10.0  # so far does an axis follow a prediction beyond what was measured
 
 
+class NotebookFigure(Figure):
+    """A figure that shows itself where it is the last line of a notebook's cell; pyplot does not know of it."""
+
+    def _repr_png_(self) -> bytes:
+        image = BytesIO()
+        self.savefig(image, format="png", dpi=90)
+        return image.getvalue()
+
+
 def new_figure(title: str, rows: int = 1, columns: int = 1, **settings: Any) -> tuple[Figure, list[Axes]]:
     """An empty figure with a title that states the finding, and its axes row by row; settings go to `subplots`."""
     sns.set_theme(style="whitegrid", palette="colorblind", context="notebook")
-    figure = Figure(figsize=(5.5 * columns + 4, 2.6 * rows + 2.9), layout="constrained")
+    figure = NotebookFigure(figsize=(5.5 * columns + 4, 2.6 * rows + 2.9), layout="constrained")
     figure.suptitle("\n".join(textwrap.wrap(title, 52 * columns + 34)), fontsize=12)
     axes = figure.subplots(rows, columns, squeeze=False, **settings)
     return figure, list(axes.flat)

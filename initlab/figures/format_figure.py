@@ -23,7 +23,7 @@ def draw_formats(frame: pd.DataFrame) -> Figure:
     order = list(dict.fromkeys(frame["format"].astype(str)))
     figure, (ax,) = new_figure(_title(frame, order))
     figure.set_size_inches(9.5, 0.75 * len(order) + 2.4)
-    ax.set_xlim(0, float(frame["depth"].max()) + 1)
+    ax.set_xlim(0, _depth(frame) + 1)
     colours = sns.color_palette("colorblind", len(EVENTS))
     for position, ((event, name), colour) in enumerate(zip(EVENTS.items(), colours, strict=True)):
         rows = frame[frame["event"] == event]
@@ -36,6 +36,13 @@ def draw_formats(frame: pd.DataFrame) -> Figure:
     layer_axis(ax)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=10)
     return figure
+
+
+def _depth(frame: pd.DataFrame) -> float:
+    """The last layer, or the last that has an event where the table does not know its depth."""
+    known = frame[["depth"] if "depth" in frame else ["predicted", "band_high", "measured", "measured_high"]]
+    numbers = known.to_numpy(float)
+    return float(numbers[np.isfinite(numbers)].max(initial=1))
 
 
 def _marks(ax: Axes, spans: pd.DataFrame, y: np.ndarray, colour: object, filled: bool) -> None:
@@ -59,7 +66,7 @@ def _title(frame: pd.DataFrame, order: list[str]) -> str:
         else:
             held.append(name)
     ended = [f"{', '.join(names)}: {end} at layer {layer:.0f}" for (end, layer), names in met.items()]
-    depth = int(frame["depth"].max())
-    holds = [f"{', '.join(held)}: all {depth} layers"] if held else []
+    depth = f"{int(_depth(frame))} " if "depth" in frame else ""
+    holds = [f"{', '.join(held)}: all {depth}layers"] if held else []
     run = ", ".join(str(frame[name].iloc[0]) for name in IN_EVERY_LABEL if name in frame)
-    return f"Where a number format ends. {run}: " + "; ".join([*ended, *holds])
+    return f"Where a number format ends. {run}{': ' if run else ''}" + "; ".join([*ended, *holds])

@@ -37,7 +37,8 @@ def draw_gains(frame: pd.DataFrame) -> Figure:
                 )  # fmt: skip
             ax.plot([], [], marker, color=colours[k], label=kind)
         name_rows(ax, order)
-        ax.set_xscale("log", base=2)
+        if (shown[value] > 0).any():
+            ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
     left.set_xlabel("gain")

@@ -17,6 +17,8 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 from matplotlib.textpath import TextPath
 
+from initlab.figures.axes import NotebookFigure
+
 SIZE, LINE, PAD = 8.5, 0.165, 0.09  # font size in points, height of a line, space around the text
 ACROSS, DOWN = 0.3, 0.42  # space between neighbours and between layers
 WRAP = 32  # characters
@@ -88,7 +90,7 @@ def draw_graph(nodes: pd.DataFrame, edges: pd.DataFrame, limit: int = 150) -> Fi
     bottom = max(b.top + b.height for b in boxes.values())
     head = 0.3 * len(title) + 0.25
     size = (right - left + 2 * spare + 2 * ACROSS, bottom + head + ACROSS)
-    figure = Figure(figsize=size)
+    figure = NotebookFigure(figsize=size)
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set(xlim=(left - spare - ACROSS, right + spare + ACROSS), ylim=(bottom + ACROSS, -head))
     ax.axis("off")

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from initlab.figures.axes import new_figure
+from initlab.figures.model_rows import OUTPUTS, add_places, complete_rows
 
 SHOWN = (("preactivation", "forward", "preactivations"), ("weight", "backward", "weight gradients"))
 
@@ -70,3 +71,51 @@ def _title(rows: pd.DataFrame, last: int) -> str:
         typical = [int(octaves[np.argmax(share[:, step])]) for step in (0, -1)]
         texts.append(f"layer {layer}: most often 2^{typical[0]} at first, 2^{typical[1]} at last")
     return f"Weight gradients by octave. {'; '.join(texts)}"
+
+
+def draw_module_octaves(histograms: pd.DataFrame) -> Figure | None:
+    """Of every module's output the octaves of its entries, from the first module down to the last, at the last step.
+
+    Left the values, right the gradients; the entries that are 0, nan or inf are in no octave.
+    """
+    rows = complete_rows(histograms)
+    rows = add_places(rows[rows["step"] == rows["step"].max()])
+    rows = rows[rows["is_output"]] if rows["is_output"].any() else rows
+    filled = rows[rows["positive"].map(len) > 0]
+    if not len(filled):
+        return None
+    sides = [name for name in OUTPUTS.values() if (filled["series"] == name).any()]
+    names = filled.drop_duplicates("place").set_index("place")["text"].sort_index()
+    low, high = int(filled["first"].min()), int((filled["first"] + filled["positive"].map(len)).max())
+    figure, axes = new_figure(describe_octaves(filled, sides), 1, len(sides), sharey=True)
+    figure.set_size_inches(4 + 4.5 * len(sides), min(0.2 * len(names), 14) + 2.5)
+    for ax, side in zip(axes, sides, strict=True):
+        counts = np.zeros((len(names), high - low))
+        columns = filled.loc[filled["series"] == side, ["place", "first", "positive", "negative"]]
+        for place, first, positive, negative in columns.itertuples(index=False):
+            counts[names.index.get_loc(place), first - low : first - low + len(positive)] += np.add(positive, negative)
+        total = counts.sum(1, keepdims=True)
+        share = np.divide(counts, total, out=np.zeros_like(counts), where=total > 0)
+        mesh = ax.pcolormesh(
+            np.arange(low, high), range(len(names)), np.ma.masked_less_equal(share, 0), norm=LogNorm(1e-4, 1),
+            cmap="viridis", shading="nearest",
+        )  # fmt: skip
+        ax.grid(False)
+        ax.set_facecolor("0.92")
+        ax.set_title(side, fontsize=11)
+        ax.set_xlabel("octave: floor(log2 |x|)")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    every = -(-len(names) // 80)
+    axes[0].set_yticks(range(0, len(names), every), names.iloc[::every], fontsize=8)
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.colorbar(mesh, ax=axes, label="share of the entries", shrink=0.8)
+    return figure
+
+
+def describe_octaves(filled: pd.DataFrame, sides: list[str]) -> str:
+    texts = []
+    for side in sides:
+        mine = filled[filled["series"] == side]
+        ends = mine["first"] + mine["positive"].map(len) - 1
+        texts.append(f"{side} from 2^{mine['first'].min()} to 2^{ends.max()}")
+    return f"Entries by octave, step {filled['step'].iloc[0]}: {'; '.join(texts)}"

@@ -52,7 +52,8 @@ def draw_phase(frame: pd.DataFrame) -> Figure:
     numbers = frame.select_dtypes("number").columns.difference(["gain", up])
     with np.errstate(invalid="ignore", over="ignore"):
         mean = frame.groupby([up, "gain"])[list(numbers)].mean()
-    line = critical_line(str(frame["activation"].iloc[0]))
+    known = "activation" in frame  # the tables of run folders say it
+    line = critical_line(str(frame["activation"].iloc[0])) if known else pd.DataFrame(columns=["sigma_w", "sigma_b"])
     figure, axes = new_figure(_title(frame, plane), 2, 2, sharex=True, sharey=True)
     figure.set_size_inches(12, 9)
     for row, shown in enumerate(MAPS[plane]):
@@ -142,8 +143,10 @@ def _title(frame: pd.DataFrame, plane: str) -> str:
     mean = last.groupby(["gain", "sigma_b"])[["chi_1", "limit_chi_1", "cosine", "predicted_cosine"]].mean()
     difference = (mean["cosine"] - mean["predicted_cosine"]).abs()
     ordered, predicted = (mean["chi_1"] < 1).mean(), (mean["limit_chi_1"] < 1 - 1e-9).mean()  # to rounding
-    about = f"{last['activation'].iloc[0]}, {int(last['layer'].max())} layers of {last['width'].iloc[0]} units: "
+    run = f"{last['activation'].iloc[0]}, " if "activation" in last else ""
+    width = f" of {last['width'].iloc[0]} units" if "width" in last else ""
     return (
-        f"{about}{ordered:.0%} of {len(mean)} points are ordered ({predicted:.0%} predicted); the cosine is "
+        f"{run}{int(last['layer'].max())} layers{width}: "
+        f"{ordered:.0%} of {len(mean)} points are ordered ({predicted:.0%} predicted); the cosine is "
         f"{difference.median():.2g} from theory in the median, {difference.max():.2g} at most"
     )

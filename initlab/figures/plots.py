@@ -5,7 +5,7 @@ it died, since nan, inf and 0 cannot be drawn.
 """
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -46,20 +46,39 @@ BY_HAND = {"scratch": "by hand", "module": "nn.Module"}
 MANY_LAYERS = 8  # from here on a colour bar serves better than a legend
 
 
-def _stack(tables: Tables, direction: str, what: str) -> Figure | None:
-    """Std of every layer's activations, or of the gradient with respect to them, pulled back from the last layer."""
+SIGNALS = {"forward": "Activations", "backward": "Gradients"}
+
+
+def draw_stack(tables: Tables, directions: Sequence[str] = tuple(SIGNALS)) -> Figure | None:
+    """Std of every layer's activations, or of the gradient with respect to them, pulled back from the last layer.
+
+    Panels beside each other for the directions that there are.
+    """
     if STATS not in tables:
         return None
-    stats = tables[STATS]
-    signal = summary.stack_signal(stats, direction)
-    signal = signal[signal["layer"] > 0] if direction == "backward" else signal
-    if not len(signal):
+    signals = {one: summary.stack_signal(tables[STATS], one) for one in directions}
+    signals = {one: rows[(rows["layer"] > 0) | (one == "forward")] for one, rows in signals.items()}
+    signals = {one: rows for one, rows in signals.items() if len(rows)}
+    if not signals:
         return None
-    found = summary.end_of_signal(stats, direction)
     known = tables.get(THEORY, pd.DataFrame(columns=theory_rows.NEEDED))
-    kept = theory_rows.count_in_band(known, direction)
-    agreement = f"; {theory_rows.sentence(next(iter(kept.values())))}" if len(kept) == len(found) == 1 else ""
-    figure, (ax,) = new_figure(f"{what} through the stack. {summary.findings(found)}{agreement}")
+    texts = []
+    for direction in signals:
+        found = summary.end_of_signal(tables[STATS], direction)
+        kept = theory_rows.count_in_band(known, direction)
+        agreement = f"; {theory_rows.sentence(next(iter(kept.values())))}" if len(kept) == len(found) == 1 else ""
+        texts.append(f"{SIGNALS[direction]} through the stack. {summary.findings(found)}{agreement}")
+    figure, axes = new_figure(". ".join(texts), 1, len(signals))
+    for ax, (direction, signal) in zip(axes, signals.items(), strict=True):
+        _plot_signal(ax, signal, direction, tables[STATS], theory_rows.lines(known, direction))
+    if len(axes) > 1:
+        for ax, direction in zip(axes, signals, strict=True):
+            ax.set_title(SIGNALS[direction].lower(), fontsize=11)
+    return figure
+
+
+def _plot_signal(ax: Axes, signal: pd.DataFrame, direction: str, stats: pd.DataFrame, lines: pd.DataFrame) -> None:
+    """The lines of one direction, with theory, the ends of the number formats and marks where a signal died."""
     # Beyond the format's end the finite entries that are left still have a std: the line ends where the signal does.
     whole = signal["std"].where(signal["n_nan"] + signal["n_inf"] == 0)
     band = summary.band(signal.assign(std=whole), ["layer"], "std")
@@ -67,18 +86,17 @@ def _stack(tables: Tables, direction: str, what: str) -> Figure | None:
     log_scale(ax, band["median"])
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, 0.1), max(high, 10))  # a curve that stays near 1 shall look like it
-    if len(lines := theory_rows.lines(known, direction)):
+    if len(lines):
         plot_theory(ax, lines, list(band["label"].astype(str).unique()))
     ax.set_ylabel("std (median and 16-84 % of networks)")
     layer_axis(ax)
     mark_format_limits(ax, sorted(signal["dtype"].astype(str).unique()) if "dtype" in signal else [])
     ax.set_xlim(band["layer"].min() - 0.5, band["layer"].max() + 0.5)
     mark_dead_layers(ax, band, summary.first_dead_layer(stats, direction), direction)
-    return figure
 
 
-activation_std = partial(_stack, direction="forward", what="Activations")
-gradient_std = partial(_stack, direction="backward", what="Gradients")
+activation_std = partial(draw_stack, directions=("forward",))
+gradient_std = partial(draw_stack, directions=("backward",))
 
 
 def _training_rows(tables: Tables, tensor: str, direction: str) -> pd.DataFrame:
@@ -234,7 +252,7 @@ def compared_loss(tables: Tables) -> Figure | None:
 def timings(tables: Tables) -> Figure | None:
     """Seconds a call of every version of a ladder over the sizes that it ran at."""
     frame = tables.get(TIMINGS)
-    if frame is None or not frame["median"].notna().any():
+    if frame is None or not (frame["median"] > 0).any():
         return None
     ran = frame.dropna(subset=["median"]).rename(columns={"version": "label", "q25": "low", "q75": "high"})
     figure, (left, right) = new_figure(f"{ran['label'].nunique()} versions: {summary.crossing(frame)}", 1, 2)

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Protocol, runtime_checkable
 
 import pandas as pd
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -26,6 +27,8 @@ from initlab.probes.steps import StepTracker
 from initlab.probes.torch_private import ignore_functions
 from initlab.probes.updates import list_optimizers
 from initlab.stats.buffer import BATCHED
+from initlab.stats.dtypes import resolve_formats
+from initlab.stats.format_shares import LossScale
 from initlab.stats.keys import Seeds, TensorKey, resolve_seeds
 from initlab.stats.measure import backend_for
 from initlab.stats.statistics import Function
@@ -99,7 +102,7 @@ class Probe:
                 self._buffer.flush()
         if kind is None and isinstance(self._network, StepTracker):
             self._network.warn(3)
-        if self._buffer.has_lost_bins:
+        if self._buffer.bin_tables.has_lost:
             text = "histograms of earlier frames are gone: ask for p.histograms() in emit, or leave out histograms=True"
             warnings.warn(f"probe: {text}", UserWarning, stacklevel=2)
 
@@ -112,7 +115,29 @@ class Probe:
 
         With `emit`, that of a frame can be asked for until the next frame comes: best in `emit` itself.
         """
-        return self._buffer.histograms()
+        return self._buffer.take_bins().histograms()
+
+    def formats(self) -> pd.DataFrame:
+        """What number formats would lose: a row for each row of `frame` and each of the `formats` that were asked for.
+
+        With `emit`, that of a frame can be asked for until the next frame comes. Shares of all entries: `overflow`
+        (finite, beyond the largest number), `underflow` (not 0, and rounded to 0), `subnormal` (kept less precisely).
+        `overflow` is what is sure, `overflow_most` counts all of the octave that the format's end cuts.
+        """
+        return self._buffer.take_bins().shares()
+
+    def loss_scale(self, format: str = "float16") -> LossScale:
+        """The largest power of two for a loss with which no recorded gradient overflows, and what still becomes 0.
+
+        format: the number format of the gradients. Needs `formats=` to have been asked for, of whatever format.
+
+        >>> model = nn.Linear(3, 2)
+        >>> with probe(model, formats=["float16"]) as p:
+        ...     (2.0**-20 * model(torch.ones(5, 3))).sum().backward()
+        >>> p.loss_scale().scale == 2.0**33  # gradients of 5 * 2^-20, and 65504 is the largest number of float16
+        True
+        """
+        return self._buffer.take_bins().find_scale(resolve_formats([format])[0])
 
     def merged(self) -> pd.DataFrame:
         """A row for each output over all recorded batches, as if they had been one: dead in the whole epoch."""
@@ -133,6 +158,7 @@ def probe(
     histograms: bool = False,
     merged: bool = False,
     statistics: Mapping[str, Function] | None = None,
+    formats: Sequence[str | torch.dtype] = (),
 ) -> Probe:
     """Record the statistics of a training loop: `with probe(model, optimizer=optimizer) as p: ...`, then `p.frame()`.
 
@@ -145,21 +171,19 @@ def probe(
     rows, how many networks the model holds or a seed for each; an nn.Module is one. emit: a function that gets a frame
     every `flush_steps` recorded steps or 30 seconds. histograms: count entries by sign and power of two too, see
     `p.histograms()`. merged: put the outputs of all recorded batches together unit by unit too, see `p.merged()`.
-    statistics: your functions (..., N, C) -> (...) by the names of their columns.
+    statistics: your functions (..., N, C) -> (...) by the names of their columns. formats: number formats, as
+    ["float16"]: `p.formats()` says which share of a tensor each would lose, `p.loss_scale()` what saves gradients. Both
+    are read from histograms and cost what these cost; nothing if empty.
 
     Outputs and gradients are bit for bit those of the unwatched model, but for compiled models, whose recorded steps
     run uncompiled, and for torch's fused inference paths of attention, which give way to any hook. Raises UsageError
     for what does not fit together.
 
-    >>> import torch
     >>> model = nn.Linear(3, 2)
-    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> with probe(model, optimizer=optimizer) as p:
-    ...     for _ in range(2):
-    ...         model(torch.ones(5, 3)).sum().backward()
-    ...         optimizer.step()
+    >>> with probe(model) as p:
+    ...     model(torch.ones(5, 3)).sum().backward()
     >>> sorted(p.frame()["tensor"].unique())
-    ['activation', 'bias', 'loss', 'preactivation', 'update', 'weight']
+    ['activation', 'bias', 'loss', 'preactivation', 'weight']
     """
     if x is not None:
         raise UsageError("probe: records a loop; for one pass on x use initlab.measure(model, x, y, loss)")
@@ -167,9 +191,10 @@ def probe(
     histograms, merged = check(histograms=histograms, merged=merged)
     check_functions(emit=emit)
     patterns, labels = list_patterns(layers), list(resolve_seeds(seeds))
+    names = resolve_formats(formats) if formats else ()
     with ignore_functions():
         backend = backend_for(find_parameter_device(model), statistics)
-        buffer = ProbeBuffer(labels, backend, emit, flush_steps, histograms, merged)
+        buffer = ProbeBuffer(labels, backend, emit, flush_steps, histograms, merged, names)
         sink = Sink(buffer, every, patterns)
     if isinstance(model, nn.Module):
         refuse_several(buffer.seeds)

@@ -18,8 +18,9 @@ from initlab.errors import UsageError
 from initlab.stats import reference
 from initlab.stats.backend import COUNT, N_NAN, N_ZERO, SATURATED, Backend
 from initlab.stats.buffer import StatsBuffer
+from initlab.stats.format_shares import BinTables
 from initlab.stats.histogram import Bins, bin_columns
-from initlab.stats.keys import KEY_COLUMNS, MODULE_COLUMNS, TEXT_COLUMNS, TensorKey, key_columns, update_ratio
+from initlab.stats.keys import KEY_COLUMNS, MODULE_COLUMNS, TensorKey, key_columns, update_ratio
 from initlab.stats.reference import FIELDS, Row
 from initlab.stats.statistics import CHANCE, COUNTS, IN_LN, LOSS_SCALE, STATISTICS, UPDATE_RATIO
 from initlab.stats.summarize import derive
@@ -51,16 +52,16 @@ class ProbeBuffer(StatsBuffer):
         flush_steps: int = 100,
         histograms: bool = False,
         merged: bool = False,
+        formats: Sequence[str] = (),
     ) -> None:
-        super().__init__(seeds, backend, histograms, columns=(*KEY_COLUMNS, *MODULE_COLUMNS))
+        super().__init__(seeds, backend, histograms or bool(formats), columns=(*KEY_COLUMNS, *MODULE_COLUMNS))
         # Of a key: the rows of its shapes, each of how many batches.
         self._merged: dict[int, list[tuple[Row, int]]] | None = {} if merged else None
         self._emit, self._flush_steps = emit, flush_steps
         self.scaled: set[int] = set()  # keys of what a gradient scaler multiplies, and nobody divides again
         self.pass_scale = 1.0  # what multiplied the loss of the backward pass under way
         self._bin_rows: list[int] = []  # which rows the histograms belong to
-        self._bin_tables: list[pd.DataFrame] = []
-        self.has_lost_bins = False  # whether some were forgotten that nobody has asked for
+        self.bin_tables = BinTables(histograms, formats)
         numbers = len(FIELDS) + len(backend.statistics)
         self._page = torch.empty(
             0, len(self.seeds), numbers, dtype=torch.float64, device="cpu"
@@ -235,9 +236,8 @@ class ProbeBuffer(StatsBuffer):
     def flush(self) -> None:
         """Hand the rows to `emit` and forget them."""
         if self._emit is not None and self.steps:
-            if self.bins is not None:
-                self.has_lost_bins |= any(len(table) for table in self._bin_tables)
-                self._bin_tables = [self._name_bins()]
+            self.bin_tables.forget()
+            self.take_bins()
             self._emit(self.frame())
             self.clear()
 
@@ -272,13 +272,11 @@ class ProbeBuffer(StatsBuffer):
         alike = np.isclose(rows, others, rtol=1e-5 if self._scales else 1e-12, atol=0, equal_nan=True).all(1)
         return [row for (row, _), same in zip(pairs, alike, strict=True) if same]
 
-    def histograms(self) -> pd.DataFrame:
-        """The table `histograms` of what was closed since it was last asked for, with `name`, `part` and `call`."""
-        if self.bins is None:
-            raise UsageError("histograms: none were recorded; ask for them with histograms=True")
-        tables, self._bin_tables = [*self._bin_tables, self._name_bins()], []
-        some = [table for table in tables if len(table)] or tables[:1]  # pandas 2 warns of empty ones
-        return pd.concat(some, ignore_index=True).astype(dict.fromkeys(TEXT_COLUMNS, "category"))
+    def take_bins(self) -> BinTables:
+        """The histograms of closed steps and what is made of them, with `name`, `part` and `call`."""
+        if self.bins is not None:
+            self.bin_tables.add(self._name_bins(), self.frame)
+        return self.bin_tables
 
     def _measure_block(self, block: _Block, batched: bool) -> None:
         """Measure what waits in a block; if that fails, its rows say that they count nothing."""

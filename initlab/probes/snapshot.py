@@ -5,7 +5,7 @@ What does not fit the model is said in one line.
 
 import random
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,8 @@ from initlab.errors import UsageError, describe_error, library_call, show
 from initlab.probes.probe_buffer import ProbeBuffer
 from initlab.probes.probed_modules import find_parameter_device, list_patterns, refuse_several
 from initlab.probes.steps import StepTracker
+from initlab.stats.dtypes import resolve_formats
+from initlab.stats.format_shares import spread_formats
 from initlab.stats.keys import Seeds, resolve_seeds
 from initlab.stats.measure import backend_for
 from initlab.stats.statistics import Function
@@ -33,6 +35,7 @@ def measure(
     layers: str | Iterable[str] = "*",
     seeds: Seeds = 1,
     statistics: Mapping[str, Function] | None = None,
+    formats: Sequence[str | torch.dtype] = (),
 ) -> pd.DataFrame:
     """Take the statistics of every tensor in one forward and backward pass, and leave no trace.
 
@@ -40,6 +43,8 @@ def measure(
     tuple of arguments or a dict of named ones. y, loss: `loss(out, y)`, or `loss(out)` without y, gives one number;
     without a loss there are no backward rows. layers: one or several globs on the dotted names of modules. seeds: the
     label of the rows, as [7]. statistics: your functions (..., N, C) -> (...) by the names of their columns.
+    formats: number formats, such as ["float16"]; each adds columns with the shares of the entries that it would lose:
+    `float16_overflow`, `float16_overflow_most`, `float16_underflow`, `float16_subnormal`, see `Probe.formats`.
 
     Returns a row per tensor and direction, in the columns of the table `stats` and `name`, `part`, `call`.
     Parameters, `.grad`, buffers (running statistics of BatchNorm) and torch's random numbers are afterwards what they
@@ -59,7 +64,9 @@ def measure(
         raise UsageError(
             f"loss={show(loss)}: must be a function of (out, y), such as torch.nn.functional.cross_entropy"
         )
-    buffer = ProbeBuffer(list(resolve_seeds(seeds)), backend_for(find_parameter_device(model), statistics))
+    names = resolve_formats(formats) if formats else ()
+    backend = backend_for(find_parameter_device(model), statistics)
+    buffer = ProbeBuffer(list(resolve_seeds(seeds)), backend, formats=names)
     refuse_several(buffer.seeds)
     patterns = list_patterns(layers)
     tracker = StepTracker(model, [], patterns, 1, buffer)
@@ -74,7 +81,7 @@ def measure(
         finally:
             tracker.close()
     tracker.warn(3)
-    return buffer.frame()
+    return spread_formats(buffer.frame(), buffer.take_bins().shares()) if names else buffer.frame()
 
 
 def all_tensors(x: Any) -> Iterator[Tensor]:

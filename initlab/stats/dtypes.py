@@ -4,11 +4,11 @@ It is plain numbers, so that it can be read without torch.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from initlab.errors import not_one_of, show
+from initlab.errors import UsageError, choose, not_one_of, show
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,11 @@ class NumberFormat(NamedTuple):
     def octaves(self) -> tuple[int, int]:
         """floor(log2 |x|) of the smallest subnormal number and of the largest finite one."""
         return math.frexp(self.least)[1] - 1, math.frexp(self.max)[1] - 1
+
+    @property
+    def overflow_value(self) -> float:
+        """Numbers from here on are rounded beyond the largest finite one, which ends half a unit above it."""
+        return self.max + self.eps * 2.0 ** (self.octaves[1] - 1)
 
     @property
     def dtype(self) -> "torch.dtype":
@@ -76,6 +81,20 @@ def format_of(dtype: "str | torch.dtype", among: tuple[str, ...] = DTYPES) -> Nu
 def resolve_dtype(dtype: "str | torch.dtype") -> "torch.dtype":
     """The torch dtype that networks compute in, given as "float32" or as torch.float32."""
     return format_of(dtype_name(dtype)).dtype
+
+
+def resolve_formats(formats: object) -> list[str]:
+    """The names of number formats that were given as names or torch's dtypes, with or without their `fn`.
+
+    >>> resolve_formats(["float16", "float8_e4m3fn"])
+    ['float16', 'float8_e4m3']
+    """
+    if isinstance(formats, str) or not isinstance(formats, Sequence) or not formats:
+        raise UsageError(f"formats={show(formats)}: must be a list of number formats, such as {list(FORMATS)[:2]}")
+    names = [dtype_name(one) for one in formats]
+    for name in names:
+        choose(FORMATS, name, "formats")
+    return list(dict.fromkeys(names))
 
 
 def dtype_name(dtype: "str | torch.dtype") -> str:

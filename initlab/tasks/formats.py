@@ -30,7 +30,7 @@ HAPPENED: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
 WORDS = {
     "overflow": "first inf", "subnormal": "first subnormal number", "zero": "first zero", "all_zero": "all zero",
 }  # fmt: skip
-_PREDICTED = {"layer": "predicted", "layer_02": "band_low", "layer_98": "band_high", "share": "predicted_share"}
+PREDICTED = {"layer": "predicted", "layer_02": "band_low", "layer_98": "band_high", "share": "predicted_share"}
 
 
 def formats(
@@ -59,7 +59,7 @@ def formats(
     """
     scaling, numbers = rule(init, **rule_fields), resolve_seeds(seeds)
     shape: dict[str, Any] = {"depth": depth, "width": width, "inputs": inputs, "batch": batch}
-    predicted = limits(scaling, activation, **shape).rename(columns=_PREDICTED)
+    predicted = limits(scaling, activation, **shape).rename(columns=PREDICTED)
     ends = []
     for dtype in tqdm(DTYPES, desc="formats", unit="format", disable=None if progress else True):
         where: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}
@@ -69,7 +69,7 @@ def formats(
             first = z[happened(z)].groupby("seed")["layer"].min().reindex(list(numbers)).astype(float)
             ends.append(first.rename_axis("seed").reset_index().assign(event=event, format=dtype))
     found = pd.concat(ends, ignore_index=True)
-    table = predicted[["format", "event", *_PREDICTED.values()]].merge(
+    table = predicted[["format", "event", *PREDICTED.values()]].merge(
         summarize_ends(found), "left", ["format", "event"]
     )
     return {"formats": table, "ends": found}

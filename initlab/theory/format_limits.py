@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from initlab.errors import UsageError, choose, library_call, show
+from initlab.errors import UsageError, library_call, show
 from initlab.nn.custom_activation import Given
 from initlab.nn.init import Rule
-from initlab.stats.dtypes import FORMATS, NumberFormat, dtype_name
+from initlab.stats.dtypes import FORMATS, NumberFormat, resolve_formats
 from initlab.theory.batch_law import Array, Law
 from initlab.theory.request import parse_request
 from initlab.theory.stack_laws import finite_laws
@@ -48,11 +48,7 @@ def limits(
     >>> int(ends.set_index("event").loc["overflow", "layer"])
     38
     """
-    if isinstance(formats, str) or not isinstance(formats, Sequence) or not formats:
-        raise UsageError(f"formats={show(formats)}: must be a list of number formats, such as {list(FORMATS)[:2]}")
-    formats = [one if isinstance(one, str) else dtype_name(one) for one in formats]
-    for name in formats:
-        choose(FORMATS, name, "formats")
+    formats = resolve_formats(formats)
     if options.get("method", "closed") not in ("auto", "closed"):
         raise UsageError(f"method={show(options['method'])}: the ends of number formats are found from closed laws")
     options.pop("method", None)

@@ -123,7 +123,7 @@ def test_histograms_that_nobody_asks_for_are_not_kept(asked: bool) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def emit(frame: pd.DataFrame) -> None:
-        held.append(sum(len(table) for table in p._buffer._bin_tables))
+        held.append(sum(len(table) for table in p._buffer.bin_tables._tables))
         if asked:
             assert set(p.histograms()["step"]) == set(frame["step"])
 
