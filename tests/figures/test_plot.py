@@ -155,8 +155,8 @@ def test_a_figure_shows_itself_in_a_notebook() -> None:
 
 
 def test_every_table_of_the_schema_has_its_kind() -> None:
-    """The local rules of a pass are words alone."""
-    assert set(TABLES) - set(KINDS) == {schema.RULES}
+    """The local rules of a pass and the findings of a verdict are words alone."""
+    assert set(TABLES) - set(KINDS) == {schema.RULES, schema.FINDINGS}
 
 
 # One producer of each kind of table.
