@@ -61,6 +61,7 @@ class Flow:
 
     nodes: list[FlowNode]
     complete: bool = True  # False where parts were taken in the order of registration
+    differentiable: bool = True  # whether the loss of a pass had a gradient
 
     def __post_init__(self) -> None:
         self.users: list[list[int]] = [[] for _ in self.nodes]
@@ -105,6 +106,18 @@ class Flow:
             if one not in found:
                 found.add(one)
                 stack.extend(self.nodes[one].inputs)
+        return found
+
+    def depths(self) -> dict[str, list[int]]:
+        """How many layers lie on the longest way to each layer, itself counted, by its name and for each of its calls.
+
+        A layer that is a function stands under the name of the module that calls it.
+        """
+        depth, found = [0] * len(self.nodes), dict[str, list[int]]()
+        for k, node in enumerate(self.nodes):
+            depth[k] = max((depth[i] for i in node.inputs), default=0) + (node.kind == "layer")
+            if node.kind == "layer":
+                found.setdefault(node.owner if node.equation else node.name, []).append(depth[k])
         return found
 
     def branches(self) -> list[tuple[int, list[int]]]:

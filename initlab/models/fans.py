@@ -185,8 +185,8 @@ def _find_labels(
     if isinstance(module, nn.RNNBase | nn.RNNCellBase) and "_hr" not in part:
         mode = getattr(module, "mode", type(module).__name__.removesuffix("Cell"))
         return GATES.get(mode, ("",))
-    owner = full.lower().rsplit(".", 1)[0].rpartition(".")[2]
-    stacked = any(word in part.lower() or word in owner for word in STACKED)
+    around = full.lower().split(".")[-3:]  # a number may stand between
+    stacked = any(word in one for word in STACKED for one in around)
     inputs = shape[1 - axis] if len(shape) > 1 else 0
     if stacked and shape[axis] % 3 == 0 and (not inputs or shape[axis] == 3 * inputs):
         return PROJECTIONS

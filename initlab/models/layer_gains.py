@@ -63,7 +63,7 @@ def measure_gains(model: nn.Module, x: Any = None, flow: Flow | None = None) -> 
 
 
 def _list_parts(tensor: ModelTensor, flow: Flow, positions: dict[str, int]) -> Iterator[LayerGain]:
-    if not is_readable(tensor.values) or not (tensor.values.is_floating_point() or tensor.values.is_complex()):
+    if not is_readable(tensor.values) or not tensor.values.is_floating_point():
         return
     position = positions.get(tensor.name, positions.get(tensor.module_name, -1))
     if position < 0 and isinstance(tensor.module, nn.Linear):  # the output projection inside of torch's attention

@@ -5,12 +5,16 @@ what follows a part there is not known.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, distributed, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from initlab.errors import UsageError
 from initlab.models.dataflow import Flow, FlowBuilder, FlowNode, Weight
 from initlab.models.traced_flow import TracedFlow
 from initlab.probes.probed_modules import look_at_function
@@ -26,9 +30,44 @@ TRANSFORMERS: dict[type, tuple[str, ...]] = {
 
 def find_flow(model: nn.Module, x: Any = None) -> Flow:
     """The flow of data through a model, from its code, or from a pass of the batch `x`."""
+    refuse_unreadable(model, x is not None)
     if x is not None:
-        return TracedFlow(model).record(x)
+        with attributes_as_they_were(model):
+            return TracedFlow(model).record(x)
     return _SymbolicFlow(model).read()
+
+
+def refuse_unreadable(model: nn.Module, called: bool) -> None:
+    """One line for a model that takes no hooks, or, where it will be called, that has no shapes or no memory yet."""
+    for name, part in model.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise UsageError(f"model: {name or 'it'} is scripted; give the nn.Module that it was made of")
+    for name, p in model.named_parameters() if called else ():
+        if is_lazy(p):
+            raise UsageError(f"model: {name} has no shape yet; call the model on a batch once")
+        if p.is_meta:
+            raise UsageError(f"model: {name} is on the meta device; call model.to_empty(device=...) and initialize it")
+
+
+@contextmanager
+def attributes_as_they_were(model: nn.Module) -> Iterator[None]:
+    """What modules keep in attributes, and in lists, dicts and sets of their own, is put back after the block."""
+    kept = [(module, dict(vars(module))) for module in model.modules()]
+    lists = [
+        (value, value.copy())
+        for _, own in kept
+        for name, value in own.items()
+        if type(value) in (list, dict, set) and not name.startswith("_")
+    ]
+    try:
+        yield
+    finally:
+        for module, state in kept:
+            vars(module).clear()
+            vars(module).update(state)
+        for value, content in lists:
+            value.clear()
+            (value.extend if isinstance(content, list) else value.update)(content)
 
 
 class _Tracer(fx.Tracer):
@@ -61,23 +100,8 @@ class _SymbolicFlow(FlowBuilder):
         self._complete = True
 
     def read(self) -> Flow:
-        kept = [(module, dict(vars(module))) for module in self._model.modules()]
-        lists = [
-            (value, value.copy())
-            for _, own in kept
-            for name, value in own.items()
-            if type(value) in (list, dict, set) and not name.startswith("_")
-        ]
-        try:
-            with left_as_it_was(self._model, []):
-                self._add_module(self._model, [self.add(FlowNode("input"))])
-        finally:
-            for module, state in kept:
-                vars(module).clear()
-                vars(module).update(state)
-            for value, content in lists:
-                value.clear()
-                (value.extend if isinstance(content, list) else value.update)(content)
+        with attributes_as_they_were(self._model), left_as_it_was(self._model, []):
+            self._add_module(self._model, [self.add(FlowNode("input"))])
         return Flow(self.nodes, self._complete)
 
     def _add_module(self, module: nn.Module, inputs: list[int], traceable: bool = True) -> int:

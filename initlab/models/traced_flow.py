@@ -75,7 +75,7 @@ class TracedFlow(FlowBuilder):
                 if value is not None:
                     with ignore_functions():
                         run_backward(value, [*self._model.parameters(), *batch])
-        return Flow(self.nodes)
+        return Flow(self.nodes, differentiable=value is None or value.requires_grad)
 
     def find_parameter(self, arg: Any) -> Weight | None:
         return self._views.get(id(arg)) or super().find_parameter(arg)

@@ -67,7 +67,7 @@ class ModelSetting:
             inputs = [gaussian(first_shape(self.model, self._batch), self._seed, "input")]
             inputs = [x.to(self._where.device, self._where.dtype) for x in inputs]
         optimizer = torch.optim.SGD(self.model.parameters(), lr=self._lr) if self.own else None
-        return diagnose(self.model, tuple(inputs), self.y, self.loss, optimizer, STEPS)
+        return diagnose(self.model, tuple(inputs), self.y, self.loss, optimizer, STEPS if self.own else 0)
 
 
 def _squared_loss(out: Tensor, y: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def audit(model: nn.Module, x: Any = None) -> Audit:
         raise UsageError(f"model={type(model).__name__}: must be an nn.Module")
     if isinstance(x, nn.Module):
         return compare_models(model, x)
-    known = measure_gains(model, x)
+    known = measure_gains(getattr(model, "_orig_mod", model), x)
     rows = list(list_rows(known))
     frame = pd.DataFrame([row.as_dict() for row in rows], columns=COLUMNS)
     return Audit(frame, Verdict(tuple(list_weight_findings(model, rows)), len(known.gains), frame))

@@ -9,6 +9,7 @@ from initlab.verdict.finding import ERROR, WARNING, Finding
 from initlab.verdict.reference_networks import Reference
 
 RATE, TOTAL = 0.15, math.log2(10)  # octaves a layer, and in all layers, that sizes may change
+DEEP, FAR = 9, 10.0  # fewer layers train whatever the sizes are, unless they change by 2^10
 POST_NORM = 36  # residual branches with norms behind them from which training needs a slow start
 COLLAPSED = 0.99  # a mean cosine of the batch beyond this
 
@@ -48,7 +49,7 @@ def _describe_trend(e: NetworkEvidence, trend: Trend, direction: str, column: st
     ends = _find_format_ends(trend, direction)
     if ends:
         detail += "; " + ", ".join(f"{name} ends at layer {n}" for name, n in ends.items())
-    layer = trend.last if back else trend.first
+    layer = e.layer_at(trend.last if back else trend.first)
     where = next((g.tensor.module_name or g.tensor.name for g in e.gains if e.layer_of(g.tensor.name) == layer), "")
     evidence: dict[str, float] = {
         "octaves_a_layer": trend.rate,
@@ -60,7 +61,9 @@ def _describe_trend(e: NetworkEvidence, trend: Trend, direction: str, column: st
     if e.gains:
         evidence |= {"gain": e.gains[0].found, "needed": e.gains[0].needed}
     place = (layer, where, "preactivation", direction)
-    return Finding(rule, ERROR, *place, cause, remedy, evidence, factors=factors, detail=f"{detail}.")
+    deepest = max(e.depths.values(), default=trend.last) - trend.first
+    severity = ERROR if deepest >= DEEP or abs(trend.total) > FAR else WARNING
+    return Finding(rule, severity, *place, cause, remedy, evidence, factors=factors, detail=f"{detail}.")
 
 
 def _find_format_ends(trend: Trend, direction: str) -> dict[str, int]:
@@ -139,7 +142,8 @@ def judge_collapse(e: NetworkEvidence, reference: Reference) -> Finding | None:
     given = e.rows[(e.rows["layer"] == 0) & (e.rows["op"] == "input")]["cosine"]
     if len(rows) < 3 or not len(given) or not float(given.iloc[0]) < 0.9:
         return None
-    late = rows[rows["layer"] < rows["layer"].max()]["cosine"].iloc[-1]
+    before_last = rows[rows["layer"] < rows["layer"].max()]["cosine"]
+    late = before_last.iloc[-1] if len(before_last) else 0.0
     if not late > COLLAPSED:
         return None
     angles = [(row["layer"], 0.5 * math.log2(max(1 - row["cosine"], 1e-15))) for row in rows.to_dict("records")]

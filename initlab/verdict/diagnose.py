@@ -7,11 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from initlab.errors import UsageError, check_functions, library_call
+from initlab.errors import Limits, UsageError, check_functions, check_value, library_call
+from initlab.models.symbolic_flow import attributes_as_they_were, refuse_unreadable
+from initlab.probes.snapshot import all_tensors
+from initlab.probes.torch_private import NormBase
+from initlab.probes.updates import list_optimizers
 from initlab.verdict.depth_rules import judge_collapse, judge_output, judge_post_norm, judge_trends, judge_width
 from initlab.verdict.evidence import Loss, NetworkEvidence, changed_parameters, collect_evidence, default_loss
 from initlab.verdict.finding import ERROR, WARNING, Finding, Verdict
 from initlab.verdict.parameter_rules import (
+    judge_gradients,
     judge_input,
     judge_lost_variance,
     judge_outlier,
@@ -19,7 +24,7 @@ from initlab.verdict.parameter_rules import (
     judge_zero,
 )
 from initlab.verdict.reference_networks import Reference, draw_parameters
-from initlab.verdict.signal_rules import judge_logits, judge_producers, judge_units
+from initlab.verdict.signal_rules import judge_biases, judge_logits, judge_producers, judge_units
 from initlab.verdict.training_rules import judge_updates, train_steps
 from initlab.verdict.weight_rules import judge_lost_init
 
@@ -27,12 +32,14 @@ from initlab.verdict.weight_rules import judge_lost_init
 # is applied before the next rule is asked, so that what a layer only inherits from those before it is not found again.
 SIGNAL_RULES = (
     judge_parameters,
+    judge_gradients,
     judge_input,
     judge_zero,
     judge_lost_init,
     judge_logits,
     judge_outlier,
     judge_lost_variance,
+    judge_biases,
     judge_producers,
     judge_units,
     judge_trends,
@@ -76,8 +83,45 @@ def diagnose(
         raise UsageError("diagnose: y without a loss: give one too, such as loss=torch.nn.functional.cross_entropy")
     if next(model.parameters(), None) is None:
         raise UsageError("model: has no parameters; there is nothing to diagnose")
+    steps = check_value("steps", steps, Limits(0, 10**6, whole=True))
+    if optimizer is None and steps:
+        raise UsageError(f"steps={steps}: without an optimizer no step can be taken; give optimizer= too")
+    if optimizer is not None:
+        list_optimizers(model, optimizer)
+    if any(t.numel() == 0 for t in all_tensors(x)):
+        raise UsageError("x: is empty; give a batch of one or more examples")
+    model = getattr(model, "_orig_mod", model)  # what torch.compile was given
+    refuse_unreadable(model, True)
+    idle = [m for m in model.modules() if isinstance(m, NormBase) and is_never_updated(m)]
+    try:
+        for m in idle:
+            m.training = True
+        with attributes_as_they_were(model):
+            found, evidence = _judge(model, x, y, loss, optimizer, steps, len(idle))
+        return Verdict(tuple(found), evidence.n_layers, evidence.rows)
+    finally:
+        for m in idle:
+            m.training = False
+
+
+def is_never_updated(norm: NormBase) -> bool:
+    """Whether a norm takes running statistics that no batch has moved yet: it does nothing."""
+    return not norm.training and norm.num_batches_tracked is not None and not int(norm.num_batches_tracked)
+
+
+def _judge(
+    model: nn.Module, x: Any, y: Any, loss: Loss | None, optimizer: Optimizer | None, steps: int, n_idle: int
+) -> tuple[list[Finding], NetworkEvidence]:
     evidence = collect_evidence(model, x, y, loss or default_loss)
-    found = list(_find(evidence))
+    if loss is not None and not evidence.known.flow.differentiable and any(p.requires_grad for p in model.parameters()):
+        raise UsageError(
+            "loss: has no gradient; it is cut off from the parameters (by detach, item, argmax or no_grad)"
+        )
+    found = list({(one.rule, one.name, one.severity): one for one in _find(evidence)}.values())
+    if n_idle:
+        cause = f"{n_idle} norms are in eval mode, and no batch has moved their running statistics: they do nothing"
+        note = "call model.train() before a network that was not trained is judged; here they were judged in training"
+        found.append(Finding("norm-never-updated", WARNING, -1, "", "norm", "forward", cause, note))
     if optimizer is not None and all(one.severity != ERROR for one in found):
         found += filter(None, [judge_updates(train_steps(evidence, optimizer, steps))])
     found += [
@@ -85,7 +129,7 @@ def diagnose(
         for note in evidence.notes
     ]
     found.sort(key=lambda one: one.severity != ERROR)
-    return Verdict(tuple(found), evidence.n_layers, evidence.rows)
+    return found, evidence
 
 
 def _find(evidence: NetworkEvidence, rounds: int = ROUNDS) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from initlab.models.dataflow import FlowNode
+from initlab.models.fans import ModelTensor, is_readable
 from initlab.models.layer_gains import LayerGain, ModelGains, measure_gains
 from initlab.models.traced_flow import TracedFlow
 from initlab.probes.probed_modules import find_tensors
@@ -112,8 +114,9 @@ class NetworkEvidence:
     def layer_of(self, name: str) -> int:
         """The number of the layer of a module or parameter, or of the nearest module around it; -1 if it has none."""
         while name:
-            if name in self.layers:
-                return self.layers[name]
+            inside = [layer for one, layer in self.layers.items() if one.startswith(f"{name}.")]
+            if name in self.layers or inside:
+                return self.layers.get(name) or min(inside, default=0)
             name = name.rpartition(".")[0]
         return self.layers.get("", -1)
 
@@ -121,16 +124,42 @@ class NetworkEvidence:
         """The rows of one kind of tensor in one direction, in their order."""
         return self.rows[(self.rows["tensor"] == tensor) & (self.rows["direction"] == direction)]
 
+    @cached_property
+    def depths(self) -> dict[tuple[str, str, int], int]:
+        """How deep each preactivation lies, by name, part and call: layers on the longest way to it, itself counted.
+
+        Towers that stand side by side have the same depths, and a layer that is called again lies deeper.
+        """
+        left = {name: list(depths) for name, depths in self.known.flow.depths().items()}
+        rows, found, last = self.select("preactivation"), dict[tuple[str, str, int], int](), 0
+        for name, part, call in zip(rows["name"], rows["part"], rows["call"], strict=True):
+            last = left[name].pop(0) if left.get(name) else last
+            found[name, part, call] = last
+        return found
+
+    def layer_at(self, depth: int) -> int:
+        """The number of the first layer of this depth."""
+        key = next((key for key, one in self.depths.items() if one == depth), None)
+        rows = self.select("preactivation")
+        own = rows[(rows["name"] == key[0]) & (rows["part"] == key[1])] if key is not None else rows
+        return int(own["layer"].iloc[0]) if len(own) else -1
+
     def trend(self, direction: str, column: str = "rms") -> Trend:
         """How the preactivations, or the gradients with respect to them, change from layer to layer."""
         rows = self.select("preactivation", direction)
+        depth = [self.depths.get(key, 0) for key in zip(rows["name"], rows["part"], rows["call"], strict=True)]
+        rows = rows.assign(depth=depth)
         finite = rows[(rows["n_nan"] + rows["n_inf"]) == 0]
         sizes = finite[column].to_numpy(dtype=float)
         if column == "std_within":  # differences of equal numbers are rounding
             sizes = np.where(sizes > 32 * self.eps * finite["rms"].to_numpy(dtype=float), sizes, 0.0)
         with np.errstate(divide="ignore"):
-            depth = finite["layer"] + finite["call"] * self.n_layers  # a layer that is called again lies deeper
-            return fit_trend(depth.tolist(), np.log2(sizes).tolist())
+            return fit_trend(finite["depth"].tolist(), np.log2(sizes).tolist())
+
+    def find_bias(self, gain: LayerGain) -> ModelTensor | None:
+        """The bias that is added to what a weight gives."""
+        own = (t for t in self.known.tensors if t.kind == "bias" and t.module_name == gain.tensor.module_name)
+        return next((t for t in own if is_readable(t.values)), None)
 
     def residual_ends(self) -> list[str]:
         """The dotted names of the layers in which residual branches end."""

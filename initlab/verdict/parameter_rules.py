@@ -13,6 +13,7 @@ from initlab.verdict.finding import ERROR, WARNING, Finding
 from initlab.verdict.reference_networks import Reference, right_std
 
 INPUT = 16.0  # an rms of the input beyond this, or below its inverse, is not standardized
+FEW = 16  # of fewer weights the size is chance
 OUTLIER = 3.0  # octaves that one layer's gain may differ from the others'
 
 
@@ -51,6 +52,8 @@ def judge_input(e: NetworkEvidence, reference: Reference) -> Finding | None:
             return Finding("non-finite", ERROR, *place, cause, "remove or replace them before the model sees them")
         if first and set(first) == {"norm"}:
             continue
+        if rms == 0:
+            return Finding("input-scale", ERROR, *place, "the input is 0 throughout", "look at how batches are made")
         if rms > INPUT or (0 < rms < 1 / INPUT):
             cause = f"the input has an rms of {rms:.3g} where weights are made for 1"
             remedy = f"standardize the input: subtract its mean, divide by {row['std']:.3g}"
@@ -72,7 +75,7 @@ def judge_zero(e: NetworkEvidence, reference: Reference) -> Finding | None:
     last = max((gain.position for gain in e.gains), default=-1)
     for gain in e.gains:
         alike = gain.position >= 0 and has_equal_rows(gain.tensor.cut(gain.part))
-        if (gain.rms and not alike) or gain.position < 0 or e.is_residual_end(gain):
+        if (gain.rms and not alike) or gain.position < 0 or (not gain.rms and e.is_residual_end(gain)):
             continue
         place = (e.layer_of(gain.tensor.name), gain.tensor.name, "weight", "forward")
         what = (
@@ -97,6 +100,7 @@ def has_equal_rows(weight: Tensor) -> bool:
 def judge_outlier(e: NetworkEvidence, reference: Reference) -> Finding | None:
     """One layer whose weights are of another size than those of the others, by their gain and by their std."""
     sized = [gain for gain in e.gains if gain.rms > 0 and gain.part.fan_in > 0]
+    sized = [gain for gain in sized if gain.tensor.cut(gain.part).numel() >= FEW]
     if len(sized) < 2:
         return None
     usual, usual_ln = (
@@ -114,12 +118,14 @@ def judge_outlier(e: NetworkEvidence, reference: Reference) -> Finding | None:
     if not apart:
         return None
     _, off, gain = max(apart, key=lambda one: one[0])
-    factor = 2.0**-off
-    large = off > 0
+    parts = [(one, by) for _, by, one in apart if one.tensor.name == gain.tensor.name and by * off > 0]
+    factors = {one.name: 2.0**-by for one, by in parts}
+    factor, large = 2.0**-off, off > 0
     times = f"{2 ** abs(off):.3g} times too {'large' if large else 'small'}"
     cause = (
         f"its weights have gain {gain.found:.3g} where the other layers' rule gives {gain.found * factor:.3g}: {times}"
     )
+    named = gain.name if len(parts) == 1 else gain.tensor.name
     return Finding(
         "exploding" if large else "vanishing",
         ERROR,
@@ -128,9 +134,9 @@ def judge_outlier(e: NetworkEvidence, reference: Reference) -> Finding | None:
         "weight",
         "forward",
         cause,
-        f"multiply {gain.name} by {factor:.3g}",
+        f"multiply {named} by {factor:.3g}",
         {"gain": gain.found, "usual": gain.found * factor, "octaves": off},
-        factors={gain.name: factor},
+        factors=factors,
     )
 
 
@@ -161,3 +167,15 @@ def judge_lost_variance(e: NetworkEvidence, reference: Reference) -> Finding | N
     return Finding(
         "lost-variance", ERROR, *place, cause, remedy, {"factor": factor, "layers": len(lost)}, factors=factors
     )
+
+
+def judge_gradients(e: NetworkEvidence, reference: Reference) -> Finding | None:
+    """A loss without a gradient: all is frozen, or nothing that the model gives can be differentiated."""
+    if e.known.flow.differentiable:
+        return None
+    place = (-1, "", "parameter", "backward")
+    if not any(p.requires_grad for p in e.model.parameters()):
+        cause = "no parameter has requires_grad: nothing is trained"
+        return Finding("frozen", ERROR, *place, cause, "model.requires_grad_() for what is to be trained")
+    cause = "nothing that the model gives carries a gradient"
+    return Finding("no-gradient", ERROR, *place, cause, "give numbers that depend on the parameters, not their argmax")

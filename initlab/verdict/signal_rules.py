@@ -12,6 +12,8 @@ from initlab.verdict.finding import ERROR, Finding
 from initlab.verdict.reference_networks import Reference
 
 SHARE = 0.2  # that dead and saturated units may be more than expected
+OUTWEIGHS = 10.0  # times that a bias may be larger than what the weights give, and than 1
+FEW = 8  # of fewer units it is chance that all are dead
 LOGITS = 10.0  # a standard deviation of attention's logits beyond this leaves one key for each query
 
 
@@ -46,6 +48,31 @@ def _find_cure(op: str) -> str:
     return f"look at what {op} is given"
 
 
+def judge_biases(e: NetworkEvidence, reference: Reference) -> Finding | None:
+    """A bias that outweighs by far what the weights of its layer give."""
+    forward = e.rows[(e.rows["direction"] == "forward") & ~e.rows["tensor"].isin(["weight", "bias", "parameter"])]
+    below, dead = 1.0, e.select("activation").groupby("layer")["frac_dead"].max()
+    sized = [gain for gain in e.gains if gain.tensor.kind not in ("recurrent", "attention")]
+    by_module = {gain.tensor.module_name: gain for gain in sized}
+    for row in forward.to_dict("records"):
+        gain = by_module.get(row["name"]) if row["tensor"] == "preactivation" else None
+        bias = e.find_bias(gain) if gain is not None else None
+        if gain is not None and bias is not None:
+            size = float(bias.values.double().square().mean().sqrt())
+            own = gain.found * below
+            if size > OUTWEIGHS * max(own, 1.0):
+                killed = float(dead.get(row["layer"], 0.0)) > 0.9
+                shut = row["frac_saturated"] > 0.9
+                rule = "dead" if killed else "saturated" if shut else "bias-too-large"
+                what = f"{'all its units are ' + rule + ': ' if killed or shut else ''}the biases have rms {size:.3g}"
+                cause = f"{what} where the weights give {own:.3g}"
+                place = (int(row["layer"]), row["name"], "preactivation", "forward")
+                evidence = {"bias": size, "weights": own}
+                return Finding(rule, ERROR, *place, cause, f"set {bias.name} to 0", evidence, factors={bias.name: 0.0})
+        below = row["rms"] if row["rms"] == row["rms"] else below
+    return None
+
+
 def judge_units(e: NetworkEvidence, reference: Reference) -> Finding | None:
     """Units that are dead, or saturated, more than their activation gives with inputs of size 1."""
     before = e.select("preactivation")
@@ -59,12 +86,14 @@ def judge_units(e: NetworkEvidence, reference: Reference) -> Finding | None:
         if gain is None or activation is None or share != share or not row["rms"]:  # what it is given is 0
             continue
         all_dead = float(dead.get(row["layer"], 0.0))
+        if gain.part.stop - gain.part.start < FEW:
+            continue
         if share > max(0.25, _usual_share(activation) + SHARE) or all_dead > 0.9:
             found.append((row, gain, share, all_dead))
     if not found:
         return None
     row, gain, share, all_dead = found[0]
-    bias = next((t for t in e.known.tensors if t.kind == "bias" and t.module_name == gain.tensor.module_name), None)
+    bias = e.find_bias(gain)
     size = float(bias.values.double().square().mean().sqrt()) if bias is not None and bias.values.numel() else 0.0
     spread = row["std_within"] if row["std_within"] == row["std_within"] else row["std"]
     rectified = gain.follower is not None and "relu" in gain.follower.op.lower()
@@ -109,6 +138,8 @@ def judge_logits(e: NetworkEvidence, reference: Reference) -> Finding | None:
         own = [g for g in e.gains if g.tensor.module_name in sources or g.tensor.name in sources]
         scores = [g for g in own if g.part.label in ("query", "key")] or own
         large = [g for g in scores if g.found > 2 * max(g.needed, 1.0)]
+        tensors = {g.tensor.name for g in large}
+        large = [g for g in own if g.tensor.name in tensors and g.found > 2 * max(g.needed, 1.0)]
         cause = f"attention's logits have a standard deviation of {node.logits:.3g}: softmax leaves one key a query"
         evidence = {"std": node.logits, **{g.name: g.found for g in scores}}
         if not large:

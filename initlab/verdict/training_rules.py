@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from initlab.errors import UsageError, check
 from initlab.probes.probe import probe
 from initlab.probes.snapshot import all_tensors, left_as_it_was, loss_value, run_model
 from initlab.verdict.evidence import NetworkEvidence, changed_parameters
@@ -31,21 +30,20 @@ class Steps(NamedTuple):
 
 def train_steps(e: NetworkEvidence, optimizer: Optimizer, steps: int) -> Steps:
     """Take steps on the batch and take them back: parameters, gradients and the optimizer are as they were."""
-    (steps,) = check(flush_steps=max(1, steps))
     batch, losses = list(all_tensors(e.x)), []
     own = [(p, p.detach().clone()) for p in e.model.parameters()]
     with left_as_it_was(e.model, batch), _optimizer_as_it_was(e.model, optimizer), changed_parameters(own):
         with warnings.catch_warnings(action="ignore"), probe(e.model, optimizer=optimizer) as p:
-            for _ in range(steps):
+
+            def evaluate() -> Tensor:
                 optimizer.zero_grad()
                 value = loss_value(e.loss, run_model(e.model, e.x, batch), e.y)
                 losses.append(float(value.detach()))
-                if not value.requires_grad:
-                    raise UsageError(
-                        "loss: has no gradient; all parameters are frozen, or the loss is cut off from them"
-                    )
                 value.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
+                return value
+
+            for _ in range(max(1, steps)):
+                optimizer.step(evaluate)  # type: ignore[arg-type]
             losses.append(float(loss_value(e.loss, run_model(e.model, e.x, batch), e.y).detach()))
         return Steps(losses, p.frame())
 

@@ -1,0 +1,213 @@
+"""What a verdict must not blame, what it must not miss, and what it says of bad input; nothing is ever moved."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import initlab
+from tests.verdict.planted import mlp
+
+RELU = 2**0.5
+
+
+def orthogonal(inputs: int, outputs: int, gain: float) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Towers(nn.Module):
+    """A policy and a value side by side; the policy's head is small by design."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy, self.value = (
+            nn.Sequential(orthogonal(8, 64, RELU), nn.Tanh(), orthogonal(64, 64, RELU), nn.Tanh(), orthogonal(64, n, g))
+            for n, g in ((4, 0.01), (1, 1.0))
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.policy(x), self.value(x)
+
+
+class Again(nn.Module):
+    """One block that is called eight times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+        nn.init.kaiming_normal_(self.block[0].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(8):
+            x = self.block(x)
+        return x
+
+
+class Gated(nn.Module):
+    """A residual branch that starts at 0, with a gate behind it whose inputs are therefore 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch, self.norm = nn.Linear(16, 16), nn.Linear(16, 16), nn.LayerNorm(16)
+        nn.init.zeros_(self.norm.weight)
+        self.fc1, self.fc2, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        nn.init.zeros_(self.fc1.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        h = self.norm(self.branch(x))
+        return self.head(x + h * torch.sigmoid(self.fc2(torch.relu(self.fc1(h)))))
+
+
+def tiny() -> nn.Module:
+    return nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1))
+
+
+def shallow() -> nn.Module:
+    return nn.Sequential(*[part for _ in range(3) for part in (nn.Linear(64, 64), nn.Tanh())], nn.Linear(64, 3))
+
+
+def idle_norms() -> nn.Module:
+    parts = (part for _ in range(6) for part in (nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU()))
+    return nn.Sequential(*parts, nn.Linear(64, 10)).eval()
+
+
+HEALTHY: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "towers": (Towers, (16, 8)),
+    "one block again": (Again, (32, 64)),
+    "a branch of 0": (Gated, (32, 16)),
+    "one unit": (tiny, (8, 1)),
+    "torch's default, four layers": (shallow, (32, 64)),
+    "norms in eval mode": (idle_norms, (32, 64)),
+    "three-dimensional input": (lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), (4, 5, 8)),
+    "one example": (lambda: mlp(5, 64, nn.ReLU, RELU), (1, 64)),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_what_is_no_fault_is_no_error(name: str) -> None:
+    make, shape = HEALTHY[name]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        verdict = initlab.diagnose(make(), torch.randn(shape))
+        assert verdict.ok, str(verdict)
+
+
+@pytest.mark.parametrize("k", [0, 8, 20])
+@pytest.mark.parametrize("value", [1e3, -50.0])
+def test_a_bias_that_outweighs_everything(k: int, value: float) -> None:
+    torch.manual_seed(0)
+    model = mlp(10, 64, nn.ReLU, RELU)
+    with torch.no_grad():
+        model[k].bias.fill_(value)  # type: ignore[union-attr]
+    verdict = initlab.diagnose(model, torch.randn(32, 64))
+    (error,) = verdict.errors
+    assert error.factors == {f"{k}.bias": 0.0} and error.layer == k // 2 + 1, str(verdict)
+    assert error.rule == ("bias-too-large" if value > 0 or k == 20 else "dead")
+    with torch.no_grad():
+        model[k].bias.zero_()  # type: ignore[union-attr]
+    assert initlab.diagnose(model, torch.randn(32, 64)).ok
+
+
+class Fused(nn.Module):
+    """Attention with its three projections in one matrix."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(48) for _ in range(4))
+        self.qkv = nn.ModuleList(nn.Linear(48, 144) for _ in range(4))
+        self.proj = nn.ModuleList(nn.Linear(48, 48) for _ in range(4))
+        with torch.no_grad():
+            self.qkv[2].weight.mul_(factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, qkv, proj in zip(self.norms, self.qkv, self.proj, strict=True):
+            q, k, v = qkv(norm(x)).chunk(3, -1)
+            x = x + proj(nn.functional.scaled_dot_product_attention(q, k, v))
+        return x
+
+
+@pytest.mark.parametrize("factor", [100.0, 0.01])
+def test_a_stacked_weight_is_one_finding(factor: float) -> None:
+    torch.manual_seed(0)
+    verdict = initlab.diagnose(Fused(factor), torch.randn(4, 12, 48))
+    (error,) = verdict.errors
+    parts = {f"qkv.2.weight[{part}]" for part in ("query", "key", "value")}
+    assert set(error.factors) == parts, str(verdict)
+    assert all(0.5 < value * factor < 2 for value in error.factors.values())  # torch draws 0.58 of what is usual
+
+
+class Argmax(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.count, self.seen = nn.Linear(64, 4), 0, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.seen.append(x)
+        return self.layer(x).argmax(-1)
+
+
+def test_nothing_trains_is_said() -> None:
+    x = torch.randn(8, 64)
+    frozen = mlp(3, 64, nn.ReLU, RELU).requires_grad_(False)
+    assert [one.rule for one in initlab.diagnose(frozen, x).errors] == ["frozen"]
+    model = Argmax()
+    assert [one.rule for one in initlab.diagnose(model, x).errors] == ["no-gradient"]
+    assert model.count == 0 and model.seen == []  # what the code keeps is put back
+    assert [one.rule for one in initlab.diagnose(mlp(3, 64, nn.ReLU, RELU), 0 * x).errors] == ["input-scale"]
+    unused = nn.ModuleDict({"used": nn.Linear(64, 4), "left": nn.Linear(4, 4)})
+    unused.forward = lambda x: unused["used"](x)  # type: ignore[method-assign]
+    assert "left" in str(initlab.diagnose(unused, x))
+
+
+X = torch.randn(8, 64)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.01)
+
+
+BAD: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "no model": (lambda m: initlab.diagnose("net", X), r"model=str: must be an nn\.Module"),  # type: ignore[arg-type]
+    "no batch": (lambda m: initlab.diagnose(m, None), "x is missing"),
+    "wrong shape": (lambda m: initlab.diagnose(m, X[:, :5]), r"x=float32 \(8, 5\): does not fit 0 \(Linear\)"),
+    "empty": (lambda m: initlab.diagnose(m, X[:0]), "x: is empty"),
+    "no parameters": (lambda m: initlab.diagnose(nn.ReLU(), X), "has no parameters"),
+    "no scalar": (lambda m: initlab.diagnose(m, X, loss=lambda out: out), "must give a tensor of one number"),
+    "cut off": (lambda m: initlab.diagnose(m, X, loss=lambda out: out.sum().detach()), "loss: has no gradient"),
+    "lazy": (lambda m: initlab.diagnose(nn.Sequential(nn.LazyLinear(3)), X), "has no shape yet"),
+    "meta": (lambda m: initlab.diagnose(nn.Linear(64, 3, device="meta"), X), "on the meta device"),
+    "no optimizer": (lambda m: initlab.diagnose(m, X, optimizer="sgd"), "must be a torch.optim.Optimizer"),  # type: ignore[arg-type]
+    "another's": (lambda m: initlab.diagnose(m, X, optimizer=sgd(nn.Linear(2, 2))), "holds none of the model's"),
+    "half a step": (lambda m: initlab.diagnose(m, X, optimizer=sgd(m), steps=1.5), "steps=1.5: must be a whole"),  # type: ignore[arg-type]
+    "steps alone": (lambda m: initlab.diagnose(m, X, steps=3), "without an optimizer"),
+    "y alone": (lambda m: initlab.diagnose(m, X, torch.zeros(8)), "y without a loss"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name: str) -> None:
+    torch.manual_seed(0)
+    model = mlp(3, 64, nn.ReLU, RELU)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    call, text = BAD[name]
+    with pytest.raises(initlab.UsageError, match=text) as error:
+        call(model)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_closure_that_is_evaluated_often() -> None:
+    torch.manual_seed(0)
+    model, y = mlp(3, 64, nn.ReLU, RELU), torch.randint(0, 10, (8,))
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01)
+    assert initlab.diagnose(model, X, y, cross_entropy, optimizer, steps=2).ok
+    assert optimizer.state == {}
