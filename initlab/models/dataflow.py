@@ -98,6 +98,16 @@ class Flow:
             else:
                 yield Follower(node.kind, node.op, node.activation, normed)
 
+    def spoiled(self) -> set[int]:
+        """Operations whose nan or inf reaches a layer, a norm, an activation or the end; a mask of -inf does not."""
+        found = set[int]()
+        for k in range(len(self.nodes) - 1, -1, -1):
+            node = self.nodes[k]
+            ends = node.kind in ("layer", "norm", "activation") or k == len(self.nodes) - 1
+            if not node.finite and (ends or any(user in found for user in self.users[k])):
+                found.add(k)
+        return found
+
     def ancestors(self, k: int) -> set[int]:
         """Everything that a node depends on, itself included."""
         found, stack = set[int](), [k]

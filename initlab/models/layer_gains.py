@@ -58,14 +58,24 @@ def measure_gains(model: nn.Module, x: Any = None, flow: Flow | None = None) -> 
     flow = flow or find_flow(model, x)
     tensors = list_tensors(model, flow.equations())
     positions = {node.name: k for k, node in reversed(list(flow.layers()))}
-    found = [gain for tensor in tensors if tensor.is_weight for gain in _list_parts(tensor, flow, positions)]
+    heads = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    weights = []
+    for tensor in tensors:
+        head = heads.get(id(tensor.sources[0])) if tensor.kind == "embedding" and tensor.sources else None
+        if head is not None:  # a table that a layer multiplies by too
+            outputs, inputs = tensor.values.shape
+            whole = (Slice("", 0, outputs, inputs, outputs),)
+            weights.append(tensor._replace(kind="linear", module_name=head, slices=whole))
+        elif tensor.is_weight:
+            weights.append(tensor)
+    found = [gain for tensor in weights for gain in _list_parts(tensor, flow, positions)]
     return ModelGains(flow, tensors, sorted(found, key=lambda one: (one.position < 0, one.position)))
 
 
 def _list_parts(tensor: ModelTensor, flow: Flow, positions: dict[str, int]) -> Iterator[LayerGain]:
     if not is_readable(tensor.values) or not tensor.values.is_floating_point():
         return
-    position = positions.get(tensor.name, positions.get(tensor.module_name, -1))
+    position = positions.get(tensor.module_name, positions.get(tensor.name, -1))
     if position < 0 and isinstance(tensor.module, nn.Linear):  # the output projection inside of torch's attention
         position = positions.get(tensor.module_name.rpartition(".")[0], -1)
     follower = flow.follower(position) if position >= 0 else None

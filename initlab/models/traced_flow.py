@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from initlab.models.dataflow import Flow, FlowBuilder, FlowNode, Weight
+from initlab.probes.hooks import list_inputs
 from initlab.probes.operations import OperationMode
 from initlab.probes.probed_modules import find_tensors
 from initlab.probes.snapshot import all_tensors, left_as_it_was, loss_value, run_backward, run_model
@@ -85,7 +86,11 @@ class TracedFlow(FlowBuilder):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.nodes:
-            self._add_node(FlowNode("input"), (args, kwargs))
+            named = list(list_inputs(module, args, kwargs))
+            for part, tensor in named:
+                self._add_node(FlowNode("input", part), tensor)
+            rest = [t for t in all_tensors((args, kwargs)) if id(t) not in self._made]
+            self._add_node(FlowNode("input", "" if not named else "others"), rest)
         self._at_work.append((module, self._find_sources((args, kwargs))))
         if self._leaf is None and self.is_leaf(module):
             self._leaf = module

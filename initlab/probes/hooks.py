@@ -7,7 +7,7 @@ The hooks change no value and leave nothing behind.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -205,11 +205,7 @@ class Hooks:
 
     def _measure_input(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The rows of what the model is called with, layer 0."""
-        try:
-            given: Any = signature(model.forward).bind(*args, **kwargs).arguments
-        except (TypeError, ValueError):  # the call itself will say so
-            given = (*args, *kwargs.values())
-        for part, x in find_tensors(given if len(given) > 1 else [*args, *kwargs.values()][0] if given else ()):
+        for part, x in list_inputs(model, args, kwargs):
             key = TensorKey(self.rows.stage, "module", 0, "activation", "forward", "", part, self._n_inputs, "input")
             self.rows.measure(x, self.rows.make_site(key, x.ndim - 1))
         self._n_inputs += 1
@@ -287,6 +283,15 @@ class Hooks:
         if m.chosen:
             number = rows.numbers.number(m) if m.is_layer else rows.layer
             rows.weights.measure(m, call, number, rows.numbers.of_weights)
+
+
+def list_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a model is called with, each by the name of its argument; by none where it is the only one."""
+    try:
+        given: Any = signature(model.forward).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # the call itself will say so
+        given = (*args, *kwargs.values())
+    return find_tensors(given if len(given) > 1 else [*args, *kwargs.values()][0] if given else ())
 
 
 def _list_present(model: nn.Module) -> list[tuple[object, ...]]:

@@ -91,7 +91,8 @@ def _find_cause(e: NetworkEvidence, grows: bool) -> tuple[str, str, dict[str, fl
         share = usual.needed / usual.found
         std = f"a standard deviation of {usual.rms * share:.3g} in place of {usual.rms:.3g}"
         cause = f"the weights have gain {usual.found:.3g} where {usual.follower} needs {usual.needed:.3g}"
-        factors = {gain.name: gain.needed / gain.found for gain in inner}
+        far = [gain for gain in sized if gain not in inner and abs(gain.octaves) > 1.5 and (gain.octaves > 0) == grows]
+        factors = {gain.name: gain.needed / gain.found for gain in [*inner, *far]}
         return cause, f"multiply the weights by {share:.3g} ({std}), or initlab.init_(model, 'kaiming')", factors
     if ends and grows:
         share = 1 / math.sqrt(len(branches))

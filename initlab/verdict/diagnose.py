@@ -15,9 +15,10 @@ from initlab.probes.updates import list_optimizers
 from initlab.verdict.depth_rules import judge_collapse, judge_output, judge_post_norm, judge_trends, judge_width
 from initlab.verdict.evidence import Loss, NetworkEvidence, changed_parameters, collect_evidence, default_loss
 from initlab.verdict.finding import ERROR, WARNING, Finding, Verdict
+from initlab.verdict.input_rules import judge_input
+from initlab.verdict.module_rules import judge_embeddings, judge_norms, judge_recurrent
 from initlab.verdict.parameter_rules import (
     judge_gradients,
-    judge_input,
     judge_lost_variance,
     judge_outlier,
     judge_parameters,
@@ -35,6 +36,9 @@ SIGNAL_RULES = (
     judge_gradients,
     judge_input,
     judge_zero,
+    judge_embeddings,
+    judge_norms,
+    judge_recurrent,
     judge_lost_init,
     judge_logits,
     judge_outlier,
@@ -171,8 +175,7 @@ def _list_mended(evidence: NetworkEvidence, finding: Finding) -> Iterator[tuple[
     drawn = {id(p): (p, new) for p, new in draw_parameters(evidence, torch.Generator().manual_seed(0))}
     for name in finding.redraw:
         for p in tensors[name].sources:
-            if id(p) in drawn:
-                values[id(p)] = drawn[id(p)]
+            values[id(p)] = drawn.get(id(p), (p, 0.02 * torch.randn_like(p)))
     yield from values.values()
 
 

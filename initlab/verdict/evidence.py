@@ -182,12 +182,23 @@ def collect_evidence(model: nn.Module, x: Any, y: Any, loss: Loss) -> NetworkEvi
         warnings.simplefilter("always")
         rows = measure(model, x, y, loss)
     notes = tuple(str(one.message).removeprefix("probe: ") for one in heard if str(one.message).startswith("probe: "))
+    notes = tuple(filter(None, (_drop_idle(model, note) for note in notes)))
     layers: dict[str, int] = {}
     own = rows[(rows["direction"] == "forward") & rows["tensor"].isin(["weight", "preactivation", "norm", "embedding"])]
     for name, part, layer in zip(own["name"], own["part"], own["layer"], strict=True):
         layers.setdefault(name, int(layer))
         layers.setdefault(f"{name}.{part}" if name else part, int(layer))
     return NetworkEvidence(model, x, y, loss, known, rows, layers, notes)
+
+
+def _drop_idle(model: nn.Module, note: str) -> str:
+    """A note on modules that were not called, without those that have no parameters; others as they are."""
+    text, _, names = note.partition("never called in a recorded step: ")
+    if text or not names:
+        return note
+    modules = dict(model.named_modules())
+    kept = [name for name in names.split(", ") if name not in modules or any(True for _ in modules[name].parameters())]
+    return f"never called: {', '.join(kept)}" if kept else ""
 
 
 @contextmanager

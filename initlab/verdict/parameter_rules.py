@@ -12,82 +12,47 @@ from initlab.verdict.evidence import NetworkEvidence
 from initlab.verdict.finding import ERROR, WARNING, Finding
 from initlab.verdict.reference_networks import Reference, right_std
 
-INPUT = 16.0  # an rms of the input beyond this, or below its inverse, is not standardized
 FEW = 16  # of fewer weights the size is chance
 OUTLIER = 3.0  # octaves that one layer's gain may differ from the others'
 
 
 def judge_parameters(e: NetworkEvidence, reference: Reference) -> Finding | None:
-    """A parameter that holds nan or inf."""
-    for tensor in e.known.tensors:
-        values = tensor.values
-        if not is_readable(values) or not values.is_floating_point():
-            continue
-        bad = int((~values.isfinite()).sum())
-        if bad:
-            return Finding(
-                "non-finite",
-                ERROR,
-                e.layer_of(tensor.name),
-                tensor.name,
-                "weight" if tensor.is_weight else "bias" if tensor.kind == "bias" else "parameter",
-                "forward",
-                f"{bad} of {values.numel()} entries of {tensor.name} are nan or inf",
-                f"draw {tensor.name} anew; if training made it so, lower the learning rate",
-                {"n_nonfinite": bad, "count": values.numel()},
-                redraw=(tensor.name,),
-            )
-    return None
-
-
-def judge_input(e: NetworkEvidence, reference: Reference) -> Finding | None:
-    """An input that is not standardized, or the same for every example; none if a norm comes first."""
-    rows = e.rows[(e.rows["layer"] == 0) & (e.rows["op"] == "input")]
-    first = [e.nodes[k].kind for k in e.known.flow.users[0]] if e.nodes else []
-    for row in rows.to_dict("records"):
-        bad = int(row["n_nan"] + row["n_inf"])
-        rms, place = row["rms"], (0, row["part"] or "x", "activation", "forward")
-        if bad:
-            cause = f"{bad} of {row['count']} entries of the input are nan or inf"
-            return Finding("non-finite", ERROR, *place, cause, "remove or replace them before the model sees them")
-        if first and set(first) == {"norm"}:
-            continue
-        if rms == 0:
-            return Finding("input-scale", ERROR, *place, "the input is 0 throughout", "look at how batches are made")
-        if rms > INPUT or (0 < rms < 1 / INPUT):
-            cause = f"the input has an rms of {rms:.3g} where weights are made for 1"
-            remedy = f"standardize the input: subtract its mean, divide by {row['std']:.3g}"
-            return Finding("input-scale", ERROR, *place, cause, remedy, {"rms": rms}, factors={"input": 1 / rms})
-        within = row["std_within"]
-        if row["cosine"] > 1 - 1e-9 and within <= 1e-6 * rms and row["count"] > 1:
-            cause = "all examples of the batch are the same"
-            return Finding("input-equal", ERROR, *place, cause, "look at how batches are made", {"cosine": 1.0})
-        if rms and abs(row["mean"]) > 3 * row["std"]:
-            cause = f"the mean of the input, {row['mean']:.3g}, is {abs(row['mean']) / row['std']:.3g} times its std"
-            return Finding(
-                "input-mean", WARNING, *place, cause, "subtract the mean of the input", {"mean": row["mean"]}
-            )
-    return None
+    """Parameters and buffers that hold nan or inf, the first in the order in which they run."""
+    values = {t.name: t.values for t in e.known.tensors if is_readable(t.values) and t.values.is_floating_point()}
+    buffers = {name: b for name, b in e.model.named_buffers() if b.is_floating_point() and "mask" not in name}
+    bad = {name: int((~v.isfinite()).sum()) for name, v in {**values, **buffers}.items()}
+    names = sorted((name for name, n in bad.items() if n), key=lambda name: (e.layer_of(name) < 0, e.layer_of(name)))
+    if not names:
+        return None
+    first, count = names[0], {**values, **buffers}[names[0]].numel()
+    more = f", and of {len(names) - 1} tensors behind it" if len(names) > 1 else ""
+    cause = f"{bad[first]} of {count} entries of {first} are nan or inf{more}"
+    remedy = f"draw {'them' if more else first} anew; if training made it so, lower the learning rate"
+    kinds = {t.name: "weight" if t.is_weight else "bias" if t.kind == "bias" else "parameter" for t in e.known.tensors}
+    place = (e.layer_of(first), first, kinds.get(first, "parameter"), "forward")
+    redraw = tuple(name for name in names if name in values)
+    return Finding("non-finite", ERROR, *place, cause, remedy, {"n_nonfinite": bad[first]}, redraw=redraw)
 
 
 def judge_zero(e: NetworkEvidence, reference: Reference) -> Finding | None:
-    """A weight that is 0 throughout, or has equal columns; that of a residual branch's end may be 0, and the last."""
+    """Weights that are 0 throughout, or whose units are alike; the end of a residual branch may be 0, and the last."""
     last = max((gain.position for gain in e.gains), default=-1)
-    for gain in e.gains:
-        alike = gain.position >= 0 and has_equal_rows(gain.tensor.cut(gain.part))
-        if (gain.rms and not alike) or gain.position < 0 or (not gain.rms and e.is_residual_end(gain)):
+    met = [gain for gain in e.gains if gain.position >= 0]
+    zero = [gain for gain in met if not gain.rms and not e.is_residual_end(gain)]
+    alike = [gain for gain in met if has_equal_rows(gain.tensor.cut(gain.part))]
+    for rule, found in (("vanishing", zero), ("symmetric", alike)):
+        if not found:
             continue
+        gain, more = found[0], f" (and of {len(found) - 1} more)" if len(found) > 1 else ""
+        what = {
+            "vanishing": f"all weights of {gain.name}{more} are 0: nothing passes, and what lies below has no gradient",
+            "symmetric": f"all units of {gain.name}{more} have the same weights: they stay alike for ever",
+        }
         place = (e.layer_of(gain.tensor.name), gain.tensor.name, "weight", "forward")
-        what = (
-            f"all weights of {gain.name} are 0" if not gain.rms else f"all units of {gain.name} have the same weights"
-        )
-        inherits = (
-            "nothing passes it and what lies below has no gradient" if not gain.rms else "they stay alike for ever"
-        )
-        severity = WARNING if gain.position == last else ERROR
+        severity = WARNING if all(one.position == last for one in found) else ERROR
         remedy = f"draw {gain.name} with a standard deviation of {right_std(e, gain):.3g}"
-        rule = "vanishing" if not gain.rms else "symmetric"
-        return Finding(rule, severity, *place, f"{what}: {inherits}", remedy, redraw=(gain.tensor.name,))
+        redraw = tuple(dict.fromkeys(one.tensor.name for one in found))
+        return Finding(rule, severity, *place, what[rule], remedy, redraw=redraw)
     return None
 
 

@@ -19,27 +19,38 @@ LOGITS = 10.0  # a standard deviation of attention's logits beyond this leaves o
 
 def judge_producers(e: NetworkEvidence, reference: Reference) -> Finding | None:
     """The first operation that makes nan or inf of finite numbers, forward; then the first backward."""
-    for node in e.nodes:
-        if node.finite or not all(e.nodes[k].finite for k in node.inputs):
+    flow = e.known.flow
+    spoiled = flow.spoiled()
+    for k in sorted(spoiled):
+        node = e.nodes[k]
+        if not all(e.nodes[one].finite for one in node.inputs):
             continue
         if e.trend("forward").rate > 0 and is_significant(e.trend("forward")):
             return None  # too large a number by growth: judge_trends says where it comes from
-        where = node.name or node.owner
-        what = f"{node.op} in {where or 'the model'}"
+        where, what = _find_place(e, k)
         cause = f"{what} makes nan or inf of finite numbers"
         place = (e.layer_of(where), where, "activation", "forward")
         return Finding("non-finite", ERROR, *place, cause, _find_cure(node.op), {"op": node.op})
-    for node in reversed(e.nodes):
-        if node.gradient_finite and not all(e.nodes[k].gradient_finite for k in node.inputs):
-            where = node.name or node.owner
-            cause = (
-                f"the gradient of {node.op} in {where or 'the model'} is nan or inf, what it gives forward is finite"
-            )
-            place = (e.layer_of(where), where, "activation", "backward")
+    for k in range(len(e.nodes) - 1, -1, -1):
+        node = e.nodes[k]
+        if node.gradient_finite and not all(e.nodes[one].gradient_finite for one in node.inputs):
             if e.trend("backward").rate < 0 and is_significant(e.trend("backward")):
                 return None
+            where, what = _find_place(e, k)
+            cause = f"the gradient of {what} is nan or inf, what it gives forward is finite"
+            place = (e.layer_of(where), where, "activation", "backward")
             return Finding("non-finite", ERROR, *place, cause, _find_cure(node.op), {"op": node.op})
     return None
+
+
+def _find_place(e: NetworkEvidence, k: int) -> tuple[str, str]:
+    """The module of an operation, or the layer before it where that is the model itself; and the two in words."""
+    node = e.nodes[k]
+    where = node.name or node.owner
+    if where:
+        return where, f"{node.op} in {where}"
+    before = [e.nodes[one].name for one in e.known.flow.last_layers(k) if one != k]
+    return (before[0], f"{node.op} after {before[0]}") if before else ("", f"{node.op} in the model")
 
 
 def _find_cure(op: str) -> str:
@@ -109,6 +120,11 @@ def judge_units(e: NetworkEvidence, reference: Reference) -> Finding | None:
         return None  # numbers too small to be told from 0, or so large that all saturate
     factor = gain.needed / gain.found if gain.found else 1.0
     if 0.8 < factor < 1.25:
+        if gain.std < 0.9 * gain.rms:
+            mean = math.copysign(math.sqrt(max(gain.rms**2 - gain.std**2, 0.0)), row["mean"])
+            cause = f"{what}: its weights have a mean of {mean:.3g} beside a std of {gain.std:.3g}"
+            redraw = (gain.tensor.name,)
+            return Finding(rule, ERROR, *place, cause, f"draw {gain.name} with mean 0", evidence, redraw=redraw)
         if abs(row["mean"]) > 2 * spread:
             cause = f"{what}: its inputs have a mean that the weights turn into {row['mean']:.3g}"
             return Finding(rule, ERROR, *place, cause, "subtract the mean of what the layer is given", evidence)
@@ -129,25 +145,38 @@ def _usual_share(activation: Activation) -> float:
 
 def judge_logits(e: NetworkEvidence, reference: Reference) -> Finding | None:
     """Logits of attention so large that softmax leaves one key for each query."""
-    for k, node in enumerate(e.nodes):
-        if not node.logits > LOGITS or (node.kind == "attention" and e.known.flow.follower(k).kind == "output"):
-            continue
-        where = node.name or node.owner
-        place = (e.layer_of(where), where, "logits", "forward")
-        sources = [e.nodes[i].name for one in node.inputs for i in e.known.flow.last_layers(one)] + [node.name]
+    flow, found = e.known.flow, [k for k, node in enumerate(e.nodes) if node.logits > LOGITS and _is_attention(e, k)]
+    if not found:
+        return None
+    node, factors = e.nodes[found[0]], dict[str, float]()
+    for k in found:
+        sources = [e.nodes[i].name for one in e.nodes[k].inputs for i in flow.last_layers(one)] + [e.nodes[k].name]
         own = [g for g in e.gains if g.tensor.module_name in sources or g.tensor.name in sources]
         scores = [g for g in own if g.part.label in ("query", "key")] or own
-        large = [g for g in scores if g.found > 2 * max(g.needed, 1.0)]
-        tensors = {g.tensor.name for g in large}
+        tensors = {g.tensor.name for g in scores if g.found > 2 * max(g.needed, 1.0)}
         large = [g for g in own if g.tensor.name in tensors and g.found > 2 * max(g.needed, 1.0)]
-        cause = f"attention's logits have a standard deviation of {node.logits:.3g}: softmax leaves one key a query"
-        evidence = {"std": node.logits, **{g.name: g.found for g in scores}}
-        if not large:
-            remedy = f"divide the logits by {node.logits:.3g}: they are divided by sqrt(head size) as a rule"
-            return Finding("saturated", ERROR, *place, cause, remedy, evidence)
-        cause += "; " + ", ".join(f"{g.name} has gain {g.found:.3g} where {g.needed:.3g} is usual" for g in large)
-        remedy = " and ".join(f"multiply {g.name} by {g.needed / g.found:.3g}" for g in large)
-        return Finding(
-            "saturated", ERROR, *place, cause, remedy, evidence, factors={g.name: g.needed / g.found for g in large}
-        )
-    return None
+        factors |= {g.name: g.needed / g.found for g in large}
+    large = [g for g in e.gains if g.octaves > 1.5]
+    everywhere = len(large) > 0.7 * len(e.gains)
+    if everywhere:  # a rule that is wrong, and attention shows it first
+        factors = {g.name: g.needed / g.found for g in large}
+    where = node.name or node.owner
+    place = (e.layer_of(where), where, "logits", "forward")
+    cause = f"attention's logits have a standard deviation of {node.logits:.3g}: softmax leaves one key a query"
+    cause += f" (and in {len(found) - 1} attentions behind it)" if len(found) > 1 else ""
+    if everywhere:
+        cause += f"; the weights have gain {large[0].found:.3g} where {large[0].needed:.3g} is usual, everywhere"
+    if not factors:
+        remedy = f"divide the logits by {node.logits:.3g}: they are divided by sqrt(head size) as a rule"
+        return Finding("saturated", ERROR, *place, cause, remedy, {"std": node.logits})
+    first = list(factors)[:3]
+    remedy = " and ".join(f"multiply {name} by {factors[name]:.3g}" for name in first)
+    remedy += f", and {len(factors) - 3} more by their factors" if len(factors) > 3 else ""
+    return Finding("saturated", ERROR, *place, cause, remedy, {"std": node.logits}, factors=factors)
+
+
+def _is_attention(e: NetworkEvidence, k: int) -> bool:
+    """Whether a softmax weighs the rows of another tensor."""
+    if e.nodes[k].op not in ("softmax", "Softmax"):
+        return True
+    return e.known.flow.follower(k).kind == "attention"

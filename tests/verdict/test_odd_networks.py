@@ -211,3 +211,90 @@ def test_a_closure_that_is_evaluated_often() -> None:
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01)
     assert initlab.diagnose(model, X, y, cross_entropy, optimizer, steps=2).ok
     assert optimizer.state == {}
+
+
+class Masked(nn.Module):
+    """torch's encoder with a causal mask of -inf."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.encoder(x, mask=mask)
+
+
+class Timed(nn.Module):
+    """A time from 0 to 999 as sines: its size is none of the weights' business."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.time, self.b = nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        angles = t[:, None] * torch.exp(-torch.arange(32) / 8.0)
+        return self.b(torch.relu(self.a(x) + self.time(torch.cat([angles.sin(), angles.cos()], -1))))
+
+
+CAUSAL = nn.Transformer.generate_square_subsequent_mask(6)
+INPUTS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "a mask of -inf": (Masked, (torch.randn(2, 6, 32), CAUSAL)),
+    "a mask of True": (Masked, (torch.randn(2, 6, 32), CAUSAL < 0)),
+    "a mask of -1e9": (Masked, (torch.randn(2, 6, 32), CAUSAL.clamp(min=-1e9))),
+    "a time": (Timed, (torch.randn(16, 8), torch.rand(16) * 999)),
+    "one-hot": (lambda: nn.Sequential(nn.Linear(1000, 8)), torch.eye(1000)[:32]),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_that_only_look_odd(name: str) -> None:
+    torch.manual_seed(0)
+    make, x = INPUTS[name]
+    assert initlab.diagnose(make(), x).ok
+
+
+class Language(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.lstm, self.head = nn.Embedding(50, 64), nn.LSTM(64, 64, 2, batch_first=True), nn.Linear(64, 50)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(self.table(x))[0])
+
+
+def norms() -> nn.Module:
+    parts = (part for _ in range(6) for part in (nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU()))
+    return nn.Sequential(*parts, nn.Linear(64, 10))
+
+
+MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any], str, str]] = {
+    "table x1000": (Language, lambda m: m.table.weight.mul_(1000), "exploding", "table.weight"),
+    "table 0": (Language, lambda m: m.table.weight.zero_(), "vanishing", "table.weight"),
+    "gates shut": (Language, lambda m: m.lstm.bias_ih_l0.fill_(-50), "saturated", "lstm.bias_ih_l0"),
+    "gates saturated": (Language, lambda m: m.lstm.weight_hh_l0.mul_(100), "saturated", "lstm.weight_hh_l0"),
+    "norm x100": (norms, lambda m: m[7].weight.mul_(100), "exploding", "7"),
+    "norm 0": (norms, lambda m: m[7].weight.zero_(), "vanishing", "7"),
+    "norm's bias": (norms, lambda m: m[7].bias.fill_(-50), "bias-too-large", "7"),
+    "all nan": (norms, lambda m: [p.fill_(torch.nan) for p in m.parameters()], "non-finite", "0.weight"),
+    "all alike": (norms, lambda m: [p.fill_(0.01) for p in m.parameters() if p.ndim > 1], "symmetric", "0.weight"),
+    "negative": (
+        lambda: mlp(6, 64, nn.ReLU, RELU),
+        lambda m: m[4].weight.copy_(-m[4].weight.abs()),
+        "dead",
+        "4",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_faults_of_other_modules_are_one_finding(name: str) -> None:
+    make, change, rule, where = MODULES[name]
+    torch.manual_seed(0)
+    x = torch.randint(0, 50, (4, 16)) if make is Language else torch.randn(32, 64)
+    assert initlab.diagnose(make(), x).ok
+    model = make()
+    with torch.no_grad():
+        change(model)
+    verdict = initlab.diagnose(model, x)
+    assert [(one.rule, one.name) for one in verdict.errors] == [(rule, where)], str(verdict)
