@@ -169,7 +169,8 @@ def _describe_mistake(error: Exception) -> str | None:
         return str(as_usage_error(error))
     if isinstance(disk, OSError):
         return str(disk_error(disk, disk.filename or Sweep.place))
-    if stops.is_stopping() or (begun and not str(error).startswith("Unable to configure")):  # what Hydra says of a log
+    of_a_log = str(error).startswith(("Unable to configure", "Input cfg is not"))  # as Hydra says it
+    if stops.is_stopping() or (begun and not of_a_log):
         return None
     if Sweep.single is not None:
         discard(Sweep.single)

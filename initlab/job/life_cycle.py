@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from initlab import stops
-from initlab.errors import DISK, Fault, UsageError, disk_error
+from initlab.errors import DISK, Fault, UsageError, disk_error, show
 
 if TYPE_CHECKING:  # torch and pandas are imported when a job begins: a mistake in an option is found before
     from initlab.job.prepare import Job
@@ -146,14 +146,20 @@ def study_of(cfg: DictConfig, name: str | None, overrides: Any) -> "Study":
     from initlab.job.options import option_names
     from initlab.studies.study import prepare
 
-    about: Any = OmegaConf.to_container(cfg.study, resolve=True, throw_on_missing=True)
-    expect: Any = OmegaConf.to_container(cfg.expect, resolve=True)
+    about: Any
+    expect: Any
+    about, expect = (  # what an interpolation stands for has any type
+        OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if OmegaConf.is_config(node) else node
+        for node in (cfg.study, cfg.expect)
+    )
+    if not isinstance(about, dict):
+        raise UsageError(f"study={show(about)}: must be a dictionary")
     for option, value, kind in (
         ("study.cost", about["cost"], dict),
         ("study.figure", about["figure"], dict),
         ("expect", expect, list),
     ):
-        if not isinstance(value, kind):  # what an interpolation stands for has any type
+        if not isinstance(value, kind):
             raise UsageError(f"{option}={value}: must be a {'list' if kind is list else 'dictionary'}")
     words: Any = OmegaConf.to_container(overrides, resolve=False)  # `width=${depth}` as it was typed
     return prepare(str(name), about, expect, option_names(), words)
