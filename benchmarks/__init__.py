@@ -1,6 +1,6 @@
 """What watching costs: initlab and today's idioms against the same network unwatched, as ratios within one run.
 
-    python -m benchmarks [stack|step|backward|ensemble|chapter|startup|phase|memory|collect|sweep|gpu ...]
+    python -m benchmarks [stack|step|backward|ensemble|chapter|startup|phase|memory|collect|sweep|verdict|gpu ...]
                          [--threads N ...] [--device cuda] [--quick] [--json FILE] [--compare FILE] [--plot FILE]
 
 From the figure down to the watch:
@@ -10,7 +10,8 @@ From the figure down to the watch:
     guard.py       what became worse since a file of results
     report.py      rows -> the table that is printed
     groups.py      the table of groups
-        step.py  stack.py  backward.py  ensemble.py  startup.py  phase.py  memory.py  collect.py  sweep.py  gpu.py
+        step.py  stack.py  backward.py  ensemble.py  startup.py  phase.py  memory.py  collect.py  sweep.py
+        verdict_costs.py  gpu.py
                        what is raced against what
     peers.py       how others watch a network, written as they write it
     bare.py        the same work unwatched: what everything is divided by
@@ -23,6 +24,9 @@ From the figure down to the watch:
     machine.py     where it was measured
     scale.py       beside the groups: what many run folders cost, in sums and not in ratios
     sees.py        beside the groups: what each tool says of planted situations, which planted.py holds
+    laws.py        beside the groups: how often the law of a tensor is recognized
+    verdicts.py    beside the groups: what each tool says is wrong with networks, which faults.py holds
+    verdict_peers.py   how each of them is asked
 
 A benchmark is no test: nothing here runs in the test suite but the arithmetic and the agreement of the contestants.
 initlab knows nothing of this package, and no wheel holds it.

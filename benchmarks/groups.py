@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from benchmarks import backward, collect, ensemble, gpu, memory, phase, stack, startup, step, sweep
+from benchmarks import backward, collect, ensemble, gpu, memory, phase, stack, startup, step, sweep, verdict_costs
 from benchmarks.race import Outcome, Setting
 
 GROUPS: dict[str, Callable[[Setting], Outcome]] = {
@@ -16,5 +16,6 @@ GROUPS: dict[str, Callable[[Setting], Outcome]] = {
     "memory": memory.group,
     "collect": collect.group,
     "sweep": sweep.group,
+    "verdict": verdict_costs.group,
     "gpu": gpu.group,
 }

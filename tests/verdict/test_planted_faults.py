@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from benchmarks.faults import FAULTS, HEALTHY, Case
 from initlab.verdict.diagnose import diagnose
-from tests.verdict.planted import FAULTS, HEALTHY, Case, apply_remedy
+from initlab.verdict.finding import Finding, Verdict
 
 SIZES = [(20, 64, "float32", 0), (10, 200, "bfloat16", 1)]
 MORE = [(d, w, t, s) for d in (10, 20, 50) for w in (64, 200) for t in ("float32", "bfloat16") for s in range(3)]
@@ -20,6 +21,30 @@ def make(build: object, depth: int, width: int, dtype: str, seed: int) -> Case:
     case = build(depth, width)  # type: ignore[operator]
     kind = getattr(torch, dtype)
     return case._replace(model=case.model.to(kind), x=case.x.to(kind))
+
+
+def apply_remedy(model: nn.Module, x: Tensor, verdict: Verdict) -> tuple[nn.Module, Tensor]:
+    """What a reader does with the errors of a verdict: multiply, or draw anew with the std that the remedy names."""
+    parts = dict(model.named_parameters())
+    for finding in verdict.errors:
+        with torch.no_grad():
+            x = _apply(finding, parts, x)
+    return model, x
+
+
+def _apply(finding: Finding, parts: dict[str, nn.Parameter], x: Tensor) -> Tensor:
+    for name in finding.redraw:
+        fan_in = parts[name].shape[1]
+        parts[name].normal_(0, (2 / fan_in) ** 0.5)
+    for name, factor in finding.factors.items():
+        if name == "input":
+            x = x * factor
+            continue
+        full, _, label = name.rstrip("]").partition("[")
+        p = parts[full]
+        third = ("query", "key", "value").index(label) if label else 0
+        (p.chunk(3)[third] if label else p).mul_(factor)
+    return x
 
 
 @sizes

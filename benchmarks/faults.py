@@ -1,4 +1,7 @@
-"""Networks that are healthy, and networks with one planted fault, with what a verdict must say of them."""
+"""Networks that are healthy, and networks with one planted fault, with what a verdict must say of them.
+
+A fault is planted at a size: depth and width.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,17 +11,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import initlab
-from initlab.verdict.finding import Finding, Verdict
 
 
 class Case(NamedTuple):
-    """model, batch; the rule expected, and the parameter that it must name, empty for a fault of all layers."""
+    """model, batch; the rule expected, and the parameter that it must name, empty for a fault of all layers.
+
+    mend: the remedy, where it is no number. op: the function of torch that is at fault, where it is one.
+    """
 
     model: nn.Module
     x: Tensor
     rules: tuple[str, ...] = ()
     name: str = ""
-    mend: Callable[[nn.Module, Tensor], tuple[nn.Module, Tensor]] | None = None  # where the remedy is no number
+    mend: Callable[[nn.Module, Tensor], tuple[nn.Module, Tensor]] | None = None
+    op: str = ""
 
 
 def mlp(depth: int, width: int, act: Callable[[], nn.Module], gain: float, law: str = "normal") -> nn.Sequential:
@@ -45,9 +51,9 @@ class Residual(nn.Module):
 
     def __init__(self, depth: int, width: int, gain: float) -> None:
         super().__init__()
-        self.a, self.b = (nn.ModuleList(nn.Linear(width, width) for _ in range(depth)) for _ in range(2))
-        self.head = nn.Linear(width, 10)
-        for a, b in zip(self.a, self.b, strict=True):
+        first, last = ([nn.Linear(width, width) for _ in range(depth)] for _ in range(2))
+        self.a, self.b, self.head = nn.ModuleList(first), nn.ModuleList(last), nn.Linear(width, 10)
+        for a, b in zip(first, last, strict=True):
             nn.init.kaiming_normal_(a.weight)
             nn.init.normal_(b.weight, 0, gain / width**0.5)
             nn.init.zeros_(a.bias)
@@ -56,7 +62,8 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for a, b in zip(self.a, self.b, strict=True):
             x = x + b(F.relu(a(x)))
-        return self.head(x)
+        out: Tensor = self.head(x)
+        return out
 
 
 class Functional(nn.Module):
@@ -64,9 +71,10 @@ class Functional(nn.Module):
 
     def __init__(self, depth: int, width: int, gain: float) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(depth))
-        for layer in self.layers:
+        layers = [nn.Linear(width, width, bias=False) for _ in range(depth)]
+        for layer in layers:
             nn.init.normal_(layer.weight, 0, gain / width**0.5)
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -105,7 +113,8 @@ class Nested(nn.Module):
         self.stem, self.middle, self.head = nn.Linear(width, width), nn.Sequential(inner), nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.middle(torch.tanh(self.stem(x))))
+        out: Tensor = self.head(self.middle(torch.tanh(self.stem(x))))
+        return out
 
 
 def encoder(depth: int, width: int, norm_first: bool, activation: str = "relu") -> nn.Module:
@@ -145,7 +154,7 @@ class BasicBlock(nn.Module):
         return F.relu(h + self.downsample(x))
 
 
-def resnet18(width: int = 16) -> nn.Module:
+def resnet18(width: int = 16) -> nn.Sequential:
     """ResNet-18 as torchvision initializes it: Kaiming's rule by fan_out, norms 1 and 0."""
     blocks, inputs = [], width
     for k, outputs in enumerate((width, 2 * width, 4 * width, 8 * width)):
@@ -229,6 +238,7 @@ FAULTS: dict[str, Callable[[int, int], Case]] = {
         ("non-finite",),
         "middle.0",
         mend=lambda model, x: (Nested(w, Rooted(w, 1e-6)), x),
+        op="sqrt",
     ),
     "nan in the forward pass": lambda d, w: Case(
         Nested(w, Logged(w)),
@@ -236,29 +246,6 @@ FAULTS: dict[str, Callable[[int, int], Case]] = {
         ("non-finite",),
         "middle.0",
         mend=lambda model, x: (Nested(w, Logged(w, 1e-6)), x),
+        op="log",
     ),
 }
-
-
-def apply_remedy(model: nn.Module, x: Tensor, verdict: Verdict) -> tuple[nn.Module, Tensor]:
-    """What a reader does with the errors of a verdict: multiply, or draw anew with the std that the remedy names."""
-    parts = dict(model.named_parameters())
-    for finding in verdict.errors:
-        with torch.no_grad():
-            x = _apply(finding, parts, x)
-    return model, x
-
-
-def _apply(finding: Finding, parts: dict[str, nn.Parameter], x: Tensor) -> Tensor:
-    for name in finding.redraw:
-        fan_in = parts[name].shape[1]
-        parts[name].normal_(0, (2 / fan_in) ** 0.5)
-    for name, factor in finding.factors.items():
-        if name == "input":
-            x = x * factor
-            continue
-        full, _, label = name.rstrip("]").partition("[")
-        p = parts[full]
-        third = ("query", "key", "value").index(label) if label else 0
-        (p.chunk(3)[third] if label else p).mul_(factor)
-    return x
