@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import initlab
-from tests.verdict.planted import mlp
+from benchmarks.faults import mlp
 
 RELU = 2**0.5
 
