@@ -131,7 +131,7 @@ def _find_kind(module: nn.Module, full: str, part: str, shape: tuple[int, ...]) 
         return "slope"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "embedding"
-    if isinstance(module, ConvNd) and len(shape) > 1:
+    if isinstance(module, ConvNd) and len(shape) > 1 and last == "weight":
         return "transposed convolution" if module.transposed else "convolution"
     if len([n for n in shape if n > 1]) < 2 and not isinstance(module, nn.Linear | nn.Bilinear):
         is_bias = "bias" in last or last in ("b", "beta") or last.endswith("_b")

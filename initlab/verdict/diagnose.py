@@ -8,18 +8,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from initlab.errors import Limits, UsageError, check_functions, check_value, library_call
+from initlab.models.fans import ModelTensor
 from initlab.models.symbolic_flow import attributes_as_they_were, refuse_unreadable
 from initlab.probes.snapshot import all_tensors
 from initlab.probes.torch_private import NormBase
 from initlab.probes.updates import list_optimizers
 from initlab.verdict.depth_rules import judge_collapse, judge_output, judge_post_norm, judge_trends, judge_width
-from initlab.verdict.evidence import Loss, NetworkEvidence, changed_parameters, collect_evidence, default_loss
+from initlab.verdict.evidence import Loss, NetworkEvidence, changed_weights, collect_evidence, default_loss
 from initlab.verdict.finding import ERROR, WARNING, Finding, Verdict
 from initlab.verdict.input_rules import judge_input
 from initlab.verdict.module_rules import judge_embeddings, judge_norms, judge_recurrent
 from initlab.verdict.parameter_rules import (
     judge_gradients,
     judge_lost_variance,
+    judge_means,
     judge_outlier,
     judge_parameters,
     judge_zero,
@@ -27,7 +29,7 @@ from initlab.verdict.parameter_rules import (
 from initlab.verdict.reference_networks import Reference, draw_parameters
 from initlab.verdict.signal_rules import judge_biases, judge_logits, judge_producers, judge_units
 from initlab.verdict.training_rules import judge_updates, train_steps
-from initlab.verdict.weight_rules import judge_lost_init
+from initlab.verdict.weight_rules import judge_fans, judge_lost_init
 
 # In the order in which causes are looked for. Each takes the evidence and gives a finding or None. A remedy in numbers
 # is applied before the next rule is asked, so that what a layer only inherits from those before it is not found again.
@@ -40,6 +42,8 @@ SIGNAL_RULES = (
     judge_norms,
     judge_recurrent,
     judge_lost_init,
+    judge_fans,
+    judge_means,
     judge_logits,
     judge_outlier,
     judge_lost_variance,
@@ -121,7 +125,7 @@ def _judge(
         raise UsageError(
             "loss: has no gradient; it is cut off from the parameters (by detach, item, argmax or no_grad)"
         )
-    found = list({(one.rule, one.name, one.severity): one for one in _find(evidence)}.values())
+    found = list(_find(evidence, set()))
     if n_idle:
         cause = f"{n_idle} norms are in eval mode, and no batch has moved their running statistics: they do nothing"
         note = "call model.train() before a network that was not trained is judged; here they were judged in training"
@@ -136,47 +140,47 @@ def _judge(
     return found, evidence
 
 
-def _find(evidence: NetworkEvidence, rounds: int = ROUNDS) -> Iterator[Finding]:
+def _find(evidence: NetworkEvidence, said: set[tuple[str, str]], rounds: int = ROUNDS) -> Iterator[Finding]:
     """The findings of a pass; each cause that has a remedy in numbers is mended before the next one is looked for."""
     reference = Reference(evidence)
     for rule in SIGNAL_RULES:
         finding = rule(evidence, reference)
-        if finding is None:
+        if finding is None or (finding.rule, finding.name) in said:  # its remedy was of no use
             continue
+        said.add((finding.rule, finding.name))
         yield finding
         if finding.severity != ERROR:
             continue
         if rounds == 1 or not (finding.factors or finding.redraw):
             return
-        with changed_parameters(list(_list_mended(evidence, finding))):
+        with changed_weights(evidence.model, _list_mended(evidence, finding)):
             x = evidence.x
             if "input" in finding.factors:
                 x = _scale_input(x, finding.factors["input"])
             mended = collect_evidence(evidence.model, x, evidence.y, evidence.loss)
-            yield from _find(mended, rounds - 1)
+            yield from _find(mended, said, rounds - 1)
         return
 
 
-def _list_mended(evidence: NetworkEvidence, finding: Finding) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """The values that parameters have after a remedy."""
-    values: dict[int, tuple[nn.Parameter, Tensor]] = {}
+def _list_mended(evidence: NetworkEvidence, finding: Finding) -> Iterator[tuple[ModelTensor, Tensor]]:
+    """The values that tensors have after a remedy."""
     parts = {gain.name: gain for gain in evidence.gains}
     tensors = {tensor.name: tensor for tensor in evidence.known.tensors}
+    values = dict[str, Tensor]()
     for name, factor in finding.factors.items():
         tensor = parts[name].tensor if name in parts else tensors.get(name)
-        if tensor is None or tensor.computed is not None:
+        if tensor is None:
             continue
-        (p,) = tensor.sources
-        p, value = values.setdefault(id(p), (p, p.detach().clone()))
+        value = values.setdefault(tensor.name, tensor.values.detach().clone())
         if name in parts:
             part = parts[name].part
             value = value.narrow(tensor.axis, part.start, part.stop - part.start)
         value.mul_(factor)
-    drawn = {id(p): (p, new) for p, new in draw_parameters(evidence, torch.Generator().manual_seed(0))}
+    drawn = {t.name: new for t, new in draw_parameters(evidence, torch.Generator().manual_seed(0))}
     for name in finding.redraw:
-        for p in tensors[name].sources:
-            values[id(p)] = drawn.get(id(p), (p, 0.02 * torch.randn_like(p)))
-    yield from values.values()
+        values[name] = drawn.get(name, 0.02 * torch.randn_like(tensors[name].values))
+    for name, value in values.items():
+        yield tensors[name], value
 
 
 def _scale_input(x: Any, factor: float) -> Any:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from initlab.models.dataflow import FlowNode
 from initlab.models.fans import ModelTensor, is_readable
 from initlab.models.layer_gains import LayerGain, ModelGains, measure_gains
+from initlab.models.symbolic_flow import attributes_as_they_were
 from initlab.models.traced_flow import TracedFlow
+from initlab.models.weight_writer import put_weight
 from initlab.probes.probed_modules import find_tensors
 from initlab.probes.snapshot import measure
 
 Loss = Callable[..., Tensor]
+FEW_SUMS = 4  # residual sums from which on a network is taken for a residual one
 
 
 class Trend(NamedTuple):
@@ -125,29 +128,37 @@ class NetworkEvidence:
         return self.rows[(self.rows["tensor"] == tensor) & (self.rows["direction"] == direction)]
 
     @cached_property
-    def depths(self) -> dict[tuple[str, str, int], int]:
-        """How deep each preactivation lies, by name, part and call: layers on the longest way to it, itself counted.
+    def depths(self) -> dict[tuple[str, str, str, int], int]:
+        """How deep each preactivation and each residual sum lies, by tensor, name, part and call.
 
-        Towers that stand side by side have the same depths, and a layer that is called again lies deeper.
+        Layers on the longest way to it are counted, itself too: towers that stand side by side have the same depths,
+        and a layer that is called again lies deeper.
         """
         left = {name: list(depths) for name, depths in self.known.flow.depths().items()}
-        rows, found, last = self.select("preactivation"), dict[tuple[str, str, int], int](), 0
-        for name, part, call in zip(rows["name"], rows["part"], rows["call"], strict=True):
-            last = left[name].pop(0) if left.get(name) else last
-            found[name, part, call] = last
+        rows = self.rows[(self.rows["direction"] == "forward") & self.rows["tensor"].isin(["preactivation", "stream"])]
+        found, last = dict[tuple[str, str, str, int], int](), 0
+        for key in zip(rows["tensor"], rows["name"], rows["part"], rows["call"], strict=True):
+            if key[0] == "preactivation" and left.get(key[1]):
+                last = left[key[1]].pop(0)
+            found[key] = last
         return found
 
     def layer_at(self, depth: int) -> int:
         """The number of the first layer of this depth."""
-        key = next((key for key, one in self.depths.items() if one == depth), None)
+        key = next((key for key, one in self.depths.items() if one == depth and key[0] == "preactivation"), None)
         rows = self.select("preactivation")
-        own = rows[(rows["name"] == key[0]) & (rows["part"] == key[1])] if key is not None else rows
+        own = rows[(rows["name"] == key[1]) & (rows["part"] == key[2])] if key is not None else rows
         return int(own["layer"].iloc[0]) if len(own) else -1
 
     def trend(self, direction: str, column: str = "rms") -> Trend:
-        """How the preactivations, or the gradients with respect to them, change from layer to layer."""
-        rows = self.select("preactivation", direction)
-        depth = [self.depths.get(key, 0) for key in zip(rows["name"], rows["part"], rows["call"], strict=True)]
+        """How the preactivations change from layer to layer, or the gradients with respect to them.
+
+        Of a residual network it is the sums that are looked at, which all layers read from and write to.
+        """
+        sums = sum(key[0] == "stream" for key in self.depths)
+        kind = "stream" if sums >= FEW_SUMS and len(self.known.flow.branches()) >= FEW_SUMS else "preactivation"
+        rows = self.select(kind, direction)
+        depth = [self.depths.get((kind, *key), 0) for key in zip(rows["name"], rows["part"], rows["call"], strict=True)]
         rows = rows.assign(depth=depth)
         finite = rows[(rows["n_nan"] + rows["n_inf"]) == 0]
         sizes = finite[column].to_numpy(dtype=float)
@@ -176,9 +187,10 @@ class NetworkEvidence:
 
 def collect_evidence(model: nn.Module, x: Any, y: Any, loss: Loss) -> NetworkEvidence:
     """Trace one pass and measure one, neither of which leaves a trace."""
-    flow = TracedFlow(model).record(x, y, loss)
+    with attributes_as_they_were(model):  # what a pass keeps, such as a cache, is not for the next one
+        flow = TracedFlow(model).record(x, y, loss)
     known = measure_gains(model, flow=flow)
-    with warnings.catch_warnings(record=True) as heard:
+    with attributes_as_they_were(model), warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         rows = measure(model, x, y, loss)
     notes = tuple(str(one.message).removeprefix("probe: ") for one in heard if str(one.message).startswith("probe: "))
@@ -212,3 +224,15 @@ def changed_parameters(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterato
     finally:
         for p, data in reversed(kept):
             p.data = data
+
+
+@contextmanager
+def changed_weights(model: nn.Module, values: Iterable[tuple[ModelTensor, Tensor]]) -> Iterator[None]:
+    """Within the block tensors of a model have other values, those that are computed through what they come from."""
+    new = list(values)
+    sources = [(p, p.detach().clone()) for tensor, _ in new for p in tensor.sources]
+    with changed_parameters(sources), attributes_as_they_were(model):
+        with torch.no_grad():
+            for tensor, value in new:
+                put_weight(tensor, value)
+        yield

@@ -8,6 +8,7 @@ from torch import Tensor
 from initlab.models.families import CUT
 from initlab.models.fans import is_readable, orthogonal_view
 from initlab.models.laws import recognize_law
+from initlab.models.layer_gains import LayerGain
 from initlab.verdict.evidence import NetworkEvidence
 from initlab.verdict.finding import ERROR, WARNING, Finding
 from initlab.verdict.reference_networks import Reference, right_std
@@ -57,15 +58,37 @@ def judge_zero(e: NetworkEvidence, reference: Reference) -> Finding | None:
 
 
 def has_equal_rows(weight: Tensor) -> bool:
-    """Whether all outputs of a weight, outputs first, have the same numbers, which are not 0."""
+    """Whether all outputs of a weight, outputs first, have the same numbers, or all inputs are weighted alike."""
     rows = orthogonal_view(weight)
-    return len(rows) > 1 and rows.shape[1] > 1 and bool((rows == rows[0]).all()) and bool(rows[0].any())
+    if len(rows) < 2 or rows.shape[1] < 2 or not bool(rows[0].any()):
+        return False
+    return bool((rows[:64] == rows[0]).all() and (rows == rows[0]).all()) or bool(
+        (rows[:64] == rows[:64, :1]).all() and (rows == rows[:, :1]).all()
+    )
+
+
+def judge_means(e: NetworkEvidence, reference: Reference) -> Finding | None:
+    """Weights whose mean is no chance: what it makes is the same for all units and grows with fan_in."""
+    found = []
+    for gain in e.gains:
+        mean = math.sqrt(max(gain.rms**2 - gain.std**2, 0.0)) if gain.rms < math.inf else 0.0
+        if gain.tensor.kind in ("linear", "convolution") and mean > 0.3 * gain.std and mean * gain.part.fan_in > 4:
+            found.append((gain, mean))
+    if not found:
+        return None
+    gain, mean = found[0]
+    more = f" (and those of {len(found) - 1} more layers)" if len(found) > 1 else ""
+    cause = f"its weights have a mean of {mean:.3g}{more} beside a std of {gain.std:.3g}: all units give the same"
+    place = (e.layer_of(gain.tensor.name), gain.tensor.name, "weight", "forward")
+    remedy = f"draw {gain.name} with mean 0 and a std of {right_std(e, gain):.3g}"
+    redraw = tuple(dict.fromkeys(one.tensor.name for one, _ in found))
+    return Finding("weights-with-a-mean", ERROR, *place, cause, remedy, {"mean": mean, "std": gain.std}, redraw=redraw)
 
 
 def judge_outlier(e: NetworkEvidence, reference: Reference) -> Finding | None:
     """One layer whose weights are of another size than those of the others, by their gain and by their std."""
     sized = [gain for gain in e.gains if gain.rms > 0 and gain.part.fan_in > 0]
-    sized = [gain for gain in sized if gain.tensor.cut(gain.part).numel() >= FEW]
+    sized = [gain for gain in sized if gain.tensor.cut(gain.part).numel() >= FEW and not is_estimated(gain)]
     if len(sized) < 2:
         return None
     usual, usual_ln = (
@@ -78,9 +101,11 @@ def judge_outlier(e: NetworkEvidence, reference: Reference) -> Finding | None:
         off = gain.octaves - usual
         by_std = math.log2(gain.rms) - usual_ln
         small_by_design = off < 0 and (gain.position == last or e.is_residual_end(gain))
-        if min(abs(off), abs(by_std), 2 * abs(gain.octaves)) > OUTLIER and off * by_std > 0 and not small_by_design:
+        limit = OUTLIER + (gain.position == last)
+        if min(abs(off), abs(by_std), 2 * abs(gain.octaves)) > limit and off * by_std > 0 and not small_by_design:
             apart.append((abs(off), off, gain))
-    if not apart:
+    alike = max((sum(by * one > 0 for _, by, _ in apart) for _, one, _ in apart), default=0)
+    if not apart or alike > max(3, 0.2 * len(sized)):  # many of one odd size are a design
         return None
     _, off, gain = max(apart, key=lambda one: one[0])
     parts = [(one, by) for _, by, one in apart if one.tensor.name == gain.tensor.name and by * off > 0]
@@ -103,6 +128,11 @@ def judge_outlier(e: NetworkEvidence, reference: Reference) -> Finding | None:
         {"gain": gain.found, "usual": gain.found * factor, "octaves": off},
         factors=factors,
     )
+
+
+def is_estimated(gain: LayerGain) -> bool:
+    """Whether the size of a weight hangs on an iteration that goes on in training, as spectral_norm's does."""
+    return gain.tensor.computed is not None and "Spectral" in gain.tensor.computed.op
 
 
 def _find_middle(values: list[float]) -> float:

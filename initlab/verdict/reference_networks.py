@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from initlab.models.fans import ModelTensor
 from initlab.models.layer_gains import LayerGain
 from initlab.probes.snapshot import measure
-from initlab.verdict.evidence import NetworkEvidence, Trend, changed_parameters
+from initlab.verdict.evidence import NetworkEvidence, Trend, changed_weights
 
 NETWORKS = 16
 
@@ -34,8 +35,8 @@ class Reference:
         kinds = (("forward", "rms"), ("forward", "std_within"), ("backward", "rms"))
         found: dict[tuple[str, str], list[Trend]] = {kind: [] for kind in kinds}
         for seed in range(NETWORKS):
-            drawn = list(draw_parameters(e, torch.Generator().manual_seed(seed)))
-            with changed_parameters(drawn), warnings.catch_warnings(action="ignore"):
+            drawn = draw_parameters(e, torch.Generator().manual_seed(seed))
+            with changed_weights(e.model, drawn), warnings.catch_warnings(action="ignore"):
                 rows = measure(e.model, e.x, e.y, e.loss)
             one = NetworkEvidence(e.model, e.x, e.y, e.loss, e.known, rows, e.layers)
             for direction, column in kinds:
@@ -50,20 +51,20 @@ def right_std(evidence: NetworkEvidence, gain: LayerGain) -> float:
     return share * gain.needed / math.sqrt(gain.part.fan_in)
 
 
-def draw_parameters(evidence: NetworkEvidence, generator: torch.Generator) -> Iterator[tuple[nn.Parameter, Tensor]]:
+def draw_parameters(evidence: NetworkEvidence, generator: torch.Generator) -> Iterator[tuple[ModelTensor, Tensor]]:
     """New values: normal weights of the right size, biases 0, norms 1; tables and the rest as they are."""
     of_tensors: dict[str, list[LayerGain]] = {}
     for gain in evidence.gains:
         of_tensors.setdefault(gain.tensor.name, []).append(gain)
     for tensor in evidence.known.tensors:
-        if tensor.computed is not None:
+        values = tensor.values
+        if tensor.computed is not None and "Spectral" in tensor.computed.op:
             continue
-        (p,) = tensor.sources
         if tensor.kind in ("bias", "norm"):
-            yield p, torch.full_like(p, float(tensor.kind == "norm"))
+            yield tensor, torch.full_like(values, float(tensor.kind == "norm"))
         elif tensor.name in of_tensors:
-            new = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
+            new = torch.randn(values.shape, generator=generator).to(values.device, values.dtype)
             for gain in of_tensors[tensor.name]:
                 part = gain.part
                 new.narrow(tensor.axis, part.start, part.stop - part.start).mul_(right_std(evidence, gain))
-            yield p, new
+            yield tensor, new

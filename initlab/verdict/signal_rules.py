@@ -8,12 +8,13 @@ from initlab.nn.activations import Activation
 from initlab.stats.summarize import saturated_share
 from initlab.verdict.depth_rules import is_significant
 from initlab.verdict.evidence import NetworkEvidence
-from initlab.verdict.finding import ERROR, Finding
+from initlab.verdict.finding import ERROR, WARNING, Finding
 from initlab.verdict.reference_networks import Reference
 
 SHARE = 0.2  # that dead and saturated units may be more than expected
 OUTWEIGHS = 10.0  # times that a bias may be larger than what the weights give, and than 1
 FEW = 8  # of fewer units it is chance that all are dead
+SHARP = 64.0  # where no weight is too large, only logits beyond this are an error
 LOGITS = 10.0  # a standard deviation of attention's logits beyond this leaves one key for each query
 
 
@@ -168,7 +169,8 @@ def judge_logits(e: NetworkEvidence, reference: Reference) -> Finding | None:
         cause += f"; the weights have gain {large[0].found:.3g} where {large[0].needed:.3g} is usual, everywhere"
     if not factors:
         remedy = f"divide the logits by {node.logits:.3g}: they are divided by sqrt(head size) as a rule"
-        return Finding("saturated", ERROR, *place, cause, remedy, {"std": node.logits})
+        severity = ERROR if node.logits > SHARP else WARNING  # a mask of -100, or sharp by design
+        return Finding("saturated", severity, *place, cause, remedy, {"std": node.logits})
     first = list(factors)[:3]
     remedy = " and ".join(f"multiply {name} by {factors[name]:.3g}" for name in first)
     remedy += f", and {len(factors) - 3} more by their factors" if len(factors) > 3 else ""

@@ -79,22 +79,23 @@ def judge_updates(trained: Steps) -> Finding | None:
     updates = trained.rows[trained.rows["tensor"] == "update"]
     first = updates[updates["step"] == updates["step"].min()]
     ratios = first["update_ratio"].to_numpy(dtype=float)
-    ratio = float(np.median(ratios[np.isfinite(ratios)])) if np.isfinite(ratios).any() else math.nan
+    moved = ratios[np.isfinite(ratios) & (ratios > 0)]  # a branch that starts at 0 gives no gradient to what lies in it
+    ratio = float(np.median(moved)) if len(moved) else 0.0
     start, end = trained.losses[0], trained.losses[-1]
     gone = not math.isfinite(end) or (end > 10 * abs(start) + 1)
     evidence = {"update_ratio": ratio, "first_loss": start, "last_loss": end}
     place = (-1, "", "update", "forward")
     change = f"an update changes the weights by {ratio:.2g} of their size"
-    if ratio > LARGE or (gone and ratio > SMALL):
+    if ratio > LARGE or gone:
         loss = f", and the loss goes from {start:.3g} to {end:.3g}" if gone else ""
-        factor = 3 * USUAL / ratio
+        factor = 3 * USUAL / ratio if ratio > 3 * USUAL else 0.01
         cause = f"{change}{loss}: 0.001 to 0.01 is usual"
         remedy = f"multiply the learning rate by {factor:.2g}"
         return Finding("update-too-large", ERROR, *place, cause, remedy, evidence, factors={"lr": factor})
     if ratio < SMALL:
         severity = ERROR if ratio < TINY else WARNING
-        factor = USUAL / ratio if ratio else math.inf
-        remedy = f"multiply the learning rate by {factor:.2g}" if ratio else "set a learning rate above 0"
+        factors = {"lr": USUAL / ratio} if ratio else {}
+        remedy = f"multiply the learning rate by {USUAL / ratio:.2g}" if ratio else "set a learning rate above 0"
         cause = f"{change}: 0.001 is usual, nothing will be learned"
-        return Finding("update-too-small", severity, *place, cause, remedy, evidence, factors={"lr": factor})
+        return Finding("update-too-small", severity, *place, cause, remedy, evidence, factors=factors)
     return None

@@ -10,7 +10,7 @@ from torch import nn
 from initlab.models.dataflow import Follower
 from initlab.models.families import CUT
 from initlab.models.fans import ModelTensor, Slice, is_readable
-from initlab.models.laws import WeightLaw
+from initlab.models.laws import WeightLaw, recognize_law
 from initlab.models.named_rules import ERRORS
 from initlab.verdict.evidence import NetworkEvidence
 from initlab.verdict.finding import ERROR, WARNING, Finding
@@ -142,20 +142,18 @@ def describe_lost(tensor: ModelTensor, needed: float) -> tuple[str, str] | None:
     """Cause and remedy where a weight that a hook computes is not what was set: weight_norm, spectral_norm, pruning."""
     if tensor.computed is None or needed != needed:
         return None
-    kept = vars(tensor.module).get(tensor.part)
-    if isinstance(kept, torch.Tensor) and kept.shape == tensor.values.shape:
-        apart, size = (float(one.double().norm()) for one in (kept.detach() - tensor.values, tensor.values))
-        if apart > 1e-3 * size:
-            cause = f"{tensor.part} was set, but {tensor.computed.op} computes it anew at the next call: it is lost"
-            return cause, "set what it is computed from, or use initlab.init_"
     if "WeightNorm" not in tensor.computed.op:
         return None
     direction = next(p.detach() for p in tensor.sources if p.shape == tensor.values.shape)
-    root = math.sqrt(tensor.slices[0].fan_in)
-    found, own = (float(one.double().square().mean().sqrt()) * root for one in (tensor.values, direction))
-    if own > 0 and found > 0 and abs(math.log2(own / needed)) < 0.1 and abs(math.log2(found / needed)) > 0.4:
-        cause = f"{tensor.computed.op} gives it gain {found:.3g}, though its direction was set with gain {own:.3g}"
-        return cause, "set the magnitude too (weight_g, original0), or use initlab.init_"
+    kept, root = vars(tensor.module).get(tensor.part), math.sqrt(tensor.slices[0].fan_in)
+    found = float(tensor.values.double().square().mean().sqrt()) * root
+    if not found or abs(math.log2(found / needed)) < 0.4:
+        return None
+    for what, one in (("its direction was", direction), (f"{tensor.part} was", kept)):
+        own = float(one.detach().double().square().mean().sqrt()) * root if isinstance(one, torch.Tensor) else 0.0
+        if own > 0 and abs(math.log2(own / needed)) < 0.1:
+            cause = f"{tensor.computed.op} gives it gain {found:.3g}, though {what} set with gain {own:.3g}: it is lost"
+            return cause, f"set the magnitude too: multiply it by {needed / found:.3g}, or use initlab.init_"
     return None
 
 
@@ -165,8 +163,30 @@ def judge_lost_init(e: NetworkEvidence, reference: Reference) -> Finding | None:
         words = describe_lost(gain.tensor, gain.needed)
         if words:
             place = (e.layer_of(gain.tensor.name), gain.tensor.name, "weight", "forward")
-            return Finding("init-lost", ERROR, *place, *words, {"gain": gain.found, "needed": gain.needed})
+            lost = [one for one in e.gains if describe_lost(one.tensor, one.needed)]
+            factors = {one.name: one.needed / one.found for one in lost}
+            evidence = {"gain": gain.found, "needed": gain.needed, "layers": len(lost)}
+            return Finding("init-lost", ERROR, *place, *words, evidence, factors=factors)
     return None
+
+
+def judge_fans(e: NetworkEvidence, reference: Reference) -> Finding | None:
+    """Raw matrices kept as (inputs, outputs), whose size was set by the wrong one of the two."""
+    found = []
+    for gain in e.gains:
+        tensor = gain.tensor
+        if tensor.kind == "linear" and tensor.axis == 1 and gain.rms > 0:
+            row = AuditRow(tensor, gain.part, recognize_law(tensor.cut(gain.part)), (), gain.follower, gain.needed, "")
+            words = next((words for words in _judge_size(row) if words[0] == "fans-swapped"), None)
+            if words is not None:
+                found.append((gain, words))
+    if not found:
+        return None
+    gain, (rule, _, cause, remedy) = found[0]
+    more = f" (and so are {len(found) - 1} more)" if len(found) > 1 else ""
+    place = (e.layer_of(gain.tensor.name), gain.tensor.name, "weight", "forward")
+    factors = {one.name: math.sqrt(one.part.fan_out / one.part.fan_in) for one, _ in found}
+    return Finding(rule, ERROR, *place, cause + more, remedy, {"layers": len(found)}, factors=factors)
 
 
 def _list_shared(model: nn.Module) -> Iterator[Finding]:

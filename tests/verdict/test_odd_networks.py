@@ -1,6 +1,7 @@
 """What a verdict must not blame, what it must not miss, and what it says of bad input; nothing is ever moved."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -273,6 +274,13 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any], str, str
     "table 0": (Language, lambda m: m.table.weight.zero_(), "vanishing", "table.weight"),
     "gates shut": (Language, lambda m: m.lstm.bias_ih_l0.fill_(-50), "saturated", "lstm.bias_ih_l0"),
     "gates saturated": (Language, lambda m: m.lstm.weight_hh_l0.mul_(100), "saturated", "lstm.weight_hh_l0"),
+    "means": (
+        norms,
+        lambda m: [nn.init.uniform_(p) for p in m.parameters() if p.ndim > 1],
+        "weights-with-a-mean",
+        "0.weight",
+    ),
+    "columns": (norms, lambda m: m[3].weight.copy_(m[3].weight[:, :1].expand(64, 64)), "symmetric", "3.weight"),
     "norm x100": (norms, lambda m: m[7].weight.mul_(100), "exploding", "7"),
     "norm 0": (norms, lambda m: m[7].weight.zero_(), "vanishing", "7"),
     "norm's bias": (norms, lambda m: m[7].bias.fill_(-50), "bias-too-large", "7"),
@@ -281,8 +289,8 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any], str, str
     "negative": (
         lambda: mlp(6, 64, nn.ReLU, RELU),
         lambda m: m[4].weight.copy_(-m[4].weight.abs()),
-        "dead",
-        "4",
+        "weights-with-a-mean",
+        "4.weight",
     ),
 }
 
@@ -298,3 +306,54 @@ def test_faults_of_other_modules_are_one_finding(name: str) -> None:
         change(model)
     verdict = initlab.diagnose(model, x)
     assert [(one.rule, one.name) for one in verdict.errors] == [(rule, where)], str(verdict)
+
+
+class Raw(nn.Module):
+    """Matrices kept as (inputs, outputs), which nn.init takes the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = (32, 256, 64, 512, 10)
+        shapes = pairwise(sizes)
+        self.w = nn.ParameterList([nn.Parameter(nn.init.kaiming_normal_(torch.empty(*shape))) for shape in shapes])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for k, w in enumerate(self.w):
+            x = x @ w if k == 3 else torch.relu(x @ w)
+        return x
+
+
+def test_fans_the_wrong_way_round() -> None:
+    torch.manual_seed(0)
+    model, x = Raw(), torch.randn(32, 32)
+    (error,) = initlab.diagnose(model, x).errors
+    assert error.rule == "fans-swapped" and error.name == "w.0" and len(error.factors) == 4
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, factor in error.factors.items():
+            parameters[name].mul_(factor)
+    assert initlab.diagnose(model, x).ok
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("old", [False, True])
+def test_weights_that_are_computed(old: bool) -> None:
+    """Healthy under either norm, also when the attribute is stale; a magnitude that was forgotten is found."""
+    utils = nn.utils if old else nn.utils.parametrizations
+    for norm in (utils.weight_norm, utils.spectral_norm):
+        torch.manual_seed(0)
+        model = mlp(6, 64, nn.ReLU, RELU)
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                norm(layer)
+        optimizer = sgd(model)
+        for _ in range(2):
+            assert [one.rule for one in initlab.audit(model).verdict.errors] == []
+            assert initlab.diagnose(model, X).ok
+            cross_entropy(model(X), torch.zeros(8, dtype=torch.long)).backward()
+            optimizer.step()
+    model = nn.Sequential(*[part for _ in range(10) for part in (utils.weight_norm(nn.Linear(64, 64)), nn.ReLU())])
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight_v if old else layer.parametrizations.weight.original1)  # type: ignore[union-attr,arg-type]
+    assert [one.rule for one in initlab.diagnose(model, X).errors] == ["init-lost"]
