@@ -1,6 +1,6 @@
 """What is wrong with a network, and what to change: one verdict of a model and a batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,14 @@ from torch.optim import Optimizer
 from initlab.errors import Limits, UsageError, check_functions, check_value, library_call
 from initlab.models.fans import ModelTensor
 from initlab.models.symbolic_flow import attributes_as_they_were, refuse_unreadable
-from initlab.probes.snapshot import all_tensors
+from initlab.probes.snapshot import all_tensors, measure
 from initlab.probes.torch_private import NormBase
 from initlab.probes.updates import list_optimizers
+from initlab.stats.dtypes import resolve_formats
 from initlab.verdict.depth_rules import judge_collapse, judge_output, judge_post_norm, judge_trends, judge_width
 from initlab.verdict.evidence import Loss, NetworkEvidence, changed_weights, collect_evidence, default_loss
 from initlab.verdict.finding import ERROR, WARNING, Finding, Verdict
+from initlab.verdict.format_rules import judge_formats
 from initlab.verdict.input_rules import judge_input
 from initlab.verdict.module_rules import judge_embeddings, judge_norms, judge_recurrent
 from initlab.verdict.parameter_rules import (
@@ -67,12 +69,15 @@ def diagnose(
     loss: Loss | None = None,
     optimizer: Optimizer | None = None,
     steps: int = 0,
+    *,
+    formats: Sequence[str | torch.dtype] = (),
 ) -> Verdict:
     """Say what is wrong with a network: which layer, why, and what to change.
 
     model: any nn.Module, in the mode in which it trains. x: a batch, as for `initlab.measure`. y, loss: `loss(out, y)`,
     or `loss(out)`; without a loss gradients are taken of the output itself. optimizer, steps: the rate of learning is
-    judged by as many steps, at least one, which are taken back.
+    judged by as many steps, at least one, which are taken back. formats: number formats, such as ["float16"]: what they
+    would lose is said, and the loss scale that saves the gradients.
 
     Returns a `Verdict`: `print` it, or read `.ok` and `.findings`. Parameters, buffers, gradients, the optimizer and
     random numbers are afterwards what they were. Raises UsageError for what does not fit the model.
@@ -100,13 +105,18 @@ def diagnose(
         raise UsageError("x: is empty; give a batch of one or more examples")
     model = getattr(model, "_orig_mod", model)  # what torch.compile was given
     refuse_unreadable(model, True)
+    names = resolve_formats(formats) if formats else ()
     idle = [m for m in model.modules() if isinstance(m, NormBase) and is_never_updated(m)]
     try:
         for m in idle:
             m.training = True
         with attributes_as_they_were(model):
             found, evidence = _judge(model, x, y, loss, optimizer, steps, len(idle))
-        return Verdict(tuple(found), evidence.n_layers, evidence.rows)
+        rows = evidence.rows
+        if names:
+            rows = measure(model, x, y, evidence.loss, formats=names)
+            found += judge_formats(rows, names)
+        return Verdict(tuple(found), evidence.n_layers, rows)
     finally:
         for m in idle:
             m.training = False

@@ -357,3 +357,27 @@ def test_weights_that_are_computed(old: bool) -> None:
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_normal_(layer.weight_v if old else layer.parametrizations.weight.original1)  # type: ignore[union-attr,arg-type]
     assert [one.rule for one in initlab.diagnose(model, X).errors] == ["init-lost"]
+
+
+def test_what_number_formats_would_lose() -> None:
+    """Against a real cast: a gradient 1e-6 times as large, an input beyond 65504; the scale keeps all and no more."""
+    torch.manual_seed(0)
+    model, x = mlp(3, 64, nn.ReLU, RELU), torch.randn(8, 64)
+
+    def small(out: Tensor) -> Tensor:
+        return 1e-7 * out.square().mean()
+
+    verdict = initlab.diagnose(model, x, loss=small, formats=["float16", "bfloat16"])
+    assert verdict.ok and [one.rule for one in verdict] == ["number-format"]
+    scale = 2.0 ** verdict.findings[0].evidence["log2_scale"]
+    small(model(x)).backward()
+    largest = max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
+    rows = verdict.frame[verdict.frame["direction"] == "backward"]
+    top = float(rows[["min", "max"]].abs().max().max())
+    assert largest <= top and top * scale <= 65504 < 2 * top * scale
+    assert "float16_underflow" in verdict.frame and initlab.diagnose(model, x, formats=["float64"]).findings == ()
+    with torch.no_grad():
+        model[2].weight.mul_(1e3)
+        model[4].weight.mul_(1e3)
+    found = [one for one in initlab.diagnose(model, 10 * x, formats=["float16"]) if one.rule == "number-format"]
+    assert found and found[0].direction == "forward" and found[0].layer >= 2
