@@ -83,6 +83,18 @@ class Flow:
         found = sorted(self._meet(k, False, set()), key=lambda one: order.index(one.kind))
         return found[0] if found else Follower("output", "the output")
 
+    def is_gate(self, k: int) -> bool:
+        """Whether the activation behind a layer is a factor of a product."""
+        stack, seen = [k] if k >= 0 else [], set[int]()
+        while stack:
+            for user in self.users[stack.pop()]:
+                if self.nodes[user].kind == "activation":
+                    return self.follower(user).kind == "product"
+                if user not in seen and self.nodes[user].kind in ("pass", "norm"):
+                    seen.add(user)
+                    stack.append(user)
+        return False
+
     def _meet(self, k: int, normed: bool, seen: set[int]) -> Iterator[Follower]:
         for user in self.users[k]:
             if user in seen:

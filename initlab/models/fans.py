@@ -140,6 +140,8 @@ def _find_kind(module: nn.Module, full: str, part: str, shape: tuple[int, ...]) 
         return "linear" if len(shape) > 1 else "bias"
     if _is_table(last, owner, shape):
         return "embedding"
+    if is_transposed(module) and len(shape) == 2:
+        return "linear"
     return "unknown"  # a table or a matrix: only its use tells
 
 

@@ -91,6 +91,8 @@ def list_rows(known: ModelGains) -> Iterator[AuditRow]:
             needed = needed_gain(tensor, follower) if tensor.is_weight else math.nan
             activation = follower.activation if follower is not None and needed != 1 else None
             rules = [rule.name for rule in matching_rules(law, part.fan_in, part.fan_out, depth, activation)]
+            if tensor.kind != "recurrent":
+                rules = [name for name in rules if "RNN" not in name]
             row = AuditRow(tensor, part, law, tuple(rules), follower, needed, "")
             yield row._replace(words=describe_row(row))
 

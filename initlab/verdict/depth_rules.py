@@ -9,7 +9,7 @@ from initlab.verdict.finding import ERROR, WARNING, Finding
 from initlab.verdict.reference_networks import Reference
 
 RATE, TOTAL = 0.15, math.log2(10)  # octaves a layer, and in all layers, that sizes may change
-DEEP, FAR = 9, 10.0  # fewer layers train whatever the sizes are, unless they change by 2^10
+DEEP, SOME, FAR = 9, 4.2, 10.0  # fewer layers train, unless sizes change by 2^10; more, unless by 2^4.2
 POST_NORM = 36  # residual branches with norms behind them from which training needs a slow start
 COLLAPSED = 0.99  # a mean cosine of the batch beyond this
 
@@ -62,7 +62,8 @@ def _describe_trend(e: NetworkEvidence, trend: Trend, direction: str, column: st
         evidence |= {"gain": e.gains[0].found, "needed": e.gains[0].needed}
     place = (layer, where, "preactivation", direction)
     deepest = max(e.depths.values(), default=trend.last) - trend.first
-    severity = ERROR if deepest >= DEEP or abs(trend.total) > FAR else WARNING
+    deep = deepest >= DEEP and abs(trend.rate) * deepest > SOME
+    severity = ERROR if deep or abs(trend.total) > FAR else WARNING
     return Finding(rule, severity, *place, cause, remedy, evidence, factors=factors, detail=f"{detail}.")
 
 
@@ -87,7 +88,8 @@ def _find_cause(e: NetworkEvidence, grows: bool) -> tuple[str, str, dict[str, fl
     branches = e.residual_ends()
     ends = [gain for gain in sized if e.is_residual_end(gain)]
     if inner and abs(median(off)) > 0.1 and (median(off) > 0) == grows and not (ends and abs(median(off)) < 0.75):
-        usual = sorted(inner, key=lambda gain: gain.octaves)[len(inner) // 2]
+        wrong = [gain for gain in inner if (gain.octaves > 0) == grows and abs(gain.octaves) > 0.1]
+        usual = sorted(wrong, key=lambda gain: gain.octaves)[len(wrong) // 2]
         share = usual.needed / usual.found
         std = f"a standard deviation of {usual.rms * share:.3g} in place of {usual.rms:.3g}"
         cause = f"the weights have gain {usual.found:.3g} where {usual.follower} needs {usual.needed:.3g}"

@@ -46,10 +46,10 @@ SIGNAL_RULES = (
     judge_lost_init,
     judge_fans,
     judge_means,
+    judge_biases,
     judge_logits,
     judge_outlier,
     judge_lost_variance,
-    judge_biases,
     judge_producers,
     judge_units,
     judge_trends,
@@ -67,7 +67,7 @@ def diagnose(
     x: Any,
     y: Any = None,
     loss: Loss | None = None,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     steps: int = 0,
     *,
     formats: Sequence[str | torch.dtype] = (),
@@ -99,8 +99,7 @@ def diagnose(
     steps = check_value("steps", steps, Limits(0, 10**6, whole=True))
     if optimizer is None and steps:
         raise UsageError(f"steps={steps}: without an optimizer no step can be taken; give optimizer= too")
-    if optimizer is not None:
-        list_optimizers(model, optimizer)
+    optimizers = [] if optimizer is None else list_optimizers(model, optimizer)
     if any(t.numel() == 0 for t in all_tensors(x)):
         raise UsageError("x: is empty; give a batch of one or more examples")
     model = getattr(model, "_orig_mod", model)  # what torch.compile was given
@@ -111,7 +110,7 @@ def diagnose(
         for m in idle:
             m.training = True
         with attributes_as_they_were(model):
-            found, evidence = _judge(model, x, y, loss, optimizer, steps, len(idle))
+            found, evidence = _judge(model, x, y, loss, optimizers, steps, len(idle))
         rows = evidence.rows
         if names:
             rows = measure(model, x, y, evidence.loss, formats=names)
@@ -128,7 +127,7 @@ def is_never_updated(norm: NormBase) -> bool:
 
 
 def _judge(
-    model: nn.Module, x: Any, y: Any, loss: Loss | None, optimizer: Optimizer | None, steps: int, n_idle: int
+    model: nn.Module, x: Any, y: Any, loss: Loss | None, optimizers: Sequence[Optimizer], steps: int, n_idle: int
 ) -> tuple[list[Finding], NetworkEvidence]:
     evidence = collect_evidence(model, x, y, loss or default_loss)
     if loss is not None and not evidence.known.flow.differentiable and any(p.requires_grad for p in model.parameters()):
@@ -140,8 +139,8 @@ def _judge(
         cause = f"{n_idle} norms are in eval mode, and no batch has moved their running statistics: they do nothing"
         note = "call model.train() before a network that was not trained is judged; here they were judged in training"
         found.append(Finding("norm-never-updated", WARNING, -1, "", "norm", "forward", cause, note))
-    if optimizer is not None and all(one.severity != ERROR for one in found):
-        found += filter(None, [judge_updates(train_steps(evidence, optimizer, steps))])
+    if optimizers and all(one.severity != ERROR for one in found):
+        found += filter(None, [judge_updates(train_steps(evidence, optimizers, steps))])
     found += [
         Finding("unmeasured", WARNING, -1, "", "other", "forward", note, "look at it, or leave it")
         for note in evidence.notes
@@ -188,7 +187,9 @@ def _list_mended(evidence: NetworkEvidence, finding: Finding) -> Iterator[tuple[
         value.mul_(factor)
     drawn = {t.name: new for t, new in draw_parameters(evidence, torch.Generator().manual_seed(0))}
     for name in finding.redraw:
-        values[name] = drawn.get(name, 0.02 * torch.randn_like(tensors[name].values))
+        one = tensors[name].values
+        new = 0.02 * torch.randn(one.shape, generator=torch.Generator().manual_seed(0))
+        values[name] = drawn.get(name, new.to(one.device, one.dtype))
     for name, value in values.items():
         yield tensors[name], value
 

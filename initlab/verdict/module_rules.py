@@ -65,7 +65,7 @@ def judge_recurrent(e: NetworkEvidence, reference: Reference) -> Finding | None:
         place = (e.layer_of(gain.tensor.name), gain.tensor.name, "weight", "forward")
         cause = f"recurrent weights {gain.name}{more} have gain {gain.found:.3g} where 1 is usual: gates saturate"
         factors = {one.name: 1 / one.found for one in large}
-        remedy = f"multiply {gain.tensor.name} by {1 / gain.found:.3g}"
+        remedy = f"multiply {gain.name if len(large) == 1 else gain.tensor.name} by {1 / gain.found:.3g}"
         return Finding("saturated", ERROR, *place, cause, remedy, {"gain": gain.found}, factors=factors)
     modules = {gain.tensor.module_name for gain in e.gains if gain.tensor.kind == "recurrent"}
     for tensor in e.known.tensors:

@@ -3,7 +3,7 @@
 import math
 from statistics import median
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from initlab.models.families import CUT
 from initlab.models.fans import is_readable, orthogonal_view
@@ -14,6 +14,7 @@ from initlab.verdict.finding import ERROR, WARNING, Finding
 from initlab.verdict.reference_networks import Reference, right_std
 
 FEW = 16  # of fewer weights the size is chance
+LOUD = 8.0  # an rms of outputs
 OUTLIER = 3.0  # octaves that one layer's gain may differ from the others'
 
 
@@ -89,6 +90,7 @@ def judge_outlier(e: NetworkEvidence, reference: Reference) -> Finding | None:
     """One layer whose weights are of another size than those of the others, by their gain and by their std."""
     sized = [gain for gain in e.gains if gain.rms > 0 and gain.part.fan_in > 0]
     sized = [gain for gain in sized if gain.tensor.cut(gain.part).numel() >= FEW and not is_estimated(gain)]
+    sized = [gain for gain in sized if not isinstance(gain.tensor.module, nn.Embedding) or _is_loud(e, gain)]
     if len(sized) < 2:
         return None
     usual, usual_ln = (
@@ -128,6 +130,12 @@ def judge_outlier(e: NetworkEvidence, reference: Reference) -> Finding | None:
         {"gain": gain.found, "usual": gain.found * factor, "octaves": off},
         factors=factors,
     )
+
+
+def _is_loud(e: NetworkEvidence, gain: LayerGain) -> bool:
+    """Whether a table that is the last layer too gives outputs far larger than 1; some scale what it is given."""
+    rows = e.select("preactivation")
+    return float(rows[rows["name"] == gain.tensor.module_name]["rms"].max()) > LOUD
 
 
 def is_estimated(gain: LayerGain) -> bool:

@@ -80,7 +80,10 @@ def judge_biases(e: NetworkEvidence, reference: Reference) -> Finding | None:
                 cause = f"{what} where the weights give {own:.3g}"
                 place = (int(row["layer"]), row["name"], "preactivation", "forward")
                 evidence = {"bias": size, "weights": own}
-                return Finding(rule, ERROR, *place, cause, f"set {bias.name} to 0", evidence, factors={bias.name: 0.0})
+                severity = WARNING if gain.follower is not None and gain.follower.kind == "output" else ERROR
+                return Finding(
+                    rule, severity, *place, cause, f"set {bias.name} to 0", evidence, factors={bias.name: 0.0}
+                )
         below = row["rms"] if row["rms"] == row["rms"] else below
     return None
 
@@ -98,7 +101,7 @@ def judge_units(e: NetworkEvidence, reference: Reference) -> Finding | None:
         if gain is None or activation is None or share != share or not row["rms"]:  # what it is given is 0
             continue
         all_dead = float(dead.get(row["layer"], 0.0))
-        if gain.part.stop - gain.part.start < FEW:
+        if gain.part.stop - gain.part.start < FEW or e.known.flow.is_gate(gain.position):
             continue
         if share > max(0.25, _usual_share(activation) + SHARE) or all_dead > 0.9:
             found.append((row, gain, share, all_dead))
@@ -120,12 +123,15 @@ def judge_units(e: NetworkEvidence, reference: Reference) -> Finding | None:
     if is_significant(e.trend("forward")):
         return None  # numbers too small to be told from 0, or so large that all saturate
     factor = gain.needed / gain.found if gain.found else 1.0
-    if 0.8 < factor < 1.25:
+    if factor > 0.8:  # weights that are too small saturate nothing
         if gain.std < 0.9 * gain.rms:
             mean = math.copysign(math.sqrt(max(gain.rms**2 - gain.std**2, 0.0)), row["mean"])
             cause = f"{what}: its weights have a mean of {mean:.3g} beside a std of {gain.std:.3g}"
             redraw = (gain.tensor.name,)
             return Finding(rule, ERROR, *place, cause, f"draw {gain.name} with mean 0", evidence, redraw=redraw)
+        if rule == "saturated" and spread > 3 * gain.found > 0:
+            cause = f"{what}: what the layer is given is too large, its preactivations have a std of {spread:.3g}"
+            return Finding(rule, ERROR, *place, cause, f"divide what it is given by {spread:.3g}", evidence)
         if abs(row["mean"]) > 2 * spread:
             cause = f"{what}: its inputs have a mean that the weights turn into {row['mean']:.3g}"
             return Finding(rule, ERROR, *place, cause, "subtract the mean of what the layer is given", evidence)

@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -28,46 +28,51 @@ class Steps(NamedTuple):
     rows: pd.DataFrame
 
 
-def train_steps(e: NetworkEvidence, optimizer: Optimizer, steps: int) -> Steps:
+def train_steps(e: NetworkEvidence, optimizers: Sequence[Optimizer], steps: int) -> Steps:
     """Take steps on the batch and take them back: parameters, gradients and the optimizer are as they were."""
     batch, losses = list(all_tensors(e.x)), []
     own = [(p, p.detach().clone()) for p in e.model.parameters()]
-    with left_as_it_was(e.model, batch), _optimizer_as_it_was(e.model, optimizer), changed_parameters(own):
-        with warnings.catch_warnings(action="ignore"), probe(e.model, optimizer=optimizer) as p:
+    with left_as_it_was(e.model, batch), _optimizers_as_they_were(e.model, optimizers), changed_parameters(own):
+        with warnings.catch_warnings(action="ignore"), probe(e.model, optimizer=optimizers) as p:
 
             def evaluate() -> Tensor:
-                optimizer.zero_grad()
+                e.model.zero_grad()
                 value = loss_value(e.loss, run_model(e.model, e.x, batch), e.y)
                 losses.append(float(value.detach()))
                 value.backward()  # type: ignore[no-untyped-call]
                 return value
 
             for _ in range(max(1, steps)):
-                optimizer.step(evaluate)  # type: ignore[arg-type]
+                optimizers[0].step(evaluate)  # type: ignore[arg-type]
+                for other in optimizers[1:]:
+                    other.step()
             losses.append(float(loss_value(e.loss, run_model(e.model, e.x, batch), e.y).detach()))
         return Steps(losses, p.frame())
 
 
 @contextmanager
-def _optimizer_as_it_was(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """After the block gradients and the optimizer's state are what they were."""
-    state, groups = (
-        optimizer.state,
-        [
-            {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
-            for group in optimizer.param_groups
-        ],
-    )
+def _optimizers_as_they_were(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """After the block gradients and the states of the optimizers are what they were."""
+    kept = [
+        (
+            one,
+            one.state,
+            [{k: copy.deepcopy(v) for k, v in group.items() if k != "params"} for group in one.param_groups],
+        )
+        for one in optimizers
+    ]
     gradients = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
-    optimizer.state = copy.copy(state)
-    for key, value in state.items():
-        optimizer.state[key] = copy.deepcopy(value)
+    for one, state, _ in kept:
+        one.state = copy.copy(state)
+        for key, value in state.items():
+            one.state[key] = copy.deepcopy(value)
     try:
         yield
     finally:
-        optimizer.state = state
-        for group, options in zip(optimizer.param_groups, groups, strict=True):
-            group.update(options)
+        for one, state, groups in kept:
+            one.state = state
+            for group, old in zip(one.param_groups, groups, strict=True):
+                group.update(old)
         for p, gradient, content in gradients:
             if gradient is not None and content is not None:
                 gradient.copy_(content)
