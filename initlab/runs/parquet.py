@@ -246,7 +246,10 @@ def read_files(
         rows = {path: frame.height for path, frame in frames.items()}
         kinds_met = [pair for frame in frames.values() for pair in frame.schema.items()]
         text = {name for name, kind in kinds_met if kind in (pl.Categorical, pl.String)}  # in one file at least
-        alike = [one.cast({name: pl.String for name in one.columns if name in text}) for one in frames.values()]
+        alike = []
+        for one in frames.values():  # categories stay such: as text each row would hold all of its signs
+            numbers = {name: pl.String for name in one.columns if name in text and one.schema[name] != pl.Categorical}
+            alike.append(one.cast(numbers).cast({name: pl.Categorical for name in one.columns if name in text}))
         table = pl.concat(alike, how="diagonal_relaxed") if alike else pl.DataFrame()
     columns = {printable(s.name): _as_column(s) for s in table.iter_columns()}
     return Files(pd.DataFrame(columns, copy=False), rows, unreadable)
