@@ -58,7 +58,8 @@ def measure_gains(model: nn.Module, x: Any = None, flow: Flow | None = None) -> 
     flow = flow or find_flow(model, x)
     tensors = list_tensors(model, flow.equations())
     positions = {node.name: k for k, node in reversed(list(flow.layers()))}
-    heads = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    layers = [(name, m._parameters.get("weight")) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    heads = {id(p): name for name, p in layers if p is not None}
     weights = []
     for tensor in tensors:
         head = heads.get(id(tensor.sources[0])) if tensor.kind == "embedding" and tensor.sources else None

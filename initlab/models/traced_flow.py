@@ -14,7 +14,7 @@ from initlab.probes.operations import OperationMode
 from initlab.probes.probed_modules import find_tensors
 from initlab.probes.snapshot import all_tensors, left_as_it_was, loss_value, run_backward, run_model
 from initlab.probes.tensor_rows import MASKED
-from initlab.probes.torch_private import ignore_functions
+from initlab.probes.torch_private import ignore_functions, is_transforming
 
 SOFTMAX = (F.multi_head_attention_forward, F.softmax, torch.softmax, Tensor.softmax, F.scaled_dot_product_attention)
 
@@ -85,6 +85,8 @@ class TracedFlow(FlowBuilder):
         return [self._made[id(t)] for t in all_tensors(given) if id(t) in self._made]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_transforming():  # its tensors have no values of their own
+            return
         if not self.nodes:
             named = list(list_inputs(module, args, kwargs))
             for part, tensor in named:
@@ -96,6 +98,8 @@ class TracedFlow(FlowBuilder):
             self._leaf = module
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if is_transforming():
+            return
         with ignore_functions():
             inputs: list[int] = []
             while self._at_work:
@@ -112,6 +116,8 @@ class TracedFlow(FlowBuilder):
                 self._add_node(FlowNode("pass", "", type(module).__name__, None, inputs), unknown)
 
     def _see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if is_transforming():
+            return
         if func in SOFTMAX:
             with ignore_functions():
                 self._logits = max(self._logits, measure_logits(func, args, kwargs))

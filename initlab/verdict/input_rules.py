@@ -14,7 +14,7 @@ INPUT = 16.0  # an rms of the input beyond this, or below its inverse, is not st
 
 def judge_input(e: NetworkEvidence, reference: Reference) -> Finding | None:
     """An input that is not standardized, or the same for every example; none if a norm comes first."""
-    rows = e.rows[(e.rows["layer"] == 0) & (e.rows["op"] == "input")]
+    rows = e.rows[(e.rows["layer"] == 0) & (e.rows["op"] == "input") & (e.rows["direction"] == "forward")]
     spoiled = bool(e.known.flow.spoiled())
     nodes = {node.name: k for k, node in enumerate(e.nodes) if node.kind == "input"}
     n_floats = sum(t.is_floating_point() for t in all_tensors(e.x))

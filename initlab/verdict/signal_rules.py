@@ -13,7 +13,7 @@ from initlab.verdict.reference_networks import Reference
 
 SHARE = 0.2  # that dead and saturated units may be more than expected
 OUTWEIGHS = 10.0  # times that a bias may be larger than what the weights give, and than 1
-FEW = 8  # of fewer units it is chance that all are dead
+FEW = 32  # of fewer units it may be chance that most are dead
 SHARP = 64.0  # where no weight is too large, only logits beyond this are an error
 LOGITS = 10.0  # a standard deviation of attention's logits beyond this leaves one key for each query
 

@@ -382,3 +382,38 @@ def test_what_number_formats_would_lose() -> None:
         model[4].weight.mul_(1e3)
     found = [one for one in initlab.diagnose(model, 10 * x, formats=["float16"]) if one.rule == "number-format"]
     assert found and found[0].direction == "forward" and found[0].layer >= 2
+
+
+class Mapped(nn.Module):
+    """A layer that is called inside of torch.vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(torch.vmap(self.a)(x)))
+
+
+def test_buffers_and_random_numbers_are_kept_where_weights_are_drawn_anew() -> None:
+    torch.manual_seed(0)
+    parts = [nn.utils.parametrizations.spectral_norm(nn.Linear(64, 64)), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()]
+    model = nn.Sequential(*parts, nn.Linear(64, 4))
+    with torch.no_grad():
+        model[2].weight.zero_()  # type: ignore[operator,union-attr]
+    before, state = {key: value.clone() for key, value in model.state_dict().items()}, torch.get_rng_state()
+    initlab.audit(model)
+    assert [one.rule for one in initlab.diagnose(model, X.clone().requires_grad_()).errors] == ["vanishing"]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert initlab.diagnose(Mapped(), X).ok
+
+
+def test_several_optimizers_take_one_step_together() -> None:
+    torch.manual_seed(0)
+    model, y = mlp(3, 64, nn.ReLU, RELU), torch.randint(0, 10, (8,))
+    first, second = sgd(model[0]), torch.optim.Adam(model[2:].parameters(), lr=1e-3)  # type: ignore[index,union-attr]
+    assert initlab.diagnose(model, X, y, cross_entropy, [first, second], steps=2).ok
+    second.param_groups[0]["lr"] = 10.0
+    verdict = initlab.diagnose(model, X, y, cross_entropy, [first, second], steps=2)
+    assert [one.rule for one in verdict.errors] == ["update-too-large"] and second.state == {}
