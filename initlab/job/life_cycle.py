@@ -48,6 +48,7 @@ def run_composed(cfg: DictConfig) -> str | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from initlab.job.options import HYDRA_MISTAKES, as_usage_error
     from initlab.job.worker_process import as_worker
     from initlab.runs.lock import lock_folder
     from initlab.runs.recorder import discard
@@ -60,7 +61,12 @@ def run_composed(cfg: DictConfig) -> str | None:
         if cfg.resume is not None and single:
             discard(folder)
             raise UsageError(f"resume={cfg.resume}: is for a sweep; put -m before the options")
-        with as_worker(str(cfg.device)), lock_folder(folder):
+        try:
+            device = str(cfg.device)
+        except HYDRA_MISTAKES as error:  # an interpolation of nothing
+            discard(folder)
+            raise as_usage_error(error) from error
+        with as_worker(device), lock_folder(folder):
             _run(cfg, folder, single)
     except UsageError as error:
         outcome.mistakes.append(str(error))
