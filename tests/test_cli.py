@@ -43,7 +43,8 @@ def test_one_run_leaves_a_whole_folder_and_a_table(lab: Lab) -> None:
     assert {name for name in names if name.endswith(".png")} == {
         "activation_std.png", "gradient_std.png", "training_activations.png", "gradient_norm.png", "loss.png",
     }  # fmt: skip
-    header, row = out.splitlines()[:2]
+    verdict, header, row = out.splitlines()[:3]
+    assert verdict == "verdict: healthy: nothing found in 5 layers." and (folder / "verdict.json").exists()
     assert header.split()[:2] == ["init", "activation"] and row.split()[:2] == ["kaiming", "relu"]
     assert "gradient difference" in header and str(folder) in out
     frame = initlab.read("outputs/**")
@@ -458,7 +459,7 @@ def test_an_activation_of_ones_own_is_one_file(lab: Lab, tmp_path: Path) -> None
     (tmp_path / "waves.py").write_text("import torch\n\ndef wave(z, k=1.0):\n    return z + torch.sin(k * z)\n")
     code, out, err = lab("-cd", "mine", "activation=soft", *QUICK)
     assert code == 0, err
-    assert out.splitlines()[1].split()[1] == "soft" and "layers within the 95 % band" in out
+    assert out.splitlines()[2].split()[1] == "soft" and "layers within the 95 % band" in out
     code, out, err = lab("activation._target_=waves.wave", "activation.arguments.k=0.5", *QUICK)
     assert code == 0, err
     parity = initlab.read("outputs", table="parity").query("direction == 'backward'")

@@ -68,7 +68,7 @@ def test_a_second_stop_ends_at_once_and_says_so(server: Forks, events: int, tmp_
 @pytest.mark.parametrize("count", [1, 4, 10**9])
 def test_a_full_disk_is_one_line(server: Forks, events: int, tmp_path: Path, count: int) -> None:
     """For a moment, or for good: nothing that was flushed is lost, and no row stands twice."""
-    refuse = {"errno": errno.ENOSPC, "first": events // 2, "count": count}
+    refuse = {"errno": errno.ENOSPC, "first": events * 5 // 12, "count": count}
     ended = server.run(tmp_path / "full", TRAIN, refuse=refuse, **OFTEN)
     assert ended.code == 2 and ended.err.count("\n") == 1 and "Traceback" not in ended.out, ended.err + ended.out
     assert "/x/parts/" in ended.err and "No space left on device); free some space" in ended.err

@@ -59,6 +59,7 @@ def test_a_run_ends_as_elsewhere(tmp_path: Path, sweep: bool) -> None:
     for job in jobs:
         left = {path.name for path in job.iterdir()}
         assert left == {
-            ".hydra", "initlab.log", "run.json", "stats.parquet", "theory.parquet", "losses.parquet", "parity.parquet",
+            ".hydra", "initlab.log", "run.json", "verdict.json",
+            "stats.parquet", "theory.parquet", "losses.parquet", "parity.parquet",
         }  # fmt: skip
     assert len(initlab.read(tmp_path / "x")) > 0
