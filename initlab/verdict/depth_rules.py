@@ -11,6 +11,7 @@ from initlab.verdict.reference_networks import Reference
 RATE, TOTAL = 0.15, math.log2(10)  # octaves a layer, and in all layers, that sizes may change
 DEEP, SOME, FAR = 9, 4.2, 10.0  # fewer layers train, unless sizes change by 2^10; more, unless by 2^4.2
 POST_NORM = 36  # residual branches with norms behind them from which training needs a slow start
+LARGE_LOSS, TINY_GRADIENT = 1e4, 1e-9
 COLLAPSED = 0.99  # a mean cosine of the batch beyond this
 
 
@@ -136,6 +137,23 @@ def judge_output(e: NetworkEvidence, reference: Reference) -> Finding | None:
             place = (e.layer_of(name), name, "loss", "forward")
             remedy = f"draw the weights of {name or 'the last layer'} 10 times smaller, or as 0"
             return Finding("output-scale", WARNING, *place, cause, remedy, {"loss": loss, "chance": guess})
+    return None
+
+
+def judge_loss(e: NetworkEvidence, reference: Reference) -> Finding | None:
+    """A loss of targets that are not standardized, or gradients so small that optimizers take them for 0."""
+    gradients = e.select("weight", "backward")["rms"]
+    largest = float(gradients.max()) if len(gradients) else math.nan
+    for row in e.select("loss").to_dict("records"):
+        loss, place = abs(row["mean"]), (-1, str(row["op"]), "loss", "forward")
+        if row["chance_loss"] != row["chance_loss"] and loss > LARGE_LOSS:
+            cause = f"the loss starts at {loss:.3g}: what it compares is not of size 1"
+            remedy = f"standardize the targets, or divide the loss by {loss:.1g}"
+            return Finding("loss-scale", WARNING, *place, cause, remedy, {"loss": loss})
+        if 0 < largest < TINY_GRADIENT:
+            cause = f"the largest gradient of a weight has an rms of {largest:.3g}, at a loss of {loss:.3g}"
+            remedy = f"multiply the loss by {1e-3 / largest:.1g}: Adam adds 1e-8 to what it divides by"
+            return Finding("loss-scale", WARNING, *place, cause, remedy, {"gradient": largest})
     return None
 
 

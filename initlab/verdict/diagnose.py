@@ -14,7 +14,14 @@ from initlab.probes.snapshot import all_tensors, measure
 from initlab.probes.torch_private import NormBase
 from initlab.probes.updates import list_optimizers
 from initlab.stats.dtypes import resolve_formats
-from initlab.verdict.depth_rules import judge_collapse, judge_output, judge_post_norm, judge_trends, judge_width
+from initlab.verdict.depth_rules import (
+    judge_collapse,
+    judge_loss,
+    judge_output,
+    judge_post_norm,
+    judge_trends,
+    judge_width,
+)
 from initlab.verdict.evidence import Loss, NetworkEvidence, changed_weights, collect_evidence, default_loss
 from initlab.verdict.finding import ERROR, WARNING, Finding, Verdict
 from initlab.verdict.format_rules import judge_formats
@@ -55,6 +62,7 @@ SIGNAL_RULES = (
     judge_trends,
     judge_post_norm,
     judge_output,
+    judge_loss,
     judge_collapse,
     judge_width,
 )

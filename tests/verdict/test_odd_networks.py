@@ -417,3 +417,13 @@ def test_several_optimizers_take_one_step_together() -> None:
     second.param_groups[0]["lr"] = 10.0
     verdict = initlab.diagnose(model, X, y, cross_entropy, [first, second], steps=2)
     assert [one.rule for one in verdict.errors] == ["update-too-large"] and second.state == {}
+
+
+@pytest.mark.parametrize(
+    ("target", "factor", "rule"), [(1.0, 1.0, None), (1e6, 1.0, "loss-scale"), (1.0, 1e-30, "loss-scale")]
+)
+def test_the_scale_of_a_loss(target: float, factor: float, rule: str | None) -> None:
+    torch.manual_seed(0)
+    model = mlp(3, 64, nn.ReLU, RELU)
+    verdict = initlab.diagnose(model, X, loss=lambda out: factor * (out - target).square().mean())
+    assert verdict.ok and [one.rule for one in verdict] == ([] if rule is None else [rule])
