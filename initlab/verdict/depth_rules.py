@@ -9,7 +9,7 @@ from initlab.verdict.finding import ERROR, WARNING, Finding
 from initlab.verdict.reference_networks import Reference
 
 RATE, TOTAL = 0.15, math.log2(10)  # octaves a layer, and in all layers, that sizes may change
-DEEP, SOME, FAR = 9, 4.2, 10.0  # fewer layers train, unless sizes change by 2^10; more, unless by 2^4.2
+DEEP, SOME, FAR = 9, 3.7, 10.0  # fewer layers train, unless sizes change by 2^10; more, unless by 2^3.7
 POST_NORM = 36  # residual branches with norms behind them from which training needs a slow start
 LARGE_LOSS, TINY_GRADIENT = 1e4, 1e-9
 COLLAPSED = 0.99  # a mean cosine of the batch beyond this
