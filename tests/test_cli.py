@@ -103,6 +103,8 @@ MISTAKES = {
     "-cn": "initlab: argument --config-name/-cn: expected one argument; see --help",
     "init=null": f"initlab: init=null: must be one of {choices('init')}",
     "init=???": f"initlab: init=???: must be one of {choices('init')}",
+    "device=${nope}": "initlab: device: interpolation key 'nope' not found",
+    "resume=${nope}": "initlab: resume: interpolation key 'nope' not found",
     "expect=${depth}": "initlab: expect=5: must be a list",
     "expect=${resume}": "initlab: expect=None: must be a list",
     "study=${depth}": "initlab: study=5: must be a dictionary",

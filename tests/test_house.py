@@ -51,7 +51,7 @@ HOUSE = {
         "data_fit init_report model_filler initialize"
     ),
     "verdict": (
-        "finding evidence reference_networks parameter_rules input_rules module_rules format_rules weight_rules "
+        "finding trends evidence reference_networks parameter_rules input_rules module_rules format_rules weight_rules "
         "audit depth_rules signal_rules training_rules table_rules diagnose"
     ),
     "engine": "layer_memory named_tensors fast_network recorders",

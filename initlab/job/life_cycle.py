@@ -61,13 +61,12 @@ def run_composed(cfg: DictConfig) -> str | None:
         if cfg.resume is not None and single:
             discard(folder)
             raise UsageError(f"resume={cfg.resume}: is for a sweep; put -m before the options")
-        try:
-            device = str(cfg.device)
-        except HYDRA_MISTAKES as error:  # an interpolation of nothing
-            discard(folder)
-            raise as_usage_error(error) from error
-        with as_worker(device), lock_folder(folder):
+        with as_worker(str(cfg.device)), lock_folder(folder):
             _run(cfg, folder, single)
+    except HYDRA_MISTAKES as error:  # an interpolation of nothing, met before the configuration is read whole
+        discard(folder)
+        outcome.mistakes.append(str(as_usage_error(error)))
+        return outcome.mistakes[-1]
     except UsageError as error:
         outcome.mistakes.append(str(error))
         return str(error)

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from initlab.errors import UsageError, check, choose
@@ -44,23 +45,26 @@ class Job:
         """Measure, record, draw; what is to be printed."""
         with self.recorder:
             texts = [stage(self.recorder) for stage in self.stages]
-        texts = [*self.judge(), *texts]
+        tables = self.recorder.frames()
+        texts = [*self.judge(tables), *texts]
         if self.texts_only:
             return "\n".join(texts)
-        return report_run(self.recorder, texts, self.plots, self.compares, self.gain)
+        return report_run(self.recorder, tables, texts, self.plots, self.compares, self.gain)
 
-    def judge(self) -> list[str]:
+    def judge(self, tables: Mapping[str, pd.DataFrame]) -> list[str]:
         """Keep the verdict of the run's own tables, and its first line."""
-        verdict = judge_tables(self.recorder.frames())
+        verdict = judge_tables(tables)
         if verdict is None:
             return []
         self.recorder.keep_verdict(verdict)
         return [f"verdict: {str(verdict).splitlines()[0]}"]
 
-    def draw(self) -> None:
-        """Only the figures, of what is recorded."""
+    def finish(self) -> None:
+        """The verdict and the figures of what others have recorded."""
+        tables = self.recorder.frames()
+        self.judge(tables)
         if self.plots:
-            report_run(self.recorder, [], self.plots, self.compares, self.gain)
+            report_run(self.recorder, tables, [], self.plots, self.compares, self.gain)
 
 
 def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> Job:

@@ -21,13 +21,19 @@ def read_tables(runs: Sequence[Run], names: Iterable[str]) -> dict[str, pd.DataF
     return {name: frame for name, frame in frames.items() if frame is not None}
 
 
-def report_run(recorder: Recorder, texts: Sequence[str], plots: bool, compare: bool, gain: str) -> str:
+def report_run(
+    recorder: Recorder,
+    tables: Mapping[str, pd.DataFrame],
+    texts: Sequence[str],
+    plots: bool,
+    compare: bool,
+    gain: str,
+) -> str:
     """Draw the figures of a run that has ended, from memory; what is to be printed.
 
-    texts: what its stages have to say. compare: its networks differ, and the figures of a sweep are drawn. gain: which
-    gain the rule took, in words.
+    tables: what it has recorded. texts: what its stages have to say. compare: its networks differ, and the figures of a
+    sweep are drawn. gain: which gain the rule took, in words.
     """
-    tables = recorder.frames()
     drawn = plots and bool(_draw(tables, recorder.folder, compare))
     lines = [text for text in texts if text] + _summarize(tables)
     lines += [*([gain] if gain else []), *_notes([recorder.about])]

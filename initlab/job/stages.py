@@ -182,8 +182,8 @@ def graph_stage(task: Any, s: JobSettings) -> Stage:
 
 
 def _find_setting(task: Any, s: JobSettings) -> Any:
-    t, c = s.training, s.config
-    network = (s.rule, c.activation.name, t.depth, t.width, t.batch, c.seed, t.loss, c.train.lr, s.where)
+    c = s.config
+    network = (s.rule, c.activation.name, s.training, c.train.lr, c.seed, s.where)
     return task.ModelSetting(instantiate(c.model), c.shapes, *network)
 
 

@@ -7,6 +7,7 @@ import inspect
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -142,6 +143,7 @@ class Flow:
                 found.setdefault(node.owner if node.equation else node.name, []).append(depth[k])
         return found
 
+    @cached_property
     def branches(self) -> list[tuple[int, list[int]]]:
         """The sums of residual connections, each with the layers that a branch ends in.
 

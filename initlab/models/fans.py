@@ -62,6 +62,11 @@ class ModelTensor(NamedTuple):
         """Whether it is multiplied with inputs."""
         return self.kind in WEIGHTS
 
+    @property
+    def rms(self) -> float:
+        """Root mean square of the values."""
+        return find_rms(self.values)
+
     def cut(self, one: Slice) -> Tensor:
         """The values of a slice, with outputs first."""
         if not self.values.ndim:
@@ -214,6 +219,17 @@ def _count(module: nn.Module, kind: str, axis: int, shape: tuple[int, ...]) -> t
     if len(shape) == 3:  # a stack of matrices; which way they stand only a pass can tell
         return NAN, NAN
     return shape[1] * math.prod(shape[2:]), shape[0] * math.prod(shape[2:])
+
+
+def find_rms(values: Tensor) -> float:
+    """Root mean square, in float64."""
+    return float(values.double().square().mean().sqrt())
+
+
+def as_weight_of_layer(table: ModelTensor) -> ModelTensor:
+    """A table of vectors that a layer multiplies by too, as the weight that it then is."""
+    rows, columns = table.values.shape
+    return table._replace(kind="linear", slices=(Slice("", 0, rows, columns, rows),))
 
 
 def orthogonal_view(values: Tensor) -> Tensor:

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from initlab.errors import UsageError, check_value, library_call, show
 from initlab.models.draw_weights import read_rule
 from initlab.models.init_report import InitReport
 from initlab.models.model_filler import RESIDUALS, ModelFiller
+from initlab.models.symbolic_flow import refuse_unreadable
 from initlab.models.weight_writer import restore_on_error
 from initlab.nn.init import Rule
 
@@ -43,7 +42,7 @@ def init_(
     Errors: an unknown rule or option; parameters without memory or shape; a rule that needs a batch; a function that
     fails. The model is then as it was before.
 
-    >>> net = torch.nn.Sequential(torch.nn.Linear(20, 50), torch.nn.ReLU(), torch.nn.Linear(50, 10))
+    >>> net = nn.Sequential(nn.Linear(20, 50), nn.ReLU(), nn.Linear(50, 10))
     >>> report = init_(net, "kaiming", seed=0)
     init_: kaiming
     0.weight  linear (50, 20); std 0.3079, gain 1.414; relu follows
@@ -55,14 +54,7 @@ def init_(
         raise UsageError(f"model={show(model)}: must be an nn.Module")
     if residual is not None and residual not in RESIDUALS:
         raise UsageError(f"residual={show(residual)}: must be None, {' or '.join(map(repr, RESIDUALS))}")
-    for name, part in model.named_modules():
-        if isinstance(part, torch.jit.ScriptModule):
-            raise UsageError(f"model: {name or 'it'} is scripted; give the nn.Module that it was made of")
-    for name, p in model.named_parameters():
-        if is_lazy(p):
-            raise UsageError(f"model: {name} has no shape yet; call the model on a batch once, then init_")
-        if p.is_meta:
-            raise UsageError(f"model: {name} is on the meta device; call model.to_empty(device=...) first")
+    refuse_unreadable(model, True)
     name, how = read_rule(rule, options)
     fits = isinstance(how, Rule) and how.attempts > 0
     if fits and x is None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from initlab.errors import UsageError
 from initlab.models.dataflow import Flow, Follower
-from initlab.models.fans import ModelTensor, Slice, is_readable, list_tensors
+from initlab.models.fans import ModelTensor, Slice, as_weight_of_layer, is_readable, list_tensors
 from initlab.models.symbolic_flow import find_flow
 from initlab.nn.custom_activation import gain
 from initlab.stats.backend import as_matrix
@@ -22,8 +22,8 @@ class LayerGain(NamedTuple):
     """A weight, or one part of a stacked one, with its gain.
 
     name: the dotted name of the parameter, with the part in brackets. position: where the layer stands in the flow of
-    data, -1 where it was not met. rms, std: of the finite entries; n_nonfinite: how many others there are. found: rms
-    times sqrt(fan_in). needed: the gain that keeps gradients through what follows; 1 where that is no activation.
+    data, -1 where it was not met. rms, std: of the finite entries. found: rms times sqrt(fan_in). needed: the gain that
+    keeps gradients through what follows; 1 where that is no activation.
     """
 
     name: str
@@ -33,9 +33,13 @@ class LayerGain(NamedTuple):
     follower: Follower | None
     rms: float
     std: float
-    n_nonfinite: int
     found: float
     needed: float
+
+    @property
+    def mean_size(self) -> float:
+        """The size of the mean of the finite entries."""
+        return math.sqrt(max(self.rms**2 - self.std**2, 0.0))
 
     @property
     def octaves(self) -> float:
@@ -64,9 +68,7 @@ def measure_gains(model: nn.Module, x: Any = None, flow: Flow | None = None) -> 
     for tensor in tensors:
         head = heads.get(id(tensor.sources[0])) if tensor.kind == "embedding" and tensor.sources else None
         if head is not None:  # a table that a layer multiplies by too
-            outputs, inputs = tensor.values.shape
-            whole = (Slice("", 0, outputs, inputs, outputs),)
-            weights.append(tensor._replace(kind="linear", module_name=head, slices=whole))
+            weights.append(as_weight_of_layer(tensor)._replace(module_name=head))
         elif tensor.is_weight:
             weights.append(tensor)
     found = [gain for tensor in weights for gain in _list_parts(tensor, flow, positions)]
@@ -85,8 +87,7 @@ def _list_parts(tensor: ModelTensor, flow: Flow, positions: dict[str, int]) -> I
         name = f"{tensor.name}[{part.label}]" if part.label else tensor.name
         needed = needed_gain(tensor, follower)
         found = row["rms"] * math.sqrt(part.fan_in)
-        bad = int(row["n_nan"] + row["n_inf"])
-        yield LayerGain(name, tensor, part, position, follower, row["rms"], row["std"], bad, found, needed)
+        yield LayerGain(name, tensor, part, position, follower, row["rms"], row["std"], found, needed)
 
 
 def needed_gain(tensor: ModelTensor, follower: Follower | None) -> float:

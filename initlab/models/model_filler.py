@@ -11,7 +11,7 @@ from initlab.errors import UsageError
 from initlab.models.data_fit import fit_weight
 from initlab.models.dataflow import Flow, Follower
 from initlab.models.draw_weights import Fill, draw_weight, make_numbers
-from initlab.models.fans import ModelTensor, Slice, list_tensors
+from initlab.models.fans import ModelTensor, as_weight_of_layer, list_tensors
 from initlab.models.init_report import InitReport, InitRow
 from initlab.models.symbolic_flow import find_flow
 from initlab.models.weight_writer import put_weight, read_weight
@@ -86,8 +86,7 @@ class ModelFiller:
         for path in self._names[id(tensor.sources[0])][1:] if tensor.sources else ():
             other = self._model.get_submodule(path.rpartition(".")[0])
             if tensor.kind == "embedding" and isinstance(other, nn.Linear):
-                rows, columns = tensor.values.shape
-                return tensor._replace(kind="linear", slices=(Slice("", 0, rows, columns, rows),))
+                return as_weight_of_layer(tensor)
         return tensor
 
     def find_position(self, tensor: ModelTensor) -> int:
@@ -193,7 +192,7 @@ class ModelFiller:
     def find_residuals(self, residual: str) -> dict[str, float]:
         """What ends the residual branches, by names of parameters, and what it is multiplied by."""
         tables = {k for k, node in self._flow.layers() if node.op.lower().startswith("embedding")}
-        branches = [(total, ends) for total, ends in self._flow.branches() if not tables.issuperset(ends)]
+        branches = [(total, ends) for total, ends in self._flow.branches if not tables.issuperset(ends)]
         factor = 0.0 if residual == "zero" else len(branches) ** -0.5 if branches else 1.0
         nodes = [self._flow.nodes[self.end_branch(end, total)] for total, ends in branches for end in ends]
         layers = {node.name for node in nodes if node.kind == "layer"}

@@ -51,7 +51,7 @@ def put_weight(tensor: ModelTensor, values: Tensor) -> str:
     op = tensor.computed.op
     wanted = values.to(tensor.values.device, tensor.values.dtype)
     note = put_computed(tensor, tensor.computed, wanted)
-    if "SpectralNorm" in op:
+    if tensor.computed.is_estimated:
         settle_power_iteration(tensor, tensor.computed)
     found = read_weight(tensor).double()
     if not note and float((found - wanted.double()).norm()) <= CLOSE * float(wanted.double().norm()):

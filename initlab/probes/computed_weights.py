@@ -23,6 +23,11 @@ class ComputedWeight(NamedTuple):
         return parameter.startswith(f"{PARAMETRIZED}.{self.part}.") or parameter.rpartition("_")[0] == self.part
 
     @property
+    def is_estimated(self) -> bool:
+        """Whether it hangs on an iteration that goes on in training, as that of spectral_norm."""
+        return "SpectralNorm" in self.op
+
+    @property
     def is_chain(self) -> bool:
         """Whether it is computed whenever it is asked for, by a module; else once before a call, by a hook."""
         return isinstance(self.source, nn.Module)

@@ -165,11 +165,17 @@ class BinTables:
         counts = np.array(list(self._counts.values()))
         if not self._largest > 0:
             return LossScale(name, np.nan, self._largest, self._where, np.nan, np.nan)
-        power = int(np.floor(np.log2(one.overflow_value) - np.log2(self._largest)))
-        power -= int(self._largest * 2.0**power >= one.overflow_value)  # equal, or by the rounding of a logarithm
-        power = min(max(power, -MOST_SCALE), MOST_SCALE)
+        power = find_power(name, self._largest)
         lost, without = (float(counts[octave + k < one.octaves[0] - 1].sum() / counts.sum()) for k in (power, 0))
         return LossScale(name, 2.0**power, self._largest, self._where, lost, without)
+
+
+def find_power(name: str, largest: float) -> int:
+    """log2 of the largest power of two with which a number above 0 does not overflow in a format."""
+    end = FORMATS[name].overflow_value
+    power = int(np.floor(np.log2(end) - np.log2(largest)))
+    power -= int(largest * 2.0**power >= end)  # equal, or by the rounding of a logarithm
+    return min(max(power, -MOST_SCALE), MOST_SCALE)
 
 
 def join_parts(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

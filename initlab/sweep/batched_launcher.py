@@ -188,8 +188,7 @@ class Batched(Launcher):
         try:
             if fault is not None:
                 raise fault
-            job.judge()
-            job.draw()
+            job.finish()
             log.info("done: %s", path_text(one.folder))
         except Exception as error:
             return self._job_return(one, as_ended(error, one.folder))

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from initlab.errors import UsageError
 from initlab.nn.init import Rule, gaussian
+from initlab.scratch.layers import LOSSES
 from initlab.tasks.course.graph import build_mlp, first_shape
 from initlab.tasks.ensemble.device import Where
+from initlab.tasks.ensemble.training import Training
 from initlab.verdict.audit import Audit, audit
 from initlab.verdict.diagnose import diagnose
 from initlab.verdict.finding import Verdict
@@ -21,7 +23,7 @@ class ModelSetting:
     """A model with a batch for it: the user's, or the trained network as its options say.
 
     model: any nn.Module or None. shapes: of its inputs, unit Gaussian; None guesses from its first layer, a linear one.
-    scaling, activation, depth, width, batch, seed, loss: of the trained network. lr: its learning rate.
+    scaling, activation, training, lr: rule, activation, sizes and learning rate of the trained network.
     Errors: no nn.Module; shapes that are none.
     """
 
@@ -31,48 +33,38 @@ class ModelSetting:
         shapes: Sequence[Sequence[int]] | None,
         scaling: Rule,
         activation: str,
-        depth: int,
-        width: int,
-        batch: int,
-        seed: int,
-        loss: str,
+        training: Training,
         lr: float,
+        seed: int,
         where: Where,
     ) -> None:
         if not isinstance(model, nn.Module | None):
             raise UsageError(f"model: is a {type(model).__name__}; must be an nn.Module")
-        self.own, self.y, self.loss, self.optimizer = model is None, None, None, None
+        self.own, self.y, self.loss = model is None, None, None
+        inputs: list[Tensor] | None = None
         if model is None:
-            model, x, y = build_mlp(scaling, activation, depth, width, batch, seed, loss, None)
-            self.y = y.to(where.device)
-            self.loss = nn.functional.cross_entropy if loss == "cross_entropy" else _squared_loss
-            self.inputs: list[Tensor] | None = [x.to(where.device, where.dtype)]
+            t = training
+            model, x, y = build_mlp(scaling, activation, t.depth, t.width, t.batch, seed, t.loss, None)
+            self.y = y.to(where.device, where.dtype if y.is_floating_point() else y.dtype)
+            self.loss, inputs = LOSSES[t.loss].module, [x]
         elif shapes is not None:
-            self.inputs = [gaussian(shape, seed, "input", k) for k, shape in enumerate(shapes)]
-        else:
-            self.inputs = None
+            inputs = [gaussian(shape, seed, "input", k) for k, shape in enumerate(shapes)]
         self.model = model.to(where.device, where.dtype)
-        if self.inputs is not None:
-            self.inputs = [x.to(where.device, where.dtype) for x in self.inputs]
-        self._batch, self._seed, self._lr, self._where = batch, seed, lr, where
+        self.inputs = None if inputs is None else tuple(x.to(where.device, where.dtype) for x in inputs)
+        self._batch, self._seed, self._lr, self._where = training.batch, seed, lr, where
 
     def audit(self) -> Audit:
         """What the parameters say; the batch is used only where shapes were given."""
-        return audit(self.model, None if self.inputs is None else tuple(self.inputs))
+        return audit(self.model, self.inputs)
 
     def diagnose(self) -> Verdict:
         """What one pass says; of the trained network a few steps too."""
         inputs = self.inputs
         if inputs is None:
-            inputs = [gaussian(first_shape(self.model, self._batch), self._seed, "input")]
-            inputs = [x.to(self._where.device, self._where.dtype) for x in inputs]
+            x = gaussian(first_shape(self.model, self._batch), self._seed, "input")
+            inputs = (x.to(self._where.device, self._where.dtype),)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=self._lr) if self.own else None
-        return diagnose(self.model, tuple(inputs), self.y, self.loss, optimizer, STEPS if self.own else 0)
-
-
-def _squared_loss(out: Tensor, y: Tensor) -> Tensor:
-    """The book's loss: a label as one number."""
-    return (out.flatten() - y.to(out.dtype)).square().mean()
+        return diagnose(self.model, inputs, self.y, self.loss, optimizer, STEPS if self.own else 0)
 
 
 def audit_frames(found: Audit) -> dict[str, pd.DataFrame]:

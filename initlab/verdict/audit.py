@@ -83,7 +83,7 @@ def list_rows(known: ModelGains) -> Iterator[AuditRow]:
     """A row for each parameter, and for each part of a stacked one."""
     flow = known.flow
     followers = {gain.tensor.name: gain.follower for gain in known.gains}
-    depth = max(1, len(flow.branches()) // 2)
+    depth = max(1, len(flow.branches) // 2)
     for tensor in known.tensors:
         for part in tensor.slices:
             law = recognize_law(tensor.cut(part)) if is_readable(tensor.values) else WeightLaw(UNKNOWN)

@@ -4,11 +4,11 @@ import math
 from statistics import median
 
 from initlab.stats.dtypes import FORMATS, NumberFormat
-from initlab.verdict.evidence import NetworkEvidence, Trend, fit_trend
+from initlab.verdict.evidence import NetworkEvidence
 from initlab.verdict.finding import ERROR, WARNING, Finding
 from initlab.verdict.reference_networks import Reference
+from initlab.verdict.trends import RATE, TOTAL, Trend, fit_trend, is_significant
 
-RATE, TOTAL = 0.15, math.log2(10)  # octaves a layer, and in all layers, that sizes may change
 DEEP, SOME, FAR = 9, 3.7, 10.0  # fewer layers train, unless sizes change by 2^10; more, unless by 2^3.7
 POST_NORM = 36  # residual branches with norms behind them from which training needs a slow start
 LARGE_LOSS, TINY_GRADIENT = 1e4, 1e-9
@@ -31,10 +31,6 @@ def judge_trends(e: NetworkEvidence, reference: Reference) -> Finding | None:
             continue
         return _describe_trend(e, trend, direction, column, usual)
     return None
-
-
-def is_significant(trend: Trend) -> bool:
-    return abs(trend.rate) > max(RATE, 3 * trend.error) and abs(trend.total) > TOTAL
 
 
 def _describe_trend(e: NetworkEvidence, trend: Trend, direction: str, column: str, usual: float) -> Finding:
@@ -86,7 +82,7 @@ def _find_cause(e: NetworkEvidence, grows: bool) -> tuple[str, str, dict[str, fl
     sized = [gain for gain in e.gains if gain.found > 0 and gain.tensor.kind != "recurrent"]
     inner = [gain for gain in sized if gain.follower is not None and gain.follower.kind != "output"] or sized
     off = [gain.octaves for gain in inner]
-    branches = e.residual_ends()
+    branches = e.residual_ends
     ends = [gain for gain in sized if e.is_residual_end(gain)]
     if inner and abs(median(off)) > 0.1 and (median(off) > 0) == grows and not (ends and abs(median(off)) < 0.75):
         wrong = [gain for gain in inner if (gain.octaves > 0) == grows and abs(gain.octaves) > 0.1]
@@ -111,7 +107,7 @@ def _find_cause(e: NetworkEvidence, grows: bool) -> tuple[str, str, dict[str, fl
 def judge_post_norm(e: NetworkEvidence, reference: Reference) -> Finding | None:
     """Norms on the stream of a deep residual network: Xiong et al. 2020, section 3."""
     flow = e.known.flow
-    sums = {k for k, _ in flow.branches()}
+    sums = {k for k, _ in flow.branches}
     after = [k for k in sums if len(flow.users[k]) == 1 and e.nodes[flow.users[k][0]].kind == "norm"]
     if len(sums) < POST_NORM / 3 or len(after) < 0.8 * len(sums):
         return None

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from initlab.errors import Limits, UsageError, check_functions, check_value, library_call
 from initlab.models.fans import ModelTensor
 from initlab.models.symbolic_flow import attributes_as_they_were, refuse_unreadable
-from initlab.probes.snapshot import all_tensors, measure
+from initlab.probes.snapshot import all_tensors
 from initlab.probes.torch_private import NormBase
 from initlab.probes.updates import list_optimizers
 from initlab.stats.dtypes import resolve_formats
@@ -118,12 +118,9 @@ def diagnose(
         for m in idle:
             m.training = True
         with attributes_as_they_were(model):
-            found, evidence = _judge(model, x, y, loss, optimizers, steps, len(idle))
-        rows = evidence.rows
-        if names:
-            rows = measure(model, x, y, evidence.loss, formats=names)
-            found += judge_formats(rows, names)
-        return Verdict(tuple(found), evidence.n_layers, rows)
+            found, evidence = _judge(model, x, y, loss, optimizers, steps, names, len(idle))
+        found += judge_formats(evidence.rows, names)
+        return Verdict(tuple(found), evidence.n_layers, evidence.rows)
     finally:
         for m in idle:
             m.training = False
@@ -135,9 +132,16 @@ def is_never_updated(norm: NormBase) -> bool:
 
 
 def _judge(
-    model: nn.Module, x: Any, y: Any, loss: Loss | None, optimizers: Sequence[Optimizer], steps: int, n_idle: int
+    model: nn.Module,
+    x: Any,
+    y: Any,
+    loss: Loss | None,
+    optimizers: Sequence[Optimizer],
+    steps: int,
+    formats: Sequence[str],
+    n_idle: int,
 ) -> tuple[list[Finding], NetworkEvidence]:
-    evidence = collect_evidence(model, x, y, loss or default_loss)
+    evidence = collect_evidence(model, x, y, loss or default_loss, formats)
     if loss is not None and not evidence.known.flow.differentiable and any(p.requires_grad for p in model.parameters()):
         raise UsageError(
             "loss: has no gradient; it is cut off from the parameters (by detach, item, argmax or no_grad)"

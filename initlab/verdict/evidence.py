@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,50 +21,10 @@ from initlab.models.traced_flow import TracedFlow
 from initlab.models.weight_writer import put_weight
 from initlab.probes.probed_modules import find_tensors
 from initlab.probes.snapshot import measure
+from initlab.verdict.trends import Trend, fit_trend
 
 Loss = Callable[..., Tensor]
 FEW_SUMS = 4  # residual sums from which on a network is taken for a residual one
-
-
-class Trend(NamedTuple):
-    """How a size changes from layer to layer.
-
-    rate: octaves (factors of 2) a layer, the median of the slopes between all pairs of layers, which one bad layer does
-    not move. error: its standard error. first, last: the layers between which it was taken. start: log2 at `first`.
-    """
-
-    rate: float
-    error: float
-    first: int
-    last: int
-    start: float
-
-    @property
-    def total(self) -> float:
-        """Octaves from the first layer to the last."""
-        return self.rate * (self.last - self.first)
-
-
-NO_TREND = Trend(0.0, math.inf, 0, 0, math.nan)
-
-
-def fit_trend(layers: Sequence[float], octaves: Sequence[float]) -> Trend:
-    """The trend through points (layer, log2 of a size), those that are not finite left out; Theil 1950, Sen 1968.
-
-    >>> fit_trend([1, 2, 3, 4], [0.0, -1.0, 9.0, -3.0]).rate
-    -1.0
-    """
-    x, y = np.asarray(layers, dtype=float), np.asarray(octaves, dtype=float)
-    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
-    if len(np.unique(x)) < 3:
-        return NO_TREND
-    a, b = np.triu_indices(len(x), 1)
-    apart = x[b] != x[a]
-    rate = float(np.median((y[b] - y[a])[apart] / (x[b] - x[a])[apart]))
-    offset = float(np.median(y - rate * x))
-    noise = 1.4826 * float(np.median(np.abs(y - rate * x - offset)))
-    error = 1.2533 * noise / (float(np.std(x)) * math.sqrt(len(x)))
-    return Trend(rate, error, int(x.min()), int(x.max()), offset + rate * float(x.min()))
 
 
 def default_loss(out: Any) -> Tensor:
@@ -156,7 +116,7 @@ class NetworkEvidence:
         Of a residual network it is the sums that are looked at, which all layers read from and write to.
         """
         sums = sum(key[0] == "stream" for key in self.depths)
-        kind = "stream" if sums >= FEW_SUMS and len(self.known.flow.branches()) >= FEW_SUMS else "preactivation"
+        kind = "stream" if sums >= FEW_SUMS and len(self.known.flow.branches) >= FEW_SUMS else "preactivation"
         rows = self.select(kind, direction)
         depth = [self.depths.get((kind, *key), 0) for key in zip(rows["name"], rows["part"], rows["call"], strict=True)]
         rows = rows.assign(depth=depth)
@@ -172,27 +132,34 @@ class NetworkEvidence:
         own = (t for t in self.known.tensors if t.kind == "bias" and t.module_name == gain.tensor.module_name)
         return next((t for t in own if is_readable(t.values)), None)
 
+    @cached_property
+    def dead_shares(self) -> pd.Series:
+        """The largest share of dead units among the activations of each layer, by its number."""
+        shares: pd.Series = self.select("activation").groupby("layer")["frac_dead"].max()
+        return shares
+
+    @cached_property
     def residual_ends(self) -> list[str]:
         """The dotted names of the layers in which residual branches end."""
-        ends = [self.nodes[k].name for _, layers in self.known.flow.branches() for k in layers]
+        ends = [self.nodes[k].name for _, layers in self.known.flow.branches for k in layers]
         return list(dict.fromkeys(ends))
 
     def is_residual_end(self, gain: LayerGain) -> bool:
         """Whether a residual branch ends in this weight; of torch's attention that is its output projection."""
-        ends = self.residual_ends()
+        ends = self.residual_ends
         inside = gain.tensor.module_name.endswith(".out_proj") and gain.tensor.module_name[: -len(".out_proj")] in ends
         stacked = isinstance(gain.tensor.module, nn.MultiheadAttention)
         return inside or (not stacked and (gain.tensor.name in ends or gain.tensor.module_name in ends))
 
 
-def collect_evidence(model: nn.Module, x: Any, y: Any, loss: Loss) -> NetworkEvidence:
-    """Trace one pass and measure one, neither of which leaves a trace."""
+def collect_evidence(model: nn.Module, x: Any, y: Any, loss: Loss, formats: Sequence[str] = ()) -> NetworkEvidence:
+    """Trace one pass and measure one, neither of which leaves a trace; `formats`: as for `measure`."""
     with attributes_as_they_were(model):  # what a pass keeps, such as a cache, is not for the next one
         flow = TracedFlow(model).record(x, y, loss)
     known = measure_gains(model, flow=flow)
     with attributes_as_they_were(model), warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        rows = measure(model, x, y, loss)
+        rows = measure(model, x, y, loss, formats=formats)
     notes = tuple(str(one.message).removeprefix("probe: ") for one in heard if str(one.message).startswith("probe: "))
     notes = tuple(filter(None, (_drop_idle(model, note) for note in notes)))
     layers: dict[str, int] = {}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 
-from initlab.stats.dtypes import FORMATS
+from initlab.stats.format_shares import find_power
 from initlab.verdict.finding import WARNING, Finding
 
 LOST = 0.01  # of the entries of a gradient
@@ -29,7 +29,7 @@ def judge_formats(rows: pd.DataFrame, names: Sequence[str]) -> Iterator[Finding]
         if len(backward):
             row = backward.loc[backward[f"{name}_underflow"].idxmax()]
             largest = max(_find_largest(one) for _, one in rows[rows["direction"] == "backward"].iterrows())
-            scale = math.floor(math.log2(FORMATS[name].max / largest)) if 0 < largest < math.inf else 0
+            scale = find_power(name, largest) if 0 < largest < math.inf else 0
             place = (int(row["layer"]), str(row["name"]), str(row["tensor"]), "backward")
             share, more = row[f"{name}_underflow"], len(backward) - 1
             cause = f"{share:.1%} of its gradient is 0 in {name}, and much of {more} tensors more"

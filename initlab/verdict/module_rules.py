@@ -16,7 +16,7 @@ def judge_embeddings(e: NetworkEvidence, reference: Reference) -> Finding | None
     for tensor in e.known.tensors:
         if tensor.kind != "embedding" or tensor.module_name not in used or not is_readable(tensor.values):
             continue
-        rms = float(tensor.values.double().square().mean().sqrt())
+        rms = tensor.rms
         place = (e.layer_of(tensor.name), tensor.name, "embedding", "forward")
         if rms > LARGE:
             cause = f"its vectors have an rms of {rms:.3g} where layers are made for 1"
@@ -32,7 +32,7 @@ def judge_norms(e: NetworkEvidence, reference: Reference) -> Finding | None:
     norms = {t.module_name: t for t in e.known.tensors if t.kind == "norm"}
     for row in e.select("norm").to_dict("records"):
         weight, rms = norms.get(row["name"]), row["rms"]
-        if weight is not None and not rms and not weight.values.any() and not e.known.flow.branches():
+        if weight is not None and not rms and not weight.values.any() and not e.known.flow.branches:
             cause = f"all of {weight.name} is 0: nothing passes this norm"
             place = (int(row["layer"]), row["name"], "norm", "forward")
             return Finding(
@@ -40,9 +40,9 @@ def judge_norms(e: NetworkEvidence, reference: Reference) -> Finding | None:
             )
         if weight is None or not rms or 1 / NORMED < rms < NORMED or not is_readable(weight.values):
             continue
-        own = float(weight.values.double().square().mean().sqrt())
+        own = weight.rms
         bias = next((t for t in e.known.tensors if t.kind == "bias" and t.module_name == row["name"]), None)
-        shift = 0.0 if bias is None else float(bias.values.double().square().mean().sqrt())
+        shift = 0.0 if bias is None else bias.rms
         place = (int(row["layer"]), row["name"], "norm", "forward")
         evidence = {"rms": rms, "weight": own, "bias": shift}
         if bias is not None and shift > NORMED * max(own, 1 / NORMED) / 2:
@@ -70,7 +70,7 @@ def judge_recurrent(e: NetworkEvidence, reference: Reference) -> Finding | None:
     modules = {gain.tensor.module_name for gain in e.gains if gain.tensor.kind == "recurrent"}
     for tensor in e.known.tensors:
         if tensor.kind == "bias" and tensor.module_name in modules and is_readable(tensor.values):
-            rms = float(tensor.values.double().square().mean().sqrt())
+            rms = tensor.rms
             if rms > 2 * RECURRENT:
                 place = (e.layer_of(tensor.module_name), tensor.name, "bias", "forward")
                 cause = f"biases of gates have an rms of {rms:.3g}: they are always shut, or always open"

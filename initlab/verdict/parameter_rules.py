@@ -72,7 +72,7 @@ def judge_means(e: NetworkEvidence, reference: Reference) -> Finding | None:
     """Weights whose mean is no chance: what it makes is the same for all units and grows with fan_in."""
     found = []
     for gain in e.gains:
-        mean = math.sqrt(max(gain.rms**2 - gain.std**2, 0.0)) if gain.rms < math.inf else 0.0
+        mean = gain.mean_size
         if gain.tensor.kind in ("linear", "convolution") and mean > 0.3 * gain.std and mean * gain.part.fan_in > 4:
             found.append((gain, mean))
     if not found:
@@ -89,7 +89,8 @@ def judge_means(e: NetworkEvidence, reference: Reference) -> Finding | None:
 def judge_outlier(e: NetworkEvidence, reference: Reference) -> Finding | None:
     """One layer whose weights are of another size than those of the others, by their gain and by their std."""
     sized = [gain for gain in e.gains if gain.rms > 0 and gain.part.fan_in > 0]
-    sized = [gain for gain in sized if gain.tensor.cut(gain.part).numel() >= FEW and not is_estimated(gain)]
+    sized = [gain for gain in sized if gain.tensor.cut(gain.part).numel() >= FEW]
+    sized = [gain for gain in sized if gain.tensor.computed is None or not gain.tensor.computed.is_estimated]
     sized = [gain for gain in sized if not isinstance(gain.tensor.module, nn.Embedding) or _is_loud(e, gain)]
     if len(sized) < 2:
         return None
@@ -138,11 +139,6 @@ def _is_loud(e: NetworkEvidence, gain: LayerGain) -> bool:
     return float(rows[rows["name"] == gain.tensor.module_name]["rms"].max()) > LOUD
 
 
-def is_estimated(gain: LayerGain) -> bool:
-    """Whether the size of a weight hangs on an iteration that goes on in training, as spectral_norm's does."""
-    return gain.tensor.computed is not None and "Spectral" in gain.tensor.computed.op
-
-
 def _find_middle(values: list[float]) -> float:
     """The median; of three or fewer, that nearest to 0."""
     return median(values) if len(values) > 3 else min(values, key=abs)
@@ -150,13 +146,13 @@ def _find_middle(values: list[float]) -> float:
 
 def judge_lost_variance(e: NetworkEvidence, reference: Reference) -> Finding | None:
     """Normal weights that were cut off and not widened again: their std is smaller than the one that was asked for."""
-    lost = []
-    for gain in e.gains:
-        if gain.rms > 0 and -0.25 < gain.octaves < -0.1 and gain.follower is not None:
+    lost, short = [], [gain for gain in e.gains if -0.25 < gain.octaves < -0.1]
+    for gain in short:
+        if gain.follower is not None:
             law = recognize_law(gain.tensor.cut(gain.part))
             if law.name == CUT and abs(math.log2(law.nominal_std / gain.std) + gain.octaves) < 0.03:
                 lost.append((gain, law))
-    total = -sum(gain.octaves for gain in e.gains if -0.25 < gain.octaves < -0.1)
+    total = -sum(gain.octaves for gain in short)
     if not lost or total < 0.5 or len(lost) < 0.3 * len(e.gains):
         return None
     gain, law = lost[0]
@@ -166,7 +162,7 @@ def judge_lost_variance(e: NetworkEvidence, reference: Reference) -> Finding | N
     cause = f"normal weights cut at {cut:.2g} standard deviations keep {kept:.3g} of the one asked for"
     cause += f": gain {gain.found:.3g} where {gain.follower} needs {gain.needed:.3g}, in at least {len(lost)} layers"
     remedy = f"divide the std that trunc_normal_ is given by {kept:.3g}"
-    factors = {one.name: one.needed / one.found for one in e.gains if -0.25 < one.octaves < -0.1}
+    factors = {one.name: one.needed / one.found for one in short}
     return Finding(
         "lost-variance", ERROR, *place, cause, remedy, {"factor": factor, "layers": len(lost)}, factors=factors
     )

@@ -11,7 +11,8 @@ from torch import Tensor
 from initlab.models.fans import ModelTensor
 from initlab.models.layer_gains import LayerGain
 from initlab.probes.snapshot import measure
-from initlab.verdict.evidence import NetworkEvidence, Trend, changed_weights
+from initlab.verdict.evidence import NetworkEvidence, changed_weights
+from initlab.verdict.trends import Trend
 
 NETWORKS = 16
 
@@ -46,7 +47,7 @@ class Reference:
 
 def right_std(evidence: NetworkEvidence, gain: LayerGain) -> float:
     """The standard deviation of weights that the layer needs: that of residual branches falls with their number."""
-    branches = max(1, len(evidence.known.flow.branches()))
+    branches = max(1, len(evidence.known.flow.branches))
     share = 1 / math.sqrt(branches) if evidence.is_residual_end(gain) else 1.0
     return share * gain.needed / math.sqrt(gain.part.fan_in)
 
@@ -58,7 +59,7 @@ def draw_parameters(evidence: NetworkEvidence, generator: torch.Generator) -> It
         of_tensors.setdefault(gain.tensor.name, []).append(gain)
     for tensor in evidence.known.tensors:
         values = tensor.values
-        if tensor.computed is not None and "Spectral" in tensor.computed.op:
+        if tensor.computed is not None and tensor.computed.is_estimated:
             continue
         if tensor.kind in ("bias", "norm"):
             yield tensor, torch.full_like(values, float(tensor.kind == "norm"))

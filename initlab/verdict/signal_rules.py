@@ -6,10 +6,10 @@ import torch
 
 from initlab.nn.activations import Activation
 from initlab.stats.summarize import saturated_share
-from initlab.verdict.depth_rules import is_significant
 from initlab.verdict.evidence import NetworkEvidence
 from initlab.verdict.finding import ERROR, WARNING, Finding
 from initlab.verdict.reference_networks import Reference
+from initlab.verdict.trends import is_significant
 
 SHARE = 0.2  # that dead and saturated units may be more than expected
 OUTWEIGHS = 10.0  # times that a bias may be larger than what the weights give, and than 1
@@ -63,17 +63,17 @@ def _find_cure(op: str) -> str:
 def judge_biases(e: NetworkEvidence, reference: Reference) -> Finding | None:
     """A bias that outweighs by far what the weights of its layer give."""
     forward = e.rows[(e.rows["direction"] == "forward") & ~e.rows["tensor"].isin(["weight", "bias", "parameter"])]
-    below, dead = 1.0, e.select("activation").groupby("layer")["frac_dead"].max()
+    below = 1.0
     sized = [gain for gain in e.gains if gain.tensor.kind not in ("recurrent", "attention")]
     by_module = {gain.tensor.module_name: gain for gain in sized}
     for row in forward.to_dict("records"):
         gain = by_module.get(row["name"]) if row["tensor"] == "preactivation" else None
         bias = e.find_bias(gain) if gain is not None else None
         if gain is not None and bias is not None:
-            size = float(bias.values.double().square().mean().sqrt())
+            size = bias.rms
             own = gain.found * below
             if size > OUTWEIGHS * max(own, 1.0):
-                killed = float(dead.get(row["layer"], 0.0)) > 0.9
+                killed = float(e.dead_shares.get(row["layer"], 0.0)) > 0.9
                 shut = row["frac_saturated"] > 0.9
                 rule = "dead" if killed else "saturated" if shut else "bias-too-large"
                 what = f"{'all its units are ' + rule + ': ' if killed or shut else ''}the biases have rms {size:.3g}"
@@ -91,7 +91,6 @@ def judge_biases(e: NetworkEvidence, reference: Reference) -> Finding | None:
 def judge_units(e: NetworkEvidence, reference: Reference) -> Finding | None:
     """Units that are dead, or saturated, more than their activation gives with inputs of size 1."""
     before = e.select("preactivation")
-    dead = e.select("activation").groupby("layer")["frac_dead"].max()
     found = []
     by_name = {gain.tensor.module_name: gain for gain in e.gains} | {gain.tensor.name: gain for gain in e.gains}
     for row in before.to_dict("records"):
@@ -100,7 +99,7 @@ def judge_units(e: NetworkEvidence, reference: Reference) -> Finding | None:
         share = row["frac_saturated"]
         if gain is None or activation is None or share != share or not row["rms"]:  # what it is given is 0
             continue
-        all_dead = float(dead.get(row["layer"], 0.0))
+        all_dead = float(e.dead_shares.get(row["layer"], 0.0))
         if gain.part.stop - gain.part.start < FEW or e.known.flow.is_gate(gain.position):
             continue
         if share > max(0.25, _usual_share(activation) + SHARE) or all_dead > 0.9:
@@ -109,7 +108,7 @@ def judge_units(e: NetworkEvidence, reference: Reference) -> Finding | None:
         return None
     row, gain, share, all_dead = found[0]
     bias = e.find_bias(gain)
-    size = float(bias.values.double().square().mean().sqrt()) if bias is not None and bias.values.numel() else 0.0
+    size = bias.rms if bias is not None else 0.0
     spread = row["std_within"] if row["std_within"] == row["std_within"] else row["std"]
     rectified = gain.follower is not None and "relu" in gain.follower.op.lower()
     rule = "dead" if rectified or all_dead > 0.9 else "saturated"
@@ -125,7 +124,7 @@ def judge_units(e: NetworkEvidence, reference: Reference) -> Finding | None:
     factor = gain.needed / gain.found if gain.found else 1.0
     if factor > 0.8:  # weights that are too small saturate nothing
         if gain.std < 0.9 * gain.rms:
-            mean = math.copysign(math.sqrt(max(gain.rms**2 - gain.std**2, 0.0)), row["mean"])
+            mean = math.copysign(gain.mean_size, row["mean"])
             cause = f"{what}: its weights have a mean of {mean:.3g} beside a std of {gain.std:.3g}"
             redraw = (gain.tensor.name,)
             return Finding(rule, ERROR, *place, cause, f"draw {gain.name} with mean 0", evidence, redraw=redraw)

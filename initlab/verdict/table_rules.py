@@ -7,9 +7,8 @@ import numpy as np
 import pandas as pd
 
 from initlab.stats.dtypes import FORMATS, format_of
-from initlab.verdict.depth_rules import is_significant
-from initlab.verdict.evidence import fit_trend
 from initlab.verdict.finding import ERROR, WARNING, Finding, Verdict
+from initlab.verdict.trends import fit_trend, is_significant
 
 SETTING = ("init", "activation", "gain", "lr", "dtype")  # columns whose networks are judged together
 DEAD = 0.9  # of the units of a layer

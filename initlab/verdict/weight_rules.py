@@ -9,7 +9,7 @@ from torch import nn
 
 from initlab.models.dataflow import Follower
 from initlab.models.families import CUT
-from initlab.models.fans import ModelTensor, Slice, is_readable
+from initlab.models.fans import ModelTensor, Slice, find_rms, is_readable
 from initlab.models.laws import WeightLaw, recognize_law
 from initlab.models.named_rules import ERRORS
 from initlab.verdict.evidence import NetworkEvidence
@@ -146,11 +146,11 @@ def describe_lost(tensor: ModelTensor, needed: float) -> tuple[str, str] | None:
         return None
     direction = next(p.detach() for p in tensor.sources if p.shape == tensor.values.shape)
     kept, root = vars(tensor.module).get(tensor.part), math.sqrt(tensor.slices[0].fan_in)
-    found = float(tensor.values.double().square().mean().sqrt()) * root
+    found = tensor.rms * root
     if not found or abs(math.log2(found / needed)) < 0.4:
         return None
     for what, one in (("its direction was", direction), (f"{tensor.part} was", kept)):
-        own = float(one.detach().double().square().mean().sqrt()) * root if isinstance(one, torch.Tensor) else 0.0
+        own = find_rms(one.detach()) * root if isinstance(one, torch.Tensor) else 0.0
         if own > 0 and abs(math.log2(own / needed)) < 0.1:
             cause = f"{tensor.computed.op} gives it gain {found:.3g}, though {what} set with gain {own:.3g}: it is lost"
             return cause, f"set the magnitude too: multiply it by {needed / found:.3g}, or use initlab.init_"

@@ -61,7 +61,7 @@ def names(flow: Flow) -> dict[str, str]:
 
 
 def ends(flow: Flow) -> list[str]:
-    return [flow.nodes[k].name for _, layers in flow.branches() for k in layers]
+    return [flow.nodes[k].name for _, layers in flow.branches for k in layers]
 
 
 SEEN: dict[str, tuple[nn.Module, Any, dict[str, str], list[str]]] = {
