@@ -8,7 +8,7 @@ from benchmarks import bare, subjects
 from benchmarks.nets import LARGE, batch, parameters
 from benchmarks.race import Asked, Builds, Contestant, NotAvailable, Outcome, Setting, row, run
 from benchmarks.rows import Missing
-from initlab.tasks.course.ladders import BACKWARDS
+from initlab.tasks.course.engine_versions import BACKWARDS
 from initlab.tasks.course.rotated_timing import seconds_each
 from initlab.tasks.ensemble.memory import free_memory, peak_bytes, readable
 

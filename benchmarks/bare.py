@@ -8,8 +8,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from benchmarks.nets import LR, Net, batch, parameters
 from benchmarks.race import Contestant
+from initlab.engine import mlp
 from initlab.nn.activations import ACTIVATIONS
-from initlab.scratch import mlp
 from initlab.tasks import phase
 
 

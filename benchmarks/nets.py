@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from initlab.engine.mlp import Parameters
 from initlab.nn.init import draw, gaussian, rule
-from initlab.scratch.mlp import Parameters
 
 LR = 1e-6  # steps as they are anywhere, after which the network is still the same: thousands are taken
 

@@ -27,7 +27,7 @@ from initlab.stats.buffer import StatsBuffer
 from initlab.stats.kernels.cpu import library, plain
 from initlab.stats.measure import backend_for
 from initlab.tasks import stack as stacks
-from initlab.tasks.course.ladders import BACKWARDS
+from initlab.tasks.course.engine_versions import BACKWARDS
 from initlab.tasks.curves import gain_curves
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.networks import Ensemble, Frames, Networks

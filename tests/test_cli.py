@@ -18,7 +18,7 @@ from initlab.errors import UsageError
 from initlab.job import stages
 from initlab.job.settings import CONF
 from initlab.nn.init import RULES
-from initlab.scratch.layers import LOSSES
+from initlab.nn.loss_table import LOSSES
 from initlab.stats.dtypes import DTYPES
 from initlab.tasks import train
 from initlab.tasks.course import ladders
@@ -332,7 +332,7 @@ def test_the_ladder_and_the_graph_from_the_command_line(lab: Lab, monkeypatch: p
     code, out, err = lab("task=graph", "model._target_=torch.nn.Linear", "model.in_features=3",
                          "model.out_features=2")  # fmt: skip
     assert code == 0, err
-    assert "AddmmBackward0" in out and "Lin.bwd" in out
+    assert "AddmmBackward0" in out and "Lin.backward" in out
     assert "AccumulateGrad" in set(initlab.read("outputs/**", table="nodes")["node"])
     assert {path.name for path in Path("outputs").glob("**/*.png")} == {"timings.png", "graph.png"}
 

@@ -34,13 +34,16 @@ HOUSE = {
         "workspace histogram format_shares reference kernels.triton_rows summarize backend buffer "
         "kernels.cpu_backend kernels.gpu_backend measure"
     ),
-    "nn": "activations custom_activation network triton_philox philox init lsuv mup unbounded",
+    "nn": "activations custom_activation loss_table network triton_philox philox init lsuv mup unbounded",
     "meanfield": "maps correlation_points fixed_points gain_table trajectories",
     "theory": (
         "batch_law exact quantiles unit_moments bands forward_law lsuv_law request simulate singular_values "
         "tensor_law backward_law infinite_width stack_laws format_limits method predict z_scores"
     ),
-    "scratch": "agreement graph_text autograd_graph layers checks classes matmul mlp modules backward",
+    "scratch": (
+        "agreement graph_text autograd_graph matmul rungs layers mended_layers checks classes layer_function modules "
+        "backward"
+    ),
     "probes": (
         "torch_private hook_types probe_buffer computed_weights probed_modules layer_numbers gradient_hooks operations "
         "used_weights losses one_thread tensor_rows call_trace function_rows hooks parameters updates steps probe "
@@ -54,10 +57,10 @@ HOUSE = {
         "finding trends evidence reference_networks parameter_rules input_rules module_rules format_rules weight_rules "
         "audit depth_rules signal_rules training_rules table_rules diagnose"
     ),
-    "engine": "layer_memory named_tensors fast_network recorders",
+    "engine": "mlp layer_memory named_tensors fast_network recorders",
     "tasks": (
-        "course.rotated_timing data ensemble.device ensemble.memory course.timing course.ladders "
-        "ensemble.networks course.explain course.graph ensemble.plan ensemble.training "
+        "course.rotated_timing data ensemble.device ensemble.memory course.timing course.engine_versions "
+        "course.ladders ensemble.networks course.explain course.graph ensemble.plan ensemble.training "
         "ensemble.unbounded_twin coordinate_check gains jacobian phase_points phase seeded stack curves formats "
         "model_checks twins train"
     ),

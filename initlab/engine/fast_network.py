@@ -1,4 +1,4 @@
-"""The fast training of the hand-written network: the same rules as in layers.py, in memory that is allocated once.
+"""The fast training of the hand-written network: the same rules as in mlp.py, in memory that is allocated once.
 
 What makes it fast, and changes no gradient: layers of one shape are one stack, their updates one batched product; ReLU
 and its mask overwrite what they read; the input gets no gradient; a step that is not recorded adds the gradient to the
@@ -13,15 +13,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from initlab.engine import mlp
 from initlab.engine.layer_memory import LayerTensors, Product
+from initlab.engine.mlp import Parameters
 from initlab.engine.named_tensors import items_of, update_items
 from initlab.errors import UsageError, choose
 from initlab.nn.activations import Activation
 from initlab.nn.custom_activation import Given, as_activation
+from initlab.nn.loss_table import LOSSES, Loss
 from initlab.probes.probe import Sink
-from initlab.scratch import mlp
-from initlab.scratch.layers import LOSSES, Loss
-from initlab.scratch.mlp import Parameters
 
 CACHE_BYTES = 2**20  # of a core's second cache: rows beyond it go through in pieces
 FEWEST_ROWS = 1024  # a piece is never smaller: matrix products want them

@@ -9,8 +9,8 @@ from itertools import product
 
 from torch import Tensor
 
+from initlab.engine.mlp import Parameters, Pass
 from initlab.nn.activations import Activation
-from initlab.scratch.mlp import Parameters, Pass
 from initlab.stats.buffer import Item
 from initlab.stats.keys import TensorKey
 from initlab.stats.summarize import saturated_share

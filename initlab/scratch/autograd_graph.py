@@ -30,26 +30,26 @@ class Hand(NamedTuple):
 # (`self` and `other` are autograd's words for the two sides of an operator).
 HAND: dict[str, Hand] = {
     "AccumulateGrad": Hand("p.g += g", "what arrives at a parameter adds up"),
-    "Addmm": Hand("Lin.bwd", "inp.g = g @ w.T; w.g = inp.T @ g; b.g = g.sum(0)"),
-    "Mm": Hand("Lin.bwd", "inp.g = g @ w.T; w.g = inp.T @ g"),
-    "Bmm": Hand("Lin.bwd", "inp.g = g @ w.mT; w.g = inp.mT @ g"),
-    "Mv": Hand("Lin.bwd", "w.g = outer(g, inp); inp.g = w.T @ g"),
-    "T": Hand("Lin.bwd", "w.g = g.T: torch keeps w as (O, I)"),
-    "Relu": Hand("Relu.bwd", "inp.g = g where inp > 0"),
+    "Addmm": Hand("Lin.backward", "inp.g = g @ w.T; w.g = inp.T @ g; b.g = g.sum(0)"),
+    "Mm": Hand("Lin.backward", "inp.g = g @ w.T; w.g = inp.T @ g"),
+    "Bmm": Hand("Lin.backward", "inp.g = g @ w.mT; w.g = inp.mT @ g"),
+    "Mv": Hand("Lin.backward", "w.g = outer(g, inp); inp.g = w.T @ g"),
+    "T": Hand("Lin.backward", "w.g = g.T: torch keeps w as (O, I)"),
+    "Relu": Hand("Relu.backward", "inp.g = g where inp > 0"),
     "LeakyRelu": Hand("pull_back (leaky_relu)", "inp.g = g * (1 or slope)"),
     "Tanh": Hand("pull_back (tanh)", "inp.g = g * (1 - out**2)"),
     "Sigmoid": Hand("pull_back (sigmoid)", "inp.g = g * out * (1 - out)"),
     "Gelu": Hand("pull_back (gelu)", "inp.g = g * (cdf(inp) + inp * pdf(inp))"),
     "Silu": Hand("pull_back (silu)", "inp.g = g * s * (1 + inp * (1 - s)), s = sigmoid(inp)"),
     "Elu": Hand("pull_back (selu)", "inp.g = g * scale * (1 or alpha * exp(inp))"),
-    "MseLoss": Hand("Mse.bwd", "out.g = 2 * (out - targ) / N"),
-    "Pow": Hand("Mse.bwd, its square", "inp.g = g * p * inp**(p - 1)"),
-    "Mean": Hand("Mse.bwd, its mean", "inp.g = g / N, for every element"),
-    "Sub": Hand("Mse.bwd, its difference", "self.g = g; other.g = -g"),
-    "Squeeze": Hand("Mse.bwd, its unsqueeze", "inp.g = g in the shape of inp"),
-    "NllLoss": Hand("CrossEntropy.bwd", "-1/N at the target's class"),
-    "LogSoftmax": Hand("CrossEntropy.bwd", "with NllLoss: out.g = (softmax(out) - onehot(targ)) / N"),
-    "Gather": Hand("CrossEntropy.bwd", "inp.g = g at the target's class, 0 elsewhere"),
+    "MseLoss": Hand("Mse.backward", "out.g = 2 * (out - targ) / N"),
+    "Pow": Hand("Mse.backward, its square", "inp.g = g * p * inp**(p - 1)"),
+    "Mean": Hand("Mse.backward, its mean", "inp.g = g / N, for every element"),
+    "Sub": Hand("Mse.backward, its difference", "self.g = g; other.g = -g"),
+    "Squeeze": Hand("Mse.backward, its unsqueeze", "inp.g = g in the shape of inp"),
+    "NllLoss": Hand("CrossEntropy.backward", "-1/N at the target's class"),
+    "LogSoftmax": Hand("CrossEntropy.backward", "with NllLoss: out.g = (softmax(out) - onehot(targ)) / N"),
+    "Gather": Hand("CrossEntropy.backward", "inp.g = g at the target's class, 0 elsewhere"),
     "Add": Hand("", "self.g = g; other.g = g"),
     "Mul": Hand("", "self.g = g * other; other.g = g * self"),
     "Div": Hand("", "self.g = g / other; other.g = -g * self / other**2"),
@@ -74,7 +74,7 @@ def by_hand(name: str) -> Hand:
     """The row of `HAND` for a node's name; empty where there is none.
 
     >>> by_hand("AddmmBackward0").piece
-    'Lin.bwd'
+    'Lin.backward'
     """
     kind = name.rstrip("0123456789").removesuffix("Backward")
     activation = next((name for name in ACTIVATIONS if name.replace("_", "") == kind.lower()), "")

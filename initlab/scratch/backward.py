@@ -3,14 +3,12 @@
 A row of VERSIONS is called `row(parameters, xb, yb, activation="relu", loss="mse") -> (loss, gradients)`: parameters
 and gradients are `[(w, b), ...]`, w (I, O), b (O,), xb (N, I); the activation stands after every layer but the last;
 the input gets no gradient. No row changes its arguments. All rows take the same forward steps, so that a ReLU's mask
-cannot differ by a rounding; `compiled` alone may fuse them. They are timed by `task=backward`.
+cannot differ by a rounding. `task=backward` times them, beside the engine that initlab trains with.
 """
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -18,10 +16,12 @@ from torch import Tensor
 
 from initlab.errors import UsageError, choose
 from initlab.nn.activations import ACTIVATIONS, Activation
-from initlab.scratch import mlp
+from initlab.nn.loss_table import LOSSES, Loss
 from initlab.scratch.checks import refuse_bad_problem
-from initlab.scratch.classes import LOSS_LAYERS, Act, ActFunction, Layer, Lin, LinFunction, LossFunction, Model, Relu
-from initlab.scratch.layers import LOSSES, WEIGHT_GRADS, Loss, WeightGrad, forward_and_backward, g_of, lin
+from initlab.scratch.classes import LOSS_LAYERS, Act, FirstLin, Layer, Lin, Model, Relu
+from initlab.scratch.layer_function import ActFunction, LinFunction, LossFunction
+from initlab.scratch.layers import forward_and_backward, lin
+from initlab.scratch.mended_layers import WEIGHT_GRADS, WeightGrad, g_of, run_forward_and_backward
 from initlab.scratch.modules import loss_by_functions, sequential
 
 Gradients = list[tuple[Tensor, Tensor]]
@@ -29,9 +29,25 @@ Parameters = Sequence[tuple[Tensor, Tensor]]
 Result = tuple[Tensor, Gradients]
 Step = Callable[[Tensor, Tensor], Result]
 Build = Callable[[Gradients, str, str], Step]
+BOOK_DTYPES = (torch.float32, torch.float64)  # `(inp > 0).float()` makes float32 of a mask, which float16 cannot meet
 
 
 # --- how each version is built: the parameters once, then a step for each batch --------------------------------------
+
+
+def _bind_book(parameters: Gradients, activation: str, loss: str) -> Step:
+    """The chapter's own lines, which know one network."""
+    given = f"{activation}, {loss}, {len(parameters) - 1} hidden layers of {parameters[0][0].dtype}"
+
+    def step(xb: Tensor, yb: Tensor) -> Result:
+        if (activation, loss, len(parameters)) != ("relu", "mse", 2) or xb.dtype not in BOOK_DTYPES:
+            fits = "relu, mse and 1 hidden layer, of float32 or float64"
+            raise UsageError(f"version=book: the chapter's lines are for {fits}; not for {given}")
+        own = _aliases(parameters)
+        value = forward_and_backward(xb.detach(), yb, *own[0], *own[1])
+        return value, _gs(own)
+
+    return step
 
 
 def _functions(weight_grad: WeightGrad, parameters: Gradients, activation: str, loss: str) -> Step:
@@ -39,17 +55,19 @@ def _functions(weight_grad: WeightGrad, parameters: Gradients, activation: str, 
 
     def step(xb: Tensor, yb: Tensor) -> Result:
         own = _aliases(parameters)
-        value = forward_and_backward(xb, yb, own, row, objective, weight_grad)
+        value = run_forward_and_backward(xb, yb, own, row, objective, weight_grad)
         return value, _gs(own)
 
     return step
 
 
 def _classes(parameters: Gradients, activation: str, loss: str) -> Step:
+    by_book = activation == "relu" and parameters[0][0].dtype in BOOK_DTYPES
+
     def step(xb: Tensor, yb: Tensor) -> Result:
         own = _aliases(parameters)
-        lins = [Lin(w, b, inp_grad=k > 0) for k, (w, b) in enumerate(own)]
-        acts = [Relu() if activation == "relu" else Act(ACTIVATIONS[activation]) for _ in own[1:]]
+        lins = [FirstLin(*own[0]), *(Lin(w, b) for w, b in own[1:])]
+        acts = [Relu() if by_book else Act(ACTIVATIONS[activation]) for _ in own[1:]]
         model = Model(_alternate(lins, acts), LOSS_LAYERS[loss]())
         value = model(xb, yb)
         model.backward()
@@ -67,16 +85,6 @@ def _layer_function(parameters: Gradients, activation: str, loss: str) -> Step:
         value = model(xb, yb)
         model.backward()
         return value, _gs(own)
-
-    return step
-
-
-def _engine(parameters: Gradients, activation: str, loss: str) -> Step:
-    row, objective = ACTIVATIONS[activation], LOSSES[loss]
-
-    def step(xb: Tensor, yb: Tensor) -> Result:
-        done = mlp.forward_and_backward(parameters, xb, yb, row, objective)
-        return done.loss, done.parameter_grads
 
     return step
 
@@ -130,55 +138,6 @@ def _module(parameters: Gradients, activation: str, loss: str) -> Step:
     return step
 
 
-def _compiled(parameters: Gradients, activation: str, loss: str) -> Step:
-    """torch.compile of the engine's pass; the first step for a shape compiles, which takes seconds."""
-    reason = why_not_compiled(parameters[0][0].device.type)
-    if reason:
-        raise UsageError(f"version=compiled: unavailable here: {reason}")
-    step = torch.compile(_engine(parameters, activation, loss), fullgraph=True, dynamic=False)
-    seen: set[tuple[torch.Size, torch.dtype]] = set()
-
-    def once_per_shape(xb: Tensor, yb: Tensor) -> Result:
-        if (xb.shape, xb.dtype) in seen:
-            return step(xb, yb)
-        try:
-            with _compiling():
-                result = step(xb, yb)
-        except Exception as error:  # a compiler that managed the trial may still fail here
-            raise UsageError(f"version=compiled: unavailable here: {_reason(error)}") from error
-        seen.add((xb.shape, xb.dtype))
-        return result
-
-    return once_per_shape
-
-
-@contextmanager
-def _compiling() -> Iterator[None]:
-    """As many shapes as are asked for: above 8 the compiler would give up. Its warnings are about torch's own code."""
-    limits = {"recompile_limit": 10_000, "accumulated_recompile_limit": 10_000}
-    with torch._dynamo.config.patch(limits), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@lru_cache
-def why_not_compiled(device: str = "cpu") -> str | None:
-    """One line on why torch.compile does not work on this machine, or None. Tried once, on one multiplication."""
-    try:
-        with _compiling():
-            torch.compile(lambda x: x * 2 + 1, fullgraph=True)(torch.ones(3, device=device))
-    except Exception as error:  # compilers fail in ways of their own, and none of them is our fault or the user's
-        return _reason(error)
-    return None
-
-
-def _reason(error: Exception) -> str:
-    """What a compiler's error begins with, as one line; the first line alone often ends in a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    last = next((k for k, line in enumerate(lines, start=1) if not line.endswith(":")), len(lines))
-    return " ".join(lines[:last]) or type(error).__name__
-
-
 def _aliases(parameters: Parameters) -> Gradients:
     """The same memory under new tensor objects: what is left on them does not reach the caller's."""
     return [(w.detach(), b.detach()) for w, b in parameters]
@@ -204,6 +163,7 @@ class Version:
     summary: str
     build: Build
     outer: bool = False  # holds every outer product of a layer at once
+    missing: Callable[[str], str | None] = lambda device: None  # why it cannot run on a kind of device
 
     def __call__(
         self, parameters: Parameters, xb: Tensor, yb: Tensor, activation: str = "relu", loss: str = "mse"
@@ -220,7 +180,7 @@ class Version:
 
     def unavailable(self, device: str = "cpu") -> str | None:
         """Why the version cannot run on this kind of device, in one line; None where it can."""
-        return why_not_compiled(device) if self.build is _compiled else None
+        return self.missing(device)
 
     def memory(self, sizes: Sequence[int], batch: int, itemsize: int = 4) -> int:
         """Estimated peak in bytes beside parameters and batch, sizes = [I, hidden, ..., O].
@@ -234,18 +194,17 @@ class Version:
 
 
 _ROWS = (
+    Version("book", "the chapter's functions, line by line", _bind_book),
     Version("outer", "functions with .g, weight gradient as sum of outer products",
             partial(_functions, WEIGHT_GRADS["outer"]), outer=True),
     Version("einsum", "functions with .g, weight gradient as einsum", partial(_functions, WEIGHT_GRADS["einsum"])),
     Version("matmul", "functions with .g, weight gradient as matrix product",
             partial(_functions, WEIGHT_GRADS["matmul"])),
-    Version("classes", "Lin, Relu, Mse and Model, each remembering its call", _classes),
+    Version("classes", "Lin, Relu, Mse and Model as the book writes them, each remembering its call", _classes),
     Version("layer_function", "LayerFunction with forward and bwd", _layer_function),
-    Version("engine", "functions from tensors to tensors", _engine),
     Version("autograd", "autograd on raw tensors", partial(_autograd, plain_loss)),
     Version("autograd_function", "our rules as torch.autograd.Function", partial(_autograd, loss_by_functions)),
     Version("func_grad", "torch.func.grad_and_value of the loss", _func_grad),
     Version("module", "LinearLayer in nn.Sequential, loss.backward()", _module),
-    Version("compiled", "torch.compile of the engine's pass", _compiled),
 )  # fmt: skip
 VERSIONS: dict[str, Version] = {row.name: row for row in _ROWS}

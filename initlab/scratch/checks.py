@@ -11,7 +11,7 @@ from torch import Tensor
 
 from initlab.errors import UsageError, choose
 from initlab.nn.activations import ACTIVATIONS
-from initlab.scratch.layers import LOSSES
+from initlab.nn.loss_table import LOSSES
 
 
 def refuse_bad_problem(

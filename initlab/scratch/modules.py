@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from initlab.nn.activations import Activation
-from initlab.scratch.layers import Loss, lin, lin_inp_grad, lin_param_grads
+from initlab.nn.loss_table import Loss
+from initlab.scratch.layers import lin
 
 Parameters = Sequence[tuple[Tensor, Tensor]]
 
@@ -28,7 +29,10 @@ class LinAutograd(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         (g,), (inp, w) = grads, ctx.saved_tensors
-        return lin_inp_grad(g, w) if ctx.needs_input_grad[0] else None, *lin_param_grads(g, inp)
+        inp_g = g @ w.t() if ctx.needs_input_grad[0] else None
+        w_g = inp.t() @ g
+        b_g = g.sum(0)
+        return inp_g, w_g, b_g
 
 
 class ActAutograd(torch.autograd.Function):
@@ -58,7 +62,7 @@ class LossAutograd(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (g,), (inp, targ) = grads, ctx.saved_tensors
-        return g[..., None, None] * ctx.row.grad(inp, targ), None, None
+        return g * ctx.row.grad(inp, targ), None, None
 
 
 def loss_by_functions(parameters: Parameters, xb: Tensor, yb: Tensor, activation: Activation, loss: Loss) -> Tensor:

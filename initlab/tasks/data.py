@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from initlab.engine.mlp import lin
 from initlab.errors import UsageError, choose
 from initlab.files import check_file, read_bytes, read_gz
 from initlab.nn.init import gaussian
-from initlab.scratch.layers import lin
 
 # The two files of MNIST's training split, with the md5 sums that torchvision publishes.
 MNIST_FILES = {

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from initlab.errors import UsageError
 from initlab.nn.init import Rule, gaussian
-from initlab.scratch.layers import LOSSES
+from initlab.nn.loss_table import LOSSES
 from initlab.tasks.course.graph import build_mlp, first_shape
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.training import Training

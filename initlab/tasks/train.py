@@ -15,8 +15,8 @@ from initlab.errors import UsageError, check, check_functions, library_call
 from initlab.nn.activations import ACTIVATIONS, Activation
 from initlab.nn.custom_activation import Given, as_activation, check_trainable
 from initlab.nn.init import permutation
+from initlab.nn.loss_table import LOSSES
 from initlab.nn.mup import learning_rates
-from initlab.scratch.layers import LOSSES
 from initlab.stats.keys import Seeds
 from initlab.stats.measure import backend_for
 from initlab.stats.row_order import NETWORK, sort_rows

@@ -6,14 +6,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from initlab.engine import mlp
 from initlab.engine.fast_network import Engine, Factors
+from initlab.engine.mlp import Parameters
 from initlab.engine.named_tensors import change_items, items_of, parameter_items, update_items
 from initlab.engine.recorders import Recording
 from initlab.errors import UsageError
 from initlab.nn.activations import Activation
-from initlab.scratch import mlp
-from initlab.scratch.layers import LOSSES, Loss
-from initlab.scratch.mlp import Parameters
+from initlab.nn.loss_table import LOSSES, Loss
 from initlab.stats.backend import Backend
 from initlab.stats.buffer import DifferenceBuffer, RowBuffer, StatsBuffer
 from initlab.stats.keys import LOSS_COLUMNS, TensorKey

@@ -8,13 +8,13 @@ from torch import Tensor
 
 import initlab
 from initlab.engine import fast_network as fast
+from initlab.engine import mlp
 from initlab.engine.fast_network import Engine
 from initlab.engine.layer_memory import equal_neighbours
+from initlab.engine.mlp import Parameters
 from initlab.errors import UsageError
 from initlab.nn.activations import ACTIVATIONS
-from initlab.scratch import mlp
-from initlab.scratch.layers import LOSSES
-from initlab.scratch.mlp import Parameters
+from initlab.nn.loss_table import LOSSES
 
 # Runs of equal shapes at the beginning, in the middle, at the end, and none; no hidden layer at all.
 SIZES = [(20, 7, 7, 7, 3), (7, 7, 7, 3), (9, 5, 5, 5), (20, 8, 6, 3), (5, 3), (3, 3, 3, 3)]

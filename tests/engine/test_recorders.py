@@ -10,14 +10,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from initlab.engine import fast_network as fast
-from initlab.engine import recorders
+from initlab.engine import mlp, recorders
 from initlab.engine.fast_network import KEPT_MEMORIES, Engine
+from initlab.engine.mlp import Parameters
 from initlab.engine.recorders import Recording
 from initlab.errors import UsageError
 from initlab.nn.activations import ACTIVATIONS
-from initlab.scratch import mlp
-from initlab.scratch.layers import LOSSES
-from initlab.scratch.mlp import Parameters
+from initlab.nn.loss_table import LOSSES
 from initlab.stats.buffer import StatsBuffer
 from initlab.stats.histogram import histogram
 from initlab.stats.kernels.cpu import library

@@ -75,7 +75,7 @@ def test_boxes_do_not_touch_and_hold_their_text(name: str) -> None:
 def test_hand_written_names_are_on_the_figure() -> None:
     figure, _, _ = _drawn(FRAMES["mse"]())
     said = {text.get_text() for text in figure.axes[0].texts}
-    assert {"AddmmBackward0", "Lin.bwd", "Relu.bwd", "Mse.bwd", "p.g += g", "0.weight, (50, 50)"} <= said
+    assert {"AddmmBackward0", "Lin.backward", "Relu.backward", "Mse.backward", "p.g += g", "0.weight, (50, 50)"} <= said
 
 
 def test_a_long_graph_is_cut_off_and_says_so() -> None:

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from initlab.engine import mlp
 from initlab.engine.fast_network import Engine
+from initlab.engine.mlp import Parameters
 from initlab.errors import UsageError
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import Rule, draw, rule
+from initlab.nn.loss_table import LOSSES
 from initlab.nn.mup import learning_rates
-from initlab.scratch import mlp
-from initlab.scratch.layers import LOSSES
-from initlab.scratch.mlp import Parameters
 from initlab.tasks.ensemble.networks import draw_trained
 from initlab.tasks.twins import parameter_groups
 

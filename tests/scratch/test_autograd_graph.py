@@ -208,12 +208,12 @@ def test_a_view_changed_in_place() -> None:
 @pytest.mark.parametrize(
     ("node", "piece"),
     [
-        ("AddmmBackward0", "Lin.bwd"),
-        ("TBackward0", "Lin.bwd"),
-        ("ReluBackward0", "Relu.bwd"),
-        ("MseLossBackward0", "Mse.bwd"),
-        ("NllLossBackward0", "CrossEntropy.bwd"),
-        ("LogSoftmaxBackward0", "CrossEntropy.bwd"),
+        ("AddmmBackward0", "Lin.backward"),
+        ("TBackward0", "Lin.backward"),
+        ("ReluBackward0", "Relu.backward"),
+        ("MseLossBackward0", "Mse.backward"),
+        ("NllLossBackward0", "CrossEntropy.backward"),
+        ("LogSoftmaxBackward0", "CrossEntropy.backward"),
         ("AccumulateGrad", "p.g += g"),
         ("ConvolutionBackward0", ""),
     ],

@@ -11,15 +11,15 @@ from torch import Tensor
 from initlab.errors import UsageError
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import draw, gaussian, rule
-from initlab.scratch import backward
+from initlab.nn.loss_table import LOSSES
 from initlab.scratch.agreement import compare_gradients as compare
 from initlab.scratch.agreement import unit_in_last_place
 from initlab.scratch.backward import plain_loss
-from initlab.scratch.layers import LOSSES
 from initlab.stats.dtypes import DTYPES, resolve_dtype
-from initlab.tasks.course.ladders import BACKWARDS as VERSIONS
+from initlab.tasks.course import engine_versions
+from initlab.tasks.course.engine_versions import BACKWARDS as VERSIONS
 
-EAGER = [name for name in VERSIONS if name != "compiled"]
+EAGER = [name for name in VERSIONS if name not in ("compiled", "book")]  # the book knows one network
 Parameters = list[tuple[Tensor, Tensor]]
 
 
@@ -79,6 +79,36 @@ def test_all_versions_agree_pairwise(activation: str, loss: str, dtype: torch.dt
         assert all(g.count_nonzero() for pair in found["matmul"][1] for g in pair), "a claim about zeros is none"
 
     holds()
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=20)
+@given(inputs=st.integers(1, 40), width=st.integers(16, 48), batch=st.integers(1, 1000), seed=st.integers(0, 10**6))
+def test_the_books_lines_give_the_same_for_the_books_network(inputs: int, width: int, batch: int, seed: int) -> None:
+    for dtype in (torch.float32, torch.float64):
+        given_problem = problem([inputs, width, 1], batch, seed=seed, dtype=dtype)
+        found = results(["book", "classes", "matmul", "module"], *given_problem)
+        assert all(compare(found["book"], other).equal for other in found.values())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "activation", "loss", "dtype"),
+    [
+        ([4, 5, 1], "tanh", "mse", torch.float32),
+        ([4, 5, 3], "relu", "cross_entropy", torch.float32),
+        ([4, 5, 5, 1], "relu", "mse", torch.float32),
+        ([4, 1], "relu", "mse", torch.float32),
+        ([4, 5, 1], "relu", "mse", torch.float16),
+    ],
+)
+def test_the_books_lines_say_which_network_they_know(
+    sizes: list[int], activation: str, loss: str, dtype: torch.dtype
+) -> None:
+    """The other versions take all of these; float16 where the book's mask is float32."""
+    given_problem = problem(sizes, 6, activation, loss, dtype=dtype)
+    with pytest.raises(UsageError, match=f"version=book: .* not for {activation}, {loss}"):
+        VERSIONS["book"](*given_problem, activation, loss)
+    for name in ("matmul", "classes", "layer_function"):
+        assert VERSIONS[name](*given_problem, activation, loss)[0].dtype == dtype
 
 
 def finite_differences(parameters: Parameters, xb: Tensor, yb: Tensor, activation: str, loss: str) -> Parameters:
@@ -159,7 +189,7 @@ def test_wrong_gradients_are_caught_by_both_checks() -> None:
         assert str(agreement).startswith("different: ")
 
 
-@pytest.mark.parametrize("name", EAGER)
+@pytest.mark.parametrize("name", ["book", *EAGER])
 def test_arguments_come_back_as_they_were(name: str) -> None:
     parameters, xb, yb = problem([4, 5, 1], 6)
     given_tensors = [*itertools.chain(*parameters), xb, yb]
@@ -177,7 +207,7 @@ def test_arguments_come_back_as_they_were(name: str) -> None:
     assert shapes == [(tuple(w.shape), tuple(b.shape)) for w, b in parameters]
 
 
-@pytest.mark.parametrize("name", EAGER)
+@pytest.mark.parametrize("name", ["book", *EAGER])
 def test_a_bound_step_can_be_repeated_and_sees_updates(name: str) -> None:
     """Nothing accumulates from step to step, and an in-place update of the parameters is seen."""
     parameters, xb, yb = problem([4, 5, 1], 6)
@@ -299,14 +329,14 @@ def test_unavailable_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("\nno compiler here\nand much more")
 
-    backward.why_not_compiled.cache_clear()
+    engine_versions.why_not_compiled.cache_clear()
     monkeypatch.setattr(torch, "compile", broken)
     try:
         assert VERSIONS["compiled"].unavailable() == "no compiler here"
         with pytest.raises(UsageError, match="version=compiled: unavailable here: no compiler here"):
             VERSIONS["compiled"](*problem([4, 5, 1], 6))
     finally:
-        backward.why_not_compiled.cache_clear()
+        engine_versions.why_not_compiled.cache_clear()
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from initlab.errors import UsageError
 from initlab.nn.init import gaussian, permutation
-from initlab.scratch import matmul
-from initlab.scratch.matmul import LADDER, RUNGS, Rung
+from initlab.scratch import matmul, rungs
+from initlab.scratch.rungs import LADDER, RUNGS, Rung
 from initlab.stats.summarize import relative_error
 
 PLAIN = [name for name in RUNGS if name not in ("compiled", "triton")]  # those that need no compiler
@@ -122,10 +122,10 @@ def test_the_inputs_are_left_alone(name):
 
 
 def test_tiles_meet_at_their_edges():
-    t = matmul.TILE
+    t = rungs.TILE
     for shape in [(t, t, t), (t - 1, t, t + 1), (t + 2, 2 * t + 1, 1), (1, t + 1, t + 1)]:
         a, b = pair(*shape, 4)
-        assert torch.equal(matmul.blocked(a, b), a @ b), shape
+        assert torch.equal(rungs.blocked(a, b), a @ b), shape
 
 
 @pytest.mark.parametrize("name", LADDER)
@@ -161,13 +161,13 @@ def test_a_missing_compiler_is_a_reason_and_no_crash(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UsageError, match=r"compiled.*no-such-compiler"):
-        matmul.compiled(torch.ones(2, 2), torch.ones(2, 2))
+        LADDER["compiled"](torch.ones(2, 2), torch.ones(2, 2))
 
 
 def test_triton_on_a_processor_is_a_reason_and_no_crash(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UsageError, match="triton"):
-        matmul.triton_kernel(torch.ones(2, 2), torch.ones(2, 2))
+        LADDER["triton"](torch.ones(2, 2), torch.ones(2, 2))
 
 
 @pytest.mark.slow
@@ -176,10 +176,10 @@ def test_triton_on_a_processor_is_a_reason_and_no_crash(monkeypatch):
 def test_the_compiled_form_equals_the_form(dtype):
     for shape in [(5, 784, 10), (3, 4, 2), (1, 4, 2), (3, 1, 2), (3, 4, 1), (1, 1, 1), (0, 3, 2), (2, 0, 2), (2, 3, 0)]:
         a, b = pair(*shape, 5, dtype)
-        assert torch.equal(matmul.compiled(a, b), matmul.outer(a, b)), shape
+        assert torch.equal(rungs.compiled(a, b), matmul.outer(a, b)), shape
 
 
-INTERPRETED = matmul.TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = rungs.TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ INTERPRETED = matmul.TRITON and os.environ.get("TRITON_INTERPRET") == "1"
             "cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="needs Triton, and TRITON_INTERPRET=1 on a CPU")
         ),
         pytest.param(
-            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not matmul.TRITON, reason="Triton is not installed")]
+            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not rungs.TRITON, reason="Triton is not installed")]
         ),
     ],
 )
@@ -197,8 +197,8 @@ INTERPRETED = matmul.TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 def test_the_triton_kernel_equals_the_operator(dtype, device):
     for shape in [(5, 784, 10), (33, 65, 31), (1, 1, 1), (64, 64, 64), (0, 3, 2), (2, 0, 2), (2, 3, 0)]:
         a, b = (t.to(device) for t in pair(*shape, 6, dtype))
-        assert torch.equal(matmul.triton_kernel(a, b), a @ b), shape
-        assert torch.equal(matmul.triton_kernel(b.t(), a.t()), (a @ b).t()), shape
+        assert torch.equal(rungs.triton_kernel(a, b), a @ b), shape
+        assert torch.equal(rungs.triton_kernel(b.t(), a.t()), (a @ b).t()), shape
     a, b = (t.to(device) for t in pair(40, 100, 20, 7, dtype, positive))
-    assert error(matmul.triton_kernel(a, b).cpu(), (a @ b).cpu()) <= TOLERANCE[dtype]
-    assert error(matmul.triton_kernel(a, b).cpu(), (a @ b).cpu() * (1 + 1e-4)) > 5 * TOLERANCE[torch.float32]
+    assert error(rungs.triton_kernel(a, b).cpu(), (a @ b).cpu()) <= TOLERANCE[dtype]
+    assert error(rungs.triton_kernel(a, b).cpu(), (a @ b).cpu() * (1 + 1e-4)) > 5 * TOLERANCE[torch.float32]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import initlab
+from initlab.engine import mlp
 from initlab.engine.fast_network import Engine
 from initlab.errors import UsageError
 from initlab.job.options import statistics_of
 from initlab.job.settings import Config
-from initlab.scratch import mlp
 from initlab.stats.backend import measure_custom
 from initlab.stats.buffer import Item, StatsBuffer
 from initlab.stats.kernels.cpu import plain

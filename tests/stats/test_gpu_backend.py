@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from initlab.engine.fast_network import Engine
+from initlab.engine.mlp import Parameters
 from initlab.engine.recorders import Recording
-from initlab.scratch.mlp import Parameters
 from initlab.stats.backend import Backend
 from initlab.stats.buffer import StatsBuffer
 from initlab.stats.histogram import bin_columns

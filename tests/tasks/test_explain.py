@@ -6,7 +6,7 @@ import torch
 
 from initlab.errors import UsageError
 from initlab.nn.activations import ACTIVATIONS
-from initlab.scratch.layers import LOSSES
+from initlab.nn.loss_table import LOSSES
 from initlab.tasks.course.explain import SYMBOLIC, explain
 
 NAMES = {name: sympy.Symbol(name, real=True) for name in ("z", "inp", "w", "b", "out", "targ", "hit")}

@@ -34,7 +34,7 @@ def test_our_own_network(loss: str, nodes: list[str]) -> None:
     leaves = frames["nodes"].query("leaf != ''")
     assert sorted(leaves["leaf"]) == [f"{layer}.{what}" for layer in (0, 2, 4) for what in ("bias", "weight")]
     assert leaves["gradient"].str.startswith("norm").all()
-    assert list(frames["nodes"]["hand"]).count("Lin.bwd") == 6
+    assert list(frames["nodes"]["hand"]).count("Lin.backward") == 6
     assert (frames["nodes"]["hand"] != "").all()
 
 

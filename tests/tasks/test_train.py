@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from initlab.engine import mlp
 from initlab.errors import UsageError
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import RULES, rule
-from initlab.scratch import mlp
-from initlab.scratch.layers import LOSSES
+from initlab.nn.loss_table import LOSSES
 from initlab.tasks import train as train_module
 from initlab.tasks.data import Data, load
 from initlab.tasks.ensemble.device import Where

@@ -16,8 +16,9 @@ from torch import Tensor
 from initlab.errors import check, choose
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import Rule, gaussian, permutation, rule
-from initlab.scratch.classes import LOSS_LAYERS, Act, Lin
-from initlab.scratch.layers import LOSSES, g_of
+from initlab.nn.loss_table import LOSSES
+from initlab.scratch.classes import LOSS_LAYERS, Act, FirstLin, Lin
+from initlab.scratch.mended_layers import g_of
 from initlab.stats.measure import measure
 from initlab.stats.statistics import STATISTICS
 from initlab.tasks.ensemble.device import Where
@@ -42,9 +43,10 @@ SYMBOLIC: dict[str, Symbolic] = {
     "cross_entropy": Symbolic("(log(exp(out) + rest) - hit*out)/N", {"out": "(exp(out)/(exp(out) + rest) - hit)/N"}),
 }
 
-# The same for whole tensors, as `layers.py` computes it: class -> what each of its tensors is set to.
+# The same for whole tensors, as `classes.py` computes it: class -> what each of its tensors is set to.
 SETS: dict[str, dict[str, str]] = {
     "Lin": {"out": "inp @ w + b", "inp.g": "out.g @ w.T", "w.g": "inp.T @ out.g", "b.g": "sum of out.g over the batch"},
+    "FirstLin": {"out": "inp @ w + b", "w.g": "inp.T @ out.g", "b.g": "sum of out.g over the batch"},
     "Act": {"out": "phi(inp)", "inp.g": "out.g * phi'(inp)"},
     "Mse": {"out": "mean of (inp - targ)^2", "inp.g": "2 (inp - targ) / N"},
     "CrossEntropy": {"out": "mean of -log softmax(inp)[targ]", "inp.g": "(softmax(inp) - onehot(targ)) / N"},
@@ -119,7 +121,7 @@ def follow_pass(
     for k, (w, b) in enumerate(parameters, start=1):
         watch.name(w, f"w{k}")
         watch.name(b, f"b{k}")
-        layers.append(NamedLayer(Lin(w, b, inp_grad=k > 1), k, f"lin{k}"))
+        layers.append(NamedLayer(Lin(w, b) if k > 1 else FirstLin(w, b), k, f"lin{k}"))
         layers.append(NamedLayer(Act(ACTIVATIONS[activation]), k, f"{activation}{k}"))
     layers[-1] = NamedLayer(LOSS_LAYERS[loss](), len(parameters), loss)
     value = xb
@@ -148,7 +150,7 @@ class _Watch:
 
     def forward(self, layer: NamedLayer, out: Tensor) -> None:
         self.step += 1
-        letter = {Lin: "z", Act: "a"}.get(type(layer.object))
+        letter = {Lin: "z", FirstLin: "z", Act: "a"}.get(type(layer.object))
         self.name(out, f"{letter}{layer.layer}" if letter else "loss")
         self._note("forward", layer, "out", out, reads=self.name_of(layer.object.inp))
 

@@ -12,12 +12,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from initlab.engine import mlp
 from initlab.errors import UsageError, check, choose
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import Rule, gaussian, rule
-from initlab.scratch import mlp
+from initlab.nn.loss_table import LOSSES
 from initlab.scratch.autograd_graph import gradients, walk
-from initlab.scratch.layers import LOSSES
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.networks import Frames, draw_trained
 

@@ -10,14 +10,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from initlab.engine.fast_network import Engine
+from initlab.engine import mlp
 from initlab.errors import UsageError, check, choose
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import draw, gaussian, rule
-from initlab.scratch import mlp
-from initlab.scratch.backward import VERSIONS, Gradients, Parameters, Result, Step, Version
-from initlab.scratch.layers import LOSSES
-from initlab.scratch.matmul import LADDER, Rung, Sizes
+from initlab.nn.loss_table import LOSSES
+from initlab.scratch.backward import Parameters, Result
+from initlab.scratch.rungs import LADDER, Rung, Sizes
+from initlab.tasks.course.engine_versions import BACKWARDS
 from initlab.tasks.course.rotated_timing import seconds_each
 from initlab.tasks.course.timing import agreement as agreement
 from initlab.tasks.course.timing import time_ladder
@@ -65,27 +65,6 @@ def matmul_ladder(
         )
         frames.append(frame.assign(rows=m))
     return pd.concat(frames, ignore_index=True)
-
-
-def bind_engine(parameters: Gradients, activation: str, loss: str) -> Step:
-    """The engine has memory of its own: the parameters are copied in before each pass, as they may have changed."""
-    engine = Engine([(w.unsqueeze(0), b.unsqueeze(0)) for w, b in parameters], activation, loss)
-
-    def step(xb: Tensor, yb: Tensor) -> Result:
-        engine.load(parameters)
-        losses, found = engine.gradients(xb.unsqueeze(0), yb.unsqueeze(0))
-        return losses[0], [(w[0], b[0]) for w, b in found]
-
-    return step
-
-
-_ENGINE = Version(
-    "fast", "the engine that initlab trains with: memory allocated once, overwritten in place", bind_engine
-)
-# The versions of the course, and the engine behind the functions that it repeats in place.
-BACKWARDS: dict[str, Version] = {
-    row.name: row for version in VERSIONS.values() for row in (version, *[_ENGINE] * (version.name == "engine"))
-}
 
 
 def backward_ladder(

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from initlab.engine.mlp import Parameters
 from initlab.errors import UsageError, check, check_value, keep_checked, plain, show
 from initlab.nn import lsuv
 from initlab.nn.activations import Activation
@@ -23,7 +24,6 @@ from initlab.nn.custom_activation import Given, as_activation
 from initlab.nn.init import GENERATORS, RULES, Rule, draw, rule, rule_name
 from initlab.nn.mup import last_layer
 from initlab.nn.network import Network, dense
-from initlab.scratch.mlp import Parameters
 from initlab.stats.keys import Seeds, resolve_seeds
 from initlab.tasks.ensemble.device import Where
 

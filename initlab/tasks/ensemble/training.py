@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from initlab.errors import Limits, UsageError, check_value, choose, keep_checked
-from initlab.scratch.layers import LOSSES
+from initlab.nn.loss_table import LOSSES
 from initlab.tasks.data import Data
 
 Optimizer = Callable[..., torch.optim.Optimizer]

@@ -1,5 +1,6 @@
-"""The MLP by hand and its `nn.Module` twin.
+"""The MLP by hand, for one network or an ensemble at once, and its `nn.Module` twin.
 
+The lines are the course's (`scratch/`), with leading ensemble dimensions: inp (..., N, I), out (..., N, O).
 `parameters` is `[(w, b), ...]`, first layer first, w (..., I, O) and b (..., O); the last layer has no activation.
 Layer l of the tables is `parameters[l - 1]`.
 """
@@ -12,9 +13,24 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from initlab.nn.activations import Activation
-from initlab.scratch.layers import Loss, lin, lin_inp_grad, lin_param_grads
+from initlab.nn.loss_table import Loss
 
 Parameters = list[tuple[Tensor, Tensor]]
+
+
+def lin(inp: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """out = inp w + b; for a single network in one call, the same that `nn.Linear` makes, so that both round alike."""
+    return torch.addmm(b, inp, w) if inp.ndim == 2 else inp @ w + b.unsqueeze(-2)
+
+
+def lin_param_grads(g: Tensor, inp: Tensor) -> tuple[Tensor, Tensor]:
+    """dL/dw = inp^T g and dL/db = sum of g over the batch."""
+    return inp.mT @ g, g.sum(-2)
+
+
+def lin_inp_grad(g: Tensor, w: Tensor) -> Tensor:
+    """dL/dinp = g w^T; the first layer never needs it."""
+    return g @ w.mT
 
 
 @dataclass

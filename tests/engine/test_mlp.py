@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from initlab.engine import mlp
+from initlab.engine.mlp import Parameters, Pass
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import RULES, draw, rule
-from initlab.scratch import mlp
-from initlab.scratch.layers import LOSSES
-from initlab.scratch.mlp import Parameters, Pass
+from initlab.nn.loss_table import LOSSES
 
 CASES = [(activation, loss) for activation in ACTIVATIONS for loss in LOSSES]
 
