@@ -41,8 +41,8 @@ HOUSE = {
         "tensor_law backward_law infinite_width stack_laws format_limits method predict z_scores"
     ),
     "scratch": (
-        "agreement graph_text autograd_graph matmul rungs layers mended_layers checks classes layer_function modules "
-        "backward"
+        "agreement graph_text autograd_graph broadcasting matmul rungs layers mended_layers checks classes "
+        "layer_function modules backward"
     ),
     "probes": (
         "torch_private hook_types probe_buffer computed_weights probed_modules layer_numbers gradient_hooks operations "
@@ -60,7 +60,7 @@ HOUSE = {
     "engine": "mlp layer_memory named_tensors fast_network recorders",
     "tasks": (
         "course.rotated_timing data ensemble.device ensemble.memory course.timing course.engine_versions "
-        "course.ladders ensemble.networks course.explain course.graph ensemble.plan ensemble.training "
+        "course.ladders ensemble.networks course.broadcast course.explain course.graph ensemble.plan ensemble.training "
         "ensemble.unbounded_twin coordinate_check gains jacobian phase_points phase seeded stack curves formats "
         "model_checks twins train"
     ),

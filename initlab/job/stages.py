@@ -160,6 +160,12 @@ def backward_stage(task: Any, s: JobSettings) -> Stage:
     return _ladder(task, measure, s)
 
 
+def broadcast_stage(task: Any, s: JobSettings) -> Stage:
+    """The chapter's 3x3 examples; shapes of one's own are broadcast when the stage is made."""
+    frames = task.broadcast(s.config.shapes)
+    return _measure_later(lambda: frames, task.broadcast_as_text)
+
+
 def explain_stage(task: Any, s: JobSettings) -> Stage:
     """One backward pass, followed when the stage is made."""
     t = s.training
@@ -266,6 +272,7 @@ TASKS: dict[str, Task] = {
     "stack": Task((("stack", stack_stage),), any_function=True, by_rule=True, statistics=True),
     "train": Task((("train", train_stage),), any_function=True, by_rule=True, statistics=True),
     "seeded": Task((("seeded", seeded_stage),), any_function=True, by_rule=True),
+    "broadcast": Task((("course.broadcast", broadcast_stage),)),
     "matmul": Task((("course.ladders", matmul_stage),)),
     "backward": Task((("course.ladders", backward_stage),)),
     "graph": Task((("course.graph", graph_stage),)),

@@ -20,7 +20,7 @@ HISTOGRAMS, LSUV, TIMINGS = "histograms", "lsuv", "timings"
 JACOBIAN, SINGULAR_VALUES = "jacobian", "singular_values"
 GAINS, PHASE, FORMATS, ENDS = "gains", "phase", "formats", "ends"
 AUDIT, FINDINGS = "audit", "findings"
-NODES, EDGES, STEPS, RULES = "nodes", "edges", "steps", "rules"
+NODES, EDGES, STEPS, RULES, EXAMPLES = "nodes", "edges", "steps", "rules", "examples"
 
 _TENSOR = tuple(name for name in KEY_COLUMNS if name != "seed")
 
@@ -125,6 +125,7 @@ TABLES: dict[str, Table] = {
     EDGES: Table("a row per edge of autograd's graph"),
     STEPS: Table("a row per `.g` that one backward pass sets, in order"),
     RULES: Table("the local rule of each layer and its derivative"),
+    EXAMPLES: Table("a row per expression of the course's 3x3 examples, with shape, strides and numbers"),
 }
 
 
