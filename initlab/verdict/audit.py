@@ -13,8 +13,9 @@ from initlab.models.families import UNKNOWN
 from initlab.models.fans import is_readable
 from initlab.models.laws import CONSTANT, WeightLaw, recognize_law
 from initlab.models.layer_gains import ModelGains, measure_gains, needed_gain
-from initlab.models.named_rules import ERRORS, matching_rules
-from initlab.verdict.finding import WARNING, Finding, Verdict
+from initlab.models.named_rules import matching_rules
+from initlab.verdict.finding import Finding, Verdict
+from initlab.verdict.rules import AGREES, WARNING
 from initlab.verdict.weight_rules import AuditRow, list_weight_findings
 
 COLUMNS = (
@@ -141,7 +142,7 @@ def compare_models(a: nn.Module, b: nn.Module) -> Audit:
             alone["first" if isinstance(row["shape"], tuple) else "second"].append(name)
         elif row["shape"] != row["shape_b"]:
             causes.append((name, f"has shape {row['shape']} in one model and {row['shape_b']} in the other"))
-        elif row["law"] != row["law_b"] or abs(row["z"]) > ERRORS:
+        elif row["law"] != row["law_b"] or abs(row["z"]) > AGREES:
             ours, theirs = f"{row['law']}, gain {row['gain']:.3g}", f"{row['law_b']}, gain {row['gain_b']:.3g}"
             causes.append((name, f"{ours}, in one model, {theirs}, in the other"))
     for which, names in alone.items():

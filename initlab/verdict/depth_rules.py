@@ -1,18 +1,33 @@
 """Rules about how sizes change with depth, and about inputs that cannot be told apart at the end."""
 
 import math
-from statistics import median
+from statistics import harmonic_mean, median
 
-from initlab.stats.dtypes import FORMATS, NumberFormat
+from initlab.errors import UsageError
+from initlab.meanfield.fixed_points import Phase, phase
+from initlab.nn.custom_activation import name_of
 from initlab.verdict.evidence import NetworkEvidence
-from initlab.verdict.finding import ERROR, WARNING, Finding
+from initlab.verdict.finding import Finding
 from initlab.verdict.reference_networks import Reference
-from initlab.verdict.trends import RATE, TOTAL, Trend, fit_trend, is_significant
-
-DEEP, SOME, FAR = 9, 3.7, 10.0  # fewer layers train, unless sizes change by 2^10; more, unless by 2^3.7
-POST_NORM = 36  # residual branches with norms behind them from which training needs a slow start
-LARGE_LOSS, TINY_GRADIENT = 1e4, 1e-9
-COLLAPSED = 0.99  # a mean cosine of the batch beyond this
+from initlab.verdict.rules import (
+    COLLAPSED,
+    DEEP,
+    DIFFERENT,
+    ERROR,
+    FAR,
+    LARGE_LOSS,
+    LOSS,
+    MUCH,
+    POST_NORM,
+    RATE,
+    SOME_POST_NORM,
+    SPREAD,
+    TINY_GRADIENT,
+    TOTAL,
+    WARNING,
+    WIDTH,
+)
+from initlab.verdict.trends import Trend, fit_trend, is_significant
 
 
 def judge_trends(e: NetworkEvidence, reference: Reference) -> Finding | None:
@@ -20,14 +35,14 @@ def judge_trends(e: NetworkEvidence, reference: Reference) -> Finding | None:
     for direction, column in (("forward", "rms"), ("forward", "std_within"), ("backward", "rms")):
         trend = e.trend(direction, column)
         if direction == "backward":  # gradients run from the last layer to the first
-            trend = trend._replace(rate=-trend.rate)
+            trend = trend.reverse()
         if not is_significant(trend):
             continue
         usual, spread = reference.trend(direction, column)
         usual = -usual if direction == "backward" else usual
         excess = trend.rate - usual
         span = trend.last - trend.first
-        if abs(excess) < max(RATE, 4 * spread) or abs(excess) * span < TOTAL:
+        if abs(excess) < max(RATE, SPREAD * spread) or abs(excess) * span < TOTAL:
             continue
         return _describe_trend(e, trend, direction, column, usual)
     return None
@@ -43,9 +58,12 @@ def _describe_trend(e: NetworkEvidence, trend: Trend, direction: str, column: st
         f"{2.0**trend.total:.3g} in all {trend.last - trend.first} steps{', from the last layer down' if back else ''}"
     )
     detail = f"It {'doubles' if grows else 'halves'} every {1 / abs(trend.rate):.2g} layers, {detail}"
-    ends = _find_format_ends(trend, direction)
-    if ends:
-        detail += "; " + ", ".join(f"{name} ends at layer {n}" for name, n in ends.items())
+    words, ends = _find_format_ends(trend, back)
+    detail += f"; {words}" if words else ""
+    gradients = e.trend("backward").reverse()
+    if not back and is_significant(gradients):
+        words, _ = _find_format_ends(gradients, True)
+        detail += f"; of gradients {words}" if words else ""
     layer = e.layer_at(trend.last if back else trend.first)
     where = next((g.tensor.module_name or g.tensor.name for g in e.gains if e.layer_of(g.tensor.name) == layer), "")
     evidence: dict[str, float] = {
@@ -53,28 +71,32 @@ def _describe_trend(e: NetworkEvidence, trend: Trend, direction: str, column: st
         "standard_error": trend.error,
         "reference": usual,
         "total_octaves": trend.total,
-        **{f"leaves_{name}": n for name, n in ends.items()},
+        **ends,
     }
     if e.gains:
         evidence |= {"gain": e.gains[0].found, "needed": e.gains[0].needed}
     place = (layer, where, "preactivation", direction)
     deepest = max(e.depths.values(), default=trend.last) - trend.first
-    deep = deepest >= DEEP and abs(trend.rate) * deepest > SOME
+    deep = deepest >= DEEP and abs(trend.rate) * deepest > MUCH
     severity = ERROR if deep or abs(trend.total) > FAR else WARNING
     return Finding(rule, severity, *place, cause, remedy, evidence, factors=factors, detail=f"{detail}.")
 
 
-def _find_format_ends(trend: Trend, direction: str) -> dict[str, int]:
-    """The layer at which the trend leaves each number format, below 10 times the depth."""
-    found = {}
+def _find_format_ends(trend: Trend, back: bool) -> tuple[str, dict[str, int]]:
+    """Where a trend leaves each number format, in words and as a layer; of what has not happened yet the depth."""
+    words, found = [], dict[str, int]()
     for name in ("float16", "bfloat16", "float32"):
-        row: NumberFormat = FORMATS[name]
-        end = math.log2(row.max) if trend.rate > 0 else math.log2(row.least)
-        if direction == "forward":
-            steps = (end - trend.start) / trend.rate
-            if 0 <= steps <= 10 * trend.last:
-                found[name] = int(trend.first + steps)
-    return found
+        steps = trend.count_steps(name)
+        if steps is None:
+            continue
+        layer = trend.last - steps if back else trend.first + steps
+        if trend.first <= layer <= trend.last:
+            words.append(f"{name} ends at layer {layer}")
+            found[f"leaves_{name}"] = layer
+        else:
+            words.append(f"{name} would end with {steps + 1} layers")
+            found[f"depth_{name}"] = steps + 1
+    return ", ".join(words), found
 
 
 def _find_cause(e: NetworkEvidence, grows: bool) -> tuple[str, str, dict[str, float]]:
@@ -109,7 +131,7 @@ def judge_post_norm(e: NetworkEvidence, reference: Reference) -> Finding | None:
     flow = e.known.flow
     sums = {k for k, _ in flow.branches}
     after = [k for k in sums if len(flow.users[k]) == 1 and e.nodes[flow.users[k][0]].kind == "norm"]
-    if len(sums) < POST_NORM / 3 or len(after) < 0.8 * len(sums):
+    if len(sums) < SOME_POST_NORM or len(after) < 0.8 * len(sums):
         return None
     trend = e.trend("backward")
     cause = (
@@ -126,7 +148,7 @@ def judge_output(e: NetworkEvidence, reference: Reference) -> Finding | None:
     rows = e.select("loss")
     chance = rows["chance_loss"].to_numpy(dtype=float)
     for loss, guess in zip(rows["mean"], chance, strict=True):
-        if guess == guess and loss > 2 * guess + 1:
+        if guess == guess and loss > LOSS * guess + 1:
             last = next((g for g in reversed(e.gains) if g.position >= 0), None)
             name = last.tensor.module_name or last.tensor.name if last is not None else ""
             cause = f"the loss starts at {loss:.3g} where a guess has {guess:.3g}: outputs are too large"
@@ -157,7 +179,7 @@ def judge_collapse(e: NetworkEvidence, reference: Reference) -> Finding | None:
     """Inputs that the last layers cannot tell apart, though they differ at the input."""
     rows = e.select("preactivation")
     given = e.rows[(e.rows["layer"] == 0) & (e.rows["op"] == "input")]["cosine"]
-    if len(rows) < 3 or not len(given) or not float(given.iloc[0]) < 0.9:
+    if len(rows) < 3 or not len(given) or not float(given.iloc[0]) < DIFFERENT:
         return None
     before_last = rows[rows["layer"] < rows["layer"].max()]["cosine"]
     late = before_last.iloc[-1] if len(before_last) else 0.0
@@ -165,13 +187,34 @@ def judge_collapse(e: NetworkEvidence, reference: Reference) -> Finding | None:
         return None
     angles = [(row["layer"], 0.5 * math.log2(max(1 - row["cosine"], 1e-15))) for row in rows.to_dict("records")]
     trend = fit_trend(*zip(*angles, strict=True))
-    scale = f" (the difference halves every {1 / abs(trend.rate):.2g} layers)" if trend.rate < 0 else ""
-    cause = f"vectors of different inputs have a mean cosine of {late:.4f} at the end{scale}"
+    evidence = {"cosine": late}
+    cause = f"vectors of different inputs have a mean cosine of {late:.4f} at the end"
+    if trend.rate < 0:
+        evidence["layers_per_halving"] = 1 / abs(trend.rate)
+        cause += f" (the difference halves every {1 / abs(trend.rate):.2g} layers)"
+    known = _find_phase(e)
+    if known is not None:
+        evidence["xi_c"] = known.xi_c
+        is_finite = known.xi_c < math.inf
+        scale = f"{known.xi_c:.3g} layers" if is_finite else "infinite, angles fall as 1/layer"
+        cause += f"; the correlation depth of {known.activation} with gain {known.sigma_w:.3g} is {scale}"
     remedy = "fewer layers, residual branches, or an activation and gain that keep angles (tanh, or a shaped ReLU)"
     last = int(rows["layer"].max()) - 1
-    return Finding(
-        "correlation-collapse", WARNING, last, "", "preactivation", "forward", cause, remedy, {"cosine": late}
-    )
+    return Finding("correlation-collapse", WARNING, last, "", "preactivation", "forward", cause, remedy, evidence)
+
+
+def _find_phase(e: NetworkEvidence) -> Phase | None:
+    """The phase of the most frequent activation at the middle gain and bias; none with norms or residual branches."""
+    behind = [(g, g.follower.activation) for g in e.gains if g.follower and g.follower.activation]
+    if not behind or any(node.kind in ("norm", "sum") for node in e.nodes):
+        return None
+    names = [name_of(activation) for _, activation in behind]
+    mine = [one for one, name in zip(behind, names, strict=True) if name == max(names, key=names.count)]
+    biases = [bias.rms for g, _ in mine if (bias := e.find_bias(g)) is not None]
+    try:
+        return phase(mine[0][1], median(g.found for g, _ in mine), median(biases) if biases else 0.0)
+    except UsageError:  # a gain that is not finite
+        return None
 
 
 def judge_width(e: NetworkEvidence, reference: Reference) -> Finding | None:
@@ -179,16 +222,19 @@ def judge_width(e: NetworkEvidence, reference: Reference) -> Finding | None:
     kinds = {node.kind for node in e.nodes}
     if "norm" in kinds or "sum" in kinds:
         return None
-    variance = 0.0
+    variance, fans = 0.0, list[float]()
     for gain in e.gains:
         activation = gain.follower.activation if gain.follower is not None else None
         if gain.tensor.kind == "linear" and (activation is None or activation.homogeneous):
             variance += (5.0 if activation is not None else 2.0) / gain.part.fan_in
+            fans.append(gain.part.fan_in)
     spread = 0.5 * math.sqrt(variance)
-    if spread < math.log(2):
+    if spread < WIDTH:
         return None
-    factor = math.exp(spread)
+    factor, scale = math.exp(spread), len(fans) / spread**2
     cause = f"sizes at the end differ between networks of this rule by a factor {factor:.3g} (one standard deviation)"
+    cause += f": the depth scale, where that is e, is {scale:.3g} layers, {scale / harmonic_mean(fans):.2g} times the "
+    cause += f"width, and {len(fans)} are there"
     place = (e.n_layers, "", "preactivation", "forward")
     remedy = "wider layers, fewer of them, or orthogonal weights"
-    return Finding("finite-width", WARNING, *place, cause, remedy, {"std_ln_rms": spread})
+    return Finding("finite-width", WARNING, *place, cause, remedy, {"std_ln_rms": spread, "depth_scale": scale})

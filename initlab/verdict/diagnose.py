@@ -23,7 +23,7 @@ from initlab.verdict.depth_rules import (
     judge_width,
 )
 from initlab.verdict.evidence import Loss, NetworkEvidence, changed_weights, collect_evidence, default_loss
-from initlab.verdict.finding import ERROR, WARNING, Finding, Verdict
+from initlab.verdict.finding import Finding, Verdict
 from initlab.verdict.format_rules import judge_formats
 from initlab.verdict.input_rules import judge_input
 from initlab.verdict.module_rules import judge_embeddings, judge_norms, judge_recurrent
@@ -33,9 +33,11 @@ from initlab.verdict.parameter_rules import (
     judge_means,
     judge_outlier,
     judge_parameters,
+    judge_stray,
     judge_zero,
 )
 from initlab.verdict.reference_networks import Reference, draw_parameters
+from initlab.verdict.rules import ERROR, WARNING
 from initlab.verdict.signal_rules import judge_biases, judge_logits, judge_producers, judge_units
 from initlab.verdict.training_rules import judge_updates, train_steps
 from initlab.verdict.weight_rules import judge_fans, judge_lost_init
@@ -47,6 +49,7 @@ SIGNAL_RULES = (
     judge_gradients,
     judge_input,
     judge_zero,
+    judge_stray,
     judge_embeddings,
     judge_norms,
     judge_recurrent,

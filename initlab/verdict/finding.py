@@ -9,15 +9,15 @@ from typing import Any
 
 import pandas as pd
 
-ERROR, WARNING = "error", "warning"
+from initlab.verdict.rules import ERROR, list_rules
 
 
 @dataclass(frozen=True)
 class Finding:
     """One thing that is wrong, where it starts, why, and what to change.
 
-    rule: its stable name, such as `vanishing`. severity: `error` or `warning`. layer: its number in the frame of
-    `measure`, 0 for the input, -1 where it is none. name: the dotted name of the module or parameter. tensor,
+    rule: its row in the table of rules, such as `vanishing`. severity: `error` or `warning`. layer: its number in the
+    frame of `measure`, 0 for the input, -1 where it is none. name: the dotted name of the module or parameter. tensor,
     direction: as in the frame. since: the training step at which it was seen first. cause, remedy: plain sentences.
     evidence: the numbers behind them. factors: what the remedy multiplies parameters by, by their dotted names; `input`
     and `lr` stand for the batch and the learning rate. redraw: the parameters that the remedy draws anew.
@@ -85,6 +85,11 @@ class Verdict:
         """A row per finding."""
         columns = ["rule", "severity", "layer", "name", "tensor", "direction", "since", "cause", "remedy"]
         return pd.DataFrame([{key: getattr(one, key) for key in columns} for one in self.findings], columns=columns)
+
+    @property
+    def rules(self) -> pd.DataFrame:
+        """The table of rules that findings refer to by `id`: a row for each threshold, with its unit and source."""
+        return list_rules()
 
     @property
     def json(self) -> str:

@@ -7,9 +7,8 @@ import numpy as np
 import pandas as pd
 
 from initlab.stats.format_shares import find_power
-from initlab.verdict.finding import WARNING, Finding
-
-LOST = 0.01  # of the entries of a gradient
+from initlab.verdict.finding import Finding
+from initlab.verdict.rules import OVERFLOW, UNDERFLOW, WARNING
 
 
 def judge_formats(rows: pd.DataFrame, names: Sequence[str]) -> Iterator[Finding]:
@@ -18,14 +17,14 @@ def judge_formats(rows: pd.DataFrame, names: Sequence[str]) -> Iterator[Finding]
     rows: of `measure` with these formats. names: of FORMATS.
     """
     for name in names:
-        forward = rows[(rows["direction"] == "forward") & (rows[f"{name}_overflow"] > 0)]
+        forward = rows[(rows["direction"] == "forward") & (rows[f"{name}_overflow"] > OVERFLOW)]
         if len(forward):
             row = forward.iloc[0]
             place = (int(row["layer"]), str(row["name"]), str(row["tensor"]), "forward")
             cause = f"{row[f'{name}_overflow']:.2g} of its entries are beyond the largest number of {name}"
             remedy = f"keep it in float32, or make it smaller: its largest number is {_find_largest(row):.3g}"
             yield Finding("number-format", WARNING, *place, cause, remedy, {"format": name})
-        backward = rows[(rows["direction"] == "backward") & (rows[f"{name}_underflow"] > LOST)]
+        backward = rows[(rows["direction"] == "backward") & (rows[f"{name}_underflow"] > UNDERFLOW)]
         if len(backward):
             row = backward.loc[backward[f"{name}_underflow"].idxmax()]
             largest = max(_find_largest(one) for _, one in rows[rows["direction"] == "backward"].iterrows())

@@ -2,14 +2,14 @@
 
 from initlab.probes.snapshot import all_tensors
 from initlab.verdict.evidence import NetworkEvidence
-from initlab.verdict.finding import ERROR, WARNING, Finding
+from initlab.verdict.finding import Finding
 from initlab.verdict.reference_networks import Reference
+from initlab.verdict.rules import ERROR, INPUT, INPUT_MEAN, WARNING
 
 # Functions that keep values, or multiply them by a number.
 KEPT = {"view", "reshape", "flatten", "permute", "transpose", "unsqueeze", "squeeze", "to", "float", "contiguous"}
 KEPT |= {"clone", "detach", "getitem", "cat", "stack", "expand", "repeat", "chunk", "split"}
 KEPT |= {"mul", "div", "truediv", "sub", "add"}
-INPUT = 16.0  # an rms of the input beyond this, or below its inverse, is not standardized
 
 
 def judge_input(e: NetworkEvidence, reference: Reference) -> Finding | None:
@@ -48,7 +48,7 @@ def judge_input(e: NetworkEvidence, reference: Reference) -> Finding | None:
         if row["cosine"] > 1 - 1e-9 and within <= 1e-6 * rms and row["count"] > 1:
             cause = "all examples of the batch are the same"
             return Finding("input-equal", ERROR, *place, cause, "look at how batches are made", {"cosine": 1.0})
-        if rms and abs(row["mean"]) > 3 * row["std"]:
+        if rms and abs(row["mean"]) > INPUT_MEAN * row["std"]:
             cause = f"the mean of the input, {row['mean']:.3g}, is {abs(row['mean']) / row['std']:.3g} times its std"
             return Finding(
                 "input-mean", WARNING, *place, cause, "subtract the mean of the input", {"mean": row["mean"]}

@@ -2,12 +2,9 @@
 
 from initlab.models.fans import is_readable
 from initlab.verdict.evidence import NetworkEvidence
-from initlab.verdict.finding import ERROR, Finding
+from initlab.verdict.finding import Finding
 from initlab.verdict.reference_networks import Reference
-
-LARGE = 16.0  # an rms of embeddings beyond this is not what layers are made for
-NORMED = 8.0  # times that what a norm gives may be larger or smaller than 1
-RECURRENT = 4.0  # a gain of recurrent weights beyond this shuts gates or opens them for ever
+from initlab.verdict.rules import ERROR, GATES, NORMED, RECURRENT, TABLE
 
 
 def judge_embeddings(e: NetworkEvidence, reference: Reference) -> Finding | None:
@@ -18,7 +15,7 @@ def judge_embeddings(e: NetworkEvidence, reference: Reference) -> Finding | None
             continue
         rms = tensor.rms
         place = (e.layer_of(tensor.name), tensor.name, "embedding", "forward")
-        if rms > LARGE:
+        if rms > TABLE:
             cause = f"its vectors have an rms of {rms:.3g} where layers are made for 1"
             remedy = f"multiply {tensor.name} by {1 / rms:.3g}"
             return Finding("exploding", ERROR, *place, cause, remedy, {"rms": rms}, factors={tensor.name: 1 / rms})
@@ -71,7 +68,7 @@ def judge_recurrent(e: NetworkEvidence, reference: Reference) -> Finding | None:
     for tensor in e.known.tensors:
         if tensor.kind == "bias" and tensor.module_name in modules and is_readable(tensor.values):
             rms = tensor.rms
-            if rms > 2 * RECURRENT:
+            if rms > GATES:
                 place = (e.layer_of(tensor.module_name), tensor.name, "bias", "forward")
                 cause = f"biases of gates have an rms of {rms:.3g}: they are always shut, or always open"
                 remedy = f"set {tensor.name} to 0"

@@ -3,19 +3,31 @@
 import math
 from statistics import median
 
+import torch
 from torch import Tensor, nn
 
 from initlab.models.families import CUT
 from initlab.models.fans import is_readable, orthogonal_view
-from initlab.models.laws import recognize_law
+from initlab.models.laws import IDENTITY, recognize_law
 from initlab.models.layer_gains import LayerGain
 from initlab.verdict.evidence import NetworkEvidence
-from initlab.verdict.finding import ERROR, WARNING, Finding
+from initlab.verdict.finding import Finding
 from initlab.verdict.reference_networks import Reference, right_std
-
-FEW = 16  # of fewer weights the size is chance
-LOUD = 8.0  # an rms of outputs
-OUTLIER = 3.0  # octaves that one layer's gain may differ from the others'
+from initlab.verdict.rules import (
+    APART,
+    ERROR,
+    FEW_WEIGHTS,
+    HEAD,
+    LOUD,
+    MEAN,
+    MEAN_SUM,
+    OUTLIER,
+    SAME,
+    SHORT,
+    SHORT_LAYERS,
+    STRAY,
+    WARNING,
+)
 
 
 def judge_parameters(e: NetworkEvidence, reference: Reference) -> Finding | None:
@@ -42,19 +54,56 @@ def judge_zero(e: NetworkEvidence, reference: Reference) -> Finding | None:
     met = [gain for gain in e.gains if gain.position >= 0]
     zero = [gain for gain in met if not gain.rms and not e.is_residual_end(gain)]
     alike = [gain for gain in met if has_equal_rows(gain.tensor.cut(gain.part))]
-    for rule, found in (("vanishing", zero), ("symmetric", alike)):
+    partly = [] if zero or alike else [gain for gain in met if count_alike(e, gain) > 0]
+    for found, what in (
+        (zero, "all weights of {} are 0: nothing passes, and what lies below has no gradient"),
+        (alike, "all units of {} have the same weights: they stay alike for ever"),
+        (partly, "{} of {} units of {} have the same weights: they stay alike for ever"),
+    ):
         if not found:
             continue
         gain, more = found[0], f" (and of {len(found) - 1} more)" if len(found) > 1 else ""
-        what = {
-            "vanishing": f"all weights of {gain.name}{more} are 0: nothing passes, and what lies below has no gradient",
-            "symmetric": f"all units of {gain.name}{more} have the same weights: they stay alike for ever",
-        }
+        rule, words = "vanishing" if found is zero else "symmetric", [f"{gain.name}{more}"]
+        if found is partly:
+            words = [str(count_alike(e, gain)), str(gain.part.stop - gain.part.start), *words]
         place = (e.layer_of(gain.tensor.name), gain.tensor.name, "weight", "forward")
         severity = WARNING if all(one.position == last for one in found) else ERROR
         remedy = f"draw {gain.name} with a standard deviation of {right_std(e, gain):.3g}"
         redraw = tuple(dict.fromkeys(one.tensor.name for one in found))
-        return Finding(rule, severity, *place, what[rule], remedy, redraw=redraw)
+        return Finding(rule, severity, *place, what.format(*words), remedy, redraw=redraw)
+    return None
+
+
+def count_alike(e: NetworkEvidence, gain: LayerGain) -> int:
+    """How many outputs of a weight have the same numbers, or 0 where these are few, or meant.
+
+    Meant are the identity, and kernels that fill in pixels between each other (ICNR).
+    """
+    if gain.tensor.kind not in ("linear", "convolution") or getattr(gain.tensor.module, "groups", 1) > 1:
+        return 0
+    if any(e.nodes[user].op.lower().startswith("pixel") for user in e.known.flow.users[gain.position]):
+        return 0
+    weight = gain.tensor.cut(gain.part)
+    rows = orthogonal_view(weight)
+    firsts, counts = torch.unique(rows[:, 0], return_counts=True)
+    if int(counts.max()) < max(2, SAME * len(rows)):
+        return 0
+    same = rows[rows[:, 0] == firsts[counts.argmax()]]
+    n = int(torch.unique(same, dim=0, return_counts=True)[1].max())
+    return n if n >= max(2, SAME * len(rows)) and recognize_law(weight).name != IDENTITY else 0
+
+
+def judge_stray(e: NetworkEvidence, reference: Reference) -> Finding | None:
+    """Single entries of a weight that outweigh all others."""
+    for gain in e.gains:
+        values = gain.tensor.cut(gain.part)
+        words = describe_stray(values, gain.rms) if gain.position >= 0 else ""
+        if words:
+            place = (e.layer_of(gain.tensor.name), gain.tensor.name, "weight", "forward")
+            remedy = f"draw {gain.name} with a standard deviation of {right_std(e, gain):.3g}"
+            evidence = {"largest": float(values.abs().max()), "rms": gain.rms}
+            redraw = (gain.tensor.name,)
+            return Finding("stray-entries", ERROR, *place, f"{gain.name}: {words}", remedy, evidence, redraw=redraw)
     return None
 
 
@@ -68,12 +117,27 @@ def has_equal_rows(weight: Tensor) -> bool:
     )
 
 
+def describe_stray(weight: Tensor, rms: float) -> str:
+    """How many entries of a weight of this rms outweigh all others, in words; empty where none does."""
+    n, largest = weight.numel(), float(weight.abs().max())
+    if n < FEW_WEIGHTS or not largest > min(6.5, 0.9 * math.sqrt(n)) * rms:  # normal numbers stay below
+        return ""
+    sizes = weight.detach().abs().flatten().double()
+    usual = float(sizes.kthvalue(min(n - 1, math.ceil(0.99 * n))).values)
+    count = int((sizes > STRAY * usual).sum())
+    return f"{count} of {n} entries are up to {largest:.3g} where 99 % are below {usual:.3g}" if count and usual else ""
+
+
 def judge_means(e: NetworkEvidence, reference: Reference) -> Finding | None:
     """Weights whose mean is no chance: what it makes is the same for all units and grows with fan_in."""
     found = []
     for gain in e.gains:
         mean = gain.mean_size
-        if gain.tensor.kind in ("linear", "convolution") and mean > 0.3 * gain.std and mean * gain.part.fan_in > 4:
+        if (
+            gain.tensor.kind in ("linear", "convolution")
+            and mean > MEAN * gain.std
+            and mean * gain.part.fan_in > MEAN_SUM
+        ):
             found.append((gain, mean))
     if not found:
         return None
@@ -89,7 +153,7 @@ def judge_means(e: NetworkEvidence, reference: Reference) -> Finding | None:
 def judge_outlier(e: NetworkEvidence, reference: Reference) -> Finding | None:
     """One layer whose weights are of another size than those of the others, by their gain and by their std."""
     sized = [gain for gain in e.gains if gain.rms > 0 and gain.part.fan_in > 0]
-    sized = [gain for gain in sized if gain.tensor.cut(gain.part).numel() >= FEW]
+    sized = [gain for gain in sized if gain.tensor.cut(gain.part).numel() >= FEW_WEIGHTS]
     sized = [gain for gain in sized if gain.tensor.computed is None or not gain.tensor.computed.is_estimated]
     sized = [gain for gain in sized if not isinstance(gain.tensor.module, nn.Embedding) or _is_loud(e, gain)]
     if len(sized) < 2:
@@ -100,13 +164,16 @@ def judge_outlier(e: NetworkEvidence, reference: Reference) -> Finding | None:
     )
     last = max(gain.position for gain in sized)
     apart = []
-    for gain in sized:
-        off = gain.octaves - usual
-        by_std = math.log2(gain.rms) - usual_ln
-        small_by_design = off < 0 and (gain.position == last or e.is_residual_end(gain))
-        limit = OUTLIER + (gain.position == last)
-        if min(abs(off), abs(by_std), 2 * abs(gain.octaves)) > limit and off * by_std > 0 and not small_by_design:
-            apart.append((abs(off), off, gain))
+    for limit in (OUTLIER, APART):
+        for gain in sized:
+            off = gain.octaves - usual
+            by_std = math.log2(gain.rms) - usual_ln
+            small_by_design = off < 0 and (gain.position == last or e.is_residual_end(gain))
+            size = min(abs(off), abs(by_std), 2 * abs(gain.octaves))
+            if size > (HEAD if gain.position == last else limit) and off * by_std > 0 and not small_by_design:
+                apart.append((abs(off), off, gain))
+        if apart:
+            break
     alike = max((sum(by * one > 0 for _, by, _ in apart) for _, one, _ in apart), default=0)
     if not apart or alike > max(3, 0.2 * len(sized)):  # many of one odd size are a design
         return None
@@ -121,7 +188,7 @@ def judge_outlier(e: NetworkEvidence, reference: Reference) -> Finding | None:
     named = gain.name if len(parts) == 1 else gain.tensor.name
     return Finding(
         "exploding" if large else "vanishing",
-        ERROR,
+        ERROR if abs(off) > OUTLIER else WARNING,
         e.layer_of(gain.tensor.name),
         gain.tensor.name,
         "weight",
@@ -153,7 +220,7 @@ def judge_lost_variance(e: NetworkEvidence, reference: Reference) -> Finding | N
             if law.name == CUT and abs(math.log2(law.nominal_std / gain.std) + gain.octaves) < 0.03:
                 lost.append((gain, law))
     total = -sum(gain.octaves for gain in short)
-    if not lost or total < 0.5 or len(lost) < 0.3 * len(e.gains):
+    if not lost or total < SHORT or len(lost) < SHORT_LAYERS * len(e.gains):
         return None
     gain, law = lost[0]
     factor = gain.needed / gain.found

@@ -12,9 +12,8 @@ from initlab.models.fans import ModelTensor
 from initlab.models.layer_gains import LayerGain
 from initlab.probes.snapshot import measure
 from initlab.verdict.evidence import NetworkEvidence, changed_weights
+from initlab.verdict.rules import NETWORKS
 from initlab.verdict.trends import Trend
-
-NETWORKS = 16
 
 
 class Reference:
@@ -35,7 +34,7 @@ class Reference:
         e = self._evidence
         kinds = (("forward", "rms"), ("forward", "std_within"), ("backward", "rms"))
         found: dict[tuple[str, str], list[Trend]] = {kind: [] for kind in kinds}
-        for seed in range(NETWORKS):
+        for seed in range(int(NETWORKS)):
             drawn = draw_parameters(e, torch.Generator().manual_seed(seed))
             with changed_weights(e.model, drawn), warnings.catch_warnings(action="ignore"):
                 rows = measure(e.model, e.x, e.y, e.loss)

@@ -7,15 +7,22 @@ import torch
 from initlab.nn.activations import Activation
 from initlab.stats.summarize import saturated_share
 from initlab.verdict.evidence import NetworkEvidence
-from initlab.verdict.finding import ERROR, WARNING, Finding
+from initlab.verdict.finding import Finding
 from initlab.verdict.reference_networks import Reference
+from initlab.verdict.rules import (
+    AGREES,
+    DEAD,
+    ERROR,
+    LEAST_SATURATED,
+    LOGITS,
+    OUTWEIGHS,
+    SATURATED,
+    SHARP,
+    SHUTS,
+    UNITS,
+    WARNING,
+)
 from initlab.verdict.trends import is_significant
-
-SHARE = 0.2  # that dead and saturated units may be more than expected
-OUTWEIGHS = 10.0  # times that a bias may be larger than what the weights give, and than 1
-FEW = 32  # of fewer units it may be chance that most are dead
-SHARP = 64.0  # where no weight is too large, only logits beyond this are an error
-LOGITS = 10.0  # a standard deviation of attention's logits beyond this leaves one key for each query
 
 
 def judge_producers(e: NetworkEvidence, reference: Reference) -> Finding | None:
@@ -73,8 +80,8 @@ def judge_biases(e: NetworkEvidence, reference: Reference) -> Finding | None:
             size = bias.rms
             own = gain.found * below
             if size > OUTWEIGHS * max(own, 1.0):
-                killed = float(e.dead_shares.get(row["layer"], 0.0)) > 0.9
-                shut = row["frac_saturated"] > 0.9
+                killed = float(e.dead_shares.get(row["layer"], 0.0)) > DEAD
+                shut = row["frac_saturated"] > DEAD
                 rule = "dead" if killed else "saturated" if shut else "bias-too-large"
                 what = f"{'all its units are ' + rule + ': ' if killed or shut else ''}the biases have rms {size:.3g}"
                 cause = f"{what} where the weights give {own:.3g}"
@@ -100,9 +107,12 @@ def judge_units(e: NetworkEvidence, reference: Reference) -> Finding | None:
         if gain is None or activation is None or share != share or not row["rms"]:  # what it is given is 0
             continue
         all_dead = float(e.dead_shares.get(row["layer"], 0.0))
-        if gain.part.stop - gain.part.start < FEW or e.known.flow.is_gate(gain.position):
+        n_units = gain.part.stop - gain.part.start
+        if n_units < UNITS or e.known.flow.is_gate(gain.position):
             continue
-        if share > max(0.25, _usual_share(activation) + SHARE) or all_dead > 0.9:
+        usual = _usual_share(activation)
+        chance = AGREES * math.sqrt(usual * (1 - usual) / n_units)  # where inputs are alike
+        if share > max(LEAST_SATURATED, usual + max(SATURATED, chance)) or all_dead > DEAD:
             found.append((row, gain, share, all_dead))
     if not found:
         return None
@@ -111,12 +121,12 @@ def judge_units(e: NetworkEvidence, reference: Reference) -> Finding | None:
     size = bias.rms if bias is not None else 0.0
     spread = row["std_within"] if row["std_within"] == row["std_within"] else row["std"]
     rectified = gain.follower is not None and "relu" in gain.follower.op.lower()
-    rule = "dead" if rectified or all_dead > 0.9 else "saturated"
+    rule = "dead" if rectified or all_dead > DEAD else "saturated"
     many = f" (and in {len(found) - 1} layers above)" if len(found) > 1 else ""
     what = f"{max(share, all_dead):.0%} of its units are {rule}{many}"
     place = (int(row["layer"]), gain.tensor.module_name or gain.tensor.name, "preactivation", "forward")
     evidence = {"frac_saturated": share, "frac_dead": all_dead, "bias": size, "gain": gain.found, "needed": gain.needed}
-    if bias is not None and size > 3 * max(spread, 1e-30):
+    if bias is not None and size > max(3 * spread, SHUTS):
         cause = f"{what}: the biases, rms {size:.3g}, outweigh what the inputs give, {spread:.3g}"
         return Finding(rule, ERROR, *place, cause, f"set {bias.name} to 0", evidence, factors={bias.name: 0.0})
     if is_significant(e.trend("forward")):

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pandas as pd
 
-from initlab.stats.dtypes import FORMATS, format_of
-from initlab.verdict.finding import ERROR, WARNING, Finding, Verdict
+from initlab.stats.dtypes import format_of
+from initlab.verdict.finding import Finding, Verdict
+from initlab.verdict.rules import DEAD, ERROR, GONE, LEARNED, STEPS, WARNING
 from initlab.verdict.trends import fit_trend, is_significant
 
 SETTING = ("init", "activation", "gain", "lr", "dtype")  # columns whose networks are judged together
-DEAD = 0.9  # of the units of a layer
-LEARNED = 0.99  # of the first loss: above that nothing was learned
 
 
 def judge_tables(tables: Mapping[str, pd.DataFrame]) -> Verdict | None:
@@ -48,7 +47,7 @@ def _judge_stack(rows: pd.DataFrame, setting: Mapping[str, object], label: str) 
         sizes = rows[rows["direction"] == direction].groupby("layer", observed=True)["log2_rms_true"].median()
         trend = fit_trend(sizes.index.tolist(), sizes.tolist())
         if direction == "backward":
-            trend = trend._replace(rate=-trend.rate)
+            trend = trend.reverse()
         if not is_significant(trend):
             continue
         grows = trend.rate > 0
@@ -57,11 +56,12 @@ def _judge_stack(rows: pd.DataFrame, setting: Mapping[str, object], label: str) 
         cause += (
             f"{'grows' if grows else 'falls'} by a factor {2.0**trend.rate:.3g} a layer, 2^{trend.total:.0f} in all"
         )
-        own = FORMATS[format_of(str(setting.get("dtype", "float32"))).name]
-        end = math.log2(own.max if grows else own.least)
-        last = int(trend.first + (end - trend.start) / trend.rate) if direction == "forward" else 0
-        if 0 < last <= trend.last:
-            cause += f"; {own.name} ends at layer {last}"
+        own = format_of(str(setting.get("dtype", "float32"))).name
+        steps = trend.count_steps(own)
+        if steps is not None:
+            layer = trend.last - steps if direction == "backward" else trend.first + steps
+            there = trend.first <= layer <= trend.last
+            cause += f"; {own} ends at layer {layer}" if there else f"; {own} would end with {steps + 1} layers"
         place = (trend.last if direction == "backward" else trend.first, label, "activation", direction)
         remedy = "init=kaiming, whose gain is that of the activation"
         evidence = {"octaves_a_layer": trend.rate, "standard_error": trend.error}
@@ -83,10 +83,10 @@ def _judge_training(rows: pd.DataFrame, losses: pd.DataFrame, label: str) -> Ite
         n = lost["seed"].nunique() if "seed" in lost else 1
         cause = f"the loss of {n} networks is not finite from step {step} on"
         yield Finding("diverged", ERROR, *place, cause, "a smaller train.lr", evidence, since=step)
-    elif len(by_step) > 10 and last > 10 * first + 1:
+    elif len(by_step) > 10 and last > GONE * first + 1:
         cause = f"the loss goes from {first:.3g} to {last:.3g}"
         yield Finding("diverged", ERROR, *place, cause, "a smaller train.lr", evidence, since=int(by_step.index[-1]))
-    elif len(by_step) > 50 and last > LEARNED * first:
+    elif len(by_step) > STEPS and last > LEARNED * first:
         cause = f"nothing is learned: the loss goes from {first:.3g} to {last:.3g} in {len(by_step)} steps"
         yield Finding("not-learning", WARNING, *place, cause, "another train.lr, or init=kaiming", evidence)
     dead = rows[(rows["step"] == rows["step"].max()) & (rows["tensor"] == "activation") & (rows["layer"] > 0)]

@@ -15,10 +15,8 @@ from torch.optim import Optimizer
 from initlab.probes.probe import probe
 from initlab.probes.snapshot import all_tensors, left_as_it_was, loss_value, run_model
 from initlab.verdict.evidence import NetworkEvidence, changed_parameters
-from initlab.verdict.finding import ERROR, WARNING, Finding
-
-# Of an update to the weight, both rms: what training goes well with is about 1e-3.
-USUAL, LARGE, SMALL, TINY = 1e-3, 0.1, 1e-4, 1e-5
+from initlab.verdict.finding import Finding
+from initlab.verdict.rules import ERROR, GONE, LARGE, SMALL, TINY, USUAL, WARNING
 
 
 class Steps(NamedTuple):
@@ -87,7 +85,7 @@ def judge_updates(trained: Steps) -> Finding | None:
     moved = ratios[np.isfinite(ratios) & (ratios > 0)]  # a branch that starts at 0 gives no gradient to what lies in it
     ratio = float(np.median(moved)) if len(moved) else 0.0
     start, end = trained.losses[0], trained.losses[-1]
-    gone = not math.isfinite(end) or (end > 10 * abs(start) + 1)
+    gone = not math.isfinite(end) or (end > GONE * abs(start) + 1)
     evidence = {"update_ratio": ratio, "first_loss": start, "last_loss": end}
     place = (-1, "", "update", "forward")
     change = f"an update changes the weights by {ratio:.2g} of their size"

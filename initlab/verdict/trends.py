@@ -6,14 +6,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-RATE, TOTAL = 0.15, math.log2(10)  # octaves a layer, and in all layers, that sizes may change
+from initlab.stats.dtypes import FORMATS
+from initlab.verdict.rules import NOISE, RATE, TOTAL
 
 
 class Trend(NamedTuple):
     """How a size changes from layer to layer.
 
     rate: octaves (factors of 2) a layer, the median of the slopes between all pairs of layers, which one bad layer does
-    not move. error: its standard error. first, last: the layers between which it was taken. start: log2 at `first`.
+    not move. error: its standard error. first, last: the layers between which it was taken. start: log2 of the size
+    where the signal comes from: at `first`, or at `last` after `reverse`.
     """
 
     rate: float
@@ -26,6 +28,16 @@ class Trend(NamedTuple):
     def total(self) -> float:
         """Octaves from the first layer to the last."""
         return self.rate * (self.last - self.first)
+
+    def reverse(self) -> "Trend":
+        """The same on the way from the last layer to the first, as gradients run."""
+        return self._replace(rate=-self.rate, start=self.start + self.total)
+
+    def count_steps(self, name: str) -> int | None:
+        """How many layers a size passes until a number format ends; None beyond ten times as many as there are."""
+        end = math.log2(FORMATS[name].max if self.rate > 0 else FORMATS[name].least)
+        steps = max(0.0, (end - self.start) / self.rate) if self.rate else math.inf
+        return int(steps) if steps <= 10 * self.last else None
 
 
 NO_TREND = Trend(0.0, math.inf, 0, 0, math.nan)
@@ -52,4 +64,4 @@ def fit_trend(layers: Sequence[float], octaves: Sequence[float]) -> Trend:
 
 def is_significant(trend: Trend) -> bool:
     """Whether a trend is more than noise, and more in all than training bears."""
-    return abs(trend.rate) > max(RATE, 3 * trend.error) and abs(trend.total) > TOTAL
+    return abs(trend.rate) > max(RATE, NOISE * trend.error) and abs(trend.total) > TOTAL

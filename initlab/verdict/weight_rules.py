@@ -11,11 +11,11 @@ from initlab.models.dataflow import Follower
 from initlab.models.families import CUT
 from initlab.models.fans import ModelTensor, Slice, find_rms, is_readable
 from initlab.models.laws import WeightLaw, recognize_law
-from initlab.models.named_rules import ERRORS
 from initlab.verdict.evidence import NetworkEvidence
-from initlab.verdict.finding import ERROR, WARNING, Finding
-from initlab.verdict.parameter_rules import has_equal_rows
+from initlab.verdict.finding import Finding
+from initlab.verdict.parameter_rules import describe_stray, has_equal_rows
 from initlab.verdict.reference_networks import Reference
+from initlab.verdict.rules import AGREES, ERROR, KEPT, LOST, WARNING
 
 
 class AuditRow(NamedTuple):
@@ -63,7 +63,7 @@ class AuditRow(NamedTuple):
 
     def has_std(self, std: float) -> bool:
         """Whether the standard deviation is this one, at 5 standard errors."""
-        return abs(self.law.std - std) <= ERRORS * self.law.std_error
+        return abs(self.law.std - std) <= AGREES * self.law.std_error
 
 
 def list_weight_findings(model: nn.Module, rows: Sequence[AuditRow]) -> Iterator[Finding]:
@@ -102,6 +102,10 @@ def _judge_row(row: AuditRow) -> Iterator[Words]:
     if has_equal_rows(tensor.cut(part)):
         yield "symmetric", ERROR, "all units have the same weights and stay alike for ever", "draw it at random"
         return
+    stray = describe_stray(tensor.cut(part), math.hypot(row.law.mean, row.law.std))
+    if stray:
+        yield "stray-entries", ERROR, stray, "draw it anew"
+        return
     yield from _judge_size(row)
     lost = describe_lost(tensor, row.needed)
     if lost:
@@ -113,7 +117,7 @@ def _judge_size(row: AuditRow) -> Iterator[Words]:
     tensor, law, part, needed = row.tensor, row.law, row.part, row.needed
     meant = law.nominal_std * math.sqrt(part.fan_in)
     usual = {needed, 1.0, math.sqrt(2)}
-    if law.name == CUT and law.kept_std < 0.97 and any(abs(meant / one - 1) < 0.03 for one in usual):
+    if law.name == CUT and law.kept_std < KEPT and any(abs(meant / one - 1) < 0.03 for one in usual):
         at, kept = law.high / law.nominal_std, law.kept_std
         cause = f"normal numbers cut at {at:.2g} standard deviations keep gain {row.gain:.3g} of {meant:.3g}"
         yield "lost-variance", WARNING, cause, f"divide the std that trunc_normal_ is given by {kept:.3g}"
@@ -147,7 +151,7 @@ def describe_lost(tensor: ModelTensor, needed: float) -> tuple[str, str] | None:
     direction = next(p.detach() for p in tensor.sources if p.shape == tensor.values.shape)
     kept, root = vars(tensor.module).get(tensor.part), math.sqrt(tensor.slices[0].fan_in)
     found = tensor.rms * root
-    if not found or abs(math.log2(found / needed)) < 0.4:
+    if not found or abs(math.log2(found / needed)) < LOST:
         return None
     for what, one in (("its direction was", direction), (f"{tensor.part} was", kept)):
         own = find_rms(one.detach()) * root if isinstance(one, torch.Tensor) else 0.0
