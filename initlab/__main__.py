@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import initlab
 from initlab import commands, stops
-from initlab.errors import Fault, UsageError, disk_error, nearest, not_one_of
+from initlab.errors import Fault, UsageError, disk_error, join_mistakes, nearest, not_one_of
 
 log = logging.getLogger("initlab")
 
@@ -109,7 +109,7 @@ def _tell_end(code: int, folder: Path | None) -> int:
         _tell(f"stopped; what was measured is in {outcome.started[-1] if outcome.started else folder}")
     if code and folder is not None:
         _tell(f"the same command with resume={path_text(folder)} runs the jobs that are not done")
-    for line in dict.fromkeys([*outcome.notes, *outcome.mistakes]):
+    for line in dict.fromkeys([*outcome.notes, *join_mistakes(outcome.mistakes)]):
         _tell(line)
     return code or (2 if outcome.mistakes else 0) or (4 if outcome.failed else 0) or (3 if outcome.ill else 0)
 

@@ -114,6 +114,22 @@ class UsageError(ValueError):
         super().__init__(shorten(line, LONGEST))
 
 
+def join_mistakes(lines: Iterable[str]) -> list[str]:
+    """Mistakes of many jobs: values that are wrong for one reason together, as many in a line as it holds."""
+    given: dict[str, list[str]] = {}
+    for line in dict.fromkeys(lines):
+        what, _, why = line.partition(": ")
+        given.setdefault(why, []).append(what)
+    joined: list[str] = []
+    for why, whats in given.items():
+        text = ": ".join(filter(None, (shorten(", ".join(whats), LONGEST_WORD), why)))
+        if joined and len(joined[-1]) + len(text) < LONGEST:
+            joined[-1] += f"; {text}"
+        else:
+            joined.append(text)
+    return joined
+
+
 class Fault(Exception):
     """What went wrong in a job, in one line: it travels between processes where the error itself might not."""
 

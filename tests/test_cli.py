@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import initlab
-from initlab.errors import UsageError
+from initlab.errors import LONGEST, UsageError, join_mistakes
 from initlab.job import stages
 from initlab.job.settings import CONF
 from initlab.nn.init import RULES
@@ -207,6 +207,26 @@ def test_a_mistake_in_one_job_of_a_sweep(lab: Lab) -> None:
     assert len(runs()) == 1 and "alive" in out
     code, _, err = lab("-m", "init=kaimng,naive", *QUICK)
     assert code == 2 and len(runs()) == 1  # found before the first job runs
+
+
+def test_mistakes_of_several_jobs_are_one_line(lab: Lab) -> None:
+    """Values that are wrong for one reason stand together, different reasons beside each other."""
+    _, _, err = lab("-m", "depth=-1,3", "width=-5,-6", "task=stack", "plots=false")
+    assert err == "initlab: depth=-1, width=-5, width=-6: must be at least 1\n"
+    code, _, err = lab("-m", "dtype=int8,float32", "depth=-1", "gain=-2", "task=stack", "plots=false")
+    assert code == 2 and err.count("\n") == 1
+    _, _, err = lab("-m", "device=tpu,cpu", "depth=-1", "task=stack", "plots=false")
+    assert err.count("\n") == 1 and "; depth=-1: must" in err and "device=tpu: must" in err
+
+
+def test_lines_that_do_not_fit_in_one_stay_lines() -> None:
+    reasons = [f"x={k}: {'why ' * 20}{k}" for k in range(7)]
+    lines = join_mistakes([*reasons, *reasons])
+    assert len(lines) == 3 and max(map(len, lines)) <= LONGEST
+    assert [reason for line in lines for reason in line.split("; ")] == reasons
+    assert join_mistakes(["nothing was found"]) == ["nothing was found"]
+    many = join_mistakes(f"depth=-{k}: must be at least 1" for k in range(1, 100))
+    assert len(many) == 1 and len(many[0]) <= LONGEST and many[0].startswith("depth=-1, depth=-2, ")
 
 
 def test_a_fault_keeps_its_traceback_and_what_was_measured(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
