@@ -10,7 +10,7 @@ import threading
 import time
 from _thread import interrupt_main
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -112,7 +112,8 @@ def lock_one_of(names: list[str], seconds: float = 0.2) -> Iterator[int]:
     Errors: a folder of locks that is not this user's alone.
     """
     folder = Path(tempfile.gettempdir()) / f"initlab-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
     found = folder.lstat()
     if hasattr(os, "getuid") and (
         not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022

@@ -43,11 +43,12 @@ def server() -> Iterator[Forks]:
         yield one
 
 
-@pytest.fixture
-def events(server: Forks, tmp_path: Path) -> int:
+@pytest.fixture(scope="module")
+def events(server: Forks, tmp_path_factory: pytest.TempPathFactory) -> int:
     """Of a training that nobody stops: how often it writes, renames or removes a file."""
-    assert server.run(tmp_path / "whole", TRAIN, **OFTEN).code == 0
-    return int((tmp_path / "whole" / "events").read_text())
+    folder = tmp_path_factory.mktemp("whole")
+    assert server.run(folder, TRAIN, **OFTEN).code == 0
+    return int((folder / "events").read_text())
 
 
 def test_a_stop_while_files_are_written_doubles_and_loses_no_row(server: Forks, events: int, tmp_path: Path) -> None:

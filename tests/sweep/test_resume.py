@@ -315,6 +315,26 @@ def test_one_thing_for_each_that_asks(tmp_path: Path, monkeypatch: pytest.Monkey
     assert got == [1]
 
 
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs users and groups")
+@pytest.mark.parametrize("foreign", ["a link", "anybody may write", "a file"])
+def test_a_folder_of_locks_that_others_may_write_to_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign: str
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    folder = tmp_path / f"initlab-{os.getuid()}"
+    if foreign == "a link":
+        folder.symlink_to(tmp_path / "elsewhere")
+    elif foreign == "a file":
+        folder.touch()
+    else:
+        folder.mkdir()
+        folder.chmod(0o777)
+    with pytest.raises(UsageError, match=f"^{folder}: "), worker_process.lock_one_of(["a"]):
+        pass
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_the_bar_counts_jobs_of_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended, over = tmp_path / ".finished", threading.Event()
     ended.write_bytes(b"..")
