@@ -60,7 +60,8 @@ HOUSE = {
     "engine": "mlp layer_memory named_tensors fast_network recorders",
     "tasks": (
         "course.rotated_timing data ensemble.device ensemble.memory course.timing course.engine_versions "
-        "course.ladders ensemble.networks course.broadcast course.explain course.graph ensemble.plan ensemble.training "
+        "course.ladders ensemble.networks ensemble.training ensemble.batches course.broadcast course.explain "
+        "course.graph ensemble.plan "
         "ensemble.unbounded_twin coordinate_check gains jacobian phase_points phase seeded stack curves formats "
         "model_checks twins train"
     ),

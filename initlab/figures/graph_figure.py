@@ -82,7 +82,8 @@ def draw_graph(nodes: pd.DataFrame, edges: pd.DataFrame, limit: int = 150) -> Fi
     kept = edges[edges["target"] < limit]
     boxes, paths = _arrange(shown, kept)
     leaves, longest = int((nodes["leaf"] != "").sum()), max(_layers(nodes, edges).values())
-    text = f"Autograd's graph: {len(nodes)} nodes, {leaves} of them leaves, at most {longest} steps from the loss"
+    size = f"{len(nodes)} nodes, {leaves} of them leaves, at most {longest} steps from the loss"
+    text = f"Autograd's graph{_describe_network(nodes)}: {size}"
     cut = f" (the first {len(shown)} nodes are drawn)" if len(shown) < len(nodes) else ""
     title = textwrap.wrap(text + cut, 64)
     left, right = min(b.x - b.width / 2 for b in boxes.values()), max(b.x + b.width / 2 for b in boxes.values())
@@ -100,6 +101,19 @@ def draw_graph(nodes: pd.DataFrame, edges: pd.DataFrame, limit: int = 150) -> Fi
     for box in boxes.values():
         box.draw(ax)
     return figure
+
+
+def _describe_network(nodes: pd.DataFrame) -> str:
+    """The sizes of a chain of linear layers and its loss, read from the nodes; nothing for another network."""
+    if (nodes["in_degree"] > 1).any():
+        return ""
+    weights = nodes.loc[nodes["leaf"].str.endswith("weight"), "shape"].tolist()[::-1]
+    shapes = [[int(size) for size in re.findall(r"\d+", shape)] for shape in weights]
+    if not shapes or any(len(s) != 2 for s in shapes) or any(b[1] != a[0] for a, b in pairwise(shapes)):
+        return ""
+    loss = {"Mse": " and mean squared error", "CrossEntropy": " and cross entropy"}
+    first = str(nodes["hand"].iloc[0]).partition(".")[0]
+    return f" of {'-'.join(map(str, [shapes[0][1], *(s[0] for s in shapes)]))}{loss.get(first, '')}"
 
 
 def _layers(nodes: pd.DataFrame, edges: pd.DataFrame) -> dict[int, int]:

@@ -20,7 +20,7 @@ from initlab.nn.init import Rule
 from initlab.runs import summary
 from initlab.scratch.graph_text import frames_as_text
 from initlab.stats.statistics import Function
-from initlab.tasks.data import TEACHER_ROWS, load
+from initlab.tasks.data import TEACHER_ROWS, Data, load
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.networks import Emit, Frames, Net
 from initlab.tasks.ensemble.plan import plan
@@ -43,6 +43,16 @@ class JobSettings:
     where: Where
     seeds: Sequence[int]
     statistics: Mapping[str, Function]
+
+    @property
+    def source(self) -> tuple[str, str, bool, str]:
+        """Where the data come from."""
+        data = self.config.data
+        return data.name, data.root, data.download, data.url
+
+    def load_data(self) -> Data:
+        """The training split; the jobs of a sweep share it."""
+        return load_data(*self.source)
 
     def keywords(self, *names: str) -> dict[str, Any]:
         """Parameters that the tasks share, by their names."""
@@ -106,8 +116,8 @@ def seeded_stage(task: Any, s: JobSettings) -> Stage:
 def train_stage(task: Any, s: JobSettings) -> Stage:
     """Loads the data at once: what is wrong with it must show before anything is measured."""
     config, training = s.config, s.training
-    source = (config.data.name, config.data.root, config.data.download, config.data.url)
-    data = load_data(*source)
+    source = s.source
+    data = s.load_data()
     training.check_data(data)
     ensemble = grid_of(config, s.rule, s.activation, s.seeds)
     if len(set(ensemble.rates)) > 1 and training.optimizer != "sgd":
@@ -170,7 +180,8 @@ def explain_stage(task: Any, s: JobSettings) -> Stage:
     """One backward pass, followed when the stage is made."""
     t = s.training
     name, where = s.config.activation.name, s.keywords("dtype", "device")
-    found = task.explain(t.depth, t.width, t.batch, name, t.loss, s.rule, seed=s.config.seed, **where)
+    data = {"data": s.load_data(), "seed": s.config.seed}
+    found = task.explain(t.depth, t.width, t.batch, name, t.loss, s.rule, **data, **where)
     return _measure_later(lambda: {"steps": found.steps, "rules": found.rules}, lambda _: str(found))
 
 
@@ -179,9 +190,9 @@ def graph_stage(task: Any, s: JobSettings) -> Stage:
     t, given = s.training, s.config
     shape = {"depth": t.depth, "width": t.width, "batch": t.batch, "loss": None if given.model else t.loss}
     network = {"init": s.rule, "activation": s.config.activation.name, "seed": s.config.seed}
-    frames = task.graph(
-        instantiate(given.model), shapes=given.shapes, **network, **shape, **s.keywords("dtype", "device")
-    )
+    where = s.keywords("dtype", "device")
+    data = {} if given.model else {"data": s.load_data()}
+    frames = task.graph(instantiate(given.model), shapes=given.shapes, **network, **shape, **where, **data)
     notes = [f"note: {note}" for note in frames.pop("notes")["note"]]
     text = "\n".join([frames_as_text(frames["nodes"], frames["edges"]), *notes])
     return _measure_later(lambda: frames, lambda _: text)
@@ -190,7 +201,8 @@ def graph_stage(task: Any, s: JobSettings) -> Stage:
 def _find_setting(task: Any, s: JobSettings) -> Any:
     c = s.config
     network = (s.rule, c.activation.name, s.training, c.train.lr, c.seed, s.where)
-    return task.ModelSetting(instantiate(c.model), c.shapes, *network)
+    data = {} if c.model else {"data": s.load_data()}
+    return task.ModelSetting(instantiate(c.model), c.shapes, *network, **data)
 
 
 def audit_stage(task: Any, s: JobSettings) -> Stage:

@@ -6,10 +6,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from initlab.engine import mlp
 from initlab.errors import UsageError
+from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import Rule, gaussian
 from initlab.nn.loss_table import LOSSES
-from initlab.tasks.course.graph import build_mlp, first_shape
+from initlab.tasks.course.graph import first_shape
+from initlab.tasks.data import Data
+from initlab.tasks.ensemble.batches import find_first_step
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.training import Training
 from initlab.verdict.audit import Audit, audit
@@ -23,7 +27,7 @@ class ModelSetting:
     """A model with a batch for it: the user's, or the trained network as its options say.
 
     model: any nn.Module or None. shapes: of its inputs, unit Gaussian; None guesses from its first layer, a linear one.
-    scaling, activation, training, lr: rule, activation, sizes and learning rate of the trained network.
+    scaling, activation, training, lr, data: of the trained network, which sees its first batch.
     Errors: no nn.Module; shapes that are none.
     """
 
@@ -37,16 +41,16 @@ class ModelSetting:
         lr: float,
         seed: int,
         where: Where,
+        data: Data | str = "digits",
     ) -> None:
         if not isinstance(model, nn.Module | None):
             raise UsageError(f"model: is a {type(model).__name__}; must be an nn.Module")
         self.own, self.y, self.loss = model is None, None, None
         inputs: list[Tensor] | None = None
         if model is None:
-            t = training
-            model, x, y = build_mlp(scaling, activation, t.depth, t.width, t.batch, seed, t.loss, None)
-            self.y = y.to(where.device, where.dtype if y.is_floating_point() else y.dtype)
-            self.loss, inputs = LOSSES[t.loss].module, [x]
+            parameters, x, self.y = find_first_step(data, training, scaling, activation, seed, where)
+            model = mlp.twin([(w[None], b[None]) for w, b in parameters], 0, ACTIVATIONS[activation])
+            self.loss, inputs = LOSSES[training.loss].module, [x]
         elif shapes is not None:
             inputs = [gaussian(shape, seed, "input", k) for k, shape in enumerate(shapes)]
         self.model = model.to(where.device, where.dtype)

@@ -1,6 +1,6 @@
 """Two trainings side by side: the MLP by hand and its `nn.Module` twin, from the same weights on the same batches."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -8,20 +8,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from initlab.errors import UsageError, check, check_functions, library_call
 from initlab.nn.activations import ACTIVATIONS, Activation
 from initlab.nn.custom_activation import Given, as_activation, check_trainable
-from initlab.nn.init import permutation
-from initlab.nn.loss_table import LOSSES
 from initlab.nn.mup import learning_rates
 from initlab.stats.keys import Seeds
 from initlab.stats.measure import backend_for
 from initlab.stats.row_order import NETWORK, sort_rows
 from initlab.stats.statistics import Function
 from initlab.tasks.data import Data, load
+from initlab.tasks.ensemble.batches import batches
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.memory import free_memory, readable
 from initlab.tasks.ensemble.networks import Emit, Ensemble, Frames, Init, draw_trained
@@ -110,7 +108,7 @@ def run_training(
     total = training.steps * len(parts)
     with tqdm(total=total, desc="train", unit="step", disable=None if progress else True) as bar:
         for some in map(ensemble.part, parts):
-            (first, _), *_ = _batches(data, replace(training, steps=1), some.seeds, where)
+            (first, _), *_ = batches(data, replace(training, steps=1), some.seeds, where)
             start = draw_trained(some.rules, activation, sizes, some.seeds, first, where.generator)
             if start.fit is not None:
                 emit({"lsuv": start.fit.frame(some.columns).assign(stage="train")})
@@ -119,7 +117,7 @@ def run_training(
             records = Records(some, backend, emit, training.histograms)
             twins = TwinTraining(start.parameters, activation, training, lr, records, factors)
             try:
-                for step, (xb, yb) in enumerate(_batches(data, training, some.seeds, where)):
+                for step, (xb, yb) in enumerate(batches(data, training, some.seeds, where)):
                     twins.step(step, xb, yb, record=step % training.every == 0)
                     if records.rows.due():
                         twins.flush()
@@ -144,16 +142,3 @@ def _most_together(sizes: Sequence[int], batch: int, networks: int, where: Where
         )
     most = min(networks, CACHED) if where.device.type == "cpu" else networks
     return max(1, int(min(most, free / 2 / needed)))
-
-
-def _batches(data: Data, training: Training, seeds: Sequence[int], where: Where) -> Iterable[tuple[Tensor, Tensor]]:
-    """xb (E, N, I) and yb (E, N), each network in its own order, reshuffled every epoch; short batches are left out."""
-    x = data.x.to(where.device, where.dtype)
-    y = data.y.to(where.device, torch.int64 if LOSSES[training.loss].classes else where.dtype)
-    per_epoch = len(x) // training.batch
-    for step in range(training.steps):
-        epoch, number = divmod(step, per_epoch)
-        if number == 0:
-            order = torch.stack([permutation(len(x), seed, "order", epoch) for seed in seeds]).to(where.device)
-        chosen = order[:, number * training.batch : (number + 1) * training.batch]
-        yield x[chosen], y[chosen]

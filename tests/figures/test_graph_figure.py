@@ -27,6 +27,21 @@ class Residual(nn.Module):
         return h + self.b(h) * y
 
 
+@pytest.mark.parametrize(
+    ("make", "title"),
+    [
+        (lambda: graph(loss="mse", width=7), "Autograd's graph of 64-7-1 and mean squared error: 11 nodes"),
+        (lambda: graph(depth=2, loss="cross_entropy"), "Autograd's graph of 64-50-50-10 and cross entropy: "),
+        (lambda: graph(Residual(), shapes=[[3, 4], [3, 4]]), "Autograd's graph: "),
+        (lambda: graph(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))), "Autograd's graph: "),
+    ],
+)
+def test_the_title_names_the_network_that_is_drawn(make, title: str) -> None:
+    frames = make()
+    shown = draw_graph(frames["nodes"], frames["edges"]).axes[0].texts[0].get_text().replace("\n", " ")
+    assert shown.startswith(title)
+
+
 def _textbook():
     example = textbook_example()
     return {"nodes": example.graph.frame(example.gradients), "edges": example.graph.edges()}
@@ -75,7 +90,7 @@ def test_boxes_do_not_touch_and_hold_their_text(name: str) -> None:
 def test_hand_written_names_are_on_the_figure() -> None:
     figure, _, _ = _drawn(FRAMES["mse"]())
     said = {text.get_text() for text in figure.axes[0].texts}
-    assert {"AddmmBackward0", "Lin.backward", "Relu.backward", "Mse.backward", "p.g += g", "0.weight, (50, 50)"} <= said
+    assert {"AddmmBackward0", "Lin.backward", "Relu.backward", "Mse.backward", "p.g += g", "0.weight, (50, 64)"} <= said
 
 
 def test_a_long_graph_is_cut_off_and_says_so() -> None:

@@ -113,7 +113,7 @@ def test_shapes_and_norms_are_those_of_the_pass() -> None:
     assert first.equals(again)
     assert not first.equals(explain(depth=1, width=5, batch=4, seed=8).steps)
     shapes = dict(zip(first["tensor"], first["shape"], strict=True))
-    assert shapes["z1"] == shapes["z1.g"] == "4x5" and shapes["w1.g"] == "10x5" and shapes["loss"] == "number"
+    assert shapes["z1"] == shapes["z1.g"] == "4x5" and shapes["w1.g"] == "64x5" and shapes["loss"] == "number"
     assert (first["norm"] > 0).all() and (first["rms"] <= first["norm"]).all()
 
 

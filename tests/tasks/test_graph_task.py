@@ -5,7 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from initlab.errors import UsageError
+from initlab.tasks.course.explain import explain
 from initlab.tasks.course.graph import graph
+from initlab.tasks.train import train
 
 torch.set_num_threads(1)
 
@@ -36,6 +38,27 @@ def test_our_own_network(loss: str, nodes: list[str]) -> None:
     assert leaves["gradient"].str.startswith("norm").all()
     assert list(frames["nodes"]["hand"]).count("Lin.backward") == 6
     assert (frames["nodes"]["hand"] != "").all()
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_it_is_the_network_that_is_trained(loss: str) -> None:
+    """The gradients of graph and of explain are those of step 0 of the training; of another seed they are not."""
+    how = {"depth": 2, "width": 6, "batch": 8, "loss": loss, "init": "torch_default", "dtype": "float64"}
+    stats = train("digits", steps=1, seeds=[3], **how)["stats"]
+    trained = stats.query("implementation == 'scratch' and tensor == 'weight' and direction == 'backward'")
+    followed = explain(seed=3, **how).steps.set_index("tensor")["norm"]
+    for seed, same in ((3, True), (4, False)):
+        nodes = graph(seed=seed, **how)["nodes"].set_index("leaf")
+        assert nodes["shape"]["0.weight"] == "(6, 64)"
+        for layer, norm in zip(trained["layer"], trained["norm"], strict=True):
+            walked = float(nodes["gradient"][f"{2 * layer - 2}.weight"].removeprefix("norm "))
+            assert (abs(walked / norm - 1) < 1e-3) == same  # printed with 4 digits
+            assert followed[f"w{layer}.g"] == pytest.approx(norm, rel=1e-12)
+
+
+def test_the_books_network_is_the_teachers_data_under_mse() -> None:
+    shapes = graph(data="teacher", loss="mse")["nodes"].set_index("leaf")["shape"]
+    assert (shapes["0.weight"], shapes["2.weight"]) == ("(50, 784)", "(1, 50)")
 
 
 def test_the_same_arguments_give_the_same_frames_and_another_seed_does_not() -> None:

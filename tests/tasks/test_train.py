@@ -13,6 +13,7 @@ from initlab.nn.init import RULES, rule
 from initlab.nn.loss_table import LOSSES
 from initlab.tasks import train as train_module
 from initlab.tasks.data import Data, load
+from initlab.tasks.ensemble.batches import batches
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.networks import Frames, draw_trained
 from initlab.tasks.ensemble.training import MODULES, OPTIMIZERS, Training
@@ -143,7 +144,7 @@ def test_networks_see_their_own_batches_in_their_own_order() -> None:
     """Two seeds from equal weights would differ; one epoch shows every row once."""
     x = torch.arange(12.0).unsqueeze(1)
     data = Data("count", x, torch.zeros(12), None)
-    seen = list(train_module._batches(data, Training(batch=4, steps=6, loss="mse"), [0, 1], Where()))
+    seen = list(batches(data, Training(batch=4, steps=6, loss="mse"), [0, 1], Where()))
     for member in (0, 1):
         for epoch in (0, 1):
             rows = torch.cat([xb[member] for xb, _ in seen[3 * epoch : 3 * epoch + 3]])
@@ -315,7 +316,7 @@ def test_drift_is_how_far_the_first_batch_has_moved() -> None:
     """After one step of gradient descent, from the readable pass: z(W - lr g) - z(W) on the batch of step 0."""
     lr, seeds, sizes = 0.05, [3, 4], [64, 12, 10]
     stats = train(DIGITS, width=12, steps=2, lr=lr, seeds=seeds, dtype="float64", drift=True)["stats"]
-    xb, yb = next(iter(train_module._batches(DIGITS, Training(steps=1), seeds, Where(torch.float64))))
+    xb, yb = next(iter(batches(DIGITS, Training(steps=1), seeds, Where(torch.float64))))
     start = draw_trained([RULES["kaiming"]] * 2, "relu", sizes, seeds, xb).parameters
     seen = mlp.forward_and_backward(start, xb, yb, ACTIVATIONS["relu"], LOSSES["cross_entropy"])
     moved = [(w - lr * gw, b - lr * gb) for (w, b), (gw, gb) in zip(start, seen.parameter_grads, strict=True)]

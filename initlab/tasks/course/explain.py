@@ -15,16 +15,15 @@ from torch import Tensor
 
 from initlab.errors import check, choose
 from initlab.nn.activations import ACTIVATIONS
-from initlab.nn.init import Rule, gaussian, permutation, rule
-from initlab.nn.loss_table import LOSSES
+from initlab.nn.init import Rule, rule
 from initlab.scratch.classes import LOSS_LAYERS, Act, FirstLin, Lin
 from initlab.scratch.mended_layers import g_of
 from initlab.stats.measure import measure
 from initlab.stats.statistics import STATISTICS
+from initlab.tasks.data import Data
+from initlab.tasks.ensemble.batches import find_first_step
 from initlab.tasks.ensemble.device import Where
-from initlab.tasks.ensemble.networks import draw_trained
-
-INPUTS, CLASSES = 10, 10
+from initlab.tasks.ensemble.training import Training
 
 
 class Symbolic(NamedTuple):
@@ -75,32 +74,33 @@ def explain(
     seed: int = 0,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
+    data: Data | str = "digits",
 ) -> Explanation:
-    """Follow one forward and one backward pass of `depth` hidden layers of `width` units over a Gaussian batch.
+    """Follow the first forward and backward pass of the network that `train` trains, before its first update.
 
-    batch: rows of 10 units. activation, loss: names of the tables. init: a rule's name or a `Rule`. Under mse the
-    network ends in one unit and the targets are Gaussian, else in 10 units and classes. seed: of the weights,
-    the batch and the targets. dtype, device: as in `stack`. Errors: an unknown name, a number out of its range.
+    depth, width: its hidden layers and their units. batch: rows. activation, loss: names of the tables. init: a rule's
+    name or a `Rule`. data: as in `train`; under mse the label is one number, as in the book, and the network ends in
+    one unit. seed: of the weights and the batch. dtype, device: as in `stack`. Errors: an unknown name, a number out of
+    its range, data that do not fit the loss.
 
     >>> explain(depth=1, width=3, batch=2).steps[["name", "sets", "tensor"]].iloc[-1].tolist()
     ['lin1', 'self.b.g', 'b1.g']
     """
-    check(train_depth=depth, train_width=width, train_batch=batch, seed=seed)
-    row = choose(ACTIVATIONS, activation, "activation")
-    sizes = [INPUTS, *[width] * depth, CLASSES if choose(LOSSES, loss, "train.loss").classes else 1]
+    check(seed=seed)
+    choose(ACTIVATIONS, activation, "activation")
     where = Where.resolve(dtype, device)
-    xb = gaussian((batch, INPUTS), seed, "input").to(where.device, where.dtype)
-    parameters = [(w[0], b[0]) for w, b in draw_trained([rule(init)], row, sizes, [seed], xb[None]).parameters]
-    yb = gaussian((batch,), seed, "target").to(where.dtype)
-    if LOSSES[loss].classes:
-        yb = permutation(batch, seed, "target") % CLASSES
-    steps = follow_pass(parameters, xb, yb.to(where.device), activation, loss)
+    training = Training(depth, width, batch, loss=loss)
+    parameters, xb, yb = find_first_step(data, training, rule(init), activation, seed, where)
+    steps = follow_pass(parameters, xb, yb, activation, loss)
     rules = [
         {"rule": name, "formula": SYMBOLIC[name].formula, "with_respect_to": variable, "derivative": derivative}
         for name in ["lin", *[activation] * (depth > 0), loss]
         for variable, derivative in SYMBOLIC[name].derivatives.items()
     ]
-    return Explanation(steps, pd.DataFrame(rules), pass_as_text(steps, pd.DataFrame(rules)))
+    sizes = "-".join(str(size) for size in [xb.shape[1], *(w.shape[1] for w, _ in parameters)])
+    book = "" if loss == "mse" else " The book's loss is train.loss=mse; data=teacher train.loss=mse is its 784-50-1."
+    head = f"The network {sizes}, {activation}, {loss}, and its first batch of {len(xb)} rows.{book}\n\n"
+    return Explanation(steps, pd.DataFrame(rules), head + pass_as_text(steps, pd.DataFrame(rules)))
 
 
 class NamedLayer(NamedTuple):

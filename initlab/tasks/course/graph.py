@@ -18,14 +18,15 @@ from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import Rule, gaussian, rule
 from initlab.nn.loss_table import LOSSES
 from initlab.scratch.autograd_graph import gradients, walk
+from initlab.tasks.data import Data
+from initlab.tasks.ensemble.batches import find_first_step
 from initlab.tasks.ensemble.device import Where
-from initlab.tasks.ensemble.networks import Frames, draw_trained
+from initlab.tasks.ensemble.networks import Frames
+from initlab.tasks.ensemble.training import Training
 
 Inputs = Tensor | Sequence[object] | Mapping[str, object]
 Objective = Callable[..., Tensor]
 Arguments = dict[str | int, object]  # argument of the model, by name or position -> value
-
-CLASSES = 10  # outputs of the project's own network under a loss over classes
 
 
 def graph(
@@ -42,14 +43,16 @@ def graph(
     seed: int = 0,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
+    data: Data | str = "digits",
 ) -> Frames:
     """Walk autograd's graph of one forward pass: the frames `nodes`, `edges` and `notes`.
 
-    model: any nn.Module; None takes the project's MLP, `depth` hidden layers of `width` units, by the rule `init`.
+    model: any nn.Module; None takes the network that `train` trains on `data`, `depth` hidden layers of `width` units
+    by the rule `init`, with its first batch. `data="teacher"` and mse make it the book's, 784-50-1.
     inputs: a tensor, several in a sequence, or keyword arguments in a mapping; None draws Gaussian batches of the
     `shapes`, or of what the model's first layer takes, `batch` rows. loss: a name of LOSSES, or a function of the
     output and, if they are given, the `targets`. Without a loss that fits it is the mean of squares of the output, for
-    the project's MLP mse. seed: of all that is drawn. dtype, device: of the project's MLP, as in `stack`.
+    the trained network mse. seed: of all that is drawn. dtype, device: of the trained network, as in `stack`.
     Errors: a model, inputs or targets that do not fit each other; an output that carries no gradient.
 
     >>> frames = graph(nn.Linear(3, 2), torch.ones(4, 3))
@@ -63,9 +66,11 @@ def graph(
         raise UsageError(f"graph: the model is a {type(model).__name__}; must be an nn.Module")
     if model is None:
         loss = loss or "mse"
-        model, made, targets = build_mlp(rule(init), activation, depth, width, batch, seed, loss, targets)
-        model, inputs = model.to(where.device, where.dtype), made if inputs is None and shapes is None else inputs
-        targets = targets.to(where.device, where.dtype if targets.is_floating_point() else targets.dtype)
+        training = Training(depth, width, batch, loss=loss if isinstance(loss, str) else "mse")
+        parameters, xb, yb = find_first_step(data, training, rule(init), activation, seed, where)
+        row = choose(ACTIVATIONS, activation, "activation")
+        model = mlp.twin([(w[None], b[None]) for w, b in parameters], 0, row)
+        targets, inputs = yb if targets is None else targets, xb if inputs is None and shapes is None else inputs
     if inputs is None:
         shapes = shapes or [first_shape(model, batch)]
         if any(not shape or min(shape) < 1 for shape in shapes):
@@ -84,27 +89,6 @@ def graph(
             notes.append(f"no gradient reaches {', '.join(found.unreached)}")
         frames = {"nodes": found.frame(gradients(value, found)), "edges": found.edges()}
     return frames | {"notes": pd.DataFrame({"note": notes})}
-
-
-def build_mlp(
-    scaling: Rule,
-    activation: str,
-    depth: int,
-    width: int,
-    batch: int,
-    seed: int,
-    loss: str | Objective,
-    targets: Tensor | None,
-) -> tuple[nn.Module, Tensor, Tensor]:
-    """The twin of the hand-written MLP with an input as wide as its layers, a Gaussian batch and targets for it."""
-    check(train_depth=depth, train_width=width)
-    classes = isinstance(loss, str) and choose(LOSSES, loss, "train.loss").classes
-    sizes, row = [width] * (depth + 1) + [CLASSES if classes else 1], choose(ACTIVATIONS, activation, "activation")
-    x = gaussian((batch, width), seed, "input")
-    parameters = draw_trained([scaling], row, sizes, [seed], x[None]).parameters
-    if targets is None:
-        targets = torch.arange(batch) % CLASSES if classes else gaussian((batch,), seed, "targets")
-    return mlp.twin(parameters, 0, row), x, targets
 
 
 def first_shape(model: nn.Module, batch: int) -> tuple[int, ...]:
