@@ -82,8 +82,8 @@ def draw_graph(nodes: pd.DataFrame, edges: pd.DataFrame, limit: int = 150) -> Fi
     kept = edges[edges["target"] < limit]
     boxes, paths = _arrange(shown, kept)
     leaves, longest = int((nodes["leaf"] != "").sum()), max(_layers(nodes, edges).values())
-    size = f"{len(nodes)} nodes, {leaves} of them leaves, at most {longest} steps from the loss"
-    text = f"Autograd's graph{_describe_network(nodes)}: {size}"
+    count = f"{len(nodes)} nodes, {leaves} of them leaves, at most {longest} steps from the loss"
+    text = f"Autograd's graph{_describe_network(nodes)}: {count}"
     cut = f" (the first {len(shown)} nodes are drawn)" if len(shown) < len(nodes) else ""
     title = textwrap.wrap(text + cut, 64)
     left, right = min(b.x - b.width / 2 for b in boxes.values()), max(b.x + b.width / 2 for b in boxes.values())
