@@ -66,6 +66,25 @@ def test_loops_that_would_take_too_long_are_named_and_the_rest_runs():
         assert (frame["median"][name] != frame["median"][name]) == skipped, name
 
 
+def test_a_hiccup_skips_no_rung_and_the_books_shape_is_always_complete(monkeypatch):
+    """On a machine that stalls at every rung's first call; one that is slow at every call is skipped, but at 5x784."""
+    calls = []
+
+    def stalled(call, times, device):
+        calls.append(1)
+        return 60.0 if len(calls) % 3 else 1e-6
+
+    monkeypatch.setattr(ladders, "seconds_each", stalled)
+    a, b = torch.ones(30, 30), torch.ones(30, 30)
+    assert ladders.skip_reason(LADDER["loops"], a, b, 2.0) == "" and len(calls) == 3 * len(
+        ladders.pieces((30, 30, 30), 3)
+    )
+    monkeypatch.setattr(ladders, "seconds_each", lambda call, times, device: 60.0)
+    assert ladders.skip_reason(LADDER["loops"], a, b, 2.0).startswith("skipped: would take about")
+    frame = matmul_ladder([(5, 784, 3), BOOK_SHAPE], ["elementwise", "row", "matmul"], **QUICK)
+    assert frame.groupby("shape", sort=False)["median"].count().tolist() == [1, 3]
+
+
 def test_with_patience_nothing_is_skipped():
     frame = matmul_ladder([(17, 17, 17)], PLAIN, patience=1e9, **QUICK)
     assert frame["median"].notna().all()
