@@ -176,11 +176,10 @@ def mark_dead_layers(
     for label in order:
         mine = died[died["label"].astype(str) == label]
         first = "min" if direction == "forward" else "max"
-        status = summary.signal_status(mine, first, along)
-        if status == "alive":
+        fate = summary.find_fate(mine, first, along)
+        if not fate.kind:
             continue
-        column = "nonfinite" if "finite" in status else "zero"
-        layer, y = mine[column].agg(first), 0.04 + 0.075 * height
+        layer, y = fate.at, 0.04 + 0.075 * height
         height += 1
         ax.axvline(layer, color=colours[label], linestyle=":", linewidth=1.4)
         ax.plot(
@@ -190,7 +189,7 @@ def mark_dead_layers(
         left = layer > ax.get_xlim()[1] / 2
         name = f"{label}: " if len(order) > 1 else ""
         ax.annotate(
-            name + status, (layer, y), xycoords=ax.get_xaxis_transform(), xytext=(-9 if left else 9, 0),
+            f"{name}{fate}", (layer, y), xycoords=ax.get_xaxis_transform(), xytext=(-9 if left else 9, 0),
             textcoords="offset points", ha="right" if left else "left", va="center", fontsize=9,
             color=colours[label], bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.85},
         )  # fmt: skip

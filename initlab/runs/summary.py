@@ -3,8 +3,10 @@
 Takes frames alone; a frame without the column `run` is one run.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,7 @@ from initlab.stats.dtypes import FORMATS
 
 # What the two backward passes are held to at the default shape; the table says where it is passed.
 PARITY_LIMIT = {name: row.tolerance for name, row in FORMATS.items() if row.eps <= FORMATS["float32"].eps}
+ENDS = {"nonfinite": "not finite", "zero": "exactly 0"}  # how a signal dies, in words
 PARTED = 0.01  # share by which the losses of two trainings differ that are said to part
 ROUNDING = 1e-3  # of gradients at equal weights: a rule that is wrong differs by more
 
@@ -43,22 +46,50 @@ def first_dead(
     rows: pd.DataFrame, keys: list[str], along: str, first: str, nonfinite: pd.Series, zero: pd.Series
 ) -> pd.DataFrame:
     """Per combination of the keys the `first` (min or max) value of `along` in rows that are nonfinite, or zero."""
-    ends = {
-        name: rows[met].groupby(keys, observed=True)[along].agg(first)
-        for name, met in (("nonfinite", nonfinite), ("zero", zero))
-    }
+    met = dict(zip(ENDS, (nonfinite, zero), strict=True))
+    ends = {kind: rows[met[kind]].groupby(keys, observed=True)[along].agg(first) for kind in ENDS}
     everyone = rows[keys].drop_duplicates().set_index(keys).index
     return pd.DataFrame(ends).reindex(everyone).astype(float).reset_index()
 
 
-def signal_status(died: pd.DataFrame, first: str = "min", along: str = "layer") -> str:
-    """'alive', or from which layer on the first network of an ensemble died and how many did."""
-    for column, said in (("nonfinite", "not finite"), ("zero", "exactly 0")):
-        layers = died[column].dropna()
-        if len(layers):
-            some = "" if len(layers) == len(died) else f" ({len(layers)} of {len(died)} networks)"
-            return f"{said} from {along} {layers.agg(first):.6g}{some}"
-    return "alive"
+class Fate(NamedTuple):
+    """What has become of the signal of an ensemble: where its middle network died, and how many networks died.
+
+    kind: a name of ENDS, or "" while the middle network lives. at: the layer from which on it is dead, nan while it
+    lives. along: what `at` counts. died: how many networks died, by kind. networks: how many there are.
+    """
+
+    kind: str
+    at: float
+    along: str
+    died: Mapping[str, int]
+    networks: int
+
+    @property
+    def shares(self) -> str:
+        """How many networks died, in brackets; "" where none has, or all have in the one way that is told."""
+        counts = [(kind, n) for kind, n in self.died.items() if n and (kind, n) != (self.kind, self.networks)]
+        said = [f"{n} of {self.networks} {'networks' if kind == self.kind else ENDS[kind]}" for kind, n in counts]
+        return f" ({', '.join(said)})" if said else ""
+
+    def __str__(self) -> str:
+        end = f"{ENDS[self.kind]} from {self.along} {self.at:.6g}" if self.kind else "alive"
+        return end + self.shares
+
+
+def find_fate(died: pd.DataFrame, first: str = "min", along: str = "layer") -> Fate:
+    """The fate of the middle network, from rows of `first_dead`; first: "max" for a signal that travels downwards.
+
+    The middle is that of `rank_quantiles`: a median is not finite where a half of the networks is not, and 0 where
+    more than a half are 0.
+    """
+    layers = {kind: died[kind].dropna().sort_values(ascending=first == "min").to_numpy() for kind in ENDS}
+    middle = {"nonfinite": (len(died) - 1) // 2, "zero": len(died) // 2}
+    counts = {kind: len(found) for kind, found in layers.items()}
+    for kind, found in layers.items():
+        if len(found) > middle[kind]:
+            return Fate(kind, float(found[middle[kind]]), along, counts, len(died))
+    return Fate("", math.nan, along, counts, len(died))
 
 
 def rank_quantiles(values: np.ndarray, shares: tuple[float, ...] = (0.16, 0.5, 0.84)) -> np.ndarray:
@@ -96,10 +127,11 @@ def end_of_signal(stats: pd.DataFrame, direction: str = "forward") -> dict[str, 
     found = {}
     for label, rows in signal.groupby("label", observed=True):
         end = band(rows[rows["layer"] == rows["layer"].agg(last)], ["layer"], "std").iloc[0]
-        found[str(label)] = signal_status(died[died["label"] == label], travel)
-        if found[str(label)] == "alive":
+        fate = find_fate(died[died["label"] == label], travel)
+        found[str(label)] = str(fate)
+        if not fate.kind:
             spread = f"({_number(end['low'])} to {_number(end['high'])})"
-            found[str(label)] = f"std {_number(end['median'])} at layer {end['layer']} {spread}"
+            found[str(label)] = f"std {_number(end['median'])} at layer {end['layer']} {spread}{fate.shares}"
     return found
 
 
@@ -145,7 +177,7 @@ def summarize(
         table["std"], table["std16"], table["std84"] = spread["median"], spread["low"], spread["high"]
         died = first_dead_layer(stats)
         table["signal"] = pd.Series(
-            {label: signal_status(rows) for label, rows in died.groupby("label", observed=True)}
+            {label: str(find_fate(rows)) for label, rows in died.groupby("label", observed=True)}
         )
     if THEORY in tables:
         table["theory"] = pd.Series(theory_rows.count_in_band(tables[THEORY]), dtype=object)

@@ -30,14 +30,40 @@ def test_backward_a_gradient_dies_on_its_way_down() -> None:
     frame = labelled("small")
     died = summary.first_dead_layer(frame, "backward")
     assert died["zero"].between(3, 6).all()
-    assert summary.signal_status(died, "max").startswith("exactly 0 from layer ")
+    middle = float(np.sort(died["zero"])[::-1][len(died) // 2])
+    assert str(summary.find_fate(died, "max")) == f"exactly 0 from layer {middle:.0f}"
 
 
-def test_some_of_the_networks() -> None:
+def test_the_fate_is_that_of_the_middle_network_and_says_how_many_share_it() -> None:
     died = pd.DataFrame({"nonfinite": [math.nan, 7.0, 5.0], "zero": [math.nan] * 3})
-    assert summary.signal_status(died) == "not finite from layer 5 (2 of 3 networks)"
-    assert summary.signal_status(died, "max") == "not finite from layer 7 (2 of 3 networks)"
-    assert summary.signal_status(died.iloc[:1]) == "alive"
+    assert str(summary.find_fate(died)) == "not finite from layer 7 (2 of 3 networks)"
+    assert str(summary.find_fate(died, "max")) == "not finite from layer 5 (2 of 3 networks)"
+    assert str(summary.find_fate(died.iloc[:1])) == "alive"
+    few = pd.DataFrame({"nonfinite": [math.nan] * 5, "zero": [3.0, 9.0, math.nan, math.nan, math.nan]})
+    assert str(summary.find_fate(few)) == "alive (2 of 5 exactly 0)"
+    both = pd.DataFrame({"nonfinite": [math.nan, 7.0, 8.0], "zero": [4.0, math.nan, math.nan]})
+    assert str(summary.find_fate(both)) == "not finite from layer 8 (2 of 3 networks, 1 of 3 exactly 0)"
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8])
+def test_the_fate_agrees_with_the_median_that_stands_beside_it(n: int) -> None:
+    """For every number of dead networks: a median that is 0 or no number is called so, and no other is."""
+    for k in range(n + 1):
+        zeros = np.array([0.0] * k + [1.0] * (n - k))
+        lost = np.where(zeros == 0, math.nan, zeros)
+        dead = np.where(zeros == 0, 5.0, math.nan)
+        frame = pd.DataFrame({"nonfinite": math.nan, "zero": dead})
+        assert (summary.find_fate(frame).kind == "zero") == (summary.rank_quantiles(zeros)[1] == 0)
+        frame = pd.DataFrame({"nonfinite": dead, "zero": math.nan})
+        assert (summary.find_fate(frame).kind == "nonfinite") == math.isnan(summary.rank_quantiles(lost)[1])
+
+
+def test_more_networks_do_not_bring_death_nearer() -> None:
+    """The first of many to die says nothing about a network: 197 of 200 live here."""
+    frame = labelled("kaiming", "relu", depth=40, width=10, batch=8, seeds=200)
+    died = summary.first_dead_layer(frame)
+    assert 0 < died["zero"].notna().sum() < 100
+    assert summary.summarize(frame, None, None)["signal"].item().startswith("alive (")
 
 
 def test_a_network_without_a_number_ranks_above_all_others() -> None:
