@@ -37,7 +37,7 @@ HOUSE = {
     "nn": "activations custom_activation loss_table network triton_philox philox init lsuv mup unbounded",
     "meanfield": "maps correlation_points fixed_points gain_table trajectories",
     "theory": (
-        "batch_law exact quantiles unit_moments bands forward_law lsuv_law request simulate singular_values "
+        "batch_law exact profile quantiles unit_moments bands forward_law lsuv_law request simulate singular_values "
         "tensor_law backward_law infinite_width stack_laws format_limits method predict z_scores"
     ),
     "scratch": (

@@ -65,8 +65,8 @@ def draw_stack(tables: Tables, directions: Sequence[str] = tuple(SIGNALS)) -> Fi
     texts = []
     for direction in signals:
         found = summary.end_of_signal(tables[STATS], direction)
-        kept = theory_rows.count_in_band(known, direction)
-        agreement = f"; {theory_rows.sentence(next(iter(kept.values())))}" if len(kept) == len(found) == 1 else ""
+        kept = theory_rows.find_agreement(known, direction)
+        agreement = f"; {next(iter(kept.values()))}" if len(kept) == len(found) == 1 else ""
         texts.append(f"{SIGNALS[direction]} through the stack. {summary.findings(found)}{agreement}")
     figure, axes = new_figure(". ".join(texts), 1, len(signals))
     for ax, (direction, signal) in zip(axes, signals.items(), strict=True):

@@ -77,7 +77,7 @@ TABLES: dict[str, Table] = {
         compared=("predicted", "band_low", "band_high", "limit"),  # the others repeat what STATS holds
         own=(
             *(*_TENSOR, "seed", "statistic"),
-            *("measured", "predicted", "band_low", "band_high", "z", "limit", "method"),
+            *("measured", "predicted", "band_low", "band_high", "z", "limit", "rho", "method"),
         ),
         needed=("seed", "measured", "predicted", "band_low", "band_high"),
         labelled=True,

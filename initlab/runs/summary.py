@@ -158,8 +158,8 @@ def summarize(
 ) -> pd.DataFrame:
     """A row per label.
 
-    Mean and std of the last layer (median over seeds, 16-84 % of networks), the signal's fate, how many layers keep to
-    their predicted band, the last loss by hand and by nn.Module (median over seeds), how many networks diverged, the
+    Mean and std of the last layer (median over seeds, 16-84 % of networks), the signal's fate, whether the layers agree
+    with what is predicted, the last loss by hand and by nn.Module (median over seeds), how many networks diverged, the
     largest relative difference of a gradient.
     """
     given = {STATS: stats, LOSSES: losses, PARITY: parity, THEORY: theory}
@@ -180,7 +180,7 @@ def summarize(
             {label: str(find_fate(rows)) for label, rows in died.groupby("label", observed=True)}
         )
     if THEORY in tables:
-        table["theory"] = pd.Series(theory_rows.count_in_band(tables[THEORY]), dtype=object)
+        table["theory"] = pd.Series(theory_rows.find_agreement(tables[THEORY]), dtype=object)
     if LOSSES in tables:
         losses = tables[LOSSES]
         last = losses[losses["step"] == losses.groupby("label", observed=True)["step"].transform("max")]
@@ -240,7 +240,7 @@ def _text(name: str, row: pd.Series) -> str:
         return low if low == high else f"{low} to {high}"
     value = row[name]
     if name == "theory":
-        return value if isinstance(value, str) else ""
+        return value.short if isinstance(value, theory_rows.Agreement) else ""
     if name == "gradient difference":
         above = f" (above {row['limit']:.0e})" if value > row["limit"] else ""
         lost = f" ({row['not comparable']:.0%} not finite)" if row["not comparable"] else ""

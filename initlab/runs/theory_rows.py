@@ -1,15 +1,63 @@
-"""The table `theory` -> how many layers keep to their band, and the lines that figures draw."""
+"""The table `theory` -> whether a measured profile agrees with what is predicted, and the lines that figures draw."""
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from initlab.stats.dtypes import FORMATS
 from initlab.stats.keys import KEY_COLUMNS
-from initlab.theory.quantiles import WIDE
+from initlab.theory.profile import p_value
 
-NEEDED = [*KEY_COLUMNS, "label", "statistic", "predicted", "band_low", "band_high", "z", "method"]
-MEANING = "std, mean over the networks"
+NEEDED = [*KEY_COLUMNS, "label", "statistic", "predicted", "band_low", "band_high", "z", "rho", "method"]
+DOUBTFUL, REJECTED = 0.05, 0.001  # p below which a correct run is rare, and too rare to be met
+NEAR = 16.0  # so near the end of a number format, as a factor, what is measured is not the signal alone
+
+
+class Agreement(NamedTuple):
+    """How the std of all layers, mean over the networks, agrees with its prediction.
+
+    p: the share of correct ensembles whose largest |z| over all layers is at least as large; nan where nothing can be
+    judged. z, layer: the largest |z|, in standard errors, and where it stands. layers: how many were judged, of
+    `every`. died: the first layer at which networks are dead where the format holds the prediction, nan for none.
+    outside: whether the formulas are used outside their range.
+    """
+
+    p: float
+    z: float
+    layer: int
+    layers: int
+    every: int
+    died: float
+    outside: bool
+
+    @property
+    def short(self) -> str:
+        """For a column: 'p 0.41'."""
+        if self.outside:
+            return "out of range"
+        return "-" if math.isnan(self.p) else f"p {self.text}"
+
+    @property
+    def text(self) -> str:
+        return f"{self.p:.2g}" if self.p >= REJECTED else f"< {REJECTED:g}"
+
+    def __str__(self) -> str:
+        if self.outside:
+            return "theory: no test, the formulas are outside their range; theory=simulation knows more"
+        if math.isnan(self.p):
+            return "theory: no test, no layer lies inside the number format"
+        judged = f"{self.layers} layers" if self.layers == self.every else f"{self.layers} of {self.every} layers"
+        if self.p >= DOUBTFUL:
+            return f"theory: {judged} agree, p = {self.text}"
+        if not math.isnan(self.died) and not self.p:
+            return f"theory: does not agree, from layer {self.died:.0f} networks are dead that should live"
+        far = f"{abs(self.z):.3g} standard errors {'above' if self.z > 0 else 'below'} at layer {self.layer}"
+        if self.p < REJECTED:
+            return f"theory: does not agree, p {self.text}: {far}"
+        return f"theory: doubtful, p = {self.text}: {far}"
 
 
 def _rows(theory: pd.DataFrame, direction: str) -> pd.DataFrame:
@@ -21,18 +69,35 @@ def _rows(theory: pd.DataFrame, direction: str) -> pd.DataFrame:
     return rows[(rows["implementation"] == "scratch") & (rows["tensor"] == "preactivation")]
 
 
-def count_in_band(theory: pd.DataFrame, direction: str = "forward") -> dict[str, str]:
-    """Per label how many layers' mean over the ensemble is within the 95 % band: '49 of 50'; needs `label`.
+def find_agreement(theory: pd.DataFrame, direction: str = "forward") -> dict[str, Agreement]:
+    """Per label one test of the whole profile; needs `label`. Runs of one label are one ensemble.
 
-    A layer that is not finite is not within. Runs of one label are one ensemble: their z add up like those of networks.
+    Layers where the prediction comes near an end of the number format are not judged: a network that dies there dies as
+    predicted. A gradient is judged where the forward pass lives. Networks that died too early count where they are
+    half of all, else the others are judged.
     """
-    found = {}
-    for label, rows in _rows(theory, direction).groupby("label", observed=True):
-        whole = rows[rows["seed"] < 0]
-        z = whole.groupby("layer")["z"].agg(lambda z: z.mean(skipna=False) * np.sqrt(len(z)))
-        outside = ", outside its range" if whole["method"].astype(str).str.contains("outside").any() else ""
-        found[str(label)] = f"{int((z.abs() <= WIDE).sum())} of {len(z)}{outside}"
-    return found
+    rows = _rows(theory, direction)
+    rows = rows[rows["seed"] >= 0].sort_values("layer", ascending=direction == "forward", kind="stable")
+    if direction == "backward":
+        rows = rows[rows["z"].notna()]
+    return {str(label): _judge(mine) for label, mine in rows.groupby("label", observed=True)}
+
+
+def _judge(rows: pd.DataFrame) -> Agreement:
+    every, outside = rows["layer"].nunique(), bool(rows["method"].astype(str).str.contains("outside").any())
+    held = FORMATS[str(rows["dtype"].iloc[0]) if "dtype" in rows else "float32"]
+    rows = rows[(rows["band_low"] > held.tiny * NEAR) & (rows["band_high"] < held.max / NEAR)]
+    dead = rows["z"].isna() | (rows["measured"] == 0) & (rows["z"] != 0)
+    layers = rows.assign(z=rows["z"].where(~dead), dead=dead).groupby("layer", sort=False)
+    lost = layers["dead"].mean() >= 0.5
+    if lost.any():
+        return Agreement(0.0, math.nan, 0, len(lost), every, float(lost.index[int(lost.argmax())]), outside)
+    if not len(lost):
+        return Agreement(math.nan, math.nan, 0, 0, every, math.nan, outside)
+    z = (layers["z"].sum() / np.sqrt(layers["z"].count())).to_numpy()
+    at = int(np.abs(z).argmax())
+    p = p_value(z, layers["rho"].first().to_numpy())
+    return Agreement(p, float(z[at]), int(lost.index[at]), len(z), every, math.nan, outside)
 
 
 def lines(theory: pd.DataFrame, direction: str) -> pd.DataFrame:
@@ -53,16 +118,9 @@ def _bands(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     return rows.drop_duplicates(keys)[[*keys, "predicted", *names]].rename(columns=names).sort_values(keys)
 
 
-def sentence(count: str) -> str:
-    """'49 of 50' as a sentence; what stands after a comma is a reservation."""
-    kept, _, reservation = count.partition(", ")
-    hint = f", {reservation}: theory=simulation knows more" if reservation else ""
-    return f"theory: {kept} layers within the 95 % band{hint}"
-
-
-def describe(found: Sequence[str]) -> str:
+def describe(found: Sequence[Agreement]) -> str:
     """The line beneath the short table."""
     if len(found) == 1:
-        return f"{sentence(found[0])} ({MEANING})"
-    hint = "; outside its range theory=simulation knows more" if any("," in one for one in found) else ""
-    return f"theory: layers within the 95 % band ({MEANING}){hint}"
+        return str(found[0])
+    text = "theory: p of the std of all layers together; a correct run has p below 0.05 in one of 20"
+    return f"{text}; outside its range theory=simulation knows more" if any(one.outside for one in found) else text

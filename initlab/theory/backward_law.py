@@ -9,6 +9,7 @@ T and W of a unit are linear in those of the gradient, so that moments of phi' a
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,6 @@ from initlab.theory.batch_law import (
     ln_cov,
     ln_means,
     pool_symmetric_units,
-    regressors,
     relative_to,
     slopes,
 )
@@ -123,7 +123,6 @@ def _slopes(layers: Layers) -> _SlopeMoments:
     with_length -= (1 - layers.forward_remain) / 2 * _centre(layers, "h2_phi2") * _centre(layers, "h2_slope2") * apart
     forward_x = np.moveaxis(u.over_m(given[:, None] * x)[..., 0], -1, 0)
     e2 = np.stack([2 * u.row("slope") * u.row("e2_slope"), u.row("e2_slope2")])
-    by = regressors(layers.stack("nodes"), layers.weights, layers.single_input)
     return _SlopeMoments(
         np.moveaxis(u.over_m(x), 0, -1),
         np.moveaxis(xx, (0, 1), (-2, -1)),
@@ -141,8 +140,8 @@ def _slopes(layers: Layers) -> _SlopeMoments:
         with_length / layers.width,
         layers.width,
         layers.stack("means")[:, 0, :2],
-        slopes(layers.stack("ln_x"), by, layers.weights),
-        by,
+        layers.jacobian,
+        layers.regressors,
     )
 
 
@@ -175,8 +174,11 @@ def _descend(layers: Layers) -> tuple[Law, Law]:
     )
     mean, both, pair = (np.array(part[::-1]) for part in zip(*below, strict=True))
     shares = {"frac_zero": layers.share(zero_slope_intervals(layers.chain.row), layers.stack("single"))}
+    gradients = tensor_law.observe_gaussian(at_activation, batch, layers.width, np.array(remains[::-1]))
+    sd = gradients.ln_var[:, 1]  # a layer multiplies the gradient by a factor that is new to it
+    rho = np.append(np.minimum(1.0, np.nan_to_num(sd[1:] / sd[:-1])), 0.0)
     return (
-        tensor_law.observe_gaussian(at_activation, batch, layers.width, np.array(remains[::-1])),
+        replace(gradients, rho=rho),
         pool_symmetric_units(Law(mean, both, pair, none, shares=shares), layers.width),
     )
 

@@ -192,6 +192,14 @@ def simulated_bands(block: torch.Tensor, limits: dict[str, Array]) -> list[Rows]
     return found
 
 
+def correlate_sizes(block: torch.Tensor, before: torch.Tensor) -> Array:
+    """The correlation of ln std of two tensors over networks, (1,); blocks (S, E) in the order of STATISTICS."""
+    at = list(STATISTICS).index("std")
+    logs = np.log(np.stack([block[at].numpy(), before[at].numpy()]))
+    alive = logs[:, np.isfinite(logs).all(0)]
+    return np.nan_to_num(np.corrcoef(alive)[:1, 1]) if alive.shape[1] > 2 else np.zeros(1)
+
+
 # --- as a table ---------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +211,7 @@ class TensorBands(NamedTuple):
     direction: str
     rows: Rows
     method: Sequence[str] | str
+    rho: Array  # correlation over networks with the tensor before, nan where it is not known
 
 
 def frame(blocks: Sequence[TensorBands]) -> pd.DataFrame:
@@ -226,6 +235,7 @@ def frame(blocks: Sequence[TensorBands]) -> pd.DataFrame:
         "statistic": label(names),
         "scale": label(["ln" if name in IN_LN else "linear" for name in names]),
         **dict(zip(NUMBERS, numbers.T, strict=True)),
+        "rho": np.concatenate([np.broadcast_to(block.rho, len(block.layers)) for block in blocks])[order],
         "method": label([block.method for block in blocks]),
     }
     return pd.DataFrame(columns)

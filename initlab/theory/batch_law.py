@@ -34,6 +34,8 @@ class Law:
     spread: Array = field(default_factory=lambda: np.zeros(1))  # (K,)
     lean: Array = field(default_factory=lambda: np.zeros(1))  # (K,)
     shares: dict[str, Array] = field(default_factory=dict)  # (K, 2)
+    # correlation over networks of ln q with that of the tensor before, in the direction of travel; nan is not known
+    rho: Array = field(default_factory=lambda: np.full(1, np.nan))  # (K,)
 
     @property
     def single_input(self) -> bool:

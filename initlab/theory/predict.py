@@ -19,7 +19,7 @@ from initlab.nn.custom_activation import Given, name_of, numerical
 from initlab.nn.init import Rule
 from initlab.stats.keys import TENSOR_COLUMNS
 from initlab.stats.statistics import IN_LN
-from initlab.theory.bands import IN_ORDER, TensorBands, bands, frame, simulated_bands, size_bands
+from initlab.theory.bands import IN_ORDER, TensorBands, bands, correlate_sizes, frame, simulated_bands, size_bands
 from initlab.theory.batch_law import Array, Moments, ln
 from initlab.theory.exact import linear_batch, linear_one_input, lognormal, relu_one_input
 from initlab.theory.lsuv_law import fit_noise, ln_weight
@@ -30,6 +30,7 @@ from initlab.theory.stack_laws import enter_layers, finite_laws, limit_laws, ten
 from initlab.theory.tensor_law import StackLaws
 
 _KEYS = list(TENSOR_COLUMNS)
+_UNKNOWN = np.array([np.nan])
 
 
 @library_call
@@ -60,7 +61,8 @@ def predict(
     Returns a row per layer, tensor, direction and statistic, in the words of a run's table `theory`: `predicted` is the
     median at this width, `band_low` to `band_high` hold 95 % of the networks, `band68_low` to `band68_high` 68 %,
     `limit` is infinite width. `mean` and `sd` are those of ln of the statistic where `scale` is ln, else of itself.
-    `method` says where the numbers come from, `slope` whether phi' was given or differentiated numerically.
+    `rho` is the correlation over networks of ln std with that of the same tensor one layer before, in the direction of
+    travel. `method` says where the numbers come from, `slope` whether phi' was given or differentiated numerically.
     With `wide` a row per layer, tensor and direction: for every statistic S the columns S (its median at this width),
     S_low, S_high (95 %) and S_limit, and, for those on a ln scale, ln_S_mean, ln_S_sd and ln_S_limit.
 
@@ -112,7 +114,8 @@ def _closed_blocks(request: Request, method: str) -> Iterator[TensorBands]:
                     second[k] = limits[k] + shift, sd
         for rows in bands(kind.law, kind.limit, request.batch, kind.units, second):
             of_length = rows.statistic in IN_LN and rows.statistic != "std_within"
-            yield TensorBands(kind.layers, kind.tensor, kind.direction, rows, better if of_length else method)
+            named, rho = (better, kind.law.rho) if of_length else (method, _UNKNOWN)
+            yield TensorBands(kind.layers, kind.tensor, kind.direction, rows, named, rho)
 
 
 def _exact_law(request: Request, layer: int, tensor: str) -> tuple[Moments, str] | None:
@@ -146,7 +149,7 @@ def _parameter_blocks(request: Request) -> Iterator[TensorBands]:
 
     def blocks(tensor: str, direction: str, limit: Array, law: Array, count: Array) -> Iterator[TensorBands]:
         for rows in size_bands(limit, law, count):
-            yield TensorBands(every, tensor, direction, rows, "log-delta")
+            yield TensorBands(every, tensor, direction, rows, "log-delta", _UNKNOWN)
 
     excess = {"uniform": 0.8, "truncated_normal": 1.0634}.get(request.distribution, 2.0)  # E w^4 / (E w^2)^2 - 1
     noise = 0 / i if request.layers[0].orthogonal else excess / (i * o)
@@ -199,6 +202,9 @@ def _simulated_blocks(request: Request, networks: int, seed: int) -> Iterator[Te
     number = torch.float32 if fits_float32(request) else torch.float64
     moments = request.q0, request.c0
     found = simulate(request.row, request.layers, request.batch, networks, *moments, request.distribution, seed, number)
-    for key, block in found.items():
-        for rows in simulated_bands(block, limits[key]):
-            yield TensorBands(np.array(key[:1]), *key[1:], rows, "simulation")
+    for (layer, tensor, direction), block in found.items():
+        before = found.get((layer - 1 if direction == "forward" else layer + 1, tensor, direction))
+        rho = _UNKNOWN if before is None else correlate_sizes(block, before)
+        for rows in simulated_bands(block, limits[layer, tensor, direction]):
+            known = rho if rows.statistic in IN_LN and rows.statistic != "std_within" else _UNKNOWN
+            yield TensorBands(np.array([layer]), tensor, direction, rows, "simulation", known)

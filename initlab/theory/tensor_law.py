@@ -9,7 +9,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from initlab.theory.batch_law import Array, Law, combine, ln_cov, ln_noise, mean_and_sd, pool_symmetric_units
+from initlab.theory.batch_law import (
+    Array,
+    Law,
+    combine,
+    ln_cov,
+    ln_noise,
+    mean_and_sd,
+    pool_symmetric_units,
+    regressors,
+    slopes,
+)
 from initlab.theory.forward_law import Chain, design_effect
 from initlab.theory.lsuv_law import p_not_rescaled
 from initlab.theory.unit_moments import Intervals, JoinedUnits, saturated_intervals, zero_intervals
@@ -56,6 +66,25 @@ class Layers:
     def stack_above(self, name: str) -> Array:
         """A number of the state that leaves each layer."""
         return np.array([*(getattr(step, name) for step in self.chain.steps[1:]), getattr(self.chain, name)])
+
+    @cached_property
+    def jacobian(self) -> Array:
+        """Slopes of the state that leaves each layer by the one that enters it, (L, 2, 2)."""
+        return slopes(self.stack("ln_x"), self.regressors, self.weights)
+
+    @cached_property
+    def regressors(self) -> Array:
+        """Weights that give the slope of anything at the nodes of a layer by its entering state, (L, G, 2)."""
+        return regressors(self.stack("nodes"), self.weights, self.single_input)
+
+    def correlate(self) -> Array:
+        """Correlation of ln q of each layer's activations with that of the activations before, (L,)."""
+        cov = np.concatenate([self.stack("cov"), self.chain.cov[None]])
+        mean = np.concatenate([self.stack("mean"), self.chain.mean[None]])
+        by = np.exp(mean - np.logaddexp(mean[:, :1], mean[:, 1:]))  # slopes of ln q by the state, (L + 1, 2)
+        var = np.einsum("ki,kij,kj->k", by, cov, by)
+        both = np.einsum("ki,kij,kjl,kl->k", by[1:], self.jacobian, cov[:-1], by[:-1])
+        return np.asarray(np.clip(np.nan_to_num(both / np.sqrt(var[1:] * var[:-1])), 0, 1))
 
     @cached_property
     def units(self) -> JoinedUnits:
@@ -148,6 +177,7 @@ def activations(layers: Layers) -> Law:
             "frac_zero": layers.share(zero_intervals(layers.chain.row), np.zeros(len(means))),
             "frac_dead": dead,
         },
+        rho=layers.correlate(),
     )
 
 

@@ -21,7 +21,7 @@ from initlab.theory.predict import predict
 from initlab.theory.quantiles import NARROW, WIDE
 
 ENSEMBLE = -1  # the seed of rows about the mean over all networks
-COLUMNS = ("statistic", "measured", "predicted", "band_low", "band_high", "z", "limit", "method")
+COLUMNS = ("statistic", "measured", "predicted", "band_low", "band_high", "z", "limit", "rho", "method")
 ROUNDING = 1e-4  # relative, absolute for shares: where nothing may vary a number format still rounds
 FIXED = 1e-6  # a standard deviation below which nothing may vary: of a share it means one entry in a thousand networks
 _KEYS = list(TENSOR_COLUMNS)
