@@ -177,9 +177,39 @@ def report_disk(path: object) -> Iterator[None]:
         raise disk_error(error, path) from error
 
 
+# What other programs and papers call the things that have a name here.
+OTHER_NAMES = {
+    **dict.fromkeys(("he", "he_normal", "he_uniform", "msra", "delving"), "kaiming"),
+    **dict.fromkeys(("glorot", "glorot_normal", "glorot_uniform", "bengio"), "xavier"),
+    **dict.fromkeys(("default", "pytorch", "torch", "kaiming_uniform_a5"), "torch_default"),
+    **dict.fromkeys(("normal", "gaussian", "standard_normal"), "naive"),
+    **dict.fromkeys(("identity", "none"), "linear"),
+    **dict.fromkeys(("logistic", "sigm"), "sigmoid"),
+    **dict.fromkeys(("fp16", "half", "f16"), "float16"),
+    **dict.fromkeys(("bf16", "brain"), "bfloat16"),
+    **dict.fromkeys(("fp32", "single", "float", "f32"), "float32"),
+    **dict.fromkeys(("fp64", "double", "f64"), "float64"),
+    **dict.fromkeys(("gpu", "nvidia"), "cuda"),
+    **dict.fromkeys(("lr", "learning_rate", "train.learning_rate", "train.rate", "eta"), "train.lr"),
+    **dict.fromkeys(("epochs", "steps", "iterations", "train.epochs"), "train.steps"),
+    **dict.fromkeys(("batch_size", "bs"), "batch"),
+    **dict.fromkeys(("train.batch_size", "train.bs"), "train.batch"),
+    **dict.fromkeys(("layers", "n_layers", "num_layers"), "depth"),
+    **dict.fromkeys(("hidden", "units", "n", "hidden_size", "features"), "width"),
+    **dict.fromkeys(("nonlinearity", "nonlin", "act", "phi"), "activation"),
+    **dict.fromkeys(("sd", "std_dev", "stddev", "sigma"), "std"),
+    **dict.fromkeys(("loss", "criterion"), "train.loss"),
+    **dict.fromkeys(("ce", "xent", "nll", "crossentropy"), "cross_entropy"),
+    **dict.fromkeys(("l2", "squared_error"), "mse"),
+}
+
+
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """' - did you mean X?', or nothing where nothing is near."""
     by_lower = {name.lower(): name for name in allowed}
+    known = OTHER_NAMES.get(given.lower().replace("-", "_"))
+    if known in by_lower:
+        return f" - did you mean {by_lower[known]}?"
     match = get_close_matches(given.lower(), list(by_lower), n=1, cutoff=0.6)
     return f" - did you mean {by_lower[match[0]]}?" if match else ""
 

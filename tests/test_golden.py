@@ -65,8 +65,8 @@ FRAMES: dict[str, Callable[[], pd.DataFrame]] = {
     "stack_lsuv": lambda: stack("lsuv", "leaky_relu", **STACK),  # type: ignore[arg-type]
     "train": lambda: _train("stats"),
     "train_losses": lambda: _train("losses", activation="tanh", lr=[0.01, 0.1]),
-    "train_adam": lambda: _train("losses", optimizer="adam", loss="mse"),
-    "train_parity": lambda: _train("parity", loss="mse", drift=True),
+    "train_adam": lambda: _train("losses", optimizer="adam", loss="mse", lr=0.1),
+    "train_parity": lambda: _train("parity", loss="mse", drift=True, lr=0.1),
     "train_histograms": lambda: _train("histograms", histograms=True),
     "probe": _probe,
     "predict": lambda: initlab.predict("kaiming", "relu", depth=3, width=12),

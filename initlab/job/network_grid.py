@@ -45,14 +45,14 @@ def refuse_axes(config: Config) -> None:
 def grid_of(config: Config, scaling: Rule, activation: Activation, seeds: Sequence[int]) -> Ensemble:
     """The networks that a configuration asks for; without axes the rule is `scaling` for all of them."""
     axes = config.sweep
+    rates: list[float] = [] if config.train.lr is None else [config.train.lr]
     if axes.init is None and axes.gain is None and axes.lr is None:
-        return Ensemble([scaling] * len(seeds), seeds, [config.train.lr] * len(seeds))
+        return Ensemble([scaling] * len(seeds), seeds, rates * len(seeds))
     fields = {name: value for name, value in vars(config.init).items() if name != "name"}
     bases = [(config.init.name, scaling)] if axes.init is None else [(name, rule(name, **fields)) for name in axes.init]
     gains: Sequence[float | None] = axes.gain or [None]
     points = [
-        (name, rule(base, gain=gain), rate)
-        for (name, base), gain, rate in product(bases, gains, axes.lr or [config.train.lr])
+        (name, rule(base, gain=gain), rate) for (name, base), gain, rate in product(bases, gains, axes.lr or rates)
     ]
     every = [(*point, seed) for point, seed in product(points, seeds)]
     names, rules, rates, numbers = (list(column) for column in zip(*every, strict=True))

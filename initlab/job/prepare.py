@@ -1,5 +1,6 @@
 """One job: from a typed configuration to a run folder, its figures and what is printed."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -25,7 +26,7 @@ from initlab.stats.backend import measure_custom
 from initlab.stats.statistics import checked_statistics
 from initlab.tasks.ensemble.device import Where, set_matmul
 from initlab.tasks.ensemble.networks import Net
-from initlab.tasks.ensemble.training import Training
+from initlab.tasks.ensemble.training import Training, default_rate
 from initlab.theory.method import METHODS
 from initlab.verdict.table_rules import judge_tables
 
@@ -40,24 +41,25 @@ class Job:
     gain: str = ""  # which gain the rule took, in words; those of a sweep stand in the columns of its tables
     texts_only: bool = False  # JSON for another program
     compares: bool = False  # networks that differ inside the job: the figures of a sweep are asked for
+    constant_loss: float = math.inf  # of the best answer that does not look at the inputs
 
     def run(self) -> str:
         """Measure, record, draw; what is to be printed."""
         with self.recorder:
             texts = [stage(self.recorder) for stage in self.stages]
         tables = self.recorder.frames()
-        texts = [*self.judge(tables), *texts]
+        said = self.judge(tables)
         if self.texts_only:
-            return "\n".join(texts)
-        return report_run(self.recorder, tables, texts, self.plots, self.compares, self.gain)
+            return "\n".join([*said, *texts])
+        return "\n".join([report_run(self.recorder, tables, texts, self.plots, self.compares, self.gain), *said])
 
     def judge(self, tables: Mapping[str, pd.DataFrame]) -> list[str]:
-        """Keep the verdict of the run's own tables, and its first line."""
-        verdict = judge_tables(tables)
+        """Keep the verdict of the run's own tables; a line for each of its findings."""
+        verdict = judge_tables(tables, self.constant_loss)
         if verdict is None:
             return []
         self.recorder.keep_verdict(verdict)
-        return [f"verdict: {str(verdict).splitlines()[0]}"]
+        return [f"verdict: {str(one).splitlines()[0]}" for one in verdict] or [f"verdict: {verdict}"]
 
     def finish(self) -> None:
         """The verdict and the figures of what others have recorded."""
@@ -73,6 +75,8 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     config: the options. choices: of each group of conf/ the file that was chosen. folder: of the run.
     """
     task = choose(TASKS, config.task, "task")
+    if config.train.lr is None:
+        config.train.lr = default_rate(config.train.loss, config.train.optimizer)
     check(seed=config.seed, seeds=config.seeds, threads=config.threads, train_lr=config.train.lr)
     choose({**METHODS, "off": ""}, config.theory, "theory")
     refuse_axes(config)
@@ -97,7 +101,9 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     gain = gain_words(settings.rule, activation) if task.by_rule and not several else ""
     plots = config.plots and config.study.figure.y is None
     stages = [make(import_module(f"initlab.tasks.{module}"), settings) for module, make in task.stages]
-    return Job(stages, recorder, plots, gain, config.json, several)
+    trains = any(module == "train" for module, _ in task.stages)
+    constant = settings.load_data().constant_loss(settings.training.loss) if trains else math.inf
+    return Job(stages, recorder, plots, gain, config.json, several, constant)
 
 
 def resolve(config: Config, choices: Mapping[str, str | None]) -> JobSettings:

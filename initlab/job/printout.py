@@ -48,12 +48,15 @@ def report_sweep(folder: Path, plots: bool) -> str:
     below = Path("*") if any(folder.glob("*/run.json")) else Path("*/*")
     lines = _summarize(tables) + _notes([run.json for run in runs])
     files = _files(folder, below, drawn)
+    counts = Counter(str(run.json["verdict"]).split(":")[0].split(" at ")[0] for run in runs if "verdict" in run.json)
+    said = ", ".join(f"{n} {rule}" for rule, n in counts.most_common())
     unfinished = [run for run in runs if run.json["status"] not in ("done", "running")]
     lines += [
         files[0],
         *(f"not done: {path_text(Path(run.name))} is {run.json['status']}" for run in unfinished),
     ]
-    return "\n".join([*lines, *files[1:]])
+    verdicts = [f"verdicts of {counts.total()} runs: {said}"] if counts else []
+    return "\n".join([*lines, *files[1:], *verdicts])
 
 
 def _summarize(tables: Mapping[str, pd.DataFrame]) -> list[str]:

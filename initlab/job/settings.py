@@ -47,7 +47,7 @@ class TrainConfig:
     width: int = MISSING
     batch: int = MISSING
     steps: int = MISSING
-    lr: float = MISSING
+    lr: float | None = MISSING
     optimizer: str = MISSING
     loss: str = MISSING
     modules: str = MISSING

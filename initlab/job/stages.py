@@ -46,13 +46,13 @@ class JobSettings:
 
     @property
     def source(self) -> tuple[str, str, bool, str]:
-        """Where the data come from."""
+        """Where the data come from, as `tasks.data.load` takes it."""
         data = self.config.data
         return data.name, data.root, data.download, data.url
 
     def load_data(self) -> Data:
         """The training split; the jobs of a sweep share it."""
-        return load_data(*self.source)
+        return _load(*self.source)
 
     def keywords(self, *names: str) -> dict[str, Any]:
         """Parameters that the tasks share, by their names."""
@@ -116,7 +116,6 @@ def seeded_stage(task: Any, s: JobSettings) -> Stage:
 def train_stage(task: Any, s: JobSettings) -> Stage:
     """Loads the data at once: what is wrong with it must show before anything is measured."""
     config, training = s.config, s.training
-    source = s.source
     data = s.load_data()
     training.check_data(data)
     ensemble = grid_of(config, s.rule, s.activation, s.seeds)
@@ -124,7 +123,7 @@ def train_stage(task: Any, s: JobSettings) -> Stage:
         raise UsageError(f"sweep.lr: train.optimizer={training.optimizer} has one learning rate for all; use sgd")
 
     def predict(stats: pd.DataFrame, rule: Rule, method: str) -> pd.DataFrame:
-        widths, entering = training.sizes(data)[1:], entering_moments(*source, training.batch)
+        widths, entering = training.sizes(data)[1:], entering_moments(*s.source, training.batch)
         return compare_training(stats, widths, entering, training.batch, rule, s.activation, method=method)
 
     return EnsembleStage(
@@ -138,13 +137,13 @@ def train_stage(task: Any, s: JobSettings) -> Stage:
     )
 
 
-load_data = lru_cache(maxsize=1)(load)  # the jobs of a sweep share their data
+_load = lru_cache(maxsize=1)(load)  # the jobs of a sweep share their data
 
 
 @lru_cache(maxsize=1)
 def entering_moments(name: str, root: str, download: bool, url: str, batch: int) -> InputMoments:
     """What theory needs to know of the data: measured once for the jobs of a sweep."""
-    return measure_input(load_data(name, root, download, url).x.numpy(), batch)
+    return measure_input(_load(name, root, download, url).x.numpy(), batch)
 
 
 def _ladder(task: Any, measure: Callable[..., pd.DataFrame], s: JobSettings) -> Stage:
@@ -200,7 +199,7 @@ def graph_stage(task: Any, s: JobSettings) -> Stage:
 
 def _find_setting(task: Any, s: JobSettings) -> Any:
     c = s.config
-    network = (s.rule, c.activation.name, s.training, c.train.lr, c.seed, s.where)
+    network = (s.rule, c.activation.name, s.training, c.train.lr or 0.0, c.seed, s.where)
     data = {} if c.model else {"data": s.load_data()}
     return task.ModelSetting(instantiate(c.model), c.shapes, *network, **data)
 

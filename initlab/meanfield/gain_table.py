@@ -118,9 +118,9 @@ def published_table() -> pd.DataFrame:
 
 
 PROMISE = {
-    "chi": "gradients keep their second moment where q = 1",
-    "rms": "preactivations keep their second moment where q = 1",
-    "std": "activations have unit variance where q = 1",
+    "chi": "gradients keep their mean square where that of the preactivations is 1",
+    "rms": "preactivations keep a mean square of 1",
+    "std": "activations have unit variance where preactivations have a mean square of 1",
     "torch": "torch.nn.init.calculate_gain's number",
 }
 
@@ -129,21 +129,21 @@ def gain_words(scaling: Rule, row: Activation) -> str:
     """Say which gain a rule takes for an activation, of which kind, and what torch has; "" where the rule sets its own.
 
     >>> gain_words(Rule(), ACTIVATIONS["gelu"])
-    'gain: 1.48111 (chi: gradients keep their second moment where q = 1; torch has none)'
+    'gain: 1.481 (chi: gradients keep their mean square where that of the preactivations is 1; torch has none)'
     """
     if scaling.gain is not None:
         return ""
     kind, value = scaling.gain_kind, scaling.gain_for(row)
     by_torch = find_torch_gain(row)
     if kind == "torch":
-        other = f"the one that keeps gradients is {gain(row, 'chi'):.6g}, init.gain_kind=chi"
+        other = f"the one that keeps gradients is {gain(row, 'chi'):.4g}, init.gain_kind=chi"
     elif by_torch is None:
         other = "torch has none"
     elif abs(by_torch / value - 1) < EDGE:
         other = "torch has the same"
     else:
-        other = f"torch has {by_torch:.6g}, init.gain_kind=torch"
-    return f"gain: {value:.6g} ({kind}: {PROMISE[kind]}; {other})"
+        other = f"torch has {by_torch:.4g}, init.gain_kind=torch"
+    return f"gain: {value:.4g} ({kind}: {PROMISE[kind]}; {other})"
 
 
 def consequences(row: Activation, value: float) -> dict[str, object]:

@@ -240,7 +240,7 @@ def _text(name: str, row: pd.Series) -> str:
         return low if low == high else f"{low} to {high}"
     value = row[name]
     if name == "theory":
-        return value.short if isinstance(value, theory_rows.Agreement) else ""
+        return value.short if isinstance(value, theory_rows.ProfileTest) else ""
     if name == "gradient difference":
         above = f" (above {row['limit']:.0e})" if value > row["limit"] else ""
         lost = f" ({row['not comparable']:.0%} not finite)" if row["not comparable"] else ""

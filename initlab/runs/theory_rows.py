@@ -13,10 +13,11 @@ from initlab.theory.profile import p_value
 
 NEEDED = [*KEY_COLUMNS, "label", "statistic", "predicted", "band_low", "band_high", "z", "rho", "method"]
 DOUBTFUL, REJECTED = 0.05, 0.001  # p below which a correct run is rare, and too rare to be met
+KNOWN = 0.1  # standard deviations of one network to which the formulas know the centre of their law; measured
 NEAR = 16.0  # so near the end of a number format, as a factor, what is measured is not the signal alone
 
 
-class Agreement(NamedTuple):
+class ProfileTest(NamedTuple):
     """How the std of all layers, mean over the networks, agrees with its prediction.
 
     p: the share of correct ensembles whose largest |z| over all layers is at least as large; nan where nothing can be
@@ -69,7 +70,7 @@ def _rows(theory: pd.DataFrame, direction: str) -> pd.DataFrame:
     return rows[(rows["implementation"] == "scratch") & (rows["tensor"] == "preactivation")]
 
 
-def find_agreement(theory: pd.DataFrame, direction: str = "forward") -> dict[str, Agreement]:
+def find_agreement(theory: pd.DataFrame, direction: str = "forward") -> dict[str, ProfileTest]:
     """Per label one test of the whole profile; needs `label`. Runs of one label are one ensemble.
 
     Layers where the prediction comes near an end of the number format are not judged: a network that dies there dies as
@@ -83,7 +84,7 @@ def find_agreement(theory: pd.DataFrame, direction: str = "forward") -> dict[str
     return {str(label): _judge(mine) for label, mine in rows.groupby("label", observed=True)}
 
 
-def _judge(rows: pd.DataFrame) -> Agreement:
+def _judge(rows: pd.DataFrame) -> ProfileTest:
     every, outside = rows["layer"].nunique(), bool(rows["method"].astype(str).str.contains("outside").any())
     held = FORMATS[str(rows["dtype"].iloc[0]) if "dtype" in rows else "float32"]
     rows = rows[(rows["band_low"] > held.tiny * NEAR) & (rows["band_high"] < held.max / NEAR)]
@@ -91,13 +92,14 @@ def _judge(rows: pd.DataFrame) -> Agreement:
     layers = rows.assign(z=rows["z"].where(~dead), dead=dead).groupby("layer", sort=False)
     lost = layers["dead"].mean() >= 0.5
     if lost.any():
-        return Agreement(0.0, math.nan, 0, len(lost), every, float(lost.index[int(lost.argmax())]), outside)
+        return ProfileTest(0.0, math.nan, 0, len(lost), every, float(lost.index[int(lost.argmax())]), outside)
     if not len(lost):
-        return Agreement(math.nan, math.nan, 0, 0, every, math.nan, outside)
-    z = (layers["z"].sum() / np.sqrt(layers["z"].count())).to_numpy()
+        return ProfileTest(math.nan, math.nan, 0, 0, every, math.nan, outside)
+    n = layers["z"].count()
+    z = (layers["z"].mean() / np.sqrt(1 / n + KNOWN**2)).to_numpy()
     at = int(np.abs(z).argmax())
     p = p_value(z, layers["rho"].first().to_numpy())
-    return Agreement(p, float(z[at]), int(lost.index[at]), len(z), every, math.nan, outside)
+    return ProfileTest(p, float(z[at]), int(lost.index[at]), len(z), every, math.nan, outside)
 
 
 def lines(theory: pd.DataFrame, direction: str) -> pd.DataFrame:
@@ -118,7 +120,7 @@ def _bands(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     return rows.drop_duplicates(keys)[[*keys, "predicted", *names]].rename(columns=names).sort_values(keys)
 
 
-def describe(found: Sequence[Agreement]) -> str:
+def describe(found: Sequence[ProfileTest]) -> str:
     """The line beneath the short table."""
     if len(found) == 1:
         return str(found[0])

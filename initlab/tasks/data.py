@@ -22,6 +22,7 @@ from initlab.engine.mlp import lin
 from initlab.errors import UsageError, choose
 from initlab.files import check_file, read_bytes, read_gz
 from initlab.nn.init import gaussian
+from initlab.nn.loss_table import LOSSES
 
 # The two files of MNIST's training split, with the md5 sums that torchvision publishes.
 MNIST_FILES = {
@@ -46,6 +47,16 @@ class Data:
     x: Tensor
     y: Tensor
     classes: int | None
+
+    def constant_loss(self, loss: str) -> float:
+        """The loss of the best answer that does not look at the inputs: the variance of y, or the entropy of classes.
+
+        loss: a name of LOSSES.
+        """
+        if not LOSSES[loss].classes:
+            return float(self.y.double().var(correction=0))
+        shares = torch.bincount(self.y).double() / len(self.y)
+        return float(torch.special.entr(shares).sum())
 
 
 def load(name: str = "digits", root: str | Path = "data/mnist", download: bool = False, url: str = MNIST_URL) -> Data:

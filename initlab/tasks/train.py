@@ -24,7 +24,7 @@ from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.memory import free_memory, readable
 from initlab.tasks.ensemble.networks import Emit, Ensemble, Frames, Init, draw_trained
 from initlab.tasks.ensemble.plan import CACHED, split
-from initlab.tasks.ensemble.training import ADAPTIVE, Training
+from initlab.tasks.ensemble.training import ADAPTIVE, Training, default_rate
 from initlab.tasks.twins import Records, TwinTraining
 
 
@@ -37,7 +37,7 @@ def train(
     width: int = 50,
     batch: int = 64,
     steps: int = 200,
-    lr: float | Sequence[float] = 0.1,
+    lr: float | Sequence[float] | None = None,
     optimizer: str = "sgd",
     loss: str = "cross_entropy",
     modules: str = "one_by_one",
@@ -57,7 +57,7 @@ def train(
 
     data: `digits`, `teacher`, `mnist`, or a `Data`. init: a rule's name, a `Rule`, or a sequence with one for each
     network. activation: a name, a row of the table, or an elementwise function. depth: hidden layers. width: units of
-    each. batch: rows in a step. steps: updates. lr: learning rate of all networks, or a sequence with one for each.
+    each. batch: rows in a step. steps: updates. lr: learning rate of all, one for each, or None: `default_rate`.
     optimizer, loss, modules, drift, every, histograms: as in `Training`. seeds: how many networks, or their seeds.
     dtype, device, generator, statistics: as in `stack`. emit: gets the tables every 30 seconds and at the end, also
     when the training is interrupted; nothing is then returned. progress: show a bar. rule_fields: fields of the rule,
@@ -76,18 +76,17 @@ def train(
     check_functions(emit=emit)
     row = as_activation(activation)
     training = Training(depth, width, batch, steps, optimizer, loss, modules, drift, every, histograms)
-    ensemble, where = Ensemble.resolve(init, seeds, row, rule_fields, lr), Where.resolve(dtype, device, generator)
+    where, rates = Where.resolve(dtype, device, generator), default_rate(loss, optimizer) if lr is None else lr
+    ensemble = Ensemble.resolve(init, seeds, row, rule_fields, rates)
     if row not in ACTIVATIONS.values():
         check_trainable(row, where.dtype)
-    source = data if isinstance(data, Data) else load(data)
     collected: list[Frames] = []
     if emit is None:
         ensemble = replace(ensemble, columns={**ensemble.columns, NETWORK: np.arange(len(ensemble))})
+    source = data if isinstance(data, Data) else load(data)
     run_training(source, training, row, ensemble, where, emit or collected.append, progress, statistics)
-    parts: dict[str, list[pd.DataFrame]] = {}
-    for frames in collected:
-        for name, frame in frames.items():
-            parts.setdefault(name, []).append(frame)
+    names = dict.fromkeys(name for frames in collected for name in frames)
+    parts = {name: [frames[name] for frames in collected if name in frames] for name in names}
     return {name: sort_rows(pd.concat(some, ignore_index=True)) for name, some in parts.items()}
 
 

@@ -97,6 +97,7 @@ SMALL = Threshold(1e-4, "rms of an update over that of its weight", "", "10,000 
 TINY = Threshold(1e-5, "the same, for an error", "", "100,000 steps to change a weight")
 GONE = Threshold(10, "last loss over the first")
 LEARNED = Threshold(0.99, "last loss of a run over its first")
+CONSTANT = Threshold(0.95, "last loss of a run over that of an answer which does not look at the inputs")
 STEPS = Threshold(50, "steps of a run from which something should be learned", "steps")
 UNDERFLOW = Threshold(0.01, "share of a gradient that a format takes for 0")
 OVERFLOW = Threshold(0, "share of a tensor that a format takes for inf", "", EXACT)
@@ -250,7 +251,7 @@ TABLE_OF_RULES = (
         "diverged", ERROR, "losses of a run", (GONE,), "the learning rate is too large", "a smaller train.lr",
     ),
     VerdictRule(
-        "not-learning", WARNING, "losses of a run", (LEARNED, STEPS),
+        "not-learning", WARNING, "losses of a run", (LEARNED, CONSTANT, STEPS),
         "the learning rate is too small, or the rule is wrong", "another train.lr, or init=kaiming",
     ),
     VerdictRule(

@@ -6,17 +6,22 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pandas as pd
 
+from initlab.nn.activations import ACTIVATIONS
+from initlab.nn.init import RULES
 from initlab.stats.dtypes import format_of
 from initlab.verdict.finding import Finding, Verdict
-from initlab.verdict.rules import DEAD, ERROR, GONE, LEARNED, STEPS, WARNING
+from initlab.verdict.rules import CONSTANT, DEAD, ERROR, GONE, LEARNED, STEPS, WARNING
 from initlab.verdict.trends import fit_trend, is_significant
 
 SETTING = ("init", "activation", "gain", "lr", "dtype")  # columns whose networks are judged together
+LAST_STEPS = 20  # of a training, averaged: single batches differ
+SAME_GAIN = 0.05  # relative: a gain so near the right one is not what moves the signal
 
 
-def judge_tables(tables: Mapping[str, pd.DataFrame]) -> Verdict | None:
+def judge_tables(tables: Mapping[str, pd.DataFrame], constant_loss: float = math.inf) -> Verdict | None:
     """What the tables `stats` and `losses` of a run say; None where it has no rows of a stack or of a training.
 
+    constant_loss: the loss of the best answer that does not look at the inputs, see `tasks.data.Data.constant_loss`.
     Sizes are the median over networks; each setting of a run is judged for itself. Taken is `log2_rms_true`, which
     outlives the number format.
     """
@@ -34,7 +39,7 @@ def judge_tables(tables: Mapping[str, pd.DataFrame]) -> Verdict | None:
             own = losses
             for name in set(keys) & set(losses):
                 own = own[own[name] == setting[name]]
-            found += _judge_training(rows[rows["stage"] == "train"], own, label)
+            found += _judge_training(rows[rows["stage"] == "train"], own, label, constant_loss)
     found.sort(key=lambda one: one.severity != ERROR)
     return Verdict(tuple(found), int(stats["layer"].max()), stats)
 
@@ -64,30 +69,46 @@ def _judge_stack(rows: pd.DataFrame, setting: Mapping[str, object], label: str) 
             cause += f"; {own} ends at layer {layer}" if there else f"; {own} would end with {steps + 1} layers"
         place = (trend.last if direction == "backward" else trend.first, label, "activation", direction)
         remedy = "init=kaiming, whose gain is that of the activation"
+        if _is_right_gain(setting):
+            cause += "; the gain is right, but layers are few units wide for so many"
+            remedy = "a larger width, or fewer layers"
         evidence = {"octaves_a_layer": trend.rate, "standard_error": trend.error}
         yield Finding(rule, ERROR, *place, cause, remedy, evidence)
         return  # the gradient inherits it
 
 
-def _judge_training(rows: pd.DataFrame, losses: pd.DataFrame, label: str) -> Iterator[Finding]:
+def _is_right_gain(setting: Mapping[str, object]) -> bool:
+    """Whether the gain is the one of the activation, as far as this is known."""
+    if str(setting.get("activation")) not in ACTIVATIONS:
+        return False
+    needed = RULES["kaiming"].gain_for(str(setting["activation"]))
+    return abs(float(str(setting.get("gain", math.nan))) / needed - 1) < SAME_GAIN
+
+
+def _judge_training(
+    rows: pd.DataFrame, losses: pd.DataFrame, label: str, constant_loss: float = math.inf
+) -> Iterator[Finding]:
     hand = losses[losses["implementation"] == "scratch"]
     if not len(hand):
         return
     by_step = hand.groupby("step", observed=True)["loss"].median()
     first, last = float(by_step.iloc[0]), float(by_step.iloc[-1])
+    end = float(by_step.iloc[-LAST_STEPS:].mean())
     place = (-1, label, "loss", "forward")
+    slower = f"train.lr={float(hand['lr'].iloc[0]) / 10:.3g}" if "lr" in hand else "a smaller train.lr"
     lost = hand[~np.isfinite(hand["loss"])]
     evidence = {"first_loss": first, "last_loss": last}
     if len(lost):
         step = int(lost["step"].min())
         n = lost["seed"].nunique() if "seed" in lost else 1
         cause = f"the loss of {n} networks is not finite from step {step} on"
-        yield Finding("diverged", ERROR, *place, cause, "a smaller train.lr", evidence, since=step)
+        yield Finding("diverged", ERROR, *place, cause, slower, evidence, since=step)
     elif len(by_step) > 10 and last > GONE * first + 1:
         cause = f"the loss goes from {first:.3g} to {last:.3g}"
-        yield Finding("diverged", ERROR, *place, cause, "a smaller train.lr", evidence, since=int(by_step.index[-1]))
-    elif len(by_step) > STEPS and last > LEARNED * first:
-        cause = f"nothing is learned: the loss goes from {first:.3g} to {last:.3g} in {len(by_step)} steps"
+        yield Finding("diverged", ERROR, *place, cause, slower, evidence, since=int(by_step.index[-1]))
+    elif len(by_step) > STEPS and (last > LEARNED * first or end > CONSTANT * constant_loss):
+        cause = f"nothing is learned: the loss goes from {first:.3g} to {end:.3g} in {len(by_step)} steps"
+        cause += f", and an answer that is always the same has {constant_loss:.3g}" if constant_loss < math.inf else ""
         yield Finding("not-learning", WARNING, *place, cause, "another train.lr, or init=kaiming", evidence)
     dead = rows[(rows["step"] == rows["step"].max()) & (rows["tensor"] == "activation") & (rows["layer"] > 0)]
     share = dead.groupby("layer", observed=True)["frac_dead"].median()
@@ -95,4 +116,4 @@ def _judge_training(rows: pd.DataFrame, losses: pd.DataFrame, label: str) -> Ite
         layer = int(share.idxmax())
         cause = f"{float(share.max()):.0%} of its units are dead at the end of the training"
         place = (layer, label, "activation", "forward")
-        yield Finding("dead", ERROR, *place, cause, "a smaller train.lr", {"frac_dead": float(share.max())})
+        yield Finding("dead", ERROR, *place, cause, slower, {"frac_dead": float(share.max())})

@@ -44,7 +44,7 @@ def test_runs_that_differ_in_their_seeds_are_one_ensemble() -> None:
     tables = labelled(run("kaiming"), run("kaiming", seeds=range(4, 8)))
     assert set(tables["theory"]["label"]) == {"kaiming, relu"}
     z = tables["theory"].query("seed < 0 and statistic == 'std' and tensor == 'activation' and direction == 'forward'")
-    joint = z.groupby("layer")["z"].sum().drop(0) / np.sqrt(2)
+    joint = z.groupby("layer")["z"].mean().drop(0) / np.sqrt(4) / np.sqrt(1 / 8 + theory_rows.KNOWN**2)
     found = theory_rows.find_agreement(tables["theory"])["kaiming, relu"]
     assert (abs(found.z), found.layer) == (pytest.approx(joint.abs().max()), joint.abs().idxmax())
 
@@ -94,7 +94,7 @@ def test_networks_that_die_where_predicted_agree_with_theory() -> None:
 
 
 def test_what_is_said_of_an_agreement() -> None:
-    one = theory_rows.Agreement(0.41, 1.2, 7, 50, 50, np.nan, False)
+    one = theory_rows.ProfileTest(0.41, 1.2, 7, 50, 50, np.nan, False)
     assert (str(one), one.short) == ("theory: 50 layers agree, p = 0.41", "p 0.41")
     doubtful = str(one._replace(p=0.02, layers=44, z=-3.0))
     assert doubtful == "theory: doubtful, p = 0.02: 3 standard errors below at layer 7"

@@ -161,6 +161,30 @@ def test_a_diverging_training_is_data() -> None:
     assert (frames["stats"]["n_nan"] + frames["stats"]["n_inf"] > 0).any()
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("data", "loss"), [("digits", "cross_entropy"), ("digits", "mse"), ("teacher", "mse")])
+def test_the_default_rate_trains(data: str, loss: str, optimizer: str) -> None:
+    """No loss is lost, no layer dies, and the end is below the loss of a constant answer."""
+    source = load(data)
+    rows = Data(source.name, source.x[:1600], source.y[:1600], source.classes)
+    found = train(rows, depth=1, width=50, steps=120, seeds=2, loss=loss, optimizer=optimizer, every=120)
+    by_hand = found["losses"].query("implementation == 'scratch'")
+    end = by_hand[by_hand["step"] >= 100].groupby("seed")["loss"].mean()
+    assert (end < 0.95 * rows.constant_loss(loss)).all()
+    units = found["stats"].query("tensor == 'activation' and layer == 1 and implementation == 'scratch'")
+    assert units["frac_dead"].max() < 0.5
+
+
+def test_what_a_constant_answer_costs() -> None:
+    """The best constant: no other number, and no other shares of classes, have a lower loss."""
+    y = torch.tensor([0, 0, 0, 1])
+    data = Data("small", torch.zeros(4, 1), y, 2)
+    assert data.constant_loss("mse") == pytest.approx(float(y.double().var(correction=0)))
+    shares = [torch.tensor([p, 1 - p], dtype=torch.float64).log() for p in (0.74, 0.75, 0.76)]
+    losses = [float(torch.nn.functional.nll_loss(one.expand(4, 2), y)) for one in shares]
+    assert data.constant_loss("cross_entropy") == pytest.approx(losses[1]) and losses[1] == min(losses)
+
+
 def test_regression_of_the_label_and_of_a_teacher() -> None:
     frames = train(DIGITS, loss="mse", lr=0.001, steps=60, seeds=[0, 1], dtype="float64")
     assert frames["losses"]["accuracy"].isna().all()

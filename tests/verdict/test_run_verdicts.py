@@ -59,6 +59,24 @@ def test_a_training(values: list[float], dead: float, rule: str | None) -> None:
     assert judge_tables({"losses": losses(values)}) is None
 
 
+def test_a_loss_as_large_as_that_of_a_constant_answer_is_nothing_learned() -> None:
+    tables = {"stats": stats(0.1), "losses": losses([27.0] * 10 + [8.3] * 90)}
+    found = judge_tables(tables, constant_loss=8.25)
+    assert found is not None and [one.rule for one in found] == ["not-learning"] and "has 8.25" in str(found)
+    for constant in (math.inf, 20.0):  # not known, or well above
+        assert not list(judge_tables(tables, constant) or ())
+
+
+def test_a_right_gain_is_not_advised_again() -> None:
+    """A stack of ten units dies of its width: the remedy is no rule that it has already."""
+    frame = initlab.stack("kaiming", "relu", depth=50, width=8, batch=20, seeds=40)
+    named = frame.assign(init="kaiming", gain=2**0.5, dtype="float32", activation="relu")
+    verdict = judge_tables({"stats": named})
+    assert verdict is not None and "init=" not in verdict.errors[0].remedy and "width" in verdict.errors[0].remedy
+    other = judge_tables({"stats": named.assign(init="strange", gain=1.0)})
+    assert other is not None and "init=kaiming" in other.errors[0].remedy
+
+
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "initlab", *words, "device=cpu", f"hydra.run.dir={folder / 'run'}"]
     root = Path(initlab.__file__).parents[1]

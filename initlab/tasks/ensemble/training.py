@@ -24,9 +24,25 @@ OPTIMIZERS: dict[str, Optimizer] = {
 }
 # They divide a gradient by its own size.
 ADAPTIVE = ("rmsprop", "adam", "adamw")
+# Rates at which the book's network learns the shipped data and no unit dies; an adaptive optimizer has one of its own.
+RATES = {"cross_entropy": 0.1, "mse": 0.01}
+ADAPTIVE_RATE = 0.001
 CLASSES = Limits(1, 10**6, whole=True, optional=True)  # of data; None where targets are numbers
 # How the modules of an ensemble run on steps that are not recorded; recorded ones go one by one.
 MODULES = {"one_by_one": "each nn.Module by itself", "vmap": "all as one program, torch.func.vmap"}
+
+
+def default_rate(loss: str, optimizer: str) -> float:
+    """The learning rate that is taken where none is given; 10 steps of a momentum of 0.9 add up.
+
+    Errors: an unknown loss or optimizer.
+
+    >>> default_rate("mse", "sgd"), default_rate("mse", "adam")
+    (0.01, 0.001)
+    """
+    choose(OPTIMIZERS, optimizer, "train.optimizer")
+    rate = choose(RATES, loss, "train.loss")
+    return ADAPTIVE_RATE if optimizer in ADAPTIVE else rate if optimizer == "sgd" else rate / 10
 
 
 @dataclass(frozen=True)
