@@ -54,8 +54,8 @@ HOUSE = {
         "data_fit init_report model_filler initialize"
     ),
     "verdict": (
-        "rules finding trends evidence reference_networks parameter_rules input_rules module_rules format_rules "
-        "weight_rules audit depth_rules signal_rules training_rules table_rules diagnose"
+        "rules finding trends evidence stacked_networks reference_networks parameter_rules input_rules "
+        "module_rules format_rules weight_rules audit depth_rules signal_rules training_rules table_rules diagnose"
     ),
     "engine": "mlp layer_memory named_tensors fast_network recorders",
     "tasks": (

@@ -47,8 +47,9 @@ def draw_model(frame: pd.DataFrame, octaves: pd.DataFrame | None = None, bands: 
     """A dot at the rms and a bar to the largest magnitude; with histograms the bar begins at the smallest one.
 
     frame: the table `stats` of `measure` or of a probe; of several steps the last, and the first one hollow.
-    octaves: its table `histograms`. bands: the table `theory` or what `predict` gives; its 95 % band of the rms lies
-    beneath the values of the same layer and tensor. Raises `UsageError` where there is no output and no parameter.
+    octaves: its table `histograms`. bands: the table `theory`, what `predict` gives, or the `bands` of a verdict: the
+    95 % band of the rms lies beneath the values, and the gradients, of the same layer and tensor. Raises `UsageError`
+    where there is no output and no parameter.
     """
     rows = place_rows(frame, octaves)
     if not len(rows):
@@ -79,7 +80,7 @@ def draw_model(frame: pd.DataFrame, octaves: pd.DataFrame | None = None, bands: 
     name_places(grid[1, 0], rows, height)
     lines = textwrap.wrap(describe_model(rows), 52 + 42 * len(sides))
     figure.suptitle("\n".join(lines), fontsize=12)
-    handles = list(list_handles(rows, octaves is not None, bands is not None))
+    handles = list(list_handles(rows, octaves is not None, bands))
     figure.legend(handles=handles, loc="outside lower center", ncols=2 + len(sides), frameon=False, fontsize=9)
     return figure
 
@@ -116,10 +117,9 @@ def draw_ruler(top: Axes, ax: Axes, named: bool) -> None:
 def draw_rows(ax: Axes, rows: pd.DataFrame, dense: bool) -> None:
     colours = sns.color_palette("colorblind", len(SERIES))
     first, last = rows["step"].min(), rows["step"].max()
-    shown = [name for name in SERIES if (rows["series"] == name).any()]
     for (step, series), mine in rows.groupby(["step", "series"], sort=False):
         colour, pale = colours[SERIES[series]], step == first != last
-        y = mine["place"].to_numpy() + OFFSET * (2 * shown.index(series) - (len(shown) - 1))
+        y = mine["place"].to_numpy() + find_offset(rows, series)
         alive = ((mine["state"] == "") & np.isfinite(mine["middle"])).to_numpy()
         x, ends = mine["middle"].to_numpy(), mine["low"].where(np.isfinite(mine["low"]), mine["middle"]).to_numpy()
         size = 2.2 if dense else 4
@@ -143,6 +143,12 @@ def draw_rows(ax: Axes, rows: pd.DataFrame, dense: bool) -> None:
                 )  # fmt: skip
         if not pale and not alive.all():
             mark_first_dead(ax, mine, y, colour)
+
+
+def find_offset(rows: pd.DataFrame, series: str) -> float:
+    """How far a series stands below the middle of its row: all that are there stand side by side."""
+    shown = [name for name in SERIES if (rows["series"] == name).any()]
+    return OFFSET * (2 * shown.index(series) - (len(shown) - 1)) if series in shown else 0.0
 
 
 def mark_first_dead(ax: Axes, mine: pd.DataFrame, y: np.ndarray, colour: Any) -> None:
@@ -210,13 +216,20 @@ def describe_way(names: list[str], octaves: list[float]) -> str:
 
 
 def draw_bands(ax: Axes, rows: pd.DataFrame, bands: pd.DataFrame) -> None:
-    """Grey beneath the values: what 95 % of networks have by theory. Of gradients it knows ratios alone."""
-    keys = ["layer", "tensor", "direction"]
-    known = bands[bands["statistic"].astype(str) == "rms"].astype(dict.fromkeys(keys[1:], str)).drop_duplicates(keys)
-    values = rows[(rows["series"] == "values") & (rows["step"] == rows["step"].max())]
-    found = values.merge(known[[*keys, "band_low", "band_high"]], on=keys)
-    low, high = (np.log2(found[name].to_numpy(float)) for name in ("band_low", "band_high"))
-    ax.hlines(found["place"], low, high, color="0.85", linewidth=8, zorder=0.9)
+    """Shaded beneath the dots: what 95 % of networks have. Of gradients theory knows ratios alone."""
+    named = [name for name in ("name", "part", "call") if name in bands]
+    keys = ["layer", "tensor", "direction", *named]
+    known = bands[bands["statistic"].astype(str) == "rms"].astype(dict.fromkeys(keys[1:3], str)).drop_duplicates(keys)
+    for series in ("values", "gradients") if named else ("values",):
+        mine = rows[(rows["series"] == series) & (rows["step"] == rows["step"].max())]
+        found = mine.merge(known[[*keys, "band_low", "band_high"]], on=keys).sort_values("place")
+        colour = sns.color_palette("colorblind")[SERIES[series]] if named else "0.5"
+        for _, same in found.groupby("tensor"):
+            with np.errstate(divide="ignore"):
+                low, high = (np.log2(same[name].to_numpy(float)) for name in ("band_low", "band_high"))
+            y = same["place"] + find_offset(rows, series)
+            ax.hlines(y, low, high, color=colour, linewidth=8, alpha=0.3, zorder=0.9)
+            ax.fill_betweenx(y, low, high, color=colour, linewidth=0, alpha=0.15, zorder=0.85)
 
 
 def name_places(ax: Axes, rows: pd.DataFrame, height: float) -> None:
@@ -234,7 +247,7 @@ def name_places(ax: Axes, rows: pd.DataFrame, height: float) -> None:
     ax.set_yticks(shown, names[shown], fontsize=8)
 
 
-def list_handles(rows: pd.DataFrame, smallest: bool, banded: bool) -> Iterable[Line2D]:
+def list_handles(rows: pd.DataFrame, smallest: bool, bands: pd.DataFrame | None) -> Iterable[Line2D]:
     colours = sns.color_palette("colorblind", len(SERIES))
     for series, number in SERIES.items():
         if (rows["series"] == series).any():
@@ -244,5 +257,7 @@ def list_handles(rows: pd.DataFrame, smallest: bool, banded: bool) -> Iterable[L
     for state, mark in MARKS.items():
         if (rows["state"] == state).any():
             yield Line2D([], [], linestyle="", **{"color": "0.3", "markersize": 5, **mark}, label=WORDS[state])
-    if banded:
-        yield Line2D([], [], color="0.85", linewidth=7, label="theory: 95 % of networks")
+    if bands is not None:
+        drawn = "method" in bands and (bands["method"] == "reference").all()
+        whose = "95 % of networks under the right rule" if drawn else "theory: 95 % of networks"
+        yield Line2D([], [], color="0.8", linewidth=7, label=whose)

@@ -178,7 +178,7 @@ def join_networks(rows: pd.DataFrame) -> pd.DataFrame:
     largest = rows[rows["count"] == weights].groupby(keys, sort=False)
     joined = largest.agg(
         layer=("layer", "first"), middle=("middle", "median"), low=("low", "min"), high=("high", "max"),
-        rank=("rank", "max"), tensor=("tensor", "first"), direction=("direction", "first"),
+        rank=("rank", "max"), **{name: (name, "first") for name in ("tensor", "direction", "name", "part", "call")},
     ).reset_index()  # fmt: skip
     state = {number: name for name, number in rank.items()}
     joined["state"] = joined.pop("rank").map(state)

@@ -176,7 +176,8 @@ def plot(frame: Any, path: str | Path | None = None) -> Figure:
     """Draw any table that initlab returns; what it is, is seen from its columns.
 
     frame: a table of `stack`, `measure`, `probe`, `predict`, `limits`, `read` and all tasks; a dictionary of tables, as
-    `train` returns it; or an object with such a `frame`. Of several tables the first that can be drawn is, with the
+    `train` returns it; or an object with such a `frame`: a verdict is drawn with the band of the networks that it was
+    compared with. Of several tables the first that can be drawn is, with the
     others where its figure shows them too: the `histograms` of a probe and the `theory` of its layers beside its rows.
     path: also write the figure to this file; its ending says how, such as .png, .svg or .pdf.
 
@@ -206,7 +207,9 @@ def name_tables(given: Any) -> Tables:
     """The tables by the names of their kinds, in their order; a table that is of no kind is left out, or refused."""
     inside = getattr(given, "frame", None) if not isinstance(given, pd.DataFrame | Mapping) else None
     if inside is not None:
+        bands = getattr(given, "bands", ())
         given = inside() if callable(inside) else inside
+        given = {MODEL: given, schema.THEORY: bands} if len(bands) else given
     if isinstance(given, Iterator):
         given = pd.concat(list(given), ignore_index=True)
     frames = list(given.values()) if isinstance(given, Mapping) else [given]

@@ -121,9 +121,9 @@ def diagnose(
         for m in idle:
             m.training = True
         with attributes_as_they_were(model):
-            found, evidence = _judge(model, x, y, loss, optimizers, steps, names, len(idle))
+            found, evidence, reference = _judge(model, x, y, loss, optimizers, steps, names, len(idle))
         found += judge_formats(evidence.rows, names)
-        return Verdict(tuple(found), evidence.n_layers, evidence.rows)
+        return Verdict(tuple(found), evidence.n_layers, evidence.rows, reference.bands)
     finally:
         for m in idle:
             m.training = False
@@ -143,13 +143,14 @@ def _judge(
     steps: int,
     formats: Sequence[str],
     n_idle: int,
-) -> tuple[list[Finding], NetworkEvidence]:
+) -> tuple[list[Finding], NetworkEvidence, Reference]:
     evidence = collect_evidence(model, x, y, loss or default_loss, formats)
     if loss is not None and not evidence.known.flow.differentiable and any(p.requires_grad for p in model.parameters()):
         raise UsageError(
             "loss: has no gradient; it is cut off from the parameters (by detach, item, argmax or no_grad)"
         )
-    found = list(_find(evidence, set()))
+    reference = Reference(evidence)
+    found = list(_find(evidence, reference, set()))
     if n_idle:
         cause = f"{n_idle} norms are in eval mode, and no batch has moved their running statistics: they do nothing"
         note = "call model.train() before a network that was not trained is judged; here they were judged in training"
@@ -161,12 +162,13 @@ def _judge(
         for note in evidence.notes
     ]
     found.sort(key=lambda one: one.severity != ERROR)
-    return found, evidence
+    return found, evidence, reference
 
 
-def _find(evidence: NetworkEvidence, said: set[tuple[str, str]], rounds: int = ROUNDS) -> Iterator[Finding]:
+def _find(
+    evidence: NetworkEvidence, reference: Reference, said: set[tuple[str, str]], rounds: int = ROUNDS
+) -> Iterator[Finding]:
     """The findings of a pass; each cause that has a remedy in numbers is mended before the next one is looked for."""
-    reference = Reference(evidence)
     for rule in SIGNAL_RULES:
         finding = rule(evidence, reference)
         if finding is None or (finding.rule, finding.name) in said:  # its remedy was of no use
@@ -182,7 +184,7 @@ def _find(evidence: NetworkEvidence, said: set[tuple[str, str]], rounds: int = R
             if "input" in finding.factors:
                 x = _scale_input(x, finding.factors["input"])
             mended = collect_evidence(evidence.model, x, evidence.y, evidence.loss)
-            yield from _find(mended, said, rounds - 1)
+            yield from _find(mended, Reference(mended), said, rounds - 1)
         return
 
 

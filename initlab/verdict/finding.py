@@ -3,7 +3,7 @@
 import html
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -50,7 +50,7 @@ class Verdict:
     """What was found, errors first; `print` gives it in words.
 
     findings: none if the network is healthy. n_layers: how many layers were looked at. frame: the measured rows, as
-    `initlab.measure` gives them.
+    `initlab.measure` gives them. draw_bands: what gives `bands`; a copy in a file has none.
 
     >>> verdict = Verdict((), 3, pd.DataFrame())
     >>> verdict.ok, str(verdict)
@@ -60,6 +60,18 @@ class Verdict:
     findings: tuple[Finding, ...]
     n_layers: int
     frame: pd.DataFrame = field(repr=False)
+    draw_bands: Callable[[], pd.DataFrame] | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "draw_bands": None}
+
+    @property
+    def bands(self) -> pd.DataFrame:
+        """What 95 % of 16 networks of this architecture under the right rule have; `initlab.plot(verdict)` shows them.
+
+        They are drawn and measured when they are asked for, unless a rule has already; empty where there is no model.
+        """
+        return self.draw_bands() if self.draw_bands is not None else pd.DataFrame()
 
     @property
     def ok(self) -> bool:
