@@ -168,7 +168,31 @@ def resnet18(width: int = 16) -> nn.Sequential:
     return model
 
 
+def lightning_module(body: nn.Module) -> nn.Module:
+    """A LightningModule as its documentation writes one: the network is a part, the loss and the optimizer methods."""
+    import lightning
+
+    class Classifier(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = body
+
+        def forward(self, x: Tensor) -> Any:
+            return self.body(x)
+
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            loss = F.cross_entropy(self(batch[0]), batch[1])
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+    return Classifier()
+
+
 RELU = 2**0.5
+LIBRARIES = {"LightningModule": "lightning", "LightningModule 1/sqrt(n)": "lightning"}  # that a case needs
 HEALTHY: dict[str, Callable[[int, int], Case]] = {
     "kaiming": lambda d, w: Case(mlp(d, w, nn.ReLU, RELU), torch.randn(64, w)),
     "lecun tanh": lambda d, w: Case(mlp(d, w, nn.Tanh, 1), torch.randn(64, w)),
@@ -181,6 +205,7 @@ HEALTHY: dict[str, Callable[[int, int], Case]] = {
     "gpt2": lambda d, w: Case(gpt2(min(d, 12), w), torch.randn(4, 12, w)),
     "resnet18": lambda d, w: Case(resnet18(w // 4), torch.randn(4, 3, 64, 64)),
     "functional": lambda d, w: Case(Functional(d, w, RELU), torch.randn(64, w)),
+    "LightningModule": lambda d, w: Case(lightning_module(mlp(d, w, nn.ReLU, RELU)), torch.randn(64, w)),
 }
 
 
@@ -208,6 +233,7 @@ FAULTS: dict[str, Callable[[int, int], Case]] = {
     "1/sqrt(n) before ReLU": lambda d, w: Case(mlp(d, w, nn.ReLU, 1), torch.randn(64, w), SMALL),
     "torch's default before ReLU": lambda d, w: Case(mlp(d, w, nn.ReLU, 1, "torch"), torch.randn(64, w), SMALL),
     "functional 1/sqrt(n)": lambda d, w: Case(Functional(d, w, 1), torch.randn(64, w), SMALL),
+    "LightningModule 1/sqrt(n)": lambda d, w: Case(lightning_module(mlp(d, w, nn.ReLU, 1)), torch.randn(64, w), SMALL),
     "tanh 3": lambda d, w: Case(mlp(d, w, nn.Tanh, 3), torch.randn(64, w), ("saturated",)),
     "sigmoid N(0, 1)": lambda d, w: Case(mlp(d, w, nn.Sigmoid, w**0.5), torch.randn(64, w), ("saturated",)),
     "one layer x100": lambda d, w: planted(d, w, lambda m: m.weight.mul_(100), "weight", "exploding"),

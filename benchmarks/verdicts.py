@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from datetime import date
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +33,7 @@ import pandas as pd
 import torch
 
 from benchmarks.child import python
-from benchmarks.faults import FAULTS, HEALTHY, Case
+from benchmarks.faults import FAULTS, HEALTHY, LIBRARIES, Case
 from benchmarks.sees import as_markdown
 from benchmarks.verdict_peers import TOOLS, Said
 from initlab.errors import describe_error
@@ -112,9 +113,11 @@ def count(said: Sequence[Said]) -> str:
 
 
 def list_cases() -> Iterator[tuple[str, int, int]]:
+    """The cases at each size, those of a library that is not there left out."""
     for depth, width in SIZES:
         for name in [*HEALTHY, *FAULTS]:
-            yield name, depth, width
+            if name not in LIBRARIES or find_spec(LIBRARIES[name]) is not None:
+                yield name, depth, width
 
 
 def ask(tool: str) -> list[str]:

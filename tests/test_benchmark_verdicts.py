@@ -67,7 +67,8 @@ def test_a_place_inside_of_a_module_or_a_function_at_fault_is_the_place() -> Non
 
 def test_every_planted_fault_has_its_kind_and_no_kind_is_its_own_effect() -> None:
     torch.manual_seed(0)
-    faults = {name: fault_of(name, build(3, 8)) for name, build in FAULTS.items()}
+    there = {name for name, *_ in verdicts.list_cases()}
+    faults = {name: fault_of(name, build(3, 8)) for name, build in FAULTS.items() if name in there}
     assert all(fault.kinds[0] and not set(fault.kinds) & set(fault.effects) for fault in faults.values())
     assert set(verdicts.EFFECTS) <= {*faults, *(fault.kinds[0] for fault in faults.values())}
 
@@ -83,9 +84,9 @@ def test_the_summary_counts_words_and_blamed_networks(monkeypatch: pytest.Monkey
     answers = ["2 errors, 1 warning" if name in HEALTHY else "right (+1)" for name in names]
     answers[:3], answers[-2:] = ["1 warning", "nothing", "crash: 1 error"], ["wrong: dead", "crash: oh"]
     (row,) = verdicts.summary(pd.DataFrame({"one": answers})).to_dict("records")
-    planted = 2 * len(FAULTS)
+    planted = sum(name in FAULTS for name in names)
     assert row[f"right of {planted}"] == planted - 2 and (row["wrong"], row["crash"], row["nothing"]) == (1, 1, 0)
-    healthy = 2 * len(HEALTHY)
+    healthy = len(names) - planted
     counts = [row[name] for name in (f"healthy: nothing of {healthy}", "warnings", "errors", "crashes")]
     assert counts == [1, 1, healthy - 3, 1]
 

@@ -36,8 +36,9 @@ class FlowNode:
     activation: Activation | None = None
     inputs: list[int] = field(default_factory=list)
     owner: str = ""  # the innermost module whose code called it
-    finite: bool = True  # whether all that it gave was; and all of the loss gradient at that, where one was taken
+    finite: bool = True  # whether all that it gave was; and all of the loss gradient at that, where one came
     gradient_finite: bool = True
+    has_gradient: bool = False
     logits: float = 0.0  # standard deviation over keys of what softmax is given
     equation: str = ""  # what a function does with it, as einsum writes it: inputs i, outputs o
 

@@ -145,6 +145,7 @@ class TracedFlow(FlowBuilder):
         node.finite = all(bool(t.isfinite().all()) for _, t in find_tensors(tensors))
 
         def look(gradient: Tensor) -> None:
+            node.has_gradient = True
             node.gradient_finite &= bool(gradient.isfinite().all())
 
         for tensor in tensors:

@@ -10,10 +10,12 @@ from torch import nn
 
 from initlab.errors import UsageError, library_call
 from initlab.models.families import UNKNOWN
-from initlab.models.fans import is_readable
+from initlab.models.fans import ModelTensor, is_readable
 from initlab.models.laws import CONSTANT, WeightLaw, recognize_law
 from initlab.models.layer_gains import ModelGains, measure_gains, needed_gain
 from initlab.models.named_rules import matching_rules
+from initlab.nn.activations import Activation
+from initlab.probes.torch_private import ConvNd
 from initlab.verdict.finding import Finding, Verdict
 from initlab.verdict.rules import AGREES, WARNING
 from initlab.verdict.weight_rules import AuditRow, list_weight_findings
@@ -92,10 +94,25 @@ def list_rows(known: ModelGains) -> Iterator[AuditRow]:
             needed = needed_gain(tensor, follower) if tensor.is_weight else math.nan
             activation = follower.activation if follower is not None and needed != 1 else None
             rules = [rule.name for rule in matching_rules(law, part.fan_in, part.fan_out, depth, activation)]
+            rules = list(dict.fromkeys([*_list_torch_rules(tensor, law, depth, activation), *rules]))
             if tensor.kind != "recurrent":
                 rules = [name for name in rules if "RNN" not in name]
             row = AuditRow(tensor, part, law, tuple(rules), follower, needed, "")
             yield row._replace(words=describe_row(row))
+
+
+def _list_torch_rules(tensor: ModelTensor, law: WeightLaw, depth: int, activation: Activation | None) -> Iterator[str]:
+    """The rules of torch.nn.init with the fans that it counts by the shape alone, where a layer has others."""
+    shape = tensor.values.shape if is_readable(tensor.values) else ()
+    if len(tensor.slices) > 1 or not isinstance(tensor.module, ConvNd | nn.Bilinear) or len(shape) < 3:
+        return
+    part, kernel = tensor.slices[0], math.prod(shape[2:])
+    fans = (shape[1] * kernel, shape[0] * kernel)
+    if isinstance(tensor.module, nn.Bilinear):
+        fans = (shape[1], shape[0])  # as its own reset_parameters does
+    if fans != (part.fan_in, part.fan_out):
+        for rule in matching_rules(law, *fans, depth, activation):
+            yield rule.name if rule.name == "torch's default" else f"{rule.name} by torch's count of fans"
 
 
 def describe_row(row: AuditRow) -> str:

@@ -1,6 +1,7 @@
 """What is wrong with a network, and what to change: one verdict of a model and a batch."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -150,7 +151,7 @@ def _judge(
             "loss: has no gradient; it is cut off from the parameters (by detach, item, argmax or no_grad)"
         )
     reference = Reference(evidence)
-    found = list(_find(evidence, reference, set()))
+    found = [_name_sources(evidence, one) for one in _find(evidence, reference, set())]
     if n_idle:
         cause = f"{n_idle} norms are in eval mode, and no batch has moved their running statistics: they do nothing"
         note = "call model.train() before a network that was not trained is judged; here they were judged in training"
@@ -186,6 +187,32 @@ def _find(
             mended = collect_evidence(evidence.model, x, evidence.y, evidence.loss)
             yield from _find(mended, Reference(mended), said, rounds - 1)
         return
+
+
+def _name_sources(evidence: NetworkEvidence, finding: Finding) -> Finding:
+    """A finding whose remedy names parameters alone: of a weight that is computed, those that it is computed from.
+
+    The size of a weight under weight_norm is its magnitude; under others no factor of a parameter is one of the weight.
+    """
+    computed = {t.name: t for t in evidence.known.tensors if t.computed is not None}
+    if not any(name.partition("[")[0] in computed for name in (*finding.factors, *finding.redraw)):
+        return finding
+    names = {id(p): name for name, p in evidence.model.named_parameters()}
+    factors, redraw, set_through = dict[str, float](), list[str](), list[str]()
+    for name, factor in finding.factors.items():
+        tensor = computed.get(name.partition("[")[0])
+        if tensor is None:
+            factors[name] = factor
+        elif tensor.computed is not None and "WeightNorm" in tensor.computed.op:
+            factors |= {names[id(p)]: factor for p in tensor.sources if p.shape != tensor.values.shape}
+        else:
+            set_through.append(name)
+    for name in finding.redraw:
+        sources = [names[id(p)] for p in computed[name].sources] if name in computed else [name]
+        redraw += sources
+        set_through += [name] if name in computed else []
+    how = f"{finding.remedy}; {', '.join(set_through[:3])} is computed: initlab.init_ sets what it is computed from"
+    return replace(finding, factors=factors, redraw=tuple(redraw), remedy=how if set_through else finding.remedy)
 
 
 def _list_mended(evidence: NetworkEvidence, finding: Finding) -> Iterator[tuple[ModelTensor, Tensor]]:

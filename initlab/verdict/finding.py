@@ -20,7 +20,8 @@ class Finding:
     frame of `measure`, 0 for the input, -1 where it is none. name: the dotted name of the module or parameter. tensor,
     direction: as in the frame. since: the training step at which it was seen first. cause, remedy: plain sentences.
     evidence: the numbers behind them. factors: what the remedy multiplies parameters by, by their dotted names; `input`
-    and `lr` stand for the batch and the learning rate. redraw: the parameters that the remedy draws anew.
+    and `lr` stand for the batch and the learning rate, `param_groups[1].lr` for that of one group. redraw: the
+    parameters that the remedy draws anew.
     detail: further numbers in words, for a second line.
     """
 

@@ -41,7 +41,7 @@ def judge_producers(e: NetworkEvidence, reference: Reference) -> Finding | None:
         return Finding("non-finite", ERROR, *place, cause, _find_cure(node.op), {"op": node.op})
     for k in range(len(e.nodes) - 1, -1, -1):
         node = e.nodes[k]
-        if node.gradient_finite and not all(e.nodes[one].gradient_finite for one in node.inputs):
+        if node.has_gradient and node.gradient_finite and not all(e.nodes[one].gradient_finite for one in node.inputs):
             if e.trend("backward").rate < 0 and is_significant(e.trend("backward")):
                 return None
             where, what = _find_place(e, k)

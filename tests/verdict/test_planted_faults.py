@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.faults import FAULTS, HEALTHY, Case
+from benchmarks.faults import FAULTS, HEALTHY, LIBRARIES, Case
 from initlab.verdict.diagnose import diagnose
 from initlab.verdict.finding import Finding, Verdict
+from initlab.verdict.rules import RULES
 
 SIZES = [(20, 64, "float32", 0), (10, 200, "bfloat16", 1)]
 MORE = [(d, w, t, s) for d in (10, 20, 50) for w in (64, 200) for t in ("float32", "bfloat16") for s in range(3)]
@@ -16,9 +17,11 @@ sizes = pytest.mark.parametrize(
 )
 
 
-def make(build: object, depth: int, width: int, dtype: str, seed: int) -> Case:
+def make(name: str, depth: int, width: int, dtype: str, seed: int) -> Case:
+    if name in LIBRARIES:
+        pytest.importorskip(LIBRARIES[name], reason=f"{LIBRARIES[name]} is not installed")
     torch.manual_seed(seed)
-    case = build(depth, width)  # type: ignore[operator]
+    case = (HEALTHY | FAULTS)[name](depth, width)
     kind = getattr(torch, dtype)
     return case._replace(model=case.model.to(kind), x=case.x.to(kind))
 
@@ -50,7 +53,7 @@ def _apply(finding: Finding, parts: dict[str, nn.Parameter], x: Tensor) -> Tenso
 @sizes
 @pytest.mark.parametrize("name", HEALTHY)
 def test_a_healthy_network_has_no_error(name: str, depth: int, width: int, dtype: str, seed: int) -> None:
-    case = make(HEALTHY[name], depth, width, dtype, seed)
+    case = make(name, depth, width, dtype, seed)
     verdict = diagnose(case.model, case.x)
     assert verdict.ok and verdict.errors == (), str(verdict)
 
@@ -58,9 +61,9 @@ def test_a_healthy_network_has_no_error(name: str, depth: int, width: int, dtype
 @sizes
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_found_and_mended(name: str, depth: int, width: int, dtype: str, seed: int) -> None:
-    case = make(FAULTS[name], depth, width, dtype, seed)
+    case = make(name, depth, width, dtype, seed)
     verdict = diagnose(case.model, case.x)
-    assert not verdict.ok
+    assert not verdict.ok and {one.rule for one in verdict} <= RULES.keys()
     first = verdict.findings[0]
     assert first.rule in case.rules and first.severity == "error", str(verdict)
     if case.name:
