@@ -129,6 +129,9 @@ def run_backward(value: Tensor, sources: list[Tensor]) -> None:
         except UsageError:
             raise
         except Exception as error:  # of a function of the user's, or of one that overwrites what its gradient needs
+            if "use_reentrant" in str(error):  # its .backward() would change .grad and wake what listens to it
+                text = "loss: a checkpoint has use_reentrant=True, which works by loss.backward() alone"
+                raise UsageError(f"{text}; give it use_reentrant=False, or record a step by initlab.probe") from error
             raise UsageError(f"loss: its backward pass fails: {describe_error(error)}") from error
 
 

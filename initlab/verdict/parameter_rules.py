@@ -164,7 +164,8 @@ def judge_outlier(e: NetworkEvidence, reference: Reference) -> Finding | None:
     )
     last = max(gain.position for gain in sized)
     apart = []
-    for limit in (OUTLIER, APART):
+    plain = not {node.kind for node in e.nodes} & {"norm", "sum", "product"}  # else what is somewhat off is absorbed
+    for limit in (OUTLIER, APART) if plain else (OUTLIER,):
         for gain in sized:
             off = gain.octaves - usual
             by_std = math.log2(gain.rms) - usual_ln

@@ -46,7 +46,7 @@ MUCH = Threshold(3.7, "change of size over all layers of a deep network", "octav
 FAR = Threshold(10, "change of size over the layers of any network", "octaves", "a factor 1000")
 NETWORKS = Threshold(16, "networks drawn by the right rule", "networks", "their spread is known to 18 %")
 # Weights.
-APART = Threshold(2.3, "one layer's gain and std beside the middle of all layers, for a warning", "octaves")
+APART = Threshold(2.3, "one layer's gain and std beside the middle of all, without norms and branches", "octaves")
 OUTLIER = Threshold(3, "one layer's gain and std beside the middle of all layers", "octaves")
 HEAD = Threshold(4, "the same of the last layer, whose size is often chosen", "octaves")
 FEW_WEIGHTS = Threshold(16, "weights below which a size is chance", "weights", "std's error is 18 % at 16")

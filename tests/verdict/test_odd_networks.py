@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 import initlab
 from benchmarks.faults import mlp
@@ -176,6 +177,15 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.01)
 
 
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp(3, 64, nn.ReLU, RELU)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x.requires_grad_(), use_reentrant=True)  # type: ignore[no-any-return]
+
+
 BAD: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "no model": (lambda m: initlab.diagnose("net", X), r"model=str: must be an nn\.Module"),  # type: ignore[arg-type]
     "no batch": (lambda m: initlab.diagnose(m, None), "x is missing"),
@@ -190,6 +200,7 @@ BAD: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "another's": (lambda m: initlab.diagnose(m, X, optimizer=sgd(nn.Linear(2, 2))), "holds none of the model's"),
     "half a step": (lambda m: initlab.diagnose(m, X, optimizer=sgd(m), steps=1.5), "steps=1.5: must be a whole"),  # type: ignore[arg-type]
     "steps alone": (lambda m: initlab.diagnose(m, X, steps=3), "without an optimizer"),
+    "reentrant": (lambda m: initlab.diagnose(Checkpointed(), X.clone()), "give it use_reentrant=False"),
     "y alone": (lambda m: initlab.diagnose(m, X, torch.zeros(8)), "y without a loss"),
 }
 

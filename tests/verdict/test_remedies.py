@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import initlab
-from benchmarks.faults import mlp
+from benchmarks.faults import mlp, normed
 
 RELU = 2**0.5
 X, Y = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 10
@@ -139,3 +139,7 @@ def test_one_layer_that_is_somewhat_off_is_a_warning(factor: float) -> None:
     verdict = initlab.diagnose(model, X)
     assert verdict.ok and [(one.name, one.severity) for one in verdict] == [("6.weight", "warning")]
     assert verdict.findings[0].factors["6.weight"] * factor == pytest.approx(1, rel=0.1)
+    absorbed = normed(5, 64)
+    with torch.no_grad():
+        absorbed[6].weight.mul_(factor)  # type: ignore[operator,index]
+    assert initlab.diagnose(absorbed, X).findings == ()

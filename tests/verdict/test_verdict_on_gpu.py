@@ -4,13 +4,15 @@ import pytest
 import torch
 
 import initlab
-from benchmarks.faults import FAULTS, HEALTHY
+from benchmarks.faults import FAULTS, HEALTHY, LIBRARIES
 
 pytestmark = pytest.mark.gpu
 NAMES = ("naive", "one layer x100", "bias -50", "logits x100", "nan in the backward pass", "input x1e4")
 
 
 def check_alike(name: str, device: str) -> None:
+    if name in LIBRARIES:
+        pytest.importorskip(LIBRARIES[name], reason=f"{LIBRARIES[name]} is not installed")
     torch.manual_seed(0)
     case = (FAULTS | HEALTHY)[name](10, 64)
     on_cpu = initlab.diagnose(case.model, case.x)
