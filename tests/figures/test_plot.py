@@ -155,8 +155,8 @@ def test_a_figure_shows_itself_in_a_notebook() -> None:
 
 
 def test_every_table_of_the_schema_has_its_kind() -> None:
-    """The local rules of a pass and the findings of a verdict are words alone."""
-    assert set(TABLES) - set(KINDS) == {schema.RULES, schema.FINDINGS}
+    """The local rules of a pass, the findings of a verdict and the examples of broadcasting are words alone."""
+    assert set(TABLES) - set(KINDS) == {schema.RULES, schema.FINDINGS, schema.EXAMPLES}
 
 
 # One producer of each kind of table.
