@@ -1,5 +1,7 @@
 """The explanation tells of the pass that is really made, and its symbolic rules are right by SymPy's own reckoning."""
 
+import inspect
+
 import pytest
 import sympy
 import torch
@@ -7,7 +9,8 @@ import torch
 from initlab.errors import UsageError
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.loss_table import LOSSES
-from initlab.tasks.course.explain import SYMBOLIC, explain
+from initlab.scratch.classes import FirstLin, Lin
+from initlab.tasks.course.explain import SETS, SYMBOLIC, explain
 
 NAMES = {name: sympy.Symbol(name, real=True) for name in ("z", "inp", "w", "b", "out", "targ", "hit")}
 NAMES |= {name: sympy.Symbol(name, positive=True) for name in ("rest", "N")}
@@ -105,6 +108,13 @@ def test_who_sets_what(activation: str, loss: str) -> None:
         assert by_tensor.loc[row.reads, "step"] == row.set_in and by_tensor.loc[row.reads, "name"] == row.set_by
         assert by_tensor.loc[row.reads, "read_by"] == row.name
     assert set(backward[backward["read_by"] == "optimizer"]["tensor"]) == {f"{name}.g" for name in parameters}
+
+
+def test_the_linear_layers_lines_are_those_of_its_class() -> None:
+    for layer in (Lin, FirstLin):
+        source = inspect.getsource(layer.backward).replace("self.", "")
+        lines = [f"{name} = {formula}" for name, formula in SETS[layer.__name__].items() if name.endswith(".g")]
+        assert [line.strip() for line in source.splitlines()[1:]] == lines
 
 
 def test_shapes_and_norms_are_those_of_the_pass() -> None:

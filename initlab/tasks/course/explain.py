@@ -44,8 +44,8 @@ SYMBOLIC: dict[str, Symbolic] = {
 
 # The same for whole tensors, as `classes.py` computes it: class -> what each of its tensors is set to.
 SETS: dict[str, dict[str, str]] = {
-    "Lin": {"out": "inp @ w + b", "inp.g": "out.g @ w.T", "w.g": "inp.T @ out.g", "b.g": "sum of out.g over the batch"},
-    "FirstLin": {"out": "inp @ w + b", "w.g": "inp.T @ out.g", "b.g": "sum of out.g over the batch"},
+    "Lin": {"out": "inp @ w + b", "inp.g": "out.g @ w.t()", "w.g": "inp.t() @ out.g", "b.g": "out.g.sum(0)"},
+    "FirstLin": {"out": "inp @ w + b", "w.g": "inp.t() @ out.g", "b.g": "out.g.sum(0)"},
     "Act": {"out": "phi(inp)", "inp.g": "out.g * phi'(inp)"},
     "Mse": {"out": "mean of (inp - targ)^2", "inp.g": "2 (inp - targ) / N"},
     "CrossEntropy": {"out": "mean of -log softmax(inp)[targ]", "inp.g": "(softmax(inp) - onehot(targ)) / N"},
