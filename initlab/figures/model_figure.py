@@ -67,7 +67,7 @@ def draw_model(frame: pd.DataFrame, octaves: pd.DataFrame | None = None, bands: 
     for column, side in enumerate(sides):
         mine = rows[rows["is_output"] == side]
         top, ax = grid[:, column]
-        low, high = find_span(mine)
+        low, high = find_span(mine, bands if side else None)
         ax.set_xlim(low, high)
         draw_ruler(top, ax, named=column == 0)
         if bands is not None and side:
@@ -85,9 +85,12 @@ def draw_model(frame: pd.DataFrame, octaves: pd.DataFrame | None = None, bands: 
     return figure
 
 
-def find_span(rows: pd.DataFrame) -> tuple[float, float]:
-    """Octaves from left to right: all that was measured, and some around 1."""
-    found = rows[["low", "middle", "high"]].to_numpy(float)
+def find_span(rows: pd.DataFrame, bands: pd.DataFrame | None) -> tuple[float, float]:
+    """Octaves from left to right: all that was measured, the bands of a verdict, and some around 1."""
+    found = rows[["low", "middle", "high"]].to_numpy(float).ravel()
+    if bands is not None and "name" in bands:
+        with np.errstate(divide="ignore"):
+            found = np.append(found, np.log2(bands[["band_low", "band_high"]].to_numpy(float)))
     found = found[np.isfinite(found)]
     low, high = min([-LEAST_SPAN / 2, *found]), max([LEAST_SPAN / 2, *found])
     margin = 0.06 * (high - low)
@@ -224,12 +227,14 @@ def draw_bands(ax: Axes, rows: pd.DataFrame, bands: pd.DataFrame) -> None:
         mine = rows[(rows["series"] == series) & (rows["step"] == rows["step"].max())]
         found = mine.merge(known[[*keys, "band_low", "band_high"]], on=keys).sort_values("place")
         colour = sns.color_palette("colorblind")[SERIES[series]] if named else "0.5"
-        for _, same in found.groupby("tensor"):
+        shaded = "stream" if (found["tensor"] == "stream").any() else "preactivation"  # what runs through the network
+        for tensor, same in found.groupby("tensor"):
             with np.errstate(divide="ignore"):
                 low, high = (np.log2(same[name].to_numpy(float)) for name in ("band_low", "band_high"))
             y = same["place"] + find_offset(rows, series)
             ax.hlines(y, low, high, color=colour, linewidth=8, alpha=0.3, zorder=0.9)
-            ax.fill_betweenx(y, low, high, color=colour, linewidth=0, alpha=0.15, zorder=0.85)
+            if tensor == shaded:
+                ax.fill_betweenx(y, low, high, color=colour, linewidth=0, alpha=0.15, zorder=0.85)
 
 
 def name_places(ax: Axes, rows: pd.DataFrame, height: float) -> None:

@@ -188,4 +188,6 @@ def test_theory_lies_beneath_the_values() -> None:
     model = mlp(3, None)
     theory = initlab.predict("kaiming", "relu", depth=4, width=32, inputs=32, batch=16)
     with_band, without = (initlab.plot({"stats": rows_of(model), **more}) for more in ({"theory": theory}, {}))
-    assert len(with_band.axes[2].collections) == len(without.axes[2].collections) + 4  # bars and shade of two kinds
+    assert (
+        len(with_band.axes[2].collections) == len(without.axes[2].collections) + 3
+    )  # bars of two kinds, and a shade of one
