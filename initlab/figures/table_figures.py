@@ -167,12 +167,11 @@ def draw_agreement(frame: pd.DataFrame) -> Figure:
 def draw_steps(frame: pd.DataFrame) -> Figure:
     """The rms of everything that one pass sets, forward and backward, in order."""
     names = [f"{k} {name}.{what}" for k, name, what in frame[["step", "name", "sets"]].itertuples(index=False)]
-    colours = frame["direction"].map({"forward": "C0", "backward": "C1"})
 
     def draw(ax: Axes, rows: pd.DataFrame, y: np.ndarray) -> None:
-        ax.scatter(rows["rms"], y, c=colours[rows.index], zorder=3)
-        for direction, colour in (("forward", "C0"), ("backward", "C1")):
-            ax.plot([], [], "o", color=colour, label=direction)
+        for direction, style in (("forward", "C0o"), ("backward", "C1s")):
+            chosen = (rows["direction"] == direction).to_numpy()
+            ax.plot(rows["rms"][chosen], y[chosen], style, label=direction, zorder=3)
         if (rows["rms"] > 0).any():
             ax.set_xscale("log")
 
