@@ -52,16 +52,16 @@ def events(server: Forks, tmp_path_factory: pytest.TempPathFactory) -> int:
 
 
 def test_a_stop_while_files_are_written_doubles_and_loses_no_row(server: Forks, events: int, tmp_path: Path) -> None:
-    for k in range(8):
+    for k in range(5):
         folder = tmp_path / str(k)
-        ended = server.run(folder, TRAIN, signals={4 + k * (events - 5) // 8: signal.SIGTERM}, **OFTEN)
+        ended = server.run(folder, TRAIN, signals={4 + k * (events - 5) // 5: signal.SIGTERM}, **OFTEN)
         assert ended.code == 143 and ended.err.startswith("initlab: stopped")
         assert faults_of_rows(folder) == [] and faults_of_end(folder, ended, [signal.SIGTERM]) == []
 
 
 def test_a_second_stop_ends_at_once_and_says_so(server: Forks, events: int, tmp_path: Path) -> None:
-    for k, later in enumerate((1, 2, 5, 9)):
-        folder, first = tmp_path / str(k), 6 + k * events // 6
+    for k, later in enumerate((1, 2, 7)):
+        folder, first = tmp_path / str(k), 6 + k * events // 5
         both = {first: signal.SIGINT, first + later: signal.SIGINT}
         ended = server.run(folder, TRAIN, signals=both, **OFTEN)
         assert faults_of_rows(folder) == [] and faults_of_end(folder, ended, [signal.SIGINT]) == []

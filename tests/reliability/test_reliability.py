@@ -8,13 +8,13 @@ from tests.reliability.attack import TOPICS, attack
 
 HERE = Path(__file__).parent
 SMALL: dict[str, int] = {
-    "options": 20,
-    "files": 20,
+    "options": 12,
+    "files": 10,
     "calls": 100,
-    "determinism": 2,
+    "hostile": 4,
     "long": 1,
 }  # cases in a test run, where it is not FEW
-FEW = 5
+FEW = 2
 
 
 @pytest.mark.parametrize("name", [name for name in TOPICS if (HERE / f"{name}.py").exists()])

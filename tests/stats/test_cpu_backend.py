@@ -259,12 +259,21 @@ def test_many_terms_and_a_mean_above_the_std(shape: tuple[int, int], mean: float
 
 @needs_compiler
 def test_a_broken_or_foreign_library_is_built_again(afresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Compiled in earnest once; then a compiler that gives the same, and counts its calls."""
     afresh.setattr(cpu.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
     assert library() is not None
     folder = cpu._cache_folder()
     assert folder is not None
     (built,) = folder.glob("*.so")
     whole = built.read_bytes()
+    (tmp_path / "whole.so").write_bytes(whole)
+    own, calls = cpu._compile, []
+
+    def compile_again(command: Sequence[str], target: Path) -> Path:
+        calls.append(target)
+        return own(["sh", "-c", f"cp '{tmp_path}/whole.so' '{target}'"], target)
+
+    afresh.setattr(cpu, "_compile", compile_again)
     for damage in (
         lambda: built.write_bytes(whole[:1000]),
         lambda: cpu._digest_path(built).write_bytes(b"\xff\x00 no text"),
@@ -277,6 +286,7 @@ def test_a_broken_or_foreign_library_is_built_again(afresh: pytest.MonkeyPatch, 
         cpu._library.cache_clear()
         assert library() is not None
         assert cpu._is_whole(built) and built.stat().st_size == len(whole)
+    assert len(calls) == 3
     folder.chmod(0o777)
     assert cpu._cache_folder() == tmp_path / "tmp" / f"initlab-{os.getuid()}"
     folder.chmod(0o700)

@@ -160,3 +160,88 @@ def test_a_bad_format_is_one_line(formats: Any, text: str) -> None:
 
 def test_formats_are_names_or_torchs_dtypes() -> None:
     assert resolve_formats([torch.float16, "float8_e4m3fn", "float16"]) == ["float16", "float8_e4m3"]
+
+
+# -- several tensors in one table, and what is kept of them
+
+
+def several(*layers: Tensor, direction: str = "backward") -> tuple[pd.DataFrame, pd.DataFrame]:
+    rows = StatsBuffer([0], backend_for(), histograms=True)
+    rows.add([Item(TensorKey("probe", "module", k, "weight", direction), x[None]) for k, x in enumerate(layers, 1)], 0)
+    found = rows.take_tables()
+    return found["histograms"], found["stats"]
+
+
+def test_tensors_of_one_table_are_each_alone_and_formats_follow_each() -> None:
+    layers = [draw("normal") * 1e-6, draw("large"), draw("normal")]
+    found = format_shares(*several(*layers), ["float16", "bfloat16"])
+    assert found["layer"].tolist() == [1, 1, 2, 2, 3, 3] and found["format"].tolist() == ["float16", "bfloat16"] * 3
+    assert "index" not in found and found.index.tolist() == list(range(6))
+    for k, x in enumerate(layers):
+        alone = format_shares(*tables(x), ["float16", "bfloat16"])
+        assert found[2 * k : 2 * k + 2][list(SHARES)].to_numpy().tolist() == alone[list(SHARES)].to_numpy().tolist()
+    octaves, frame = several(*layers)
+    wide = spread_formats(frame, format_shares(octaves, frame, ["float16", "bfloat16", "float8_e5m2"]))
+    columns = [name.rpartition("_")[0] for name in wide if name.endswith("_subnormal") and name != "n_subnormal"]
+    assert columns == ["float16", "bfloat16", "float8_e5m2"]  # in the order in which they were asked for
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_octave_that_a_formats_end_cuts_counts_one_entry_at_least(sign: float) -> None:
+    """65520 rounds to inf in float16 and 65519 does not; both lie in the octave of its largest number."""
+    for last, least in ((65520.0, 0.25), (65519.0, 0.0)):
+        found = format_shares(*tables(sign * torch.tensor([[1.0, 40000.0, 50000.0, last]])), ["float16"]).iloc[0]
+        assert (found["overflow"], found["overflow_most"]) == (least, 0.75 if least else 0.0)
+    beyond = format_shares(*tables(sign * torch.tensor([[1.0, 40000.0, 2.0**16, 2.0**17]])), ["float16"]).iloc[0]
+    assert (beyond["overflow"], beyond["overflow_most"]) == (0.5, 0.75)
+
+
+def test_the_largest_gradient_is_the_largest_of_both_signs_and_of_all_steps() -> None:
+    gradients = BinTables(False, ["float16"])
+    for x in (torch.tensor([[1.0, -8.0]]), torch.tensor([[3.0, 2.0]])):
+        count(gradients, x)
+    assert gradients.find_scale().largest == 8.0
+    nothing = BinTables(False, ["float16"])
+    count(nothing, draw("zero"))
+    assert nothing.find_scale().where == ""
+    count(nothing, draw("all inf"))
+    assert np.isnan(nothing.find_scale().scale)
+
+
+def test_a_loss_scale_says_both_shares_in_percent() -> None:
+    """Of eight entries seven become 0 without a scale, one with it: the largest allows 2^15, the least is 2^-60."""
+    gradients = BinTables(False, ["float16"])
+    count(gradients, torch.tensor([[1.0, *[2.0**-30] * 6, 2.0**-60]]))
+    said = str(gradients.find_scale())
+    assert "does not overflow, and 12 % of the entries become 0 (88 % without a scale)" in said
+    assert said.startswith("float16: multiply the loss by 2^15 = 32768: the largest gradient, 1 of weight at step 0, ")
+
+
+def test_tables_are_kept_until_they_are_taken_and_only_where_they_were_asked_for() -> None:
+    kept, counted = BinTables(True, []), BinTables(False, ["float16"])
+    for x in (draw("normal"), draw("large")):
+        count(kept, x)
+        count(counted, x)
+    assert len(kept.histograms()) == 2
+    count(kept, draw("normal"))
+    assert len(kept.histograms()) == 1  # since they were taken
+    assert counted.shares()["overflow"].tolist() == [
+        format_shares(*tables(draw(kind)), ["float16"])["overflow"].item() for kind in ("normal", "large")
+    ]
+    with pytest.raises(UsageError, match=r"^histograms: none were recorded; ask for them with histograms=True$"):
+        counted.histograms()
+    for ask in (kept.shares, kept.find_scale):
+        with pytest.raises(UsageError, match=r"^formats: none were asked for; ask with formats=\['float16'\]$"):
+            ask()
+
+
+def test_what_was_forgotten_is_known_to_be_lost() -> None:
+    tables_of, never = BinTables(True, ["float16"]), BinTables(True, ["float16"])
+    assert tables_of.has_lost is False
+    tables_of.forget()
+    assert not tables_of.has_lost  # there was nothing
+    count(tables_of, draw("normal"))
+    tables_of.forget()
+    assert tables_of.has_lost and not never.has_lost
+    count(tables_of, draw("normal"))
+    assert len(tables_of.shares()) == 1 and len(tables_of.histograms()) == 1

@@ -19,7 +19,7 @@ def reference(f, q: float, power: int, kinks: tuple[float, ...] = ()) -> float: 
     return float(total)
 
 
-@pytest.mark.parametrize("q", [0.01, 1.0, 2.0, 25.0, 400.0])
+@pytest.mark.parametrize("q", [0.01, 1.0, 25.0, 400.0])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_moments_against_thirty_digits(name: str, q: float) -> None:
     row = ACTIVATIONS[name]

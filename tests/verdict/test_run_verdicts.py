@@ -2,8 +2,7 @@
 
 import json
 import math
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -77,30 +76,26 @@ def test_a_right_gain_is_not_advised_again() -> None:
     assert other is not None and "init=kaiming" in other.errors[0].remedy
 
 
-def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "initlab", *words, "device=cpu", f"hydra.run.dir={folder / 'run'}"]
-    root = Path(initlab.__file__).parents[1]
-    return subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+Lab = Callable[..., tuple[int, str, str]]
 
 
-def test_diagnose_from_the_command_line(tmp_path: Path) -> None:
+def test_diagnose_from_the_command_line(lab: Lab) -> None:
     """Exit code 3, the finding first, and the same in verdict.json; --json prints nothing else."""
-    ill = run(tmp_path / "a", "task=diagnose", "init=naive", "train.depth=8")
-    assert ill.returncode == 3 and ill.stdout.startswith("exploding at layer 1 (0): the weights have gain")
-    kept = json.loads((tmp_path / "a" / "run" / "verdict.json").read_text())
+    code, said, _ = lab("task=diagnose", "init=naive", "train.depth=8", "device=cpu", "hydra.run.dir=a")
+    assert code == 3 and said.startswith("exploding at layer 1 (0): the weights have gain")
+    kept = json.loads(Path("a/verdict.json").read_text())
     assert kept["ok"] is False and kept["findings"][0]["rule"] == "exploding"
-    model = ("model._target_=torch.nn.Linear", "model.in_features=30", "model.out_features=4")
-    well = run(tmp_path / "b", "task=diagnose", "--json", *model)
-    assert well.returncode == 0 and json.loads(well.stdout) == {"ok": True, "layers": 1, "findings": []}
+    model = ("model._target_=torch.nn.Linear", "model.in_features=30", "model.out_features=4", "device=cpu")
+    code, said, _ = lab("task=diagnose", "--json", *model)
+    assert code == 0 and json.loads(said) == {"ok": True, "layers": 1, "findings": []}
 
 
-def test_audit_from_the_command_line(tmp_path: Path) -> None:
+def test_audit_from_the_command_line(lab: Lab) -> None:
     model = ("model._target_=torch.nn.MultiheadAttention", "model.embed_dim=64", "model.num_heads=4")
-    found = run(tmp_path, "task=audit", *model)
-    assert found.returncode == 0 and "in_proj_weight[query]: uniform" in found.stdout
-    table = initlab.read(str(tmp_path / "run"), table="audit")
-    assert table["shape"][0] == "192x64" and "xavier-stacked" in found.stdout
-    wrong = run(tmp_path / "c", "task=diagnose", "model._target_=torch.nn.Conv2d", "model.in_channels=3",
-                "model.out_channels=4", "model.kernel_size=3")  # fmt: skip
-    assert wrong.returncode == 2 and "shapes: this model has a Conv2d first" in wrong.stderr
-    assert not (tmp_path / "c" / "run" / "findings.parquet").exists()
+    code, said, _ = lab("task=audit", *model, "device=cpu", "hydra.run.dir=a")
+    assert code == 0 and "in_proj_weight[query]: uniform" in said
+    assert initlab.read("a", table="audit")["shape"][0] == "192x64" and "xavier-stacked" in said
+    model = ("model._target_=torch.nn.Conv2d", "model.in_channels=3", "model.out_channels=4", "model.kernel_size=3")
+    code, _, wrong = lab("task=diagnose", *model, "device=cpu", "hydra.run.dir=c")
+    assert code == 2 and "shapes: this model has a Conv2d first" in wrong
+    assert not Path("c/findings.parquet").exists()
