@@ -69,8 +69,8 @@ HOUSE = {
         "distance lock folders parquet schema labels read parts recorder select theory_rows summary collect compare"
     ),
     "figures": (
-        "axes model_rows figure_spec format_figure gain_figure graph_figure histogram_figure jacobian_figure "
-        "model_figure phase_figure share_figure plots study_figure table_figures plot"
+        "axes lines model_rows figure_spec format_figure gain_figure graph_figure histogram_figure jacobian_figure "
+        "model_figure phase_figure share_figure training_figures plots study_figure table_figures plot"
     ),
     "studies": "reductions expect study gallery",
     "job": "printout settings network_grid options shared_program stages prepare worker_process life_cycle",

@@ -6,7 +6,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from initlab.figures.axes import layer_axis, name_rows, new_figure
+from initlab.figures.axes import name_rows, new_figure
+from initlab.figures.lines import set_layer_ticks
 from initlab.runs.schema import IN_EVERY_LABEL
 
 EVENTS = {"overflow": "first inf", "subnormal": "first subnormal", "zero": "first zero", "all_zero": "all zero"}
@@ -22,7 +23,7 @@ def draw_formats(frame: pd.DataFrame) -> Figure:
     """
     order = list(dict.fromkeys(frame["format"].astype(str)))
     figure, (ax,) = new_figure(_title(frame, order))
-    figure.set_size_inches(9.5, 0.75 * len(order) + 2.4)
+    figure.set_size_inches(8.5, 0.75 * len(order) + 2.4)
     ax.set_xlim(0, _depth(frame) + 1)
     colours = sns.color_palette("colorblind", len(EVENTS))
     for position, ((event, name), colour) in enumerate(zip(EVENTS.items(), colours, strict=True)):
@@ -33,7 +34,7 @@ def draw_formats(frame: pd.DataFrame) -> Figure:
         ax.plot([], [], "o", color=colour, label=name)
     ax.plot([], [], "o", markerfacecolor="white", markeredgecolor="0.3", label="measured (full: predicted)")
     name_rows(ax, order)
-    layer_axis(ax)
+    set_layer_ticks(ax, pd.Series([1, _depth(frame)]))
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=10)
     return figure
 

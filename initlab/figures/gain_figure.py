@@ -25,7 +25,7 @@ def draw_gains(frame: pd.DataFrame) -> Figure:
         f"A gain that keeps gradients at q = 1 goes on keeping them only where phi has no scale of its own: {keeps}",
         1, 2, sharey=True,
     )  # fmt: skip
-    figure.set_size_inches(12, 0.55 * len(order) + 1.6)
+    figure.set_size_inches(8.5, 0.55 * len(order) + 1.6)
     colours = sns.color_palette("colorblind", len(KINDS))
     for ax, value in ((left, "gain"), (right, "chi_1")):
         for k, (kind, marker) in enumerate(KINDS.items()):  # activations from top to bottom

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from initlab.errors import UsageError, library_call, nearest, report_disk, show
-from initlab.figures import plots
+from initlab.figures import plots, training_figures
 from initlab.figures.format_figure import draw_formats
 from initlab.figures.gain_figure import draw_gains
 from initlab.figures.graph_figure import draw_graph
@@ -54,7 +54,7 @@ def draw_stats(frame: pd.DataFrame, tables: Tables) -> Figure | None:
     if len(settings) > 1:
         frame = frame[frame["label"].astype(str) == settings[0]]
         tables = {schema.STATS: frame}
-    figure = plots.training_activations(tables) or draw_model(frame)
+    figure = training_figures.training_activations(tables) or draw_model(frame)
     if len(settings) > 1:
         figure.suptitle(f"The first of {len(settings)} settings. {figure.get_suptitle()}", fontsize=12)
     return figure
@@ -66,7 +66,11 @@ def draw_probed(frame: pd.DataFrame, tables: Tables) -> Figure:
 
 def draw_losses(frame: pd.DataFrame, tables: Tables) -> Figure | None:
     pair = {"scratch", "module"} <= set(frame["implementation"].astype(str))
-    return plots.loss(tables) if pair and frame["label"].nunique() == 1 else plots.compared_loss(tables)
+    return (
+        training_figures.loss(tables)
+        if pair and frame["label"].nunique() == 1
+        else training_figures.compared_loss(tables)
+    )
 
 
 def draw_histograms(frame: pd.DataFrame, _: Tables) -> Figure | None:

@@ -4,21 +4,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from initlab.figures.axes import (
-    assign_colours,
-    layer_axis,
-    legend,
-    log_scale,
-    marker_if_sparse,
-    name_rows,
-    new_figure,
-    plot_theory,
-)
+from initlab.figures.axes import log_scale, name_rows, new_figure
+from initlab.figures.lines import assign_styles, plot_lines, plot_theory, set_layer_ticks, set_log_ticks
 from initlab.figures.model_rows import shorten_path
 from initlab.tasks.coordinate_check import CHANGE, ERRORS, GROWS, MODULE, OUTPUT, VANISHES, list_rows, name_module
 
@@ -40,23 +30,26 @@ def draw_theory(frame: pd.DataFrame) -> Figure | None:
     rows = rows[rows["tensor"] == tensor].rename(columns={"band_low": "low", "band_high": "high"})
     rows = rows.assign(label=rows["label"].astype(str) if "label" in rows else "law")
     directions, order = list(dict.fromkeys(rows["direction"])), list(dict.fromkeys(rows["label"]))
-    colours = assign_colours(order)
+    styles = assign_styles(order)
     figure, axes = new_figure(describe_laws(rows, tensor, statistic, directions), 1, len(directions))
     for ax, direction in zip(axes, directions, strict=True):
         mine = rows[rows["direction"] == direction]
         measured = mine[mine["seed"] >= 0] if "seed" in mine else mine[:0]
         for label, crosses in measured.groupby("label"):
-            ax.plot(crosses["layer"], crosses["measured"], "x", color=colours[str(label)], markersize=4, label=label)
+            ax.plot(
+                crosses["layer"], crosses["measured"], "x", color=styles[str(label)].colour, markersize=4, label=label
+            )
         lines = mine.drop_duplicates(["label", "layer"]).sort_values("layer")
         if len(order) > 1:
             for label, line in lines.groupby("label"):
-                ax.plot(line["layer"], line["predicted"], "--", color=colours[str(label)], linewidth=1)
+                ax.plot(line["layer"], line["predicted"], "--", color=styles[str(label)].colour, linewidth=1)
         log_scale(ax, np.concatenate([lines["predicted"], measured["measured"] if len(measured) else []]), least=3)
         ax.relim()
         ax.set_ylim(*find_limits(lines, measured))
-        plot_theory(ax, lines, order, colours=colours)
+        plot_theory(ax, lines, styles)
+        set_log_ticks(ax)
         ax.set_title(f"{direction}: {statistic} of the {tensor}s", fontsize=11)
-        layer_axis(ax)
+        set_layer_ticks(ax, mine["layer"])
     return figure
 
 
@@ -99,18 +92,11 @@ def draw_lines(
     top = known.groupby(["label", x], sort=False)["y"].max().reset_index().sort_values(x)
     if log and (top["y"] > 0).any():
         top = top[top["y"] > 0]  # a line would come from below the axis
-    figure, (ax,) = new_figure(title)
-    palette = "colorblind" if len(order) <= 10 else "viridis"
-    sns.lineplot(
-        data=top, x=x, y="y", hue="label", hue_order=order, palette=assign_colours(order, palette), errorbar=None,
-        marker=marker_if_sparse(top[x]) or None, ax=ax,
-    )  # fmt: skip
-    if log:
-        log_scale(ax, top["y"])
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure, (ax,) = new_figure(title, height=3.2)
+    band = top.assign(low=top["y"], median=top["y"], high=top["y"])
+    plot_lines(ax, band, x, assign_styles(order), log=log and bool((top["y"] > 0).all()), names=True)
     ax.set_ylabel(axis)
-    ax.set_xlabel(x)
-    legend(ax, len(order))
+    set_layer_ticks(ax, top[x], x)
     return figure
 
 
@@ -186,7 +172,7 @@ def _draw_bars(
     """A named row for each row of the table, from top to bottom, as far as they can be read."""
     cut = f" (the first {BARS} are drawn)" if len(frame) > BARS else ""
     figure, (ax,) = new_figure(title + cut)
-    figure.set_size_inches(10, 0.26 * min(len(frame), BARS) + 2)
+    figure.set_size_inches(8.5, 0.26 * min(len(frame), BARS) + 2)
     draw(ax, frame[:BARS], np.arange(min(len(frame), BARS)))
     name_rows(ax, names[:BARS])
     ax.set_xlabel(axis)

@@ -30,6 +30,8 @@ from initlab.tasks.ensemble.training import Training, default_rate
 from initlab.theory.method import METHODS
 from initlab.verdict.table_rules import judge_tables
 
+SAID = 3  # findings that are printed
+
 
 @dataclass
 class Job:
@@ -59,7 +61,8 @@ class Job:
         if verdict is None:
             return []
         self.recorder.keep_verdict(verdict)
-        return [f"verdict: {str(one).splitlines()[0]}" for one in verdict] or [f"verdict: {verdict}"]
+        said = [f"verdict: {str(one).splitlines()[0]}" for one in verdict] or [f"verdict: {verdict}"]
+        return [*said[:SAID], *([f"verdict: {len(said) - SAID} more in verdict.json"] if len(said) > SAID else [])]
 
     def finish(self) -> None:
         """The verdict and the figures of what others have recorded."""

@@ -100,6 +100,17 @@ def format_numbers(numbers: Iterable[float]) -> dict[float, str]:
     return texts
 
 
+def shorten_labels(names: Sequence[str]) -> tuple[dict[str, str], str]:
+    """Each label without the parts that all have in common, and these parts: what a title says once."""
+    parts = [name.split(", ") for name in names]
+    if len(names) < 2 or len({len(one) for one in parts}) > 1:
+        return {name: name for name in names}, ""
+    varying = [len(set(column)) > 1 for column in zip(*parts, strict=True)]
+    kept = [", ".join(part for part, varies in zip(one, varying, strict=True) if varies) for one in parts]
+    common = ", ".join(part for part, varies in zip(parts[0], varying, strict=True) if not varies)
+    return dict(zip(names, kept, strict=True)), common
+
+
 def format_folders(paths: Sequence[str]) -> list[str]:
     """Each folder by its last name, or by as many of its last names as tell all of them apart."""
     parts = {path: Path(path).parts for path in paths}

@@ -13,21 +13,53 @@ import pandas as pd
 
 from initlab.errors import UsageError
 from initlab.runs import theory_rows
-from initlab.runs.labels import add_labels, format_folders, label_columns
+from initlab.runs.labels import add_labels, format_folders, label_columns, labels
 from initlab.runs.schema import LOSSES, PARITY, STATS, THEORY, refuse_other_table
 from initlab.stats.dtypes import FORMATS
 
 # What the two backward passes are held to at the default shape; the table says where it is passed.
 PARITY_LIMIT = {name: row.tolerance for name, row in FORMATS.items() if row.eps <= FORMATS["float32"].eps}
 ENDS = {"nonfinite": "not finite", "zero": "exactly 0"}  # how a signal dies, in words
+OF_TRAINING = (
+    "data",
+    "train_depth",
+    "train_width",
+    "train_batch",
+    "steps",
+    "lr",
+    "optimizer",
+    "train_loss",
+    "run",
+    "every",
+)
 PARTED = 0.01  # share by which the losses of two trainings differ that are said to part
 ROUNDING = 1e-3  # of gradients at equal weights: a rule that is wrong differs by more
 
 
+def merge_trainings(frame: pd.DataFrame) -> pd.DataFrame:
+    """The stack's rows of a table, once for settings that differ in how networks are trained alone; needs `label`."""
+    rows = frame[frame["stage"] == "stack"]
+    rows = rows.drop(columns=[name for name in OF_TRAINING if name in rows])
+    rows = rows.assign(label=labels(rows)) if len(rows) and {"init", "activation"} <= set(rows) else rows
+    keys = ("label", "seed", "layer", "tensor", "direction", "statistic")
+    return rows.drop_duplicates([name for name in keys if name in rows])
+
+
 def stack_signal(stats: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
-    """The stack's activations, or the gradients with respect to them, in network order."""
-    rows = stats[(stats["stage"] == "stack") & (stats["tensor"] == "activation") & (stats["direction"] == direction)]
-    return rows.sort_values("layer")
+    """The stack's activations, or the gradients with respect to them, in network order.
+
+    A network whose values die has no gradient that means anything: nan and inf take part in it. That of a linear stack
+    does not hang on the values.
+    """
+    rows = stats[(stats["stage"] == "stack") & (stats["tensor"] == "activation")]
+    if direction == "backward":
+        dead = (rows["direction"] == "forward") & ((rows["n_nan"] + rows["n_inf"] > 0) | (rows["frac_zero"] == 1))
+        if "activation" in rows:
+            dead &= rows["activation"].astype(str) != "linear"
+        if dead.any():
+            names = [name for name in ("label", "run", "seed") if name in rows]
+            rows = rows[~dead.groupby([rows[name].astype(str) for name in names]).transform("any")]
+    return rows[rows["direction"] == direction].sort_values("layer")
 
 
 def first_dead_layer(stats: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
@@ -125,7 +157,12 @@ def end_of_signal(stats: pd.DataFrame, direction: str = "forward") -> dict[str, 
     signal = signal[signal["layer"] > 0]
     last, travel = ("max", "min") if direction == "forward" else ("min", "max")
     found = {}
-    for label, rows in signal.groupby("label", observed=True):
+    for label, values in stack_signal(stats).groupby("label", observed=True):
+        rows = signal[signal["label"] == label]
+        if not len(rows):
+            lost = first_dead_layer(values)
+            found[str(label)] = f"no gradient, the values are {find_fate(lost)}"
+            continue
         end = band(rows[rows["layer"] == rows["layer"].agg(last)], ["layer"], "std").iloc[0]
         fate = find_fate(died[died["label"] == label], travel)
         found[str(label)] = str(fate)

@@ -52,7 +52,8 @@ class ProfileTest(NamedTuple):
             return "theory: no test, no layer lies inside the number format"
         judged = f"{self.layers} layers" if self.layers == self.every else f"{self.layers} of {self.every} layers"
         if self.p >= DOUBTFUL:
-            return f"theory: {judged} agree, p = {self.text}"
+            judged = judged if self.every > 1 else "the layer"
+            return f"theory: {judged} agree{'s' * (self.every == 1)}, p = {self.text}"
         if not math.isnan(self.died) and not self.p:
             return f"theory: does not agree, from layer {self.died:.0f} networks are dead that should live"
         far = f"{abs(self.z):.3g} standard errors {'above' if self.z > 0 else 'below'} at layer {self.layer}"
@@ -103,8 +104,9 @@ def _judge(rows: pd.DataFrame) -> ProfileTest:
 
 
 def lines(theory: pd.DataFrame, direction: str) -> pd.DataFrame:
-    """Per label and layer of the stack: `predicted`, `low` and `high` of one network's std."""
+    """Per label and layer of the stack: `predicted`, `low` and `high` of one network's std, where the law holds."""
     rows = _rows(theory[(theory["stage"] == "stack") & (theory["seed"] >= 0)], direction)
+    rows = rows[~rows["method"].astype(str).str.contains("outside")]
     return _bands(rows, ["label", "layer"])
 
 

@@ -29,12 +29,17 @@ def judge_tables(tables: Mapping[str, pd.DataFrame], constant_loss: float = math
     if "stage" not in stats or not stats["stage"].isin(["stack", "train"]).any():
         return None
     keys = [name for name in SETTING if name in stats]
-    several = len(stats[keys].drop_duplicates()) > 1
+    varied = [name for name in keys if stats[name].nunique(dropna=False) > 1]
     found: list[Finding] = []
+    judged = set()
     for values, rows in stats.groupby(keys, observed=True, dropna=False):
         setting = dict(zip(keys, values, strict=True))
-        label = ", ".join(f"{name}={value}" for name, value in setting.items()) if several else ""
-        found += _judge_stack(rows, setting, label)
+        label = ", ".join(f"{name}={_as_text(setting[name])}" for name in varied)
+        of_stack = tuple(value for name, value in setting.items() if name != "lr")  # which a stack has not
+        if of_stack not in judged:
+            judged.add(of_stack)
+            place = ", ".join(f"{name}={_as_text(setting[name])}" for name in varied if name != "lr")
+            found += _judge_stack(rows, setting, place)
         if len(losses) and (rows["stage"] == "train").any():
             own = losses
             for name in set(keys) & set(losses):
@@ -42,6 +47,10 @@ def judge_tables(tables: Mapping[str, pd.DataFrame], constant_loss: float = math
             found += _judge_training(rows[rows["stage"] == "train"], own, label, constant_loss)
     found.sort(key=lambda one: one.severity != ERROR)
     return Verdict(tuple(found), int(stats["layer"].max()), stats)
+
+
+def _as_text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _judge_stack(rows: pd.DataFrame, setting: Mapping[str, object], label: str) -> Iterator[Finding]:

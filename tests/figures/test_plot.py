@@ -218,7 +218,7 @@ def test_tables_of_runs_are_told_apart_by_their_settings() -> None:
         [initlab.stack(init, **SMALL, seeds=2).assign(init=init, activation="relu") for init in ("naive", "kaiming")]
     )
     title = initlab.plot(both).get_suptitle()
-    assert "naive, relu" in title and "kaiming, relu" in title
+    assert "(relu): naive: std" in title and "kaiming: std" in title
     losses = pd.concat([trained()["losses"].assign(init=init, activation="relu") for init in ("naive", "kaiming")])
     assert "Lowest loss" in initlab.plot(losses).get_suptitle()
     training = pd.concat([trained()["stats"].assign(init=init, activation="relu") for init in ("naive", "kaiming")])

@@ -61,7 +61,7 @@ def test_a_death_is_marked_where_it_happened(naive: Tables, kaiming: Tables) -> 
     died = plots.activation_std(labelled(naive))
     alive = plots.activation_std(labelled(kaiming))
     assert died is not None and alive is not None
-    assert "not finite from layer 38" in words(died) and "largest float32" in words(died)
+    assert "not finite from layer 38" in words(died) and "beyond float32" in words(died)
     assert "not finite" not in words(alive)
     crosses = [line for line in died.axes[0].lines if line.get_marker() == "X"]
     assert [line.get_xdata()[0] for line in crosses] == [38]
@@ -73,7 +73,8 @@ def test_several_settings_are_compared(kaiming: Tables, naive: Tables) -> None:
     for name in ("activation_std", "gradient_std", "loss"):
         figure = plots.COMPARING[name](tables)
         assert figure is not None, name
-        assert all(label in words(figure) for label in ("kaiming, relu", "naive, linear", "small, linear"))
+        said = words(figure).replace("\n", " ")
+        assert all(label in said for label in ("kaiming, relu", "naive, linear", "small, linear"))
     figure = plots.activation_std(tables)
     assert figure is not None and "exactly 0 from layer 46" in words(figure)
 
@@ -81,11 +82,9 @@ def test_several_settings_are_compared(kaiming: Tables, naive: Tables) -> None:
 @pytest.mark.parametrize("every", [1, 10])  # with one recorded step there may be nothing at all to draw
 def test_a_training_that_diverged_is_drawn_and_marked(every: int, tmp_path: Path) -> None:
     tables = labelled(run("naive", depth=50, width=100, every=every))
-    assert (
-        len(plots.draw({name: frame.drop(columns=["label", "run"]) for name, frame in tables.items()}, tmp_path)) == 5
-    )
-    for name in OF_A_RUN:
-        assert plots.FIGURES[name](tables) is not None, name
+    written = plots.draw({name: frame.drop(columns=["label", "run"]) for name, frame in tables.items()}, tmp_path)
+    assert [path.stem for path in written] == [name for name in OF_A_RUN if name != "gradient_std"]
+    assert plots.gradient_std(tables) is None  # of dead values there is no gradient
     lost, norms = plots.loss(tables), plots.gradient_norm(tables)
     assert lost is not None and "not finite from step 0" in words(lost)
     assert norms is not None and "0 or not finite" in words(norms)
@@ -109,6 +108,7 @@ def test_a_ladder_is_drawn_over_its_sizes() -> None:
     figure = plots.timings({"timings": table})
     assert figure is not None
     assert "fast is 100 times as fast as slow at 2x2" in figure.get_suptitle().replace("\n", " ")
-    assert all(ax.get_xscale() == ax.get_yscale() == "log" for ax in figure.axes)
-    assert "ratio to fast" in words(figure)
+    (ax,) = figure.axes
+    assert ax.get_xscale() == "log" and [text.get_text() for text in ax.get_yticklabels()] == ["fast", "slow"]
+    assert "seconds a call / those of fast" in words(figure)
     assert plots.timings({"timings": table.assign(median=float("nan"))}) is None
