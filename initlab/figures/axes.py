@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 WIDTH, DPI = 8.5, 100  # inches, dots an inch: 850 pixels, as wide as a README shows
-TITLE = 112  # letters in a line of a title
+TITLE = 100  # letters in a line of a title
 
 
 class NotebookFigure(Figure):

@@ -1,6 +1,6 @@
 """What a study's figure shows: its fields, checked before anything is measured, and the rows and bands to draw."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,21 @@ from initlab.errors import UsageError, choose
 from initlab.runs import summary
 from initlab.runs.labels import format_numbers, labels
 from initlab.runs.schema import STATS, TABLES, THEORY
-from initlab.runs.select import LN, NothingFound, bare, networks, numbers, refuse_columns, refuse_condition, select
+from initlab.runs.select import (
+    LN,
+    NothingFound,
+    bare,
+    list_columns,
+    networks,
+    numbers,
+    refuse_columns,
+    refuse_condition,
+    select,
+)
 from initlab.stats.statistics import STATISTICS
 
 SCALES = {"linear": "", "log": ""}
+EXPECTED = {"x": "", "y": "", "panel": "", "label": "", "text": ""}  # fields of a row of `expected`
 # Statistics of the finite entries: where some entries are not finite the signal has ended, whatever the rest say.
 OF_FINITE = {name for name, row in STATISTICS.items() if not row.is_count and not row.is_share}
 
@@ -24,6 +35,8 @@ class FigureSpec:
     """`y` over `x` in `table` where `where` holds: median and 16-84 % of networks, a line per value of `by`.
 
     Without `by` a line per setting, as in the short table; a panel per value of `col`; `theory` adds what is predicted.
+    `whole` shows the whole way of what dies, to the ends of the number format; `expected` are points and lines that a
+    source gives, rows of `x`, `y`, `panel`, `label` and `text`: an x alone is an upright line, a y alone a level one.
     """
 
     x: str
@@ -35,9 +48,13 @@ class FigureSpec:
     x_scale: str = "linear"
     y_scale: str = "linear"
     theory: bool = False
+    whole: bool = False
+    expected: Sequence[Mapping[str, Any]] = ()
 
     def columns(self) -> list[str]:
-        return [bare(name) for name in (*self.where, self.x, self.y, self.by, self.col) if name]
+        return [
+            part for name in (*self.where, self.x, self.y, self.by, self.col) if name for part in list_columns(name)
+        ]
 
     def tables(self) -> set[str]:
         return {self.table, THEORY} if self.theory else {self.table}
@@ -66,6 +83,9 @@ def parse_figure(given: Mapping[str, Any], tables: Mapping[str, Collection[str] 
             choose(SCALES, fields.get(name, "linear"), name)
         for name, wanted in fields.get("where", {}).items():
             refuse_condition(f"where.{name}", wanted)
+        for row in fields.get("expected", ()):
+            for name in row:
+                choose(EXPECTED, name, "expected")
         spec = FigureSpec(**fields)
         refuse_columns(spec.columns(), tables, spec.table)
         if spec.theory and (spec.table != STATS or bare(spec.y) not in STATISTICS):
@@ -93,8 +113,8 @@ def select_rows(one: FigureSpec, tables: Mapping[str, pd.DataFrame]) -> pd.DataF
 
 def _place(one: FigureSpec, rows: pd.DataFrame, values: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """The values with the panel, the label and the x of their rows."""
-    column = rows[bare(one.x)]
-    is_text = not one.x.startswith(LN) and not pd.api.types.is_numeric_dtype(column.dtype)
+    column = rows[list_columns(one.x)[0]]
+    is_text = one.x == bare(one.x) and not pd.api.types.is_numeric_dtype(column.dtype)
     label = _label(rows, one.by) if one.by else labels(rows)
     x = np.asarray(column.astype(str)) if is_text else numbers(rows, one.x)
     return pd.DataFrame({"x": x, **values}).assign(panel=_label(rows, one.col) if one.col else "", label=label)

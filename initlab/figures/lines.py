@@ -18,6 +18,7 @@ from initlab.stats.dtypes import FORMATS
 
 PANELS = 4  # below each other; more lines than fit into them are a heat map, or the best of them
 MOST = 6  # lines in one panel, and colours that are told apart
+SHORT = {"nonfinite": "inf at ", "zero": "0 at "}  # where a panel is narrow
 DASHES: tuple[Any, ...] = (
     "-",
     (0, (5, 2)),
@@ -64,22 +65,28 @@ def plot_lines(
     flat: float = 0.0,
     names: bool = False,
     along: str = "layer",
+    whole: bool = False,
+    limits: tuple[float, float] | None = None,
 ) -> None:
     """A line of medians and a band from 16 to 84 % for each label, with its name and the mark of its death.
 
     band: columns `x`, `label`, `low`, `median`, `high`. styles: of all labels of the figure. died: rows of
     `summary.first_dead`. backwards: whether the signal travels from large x to small. log: the scale of the axis.
     flat: a factor around 1 that the axis shows at least. names: whether lines are named at their ends. along: what x
-    counts.
+    counts. whole: show all of what dies too. limits: the ends of the axis, if
+    they are set already.
     """
     band = band.assign(label=band["label"].astype(str))
     labels = [label for label in styles if (band["label"] == label).any()]
-    travel = "max" if backwards else "min"
-    fates = {} if died is None else {
-        label: summary.find_fate(died[died["label"].astype(str) == label], travel, along) for label in labels
-    }  # fmt: skip
-    dead = [label for label in labels if label in fates and fates[label].kind]
-    set_range(ax, band[~band["label"].isin(dead)] if len(dead) < len(labels) else band, log, flat)
+    living, fates = drop_dead(band, died, backwards)
+    fates = {label: fate._replace(along=along) for label, fate in fates.items() if label in labels}
+    low, high = limits or find_range(band if whole else living, log, flat)
+    if log and low < high:
+        ax.set_yscale("log")
+    if low < high:
+        ax.set_ylim(low, high)
+        if log:
+            set_log_ticks(ax)
     sparse = band[x].nunique() <= 3
     for label in labels:
         rows, style = band[band["label"] == label].sort_values(x), styles[label]
@@ -89,9 +96,9 @@ def plot_lines(
         )  # fmt: skip
         ax.fill_between(rows[x], rows["low"], rows["high"], color=style.colour, alpha=0.18, linewidth=0)
     ax.set_xlim(*find_ends(band[x]))
-    mark_ends(ax, band, x, {label: fates[label] for label in dead}, styles, names or len(styles) > 1)
+    mark_ends(ax, band, x, fates, styles, names or len(styles) > 1, backwards)
     if names and len(labels):
-        name_lines(ax, band[~band["label"].isin(dead)], x, styles, backwards)
+        name_lines(ax, band[~band["label"].isin(list(fates))], x, styles, backwards)
 
 
 def share_panels(labels: Sequence[str]) -> list[list[str]]:
@@ -107,22 +114,35 @@ def find_ends(x: pd.Series) -> tuple[float, float]:
     return low - gap, high + gap
 
 
-def set_range(ax: Axes, band: pd.DataFrame, log: bool, flat: float = 0.0) -> None:
-    """The y axis: from the lowest to the highest number of the bands, with ticks that can be read."""
+def find_range(band: pd.DataFrame, log: bool, flat: float = 0.0) -> tuple[float, float]:
+    """From the lowest to the highest number of the bands, a little beyond; nan where there is none."""
     values = band[["low", "median", "high"]].to_numpy(float)
     values = values[np.isfinite(values) & ((values > 0) | (not log))]
-    if log and len(values):
-        low, high = float(values.min()), float(values.max())
-        if flat:
-            low, high = min(low, 1 / flat), max(high, flat)
-        ax.set_yscale("log")
-        margin = max(0.04 * np.log10(high / low), 0.02)
-        ax.set_ylim(low / 10**margin, high * 10**margin)
-        set_log_ticks(ax)
-    elif len(values):
-        low, high = float(values.min()), float(values.max())
+    if not len(values):
+        return float("nan"), float("nan")
+    low, high = float(values.min()), float(values.max())
+    if not log:
         gap = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
-        ax.set_ylim(low - gap, high + gap)
+        return low - gap, high + gap
+    if flat:
+        low, high = min(low, 1 / flat), max(high, flat)
+    margin = max(0.04 * np.log10(high / low), 0.02)
+    return low / 10**margin, high * 10**margin
+
+
+def drop_dead(
+    band: pd.DataFrame, died: pd.DataFrame | None, backwards: bool = False
+) -> tuple[pd.DataFrame, dict[str, summary.Fate]]:
+    """The rows of what lives, or all where nothing does; and the fates of what died. `died` as in `plot_lines`."""
+    if died is None:
+        return band, {}
+    every = {
+        str(label): summary.find_fate(rows, "max" if backwards else "min")
+        for label, rows in died.groupby("label", observed=True)
+    }
+    dead = {label: fate for label, fate in every.items() if fate.kind}
+    living = band[~band["label"].astype(str).isin(list(dead))]
+    return living if len(living) else band, dead
 
 
 def set_log_ticks(ax: Axes, axis: str = "y") -> None:
@@ -159,15 +179,24 @@ def set_layer_ticks(ax: Axes, layers: pd.Series, name: str = "layer") -> None:
 
 
 def mark_ends(
-    ax: Axes, band: pd.DataFrame, x: str, fates: Mapping[str, summary.Fate], styles: Styles, names: bool
+    ax: Axes,
+    band: pd.DataFrame,
+    x: str,
+    fates: Mapping[str, summary.Fate],
+    styles: Styles,
+    names: bool,
+    backwards: bool = False,
 ) -> None:
     """A cross on the edge where each signal left, with its name and fate: above for an overflow, below for a zero."""
     low, high = ax.get_ylim()
     left, right = ax.get_xlim()
     count = {"nonfinite": 0, "zero": 0}
+    grid = ax.get_subplotspec()
+    narrow = grid is not None and grid.get_gridspec().ncols > 2
     for label, fate in sorted(fates.items(), key=lambda one: one[1].at):
         edge = 1.0 if fate.kind == "nonfinite" else 0.0
         rows = band[band["label"] == label]
+        rows = rows[rows[x] >= fate.at] if backwards else rows[rows[x] <= fate.at]
         outside = rows[(rows["median"] > high) | (rows["median"] < low)][x]
         start = float(outside.iloc[(outside - fate.at).abs().argmax()]) if len(outside) else fate.at
         colour = styles[label].colour
@@ -178,8 +207,9 @@ def mark_ends(
         count[fate.kind] += 1
         side = "right" if fate.at > (left + right) / 2 else "left"
         name = f"{label}: " if names else ""
+        said = f"{SHORT[fate.kind]}{fate.at:.6g}" if narrow else str(fate)
         ax.annotate(
-            f"{name}{fate}", (fate.at, edge), xycoords=across, textcoords="offset points", ha=side,
+            name + said, (fate.at, edge), xycoords=across, textcoords="offset points", ha=side,
             xytext=(-8 if side == "right" else 8, (-12 if edge else 12) * away), va="center", fontsize=TEXT,
             color=as_ink(colour), zorder=6,
             bbox={"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.85},
@@ -287,4 +317,4 @@ def plot_theory(ax: Axes, lines: pd.DataFrame, styles: Styles, x: str = "layer")
         ax.plot([], [], color="0.3", label="theory", **marks)
     handles = [pair for pair in zip(*ax.get_legend_handles_labels(), strict=True) if pair[1].startswith("theory")]
     if handles:
-        ax.legend(*zip(*handles, strict=True), loc="best", fontsize=TEXT)
+        ax.legend(*zip(*handles, strict=True), loc="best" if len(styles) == 1 else "upper left", fontsize=TEXT)

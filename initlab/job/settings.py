@@ -98,12 +98,15 @@ class FigureConfig:
     x_scale: str = MISSING
     y_scale: str = MISSING
     theory: bool = MISSING
+    whole: bool = MISSING
+    expected: list[Any] = field(default_factory=list)
 
 
 @dataclass
 class StudyConfig:
     question: str = MISSING
     source: str = MISSING
+    answer: str = MISSING
     cost: CostConfig = field(default_factory=CostConfig)
     figure: FigureConfig = field(default_factory=FigureConfig)
 

@@ -1,7 +1,7 @@
 """Which rows of a table a study speaks of, and which of its columns: what `expect` and `study.figure` have in common.
 
 A condition is a value, a list of values, or a range {min: ..., max: ...}; null asks for what is missing. A column may
-be written `ln COLUMN`: its natural logarithm.
+be written `ln COLUMN`: its natural logarithm; or `COLUMN / COLUMN`: their ratio.
 """
 
 import math
@@ -13,7 +13,7 @@ import pandas as pd
 
 from initlab.errors import UsageError, choose, nearest
 
-LN = "ln "
+LN, OVER = "ln ", " / "
 BOUNDS = ("min", "max")
 # A network is known by these: a run may hold several that share a seed, told apart by what was swept inside it.
 NETWORK = ("run", "seed", "init", "activation", "gain", "lr")
@@ -26,6 +26,11 @@ class NothingFound(UsageError):
 def bare(name: str) -> str:
     """The column behind `ln COLUMN`."""
     return name.removeprefix(LN).strip()
+
+
+def list_columns(name: str) -> list[str]:
+    """The columns behind `COLUMN`, `ln COLUMN` or `COLUMN / COLUMN`."""
+    return bare(name).split(OVER)
 
 
 def refuse_condition(name: str, wanted: Any) -> None:
@@ -101,10 +106,14 @@ def format_condition(wanted: Any) -> str:
 
 def numbers(frame: pd.DataFrame, name: str) -> np.ndarray:
     """A column as float64, or the natural logarithm of one; ln 0 is -inf, that of a negative number nan."""
-    column = choose(frame, bare(name), "column")
-    if not pd.api.types.is_numeric_dtype(column.dtype):
-        raise UsageError(f"{bare(name)}: holds words, not numbers")
-    values: np.ndarray = column.to_numpy(float)
+    found = []
+    for part in list_columns(name):
+        column = choose(frame, part, "column")
+        if not pd.api.types.is_numeric_dtype(column.dtype):
+            raise UsageError(f"{part}: holds words, not numbers")
+        found.append(column.to_numpy(float))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values: np.ndarray = found[0] if len(found) == 1 else found[0] / found[1]
     if not name.startswith(LN):
         return values
     with np.errstate(divide="ignore", invalid="ignore"):

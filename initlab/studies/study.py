@@ -32,6 +32,7 @@ class Study:
     expect: tuple[Expectation, ...]
     figure: FigureSpec | None = None
     overrides: tuple[str, ...] = ()
+    answer: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.question or self.expect)
@@ -57,7 +58,16 @@ def prepare(
     known = {table: None if columns is None else columns | configuration for table, columns in own.items()}
     wanted = tuple(parse_expectation(one, known) for one in expect)
     figure = parse_figure(about["figure"], known)
-    return Study(name, about["question"], about["source"], about["cost"], wanted, figure, tuple(overrides))
+    return Study(
+        name,
+        about["question"],
+        about["source"],
+        about["cost"],
+        wanted,
+        figure,
+        tuple(overrides),
+        about.get("answer", ""),
+    )
 
 
 def answer(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path) -> tuple[list[Answer], list[UsageError]]:
@@ -79,6 +89,7 @@ def answer(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path) -> tu
     record = {
         "study": study.name,
         "question": study.question,
+        "answer": study.answer,
         "source": study.source,
         "cost": dict(study.cost),
         "overrides": list(study.overrides),
@@ -91,15 +102,17 @@ def answer(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path) -> tu
 
 
 def draw(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path, answers: Sequence[Answer]) -> Path | None:
-    """Its own figure, titled with the question; None where it has none."""
+    """Its own figure, titled with its answer where all expectations hold, else with the question; None for none."""
     if study.figure is None:
         return None
     from initlab.figures.study_figure import draw_study  # seaborn takes a second to import
 
     path = folder / f"{study.name}.png"
     subtitle = count(answers, len(study.expect)) if answers else ""
+    holds = len(answers) == len(study.expect) and all(one.holds for one in answers)
+    title = study.answer if study.answer and holds else study.question or study.name
     try:
-        draw_study(study.figure, tables, study.question or study.name, subtitle).savefig(path, dpi=110)
+        draw_study(study.figure, tables, title, subtitle).savefig(path)
     except UsageError as error:
         raise type(error)(f"study.figure: {error}") from error
     return path

@@ -9,7 +9,7 @@ import pytest
 
 from initlab.errors import UsageError
 from initlab.figures.figure_spec import FigureSpec, bands, find_predictions, first_dead, parse_figure, select_rows
-from initlab.figures.study_figure import draw_study
+from initlab.figures.study_figure import draw_study, share_limits
 from initlab.runs.schema import own_columns
 from initlab.runs.select import NothingFound
 
@@ -96,6 +96,44 @@ def test_every_kind_of_figure_is_drawn(one: FigureSpec) -> None:
     assert ("not finite from layer 9" in said) == (one.x == "layer")
 
 
+def test_what_the_source_gives_is_drawn_in_its_panel() -> None:
+    expected = [
+        {"panel": "a", "y": 2.0, "text": "twice"},
+        {"x": 3, "label": "seed 0"},
+        {"x": 2, "y": 1.5, "text": "here"},
+    ]
+    one = FigureSpec("layer", "std", by="seed", col="init", expected=expected)
+    panels = {ax.get_title(): ax for ax in draw_study(one, {"stats": stats()}, "").axes}
+    assert "twice" in {text.get_text() for text in panels["a"].texts} - {text.get_text() for text in panels["b"].texts}
+    for ax in panels.values():
+        assert [line for line in ax.lines if list(line.get_xdata()) == [3, 3]]
+        assert [line for line in ax.lines if list(line.get_xdata()) == [2] and list(line.get_ydata()) == [1.5]]
+
+
+def test_a_ratio_of_two_columns_is_an_axis() -> None:
+    frame = stats().assign(width=5)
+    rows = select_rows(FigureSpec("layer / width", "std"), {"stats": frame})
+    assert rows["x"].tolist() == (frame["layer"] / 5).tolist()
+    with pytest.raises(UsageError, match="did you mean width"):
+        select_rows(FigureSpec("layer / widht", "std"), {"stats": frame})
+
+
+def test_panels_have_one_axis_or_their_own() -> None:
+    """A common axis may be so much longer than what a panel needs, and no longer."""
+    assert share_limits({"a": (1.0, 10.0), "b": (0.5, 20.0)}, log=True) == {"a": (0.5, 20.0), "b": (0.5, 20.0)}
+    own = {"a": (1.0, 2.0), "b": (1e-9, 1.0)}
+    assert share_limits(own, log=True) == own and share_limits(own, log=False) == {"a": (1e-9, 2.0), "b": (1e-9, 2.0)}
+
+
+def test_the_whole_way_of_what_dies_is_shown_where_it_is_asked_for() -> None:
+    dying = stats().query("init == 'a'").assign(init="z", run="z", std=lambda rows: 10.0 ** (rows["layer"] * 4.2))
+    frame = pd.concat([stats(), dying], ignore_index=True)
+    frame.loc[(frame["init"] == "z") & (frame["layer"] > 9), "n_inf"] = 1
+    part = draw_study(FigureSpec("layer", "std", by="init", y_scale="log"), {"stats": frame}, "").axes[0].get_ylim()
+    whole = FigureSpec("layer", "std", by="init", y_scale="log", whole=True)
+    assert draw_study(whole, {"stats": frame}, "").axes[0].get_ylim()[1] > 1e37 > 1e6 > part[1]
+
+
 KNOWN: dict[str, Any] = {"stats": {*(own_columns("stats") or ()), "init", "run"}, "gains": None}
 
 
@@ -108,6 +146,7 @@ KNOWN: dict[str, Any] = {"stats": {*(own_columns("stats") or ()), "init", "run"}
         ({"y": "std", "x": "layer", "where": {"tensr": "bias"}}, "did you mean tensor"),
         ({"y": "std", "x": "layer", "where": {"layer": {"most": 3}}}, "a range has min and max"),
         ({"y": "std"}, "has no `x`"),
+        ({"y": "std", "x": "layer", "expected": [{"z": 1}]}, "must be one of label, panel, text, x, y"),
         ({"x": "layer"}, "has x, but no `y`"),
         ({"y": "std", "x": "layer", "y_scale": "logg"}, "did you mean log"),
         ({"y": "std", "x": "layer", "table": "gainz"}, "did you mean gains"),
