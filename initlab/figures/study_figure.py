@@ -48,7 +48,7 @@ def draw_study(one: FigureSpec, tables: Mapping[str, pd.DataFrame], title: str, 
     figure, axes = new_figure("", -(-len(panels) // across), across, sharex=True)
     set_title(figure, title, subtitle)
     several = rows.groupby(["panel", "label", "x"], observed=True).size().max() > 1
-    spread = " (median and 16-84 % of networks)" if several else ""
+    spread = " (median, 16-84 %)" if several else ""
     of_panel = {panel: rows[rows["panel"].astype(str) == panel] for panel in panels}
     limits = share_limits({panel: _find_range(one, mine) for panel, mine in of_panel.items()}, one.y_scale == "log")
     for position, (ax, panel) in enumerate(zip(axes, panels, strict=False)):
