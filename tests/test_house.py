@@ -34,7 +34,10 @@ HOUSE = {
         "workspace histogram format_shares reference kernels.triton_rows summarize backend buffer "
         "kernels.cpu_backend kernels.gpu_backend measure"
     ),
-    "nn": "activations custom_activation loss_table network triton_philox philox init lsuv mup unbounded",
+    "nn": (
+        "activations custom_activation loss_table custom_loss network triton_philox philox init custom_init lsuv mup "
+        "unbounded"
+    ),
     "meanfield": "maps correlation_points fixed_points gain_table trajectories",
     "theory": (
         "batch_law exact profile quantiles unit_moments bands forward_law lsuv_law request simulate singular_values "
@@ -305,7 +308,7 @@ def test_every_option_has_a_comment() -> None:
 
 def test_columns_are_options_and_summaries_know_them() -> None:
     assert set(OPTION_OF.values()) <= set(option_names(Config))
-    assert set(LABELS) <= set(OPTION_OF) | {"gain", "device"}
+    assert set(LABELS) <= set(OPTION_OF) | {"gain", "device", "widths"}
 
 
 def table_literals(tree: ast.AST) -> list[int]:

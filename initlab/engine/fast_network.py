@@ -17,10 +17,11 @@ from initlab.engine import mlp
 from initlab.engine.layer_memory import LayerTensors, Product
 from initlab.engine.mlp import Parameters
 from initlab.engine.named_tensors import items_of, update_items
-from initlab.errors import UsageError, choose
+from initlab.errors import UsageError
 from initlab.nn.activations import Activation
 from initlab.nn.custom_activation import Given, as_activation
-from initlab.nn.loss_table import LOSSES, Loss
+from initlab.nn.custom_loss import GivenLoss, as_loss
+from initlab.nn.loss_table import Loss
 from initlab.probes.probe import Sink
 
 CACHE_BYTES = 2**20  # of a core's second cache: rows beyond it go through in pieces
@@ -193,12 +194,12 @@ class Engine:
         self,
         parameters: Parameters,
         activation: Given = "relu",
-        loss: str = "cross_entropy",
+        loss: GivenLoss = "cross_entropy",
         lr: float | Sequence[float] = 0.1,
         batch: int = 64,
         factors: Sequence[Factors] = (),
     ) -> None:
-        row, objective = as_activation(activation), choose(LOSSES, loss, "loss")
+        row, objective = as_activation(activation), as_loss(loss, "loss")
         self.count = count = len(parameters[0][0])
         rates = [float(rate) for rate in lr] if isinstance(lr, Sequence) else [float(lr)] * count
         if len(rates) != count:

@@ -28,6 +28,8 @@ def refuse_axes(config: Config) -> None:
         option, text = f"sweep.{name}", f"[{','.join(map(str, values))}]"
         if config.task not in TAKE_AXES:
             raise UsageError(f"{option}={text}: task={config.task} has no axes; use task={'|'.join(TAKE_AXES)}")
+        if name == "init" and config.init._target_:
+            raise UsageError(f"{option}={text}: names rules; init._target_={config.init._target_} is one of your own")
         if not values:
             raise UsageError(f"{option}=[]: must name at least one value")
         if len(set(values)) < len(values):
@@ -48,7 +50,7 @@ def grid_of(config: Config, scaling: Rule, activation: Activation, seeds: Sequen
     rates: list[float] = [] if config.train.lr is None else [config.train.lr]
     if axes.init is None and axes.gain is None and axes.lr is None:
         return Ensemble([scaling] * len(seeds), seeds, rates * len(seeds))
-    fields = {name: value for name, value in vars(config.init).items() if name != "name"}
+    fields = {name: getattr(config.init, name) for name in FIELDS}
     bases = [(config.init.name, scaling)] if axes.init is None else [(name, rule(name, **fields)) for name in axes.init]
     gains: Sequence[float | None] = axes.gain or [None]
     points = [

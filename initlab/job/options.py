@@ -78,10 +78,13 @@ def statistics_of(config: Config) -> dict[str, Callable[[Any], Any]]:
     return {name: import_function(f"statistics.{name}", path) for name, path in config.statistics.items()}
 
 
-def import_function(option: str, path: str, arguments: Mapping[str, Any] | None = None) -> Callable[[Any], Any]:
+def import_function(
+    option: str, path: str, arguments: Mapping[str, Any] | None = None, make: bool = True
+) -> Callable[..., Any]:
     """The function at `package.module.function`, or an object of the class there, made with the arguments.
 
-    The folder that the program was started in is searched too. Errors: it cannot be had; the option stands in the text.
+    The folder that the program was started in is searched too. Without `make` a class is taken as a function.
+    Errors: it cannot be had; the option stands in the text.
     """
     if str(Path.cwd()) not in sys.path:  # the console script starts with its own folder in the path
         sys.path.append(str(Path.cwd()))
@@ -89,12 +92,20 @@ def import_function(option: str, path: str, arguments: Mapping[str, Any] | None 
     try:
         module = import_module(module_name)
         found = getattr(module, name)
-        made: Callable[[Any], Any] = found(**(arguments or {})) if isinstance(found, type) else found
+        made: Callable[..., Any] = found(**(arguments or {})) if make and isinstance(found, type) else found
+        if not callable(made):
+            raise TypeError(f"{show(made)} cannot be called")
     except (Exception, SystemExit) as error:  # a module of the user's may raise anything
         reason = str(error) or type(error).__name__
         near = nearest(name, dir(module)) if isinstance(error, AttributeError) else ""
         raise UsageError(f"{option}={path}: cannot be had ({reason}){near}") from error
     return partial(made, **arguments) if arguments and made is found else made
+
+
+def call_text(path: str, arguments: Mapping[str, Any]) -> str:
+    """What tables call a function with these arguments: `package.function(name=value)`."""
+    given = ", ".join(f"{name}={value}" for name, value in arguments.items())
+    return f"{path}({given})" if given else path
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,22 @@ from typing import Any
 import pandas as pd
 import torch
 
-from initlab.errors import UsageError, check, choose
+from initlab.errors import UsageError, check, choose, show
 from initlab.job.network_grid import refuse_axes
-from initlab.job.options import columns, import_function, seeds, statistics_of
+from initlab.job.options import call_text, columns, import_function, seeds, statistics_of
 from initlab.job.printout import report_run
 from initlab.job.settings import Config
 from initlab.job.stages import TASKS, JobSettings, Stage
 from initlab.meanfield.gain_table import gain_words
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.custom_activation import as_activation, check_trainable, numerical
-from initlab.nn.init import RULES, Rule, rule
+from initlab.nn.custom_init import make_rule
+from initlab.nn.init import FIELDS, RULES, Rule, rule
 from initlab.runs.recorder import Recorder
 from initlab.runs.schema import NOT_OPTIONS, OPTION_OF
 from initlab.stats.backend import measure_custom
 from initlab.stats.statistics import checked_statistics
+from initlab.tasks.data import SOURCES
 from initlab.tasks.ensemble.device import Where, set_matmul
 from initlab.tasks.ensemble.networks import Net
 from initlab.tasks.ensemble.training import Training, default_rate
@@ -31,6 +34,7 @@ from initlab.theory.method import METHODS
 from initlab.verdict.table_rules import judge_tables
 
 SAID = 3  # findings that are printed
+EXAMPLES = {"loss": "torch.nn.HuberLoss", "optimizer": "torch.optim.Adagrad", "init": "torch.nn.init.xavier_normal_"}
 
 
 @dataclass
@@ -78,18 +82,21 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     config: the options. choices: of each group of conf/ the file that was chosen. folder: of the run.
     """
     task = choose(TASKS, config.task, "task")
+    training = resolve_training(config)
     if config.train.lr is None:
-        config.train.lr = default_rate(config.train.loss, config.train.optimizer)
+        config.train.lr = default_rate(training.loss, training.optimizer)
     check(seed=config.seed, seeds=config.seeds, threads=config.threads, train_lr=config.train.lr)
     choose({**METHODS, "off": ""}, config.theory, "theory")
     refuse_axes(config)
     torch.set_num_threads(config.threads)
     set_matmul(config.matmul)
-    settings = resolve(config, choices)
+    settings = resolve(config, choices, training)
     activation, device = settings.activation, settings.where.device
     if not task.any_function and activation not in ACTIVATIONS.values():
         allowed = ", ".join(name for name, row in TASKS.items() if row.any_function)
         raise UsageError(f"activation._target_={config.activation._target_}: is for task={allowed}")
+    if config.widths is not None and all(module != "stack" for module, _ in task.stages):
+        raise UsageError(f"widths={show(config.widths)}: is for task=lab, stack")
     if settings.statistics and not task.statistics:
         allowed = ", ".join(name for name, row in TASKS.items() if row.statistics)
         raise UsageError(f"statistics.{next(iter(settings.statistics))}: is for task={allowed}")
@@ -105,21 +112,54 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     plots = config.plots and config.study.figure.y is None
     stages = [make(import_module(f"initlab.tasks.{module}"), settings) for module, make in task.stages]
     trains = any(module == "train" for module, _ in task.stages)
-    constant = settings.load_data().constant_loss(settings.training.loss) if trains else math.inf
+    constant = settings.load_data().constant_loss(training.loss) if trains else math.inf
     return Job(stages, recorder, plots, gain, config.json, several, constant)
 
 
-def resolve(config: Config, choices: Mapping[str, str | None]) -> JobSettings:
-    """The options with their names looked up; a file conf/init/NAME.yaml that names itself is a rule by its fields."""
-    fields = {name: value for name, value in vars(config.init).items() if name != "name"}
-    by_file = config.init.name not in RULES and config.init.name == _file_of("init", choices)
-    scaling = rule(Rule() if by_file else config.init.name, **fields)
+def resolve_training(config: Config) -> Training:
+    """The options `train.*`; a loss or an optimizer with a dot in its name is the user's own."""
+    options = {name: value for name, value in vars(config.train).items() if name != "lr"}
+    for name in ("loss", "optimizer"):
+        path, arguments = options[name], options.pop(f"{name}_arguments")
+        option = f"train.{name}"
+        if "." in path:
+            if config.task not in ("lab", "train"):
+                raise UsageError(f"{option}={path}: is for task=lab, train")
+            found = import_function(option, path, arguments if name == "loss" else None, make=name == "loss")
+            options[name] = partial(found, **arguments) if arguments and name == "optimizer" else found
+        elif arguments:
+            raise UsageError(f"{option}_arguments: are those of a {name} of your own, as in {option}={EXAMPLES[name]}")
+    return Training(**options, every=config.every, histograms=config.histograms)
+
+
+def resolve_rule(config: Config, choices: Mapping[str, str | None]) -> Rule:
+    """The options `init.*`; a file conf/init/NAME.yaml that names itself is a rule by its fields."""
+    asked = config.init
+    fields = {name: getattr(asked, name) for name in FIELDS}
+    if not asked._target_:
+        if asked.arguments:
+            raise UsageError(f"init.arguments: are those of init._target_, as in init._target_={EXAMPLES['init']}")
+        by_file = asked.name not in RULES and asked.name == _file_of("init", choices)
+        return rule(Rule() if by_file else asked.name, **fields)
+    if fields["distribution"] is not None:
+        raise UsageError(
+            f"init.distribution={fields['distribution']}: init._target_ is the distribution; give one of them"
+        )
+    fill = import_function("init._target_", asked._target_, asked.arguments)
+    return rule(make_rule(fill, call_text(asked._target_, asked.arguments)), **fields)
+
+
+def resolve(config: Config, choices: Mapping[str, str | None], training: Training) -> JobSettings:
+    """The options with their names looked up."""
+    scaling = resolve_rule(config, choices)
     asked = config.activation
     if asked.arguments and not asked._target_:
         raise UsageError(
             "activation.arguments: are those of activation._target_, which is not set; give one, such as "
             "activation._target_=torch.nn.LeakyReLU"
         )
+    if config.data.arguments and not config.data._target_:
+        raise UsageError("data.arguments: are those of data._target_, which is not set")
     function = import_function("activation._target_", asked._target_, asked.arguments) if asked._target_ else None
     where = Where.resolve(config.dtype, config.device, config.generator)
     try:
@@ -131,9 +171,7 @@ def resolve(config: Config, choices: Mapping[str, str | None]) -> JobSettings:
             raise
         text = str(error).removeprefix("activation: ")
         raise UsageError(f"activation._target_={asked._target_}: {text}") from error
-    net = Net.resolve(activation, config.depth, config.width, config.inputs, config.batch)
-    options = {name: value for name, value in vars(config.train).items() if name != "lr"}
-    training = Training(**options, every=config.every, histograms=config.histograms)
+    net = Net.resolve(activation, config.depth, config.width, config.inputs, config.batch, widths=config.widths)
     statistics = checked_statistics(statistics_of(config), (*OPTION_OF, *NOT_OPTIONS))
     measure_custom(statistics, torch.linspace(-1, 1, 24, dtype=where.dtype).reshape(2, 3, 4))  # refuses what it cannot
     return JobSettings(config, scaling, activation, net, training, where, seeds(config), statistics)
@@ -147,10 +185,22 @@ def _file_of(group: str, choices: Mapping[str, str | None]) -> str:
 
 def describe(settings: JobSettings, choices: Mapping[str, str | None]) -> dict[str, Any]:
     """The configuration columns: a rule's name is that of its file, its fields are those in force."""
-    config, scaling = settings.config, settings.rule
+    config, scaling, net = settings.config, settings.rule, settings.net
     named = columns(config)
-    if config.activation._target_ and named["activation"] in {"", *ACTIVATIONS}:
-        named["activation"] = config.activation._target_.rpartition(".")[2]
+    if net.widths:
+        named |= {
+            "depth": net.depth,
+            "width": net.width,
+            "inputs": net.inputs,
+            "widths": "-".join(map(str, net.widths)),
+        }
+    for group, known in (("init", RULES), ("activation", ACTIVATIONS), ("data", SOURCES)):
+        own = getattr(config, group)
+        if own._target_ and named[group] in {"", *known}:
+            given = {} if group == "activation" else own.arguments
+            named[group] = call_text(own._target_.rpartition(".")[2], given)
+    named["train_loss"] = call_text(config.train.loss, config.train.loss_arguments)
+    named["optimizer"] = call_text(config.train.optimizer, config.train.optimizer_arguments)
     for group, table in (("init", RULES), ("activation", ACTIVATIONS)):
         name = _file_of(group, choices)
         if name and name not in table:

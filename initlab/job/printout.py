@@ -76,7 +76,7 @@ def _summarize(tables: Mapping[str, pd.DataFrame]) -> list[str]:
 
 def _notes(run_jsons: Sequence[Mapping[str, Any]]) -> list[str]:
     """What runs have to say beside their numbers: each sentence once, and how many say it."""
-    counts = Counter(note for run_json in run_jsons for note in run_json.get("notes", []))
+    counts = Counter(note for run_json in run_jsons for note in dict.fromkeys(run_json.get("notes", [])))
     return [text if n == len(run_jsons) else f"{text}: {n} of {len(run_jsons)} runs" for text, n in counts.items()]
 
 

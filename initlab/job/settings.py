@@ -16,6 +16,8 @@ CONF = ROOT / "conf" if (ROOT / "pyproject.toml").is_file() else PACKAGE / "conf
 @dataclass
 class InitConfig:
     name: str = MISSING
+    _target_: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
     gain: float | None = None
     gain_kind: str | None = None
     mode: str | None = None
@@ -36,6 +38,8 @@ class ActivationConfig:
 @dataclass
 class DataConfig:
     name: str = MISSING
+    _target_: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
     root: str = ""
     download: bool = False
     url: str = ""
@@ -49,7 +53,9 @@ class TrainConfig:
     steps: int = MISSING
     lr: float | None = MISSING
     optimizer: str = MISSING
+    optimizer_arguments: dict[str, Any] = field(default_factory=dict)
     loss: str = MISSING
+    loss_arguments: dict[str, Any] = field(default_factory=dict)
     modules: str = MISSING
     drift: bool = MISSING
 
@@ -119,6 +125,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     depth: int = MISSING
     width: int = MISSING
+    widths: list[int] | None = None
     batch: int = MISSING
     inputs: int | None = None
     backward: bool = MISSING

@@ -3,6 +3,7 @@
 TASKS names the module of every task: the one of the task that is asked for is imported, and no other.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -12,15 +13,15 @@ import pandas as pd
 
 from initlab.errors import UsageError
 from initlab.job.network_grid import grid_of
-from initlab.job.options import instantiate
+from initlab.job.options import call_text, import_function, instantiate
 from initlab.job.settings import Config
 from initlab.job.shared_program import EnsembleStage, TableSink
 from initlab.nn.activations import Activation
-from initlab.nn.init import Rule
+from initlab.nn.init import LAWS, Rule
 from initlab.runs import summary
 from initlab.scratch.graph_text import frames_as_text
 from initlab.stats.statistics import Function
-from initlab.tasks.data import TEACHER_ROWS, Data, load
+from initlab.tasks.data import TEACHER_ROWS, Data, as_data, load
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.networks import Emit, Frames, Net
 from initlab.tasks.ensemble.plan import plan
@@ -44,15 +45,12 @@ class JobSettings:
     seeds: Sequence[int]
     statistics: Mapping[str, Function]
 
-    @property
-    def source(self) -> tuple[str, str, bool, str]:
-        """Where the data come from, as `tasks.data.load` takes it."""
-        data = self.config.data
-        return data.name, data.root, data.download, data.url
-
     def load_data(self) -> Data:
         """The training split; the jobs of a sweep share it."""
-        return _load(*self.source)
+        data = self.config.data
+        if data._target_:
+            return _load_own(data._target_, json.dumps(data.arguments))
+        return _load(data.name, data.root, data.download, data.url)
 
     def keywords(self, *names: str) -> dict[str, Any]:
         """Parameters that the tasks share, by their names."""
@@ -81,7 +79,7 @@ def stack_stage(task: Any, s: JobSettings) -> Stage:
     config, net = s.config, s.net
     ensemble = grid_of(config, s.rule, s.activation, s.seeds)
     planned = plan(net, len(ensemble), s.where, config.backward)
-    asked = s.keywords("activation", "depth", "width", "inputs", "batch")
+    asked = {**s.keywords("activation", "depth", "width", "inputs", "batch"), "widths": net.widths}
 
     def predict(stats: pd.DataFrame, rule: Rule, method: str) -> pd.DataFrame:
         return compare_stack(stats, init=rule, method=method, **asked)
@@ -123,7 +121,7 @@ def train_stage(task: Any, s: JobSettings) -> Stage:
         raise UsageError(f"sweep.lr: train.optimizer={training.optimizer} has one learning rate for all; use sgd")
 
     def predict(stats: pd.DataFrame, rule: Rule, method: str) -> pd.DataFrame:
-        widths, entering = training.sizes(data)[1:], entering_moments(*s.source, training.batch)
+        widths, entering = training.sizes(data)[1:], entering_moments(data, training.batch)
         return compare_training(stats, widths, entering, training.batch, rule, s.activation, method=method)
 
     return EnsembleStage(
@@ -141,9 +139,22 @@ _load = lru_cache(maxsize=1)(load)  # the jobs of a sweep share their data
 
 
 @lru_cache(maxsize=1)
-def entering_moments(name: str, root: str, download: bool, url: str, batch: int) -> InputMoments:
+def _load_own(path: str, arguments: str) -> Data:
+    """What the function at `package.module.function` returns for arguments in JSON."""
+    given = json.loads(arguments)
+    name, option = call_text(path, given), f"data._target_={path}"
+    function = import_function("data._target_", path, make=False)
+    try:
+        found = function(**given)
+    except (Exception, SystemExit) as error:  # a function of the user's may raise anything
+        raise UsageError(f"{option}: cannot be called ({str(error) or type(error).__name__})") from error
+    return as_data(found, name.rpartition(".")[2] if not given else name)
+
+
+@lru_cache(maxsize=1)
+def entering_moments(data: Data, batch: int) -> InputMoments:
     """What theory needs to know of the data: measured once for the jobs of a sweep."""
-    return measure_input(_load(name, root, download, url).x.numpy(), batch)
+    return measure_input(data.x.numpy(), batch)
 
 
 def _ladder(task: Any, measure: Callable[..., pd.DataFrame], s: JobSettings) -> Stage:
@@ -249,6 +260,8 @@ def formats_stage(task: Any, s: JobSettings) -> Stage:
 def phase_stage(task: Any, s: JobSettings) -> Stage:
     """Of `init` only the law of the weights counts: their size is what the plane is about."""
     p = s.config.phase
+    if s.rule.distribution not in LAWS:
+        raise UsageError(f"init._target_={s.rule.distribution}: task=phase scales weights of a known law alone")
     sigma_w, sigma_b = (task.Axis(axis.min, axis.max, axis.points) for axis in (p.sw, p.sb))
     asked = {"batch": p.batch, "correlation": p.correlation, "weights": p.weights, "distribution": s.rule.distribution}
     scales = (sigma_w, sigma_b if p.plane == "sigma" else p.sigma_b)

@@ -158,6 +158,7 @@ DISTRIBUTIONS: dict[str, Callable[[tuple[int, int], float, WeightNumbers], Tenso
     "truncated_normal": draw_truncated,
     "orthogonal": draw_orthogonal,
 }
+LAWS = frozenset(DISTRIBUTIONS)  # what theory knows; functions of the user's own join the table (custom_init.py)
 
 
 RULES: dict[str, Rule] = {

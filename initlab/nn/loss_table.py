@@ -66,13 +66,16 @@ def cross_entropy_both(out: Tensor, targ: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Loss(NamedTuple):
-    """A loss, its gradient, both at once, torch's function for the same, and whether its targets are classes."""
+    """A loss, its gradient, both at once, torch's function for the same, and whether its targets are classes.
+
+    `classes` None: as the data have them.
+    """
 
     forward: Callable[[Tensor, Tensor], Tensor]
     grad: Callable[[Tensor, Tensor], Tensor]
     both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     module: Callable[[Tensor, Tensor], Tensor]
-    classes: bool
+    classes: bool | None
 
 
 LOSSES: dict[str, Loss] = {

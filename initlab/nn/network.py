@@ -11,7 +11,7 @@ added to what comes out:
 Legend: E ensemble, N batch, I fan_in, O fan_out, L layers; layers are counted from 1.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -19,8 +19,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from initlab.errors import UsageError, choose
+from initlab.errors import LIMITS, UsageError, check, check_value, choose, plain, show
 from initlab.nn.activations import Activation
+
+DEPTH, WIDTH = 50, 100  # of a stack of which nothing is said
 
 T = TypeVar("T")
 Weights = Callable[[int], tuple[Tensor, Tensor | None]]  # layer -> w (..., I, O) and b (..., O) or None
@@ -101,6 +103,25 @@ def dense(sizes: Iterable[int], activation: Activation, residual: bool = False) 
     [False, True]
     """
     return Network(tuple(Block(i, o, activation, residual=residual and i == o) for i, o in pairwise(sizes)))
+
+
+def resolve_units(depth: int, width: int, widths: Sequence[int] | None, inputs: int | None) -> list[int]:
+    """Units of the input and of every layer: whole numbers, none of them 0.
+
+    depth, width: layers and units of each. widths: units of each instead. inputs: of the input, of the first layer if
+    None. Errors: a number that is not whole or below 1; widths beside a depth or a width.
+
+    >>> resolve_units(DEPTH, WIDTH, [30, 10], None)
+    [30, 30, 10]
+    """
+    depth, width, inputs = check(depth=depth, width=width, inputs=inputs)
+    given = plain(widths)
+    if given is not None and (not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given):
+        raise UsageError(f"widths={show(given)}: must be a list with the units of every layer")
+    if given and ((depth, width) != (DEPTH, WIDTH)):
+        raise UsageError("widths: says the units of every layer; leave depth and width out")
+    own = [width] * depth if given is None else [check_value("widths", n, LIMITS["width"]) for n in given]
+    return [own[0] if inputs is None else inputs, *own]
 
 
 def forward(

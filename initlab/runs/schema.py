@@ -184,8 +184,8 @@ NOT_OPTIONS = ("gain", "device", "run")  # in every table too
 # Configuration columns that may be part of a label, in the order in which they are named.
 LABELS = (
     "init", "activation", "gain", "mode", "distribution", "bias", "attempts", "tolerance", "base_width", "depth",
-    "width", "inputs", "batch", "dtype", "device", "data", "train_depth", "train_width", "train_batch", "steps", "lr",
-    "optimizer", "train_loss", "every", "task",
+    "width", "widths", "inputs", "batch", "dtype", "device", "data", "train_depth", "train_width", "train_batch",
+    "steps", "lr", "optimizer", "train_loss", "every", "task",
 )  # fmt: skip
 IN_EVERY_LABEL = ("init", "activation")
 # They follow from others, and are named only where those do not tell the runs apart.

@@ -11,18 +11,19 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from initlab.engine.mlp import lin
-from initlab.errors import UsageError, choose
+from initlab.errors import UsageError, choose, show
 from initlab.files import check_file, read_bytes, read_gz
+from initlab.nn.custom_loss import GivenLoss, as_loss
 from initlab.nn.init import gaussian
-from initlab.nn.loss_table import LOSSES
 
 # The two files of MNIST's training split, with the md5 sums that torchvision publishes.
 MNIST_FILES = {
@@ -48,12 +49,15 @@ class Data:
     y: Tensor
     classes: int | None
 
-    def constant_loss(self, loss: str) -> float:
+    def constant_loss(self, loss: GivenLoss) -> float:
         """The loss of the best answer that does not look at the inputs: the variance of y, or the entropy of classes.
 
-        loss: a name of LOSSES.
+        loss: a name of LOSSES, or one of the user's own, of which nothing is known: inf.
         """
-        if not LOSSES[loss].classes:
+        classes = as_loss(loss).classes
+        if classes is None:
+            return math.inf
+        if not classes:
             return float(self.y.double().var(correction=0))
         shares = torch.bincount(self.y).double() / len(self.y)
         return float(torch.special.entr(shares).sum())
@@ -69,6 +73,41 @@ def load(name: str = "digits", root: str | Path = "data/mnist", download: bool =
     (1797, 64)
     """
     return choose(SOURCES, name, "data")(Path(root).expanduser(), download, url)
+
+
+def as_data(given: Any, name: str) -> Data:
+    """Data of the user's own, as they are: nothing is standardized.
+
+    given: a `Data`, or a pair x, y of arrays or tensors. x (n, ...) become n rows of numbers; y (n,) or (n, 1) are
+    classes from 0 on where they are integers or truth values, else numbers. name: what tables call them.
+    Errors: anything else; numbers that are not real; targets below 0; not as many targets as rows.
+
+    >>> as_data((np.eye(3), [0, 2, 1]), "mine").classes
+    3
+    """
+    if isinstance(given, Data):
+        return replace(given, name=name)
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise UsageError(f"data: {name} returns {show(given)}; it must return x, y or an initlab Data")
+    try:
+        x, y = (one.detach().cpu() if isinstance(one, Tensor) else torch.as_tensor(np.asarray(one)) for one in given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"data: {name} returns no arrays of numbers ({error})") from error
+    shapes = f"x {tuple(x.shape)} and y {tuple(y.shape)}"
+    if x.is_complex() or y.is_complex():
+        raise UsageError(f"data: {name} returns complex numbers; they must be real")
+    y = y.squeeze(-1) if y.ndim == 2 and y.shape[1] == 1 else y
+    if x.ndim < 1 or not x.numel() or y.shape != x.shape[:1]:
+        raise UsageError(f"data: {name} returns {shapes}; x must be (n, ...) and y (n,)")
+    x = x.reshape(len(x), -1).to(torch.float32)
+    if y.is_floating_point():
+        return Data(name, x, y.to(torch.float32), None)
+    lowest = int(y.min())
+    if lowest < 0:
+        raise UsageError(
+            f"data: {name} returns the class {lowest}; classes count from 0, and targets to regress are floats"
+        )
+    return Data(name, x, y.long(), int(y.max()) + 1)
 
 
 def standardize(pixels: np.ndarray) -> Tensor:

@@ -10,7 +10,6 @@ from initlab.engine import mlp
 from initlab.errors import UsageError
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import Rule, gaussian
-from initlab.nn.loss_table import LOSSES
 from initlab.tasks.course.graph import first_shape
 from initlab.tasks.data import Data
 from initlab.tasks.ensemble.batches import find_first_step
@@ -50,7 +49,7 @@ class ModelSetting:
         if model is None:
             parameters, x, self.y = find_first_step(data, training, scaling, activation, seed, where)
             model = mlp.twin([(w[None], b[None]) for w, b in parameters], 0, ACTIVATIONS[activation])
-            self.loss, inputs = LOSSES[training.loss].module, [x]
+            self.loss, inputs = training.objective.module, [x]
         elif shapes is not None:
             inputs = [gaussian(shape, seed, "input", k) for k, shape in enumerate(shapes)]
         self.model = model.to(where.device, where.dtype)

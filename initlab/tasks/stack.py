@@ -1,5 +1,6 @@
 """A stack of L layers: a unit-Gaussian batch pushed through, a unit-Gaussian gradient pulled back down."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from threading import Lock
@@ -50,19 +51,21 @@ def stack(
     statistics: Mapping[str, Function] | None = None,
     emit: Emit | None = None,
     progress: bool = False,
+    widths: Sequence[int] | None = None,
     **rule_fields: Any,
 ) -> pd.DataFrame:
     """The `stats` rows of a stack: every layer's preactivation and activation, forward and backward.
 
     init: a rule's name, a `Rule`, or a sequence with one for each network, which then stands in the columns `init` and
     `gain`. activation: a name, a row of the table, or an elementwise function. depth: layers. width: units of every
-    layer. inputs: units of the input, `width` if None. batch: inputs. seeds: how many networks, or their seeds.
-    dtype: float16, bfloat16, float32 or float64, as a name or torch's. device: "cpu", "cuda", "cuda:1", "auto" or
-    torch's. generator: who draws the numbers, `torch` or `philox`. residual: add each layer's input to what comes out
-    of it, a = x + phi(z), where it has as many units. backward: pull a gradient back down too. statistics: functions
-    (..., N, C) -> (...) by name, a column each behind the built-in ones. emit: gets the tables as they come, every 1000
-    rows or 30 seconds and at the end of each chunk of networks; the frame returned is then empty. progress: show a bar.
-    rule_fields: fields of the rule, as gain=1.5.
+    layer. inputs: units of the input, those of the first layer if None. batch: inputs. widths: units of each layer,
+    which replaces depth and width. seeds: how many networks, or their seeds. dtype: float16, bfloat16, float32 or
+    float64, as a name or torch's. device: "cpu", "cuda", "cuda:1", "auto" or torch's. generator: who draws the numbers,
+    `torch` or `philox`. residual: add each layer's input to what comes out of it, a = x + phi(z), where it has as many
+    units. backward: pull a gradient back down too. statistics: functions (..., N, C) -> (...) by name, a column each
+    behind the built-in ones. emit: gets the tables as they come, every 1000 rows or 30 seconds and at the end of each
+    chunk of networks; the frame returned is then empty. progress: show a bar. rule_fields: fields of the rule, as
+    gain=1.5.
 
     Layer 0 is the input, forward only. Nothing raises when a signal dies: the counts say it, and `log2_rms_true`,
     `log2_std_true` say what the signal would be. These are log2 of rms and std in arithmetic that has no range: what
@@ -81,7 +84,7 @@ def stack(
     """
     backward, progress = check(backward=backward, progress=progress)
     check_functions(emit=emit)
-    net = Net.resolve(activation, depth, width, inputs, batch, residual)
+    net = Net.resolve(activation, depth, width, inputs, batch, residual, widths)
     ensemble, where = (
         Ensemble.resolve(init, seeds, net.activation, rule_fields),
         Where.resolve(dtype, device, generator),
@@ -193,23 +196,32 @@ class _Buffers:
     """
 
     def __init__(self, nets: Networks, backend: Backend, rows: Callable[[Tensor], object], keep: bool) -> None:
-        """`keep`: hold on to the preactivations for a backward pass, as `passed` (L, E, N, O)."""
+        """`keep`: hold on to the preactivations for a backward pass, as `passed`, (E, N, O) each."""
         net, where = nets.net, nets.where
-        pair = torch.empty(2, len(nets), net.batch, net.width, dtype=where.dtype, device=where.device)
-        self.halves = [_Signal.from_tensor(half) for half in pair]
-        self.passed = pair.new_empty(net.depth if keep else 0, *pair.shape[1:])
+        lead = (len(nets), net.batch)
+        pair = torch.empty(2, math.prod(lead) * net.width, dtype=where.dtype, device=where.device)
+        made: dict[tuple[int, int], _Signal] = {}
+        self.signals = [  # of every layer, the input's first
+            made.setdefault((k % 2, n), _Signal.from_tensor(pair[k % 2, : math.prod(lead) * n].view(*lead, n)))
+            for k, n in enumerate([1, *net.sizes[1:]])
+        ]
+        self.passed: list[Tensor] = []
+        if keep:
+            sizes = [math.prod(lead) * n for n in net.sizes[1:]]
+            parts = torch.split(pair.new_empty(sum(sizes)), sizes)
+            self.passed = [part.view(*lead, n) for part, n in zip(parts, net.sizes[1:], strict=True)]
         self.residual, self.backend, self.rows = net.network.residual, backend, rows
         self.layer = 0  # the one whose tensors are being made
         self.entered: Tensor | None = None  # the gradient that a residual connection passes on
 
     def linear(self, x: _Signal, w: Tensor, b: Tensor | None) -> _Signal:
         self.layer += 1
-        z = self.halves[self.layer % 2]
+        z = self.signals[self.layer]
         self._multiply(x, w, z)
         if b is not None:
             z.whole.add_(b.unsqueeze(-2))
         if len(self.passed):
-            self.passed[self.layer - 1] = z.whole
+            self.passed[self.layer - 1].copy_(z.whole)
         return z
 
     def activate(self, z: _Signal, row: Activation) -> _Signal:
@@ -224,7 +236,7 @@ class _Buffers:
 
     def linear_back(self, g: _Signal, w: Tensor) -> _Signal:
         self.layer -= 1
-        below = self.halves[self.layer % 2]
+        below = self.signals[self.layer]
         self._multiply(g, w.mT, below)
         return below
 
@@ -297,8 +309,8 @@ class _Pass:
             self.bar.update(len(self.nets))
             stops.check()
 
-        g = buffers.halves[net.depth % 2]
-        g.whole.copy_(self.nets.gaussian(net.width, "gradient"))
+        g = buffers.signals[net.depth]
+        g.whole.copy_(self.nets.gaussian(net.sizes[-1], "gradient"))
         for window in _windows(range(net.depth, 0, -1)):
             start = g.whole.clone()
             signal = lambda layer: _Signal(preactivation(layer))  # noqa: E731

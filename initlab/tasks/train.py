@@ -13,24 +13,26 @@ from tqdm import tqdm
 from initlab.errors import UsageError, check, check_functions, library_call
 from initlab.nn.activations import ACTIVATIONS, Activation
 from initlab.nn.custom_activation import Given, as_activation, check_trainable
+from initlab.nn.custom_loss import GivenLoss
+from initlab.nn.init import Rule
 from initlab.nn.mup import learning_rates
 from initlab.stats.keys import Seeds
 from initlab.stats.measure import backend_for
 from initlab.stats.row_order import NETWORK, sort_rows
 from initlab.stats.statistics import Function
-from initlab.tasks.data import Data, load
+from initlab.tasks.data import Data, as_data, load
 from initlab.tasks.ensemble.batches import batches
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.memory import free_memory, readable
 from initlab.tasks.ensemble.networks import Emit, Ensemble, Frames, Init, draw_trained
 from initlab.tasks.ensemble.plan import CACHED, split
-from initlab.tasks.ensemble.training import ADAPTIVE, Training, default_rate
+from initlab.tasks.ensemble.training import ADAPTIVE, GivenOptimizer, Training, default_rate
 from initlab.tasks.twins import Records, TwinTraining
 
 
 @library_call
 def train(
-    data: Data | str = "digits",
+    data: Data | tuple[Any, Any] | str = "digits",
     init: Init = "kaiming",
     activation: Given = "relu",
     depth: int = 1,
@@ -38,8 +40,8 @@ def train(
     batch: int = 64,
     steps: int = 200,
     lr: float | Sequence[float] | None = None,
-    optimizer: str = "sgd",
-    loss: str = "cross_entropy",
+    optimizer: GivenOptimizer = "sgd",
+    loss: GivenLoss = "cross_entropy",
     modules: str = "one_by_one",
     drift: bool = False,
     seeds: Seeds = 8,
@@ -55,13 +57,13 @@ def train(
 ) -> Frames:
     """Train networks by hand and as `nn.Module`; the tables `stats`, `losses`, `parity`, perhaps `histograms`, `lsuv`.
 
-    data: `digits`, `teacher`, `mnist`, or a `Data`. init: a rule's name, a `Rule`, or a sequence with one for each
-    network. activation: a name, a row of the table, or an elementwise function. depth: hidden layers. width: units of
-    each. batch: rows in a step. steps: updates. lr: learning rate of all, one for each, or None: `default_rate`.
-    optimizer, loss, modules, drift, every, histograms: as in `Training`. seeds: how many networks, or their seeds.
-    dtype, device, generator, statistics: as in `stack`. emit: gets the tables every 30 seconds and at the end, also
-    when the training is interrupted; nothing is then returned. progress: show a bar. rule_fields: fields of the rule,
-    as gain=1.5. Where rules or learning rates differ, they are columns.
+    data: `digits`, `teacher`, `mnist`, a `Data`, or a pair x, y as `as_data` takes it. init: a rule's name, a `Rule`,
+    or a sequence with one for each network. activation: a name, a row of the table, or an elementwise function. depth:
+    hidden layers. width: units of each. batch: rows in a step. steps: updates. lr: learning rate of all, one for each,
+    or None: `default_rate`. optimizer, loss, modules, drift, every, histograms: as in `Training`. seeds: how many
+    networks, or their seeds. dtype, device, generator, statistics: as in `stack`. emit: gets the tables every 30
+    seconds and at the end, also when the training is interrupted; nothing is then returned. progress: show a bar.
+    rule_fields: fields of the rule, as gain=1.5. Where rules or learning rates differ, they are columns.
 
     Step k stands for the values and gradients after k updates; the row `update` is W_{k+1} - W_k. With `drift` there
     are rows `drift` too: preactivations at W_k less those at W_0, both of the batch of step 0. A rule that is fitted to
@@ -83,7 +85,7 @@ def train(
     collected: list[Frames] = []
     if emit is None:
         ensemble = replace(ensemble, columns={**ensemble.columns, NETWORK: np.arange(len(ensemble))})
-    source = data if isinstance(data, Data) else load(data)
+    source = load(data) if isinstance(data, str) else as_data(data, getattr(data, "name", "own"))
     run_training(source, training, row, ensemble, where, emit or collected.append, progress, statistics)
     names = dict.fromkeys(name for frames in collected for name in frames)
     parts = {name: [frames[name] for frames in collected if name in frames] for name in names}
@@ -102,6 +104,7 @@ def run_training(
 ) -> None:
     """`train` of what has been resolved; every k-th step is recorded, and emitted however the training ends."""
     training.check_data(data)
+    refuse_unknown_scaling(ensemble.rules, training)
     sizes, backend = training.sizes(data), backend_for(where.device, statistics)
     parts = split(len(ensemble), _most_together(sizes, training.batch, len(ensemble), where))
     total = training.steps * len(parts)
@@ -123,6 +126,12 @@ def run_training(
                     bar.update()
             finally:
                 twins.flush()
+
+
+def refuse_unknown_scaling(rules: Sequence[Rule], training: Training) -> None:
+    """A rule with a base width says how the learning rates of known optimizers follow the width, of no others."""
+    if not isinstance(training.optimizer, str) and any(one.base_width for one in rules):
+        raise UsageError("init.base_width: how learning rates follow the width is known of named optimizers alone")
 
 
 def _most_together(sizes: Sequence[int], batch: int, networks: int, where: Where) -> int:

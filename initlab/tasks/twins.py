@@ -1,6 +1,6 @@
 """The two trainings of `train`: an ensemble by hand and its `nn.Module` twins, a step at a time, and their records."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,12 +13,12 @@ from initlab.engine.named_tensors import change_items, items_of, parameter_items
 from initlab.engine.recorders import Recording
 from initlab.errors import UsageError
 from initlab.nn.activations import Activation
-from initlab.nn.loss_table import LOSSES, Loss
+from initlab.nn.loss_table import Loss
 from initlab.stats.backend import Backend
 from initlab.stats.buffer import DifferenceBuffer, RowBuffer, StatsBuffer
 from initlab.stats.keys import LOSS_COLUMNS, TensorKey
 from initlab.tasks.ensemble.networks import Emit, Ensemble
-from initlab.tasks.ensemble.training import OPTIMIZERS, Training
+from initlab.tasks.ensemble.training import Training, arrange_members, as_optimizer
 
 FLUSH_ROWS = 200_000
 
@@ -52,7 +52,7 @@ class TwinTraining:
         factors: Sequence[Factors] = (),
     ) -> None:
         """`factors`, of each network, multiply the learning rates of its layers; none: all are 1."""
-        self.activation, self.loss, self.records = activation, LOSSES[training.loss], records
+        self.activation, self.loss, self.records = activation, training.objective, records
         self.drift, self._start = training.drift, dict[str, tuple[Tensor, list[Tensor]]]()
         self.hand: _Hand
         optimizer = training.optimizer
@@ -62,15 +62,22 @@ class TwinTraining:
         elif isinstance(lr, Sequence) or any(one != factors[0] for one in factors):
             raise UsageError(f"train.optimizer={optimizer}: a learning rate for each network needs sgd")
         else:
-            groups = parameter_groups([p for pair in parameters for p in pair], lr, factors[0] if factors else ())
-            self.hand = _ByPass(parameters, activation, self.loss, OPTIMIZERS[optimizer](groups, lr=lr), records)
+            arrange = arrange_whole if isinstance(optimizer, str) else arrange_members
+            self.hand = _ByPass(parameters, activation, self.loss, records, arrange)
+            self.hand.optimizers = [
+                as_optimizer(optimizer)(parameter_groups(some, lr, factors[0] if factors else ()), lr=lr)
+                for some in self.hand.leaves
+            ]
         self.twins = [mlp.twin(parameters, member, self.activation) for member in range(len(parameters[0][0]))]
         self.at_once = mlp.Together(self.twins, self.loss) if training.modules == "vmap" else None
         rates = lr if isinstance(lr, Sequence) else [lr] * len(self.twins)
-        groups = []
-        for model, rate, one in zip(self.twins, rates, factors or [()] * len(self.twins), strict=True):
-            groups += parameter_groups(list(model.parameters()), rate, one)
-        self.by_torch = OPTIMIZERS[optimizer](groups, lr=rates[0])
+        groups = [
+            parameter_groups(list(model.parameters()), rate, one)
+            for model, rate, one in zip(self.twins, rates, factors or [()] * len(self.twins), strict=True)
+        ]
+        if isinstance(optimizer, str):  # which treats an ensemble as its members
+            groups = [[group for one in groups for group in one]]
+        self.by_torch = [as_optimizer(optimizer)(some, lr=rates[0]) for some in groups]
 
     def step(self, step: int, xb: Tensor, yb: Tensor, record: bool) -> None:
         """One update of both, measured if `record`."""
@@ -87,13 +94,15 @@ class TwinTraining:
                     now = mlp.forward(pairs, x, self.activation)[0]
                     self.records.rows.add(change_items(name, "drift", start, now), step)
         self._note("scratch", step, yb, *self.hand.step(step, xb, yb, record))
-        self.by_torch.zero_grad()
+        for optimizer in self.by_torch:
+            optimizer.zero_grad()
         if record or self.at_once is None:
             values, out, module = mlp.twin_forward_and_backward(self.twins, xb, yb, self.loss, watch=record)
         else:
             (values, out), module = self.at_once.forward_and_backward(xb, yb), None
         self._note("module", step, yb, values, out)
-        self.by_torch.step()
+        for optimizer in self.by_torch:
+            optimizer.step()
         if module is not None:
             both = [
                 [item for item in items_of("", seen, before, self.activation) if item.key.direction == "backward"]
@@ -111,7 +120,11 @@ class TwinTraining:
     def _note(self, name: str, step: int, yb: Tensor, loss: Tensor, out: Tensor) -> None:
         """Loss and accuracy of every network; the accuracy of a regression is nan."""
         value = loss.double()
-        right = (out.argmax(-1) == yb).double().mean(-1) if self.loss.classes else torch.full_like(value, torch.nan)
+        right = (
+            (out.argmax(-1) == yb).double().mean(-1)
+            if not yb.is_floating_point()
+            else torch.full_like(value, torch.nan)
+        )
         key = TensorKey("train", name, 0, "", "")
         self.records.losses.put([key], torch.stack([value, right]).unsqueeze(1), step)
 
@@ -123,6 +136,11 @@ def parameter_groups(parameters: Sequence[Tensor], lr: float, factors: Factors) 
     for p, rate in zip(parameters, rates, strict=True):
         by_rate.setdefault(rate, []).append(p)
     return [{"params": alike, "lr": rate} for rate, alike in by_rate.items()]
+
+
+def arrange_whole(pairs: Parameters) -> list[list[Tensor]]:
+    """The tensors of all networks together, w (E, I, O), b (E, O), w, b, ..., as one list in a list."""
+    return [[one for pair in pairs for one in pair]]
 
 
 class _Hand(Protocol):
@@ -164,21 +182,24 @@ class _ByPass:
         parameters: Parameters,
         activation: Activation,
         loss: Loss,
-        optimizer: torch.optim.Optimizer,
         records: Records,
+        arrange: Callable[[Parameters], list[list[Tensor]]],
     ) -> None:
+        """`arrange` makes of parameters, and of their gradients, the lists of tensors that `optimizers` train."""
         self.weights, self.activation, self.loss, self.rows = parameters, activation, loss, records.rows
-        self.optimizer = optimizer
+        self.arrange, self.leaves = arrange, arrange(parameters)
+        self.optimizers: list[torch.optim.Optimizer] = []
 
     def step(self, step: int, xb: Tensor, yb: Tensor, record: bool) -> tuple[Tensor, Tensor]:
         seen = mlp.forward_and_backward(self.weights, xb, yb, self.activation, self.loss)
         before = [(w.clone(), b.clone()) for w, b in self.weights] if record else []
         if record:
             self.rows.add(items_of("scratch", seen, self.weights, self.activation), step)
-        for pair, grads in zip(self.weights, seen.parameter_grads, strict=True):
-            for p, g in zip(pair, grads, strict=True):
+        for leaves, grads in zip(self.leaves, self.arrange(seen.parameter_grads), strict=True):
+            for p, g in zip(leaves, grads, strict=True):
                 p.grad = g
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         if record:
             self.rows.add(update_items("scratch", before, self.weights), step)
         return seen.loss, seen.out

@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from initlab.errors import LIMITS, UsageError, check, check_value, keep_checked, plain, show
+from initlab.errors import UsageError, check, keep_checked, show
 from initlab.meanfield.maps import moment
 from initlab.nn.activations import Activation
 from initlab.nn.custom_activation import Given, as_activation
-from initlab.nn.init import MODES, Rule, rule
+from initlab.nn.init import LAWS, MODES, Rule, rule
 from initlab.nn.mup import last_layer
+from initlab.nn.network import DEPTH, WIDTH, resolve_units
 from initlab.theory.forward_law import BatchVariation, DenseLayer, Fitted
-
-DEPTH, WIDTH = 50, 100  # of a stack of which nothing is said
 
 
 @dataclass(frozen=True)
@@ -66,22 +65,12 @@ def parse_request(
     if options.pop("residual", False):
         raise UsageError("residual: theory knows stacks without residual connections only")
     row, scaling = as_activation(activation), rule(init, **options)
-    units = _resolve_units(depth, width, widths, inputs)
+    if scaling.distribution not in LAWS:
+        raise UsageError(f"theory has no law of weights that {scaling.distribution} writes")
+    units = resolve_units(depth, width, widths, inputs)
     batch, sigma_b, outputs = check(batch=batch, sigma_b=sigma_b, outputs=outputs)
     request = Request(scaling.distribution, row, (), batch, **input_fields)
     return replace(request, layers=_resolve_layers(scaling, row, units, request.q0, sigma_b**2, outputs))
-
-
-def _resolve_units(depth: int, width: int, widths: Sequence[int] | None, inputs: int | None) -> list[int]:
-    """Units of the input and of every layer: whole numbers, none of them 0."""
-    depth, width, inputs = check(depth=depth, width=width, inputs=inputs)
-    given = plain(widths)
-    if given is not None and (not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given):
-        raise UsageError(f"widths={show(given)}: must be a list with the units of every layer")
-    if given and ((depth, width) != (DEPTH, WIDTH)):
-        raise UsageError("widths: says the units of every layer; leave depth and width out")
-    own = [width] * depth if given is None else [check_value("widths", n, LIMITS["width"]) for n in given]
-    return [own[0] if inputs is None else inputs, *own]
 
 
 def _resolve_layers(

@@ -80,14 +80,17 @@ def compare_stack(
     width: int,
     inputs: int,
     batch: int,
+    widths: Sequence[int] = (),
     method: str = "auto",
 ) -> pd.DataFrame:
     """The table `theory` for the rows `stats` of a stack: every statistic of every tensor that theory predicts.
 
-    The other parameters are those of `predict`. A column `member` in `stats` tells ensembles of one rule apart: each
-    has rows of its own with seed -1. Raises UsageError for what `predict` cannot be asked.
+    The other parameters are those of `predict`; with `widths` depth and width are not used. A column `member` in
+    `stats` tells ensembles of one rule apart: each has rows of its own with seed -1. Raises UsageError for what
+    `predict` cannot be asked.
     """
-    bands = _predict(init, activation, depth, width, inputs=inputs, batch=batch, method=method)
+    layers = {"widths": tuple(widths)} if widths else {"depth": depth, "width": width}
+    bands = _predict(init, activation, **layers, inputs=inputs, batch=batch, method=method)
     return as_categories(compare(stats[stats["stage"] == "stack"], bands))
 
 

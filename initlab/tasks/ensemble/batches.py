@@ -9,7 +9,6 @@ from torch import Tensor
 
 from initlab.nn.custom_activation import Given
 from initlab.nn.init import Rule, permutation
-from initlab.nn.loss_table import LOSSES
 from initlab.tasks.data import Data, load
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.networks import draw_trained
@@ -19,7 +18,7 @@ from initlab.tasks.ensemble.training import Training
 def batches(data: Data, training: Training, seeds: Sequence[int], where: Where) -> Iterable[tuple[Tensor, Tensor]]:
     """xb (E, N, I) and yb (E, N), each network in its own order, reshuffled every epoch; short batches are left out."""
     x = data.x.to(where.device, where.dtype)
-    y = data.y.to(where.device, torch.int64 if LOSSES[training.loss].classes else where.dtype)
+    y = data.y.to(where.device, torch.int64 if training.takes_classes(data) else where.dtype)
     per_epoch = len(x) // training.batch
     for step in range(training.steps):
         epoch, number = divmod(step, per_epoch)

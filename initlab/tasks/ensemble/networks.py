@@ -23,7 +23,7 @@ from initlab.nn.activations import Activation
 from initlab.nn.custom_activation import Given, as_activation
 from initlab.nn.init import GENERATORS, RULES, Rule, draw, rule, rule_name
 from initlab.nn.mup import last_layer
-from initlab.nn.network import Network, dense
+from initlab.nn.network import Network, dense, resolve_units
 from initlab.stats.keys import Seeds, resolve_seeds
 from initlab.tasks.ensemble.device import Where
 
@@ -37,6 +37,7 @@ Emit = Callable[[Frames], object]
 class Net:
     """A stack to be built: `depth` layers of `width` units, fed with `batch` inputs of `inputs` units.
 
+    widths: where they differ the units of every layer; `width` is then the largest of them.
     Errors: a number that is not whole or below 1.
     """
 
@@ -46,28 +47,44 @@ class Net:
     inputs: int = 100
     batch: int = 200
     residual: bool = False
+    widths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         keep_checked(self, ("depth", "width", "inputs", "batch", "residual"))
 
     @classmethod
     def resolve(
-        cls, activation: Given, depth: int, width: int, inputs: int | None, batch: int, residual: bool = False
+        cls,
+        activation: Given,
+        depth: int,
+        width: int,
+        inputs: int | None,
+        batch: int,
+        residual: bool = False,
+        widths: Sequence[int] | None = None,
     ) -> "Net":
-        """From what a user says: an activation by name, row or function, and `inputs` None for `width`."""
-        return cls(as_activation(activation), depth, width, width if inputs is None else inputs, batch, residual)
+        """From what a user says: an activation by name, row or function, and `inputs` None for the first width."""
+        units = resolve_units(depth, width, widths, inputs)
+        own = () if widths is None else tuple(units[1:])
+        return cls(as_activation(activation), len(units) - 1, max(units[1:]), units[0], batch, residual, own)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Units of the input and of every layer."""
+        return [self.inputs, *(self.widths or [self.width] * self.depth)]
 
     @cached_property
     def network(self) -> Network:
         """The architecture as data."""
-        return dense([self.inputs, *[self.width] * self.depth], self.activation, self.residual)
+        return dense(self.sizes, self.activation, self.residual)
 
     def shape(self, layer: int) -> tuple[int, int]:
         """(I, O) of a layer's weights."""
-        return (self.inputs if layer == 1 else self.width, self.width)
+        return self.sizes[layer - 1], self.sizes[layer]
 
     def __str__(self) -> str:
-        return f"depth={self.depth} width={self.width} inputs={self.inputs} batch={self.batch}"
+        layers = f"widths={show(list(self.widths))}" if self.widths else f"depth={self.depth} width={self.width}"
+        return f"{layers} inputs={self.inputs} batch={self.batch}"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -34,10 +35,10 @@ def plan(net: Net, networks: int, where: Where, backward: bool = True) -> Plan:
     second time, which costs about one more matmul per layer. Without it nothing that is kept grows with depth.
     Errors: a single network that does not fit.
     """
-    size, widest = where.dtype.itemsize, max(net.width, net.inputs)
-    working = net.batch * widest * (3 * size + 8 * WORKING) + 2 * widest * net.width * (4 + size)
-    preactivations = net.depth * net.batch * net.width * size if backward else 0
-    weights = (net.inputs + (net.depth - 1) * net.width) * net.width * size
+    size, entries = where.dtype.itemsize, [i * o for i, o in pairwise(net.sizes)]
+    working = net.batch * max(net.sizes) * (3 * size + 8 * WORKING) + 2 * max(entries) * (4 + size)
+    preactivations = net.batch * sum(net.sizes[1:]) * size if backward else 0
+    weights = sum(entries) * size
     free = free_memory(where.device)
     if preactivations + working > free:
         keeps = f"keeps {readable(preactivations)} for the backward pass; use backward=false, or less depth,"

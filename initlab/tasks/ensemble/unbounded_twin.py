@@ -74,7 +74,7 @@ class UnboundedTwin:
 
             x = rescale(nets.gaussian(nets.net.inputs, "input")[self._who])
             forward(self._network, self._weights, x, keep, UNBOUNDED)
-            self._state = rescale(nets.gaussian(nets.net.width, "gradient")[self._who])
+            self._state = rescale(nets.gaussian(nets.net.sizes[-1], "gradient")[self._who])
         return inside
 
     def backward(
