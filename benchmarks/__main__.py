@@ -89,7 +89,7 @@ def main(words: Sequence[str]) -> int:
 
 def title(source: Path | None) -> str:
     where = source.stem if source else machine.machine_class()
-    return f"What initlab takes, beside what others take ({where})"
+    return f"What watching a network costs: CPU time on {where}, one thread"
 
 
 def judge(outcome: Outcome, path: Path) -> int:

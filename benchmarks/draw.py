@@ -1,127 +1,116 @@
-"""Rows -> one figure: initlab's ratios with their quartiles, the bars, and what today's idioms take for the same.
+"""Rows -> one figure: what a user asks of the speed, a row each, with the ratio, its quartiles and what others take.
 
-Times on one logarithmic axis, 1 being the unwatched network; rows of networks per second are drawn as time, inverted.
+CPU time on one logarithmic axis; 1 is what the row is measured against. Everything else stands in the JSON and in the
+printed table.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, NullLocator
 
-from benchmarks.rows import BARS, Row, place
+from benchmarks.rows import Row
 from initlab.errors import UsageError
 
-OURS, BAR, OTHERS = "#0072b2", "#d55e00", "0.45"  # colours that also colour-blind readers tell apart
-VARIANTS = {"plain": "plain PyTorch", "nohist": "no histograms", "every10": "every 10th step"}
-MARKS = {
-    "chapter": "^",
-    "course": "s",
-    "makemore": "D",
-    "std_mean": "v",
-    "retain_grad": "P",
-    "vmap": "X",
-    "outer": "*",
-    "functions": "h",
+OURS, OTHERS = "#0072b2", "0.45"  # colours that also colour-blind readers tell apart
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+
+
+class Question(NamedTuple):
+    """A row of the figure: what is asked, against what, and the result that answers it."""
+
+    text: str
+    against: str
+    id: str
+    variant: str
+
+
+# In the order of the picture. A row stands for one thread where there are several.
+QUESTIONS = (
+    Question("Train by hand, all statistics and histograms kept", "bare nn.Module", "step.deep.full", "accelerated"),
+    Question("Train by hand, nothing kept", "bare nn.Module", "step.deep.bare", "plain"),
+    Question("Your nn.Module under the probe", "without it", "step.module.full", "accelerated"),
+    Question("The same, every 10th step", "without it", "step.module.full", "every10"),
+    Question("Stack of width 100, all statistics", "the products alone", "stack.100", "accelerated"),
+    Question("Stack of width 1000, all statistics", "the products alone", "stack.1000", "accelerated"),
+    Question("8 networks together, all kept", "one nn.Module each", "ensemble.deep.full", "accelerated"),
+    Question("A plane of 4,096 networks", "one by one", "phase.common", "plain"),
+    Question("A sweep by the batched launcher", "Hydra's own", "sweep.single", "plain"),
+    Question("Reading 3,000 run folders", "pyarrow to pandas", "collect", "plain"),
+    Question("diagnose of a ResNet-18", "a forward-backward pass", "verdict.diagnose", "plain"),
+)
+# What people write for a few of these numbers, as `peers.py` has it: the last part of an id, its mark and its name.
+PEERS = {
+    "chapter": ("^", "the chapter's mean and std"),
+    "std_mean": ("v", "torch.std_mean in hooks"),
+    "course": ("s", "a course's hooks"),
+    "retain_grad": ("P", "retain_grad"),
+    "makemore": ("D", "makemore's histograms"),
+    "vmap": ("X", "torch.func.vmap"),
+    "concat": ("h", "pandas concat"),
 }
 
 
 def figure(rows: Sequence[Row], title: str) -> Figure:
-    """One line for each id and variant, in the order of the table of ids; peers stand on the line of their rival."""
-    drawn = sorted((row for row in rows if row.unit == "ratio" and not row.is_peer), key=_order)
-    counted = sorted((row for row in rows if row.unit != "ratio" and row.bar is not None), key=_order)
-    if not drawn:
+    """A row for each question that the results answer, top to bottom; idioms of others on the row of their rival."""
+    found = [(one, row) for one in QUESTIONS if (row := _find(rows, one.id, one.variant)) is not None]
+    if not found:
         raise UsageError("nothing to draw: no ratio among the results")
-    heights = [len(drawn) + 1, len(counted) + 1] if counted else [1]
-    sheet = Figure(figsize=(11, 1.6 + 0.27 * (sum(heights) + 3)), layout="constrained")
-    axes = sheet.subplots(len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-    sheet.suptitle(title, x=0.01, ha="left", fontsize=11)
-    _ratios(axes[0], drawn, [row for row in rows if row.unit == "ratio" and row.is_peer])
-    if counted:
-        _shares(axes[1], counted)
+    sheet = Figure(figsize=(8.5, 1.5 + 0.37 * len(found)), dpi=100, layout="constrained")
+    ax = sheet.subplots()
+    sheet.suptitle(title, x=0.01, ha="left", fontsize=10.5)
+    for y, (one, row) in enumerate(found):
+        ax.plot([row.q25, row.q75], [y, y], color=OURS, linewidth=4, alpha=0.35, solid_capstyle="butt")
+        ax.plot(row.ratio, y, "o", color=OURS, markersize=7, zorder=3)
+        ax.annotate(
+            f"{row.ratio:.2g}", (row.ratio, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8,
+            color=OURS,
+        )  # fmt: skip
+        _mark_peers(ax, rows, one, y)
+    ax.set_xscale("log")
+    ax.axvline(1, color="0.3", linewidth=1, zorder=1)
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(FixedLocator([tick for tick in TICKS if low / 1.2 <= tick <= high * 1.2]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.set_yticks(range(len(found)), [f"{one.text}\nagainst {one.against}" for one, _ in found], fontsize=8)
+    ax.set_ylim(len(found) - 0.4, -0.7)
+    ax.set_xlabel("CPU time over that of what it is measured against: left of 1 is faster", fontsize=9)
+    ax.tick_params(axis="x", labelsize=8)
+    ax.grid(color="0.92")
+    ax.set_axisbelow(True)
+    shown = {row.id.rsplit(".", 1)[1] for row in rows if row.is_peer}
+    for name, (mark, text) in PEERS.items():
+        if name in shown:
+            ax.plot([], [], mark, color=OTHERS, markersize=6, label=text)
+    if shown:
+        sheet.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    for name in ("top", "right", "left"):
+        ax.spines[name].set_visible(False)
     return sheet
 
 
 def save(rows: Sequence[Row], path: Path, title: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure(rows, title).savefig(path, dpi=150)
+    figure(rows, title).savefig(path)
 
 
-def _order(row: Row) -> tuple[object, ...]:
-    return place(row), row.id, row.threads, row.variant
+def _find(rows: Sequence[Row], name: str, variant: str) -> Row | None:
+    """The result of this id, of the variant if there is one, with the fewest threads."""
+    named = [row for row in rows if row.id == name and row.unit == "ratio"]
+    wanted = [row for row in named if row.variant == variant] or named
+    return min(wanted, key=lambda row: row.threads, default=None)
 
 
-def _ratios(ax: Axes, drawn: Sequence[Row], peers: Sequence[Row]) -> None:
-    ax.set_xscale("log")
-    ax.axvline(1, color="0.3", linewidth=1)
-    placed: set[tuple[str, int]] = set()
-    for y, row in enumerate(drawn):
-        ends = sorted(_as_time(row, value) for value in (row.q25, row.q75))
-        ax.plot(ends, [y, y], color=OURS, linewidth=3, alpha=0.45, solid_capstyle="butt")
-        ax.plot(_as_time(row, row.ratio), y, "o", color=OURS, markersize=6, zorder=3)
-        if row.bar is not None:
-            ax.plot(_as_time(row, row.bar), y, "|", color=BAR, markersize=12, markeredgewidth=2, zorder=4)
-        rival = row.id.removesuffix(".full"), row.threads
-        if rival not in placed:
-            placed.add(rival)
-            for peer in peers:
-                if (peer.id.split(".peer.")[0], peer.threads) == rival:
-                    ax.plot(peer.ratio, y, _mark(peer), color=OTHERS, markersize=5, zorder=2)
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    _frame(ax, [_label(row) for row in drawn], "time, over that of what the id is measured against (left is faster)")
-    _legend(ax, peers)
-
-
-def _shares(ax: Axes, counted: Sequence[Row]) -> None:
-    """Seconds and MiB as shares of their bars."""
-    ax.axvline(1, color=BAR, linewidth=2)
-    for y, row in enumerate(counted):
-        bar = row.bar or 1.0
-        ax.plot([row.q25 / bar, row.q75 / bar], [y, y], color=OURS, linewidth=3, alpha=0.45, solid_capstyle="butt")
-        ax.plot(row.ratio / bar, y, "o", color=OURS, markersize=6)
-    ax.set_xscale("symlog", linthresh=2)
-    ax.set_xlim(0, max(2.0, 1.3 * max(row.q75 / (row.bar or 1.0) for row in counted)))
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    labels = [f"{_label(row)}: {row.ratio:.3g} of {row.bar:g} {row.unit}" for row in counted]
-    _frame(ax, labels, "share of the bar (left is better)")
-
-
-def _as_time(row: Row, value: float) -> float:
-    return 1 / value if row.higher_is_better else value
-
-
-def _mark(peer: Row) -> str:
-    return MARKS.get(peer.id.rsplit(".", 1)[1], "d")
-
-
-def _label(row: Row) -> str:
-    """The id; its variant where there may be several; the threads where they are not one."""
-    several = row.id.endswith((".full", ".tables", ".cost")) or any(
-        name == row.id and variant != "plain" for name, variant, _ in BARS
-    )
-    variant = VARIANTS.get(row.variant, "" if row.variant == "accelerated" else row.variant) if several else ""
-    said = [variant, f"{row.threads} threads" if row.threads > 1 else ""]
-    return row.id + (" (time)" if row.higher_is_better else "") + "".join(f", {words}" for words in said if words)
-
-
-def _frame(ax: Axes, labels: Sequence[str], axis: str) -> None:
-    ax.set_yticks(range(len(labels)), labels, fontsize=8)
-    ax.set_ylim(len(labels) - 0.4, -0.6)
-    ax.set_xlabel(axis, fontsize=9)
-    ax.tick_params(axis="x", labelsize=8)
-    ax.grid(color="0.92")
-    ax.set_axisbelow(True)
-    for name in ("top", "right", "left"):
-        ax.spines[name].set_visible(False)
-
-
-def _legend(ax: Axes, peers: Sequence[Row]) -> None:
-    ax.plot([], [], "o-", color=OURS, markersize=6, label="initlab: median, quartiles")
-    ax.plot([], [], "|", color=BAR, markersize=11, markeredgewidth=2, linestyle="none", label="the bar")
-    for name in MARKS:
-        if any(peer.id.endswith(f".{name}") for peer in peers):
-            ax.plot([], [], MARKS[name], color=OTHERS, markersize=5, linestyle="none", label=name.replace("_", " "))
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False, title="in the same run")
+def _mark_peers(ax: Axes, rows: Sequence[Row], one: Question, y: int) -> None:
+    """Grey marks with a name: what others write for a few of the same numbers."""
+    rival = one.id.removesuffix(".full")
+    names = dict.fromkeys(row.id for row in rows if row.id.split(".peer.")[0] == rival and row.is_peer)
+    for name in names if one.variant != "every10" and not one.id.endswith(".bare") else ():
+        peer = _find(rows, name, "plain")
+        mark, _ = PEERS.get(name.rsplit(".", 1)[1], ("", ""))
+        if peer is not None and mark:
+            ax.plot(peer.ratio, y, mark, color=OTHERS, markersize=6, zorder=2)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import benchmarks
 from benchmarks import __main__ as command
 from benchmarks import child, guard, machine, memory, race, report, rows, subjects
-from benchmarks.draw import figure
+from benchmarks.draw import QUESTIONS, figure
 from benchmarks.groups import GROUPS
 from benchmarks.race import Asked, Contestant, NotAvailable, Outcome, Setting
 from benchmarks.rows import BARS, IDS, UNITS, VARIANTS, Missing, Row, at, quartiles
@@ -330,29 +330,33 @@ def test_every_line_of_the_report_is_one_line():
 # --- the figure -------------------------------------------------------------------------------------------------------
 
 
-def drawn_at(ax, label):
-    """Where a line of the figure has its round mark."""
-    y = [text.get_text() for text in ax.get_yticklabels()].index(label)
-    return [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o" and list(line.get_ydata()) == [y]]
-
-
-def test_the_figure_has_a_line_for_each_result_and_peers_on_their_rivals_line():
+def test_the_figure_asks_what_a_user_asks_and_has_peers_on_their_rivals_line():
     given = [
-        result("stack.nets", 2.0, threads=2, variant="accelerated"),
+        result("step.deep.full", 0.7, threads=2, variant="accelerated"),
         result("step.deep.full", 0.8, variant="accelerated"),
         result("step.deep.full", 0.9),
+        result("step.deep.bare", 0.6),
         result("step.deep.peer.course", 2.2),
-        result("memory.stack", 1.0, unit="MiB"),
-        result("backward.50000.peer.module.memory", 30.0, unit="MiB"),
+        result("startup.help", 1.0, unit="s"),
     ]
-    ratios, shares = figure(given, "title").axes
-    labels = [text.get_text() for text in ratios.get_yticklabels()]
-    assert labels == ["step.deep.full", "step.deep.full, plain PyTorch", "stack.nets (time), 2 threads"]
-    assert drawn_at(ratios, "stack.nets (time), 2 threads") == [0.5]
-    assert drawn_at(ratios, "step.deep.full, plain PyTorch") == [0.9]
-    peers = [line for line in ratios.lines if line.get_marker() == "s" and len(line.get_xdata())]
-    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in peers] == [(2.2, 0)]
-    assert drawn_at(shares, "memory.stack: 1 of 2 MiB") == [0.5]
+    drawn = figure(given, "title")
+    (ax,) = drawn.axes
+    labels = [text.get_text().split("\n")[0] for text in ax.get_yticklabels()]
+    assert labels == ["Train by hand, all statistics and histograms kept", "Train by hand, nothing kept"]
+    dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines if line.get_marker() == "o"]
+    assert dots == [(0.8, 0), (0.6, 1)]  # one thread, the variant that the row asks for
+    assert [
+        (line.get_xdata()[0], line.get_ydata()[0])
+        for line in ax.lines
+        if line.get_marker() == "s" and len(line.get_xdata())
+    ] == [(2.2, 0)]
+    assert drawn.get_figwidth() * drawn.dpi == 850
+
+
+def test_every_row_of_the_figure_is_a_result_that_there_is():
+    assert len(QUESTIONS) <= 12
+    kept = {row.id for row in rows.read(PACKAGE / "results" / "cpu-2core-x86-avx512.json")}
+    assert {one.id for one in QUESTIONS} <= kept
 
 
 def test_nothing_to_draw_is_one_line():
