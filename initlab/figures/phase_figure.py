@@ -1,6 +1,6 @@
 """The figure of a plane of networks: what was measured beside what theory predicts, in the same colours.
 
-Brightness alone tells the values apart, so that the maps read in grey too.
+Brightness tells the values apart, so that the maps read in grey too; of chi_1 it is brightest at 1.
 """
 
 from typing import Any, NamedTuple
@@ -11,30 +11,36 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from initlab.figures.axes import cell_edges, new_figure
+from initlab.figures.axes import WIDTH, cell_edges, new_figure
 from initlab.meanfield.fixed_points import critical_line
 
 TRAINABLE = 6  # depth scales that gradients and inputs survive, an estimate: Schoenholz et al. 2017
 LINE: dict[str, Any] = {"colors": "white", "linewidths": 2.2}
 UNDER: dict[str, Any] = {"colors": "black", "linewidths": 4.0}  # beneath the white line, for where the map is bright
+DIVERGING = "RdBu_r"
 WIDEST = 1e6  # between the ends of a logarithmic colour scale
 
 
 class Map(NamedTuple):
-    """What is shown: columns measured and predicted, their label, and whether colours are logarithmic."""
+    """What is shown: columns measured and predicted, their label, whether colours are logarithmic, and their map.
+
+    Of what is a matter of above or below 1 the colours diverge from there.
+    """
 
     measured: str
     predicted: str
     label: str
     log: bool
+    colours: str = "viridis"
 
 
 MAPS = {
     "sigma": (
         Map("cosine", "predicted_cosine", "cosine of two inputs", False),
-        Map("chi_1", "predicted_chi_1", "chi_1: gradient's growth a layer", True),
+        Map("chi_1", "predicted_chi_1", "chi_1: gradient's growth a layer", True, DIVERGING),
     ),
     "depth": (
         Map("cosine", "predicted_cosine", "cosine of two inputs", False),
@@ -55,15 +61,15 @@ def draw_phase(frame: pd.DataFrame) -> Figure:
     known = "activation" in frame  # the tables of run folders say it
     line = critical_line(str(frame["activation"].iloc[0])) if known else pd.DataFrame(columns=["sigma_w", "sigma_b"])
     figure, axes = new_figure(_title(frame, plane), 2, 2, sharex=True, sharey=True)
-    figure.set_size_inches(12, 9)
+    figure.set_size_inches(WIDTH, 6.8)
     for row, shown in enumerate(MAPS[plane]):
         pair = axes[2 * row : 2 * row + 2]
         tables = [mean[name].unstack("gain") for name in (shown.measured, shown.predicted)]
         norm = _norm(np.stack([table.to_numpy() for table in tables]), shown)
         for ax, table, where in zip(pair, tables, ("measured", "theory, infinite width"), strict=True):
-            mesh = _plot_map(ax, table, norm)
+            mesh = _plot_map(ax, table, norm, shown.colours)
             _plot_critical(ax, mean, plane, line)
-            ax.set_title(f"{shown.label}: {where}", fontsize=11)
+            ax.set_title(f"{shown.label}: {where}", fontsize=9.5)
         _mark_dead(pair[0], mean)
         bar = figure.colorbar(mesh, ax=pair, label=shown.label)
         if shown.log and norm.vmax < 100 * norm.vmin:  # type: ignore[operator]
@@ -74,7 +80,8 @@ def draw_phase(frame: pd.DataFrame) -> Figure:
         ax.set_xlabel("sigma_w = std of a weight × sqrt(fan_in)")
     for ax in axes[::2]:
         ax.set_ylabel("layer" if plane == "depth" else "sigma_b = std of a bias")
-    line_style: dict[str, Any] = {"color": "0.2", "linewidth": 2.5}
+    outline = [Stroke(linewidth=UNDER["linewidths"], foreground="black"), Normal()]
+    line_style: dict[str, Any] = {"color": "white", "linewidth": LINE["linewidths"], "path_effects": outline}
     handles = [Line2D([], [], **line_style, label="critical: chi_1 = 1 at infinite depth")]
     if plane == "depth":
         handles.append(Line2D([], [], **line_style, linestyle="--", label="6 xi_c, trainable depth (estimate)"))
@@ -91,17 +98,20 @@ def _norm(values: np.ndarray, shown: Map) -> Normalize:
     if not len(positive):
         return LogNorm(0.1, 10)
     low, high = max(positive.min(), WIDEST**-0.5), min(positive.max(), WIDEST**0.5)
+    if shown.colours == DIVERGING:
+        far = max(high, 1 / low, 2.0)
+        return LogNorm(1 / far, far)
     return LogNorm(min(low, high / 2), max(high, 2 * low))
 
 
-def _plot_map(ax: Axes, table: pd.DataFrame, norm: Normalize) -> Any:
+def _plot_map(ax: Axes, table: pd.DataFrame, norm: Normalize, colours: str) -> Any:
     values = np.nan_to_num(table.to_numpy(dtype=float), posinf=np.finfo(float).max, nan=np.nan)
     if isinstance(norm, LogNorm):
         values = np.clip(values, norm.vmin, norm.vmax)
     ax.set_facecolor("0.75")
     ax.grid(visible=False)
     x, y = cell_edges(table.columns.to_numpy()), cell_edges(table.index.to_numpy())
-    return ax.pcolormesh(x, y, np.ma.masked_invalid(values), norm=norm, cmap="viridis", rasterized=True)
+    return ax.pcolormesh(x, y, np.ma.masked_invalid(values), norm=norm, cmap=colours, rasterized=True)
 
 
 def _plot_critical(ax: Axes, mean: pd.DataFrame, plane: str, line: pd.DataFrame) -> None:
