@@ -169,6 +169,8 @@ def _describe_mistake(error: Exception) -> str | None:
         return str(as_usage_error(error))
     if isinstance(disk, OSError):
         return str(disk_error(disk, disk.filename or Sweep.place))
+    if "No trials are completed yet" in str(error):  # as Optuna says it, after each has said why
+        return "hydra/sweeper=optuna: no trial gave an objective that is a number"
     of_a_log = str(error).startswith(("Unable to configure", "Input cfg is not"))  # as Hydra says it
     if stops.is_stopping() or (begun and not of_a_log):
         return None

@@ -43,8 +43,8 @@ class Outcome:
 outcome = Outcome()
 
 
-def run_composed(cfg: DictConfig) -> str | None:
-    """Run one job of Hydra's; returns the mistake of the user that ended it, if one did. Raises `Fault`."""
+def run_composed(cfg: DictConfig) -> str | float | None:
+    """Run one job of Hydra's: the value of its objective, or the mistake of the user that ended it. Raises `Fault`."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -62,7 +62,7 @@ def run_composed(cfg: DictConfig) -> str | None:
             discard(folder)
             raise UsageError(f"resume={cfg.resume}: is for a sweep; put -m before the options")
         with as_worker(str(cfg.device)), lock_folder(folder):
-            _run(cfg, folder, single)
+            return _run(cfg, folder, single)
     except HYDRA_MISTAKES as error:  # an interpolation of nothing, met before the configuration is read whole
         discard(folder)
         outcome.mistakes.append(str(as_usage_error(error)))
@@ -70,10 +70,9 @@ def run_composed(cfg: DictConfig) -> str | None:
     except UsageError as error:
         outcome.mistakes.append(str(error))
         return str(error)
-    return None
 
 
-def _run(cfg: DictConfig, folder: Path, single: bool) -> None:
+def _run(cfg: DictConfig, folder: Path, single: bool) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     from initlab.job.options import read_config
@@ -103,6 +102,7 @@ def _run(cfg: DictConfig, folder: Path, single: bool) -> None:
     else:
         log.info(printed)
         answer(folder, study, bool(cfg.plots))
+    return job.value
 
 
 def begin(config: "Callable[[], Config]", choices: dict[str, str | None], folder: Path, resumed: bool) -> "Job":

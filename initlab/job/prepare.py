@@ -13,7 +13,7 @@ import torch
 
 from initlab.errors import UsageError, check, choose, show
 from initlab.job.network_grid import refuse_axes
-from initlab.job.options import call_text, columns, import_function, seeds, statistics_of
+from initlab.job.options import call_text, columns, import_function, option_names, seeds, statistics_of
 from initlab.job.printout import report_run
 from initlab.job.settings import Config
 from initlab.job.stages import TASKS, JobSettings, Stage
@@ -26,6 +26,8 @@ from initlab.runs.recorder import Recorder
 from initlab.runs.schema import NOT_OPTIONS, OPTION_OF
 from initlab.stats.backend import measure_custom
 from initlab.stats.statistics import checked_statistics
+from initlab.studies.expect import Expectation, measure_objective, parse_objective
+from initlab.studies.study import known_columns
 from initlab.tasks.data import SOURCES
 from initlab.tasks.ensemble.device import Where, set_matmul
 from initlab.tasks.ensemble.networks import Net
@@ -48,13 +50,15 @@ class Job:
     texts_only: bool = False  # JSON for another program
     compares: bool = False  # networks that differ inside the job: the figures of a sweep are asked for
     constant_loss: float = math.inf  # of the best answer that does not look at the inputs
+    objective: Expectation | None = None
+    value: float | None = None  # of the objective, once it is measured
 
     def run(self) -> str:
         """Measure, record, draw; what is to be printed."""
         with self.recorder:
             texts = [stage(self.recorder) for stage in self.stages]
         tables = self.recorder.frames()
-        said = self.judge(tables)
+        said = [*self.judge(tables), *self.measure(tables)]
         if self.texts_only:
             return "\n".join([*said, *texts])
         return "\n".join([report_run(self.recorder, tables, texts, self.plots, self.compares, self.gain), *said])
@@ -68,10 +72,19 @@ class Job:
         said = [f"verdict: {str(one).splitlines()[0]}" for one in verdict] or [f"verdict: {verdict}"]
         return [*said[:SAID], *([f"verdict: {len(said) - SAID} more in verdict.json"] if len(said) > SAID else [])]
 
+    def measure(self, tables: Mapping[str, pd.DataFrame]) -> list[str]:
+        """Keep the value of the objective; a line about it, if there is one."""
+        if self.objective is None:
+            return []
+        found = measure_objective(self.objective, tables)
+        self.value = found.number
+        return [f"objective: {found}"]
+
     def finish(self) -> None:
         """The verdict and the figures of what others have recorded."""
         tables = self.recorder.frames()
         self.judge(tables)
+        self.measure(tables)
         if self.plots:
             report_run(self.recorder, tables, [], self.plots, self.compares, self.gain)
 
@@ -82,6 +95,7 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     config: the options. choices: of each group of conf/ the file that was chosen. folder: of the run.
     """
     task = choose(TASKS, config.task, "task")
+    objective = parse_objective(config.objective, known_columns(option_names()))
     training = resolve_training(config)
     if config.train.lr is None:
         config.train.lr = default_rate(training.loss, training.optimizer)
@@ -113,7 +127,7 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     stages = [make(import_module(f"initlab.tasks.{module}"), settings) for module, make in task.stages]
     trains = any(module == "train" for module, _ in task.stages)
     constant = settings.load_data().constant_loss(training.loss) if trains else math.inf
-    return Job(stages, recorder, plots, gain, config.json, several, constant)
+    return Job(stages, recorder, plots, gain, config.json, several, constant, objective)
 
 
 def resolve_training(config: Config) -> Training:

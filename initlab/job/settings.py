@@ -150,6 +150,7 @@ class Config:
     resume: str | None = None
     study: StudyConfig = field(default_factory=StudyConfig)
     expect: list[Any] = field(default_factory=list)
+    objective: dict[str, Any] = field(default_factory=dict)
 
 
 ConfigStore.instance().store(name="schema", node=Config)

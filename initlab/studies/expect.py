@@ -110,6 +110,37 @@ def parse_expectation(given: Any, tables: Mapping[str, Collection[str] | None] |
     return one
 
 
+def parse_objective(
+    given: Mapping[str, Any], tables: Mapping[str, Collection[str] | None] | None = None
+) -> Expectation | None:
+    """What a job returns to a sweeper that looks for the smallest or largest value; None for no objective.
+
+    given: the fields `table`, `where`, `statistic`, `reduce`, `over`, `when` of an expectation that compares nothing.
+    tables: as in `parse_expectation`. Errors: its form is wrong, or it compares.
+    """
+    if not given:
+        return None
+    compares = [name for name in given if name in ("is", "value", "tolerance", "by", "say")]
+    if compares:
+        raise UsageError(f"objective: is a number that is compared with nothing; leave `{compares[0]}` out")
+    try:
+        return parse_expectation({"where": {}, **given, "say": "objective", "is": "below", "value": 0}, tables)
+    except UsageError as error:
+        raise type(error)(f"objective: {str(error).removeprefix(NAMED)}") from error
+
+
+NAMED = "expect: 'objective': "
+
+
+def measure_objective(one: Expectation, tables: Mapping[str, pd.DataFrame]) -> Measured:
+    """The number that an objective stands for, by the tables. Raises `NothingFound` where they have no such rows."""
+    try:
+        (found,) = judge(one, tables).measured
+    except UsageError as error:
+        raise type(error)(f"objective: {str(error).removeprefix(NAMED)}") from error
+    return found
+
+
 def _name_sentence(say: object, error: UsageError) -> UsageError:
     """The same mistake with the sentence that it is in."""
     return type(error)(f"expect: {str(say)!r}: {error}")

@@ -42,6 +42,16 @@ class Study:
         return {one.table for one in self.expect} | (self.figure.tables() if self.figure else set())
 
 
+def known_columns(options: Iterable[str]) -> dict[str, set[str] | None]:
+    """The columns that each table can have, None where they are not known before it is measured.
+
+    options: the names that may become columns of a table.
+    """
+    configuration = {*OPTION_OF, *NOT_OPTIONS, *options}
+    own = {table: own_columns(table) for table in TABLES}
+    return {table: None if columns is None else columns | configuration for table, columns in own.items()}
+
+
 def prepare(
     name: str, about: Mapping[str, Any], expect: Sequence[Any], options: Iterable[str], overrides: Iterable[str] = ()
 ) -> Study:
@@ -53,9 +63,7 @@ def prepare(
     for option, amount in about["cost"].items():
         if amount is not None and not amount >= 0:
             raise UsageError(f"study.cost.{option}={amount}: must be at least 0")
-    configuration = {*OPTION_OF, *NOT_OPTIONS, *options}
-    own = {table: own_columns(table) for table in TABLES}
-    known = {table: None if columns is None else columns | configuration for table, columns in own.items()}
+    known = known_columns(options)
     wanted = tuple(parse_expectation(one, known) for one in expect)
     figure = parse_figure(about["figure"], known)
     return Study(

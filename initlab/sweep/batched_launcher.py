@@ -192,14 +192,14 @@ class Batched(Launcher):
             log.info("done: %s", path_text(one.folder))
         except Exception as error:
             return self._job_return(one, as_ended(error, one.folder))
-        return self._job_return(one)
+        return self._job_return(one, job.value)
 
-    def _job_return(self, one: ComposedJob, error: UsageError | Fault | None = None) -> JobReturn:
+    def _job_return(self, one: ComposedJob, end: UsageError | Fault | float | None) -> JobReturn:
         """As of a job that Hydra ran: a mistake of the user comes back as its line, the sweeper raises a fault."""
         done = JobReturn(overrides=list(one.overrides), working_dir=str(Path.cwd()))
         done.task_name = JobRuntime.instance().get("name")
-        done.status = JobStatus.FAILED if isinstance(error, Fault) else JobStatus.COMPLETED
-        done.return_value = str(error) if isinstance(error, UsageError) else error
+        done.status = JobStatus.FAILED if isinstance(end, Fault) else JobStatus.COMPLETED
+        done.return_value = str(end) if isinstance(end, UsageError) else end
         self._context.callbacks.on_job_end(config=self._config, job_return=done)
         return done
 

@@ -24,6 +24,7 @@ from initlab.studies.study import Study
 MOST_JOBS = 100_000  # of a sweep: their words alone take 100 MB
 FINISHED = ".finished"  # a byte for each job that ended in another process, wherever that was
 SECONDS = 0.5  # between two looks at it
+OURS = "basic"  # the sweeper that runs all values
 
 
 class Refused(BaseException):
@@ -53,11 +54,16 @@ class Sweep(Callback):
         with _refuse_mistakes():
             _refuse_other_subdir(config)
             Sweep.place = str(config.hydra.sweep.dir)
-            parse_overrides(config.hydra.overrides.task, config.hydra.sweeper.params)
+            parse_overrides(config.hydra.overrides.task, OmegaConf.select(config, "hydra.sweeper.params"))
+            _refuse_without_objective(config)
             Sweep.study = study_of(config, config.hydra.job.config_name, config.hydra.overrides.task)
             Sweep.plots = bool(config.plots)
         if Sweep.study.question:
             print(Sweep.study.question)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if _read_sweeper(config) != OURS and Path(Sweep.place).is_dir():  # a sweeper of others has run the jobs
+            Sweep.folder = Path(Sweep.place).absolute()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if Sweep._bar is not None:
@@ -115,6 +121,22 @@ def _refuse_mistakes() -> Iterator[None]:
         yield
     except (UsageError, *HYDRA_MISTAKES) as error:
         raise Refused(str(error if isinstance(error, UsageError) else as_usage_error(error))) from error
+
+
+def _read_sweeper(config: DictConfig) -> str:
+    return str(config.hydra.runtime.choices.get("hydra/sweeper"))
+
+
+def _refuse_without_objective(config: DictConfig) -> None:
+    """A sweeper that seeks the best value must know of what, and begins anew each time."""
+    kind = _read_sweeper(config)
+    if kind == OURS:
+        return
+    if not config.objective:
+        example = "objective.table=losses objective.statistic=loss objective.reduce=mean"
+        raise UsageError(f"hydra/sweeper={kind}: needs an objective, such as {example}")
+    if config.resume is not None:
+        raise UsageError(f"resume={config.resume}: is for sweeps of all values; hydra/sweeper={kind} begins anew")
 
 
 def _refuse_other_subdir(config: DictConfig) -> None:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from initlab.errors import UsageError
 from initlab.job.life_cycle import outcome
 from initlab.sweep import workers
-from initlab.sweep.callback import Sweep
+from initlab.sweep.callback import OURS, Sweep
 from initlab.sweep.hydra_private import MODULE, register
 
 log = logging.getLogger("initlab")
@@ -119,7 +119,7 @@ def _raise_first(returns: Iterator[JobReturn]) -> None:
     for one in returns:
         if one.status == JobStatus.FAILED:
             fault = fault or one
-        elif one.return_value:
+        elif isinstance(one.return_value, str):
             outcome.mistakes.append(str(one.return_value))
     if fault is not None:
         _ = fault.return_value
@@ -127,4 +127,4 @@ def _raise_first(returns: Iterator[JobReturn]) -> None:
 
 def install() -> None:
     """Let `hydra/sweeper=basic`, Hydra's default, be this one."""
-    register(Sweeper, "hydra/sweeper", "basic", SweeperConfig())
+    register(Sweeper, "hydra/sweeper", OURS, SweeperConfig())
