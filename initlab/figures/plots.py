@@ -51,19 +51,23 @@ def draw_stack(tables: Tables, directions: Sequence[str] = tuple(SIGNALS)) -> Fi
     """
     if STATS not in tables:
         return None
-    stats = summary.merge_trainings(tables[STATS])
+    merged = summary.merge_trainings(tables[STATS])
+    short, common = shorten_labels(list(dict.fromkeys(merged.values())))
+    names = {label: short[name] for label, name in merged.items()}
+    keys = ["label", "seed", "layer", "tensor", "direction", "statistic"]
+
+    def take_stack(frame: pd.DataFrame) -> pd.DataFrame:
+        """The stack's rows under the labels of the figure, each network once."""
+        rows = frame[frame["stage"] == "stack"]
+        label = pd.Categorical(rows["label"].astype(str).map(names), list(short.values()))
+        return rows.assign(label=label).drop_duplicates([name for name in keys if name in rows])
+
+    stats = take_stack(tables[STATS])
+    known = take_stack(tables.get(THEORY, pd.DataFrame(columns=theory_rows.NEEDED)))
     signals = {one: summary.stack_signal(stats, one) for one in directions}
     signals = {one: rows[(rows["layer"] > 0) | (one == "forward")] for one, rows in signals.items()}
-    every = stats["label"][stats["stage"] == "stack"].astype(str).unique()
     if not any(map(len, signals.values())):
         return None
-    short, common = shorten_labels(list(dict.fromkeys(every)))
-    known = summary.merge_trainings(tables.get(THEORY, pd.DataFrame(columns=theory_rows.NEEDED)))
-    stats, known, *renamed = (
-        rows.assign(label=pd.Categorical(rows["label"].astype(str).map(short), list(short.values())))
-        for rows in (stats, known, *signals.values())
-    )
-    signals = dict(zip(signals, renamed, strict=True))
     texts = []
     for direction in signals:
         found = summary.end_of_signal(stats, direction)

@@ -36,13 +36,20 @@ PARTED = 0.01  # share by which the losses of two trainings differ that are said
 ROUNDING = 1e-3  # of gradients at equal weights: a rule that is wrong differs by more
 
 
-def merge_trainings(frame: pd.DataFrame) -> pd.DataFrame:
-    """The stack's rows of a table, once for settings that differ in how networks are trained alone; needs `label`."""
-    rows = frame[frame["stage"] == "stack"]
-    rows = rows.drop(columns=[name for name in OF_TRAINING if name in rows])
-    rows = rows.assign(label=labels(rows)) if len(rows) and {"init", "activation"} <= set(rows) else rows
-    keys = ("label", "seed", "layer", "tensor", "direction", "statistic")
-    return rows.drop_duplicates([name for name in keys if name in rows])
+def merge_trainings(stats: pd.DataFrame) -> dict[str, str]:
+    """Each label of the stack's rows -> the label that settings share which differ in their training alone.
+
+    Rows of such settings are the same networks, bit for bit; where they are not, every label stays what it is.
+    """
+    rows = stats[stats["stage"] == "stack"]
+    same = {str(label): str(label) for label in rows["label"].unique()}
+    if not len(rows) or not {"init", "activation"} <= set(rows):
+        return same
+    merged = labels(rows.drop(columns=[name for name in OF_TRAINING if name in rows]))
+    keys = [merged, *(rows[name] for name in ("seed", "layer", "tensor", "direction"))]
+    if rows.groupby(keys, observed=True)["std"].nunique(dropna=False).max() > 1:
+        return same
+    return dict(zip(rows["label"].astype(str), np.asarray(merged).astype(str), strict=True))
 
 
 def stack_signal(stats: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:

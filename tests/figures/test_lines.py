@@ -141,6 +141,17 @@ def test_settings_that_differ_in_training_alone_are_one_line() -> None:
     assert len([line for line in figure.axes[0].lines if not str(line.get_label()).startswith("_")]) == 2
 
 
+def test_networks_that_differ_are_never_merged() -> None:
+    """What is swept may have no name in a label: the folder tells such runs apart, and both are drawn."""
+    found = tables(series(1))["stats"]
+    other = found.assign(run="other", std=found["std"] * 1.5)
+    both = pd.concat([found, other]).assign(label=lambda rows: labels(rows))
+    assert both["label"].nunique() == 2
+    figure = plots.draw_stack({"stats": both}, ("forward",))
+    assert figure is not None
+    assert len([line for line in figure.axes[0].lines if not str(line.get_label()).startswith("_")]) == 2
+
+
 def test_nothing_is_drawn_outside_a_theorys_range() -> None:
     shape = {"depth": 60, "width": 10, "batch": 8}
     found = stack("kaiming", "relu", seeds=2, **shape)  # type: ignore[arg-type]
