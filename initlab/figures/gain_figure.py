@@ -25,7 +25,7 @@ def draw_gains(frame: pd.DataFrame) -> Figure:
         f"A gain that keeps gradients at q = 1 goes on keeping them only where phi has no scale of its own: {keeps}",
         1, 2, sharey=True,
     )  # fmt: skip
-    figure.set_size_inches(8.5, 0.55 * len(order) + 1.6)
+    figure.set_size_inches(8.5, 0.42 * len(order) + 1.6)
     colours = sns.color_palette("colorblind", len(KINDS))
     for ax, value in ((left, "gain"), (right, "chi_1")):
         for k, (kind, marker) in enumerate(KINDS.items()):  # activations from top to bottom
@@ -42,7 +42,7 @@ def draw_gains(frame: pd.DataFrame) -> Figure:
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
     left.set_xlabel("gain")
-    right.set_xlabel("chi_1 at the fixed point: factor of a gradient's second moment")
+    right.set_xlabel("chi_1: factor of a gradient's mean square")
     right.axvline(1, color="0.45", linestyle="--", linewidth=1, zorder=1)
     right.plot(
         [], [], "o", markerfacecolor="white", markeredgecolor="0.3", label="fixed point unstable, or signal gone"

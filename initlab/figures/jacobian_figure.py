@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from initlab.figures.axes import assign_colours, log_scale, marker_if_sparse, new_figure
+from initlab.figures.lines import set_layer_ticks, set_log_ticks
 from initlab.runs import summary
 
 RESOLVED = 45  # octaves below the largest singular value; what lies deeper is the rounding of float64
@@ -27,6 +27,8 @@ def draw_jacobian(moments: pd.DataFrame, spectra: pd.DataFrame) -> Figure:
     for name in names:
         _plot_spectrum(left, curves[curves["label"].astype(str) == name], colours[name], name)
     log_scale(left, np.concatenate([line.get_ydata() for line in left.lines]) if left.lines else np.array([]))
+    if left.get_yscale() == "log":
+        set_log_ticks(left)
     left.axhline(1, color="0.45", linestyle="--", linewidth=1, zorder=1)
     left.set_xlabel("rank / number of singular values")
     left.set_ylabel("singular value (median, 16-84 % of networks)")
@@ -35,8 +37,9 @@ def draw_jacobian(moments: pd.DataFrame, spectra: pd.DataFrame) -> Figure:
     for label in labels:
         _plot_variance(right, moments[moments["label"].astype(str) == label], colours.get(label, "C0"), label)
     log_scale(right, np.concatenate([line.get_ydata() for line in right.lines]))
-    right.xaxis.set_major_locator(MaxNLocator(integer=True))
-    right.set_xlabel("layer")
+    if right.get_yscale() == "log":
+        set_log_ticks(right)
+    set_layer_ticks(right, moments["layer"])
     right.set_ylabel("variance of s² / (mean of s²)², in a network")
     right.plot([], [], color="0.3", linestyle="--", label="predicted")
     right.legend(title=None)
