@@ -116,7 +116,7 @@ def _tell_end(code: int, folder: Path | None) -> int:
 
 def _run_jobs() -> int:
     """Let Hydra run what the command line asks for; the exit code, 0 also where a mistake is kept for the end."""
-    from concurrent.futures.process import BrokenProcessPool
+    from concurrent.futures import BrokenExecutor  # of which each launcher has its kind
 
     import hydra
 
@@ -141,7 +141,7 @@ def _run_jobs() -> int:
     except Fault as error:  # of a job, which has said so; the others have run
         log.debug("%s", error)
         return 1
-    except BrokenProcessPool as error:
+    except BrokenExecutor as error:
         outcome.mistakes.append(f"a process of the launcher was killed ({type(error).__name__})")
         return 1
     except (UsageError, Refused) as error:

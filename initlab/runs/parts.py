@@ -6,7 +6,7 @@ Putting them in order takes the memory of a few groups of rows, not of the table
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,12 @@ log = logging.getLogger("initlab")
 
 GROUP = 2**13  # rows of a part that are read together, fewer where other networks' parts are read beside it
 FEWEST = 2**10  # that are worth a group
-AT_ONCE = 2**15  # rows that are put in order and written together
+AT_ONCE = 2**16  # rows that are put in order and written together
 SHOWN = 2**16  # rows of a table that are drawn and summed up at the end of a run
 
 NETWORKS = b"networks"  # key of the metadata of a part
 Place = tuple[Any, ...]
-Waiting = tuple[Place, np.ndarray, pa.Table]  # words of a place, the number behind them for each row, the rows
+Waiting = tuple[list[np.ndarray], pa.Table]  # the place of each row, a column for each of its words; the rows
 
 
 @dataclass(eq=False)
@@ -58,7 +58,12 @@ class Part:
     @classmethod
     def make(cls, number: int, name: str, frame: pd.DataFrame, constants: Mapping[str, Any]) -> "Part":
         """From a frame; of tables that have an order its column `network` says whose the rows are."""
-        who = frame[NETWORK].to_numpy() if NETWORK in frame and TABLES[name].order else np.empty(0, np.int64)
+        who = np.empty(0, np.int64)
+        if NETWORK in frame and TABLES[name].order:
+            rows = np.lexsort(place_columns(frame, TABLES[name].order)[::-1])
+            if (np.diff(rows) != 1).any():  # as a rule they come in order
+                frame = frame.iloc[rows]
+            who = frame[NETWORK].to_numpy()
         again = np.flatnonzero(who == who[0]) if len(who) else who
         once = who[: again[1]] if len(again) > 1 else who
         if len(who) and (who == np.resize(once, len(who))).all():  # what is repeated is kept once
@@ -66,8 +71,8 @@ class Part:
         table = parquet.as_arrow(frame.drop(columns=NETWORK, errors="ignore"))
         constants = {key: value for key, value in constants.items() if key not in table.column_names}
         beside = int(who[0]) // len(np.unique(who)) if len(who) else 0  # parts of the networks before these
-        cuts = range(0, len(frame), max(GROUP // (1 + beside), min(FEWEST, GROUP)))
-        return cls._group_rows(number, name, table, frame, constants, who, cuts)
+        starts = range(0, max(len(frame), 1), max(GROUP // (1 + beside), min(FEWEST, GROUP)))
+        return cls._group_rows(number, name, table, frame, constants, who, starts)
 
     @classmethod
     def load(cls, path: Path) -> "Part":
@@ -76,29 +81,25 @@ class Part:
         table = pq.read_table(path)
         who = json.loads((table.schema.metadata or {}).get(NETWORKS, b"[]"))
         about = pq.read_metadata(path)
-        cuts = np.cumsum([about.row_group(k).num_rows for k in range(about.num_row_groups)])[:-1].tolist()
+        starts = np.cumsum([0, *(about.row_group(k).num_rows for k in range(about.num_row_groups - 1))]).tolist()
         table = table.replace_schema_metadata()
-        part = cls._group_rows(int(number), name, table, key_columns(table, name), {}, np.array(who, np.int64), cuts)
+        part = cls._group_rows(int(number), name, table, key_columns(table, name), {}, np.array(who, np.int64), starts)
         part.table = None
         return part
 
     @classmethod
     def _group_rows(
         cls, number: int, name: str, table: pa.Table, keys: pd.DataFrame, constants: Mapping[str, Any], who: np.ndarray,
-        ends: Iterable[int],
+        starts: Sequence[int],
     ) -> "Part":  # fmt: skip
         order = [column for column in TABLES[name].order if column in keys] if len(who) else []
-        cuts = {0, *ends}
-        places = place_columns(keys, order)
-        for column in places[:-1]:  # in the last one, a step or a layer, rows follow each other
-            cuts |= set((np.flatnonzero(np.diff(column)) + 1).tolist())
-        groups: list[tuple[Place, int, int]] = []
-        starts = sorted(cuts)
-        for start, stop in zip(starts, [*starts[1:], len(keys)], strict=True):
-            words = [keys[word].iloc[start] for word in order[:-1]] if len(keys) else []
-            groups.append(((*words, *(int(last[start:stop].min(initial=2**62)) for last in places[-1:])), start, stop))
-        steps = np.unique(keys["step"].to_numpy()) if "step" in keys else np.empty(0, np.int64)
-        return cls(number, name, table, constants, who, groups, steps, len(keys), table.nbytes, table.schema)
+        words = [*(keys[word].to_numpy() for word in order[:-1]), *place_columns(keys, order[-1:])]
+        groups = [
+            (tuple(word[start] for word in words if len(keys)), start, stop)
+            for start, stop in zip(starts, [*starts[1:], len(keys)], strict=True)
+        ]
+        met = np.sort(pd.unique(keys["step"])) if "step" in keys else np.empty(0, np.int64)
+        return cls(number, name, table, constants, who, groups, met, len(keys), table.nbytes, table.schema)
 
     @property
     def schema(self) -> pa.Schema:
@@ -153,21 +154,22 @@ def merge(folder: Path, parts: Sequence[Part]) -> Iterator[pa.Table]:
         if rows >= enough:
             found, pool = _split(pool, place)
             yield from _sort_rows(found, name)
-            rows = sum(len(table) for *_, table in pool)
+            rows = sum(len(table) for _, table in pool)
             enough = rows + AT_ONCE
         kept = {key: value for key, value in part.constants.items() if key in own}
         table = parquet.add_constants(part.read(folder, k), kept)
         rows += len(table)
-        last = np.full(len(table), -1)
+        words = [np.full(len(table), -1)]  # before all
         if ordered:
             if several:
                 keys = key_columns(table, name)
-                last = place_columns(keys, [column for column in TABLES[name].order if column in keys])[-1]
+                order = [column for column in TABLES[name].order if column in keys]
+                words = [*(keys[word].to_numpy() for word in order[:-1]), *place_columns(keys, order[-1:])]
             _, start, stop = part.groups[k]
             who = part.networks[np.arange(start, stop) % len(part.networks)]
             table = table.append_column(NETWORK, pa.array(who))
-        pool.append((place[:-1], last, table))
-    found = [table for *_, table in pool]
+        pool.append((words, table))
+    found = [table for _, table in pool]
     pool.clear()
     yield from _sort_rows(found, name)
 
@@ -175,16 +177,19 @@ def merge(folder: Path, parts: Sequence[Part]) -> Iterator[pa.Table]:
 def _split(pool: Sequence[Waiting], before: Place) -> tuple[list[pa.Table], list[Waiting]]:
     """The rows whose stage, implementation and step lie before a place, and the others."""
     found, others = [], []
-    for words, last, table in pool:
-        chosen = (last < before[-1]) & (words == before[:-1]) | (words < before[:-1])
+    for words, table in pool:
+        chosen, equal = np.zeros(len(table), bool), np.ones(len(table), bool)
+        for word, limit in zip(words, before, strict=True):
+            chosen |= equal & (word < limit)
+            equal &= word == limit
         count = int(chosen.sum())
-        if not chosen[:count].all():  # as a rule they stand first, and nothing need be copied
+        if not chosen[:count].all():  # in parts that were written in another order
             rows = np.argsort(~chosen, kind="stable")
-            last, table = last[rows], table.take(pa.array(rows))
+            words, table = [word[rows] for word in words], table.take(pa.array(rows))
         if count:
             found.append(table.slice(0, count))
         if count < len(table):
-            others.append((words, last[count:], table.slice(count)))
+            others.append(([word[count:] for word in words], table.slice(count)))
     return found, others
 
 
@@ -205,14 +210,18 @@ def _sort_rows(tables: list[pa.Table], name: str) -> Iterator[pa.Table]:
         yield table.slice(int(some[0]) if len(some) else 0, len(some)) if in_order else table.take(pa.array(some))
 
 
-def thin_out(rows: pa.Table, parts: Sequence[Part]) -> pa.Table:
-    """Of a long table the rows of every so many steps, of the last one, and those of the largest error."""
+def choose_steps(parts: Sequence[Part]) -> np.ndarray:
+    """Of a long table every so many steps and the last one; of others none, as all are shown."""
     total = sum(part.rows for part in parts)
-    if total <= SHOWN or "step" not in rows.column_names:
+    steps = np.sort(pd.unique(np.concatenate([part.steps for part in parts])))
+    return np.append(steps[:: -(-total // SHOWN)], steps[-1:]) if total > SHOWN else steps[:0]
+
+
+def thin_out(rows: pa.Table, steps: np.ndarray) -> pa.Table:
+    """The rows of these steps, and those of the largest error; all rows if there are no steps."""
+    if not len(steps):
         return rows
-    steps = np.unique(np.concatenate([part.steps for part in parts]))
-    shown = np.append(steps[:: -(-total // SHOWN)], steps[-1])
-    chosen = np.isin(rows["step"].to_numpy(), shown)
+    chosen = np.isin(rows["step"].to_numpy(), steps)
     if "relative_error" in rows.column_names:
         errors = rows["relative_error"].to_numpy()
         chosen[np.argsort(errors)[np.isfinite(errors).sum() - 1 :][:1]] = True
@@ -228,18 +237,18 @@ def compact(folder: Path, parts: Sequence[Part]) -> dict[str, pa.Table]:
     for name in dict.fromkeys(part.name for part in parts):
         mine = [part for part in parts if part.name == name]
         schema = pa.unify_schemas([part.schema for part in mine], promote_options="permissive")
-        whole = folder / f"{name}.parquet"
+        whole, steps = folder / f"{name}.parquet", choose_steps(mine)
         pieces = []
         try:
             with parquet.open_writer(whole, schema) as write_rows:
                 for rows in merge(folder, mine):
                     full = parquet.add_constants(rows, mine[0].constants)
                     write_rows(parquet.join([schema.empty_table(), full]).select(schema.names).cast(schema))
-                    pieces.append(thin_out(rows, mine))
+                    pieces.append(thin_out(rows, steps))
         except OSError as error:
             log.warning("%s; its rows are in parts", disk_error(error, whole))
             with suppress(OSError):  # what is in memory is shown all the same
-                shown[name] = parquet.join([thin_out(rows, mine) for rows in merge(folder, mine)])
+                shown[name] = parquet.join([thin_out(rows, steps) for rows in merge(folder, mine)])
             continue
         shown[name] = parquet.join(pieces)
         for part in mine:

@@ -1,6 +1,5 @@
 """What is wrong with a network: findings with layer, cause and remedy, and the verdict that they make together."""
 
-import html
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -112,6 +111,8 @@ class Verdict:
 
     def _repr_html_(self) -> str:
         if not self.findings:
+            import html
+
             return f"<p>{html.escape(str(self))}</p>"
         return str(self.table.to_html(index=False, escape=True))
 

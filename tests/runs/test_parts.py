@@ -1,6 +1,7 @@
 """Parts become one table in one order, whatever ran together and whenever rows were handed over."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,8 @@ def test_order_does_not_hang_on_how_rows_came(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(parts, "AT_ONCE", rng.choice([1, 16, 50, 10**6]))
     (tmp_path / "parts").mkdir()
     frames = emitted(rng, networks, steps)
+    if rng.random() < 0.5:  # implementations side by side, step by step
+        frames = [frame.sort_values("step", kind="stable", ignore_index=True) for frame in frames]
     frames.insert(rng.randint(0, len(frames)), frames[0].iloc[:0])  # of steps that are not measured
     made = [Part.make(k, "stats", frame, {"init": "naive"}) for k, frame in enumerate(frames)]
     for part in made:
@@ -105,3 +108,36 @@ def test_the_more_networks_the_fewer_rows_of_each_are_read_together() -> None:
         part = Part.make(0, "stats", rows_of(list(range(first, first + 8)), "train", "module", range(100)), {})
         most.append(max(stop - start for _, start, stop in part.groups))
     assert most[0] == 4800 and min(most) == parts.FEWEST and sum(most) < 5 * parts.GROUP
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_steps_are_no_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side_by_side: bool) -> None:
+    """A network whose every step is a row: groups are as large as others', and the steps to show are chosen once."""
+    rows = pd.concat([rows_of([0], "train", name, range(300)) for name in ("module", "scratch")])
+    rows = rows[(rows["layer"] == 1) & (rows["tensor"] == "bias")].reset_index(drop=True)
+    given = rows.sort_values("step", kind="stable", ignore_index=True) if side_by_side else rows
+    monkeypatch.setattr(parts, "GROUP", 20)
+    monkeypatch.setattr(parts, "AT_ONCE", 40)
+    monkeypatch.setattr(parts, "SHOWN", 100)
+    chosen: list[np.ndarray] = []
+    own = parts.choose_steps
+
+    def choose_steps(mine: Sequence[Part]) -> np.ndarray:
+        chosen.append(own(mine))
+        return chosen[-1]
+
+    monkeypatch.setattr(parts, "choose_steps", choose_steps)
+    part = Part.make(0, "stats", given, {})
+    assert len(part.groups) == len(rows) / 20
+    shown = parts.compact(tmp_path, [part])["stats"].to_pandas()
+    kept = pd.read_parquet(tmp_path / "stats.parquet")
+    assert kept["value"].tolist() == rows["value"].tolist() and len(chosen) == 1
+    assert sorted(set(shown["step"])) == [*range(0, 300, 6), 299] and len(shown) == 2 * 51
+
+
+def test_tables_without_an_order_keep_that_in_which_rows_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "GROUP", 5)
+    monkeypatch.setattr(parts, "AT_ONCE", 16)
+    frames = [pd.DataFrame({"layer": np.arange(40)[::-1], "measured": np.arange(40) + 40 * k}) for k in range(3)]
+    pieces = list(merge(tmp_path, [Part.make(k, "theory", frame, {}) for k, frame in enumerate(frames)]))
+    assert join(pieces)["measured"].to_pylist() == list(range(120)) and max(map(len, pieces)) < 16 + 5
