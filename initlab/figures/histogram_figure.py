@@ -6,7 +6,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from initlab.figures.axes import new_figure
+from initlab.figures.axes import WIDTH, new_figure
 from initlab.figures.model_rows import OUTPUTS, add_places, complete_rows
 
 SHOWN = (("preactivation", "forward", "preactivations"), ("weight", "backward", "weight gradients"))
@@ -88,7 +88,7 @@ def draw_module_octaves(histograms: pd.DataFrame) -> Figure | None:
     names = filled.drop_duplicates("place").set_index("place")["text"].sort_index()
     low, high = int(filled["first"].min()), int((filled["first"] + filled["positive"].map(len)).max())
     figure, axes = new_figure(describe_octaves(filled, sides), 1, len(sides), sharey=True)
-    figure.set_size_inches(4 + 4.5 * len(sides), min(0.2 * len(names), 14) + 2.5)
+    figure.set_size_inches(WIDTH, min(0.2 * len(names), 14) + 2.5)
     for ax, side in zip(axes, sides, strict=True):
         counts = np.zeros((len(names), high - low))
         columns = filled.loc[filled["series"] == side, ["place", "first", "positive", "negative"]]

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from initlab.errors import UsageError
-from initlab.figures.axes import NotebookFigure
+from initlab.figures.axes import DPI, TITLE, WIDTH, NotebookFigure
 from initlab.figures.model_rows import place_rows
 from initlab.stats.dtypes import FORMATS
 
@@ -57,7 +57,7 @@ def draw_model(frame: pd.DataFrame, octaves: pd.DataFrame | None = None, bands: 
     sides = [side for side in (True, False) if (rows["is_output"] == side).any()]
     places = int(rows["place"].max()) + 1
     height = min(ROW * places, TALLEST) + 0.3
-    figure = NotebookFigure(figsize=(3.2 + 5.2 * len(sides), height + 2.4), layout="constrained")
+    figure = NotebookFigure(figsize=(WIDTH, height + 2.4), layout="constrained", dpi=DPI)
     ruler = 0.19 * len(RULER)
     with sns.axes_style("whitegrid"):
         grid = figure.subplots(
@@ -73,15 +73,15 @@ def draw_model(frame: pd.DataFrame, octaves: pd.DataFrame | None = None, bands: 
         if bands is not None and side:
             draw_bands(ax, mine, bands)
         draw_rows(ax, mine, ROW * places > TALLEST)
-        top.set_title("outputs of the modules" if side else "parameters", fontsize=11)
+        top.set_title("outputs of the modules" if side else "parameters", fontsize=10)
         ax.set_xlabel("magnitude")
-        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         ax.xaxis.set_major_formatter(lambda x, _: f"$2^{{{x:.0f}}}$")
     name_places(grid[1, 0], rows, height)
-    lines = textwrap.wrap(describe_model(rows), 52 + 42 * len(sides))
-    figure.suptitle("\n".join(lines), fontsize=12)
+    lines = textwrap.wrap(describe_model(rows), TITLE)
+    figure.suptitle("\n".join(lines), fontsize=10.5)
     handles = list(list_handles(rows, octaves is not None, bands))
-    figure.legend(handles=handles, loc="outside lower center", ncols=2 + len(sides), frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 

@@ -56,7 +56,7 @@ def draw_stats(frame: pd.DataFrame, tables: Tables) -> Figure | None:
         tables = {schema.STATS: frame}
     figure = training_figures.training_activations(tables) or draw_model(frame)
     if len(settings) > 1:
-        figure.suptitle(f"The first of {len(settings)} settings. {figure.get_suptitle()}", fontsize=12)
+        figure.suptitle(f"The first of {len(settings)} settings. {figure.get_suptitle()}", fontsize=10.5)
     return figure
 
 
@@ -250,4 +250,4 @@ def save_figure(figure: Figure, path: Path) -> None:
     if ending not in endings:
         raise UsageError(f"plot: path={path}: must end in .{', .'.join(endings)}{nearest(ending, endings)}")
     with report_disk(path):
-        figure.savefig(path, dpi=110)
+        figure.savefig(path)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
-from initlab.figures.axes import NotebookFigure
+from initlab.figures.axes import DPI, WIDTH, NotebookFigure
 from initlab.figures.model_figure import ROW, TALLEST, name_places
 from initlab.figures.model_rows import OUTPUTS, PASSED_ON, add_places, complete_rows
 
@@ -33,7 +33,7 @@ def draw_format_shares(frame: pd.DataFrame) -> Figure:
     formats = list(dict.fromkeys(rows["format"]))
     places = int(rows["place"].max()) + 1 if len(rows) else 1
     height = min(1.4 * ROW * places, TALLEST) + 0.3
-    figure = NotebookFigure(figsize=(3 + 3.2 * len(formats), height + 2), layout="constrained")
+    figure = NotebookFigure(figsize=(max(WIDTH, 2 + 2.2 * len(formats)), height + 2), layout="constrained", dpi=DPI)
     with sns.axes_style("whitegrid"):
         axes = figure.subplots(1, len(formats), sharey=True, squeeze=False)[0]
     for ax, name in zip(axes, formats, strict=True):
@@ -48,10 +48,10 @@ def draw_format_shares(frame: pd.DataFrame) -> Figure:
                 left = left + width
         ax.set_xlim(0, 1)
         ax.xaxis.set_major_formatter(PercentFormatter(1))
-        ax.set_title(name, fontsize=11)
+        ax.set_title(name, fontsize=10)
         ax.set_xlabel("share of the entries")
     name_places(axes[0], rows, height)
-    figure.suptitle("\n".join(textwrap.wrap(describe_shares(rows, formats), 34 + 36 * len(formats))), fontsize=12)
+    figure.suptitle("\n".join(textwrap.wrap(describe_shares(rows, formats), 60 + 14 * len(formats))), fontsize=10.5)
     handles: list[Any] = [Patch(facecolor=colour, label=word) for colour, word in EVENTS.values()]
     handles.append(Patch(facecolor="0.5", hatch="////", edgecolor="white", label="hatched: gradients"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
