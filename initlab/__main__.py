@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import initlab
 from initlab import commands, stops
 from initlab.errors import Fault, UsageError, disk_error, join_mistakes, nearest, not_one_of
+from initlab.terminal import close_pipe, print_start
 
 log = logging.getLogger("initlab")
 
@@ -27,8 +28,10 @@ HELP = """initlab {version}: what happens to the numbers in a deep network under
 
   python -m initlab key=value ...                      one run
   python -m initlab -m init=naive,lecun,kaiming ...    a sweep: every combination of the values
-  python -m initlab -cd experiments -cn NAME ...       a study: a sweep, its figure, and whether what it expects holds
+  python -m initlab -cn NAME ...                       a study: a sweep, its figure, and whether what it expects holds
 {commands}
+
+  -cn {studies}
 
   init={init}
   activation={activation}, or activation._target_=MODULE.FUNCTION
@@ -55,17 +58,22 @@ def main() -> int:
     try:
         if commands.is_command(words):
             stops.work()  # a half-written file is removed
-            return commands.run(words)
+            code = commands.run(words)
+            sys.stdout.flush()
+            return code
         if "--version" in words:
             print(f"initlab {initlab.__version__}")
         elif {"-h", "--help"} & set(words):
-            print(help_text())
+            print(help_text(), flush=True)
         else:
+            print_start(words)
             gc.disable()  # until all is imported: a collection looks at every object of torch and finds nothing to free
             return _run()
     except UsageError as error:
         _tell(str(error))
         return 2
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        close_pipe()
     except BaseException:
         if stops.is_stopping():  # whatever a library made of the exception
             return stops.exit_code()
@@ -231,6 +239,8 @@ def check_words(words: Sequence[str]) -> list[str]:
             raise UsageError(f"{word}: options have no dashes, write {bare if '=' in bare else bare + '=VALUE'}")
         raise UsageError(f"{word}: no such flag{nearest(bare.split('=')[0], options)}; see --help and --hydra-help")
     found, flags = ["json=true"] * as_json, [word for word in words if word != "--"]
+    if given.config_name and not given.config_path:
+        flags += find_study(given.config_name, given.config_dir)
     for word in given.overrides:
         flags.remove(word)
         bare = word.lstrip("+ ")
@@ -249,10 +259,22 @@ def check_words(words: Sequence[str]) -> list[str]:
     return [*found, *flags]
 
 
+def find_study(name: str, folder: str | None) -> list[str]:
+    """The flags with which Hydra finds a study: none if it does anyway. Errors: there is no such file."""
+    from initlab.job.settings import CONF
+
+    stem, places = name.removesuffix(".yaml"), [CONF, *([Path(folder)] if folder else []), commands.EXPERIMENTS]
+    for place in places:
+        if (place / f"{stem}.yaml").is_file():
+            return ["--config-dir", str(place)] if place == commands.EXPERIMENTS and not folder else []
+    raise not_one_of("-cn", name, {path.stem for place in places[1:] for path in place.glob("*.yaml")})
+
+
 def help_text() -> str:
     from initlab.job.settings import CONF
 
-    options = {group.name: "|".join(sorted(f.stem for f in group.glob("*.yaml"))) for group in CONF.iterdir()}
+    groups = {group.name: group for group in CONF.iterdir()} | {"studies": commands.EXPERIMENTS}
+    options = {name: "|".join(sorted(f.stem for f in group.glob("*.yaml"))) for name, group in groups.items()}
     text = (CONF / "config.yaml").read_text(encoding="utf-8")
     shown = text[text.index("task:") : text.index("\nhydra:")]
     for group, name, about in (("init", "kaiming", "any rule"), ("data", "mnist", "data=mnist")):

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple, NoReturn
 from initlab.errors import UsageError, choose, nearest, printable
 
 DIFFERENT = 3  # exit code
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"  # in a checkout
+PACKAGE = Path(__file__).resolve().parent
+# In a checkout the studies stand beside the package; the wheel carries them inside.
+EXPERIMENTS = (PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else PACKAGE) / "experiments"
 
 
 class Command(NamedTuple):
@@ -42,11 +44,7 @@ def run(words: Sequence[str]) -> int:
     parser = _Parser(f"initlab {name}", description=command.about, epilog=command.end)
     for option, how in command.options.items():
         parser.add_argument(option, **how)
-    try:
-        return command.run(parser.parse_args(words[1:]))
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        sys.stderr.close()
-        return 0
+    return command.run(parser.parse_args(words[1:]))
 
 
 def run_collect(given: argparse.Namespace) -> int:

@@ -29,6 +29,7 @@ HOUSE = {
     "errors": "",
     "files": "",
     "stops": "",
+    "terminal": "",
     "stats": (
         "dtypes kernels.cpu kernels.triton_programs kernels.triton_merge keys row_order quadrature statistics "
         "workspace histogram format_shares reference kernels.triton_rows summarize backend buffer "

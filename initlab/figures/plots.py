@@ -36,6 +36,7 @@ from initlab.figures.training_figures import compared_loss, gradient_norm, loss,
 from initlab.runs import schema, summary, theory_rows
 from initlab.runs.labels import add_labels, shorten_labels
 from initlab.runs.schema import STATS, TABLES, THEORY, TIMINGS
+from initlab.terminal import Bar
 
 Tables = Mapping[str, pd.DataFrame]
 
@@ -204,7 +205,8 @@ def draw(tables: Tables, folder: Path, compare: bool = False) -> list[Path]:
     """Write every figure that the tables allow as PNG, or those that compare several runs; their paths."""
     labelled = {**tables, **add_labels({name: frame for name, frame in tables.items() if TABLES[name].labelled})}
     paths = []
-    for name, make in (COMPARING if compare else FIGURES).items():
+    makers = (COMPARING if compare else FIGURES).items()
+    for name, make in Bar(makers, desc="figures", unit="figure", disable=None):
         figure = make(labelled)
         if figure is not None:
             paths.append(folder / f"{name}.png")

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from initlab import stops
 from initlab.errors import DISK, Fault, UsageError, disk_error, show
+from initlab.terminal import is_aside
 
 if TYPE_CHECKING:  # torch and pandas are imported when a job begins: a mistake in an option is found before
     from initlab.job.prepare import Job
@@ -100,7 +101,10 @@ def _run(cfg: DictConfig, folder: Path, single: bool) -> float | None:
     if study is None:
         log.info("done: %s", path_text(folder))
     else:
-        log.info(printed)
+        if cfg.json:
+            print(printed)
+        else:
+            log.info(printed)
         answer(folder, study, bool(cfg.plots))
     return job.value
 
@@ -203,6 +207,10 @@ def finish_sweep(folder: Path, study: "Study | None", plots: bool) -> None:
     if next(folder.rglob("run.json"), None) is None:
         discard(folder)
         return
-    log.info(report_sweep(folder, plots and not (study and study.figure)))
+    report = report_sweep(folder, plots and not (study and study.figure))
+    if is_aside():
+        print(report)
+    else:
+        log.info(report)
     if study is not None:
         answer(folder, study, plots)

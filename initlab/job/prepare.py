@@ -1,5 +1,6 @@
 """One job: from a typed configuration to a run folder, its figures and what is printed."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from initlab.errors import UsageError, check, choose, show
 from initlab.job.network_grid import refuse_axes
 from initlab.job.options import call_text, columns, import_function, option_names, seeds, statistics_of
-from initlab.job.printout import report_run
+from initlab.job.printout import report_run, run_as_json
 from initlab.job.settings import Config
 from initlab.job.stages import TASKS, JobSettings, Stage
 from initlab.meanfield.gain_table import gain_words
@@ -47,11 +48,13 @@ class Job:
     recorder: Recorder
     plots: bool
     gain: str = ""  # which gain the rule took, in words; those of a sweep stand in the columns of its tables
-    texts_only: bool = False  # JSON for another program
+    texts_only: bool = False  # which are JSON for another program
+    json: bool = False  # JSON is made of the tables and the findings
     compares: bool = False  # networks that differ inside the job: the figures of a sweep are asked for
     constant_loss: float = math.inf  # of the best answer that does not look at the inputs
     objective: Expectation | None = None
     value: float | None = None  # of the objective, once it is measured
+    findings: Sequence[Mapping[str, Any]] = ()  # of the verdict, once it is found
 
     def run(self) -> str:
         """Measure, record, draw; what is to be printed."""
@@ -61,6 +64,8 @@ class Job:
         said = [*self.judge(tables), *self.measure(tables)]
         if self.texts_only:
             return "\n".join([*said, *texts])
+        if self.json:
+            return run_as_json(self.recorder, tables, self.findings, self.plots, self.compares, self.value)
         return "\n".join([report_run(self.recorder, tables, texts, self.plots, self.compares, self.gain), *said])
 
     def judge(self, tables: Mapping[str, pd.DataFrame]) -> list[str]:
@@ -69,6 +74,7 @@ class Job:
         if verdict is None:
             return []
         self.recorder.keep_verdict(verdict)
+        self.findings = json.loads(verdict.json)["findings"]
         said = [f"verdict: {str(one).splitlines()[0]}" for one in verdict] or [f"verdict: {verdict}"]
         return [*said[:SAID], *([f"verdict: {len(said) - SAID} more in verdict.json"] if len(said) > SAID else [])]
 
@@ -127,7 +133,8 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     stages = [make(import_module(f"initlab.tasks.{module}"), settings) for module, make in task.stages]
     trains = any(module == "train" for module, _ in task.stages)
     constant = settings.load_data().constant_loss(training.loss) if trains else math.inf
-    return Job(stages, recorder, plots, gain, config.json, several, constant, objective)
+    as_json = config.json and not task.json
+    return Job(stages, recorder, plots, gain, config.json and task.json, as_json, several, constant, objective)
 
 
 def resolve_training(config: Config) -> Training:

@@ -10,9 +10,11 @@ import pandas as pd
 
 from initlab.errors import UsageError
 from initlab.runs import summary, theory_rows
+from initlab.runs.collect import LONGEST
 from initlab.runs.read import Run, find_runs, read_runs
 from initlab.runs.recorder import Recorder
 from initlab.runs.schema import LOSSES, PARITY, STATS, TABLES, THEORY
+from initlab.terminal import as_json, find_width, is_aside
 
 
 def read_tables(runs: Sequence[Run], names: Iterable[str]) -> dict[str, pd.DataFrame]:
@@ -40,6 +42,36 @@ def report_run(
     return "\n".join([*lines, *_files(recorder.folder, Path(), drawn)])
 
 
+def run_as_json(
+    recorder: Recorder,
+    tables: Mapping[str, pd.DataFrame],
+    findings: Sequence[Mapping[str, Any]],
+    plots: bool,
+    compare: bool,
+    objective: float | None,
+) -> str:
+    """Draw as `report_run` does; a run for another program: its findings, and the short table or else its only one.
+
+    objective: its value, if the run has one.
+    """
+    if plots:
+        _draw(tables, recorder.folder, compare)
+    notes = recorder.about.get("notes", [])
+    found = {"folder": path_text(recorder.folder), "findings": list(findings), "notes": list(dict.fromkeys(notes))}
+    return as_json(found | ({} if objective is None else {"objective": objective}) | {"table": read_rows(tables)})
+
+
+def read_rows(tables: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
+    """The rows of the short table, of a task without one those of its first table."""
+    if STATS in tables:
+        table = summary.summarize(*(tables.get(name) for name in (STATS, LOSSES, PARITY, THEORY)))
+        if "theory" in table:
+            table = table.assign(theory=[getattr(test, "short", None) for test in table["theory"]])
+    else:
+        table = next(iter(tables.values()), pd.DataFrame())
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
 def report_sweep(folder: Path, plots: bool) -> str:
     """Draw the figures that compare the runs of a sweep; what is to be printed."""
     runs = find_runs(folder)
@@ -55,6 +87,9 @@ def report_sweep(folder: Path, plots: bool) -> str:
         files[0],
         *(f"not done: {path_text(Path(run.name))} is {run.json['status']}" for run in unfinished),
     ]
+    if is_aside():
+        states = {path_text(Path(run.name)): run.json["status"] for run in runs}
+        return as_json({"folder": path_text(folder), "runs": states, "verdicts": counts, "table": read_rows(tables)})
     verdicts = [f"verdicts of {counts.total()} runs: {said}"] if counts else []
     return "\n".join([*lines, *files[1:], *verdicts])
 
@@ -67,7 +102,9 @@ def _summarize(tables: Mapping[str, pd.DataFrame]) -> list[str]:
         table = summary.summarize(*(tables.get(name) for name in (STATS, LOSSES, PARITY, THEORY)))
     except UsageError as error:  # files of another table, or rows that stand there twice
         return [f"no short table: {error}"]
-    lines = [summary.as_text(table)]
+    lines = [summary.as_text(table.head(LONGEST), find_width())]
+    if len(table) > LONGEST:
+        lines.append(f"... and {len(table) - LONGEST:,} more: initlab collect FOLDER --to FILE keeps them")
     if "theory" in table:
         lines.append(theory_rows.describe(list(table["theory"].dropna())))
     parted = summary.describe_parting(table)

@@ -15,6 +15,7 @@ from initlab.errors import UsageError
 from initlab.nn.init import Rule
 from initlab.stats.row_order import NETWORK, row_order
 from initlab.tasks.ensemble.networks import Emit, Ensemble, Frames
+from initlab.terminal import Bar
 from initlab.theory.z_scores import as_categories
 from initlab.verdict.finding import Verdict
 
@@ -148,7 +149,7 @@ def add_theory(taps: Sequence[Tap], method: str) -> None:
             if len(rows):  # else stopped before
                 rule = tap.stage.ensemble.rules[tap.stage.first_networks()[point]]
                 groups.setdefault((rule, None if tap.stage.at_once else (k, point)), []).append((k, point, rows))
-    for (rule, _), members in groups.items():
+    for (rule, _), members in Bar(groups.items(), desc="theory", unit="prediction", disable=None):
         predict = taps[members[0][0]].stage.predict
         assert predict is not None
         single = len(members) == 1

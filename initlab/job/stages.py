@@ -282,13 +282,14 @@ class Task(NamedTuple):
     """What a task is made of: for each stage the module of its functions, and what makes the stage of that module.
 
     any_function: takes any elementwise function, not only the activations of the table. by_rule: it matters which gain
-    the rule takes. statistics: takes statistics of the user.
+    the rule takes. statistics: takes statistics of the user. json: what it prints is JSON where that is asked for.
     """
 
     stages: tuple[tuple[str, Callable[[Any, JobSettings], Stage]], ...]
     any_function: bool = False
     by_rule: bool = False
     statistics: bool = False
+    json: bool = False
 
 
 TASKS: dict[str, Task] = {
@@ -301,8 +302,8 @@ TASKS: dict[str, Task] = {
     "backward": Task((("course.ladders", backward_stage),)),
     "graph": Task((("course.graph", graph_stage),)),
     "explain": Task((("course.explain", explain_stage),)),
-    "audit": Task((("model_checks", audit_stage),)),
-    "diagnose": Task((("model_checks", diagnose_stage),)),
+    "audit": Task((("model_checks", audit_stage),), json=True),
+    "diagnose": Task((("model_checks", diagnose_stage),), json=True),
     "gains": Task((("gains", gains_stage),)),
     "jacobian": Task((("jacobian", jacobian_stage),), by_rule=True),
     "formats": Task((("formats", formats_stage),), any_function=True, by_rule=True),

@@ -16,6 +16,7 @@ from initlab.runs import theory_rows
 from initlab.runs.labels import add_labels, format_folders, label_columns, labels
 from initlab.runs.schema import LOSSES, PARITY, STATS, THEORY, refuse_other_table
 from initlab.stats.dtypes import FORMATS
+from initlab.terminal import wrap_columns
 
 # What the two backward passes are held to at the default shape; the table says where it is passed.
 PARITY_LIMIT = {name: row.tolerance for name, row in FORMATS.items() if row.eps <= FORMATS["float32"].eps}
@@ -259,8 +260,11 @@ def describe_parting(table: pd.DataFrame) -> str:
     )
 
 
-def as_text(table: pd.DataFrame) -> str:
-    """The summary as fixed-width text; what a run has not measured is left blank, nan is a result."""
+def as_text(table: pd.DataFrame, width: int | None = None) -> str:
+    """The summary as fixed-width text; what a run has not measured is left blank, nan is a result.
+
+    width: characters of a line; columns beyond it stand below the others, behind those that name the rows again.
+    """
     if "run" in table:
         table = table.assign(run=format_folders(table["run"].astype(str).tolist()))
     names = [name for name in table if name not in ("std16", "std84", "not comparable", "limit")]  # these serve others
@@ -269,15 +273,17 @@ def as_text(table: pd.DataFrame) -> str:
     if "diverged" in names and not table["diverged"].dropna().astype(str).str.match("[1-9]").any():
         names.remove("diverged")  # no network did
     shown = pd.DataFrame({name: [_text(name, row) for _, row in table.iterrows()] for name in names})
-    return str(shown.to_string(index=False))
+    first = next((k for k, name in enumerate(names) if name in _OF_THE_STACK or name.startswith(_OF_THE_TRAINING)), 0)
+    return wrap_columns(shown, first, width)
 
 
 _OF_THE_STACK = ("mean", "std", "16-84 % of networks", "signal")
+_OF_THE_TRAINING = ("loss", "div", "grad")
 
 
 def _text(name: str, row: pd.Series) -> str:
     witness = "signal" if name in _OF_THE_STACK else "diverged"
-    if (name in _OF_THE_STACK or name.startswith(("loss", "div", "grad"))) and pd.isna(row.get(witness)):
+    if (name in _OF_THE_STACK or name.startswith(_OF_THE_TRAINING)) and pd.isna(row.get(witness)):
         return ""
     if name == "16-84 % of networks":
         low, high = _number(row["std16"]), _number(row["std84"])

@@ -1,6 +1,7 @@
 """What surrounds the jobs of a sweep: its study, checked before the first job; its folder; its progress bar."""
 
 import math
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,7 +13,6 @@ from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from tqdm import tqdm
 
 from initlab.errors import UsageError
 from initlab.job.life_cycle import study_of
@@ -20,6 +20,7 @@ from initlab.job.options import HYDRA_MISTAKES, as_usage_error
 from initlab.runs.lock import lock_folder
 from initlab.runs.recorder import refuse_used
 from initlab.studies.study import Study
+from initlab.terminal import Bar, choose_lines, is_aside
 
 MOST_JOBS = 100_000  # of a sweep: their words alone take 100 MB
 FINISHED = ".finished"  # a byte for each job that ended in another process, wherever that was
@@ -49,6 +50,7 @@ class Sweep(Callback):
             Sweep.place = str(config.hydra.run.dir)
             Sweep.single = Path(Sweep.place)
             refuse_used(Sweep.single)
+            choose_lines(bool(config.json), 1)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _refuse_mistakes():
@@ -58,8 +60,9 @@ class Sweep(Callback):
             _refuse_without_objective(config)
             Sweep.study = study_of(config, config.hydra.job.config_name, config.hydra.overrides.task)
             Sweep.plots = bool(config.plots)
+            choose_lines(bool(config.json), int(OmegaConf.select(config, "hydra.sweeper.n_trials") or 0))
         if Sweep.study.question:
-            print(Sweep.study.question)
+            print(Sweep.study.question, file=sys.stderr if is_aside() else sys.stdout)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if _read_sweeper(config) != OURS and Path(Sweep.place).is_dir():  # a sweeper of others has run the jobs
@@ -86,7 +89,8 @@ class Sweep(Callback):
     def begin(cls, folder: Path, jobs: int) -> None:
         """Nothing stands in the way of the jobs: show how far they are."""
         cls.folder = folder.absolute()
-        cls._bar = tqdm(total=jobs, desc="sweep", unit="job", disable=None)
+        choose_lines(is_aside(), jobs)
+        cls._bar = Bar(total=jobs, desc="sweep", unit="job", disable=None, smoothing=0)
         cls._after.callback(cls._bar.close)
         if not cls._bar.disable:
             ended, over = folder / FINISHED, threading.Event()
@@ -185,5 +189,8 @@ def watch_others(ended: Path, bar: Any, over: threading.Event) -> None:
     while not over.wait(SECONDS):
         with suppress(OSError):  # whoever removes it sees no bar
             now = ended.stat().st_size
-            bar.update(now - seen)
+            if now > seen:
+                bar.update(now - seen)
+            else:  # the time that has passed
+                bar.refresh()
             seen = now

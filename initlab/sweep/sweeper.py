@@ -21,6 +21,7 @@ from initlab.job.life_cycle import outcome
 from initlab.sweep import workers
 from initlab.sweep.callback import OURS, Sweep
 from initlab.sweep.hydra_private import MODULE, register
+from initlab.terminal import Bar
 
 log = logging.getLogger("initlab")
 
@@ -78,7 +79,8 @@ class Sweeper(HydraSweeper):
                 if resumed
                 else resume.Left(jobs, range(len(jobs)), 0)
             )
-            getattr(self.launcher, "validate_batch_is_legal", self.validate_batch_is_legal)(left.jobs)
+            legal = getattr(self.launcher, "validate_batch_is_legal", self.validate_batch_is_legal)
+            legal(Bar(left.jobs, desc="options", unit="job", disable=None))
         except BaseException:  # one that stops the program, too
             if not resumed:
                 recorder.discard(folder)

@@ -14,13 +14,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from initlab.errors import UsageError, check_value, describe_error, library_call, show
 from initlab.probes.probe import probe
 from initlab.probes.probed_modules import find_tensors
 from initlab.probes.snapshot import all_tensors, loss_value, run_model
 from initlab.stats.keys import Seeds, resolve_seeds
+from initlab.terminal import Bar
 
 Made = nn.Module | tuple[nn.Module, Optimizer]
 
@@ -157,7 +157,7 @@ def coordinate_check(
         raise UsageError("coordinate_check: give make_model, a function of the width, and loss, as in initlab.measure")
     tables = []
     with torch.random.fork_rng():
-        for width, seed in tqdm(
+        for width, seed in Bar(
             [(width, seed) for width in sizes for seed in numbers], unit="network", disable=None if progress else True
         ):
             torch.manual_seed(seed)

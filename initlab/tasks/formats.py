@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from initlab.nn.custom_activation import Given
 from initlab.nn.init import Rule, rule
@@ -18,6 +17,7 @@ from initlab.stats.dtypes import DTYPES
 from initlab.stats.keys import Seeds, resolve_seeds
 from initlab.tasks.ensemble.networks import Frames
 from initlab.tasks.stack import stack
+from initlab.terminal import Bar
 from initlab.theory.format_limits import limits
 
 # Event -> whether it has happened in rows of preactivations.
@@ -61,7 +61,7 @@ def formats(
     shape: dict[str, Any] = {"depth": depth, "width": width, "inputs": inputs, "batch": batch}
     predicted = limits(scaling, activation, **shape).rename(columns=PREDICTED)
     ends = []
-    for dtype in tqdm(DTYPES, desc="formats", unit="format", disable=None if progress else True):
+    for dtype in Bar(DTYPES, desc="formats", unit="format", disable=None if progress else True):
         where: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}
         stats = stack(scaling, activation, seeds=numbers, backward=False, **shape, **where)
         z = stats[(stats["tensor"] == "preactivation") & (stats["direction"] == "forward")]

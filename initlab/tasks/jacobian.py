@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from initlab.nn.custom_activation import Given
 from initlab.nn.init import Rule, rule
@@ -20,6 +19,7 @@ from initlab.stats.keys import Seeds
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.networks import Ensemble, Frames, Net, Networks
 from initlab.tasks.ensemble.plan import CACHED, split
+from initlab.terminal import Bar
 from initlab.theory.request import parse_request
 from initlab.theory.singular_values import jacobians, log2_power_sums, predict_moments, singular_values
 
@@ -63,7 +63,7 @@ def jacobian(
     scaling = rule(init, **rule_fields)
     ensemble = Ensemble.resolve(scaling, seeds, net.activation)
     sums, spectra = [], []
-    with tqdm(total=depth * len(ensemble), desc="jacobian", unit="layer", disable=None if progress else True) as bar:
+    with Bar(total=depth * len(ensemble), desc="jacobian", unit="layer", disable=None if progress else True) as bar:
         for chunk in split(len(ensemble), CACHED):
             nets = Networks(net, ensemble.part(chunk), where)
 

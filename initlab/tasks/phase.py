@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from initlab.errors import LIMITS, Limits, UsageError, check, check_value, choose
 from initlab.meanfield.fixed_points import phase_plane
@@ -21,6 +20,7 @@ from initlab.nn.init import DISTRIBUTIONS
 from initlab.stats.keys import Seeds, resolve_seeds
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.phase_points import Points, PointStatistics, measure_points
+from initlab.terminal import Bar
 
 PLANES = {"sigma": "(sigma_w, sigma_b) at the last layer", "depth": "(sigma_w, layer) at one sigma_b"}
 WEIGHTS = {"common": "all points scale the same random numbers", "fresh": "each point draws its own"}
@@ -115,7 +115,7 @@ def measure_plane(
     rows = layers if plane == "depth" else [points.depth]
     theory = predict_points(points, rows)
     total = len(points.sigma_w) * points.depth * len(seeds)
-    with tqdm(total=total, desc="phase", unit="layer", unit_scale=True, disable=None if progress else True) as bar:
+    with Bar(total=total, desc="phase", unit="layer", unit_scale=True, disable=None if progress else True) as bar:
         for seed in seeds:
             found = measure_points(points, seed, layers, slopes, where, bar.update)
             yield points_frame(points, found, np.array(layers), np.array(slopes), rows, theory).assign(seed=seed)

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from initlab import stops
 from initlab.errors import UsageError, check, check_functions, library_call
@@ -29,6 +28,7 @@ from initlab.tasks.ensemble.memory import is_out_of_memory
 from initlab.tasks.ensemble.networks import Emit, Ensemble, Frames, Init, Net, Networks
 from initlab.tasks.ensemble.plan import plan, run_chunks
 from initlab.tasks.ensemble.unbounded_twin import UnboundedTwin, read_off
+from initlab.terminal import Bar
 
 WINDOW = 16  # layers between two looks at what was measured; on a GPU each look waits for the device
 FLUSH_ROWS = 1000  # 0.2 MB of rows
@@ -107,7 +107,7 @@ def run_stack(
     collected: dict[tuple[int, int], list[Frames]] = {}
     lock = Lock()
     total = len(ensemble) * net.depth * (2 if backward else 1)
-    with tqdm(total=total, desc="stack", unit="layer", disable=None if progress else True) as bar:
+    with Bar(total=total, desc="stack", unit="layer", disable=None if progress else True) as bar:
 
         def run(chunk: slice) -> None:
             def deliver(frames: Frames) -> None:
@@ -260,7 +260,7 @@ class _Buffers:
 class _Pass:
     """A chunk of networks on its way up and down."""
 
-    def __init__(self, nets: Networks, record: _Record, backward: bool, bar: tqdm) -> None:
+    def __init__(self, nets: Networks, record: _Record, backward: bool, bar: Bar) -> None:
         self.nets, self.record, self.keep, self.bar = nets, record, backward, bar
         self.backend = record.rows.backend
         self.twin, self.buffers = UnboundedTwin(nets), _Buffers(nets, self.backend, record.window.append, backward)

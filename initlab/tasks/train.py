@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from initlab.errors import UsageError, check, check_functions, library_call
 from initlab.nn.activations import ACTIVATIONS, Activation
@@ -28,6 +27,7 @@ from initlab.tasks.ensemble.networks import Emit, Ensemble, Frames, Init, draw_t
 from initlab.tasks.ensemble.plan import CACHED, split
 from initlab.tasks.ensemble.training import ADAPTIVE, GivenOptimizer, Training, default_rate
 from initlab.tasks.twins import Records, TwinTraining
+from initlab.terminal import Bar
 
 
 @library_call
@@ -108,7 +108,7 @@ def run_training(
     sizes, backend = training.sizes(data), backend_for(where.device, statistics)
     parts = split(len(ensemble), _most_together(sizes, training.batch, len(ensemble), where))
     total = training.steps * len(parts)
-    with tqdm(total=total, desc="train", unit="step", disable=None if progress else True) as bar:
+    with Bar(total=total, desc="train", unit="step", disable=None if progress else True) as bar:
         for some in map(ensemble.part, parts):
             (first, _), *_ = batches(data, replace(training, steps=1), some.seeds, where)
             start = draw_trained(some.rules, activation, sizes, some.seeds, first, where.generator)

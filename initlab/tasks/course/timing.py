@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from initlab.errors import UsageError, choose
 from initlab.scratch.agreement import unit_in_last_place
@@ -22,6 +21,7 @@ from initlab.stats.summarize import relative_error
 from initlab.tasks.course.rotated_timing import Call, Runner, calibrate, round_ratios, run_rounds, share_rounds
 from initlab.tasks.ensemble.device import find_device
 from initlab.tasks.ensemble.memory import free_memory, is_out_of_memory, peak_bytes, readable
+from initlab.terminal import Bar
 
 COLUMNS: dict[str, str] = {
     "version": "name of the row of the ladder",
@@ -83,7 +83,7 @@ def time_ladder(
     for row in rows:
         if not row.note and (needed := (needs or {}).get(row.name, 0)) > limit:
             row.note = f"skipped: needs {readable(needed)}, allowed are {readable(limit)}"
-    with tqdm(total=len(rows) + rounds, desc=shape, unit="step", disable=None if progress else True) as bar:
+    with Bar(total=len(rows) + rounds, desc=shape, unit="step", disable=None if progress else True) as bar:
         chosen = compare_first_calls(rows, reference, where, bar)
         runners = [row.runner for row in rows]
         share_rounds(runners, rounds, seconds)
@@ -97,9 +97,7 @@ def time_ladder(
     return pd.DataFrame(table, columns=list(COLUMNS))
 
 
-def compare_first_calls(
-    rows: list[_Version], reference: str | None, device: torch.device, bar: tqdm
-) -> _Version | None:
+def compare_first_calls(rows: list[_Version], reference: str | None, device: torch.device, bar: Bar) -> _Version | None:
     """First calls: the reference's, then the others', each compared with it; then memory and the length of a sample."""
     chosen, expected = None, None
     for row in reversed(rows):
