@@ -1,5 +1,6 @@
 """The door for files from elsewhere: a value of the right form, or one line that names the file."""
 
+import gzip
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -77,3 +78,9 @@ def test_texts_lose_what_a_terminal_would_obey(tmp_path: Path) -> None:
 def test_yaml_that_grows_or_runs_something_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text)
     refusal(files.read_yaml, tmp_path / "x.yaml")
+
+
+def test_what_is_packed_is_unpacked_as_far_as_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "x.gz").write_bytes(gzip.compress(bytes(10**6)))
+    assert len(files.read_gz(tmp_path / "x.gz", 10**6)) == 10**6
+    assert "unpacks to more" in refusal(lambda path: files.read_gz(path, 10**6 - 1), tmp_path / "x.gz")

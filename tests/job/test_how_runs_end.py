@@ -4,6 +4,7 @@ What happens at random moments is tried by tests/reliability; here each kind has
 """
 
 import errno
+import math
 import os
 import signal
 import subprocess
@@ -197,19 +198,22 @@ def test_what_a_library_swallowed_is_raised_again(tmp_path: Path, obeying: None)
 
 
 def test_a_disk_full_for_a_moment_doubles_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, refused = parts.Part.write, [False]
+    """Of what waited some is written when the disk refuses the rest, and once more at the end."""
+    own, asked = parts.Part.write, [0]
 
     def write(self: parts.Part, folder: Path) -> None:
-        if not refused[0]:
-            refused[0] = True
+        asked[0] += 1
+        if asked[0] == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         own(self, folder)
 
+    monkeypatch.setattr(parts.Part, "write", write)
     with pytest.raises(UsageError, match="free some space"), Recorder(tmp_path, {}, "cpu") as recorder:
-        recorder.add(frame(1.0))
-        monkeypatch.setattr(parts.Part, "write", write)
-        recorder.add(frame(2.0))
-    assert pd.read_parquet(tmp_path / "stats.parquet")["std"].tolist() == [1.0, 2.0]
+        recorder.patience = math.inf
+        for value in (1.0, 2.0, 3.0):
+            recorder.add(frame(value))
+        recorder.flush()
+    assert pd.read_parquet(tmp_path / "stats.parquet")["std"].tolist() == [1.0, 2.0, 3.0]
     assert read_run_json(tmp_path)["status"] == "failed"
 
 
