@@ -91,6 +91,8 @@ def run_gallery(given: argparse.Namespace) -> int:
     for path in given.outputs or ():
         if not os.path.isdir(path):  # noqa: PTH112 (a Path raises where a name is too long)
             raise UsageError(f"{path}: no such folder")
+    if given.experiments is None and EXPERIMENTS.parent == PACKAGE:
+        raise UsageError("gallery: the shipped studies keep their README; name the folder of yours with --experiments")
     done, *mistakes = write(given.experiments or EXPERIMENTS, [Path(path) for path in given.outputs or ["outputs"]])
     print(printable(done))
     _print_notes(mistakes)
