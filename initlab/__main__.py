@@ -102,7 +102,7 @@ def _run() -> int:
     folder = Sweep.close()
     try:
         if folder is not None and code not in STOPPED:
-            finish_sweep(folder, Sweep.study, Sweep.plots)
+            finish_sweep(folder, Sweep.study, Sweep.plots, Sweep.report)
     finally:
         Sweep.release()
     return _tell_end(code, folder)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 from initlab.errors import UsageError, choose, nearest, printable
 
 DIFFERENT = 3  # exit code
+SHOWN = 10  # pages that are named
 PACKAGE = Path(__file__).resolve().parent
 # In a checkout the studies stand beside the package; the wheel carries them inside.
 EXPERIMENTS = (PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else PACKAGE) / "experiments"
@@ -99,6 +100,18 @@ def run_gallery(given: argparse.Namespace) -> int:
     return 0
 
 
+def run_report(given: argparse.Namespace) -> int:
+    from initlab.report.page_files import write_pages
+
+    written, notes = write_pages(given.paths)
+    _print_notes(notes)
+    for path in written[:SHOWN]:
+        print(f"report: {printable(str(path))}")
+    if len(written) > SHOWN:
+        print(f"and {len(written) - SHOWN:,} more, one for each run")
+    return 0
+
+
 SIDE = {"help": "a run folder, the folder of a sweep, or a glob of them in quotes"}
 COMMANDS: dict[str, Command] = {
     "collect": Command(
@@ -115,6 +128,11 @@ COMMANDS: dict[str, Command] = {
         run_compare,
         {"A": SIDE, "B": SIDE},
         "Exit code 0: equal within 4 seed-to-seed spreads, 3: not, 2: a mistake.",
+    ),
+    "report": Command(
+        "The page report.html of runs and sweeps, made anew from their tables.",
+        run_report,
+        {"paths": {"nargs": "+", "metavar": "PATH", "help": "run folders, sweep folders or globs: 'outputs/**'"}},
     ),
     "gallery": Command(
         "Every study with its newest figure and answer, in their README.",

@@ -79,6 +79,7 @@ TRUTHS = frozenset(
         "outputs",
         "fixed_input",
         "plots",
+        "report",
         "merged",
     )
 )

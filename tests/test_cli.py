@@ -25,8 +25,8 @@ from initlab.tasks.course import ladders
 from initlab.tasks.ensemble.training import OPTIMIZERS
 
 Lab = Callable[..., tuple[int, str, str]]
-STACK = ("task=stack", "depth=5", "seeds=2", "plots=false")
-QUICK = ("depth=5", "seeds=2", "train.steps=3", "plots=false")
+STACK = ("task=stack", "depth=5", "seeds=2", "plots=false", "report=false")
+QUICK = ("depth=5", "seeds=2", "train.steps=3", "plots=false", "report=false")
 
 
 def runs(folder: Path = Path("outputs")) -> list[Path]:
@@ -53,7 +53,9 @@ def test_one_run_leaves_a_whole_folder_and_a_table(lab: Lab) -> None:
 
 
 def test_a_sweep_ends_in_one_table(lab: Lab) -> None:
-    code, out, _ = lab("-m", "init=naive,small,lecun,kaiming", "task=stack", "depth=50", "seeds=2", "plots=false")
+    code, out, _ = lab(
+        "-m", "init=naive,small,lecun,kaiming", "task=stack", "depth=50", "seeds=2", "plots=false", "report=false"
+    )
     assert code == 0
     assert len(runs()) == 4
     frame = initlab.read("outputs/**")
@@ -188,7 +190,7 @@ def test_a_sweep_of_too_many_jobs_is_refused_before_one_is_made(lab: Lab) -> Non
 
 
 def test_flags_stand_anywhere_and_rules_are_found_by_a_pattern(lab: Lab) -> None:
-    code, _, err = lab("task=stack", "depth=2", "-m", "init=glob(k*)", "seeds=1", "plots=false")
+    code, _, err = lab("task=stack", "depth=2", "-m", "init=glob(k*)", "seeds=1", "plots=false", "report=false")
     assert (code, err) == (0, "") and set(initlab.read("outputs/**")["init"]) == {"kaiming"}
 
 
@@ -205,7 +207,7 @@ def test_cuda_without_a_gpu_ends_at_once(lab: Lab) -> None:
 
 def test_a_mistake_in_one_job_of_a_sweep(lab: Lab) -> None:
     """The other jobs run; the exit code tells."""
-    code, out, err = lab("-m", "depth=-1,3", "task=stack", "seeds=1", "plots=false")
+    code, out, err = lab("-m", "depth=-1,3", "task=stack", "seeds=1", "plots=false", "report=false")
     assert code == 2 and "depth=-1" in err
     assert len(runs()) == 1 and "alive" in out
     code, _, err = lab("-m", "init=kaimng,naive", *QUICK)
@@ -214,11 +216,11 @@ def test_a_mistake_in_one_job_of_a_sweep(lab: Lab) -> None:
 
 def test_mistakes_of_several_jobs_are_one_line(lab: Lab) -> None:
     """Values that are wrong for one reason stand together, different reasons beside each other."""
-    _, _, err = lab("-m", "depth=-1,3", "width=-5,-6", "task=stack", "plots=false")
+    _, _, err = lab("-m", "depth=-1,3", "width=-5,-6", "task=stack", "plots=false", "report=false")
     assert err == "initlab: depth=-1, width=-5, width=-6: must be at least 1\n"
-    code, _, err = lab("-m", "dtype=int8,float32", "depth=-1", "gain=-2", "task=stack", "plots=false")
+    code, _, err = lab("-m", "dtype=int8,float32", "depth=-1", "gain=-2", "task=stack", "plots=false", "report=false")
     assert code == 2 and err.count("\n") == 1
-    _, _, err = lab("-m", "device=tpu,cpu", "depth=-1", "task=stack", "plots=false")
+    _, _, err = lab("-m", "device=tpu,cpu", "depth=-1", "task=stack", "plots=false", "report=false")
     assert err.count("\n") == 1 and "; depth=-1: must" in err and "device=tpu: must" in err
 
 
@@ -254,7 +256,7 @@ def test_teacher_takes_mse_by_itself(lab: Lab, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_seeds_are_a_range(lab: Lab) -> None:
-    assert lab("seed=3", "seeds=2", "task=stack", "depth=2", "plots=false")[0] == 0
+    assert lab("seed=3", "seeds=2", "task=stack", "depth=2", "plots=false", "report=false")[0] == 0
     assert sorted(initlab.read("outputs")["seed"].unique()) == [3, 4]
 
 
@@ -293,7 +295,7 @@ def test_import_and_help_are_light(words: list[str]) -> None:
 def test_a_stopped_run_keeps_what_it_measured(tmp_path: Path) -> None:
     """By Ctrl-C, in a process of its own; by SIGTERM at the worst moments in job/test_how_runs_end.py."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "initlab", "task=lab", "depth=3", "seeds=2", "train.steps=1000000", "plots=false"],
+        [sys.executable, "-m", "initlab", *QUICK[:2], "task=lab", "train.steps=1000000", "plots=false", "report=false"],
         cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(Path(initlab.__file__).parents[1])},
     )  # fmt: skip
@@ -431,7 +433,7 @@ def test_who_draws_and_how_a_gpu_multiplies_are_options_and_columns(lab: Lab) ->
 
 def test_every_measured_number_has_its_prediction(lab: Lab) -> None:
     """The table `theory` of both stages, a line that tests all layers, and theory=off."""
-    code, out, err = lab("depth=6", "seeds=4", "train.steps=3", "plots=false")
+    code, out, err = lab("depth=6", "seeds=4", "train.steps=3", "plots=false", "report=false")
     assert code == 0, err
     assert "theory: 6 layers agree, p = " in out and " alive p " in out
     theory = initlab.read("outputs", table="theory")
@@ -470,7 +472,7 @@ def test_a_run_says_which_gain_it_took_and_a_sweep_each_note_once(lab: Lab, monk
         raise UsageError("not known here")
 
     monkeypatch.setattr(stages, "compare_stack", silent)
-    code, out, _ = lab("-m", "task=stack", "init=kaiming,lecun", "depth=3", "seeds=2", "plots=false")
+    code, out, _ = lab("-m", "task=stack", "init=kaiming,lecun", "depth=3", "seeds=2", "plots=false", "report=false")
     assert code == 0 and out.count("theory: no prediction (not known here)\n") == 1
 
 
@@ -500,7 +502,7 @@ def test_the_researchers_page(lab: Lab, tmp_path: Path) -> None:
     ):
         (tmp_path / "mine" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mine" / path).write_text(text, encoding="utf-8")
-    code, _, err = lab("-cd", "mine", "init=strong", "activation=clip", "task=stack", "plots=false")
+    code, _, err = lab("-cd", "mine", "init=strong", "activation=clip", "task=stack", "plots=false", "report=false")
     assert code == 0, err
     mean = initlab.read("outputs/**", table="theory").query(
         "stage == 'stack' and seed == -1 and tensor == 'activation' and statistic == 'std' and layer == 1"
@@ -560,7 +562,14 @@ def test_the_public_door() -> None:
 def test_a_statistic_of_the_user_is_a_column(lab, tmp_path):
     (tmp_path / "of_mine.py").write_text("def top(x):\n    return x.amax((-2, -1))\n")
     code, _, err = lab(
-        "depth=2", "width=4", "batch=3", "seeds=2", "train.steps=2", "statistics.top=of_mine.top", "plots=false"
+        "depth=2",
+        "width=4",
+        "batch=3",
+        "seeds=2",
+        "train.steps=2",
+        "statistics.top=of_mine.top",
+        "plots=false",
+        "report=false",
     )
     assert code == 0, err
     stats = initlab.read("outputs/**")

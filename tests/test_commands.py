@@ -16,7 +16,7 @@ from initlab import commands
 from initlab.__main__ import main
 
 Lab = Callable[..., tuple[int, str, str]]
-QUICK = ("task=stack", "depth=6", "seeds=3", "plots=false")
+QUICK = ("task=stack", "depth=6", "seeds=3", "plots=false", "report=false")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_a_sweep_becomes_one_file_and_a_few_lines(swept: Lab) -> None:
 
 def test_runs_that_keep_no_stats_are_compared_by_what_they_keep(lab: Lab) -> None:
     """Two planes, two formats; and what has no number to compare is not called identical."""
-    small = ("depth=3", "width=8", "seeds=2", "plots=false")
+    small = ("depth=3", "width=8", "seeds=2", "plots=false", "report=false")
     plane = (*small, "task=phase", "phase.sw.points=2", "phase.sb.points=2", "activation=tanh")
     for name, words in (
         ("a", plane),

@@ -77,7 +77,7 @@ def test_a_study_says_what_it_asks_and_runs(path: Path, composed: Callable[..., 
     assert asked.source and asked.cost["runs"] and asked.cost["cpu_seconds"]
     assert asked.expect and config.hydra.mode.name == "MULTIRUN"
     for number, words in enumerate(first_jobs(config)):
-        one = composed(path, *words, f"theory={'off' if number else 'closed'}", "plots=false")
+        one = composed(path, *words, f"theory={'off' if number else 'closed'}", "plots=false", "report=false")
         choices = OmegaConf.to_container(one.hydra.runtime.choices)
         assert isinstance(choices, dict)
         del one.hydra
@@ -172,13 +172,13 @@ def test_a_study_that_fails_says_so_and_one_that_holds_too(lab: Lab, tmp_path: P
     assert out.startswith("Does it grow?\n") and "FAILS: it grows (measured " in out
     assert out.rstrip().endswith("0 of 1 expectations hold") or "0 of 1 expectation holds" in out
     (folder,) = Path("outputs", "hope").iterdir()
-    assert {path.name for path in folder.glob("*.*")} == {"hope.png", "expect.json", "multirun.yaml"}
+    assert {path.name for path in folder.glob("*.*")} == {"hope.png", "expect.json", "multirun.yaml", "report.html"}
     assert not list(folder.glob("*/*.png"))  # the study's figure is the one that is drawn
     kept = json.loads((folder / "expect.json").read_text(encoding="utf-8"))
     assert kept["question"] == "Does it grow?" and (kept["holds"], kept["of"]) == (0, 1)
     assert kept["verdicts"][0]["measured"][0]["number"] < 1
     hope(tmp_path, ("small,lecun", "naive,orthogonal"), ("1.0e+6", "1"))
-    code, out, err = lab("-cd", "study", "-cn", "hope", "init=naive", "plots=false")
+    code, out, err = lab("-cd", "study", "-cn", "hope", "init=naive", "plots=false", "report=false")
     assert code == 0, err
     assert "1 of 1 expectation holds" in out
 
@@ -213,7 +213,7 @@ def test_what_only_the_tables_can_tell_is_told_afterwards(lab: Lab, tmp_path: Pa
     """A layer that is not there: the numbers stay, the other sentence is judged, the exit code says a mistake."""
     other = GROWS.replace("it grows", "it is deep").replace("layer: 4", "layer: 9")
     hope(tmp_path, (f"- {GROWS}", f"- {other}\n  - {GROWS}"))
-    code, out, err = lab("-cd", "study", "-cn", "hope", "plots=false")
+    code, out, err = lab("-cd", "study", "-cn", "hope", "plots=false", "report=false")
     assert code == 2 and err == "initlab: expect: 'it is deep': selects no rows: layer=9 where there is 0, 1, 2, 3, 4\n"
     assert "0 of 2 expectations hold, 1 cannot be judged" in out  # as expect.json counts them
     assert "FAILS: it grows" in out and len(list(Path("outputs").glob("**/stats.parquet"))) == 2
@@ -227,7 +227,7 @@ def test_an_empty_sweep_is_one_line(lab: Lab, words: tuple[str, ...]) -> None:
 
 def test_the_columns_that_are_known_beforehand_are_those_that_are_written(lab: Lab) -> None:
     """Both ways: a column that is not known would be refused, one that is known and never written missed."""
-    quick = ("depth=2", "width=4", "seeds=1", "train.steps=1", "plots=false")
+    quick = ("depth=2", "width=4", "seeds=1", "train.steps=1", "plots=false", "report=false")
     assert lab(*quick)[0] == 0 and lab(*quick, "task=seeded", "device=cpu")[0] == 0
     configuration = {*OPTION_OF, *NOT_OPTIONS}
     for name in TABLES:

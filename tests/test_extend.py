@@ -19,7 +19,7 @@ ROOT = Path(initlab.__file__).parents[1]
 PAGE = ROOT / "CONTRIBUTING.md"
 pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="the page stands in the repository")
 Lab = Callable[..., tuple[int, str, str]]
-SMALL = ("depth=4", "width=40", "batch=50", "seeds=4", "plots=false")
+SMALL = ("depth=4", "width=40", "batch=50", "seeds=4", "plots=false", "report=false")
 
 
 def steps() -> list[tuple[str, str]]:

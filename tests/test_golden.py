@@ -48,7 +48,16 @@ def _train(table: str, **options: object) -> pd.DataFrame:
 def _sweep(launcher: str) -> dict[str, pd.DataFrame]:
     """The tables of a sweep from the command line, without what hangs on the clock or the folder."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "initlab", "-m", *SWEEP, "plots=false", f"hydra.sweep.dir={folder}/sweep"]
+        command = [
+            sys.executable,
+            "-m",
+            "initlab",
+            "-m",
+            *SWEEP,
+            "plots=false",
+            "report=false",
+            f"hydra.sweep.dir={folder}/sweep",
+        ]
         command += ["init=naive,kaiming", "activation=relu,tanh", f"hydra/launcher={launcher}"]
         paths = os.pathsep.join([str(Path(initlab.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}

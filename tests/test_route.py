@@ -41,7 +41,7 @@ def profile(frame, event, _):
         name = re.sub(r"(\\.<locals>\\.<\\w+>)+$", "", code.co_qualname)
         found.add((os.path.relpath(code.co_filename, folder), name))
 
-sys.argv[1:] = ["task=stack", "init=kaiming", "depth=3", "width=8", "seeds=2", "plots=false"]
+sys.argv[1:] = ["task=stack", "init=kaiming", "depth=3", "width=8", "seeds=2", "plots=false", "report=false"]
 sys.setprofile(profile)
 try:
     code = initlab.__main__.main()
@@ -74,7 +74,8 @@ import initlab.__main__
 for task in ("gains", "stack", "train", "explain"):
     sys.stdout.flush()
     if os.fork() == 0:
-        sys.argv[1:] = [f"task={task}", f"hydra.run.dir={task}", "plots=false", "seeds=1", "depth=2", "train.steps=1"]
+        sys.argv[1:] = [f"task={task}", f"hydra.run.dir={task}", "plots=false", "report=false"]
+        sys.argv += ["seeds=1", "depth=2", "train.steps=1"]
         code = initlab.__main__.main()
         print("TASKS", task, *(name for name in sys.modules if name.startswith("initlab.tasks.")), flush=True)
         os._exit(code)

@@ -1,12 +1,11 @@
-"""The figures of a run and of a sweep: from the tables, by name, to PNG files.
+"""The figures of a run and of a sweep: from the tables, by name.
 
 Medians, bands and findings come from `runs.summary`. Layers stand in network order; a signal that died is marked where
 it died, since nan, inf and 0 cannot be drawn.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -34,8 +33,8 @@ from initlab.figures.lines import (
 from initlab.figures.phase_figure import draw_phase
 from initlab.figures.training_figures import compared_loss, gradient_norm, loss, training_activations
 from initlab.runs import schema, summary, theory_rows
-from initlab.runs.labels import add_labels, shorten_labels
-from initlab.runs.schema import STATS, TABLES, THEORY, TIMINGS
+from initlab.runs.labels import shorten_labels
+from initlab.runs.schema import STATS, THEORY, TIMINGS
 from initlab.terminal import Bar
 
 Tables = Mapping[str, pd.DataFrame]
@@ -201,14 +200,8 @@ COMPARING: dict[str, Callable[[Tables], Figure | None]] = {
 }
 
 
-def draw(tables: Tables, folder: Path, compare: bool = False) -> list[Path]:
-    """Write every figure that the tables allow as PNG, or those that compare several runs; their paths."""
-    labelled = {**tables, **add_labels({name: frame for name, frame in tables.items() if TABLES[name].labelled})}
-    paths = []
-    makers = (COMPARING if compare else FIGURES).items()
-    for name, make in Bar(makers, desc="figures", unit="figure", disable=None):
-        figure = make(labelled)
-        if figure is not None:
-            paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1])
-    return paths
+def make_figures(tables: Tables, compare: bool = False) -> Iterator[tuple[str, Figure]]:
+    """Every figure that the tables allow, by name, or those that compare several runs; needs `label`."""
+    for name, make in Bar((COMPARING if compare else FIGURES).items(), desc="figures", unit="figure", disable=None):
+        if (figure := make(tables)) is not None:
+            yield name, figure

@@ -94,18 +94,19 @@ def _run(cfg: DictConfig, folder: Path, single: bool) -> float | None:
             log.info(study.question)
     try:
         printed = job.run()
+        if study is not None:
+            if cfg.json:
+                print(printed)
+            else:
+                log.info(printed)
+            answer(folder, study, bool(cfg.plots))
+        job.write_page()
     except Exception as error:
         raise as_ended(error, folder) from error
     if cfg.task == "diagnose" and not job.recorder.ok:
         outcome.ill.append(folder)
     if study is None:
         log.info("done: %s", path_text(folder))
-    else:
-        if cfg.json:
-            print(printed)
-        else:
-            log.info(printed)
-        answer(folder, study, bool(cfg.plots))
     return job.value
 
 
@@ -199,18 +200,20 @@ def answer(folder: Path, study: "Study", plots: bool) -> None:
     outcome.failed.extend(one.say for one in answers if not one.holds)
 
 
-def finish_sweep(folder: Path, study: "Study | None", plots: bool) -> None:
-    """The short table, the comparing figures or the study's own, and its answers, where jobs left something to read."""
+def finish_sweep(folder: Path, study: "Study | None", plots: bool, report: bool) -> None:
+    """The short table, the comparing figures or the study's own, answers and page, where jobs left something."""
     from initlab.job.printout import report_sweep
     from initlab.runs.recorder import discard
 
     if next(folder.rglob("run.json"), None) is None:
         discard(folder)
         return
-    report = report_sweep(folder, plots and not (study and study.figure))
+    printed, ended = report_sweep(folder, plots and not (study and study.figure), report)
     if is_aside():
-        print(report)
+        print(printed)
     else:
-        log.info(report)
+        log.info(printed)
     if study is not None:
         answer(folder, study, plots)
+    if report:
+        ended.write_page()

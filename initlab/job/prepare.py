@@ -15,7 +15,7 @@ import torch
 from initlab.errors import UsageError, check, choose, show
 from initlab.job.network_grid import refuse_axes
 from initlab.job.options import call_text, columns, import_function, option_names, seeds, statistics_of
-from initlab.job.printout import report_run, run_as_json
+from initlab.job.printout import Ended, describe_run, run_as_json
 from initlab.job.settings import Config
 from initlab.job.stages import TASKS, JobSettings, Stage
 from initlab.meanfield.gain_table import gain_words
@@ -47,6 +47,7 @@ class Job:
     stages: Sequence[Stage]
     recorder: Recorder
     plots: bool
+    report: bool
     gain: str = ""  # which gain the rule took, in words; those of a sweep stand in the columns of its tables
     texts_only: bool = False  # which are JSON for another program
     json: bool = False  # JSON is made of the tables and the findings
@@ -60,13 +61,12 @@ class Job:
         """Measure, record, draw; what is to be printed."""
         with self.recorder:
             texts = [stage(self.recorder) for stage in self.stages]
-        tables = self.recorder.frames()
-        said = [*self.judge(tables), *self.measure(tables)]
+        said = self.finish()
         if self.texts_only:
             return "\n".join([*said, *texts])
         if self.json:
-            return run_as_json(self.recorder, tables, self.findings, self.plots, self.compares, self.value)
-        return "\n".join([report_run(self.recorder, tables, texts, self.plots, self.compares, self.gain), *said])
+            return run_as_json(self.ended, self.recorder, self.findings, self.value)
+        return "\n".join([describe_run(self.ended, self.recorder, texts, self.gain, self.report), *said])
 
     def judge(self, tables: Mapping[str, pd.DataFrame]) -> list[str]:
         """Keep the verdict of the run's own tables; a line for each of its findings."""
@@ -86,13 +86,18 @@ class Job:
         self.value = found.number
         return [f"objective: {found}"]
 
-    def finish(self) -> None:
-        """The verdict and the figures of what others have recorded."""
-        tables = self.recorder.frames()
-        self.judge(tables)
-        self.measure(tables)
-        if self.plots:
-            report_run(self.recorder, tables, [], self.plots, self.compares, self.gain)
+    def finish(self) -> list[str]:
+        """The verdict, the objective and the figures of what was recorded; what there is to say of the first two."""
+        self.ended = Ended(self.recorder.folder, self.recorder.frames())
+        said = [*self.judge(self.ended.tables), *self.measure(self.ended.tables)]
+        if self.plots and not self.texts_only:
+            self.ended.draw(self.compares, self.report)
+        return said
+
+    def write_page(self) -> None:
+        """All of it on one page, if that is asked for."""
+        if self.report:
+            self.ended.write_page()
 
 
 def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> Job:
@@ -134,7 +139,8 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     trains = any(module == "train" for module, _ in task.stages)
     constant = settings.load_data().constant_loss(training.loss) if trains else math.inf
     as_json = config.json and not task.json
-    return Job(stages, recorder, plots, gain, config.json and task.json, as_json, several, constant, objective)
+    about = (gain, config.json and task.json, as_json, several, constant, objective)
+    return Job(stages, recorder, plots, config.report, *about)
 
 
 def resolve_training(config: Config) -> Training:

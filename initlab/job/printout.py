@@ -3,18 +3,24 @@
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from initlab.errors import UsageError
 from initlab.runs import summary, theory_rows
 from initlab.runs.collect import LONGEST
+from initlab.runs.labels import label_run_tables
 from initlab.runs.read import Run, find_runs, read_runs
 from initlab.runs.recorder import Recorder
 from initlab.runs.schema import LOSSES, PARITY, STATS, TABLES, THEORY
 from initlab.terminal import as_json, find_width, is_aside
+
+if TYPE_CHECKING:
+    from initlab.figures.pictures import Picture
 
 
 def read_tables(runs: Sequence[Run], names: Iterable[str]) -> dict[str, pd.DataFrame]:
@@ -23,42 +29,58 @@ def read_tables(runs: Sequence[Run], names: Iterable[str]) -> dict[str, pd.DataF
     return {name: frame for name, frame in frames.items() if frame is not None}
 
 
-def report_run(
-    recorder: Recorder,
-    tables: Mapping[str, pd.DataFrame],
-    texts: Sequence[str],
-    plots: bool,
-    compare: bool,
-    gain: str,
-) -> str:
-    """Draw the figures of a run that has ended, from memory; what is to be printed.
+@dataclass
+class Ended:
+    """A run or a sweep that has ended: its folder, its tables, its figures as a page shows them."""
 
-    tables: what it has recorded. texts: what its stages have to say. compare: its networks differ, and the figures of a
-    sweep are drawn. gain: which gain the rule took, in words.
+    folder: Path
+    tables: Mapping[str, pd.DataFrame]
+    pictures: "list[Picture]" = field(default_factory=list)
+
+    @cached_property
+    def labelled_tables(self) -> Mapping[str, pd.DataFrame]:
+        """The tables, for what tells settings apart."""
+        return label_run_tables(self.tables)
+
+    def draw(self, compare: bool, inline: bool) -> None:
+        """Write the figures, those that compare several runs if asked for; for a page too where there will be one."""
+        from initlab.figures import plots  # seaborn takes a second to import
+        from initlab.figures.pictures import draw_pictures
+
+        self.pictures = draw_pictures(plots.make_figures(self.labelled_tables, compare), self.folder, inline)
+
+    def write_page(self) -> None:
+        """`report.html`; errors: one line where it cannot be written."""
+        from initlab.report import page
+
+        page.write_page(self.folder, self.labelled_tables, self.pictures)
+
+
+def describe_run(ended: Ended, recorder: Recorder, texts: Sequence[str], gain: str, report: bool) -> str:
+    """What is to be printed of a run whose figures are drawn.
+
+    texts: what its stages have to say. gain: which gain the rule took, in words. report: there will be a page.
     """
-    drawn = plots and bool(_draw(tables, recorder.folder, compare))
-    lines = [text for text in texts if text] + _summarize(tables)
+    lines = [text for text in texts if text] + _summarize(ended.tables)
     lines += [*([gain] if gain else []), *_notes([recorder.about])]
-    return "\n".join([*lines, *_files(recorder.folder, Path(), drawn)])
+    return "\n".join([*lines, *_files(ended, Path(), report)])
 
 
 def run_as_json(
-    recorder: Recorder,
-    tables: Mapping[str, pd.DataFrame],
-    findings: Sequence[Mapping[str, Any]],
-    plots: bool,
-    compare: bool,
-    objective: float | None,
+    ended: Ended, recorder: Recorder, findings: Sequence[Mapping[str, Any]], objective: float | None
 ) -> str:
-    """Draw as `report_run` does; a run for another program: its findings, and the short table or else its only one.
+    """A run for another program: its findings, and the short table or else its only one.
 
     objective: its value, if the run has one.
     """
-    if plots:
-        _draw(tables, recorder.folder, compare)
     notes = recorder.about.get("notes", [])
-    found = {"folder": path_text(recorder.folder), "findings": list(findings), "notes": list(dict.fromkeys(notes))}
-    return as_json(found | ({} if objective is None else {"objective": objective}) | {"table": read_rows(tables)})
+    found: dict[str, Any] = {
+        "folder": path_text(recorder.folder),
+        "findings": list(findings),
+        "notes": list(dict.fromkeys(notes)),
+    }
+    found |= {} if objective is None else {"objective": objective}
+    return as_json(found | {"table": read_rows(ended.tables)})
 
 
 def read_rows(tables: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
@@ -72,14 +94,15 @@ def read_rows(tables: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
-def report_sweep(folder: Path, plots: bool) -> str:
-    """Draw the figures that compare the runs of a sweep; what is to be printed."""
+def report_sweep(folder: Path, plots: bool, report: bool) -> tuple[str, Ended]:
+    """Draw the figures that compare the runs of a sweep; what is to be printed, and what a page is made of."""
     runs = find_runs(folder)
-    tables = read_tables(runs, TABLES)
-    drawn = plots and bool(_draw(tables, folder, compare=True))
+    ended = Ended(folder, read_tables(runs, TABLES))
+    if plots:
+        ended.draw(True, report)
     below = Path("*") if any(folder.glob("*/run.json")) else Path("*/*")
-    lines = _summarize(tables) + _notes([run.json for run in runs])
-    files = _files(folder, below, drawn)
+    lines = _summarize(ended.tables) + _notes([run.json for run in runs])
+    files = _files(ended, below, report)
     counts = Counter(str(run.json["verdict"]).split(":")[0].split(" at ")[0] for run in runs if "verdict" in run.json)
     said = ", ".join(f"{n} {rule}" for rule, n in counts.most_common())
     unfinished = [run for run in runs if run.json["status"] not in ("done", "running")]
@@ -89,9 +112,10 @@ def report_sweep(folder: Path, plots: bool) -> str:
     ]
     if is_aside():
         states = {path_text(Path(run.name)): run.json["status"] for run in runs}
-        return as_json({"folder": path_text(folder), "runs": states, "verdicts": counts, "table": read_rows(tables)})
+        table = read_rows(ended.tables)
+        return as_json({"folder": path_text(folder), "runs": states, "verdicts": counts, "table": table}), ended
     verdicts = [f"verdicts of {counts.total()} runs: {said}"] if counts else []
-    return "\n".join([*lines, *files[1:], *verdicts])
+    return "\n".join([*lines, *files[1:], *verdicts]), ended
 
 
 def _summarize(tables: Mapping[str, pd.DataFrame]) -> list[str]:
@@ -117,15 +141,10 @@ def _notes(run_jsons: Sequence[Mapping[str, Any]]) -> list[str]:
     return [text if n == len(run_jsons) else f"{text}: {n} of {len(run_jsons)} runs" for text, n in counts.items()]
 
 
-def _files(folder: Path, below: Path, drawn: bool) -> list[str]:
-    plots = [f"plots:  {path_text(folder / '*.png')}"] if drawn else []
-    return [f"tables: {path_text(folder / below / '*.parquet')}", *plots]
-
-
-def _draw(tables: Mapping[str, pd.DataFrame], folder: Path, compare: bool) -> list[Path]:
-    from initlab.figures import plots  # seaborn takes a second to import
-
-    return plots.draw(tables, folder, compare)
+def _files(ended: Ended, below: Path, report: bool) -> list[str]:
+    plots = [f"plots:  {path_text(ended.folder / '*.png')}"] if ended.pictures else []
+    page = [f"report: {path_text(ended.folder / 'report.html')}"] if report else []
+    return [f"tables: {path_text(ended.folder / below / '*.parquet')}", *plots, *page]
 
 
 def path_text(path: Path) -> str:

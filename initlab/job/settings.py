@@ -147,6 +147,7 @@ class Config:
     histograms: bool = MISSING
     statistics: dict[str, str] = field(default_factory=dict)
     plots: bool = MISSING
+    report: bool = MISSING
     resume: str | None = None
     study: StudyConfig = field(default_factory=StudyConfig)
     expect: list[Any] = field(default_factory=list)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from initlab.runs.schema import DERIVED, IN_EVERY_LABEL, LABELS
+from initlab.runs.schema import DERIVED, IN_EVERY_LABEL, LABELS, TABLES
 
 
 def label_columns(frame: pd.DataFrame) -> list[str]:
@@ -60,6 +60,11 @@ def add_labels(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
         return frame[["run", *axes]].astype(str).merge(known, "left", ["run", *axes])["label"]
 
     return {name: frame.assign(label=pd.Categorical(label(frame), order)) for name, frame in tables.items()}
+
+
+def label_run_tables(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """All tables of some runs, those with a column `label` that figures and pages tell apart by it."""
+    return {**tables, **add_labels({name: frame for name, frame in tables.items() if TABLES[name].labelled})}
 
 
 def is_constant(column: pd.Series) -> bool:

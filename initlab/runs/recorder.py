@@ -88,7 +88,7 @@ def clear(folder: Path) -> None:
     """
     with report_disk(folder):
         clear_parts(folder)
-        for name in (*(f"{table}.parquet" for table in TABLES), "run.json", "verdict.json"):
+        for name in (*(f"{table}.parquet" for table in TABLES), "run.json", "verdict.json", "report.html"):
             (folder / name).unlink(missing_ok=True)
         for path in folder.glob("*.png"):
             path.unlink()

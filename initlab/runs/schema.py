@@ -83,7 +83,9 @@ TABLES: dict[str, Table] = {
         labelled=True,
     ),
     HISTOGRAMS: Table(
-        "entries by sign and octave, for the rows of `stats`; lists of counts from octave `first` on", order=ORDER
+        "entries by sign and octave, for the rows of `stats`; lists of counts from octave `first` on",
+        order=ORDER,
+        labelled=True,
     ),
     LSUV: Table(
         "a row per stage, seed, layer and attempt to scale its weights to unit variance",

@@ -189,6 +189,7 @@ class Batched(Launcher):
             if fault is not None:
                 raise fault
             job.finish()
+            job.write_page()
             log.info("done: %s", path_text(one.folder))
         except Exception as error:
             return self._job_return(one, as_ended(error, one.folder))

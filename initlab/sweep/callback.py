@@ -40,6 +40,7 @@ class Sweep(Callback):
     place: ClassVar[str] = ""  # the folder of either, from the first moment
     study: ClassVar[Study | None] = None
     plots: ClassVar[bool] = True
+    report: ClassVar[bool] = True
     _bar: ClassVar[Any] = None
     _after: ClassVar[ExitStack] = ExitStack()
 
@@ -59,7 +60,7 @@ class Sweep(Callback):
             parse_overrides(config.hydra.overrides.task, OmegaConf.select(config, "hydra.sweeper.params"))
             _refuse_without_objective(config)
             Sweep.study = study_of(config, config.hydra.job.config_name, config.hydra.overrides.task)
-            Sweep.plots = bool(config.plots)
+            Sweep.plots, Sweep.report = bool(config.plots), bool(config.report)
             choose_lines(bool(config.json), int(OmegaConf.select(config, "hydra.sweeper.n_trials") or 0))
         if Sweep.study.question:
             print(Sweep.study.question, file=sys.stderr if is_aside() else sys.stdout)
@@ -78,7 +79,8 @@ class Sweep(Callback):
     @classmethod
     def forget(cls) -> None:
         """Nothing is known yet: a process may run one command after another."""
-        cls.folder, cls.single, cls.place, cls.study, cls.plots = None, None, "the working folder", None, True
+        cls.folder, cls.single, cls.place, cls.study = None, None, "the working folder", None
+        cls.plots = cls.report = True
 
     @classmethod
     def lock(cls, folder: Path) -> None:

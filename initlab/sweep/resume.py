@@ -25,7 +25,7 @@ from initlab.runs.schema import SEALED
 from initlab.sweep.callback import parse_overrides
 
 Job = Sequence[str]  # the overrides of one job
-FREE = ("resume", "plots", "expect", "study")  # what may differ: no number depends on it
+FREE = ("resume", "plots", "report", "expect", "study")  # what may differ: no number depends on it
 _MAGIC = b"PAR1"  # how every whole parquet file ends
 
 

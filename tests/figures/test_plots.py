@@ -5,6 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from initlab.figures import plots
+from initlab.figures.pictures import draw_pictures
 from initlab.runs.labels import labels
 from initlab.tasks.data import load
 from initlab.tasks.stack import stack
@@ -82,8 +83,8 @@ def test_several_settings_are_compared(kaiming: Tables, naive: Tables) -> None:
 @pytest.mark.parametrize("every", [1, 10])  # with one recorded step there may be nothing at all to draw
 def test_a_training_that_diverged_is_drawn_and_marked(every: int, tmp_path: Path) -> None:
     tables = labelled(run("naive", depth=50, width=100, every=every))
-    written = plots.draw({name: frame.drop(columns=["label", "run"]) for name, frame in tables.items()}, tmp_path)
-    assert [path.stem for path in written] == [name for name in OF_A_RUN if name != "gradient_std"]
+    written = draw_pictures(plots.make_figures(tables), tmp_path, inline=False)
+    assert [one.name for one in written] == [name for name in OF_A_RUN if name != "gradient_std"]
     assert plots.gradient_std(tables) is None  # of dead values there is no gradient
     lost, norms = plots.loss(tables), plots.gradient_norm(tables)
     assert lost is not None and "not finite from step 0" in words(lost)
@@ -91,12 +92,13 @@ def test_a_training_that_diverged_is_drawn_and_marked(every: int, tmp_path: Path
 
 
 def test_pngs_are_written_and_what_cannot_be_drawn_is_left_out(tmp_path: Path, kaiming: Tables) -> None:
-    written = plots.draw({name: frame.drop(columns="run") for name, frame in kaiming.items()}, tmp_path)
-    assert [path.stem for path in written] == OF_A_RUN
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
-    only_stack = kaiming["stats"][kaiming["stats"]["stage"] == "stack"]
-    written = plots.draw({"stats": only_stack}, tmp_path / ".")
-    assert [path.stem for path in written] == ["activation_std", "gradient_std"]
+    written = draw_pictures(plots.make_figures(labelled(kaiming)), tmp_path, inline=False)
+    assert [one.name for one in written] == OF_A_RUN
+    assert all((tmp_path / f"{one.name}.png").read_bytes()[:4] == b"\x89PNG" for one in written)
+    stats = labelled(kaiming)["stats"]
+    only_stack = stats[stats["stage"] == "stack"]
+    written = draw_pictures(plots.make_figures({"stats": only_stack}), tmp_path, inline=False)
+    assert [one.name for one in written] == ["activation_std", "gradient_std"]
 
 
 def test_a_ladder_is_drawn_over_its_sizes() -> None:

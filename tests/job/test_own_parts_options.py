@@ -8,7 +8,16 @@ import pytest
 from initlab.runs.read import read
 
 Lab = Callable[..., tuple[int, str, str]]
-SMALL = ("depth=2", "width=8", "seeds=1", "train.steps=2", "train.width=5", "plots=false", "hydra.run.dir=run")
+SMALL = (
+    "depth=2",
+    "width=8",
+    "seeds=1",
+    "train.steps=2",
+    "train.width=5",
+    "plots=false",
+    "report=false",
+    "hydra.run.dir=run",
+)
 MINE = """
 import numpy, torch
 
@@ -54,7 +63,9 @@ def test_what_is_ones_own_has_its_name_in_every_table(
 
 
 def test_widths_are_a_list(lab: Lab) -> None:
-    code, out, errors = lab("task=stack", "widths=[12,5,9]", "inputs=7", "seeds=2", "plots=false", "hydra.run.dir=run")
+    code, out, errors = lab(
+        "task=stack", "widths=[12,5,9]", "inputs=7", "seeds=2", "plots=false", "report=false", "hydra.run.dir=run"
+    )
     assert (code, errors) == (0, "") and "theory: 3 layers" in out
     stats = read("run")
     assert set(stats["widths"]) == {"12-5-9"} and set(stats["depth"]) == {3} and set(stats["inputs"]) == {7}
@@ -64,7 +75,9 @@ def test_widths_are_a_list(lab: Lab) -> None:
 
 
 def read_defaults(lab: Lab) -> list[str]:
-    assert lab("task=stack", "depth=2", "width=3", "seeds=1", "plots=false", "hydra.run.dir=other")[0] == 0
+    assert (
+        lab("task=stack", "depth=2", "width=3", "seeds=1", "plots=false", "report=false", "hydra.run.dir=other")[0] == 0
+    )
     return list(read("other").columns)
 
 
@@ -101,7 +114,7 @@ def test_what_is_wrong_with_it_is_one_line(
 ) -> None:
     (tmp_path / "mine_parts.py").write_text(MINE, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    code, out, errors = lab("train.steps=2", "plots=false", *words)
+    code, out, errors = lab("train.steps=2", "plots=false", "report=false", *words)
     assert (code, out) == (2, "") and errors.count("\n") == 1
     assert text in errors
     assert not (tmp_path / "outputs").exists() or not list((tmp_path / "outputs/config").glob("*"))

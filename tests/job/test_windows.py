@@ -50,7 +50,8 @@ def test_runs_and_sweeps_end_as_elsewhere(tmp_path: Path) -> None:
     words += ["-m", "seed=0,5", "hydra.sweep.dir=x"]
     flags = ["-W", "ignore:only soft file lock"]  # filelock has a better one on Windows itself
     done = subprocess.run(
-        [sys.executable, *flags, "-c", WINDOWS, *words, "plots=false"], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, *flags, "-c", WINDOWS, *words, "plots=false", "report=false"],
+        cwd=tmp_path, capture_output=True, text=True,
         check=False, env=os.environ | {"PYTHONPATH": str(Path(initlab.__file__).parents[1])},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")

@@ -72,7 +72,7 @@ def tables(folder: Path, words: Sequence[str], process: Mapping[str, Any], envir
     folder.mkdir(parents=True)
     paths = os.pathsep.join([str(Path(initlab.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(**process), *words, where, "plots=false"],
+        [sys.executable, "-c", PROGRAM.format(**process), *words, where, "plots=false", "report=false"],
         capture_output=True, text=True, cwd=folder, env=os.environ | {"PYTHONPATH": paths} | environment, check=False,
     )  # fmt: skip
     if done.returncode:

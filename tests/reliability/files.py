@@ -33,7 +33,7 @@ from tests.reliability.forks import isolate, run_forked
 
 LARGE = 1000
 SWEEP = ("-m", "init=naive,kaiming", "depth=2", "width=3", "batch=3", "seeds=2", "train.steps=2", "train.width=3")
-SWEEP += ("plots=false", "device=cpu")
+SWEEP += ("plots=false", "report=false", "device=cpu")
 TABLES = ("stats", "losses", "parity", "theory")
 ODD: tuple[Any, ...] = (
     None,

@@ -24,7 +24,17 @@ from tests.reliability.commands import FLUSHED, Ended, Forks, forks
 
 LARGE = 400
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-SMALL = ("plots=false", "device=cpu", "seeds=2", "depth=4", "width=6", "batch=4", "train.width=4", "train.batch=8")
+SMALL = (
+    "plots=false",
+    "report=false",
+    "device=cpu",
+    "seeds=2",
+    "depth=4",
+    "width=6",
+    "batch=4",
+    "train.width=4",
+    "train.batch=8",
+)
 AXES = ("-m", "init=naive,kaiming", "seed=0,5")
 
 

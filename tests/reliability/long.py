@@ -51,7 +51,7 @@ def long_case(rng: random.Random, folder: Path, rows: int, stopped: bool) -> Cas
     if stopped:
         steps *= 3
     words = [f"train.depth={depth}", f"seeds={seeds}", f"train.steps={steps}", "task=train", "train.width=8"]
-    words += ["train.batch=8", "theory=off", "plots=false", "device=cpu", "hydra.run.dir=x"]
+    words += ["train.batch=8", "theory=off", "plots=false", "report=false", "device=cpu", "hydra.run.dir=x"]
     folder.mkdir(parents=True)
     process = subprocess.Popen(
         [sys.executable, "-m", "initlab", *words], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,

@@ -16,7 +16,17 @@ from tests.reliability.forks import isolate, run_forked
 LARGE = 2000
 LONGEST = 330  # characters of a line: some 300, with what stands before it
 # A run that takes a fraction of a second, unless a word that follows says otherwise.
-QUICK = ("depth=3", "width=4", "batch=3", "seeds=1", "train.steps=2", "train.width=3", "plots=false", "data=digits")
+QUICK = (
+    "depth=3",
+    "width=4",
+    "batch=3",
+    "seeds=1",
+    "train.steps=2",
+    "train.width=3",
+    "plots=false",
+    "report=false",
+    "data=digits",
+)
 QUICK += ("phase.sw.points=2", "phase.sb.points=2", "device=cpu")
 TASKS = ("lab", "stack", "train", "seeded", "graph", "explain")  # the others take seconds whatever is said
 

@@ -55,7 +55,15 @@ def test_a_run_has_the_same_order(
     lab: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, task: str
 ) -> None:
     """Its files too, with the predictions."""
-    words = ("sweep.init=[naive,lsuv]", "sweep.seed=[4,0,2]", "depth=6", "width=5", "batch=4", "plots=false")
+    words = (
+        "sweep.init=[naive,lsuv]",
+        "sweep.seed=[4,0,2]",
+        "depth=6",
+        "width=5",
+        "batch=4",
+        "plots=false",
+        "report=false",
+    )
     words += (f"task={task}", "train.steps=5", "train.width=4", "train.batch=8", "histograms=true")
     assert lab(*words, "hydra.run.dir=whole")[0] == 0
     rng = random.Random(0)

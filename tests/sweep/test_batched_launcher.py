@@ -30,7 +30,16 @@ from initlab.tasks.ensemble.networks import Ensemble
 from initlab.tasks.train import run_training
 
 Lab = Callable[..., tuple[int, str, str]]
-TINY = ("depth=3", "width=8", "batch=16", "plots=false", "train.width=4", "train.steps=3", "train.batch=8")
+TINY = (
+    "depth=3",
+    "width=8",
+    "batch=16",
+    "plots=false",
+    "report=false",
+    "train.width=4",
+    "train.steps=3",
+    "train.batch=8",
+)
 BATCHED = "hydra/launcher=batched"
 # Of a quantity that both launchers measured: the ensemble contract, 4 eps of float32 per layer, over up to 4 layers.
 NEAR = 16 * torch.finfo(torch.float32).eps

@@ -24,7 +24,17 @@ from initlab.job.options import EXTRAS, as_usage_error
 from initlab.job.settings import CONF
 from initlab.sweep import workers
 
-WORDS = ("-m", "init=kaiming", "seed=0,1", "task=stack", "depth=4", "width=20", "seeds=2", "plots=false")
+WORDS = (
+    "-m",
+    "init=kaiming",
+    "seed=0,1",
+    "task=stack",
+    "depth=4",
+    "width=20",
+    "seeds=2",
+    "plots=false",
+    "report=false",
+)
 JOBS = 2
 PLUGINS = {"joblib": "hydra_joblib_launcher", "submitit_local": "hydra_submitit_launcher", "ray": "hydra_ray_launcher"}
 

@@ -28,7 +28,7 @@ from initlab.tasks import stack as stacking
 from initlab.tasks.ensemble.networks import Net
 
 Lab = Callable[..., tuple[int, str, str]]
-SMALL = ("task=stack", "seeds=2", "theory=off", "plots=false")
+SMALL = ("task=stack", "seeds=2", "theory=off", "plots=false", "report=false")
 SIX = ("-m", "init=naive,lecun,kaiming", "depth=2,3", *SMALL)
 HERE = os.environ | {"PYTHONPATH": str(Path(initlab.__file__).parents[1])}
 

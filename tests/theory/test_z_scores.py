@@ -23,7 +23,7 @@ XAVIER = rule("xavier", gain=1.3)
 
 def theory_with(threads: int, folder: Path) -> pd.DataFrame:
     """The predictions for a training, where numpy is told to multiply with so many threads."""
-    words = ["task=train", "seeds=1", "train.width=8", "train.batch=16", "train.steps=1", "plots=false"]
+    words = ["task=train", "seeds=1", "train.width=8", "train.batch=16", "train.steps=1", "plots=false", "report=false"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "initlab", *words, f"hydra.run.dir={folder}"]
     subprocess.run(command, check=True, capture_output=True, cwd=folder.parent, env=environment)
