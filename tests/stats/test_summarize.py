@@ -23,7 +23,7 @@ from initlab.stats.histogram import histogram, octaves
 from initlab.stats.measure import backend_for
 from initlab.stats.reference import FIELDS, Row, merge, row
 from initlab.stats.statistics import STATISTICS
-from initlab.stats.summarize import derive, summarize
+from initlab.stats.summarize import derive, saturated_share, summarize
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 PRODUCERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -427,3 +427,20 @@ def test_a_gpu_makes_the_same_row(case: str) -> None:
     a, b = named(fields.cpu()), named(summarize(x))
     assert [a[name] for name in COUNTED] == [b[name] for name in COUNTED]
     assert torch.equal(counts.cpu(), histogram(x))
+
+
+def test_what_varies_inside_units_scales_with_the_tensor_and_is_nothing_in_constant_units() -> None:
+    """Powers of two change no digit, so the law holds to the bit, far below a sum of squares of 1 as above it."""
+    units = torch.randn(1, 30, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    noise = torch.randn(7, 30, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    within, small = (derive(summarize(k * (units + 1e-3 * noise)), ["std_within"]) for k in (1.0, 2.0**-20))
+    assert within > 0 and small == within * 2.0**-20
+    assert derive(summarize(units.expand(7, 30)), ["std_within"]) == 0
+
+
+def test_saturation_is_of_each_matrix() -> None:
+    slope = torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
+    for lead in ((), (2,), (5, 2)):
+        assert torch.equal(
+            saturated_share(slope.expand(*lead, 2, 3), 4.0), torch.full(lead, 4 / 6, dtype=torch.float64)
+        )
