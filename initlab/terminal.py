@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -19,15 +20,33 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LINES = "INITLAB_LINES"  # variable of the environment: which lines there are
+SECOND = 1.0
 FEW_JOBS = 20  # of a sweep: each has a line; where there are more the bar and the table say it
 OF_A_JOB = re.compile(r"\t#\d+ : |done: |Launching \d+ jobs? ")
 
 
 class Bar(tqdm):  # type: ignore[misc] # tqdm has no types
-    """A bar of tqdm's as wide as the terminal, gone when its work is done, without an estimate of no time."""
+    """A bar of tqdm's as wide as the terminal, gone when its work is done, without an estimate of no time.
 
-    def __init__(self, *given: Any, **options: Any) -> None:
+    ticks: show every second how much time has passed, for steps that take many.
+    """
+
+    def __init__(self, *given: Any, ticks: bool = False, **options: Any) -> None:
         super().__init__(*given, **{"leave": False, "dynamic_ncols": True, **options})
+        self._over, self._clock = threading.Event(), threading.Thread(target=self._watch_time, daemon=True)
+        if ticks and not self.disable:
+            self._clock.start()
+
+    def _watch_time(self) -> None:
+        while not self._over.wait(SECOND):
+            self.refresh()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if hasattr(self, "_clock") and self._clock.is_alive():  # tqdm closes what it could not make
+            self._over.set()
+            self._clock.join()
+        super().close()
 
     @staticmethod
     def format_meter(*given: Any, **options: Any) -> str:

@@ -82,6 +82,21 @@ def test_lines_stand_above_the_bars(columns: int) -> None:
             assert screen.lines() == [f"done: job {k}" for k in range(3)]  # the bars are gone
 
 
+def test_a_bar_may_tell_the_time_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is drawn again without an update, and never after its end."""
+    monkeypatch.setattr(terminal, "SECOND", 0.001)
+    for ticks in (True, False):
+        screen = Screen()
+        with Bar(total=2, desc="theory", file=screen, disable=None, ticks=ticks) as bar:
+            before = len(screen.getvalue())
+            for _ in range(2000 * ticks):
+                if len(screen.getvalue()) > before:
+                    break
+                time.sleep(0.01)
+            assert (len(screen.getvalue()) > before) is ticks
+        assert screen.lines() == [] and bar.disable
+
+
 def test_no_estimate_of_no_time() -> None:
     at_start, near_end, halfway = (
         Bar.format_meter(n=n, total=1000, elapsed=seconds, ncols=80) for n, seconds in ((0, 0), (999, 10), (100, 10))

@@ -202,6 +202,7 @@ COMPARING: dict[str, Callable[[Tables], Figure | None]] = {
 
 def make_figures(tables: Tables, compare: bool = False) -> Iterator[tuple[str, Figure]]:
     """Every figure that the tables allow, by name, or those that compare several runs; needs `label`."""
-    for name, make in Bar((COMPARING if compare else FIGURES).items(), desc="figures", unit="figure", disable=None):
+    makers = (COMPARING if compare else FIGURES).items()
+    for name, make in Bar(makers, desc="figures", unit="figure", disable=None, ticks=True):
         if (figure := make(tables)) is not None:
             yield name, figure

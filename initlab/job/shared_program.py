@@ -149,7 +149,7 @@ def add_theory(taps: Sequence[Tap], method: str) -> None:
             if len(rows):  # else stopped before
                 rule = tap.stage.ensemble.rules[tap.stage.first_networks()[point]]
                 groups.setdefault((rule, None if tap.stage.at_once else (k, point)), []).append((k, point, rows))
-    for (rule, _), members in Bar(groups.items(), desc="theory", unit="prediction", disable=None):
+    for (rule, _), members in Bar(groups.items(), desc="theory", unit="prediction", disable=None, ticks=True):
         predict = taps[members[0][0]].stage.predict
         assert predict is not None
         single = len(members) == 1

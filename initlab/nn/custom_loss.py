@@ -55,7 +55,9 @@ class _OwnLoss:
         try:
             value = self.function(given, targ.clone())
         except (Exception, SystemExit) as error:  # a function of the user's may raise anything
-            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+            if "vmap" in reason:
+                raise UsageError(f"{self.name} cannot run under vmap; use train.modules=one_by_one") from error
             shapes = f"outputs {tuple(given.shape)} and targets {tuple(targ.shape)}, {targ.dtype}"
             raise UsageError(f"{self.name} cannot be called with {shapes} ({reason})") from error
         if not isinstance(value, Tensor):

@@ -94,6 +94,17 @@ def test_a_wrong_loss_is_one_line(loss: Any, text: str) -> None:
     assert text in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_loss_that_asks_for_numbers_is_no_loss_for_vmap() -> None:
+    """It trains one by one, and says so where it cannot be one program."""
+
+    def halves(out: Tensor, target: Tensor) -> Tensor:
+        return out.square().mean() if out.mean() > 0 else out.abs().mean()
+
+    assert worst(train(**SMALL, loss=halves)) < PARITY
+    with pytest.raises(UsageError, match=r"halves cannot run under vmap; use modules=one_by_one"):
+        train(**SMALL, loss=halves, modules="vmap", every=2)
+
+
 def test_a_loss_that_is_nan_is_data() -> None:
     frames = train(**SMALL, loss=lambda out, target: (out * torch.nan).sum())
     assert frames["losses"]["loss"].isna().all()
