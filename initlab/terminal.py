@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LINES = "INITLAB_LINES"  # variable of the environment: which lines there are
+ONE_BAR = "TQDM_DISABLE"  # variable of the environment: the bar is another process's
 SECOND = 1.0
 FEW_JOBS = 20  # of a sweep: each has a line; where there are more the bar and the table say it
 OF_A_JOB = re.compile(r"\t#\d+ : |done: |Launching \d+ jobs? ")
@@ -32,7 +33,8 @@ class Bar(tqdm):  # type: ignore[misc] # tqdm has no types
     """
 
     def __init__(self, *given: Any, ticks: bool = False, **options: Any) -> None:
-        super().__init__(*given, **{"leave": False, "dynamic_ncols": True, **options})
+        elsewhere = {"disable": True} if os.environ.get(ONE_BAR) else {}
+        super().__init__(*given, **{"leave": False, "dynamic_ncols": True, **options, **elsewhere})
         self._over, self._clock = threading.Event(), threading.Thread(target=self._watch_time, daemon=True)
         if ticks and not self.disable:
             self._clock.start()
@@ -79,6 +81,8 @@ class LineHandler(logging.StreamHandler[TextIO]):
         if few and OF_A_JOB.match(record.getMessage()):
             return
         with Bar.external_write_mode(file=self.stream):
+            if os.environ.get(ONE_BAR) and self.stream.isatty():
+                self.stream.write("\r\x1b[K")  # the bar of another process stands there, and is soon drawn again
             super().emit(record)
 
 

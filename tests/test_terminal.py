@@ -31,12 +31,14 @@ class Screen(io.StringIO):
         return True
 
     def lines(self) -> list[str]:
-        """What a person sees: carriage returns go back, `ESC [A` goes up, later signs replace earlier ones."""
+        """What a person sees: carriage returns go back, `ESC [A` up, `ESC [K` clears, later signs replace earlier."""
         rows, row, column = [""], 0, 0
-        text = self.getvalue().replace("\x1b[A", "\0")
+        text = self.getvalue().replace("\x1b[A", "\0").replace("\x1b[K", "\1")
         for sign in text:
             if sign == "\0":
                 row -= 1
+            elif sign == "\1":
+                rows[row] = rows[row][:column]
             elif sign == "\r":
                 column = 0
             elif sign == "\n":
@@ -95,6 +97,19 @@ def test_a_bar_may_tell_the_time_by_itself(monkeypatch: pytest.MonkeyPatch) -> N
                 time.sleep(0.01)
             assert (len(screen.getvalue()) > before) is ticks
         assert screen.lines() == [] and bar.disable
+
+
+def test_a_process_of_a_sweep_has_no_bar_and_clears_that_of_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    screen = Screen()
+    screen.write("\rsweep:  50%|####    |")  # by another process
+    with Bar(total=2, file=screen, disable=None) as bar:
+        log_to(LineHandler(screen)).info("done: here")
+        assert bar.disable
+    assert screen.lines() == ["done: here"]
+    text = io.StringIO()
+    log_to(LineHandler(text)).info("done: here")
+    assert text.getvalue() == "done: here\n"  # a file gets the line alone
 
 
 def test_no_estimate_of_no_time() -> None:

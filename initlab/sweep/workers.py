@@ -23,6 +23,7 @@ from initlab.job.options import PLUGIN
 from initlab.job.worker_process import GRACE, LAUNCHER, LOOKS
 from initlab.runs.lock import LOCK, hold_lock, is_locked
 from initlab.runs.schema import COMMAND
+from initlab.terminal import ONE_BAR
 
 LARGEST_ARRAY = 1000  # Slurm's MaxArraySize is 1001 by default
 
@@ -71,7 +72,7 @@ def environment(config: DictConfig, launcher: str) -> Iterator[None]:
         "OMP_NUM_THREADS": str(config.threads),
         "INITLAB_PARENT": str(os.getpid()),
         COMMAND: os.environ.get(COMMAND) or json.dumps(sys.argv),
-        "TQDM_DISABLE": "1",  # one bar, the sweep's
+        ONE_BAR: "1",  # the sweep's
         "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
