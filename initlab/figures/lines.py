@@ -218,7 +218,7 @@ def mark_ends(
 
 def as_ink(colour: Any) -> tuple[float, ...]:
     """A colour that can be read as text on white."""
-    return tuple(0.75 * part for part in colour[:3])
+    return tuple(0.73 * part for part in colour[:3])
 
 
 def name_lines(ax: Axes, band: pd.DataFrame, x: str, styles: Styles, backwards: bool = False) -> None:
