@@ -40,8 +40,10 @@ def draw_pictures(figures: "Iterable[tuple[str, Figure]]", folder: Path | None, 
         about = f"{title}. {describe_axes(figure)}".strip()
         if inline and count_points(figure) > DENSE:
             png = BytesIO()
-            figure.savefig(png, format="png")
-            pictures.append(Picture(name, title, about, make_png(png.getvalue(), about)))
+            if folder is None:
+                figure.savefig(png, format="png")
+            drawn = png.getvalue() if folder is None else (folder / f"{name}.png").read_bytes()
+            pictures.append(Picture(name, title, about, make_png(drawn, about)))
         elif inline:
             pictures.append(Picture(name, title, about, make_svg(figure, name, about)))
         else:
@@ -61,10 +63,12 @@ def count_points(figure: "Figure") -> int:
     for ax in figure.axes:
         total += sum(np.size(line.get_xdata()) for line in ax.lines)
         for one in ax.collections:
-            if not one.get_rasterized():
-                paths = one.get_paths()
-                each = sum(np.size(path.vertices) // 2 for path in paths)
-                total += max(each, np.size(one.get_offsets()) // 2 if len(paths) == 1 else 0)
+            if hasattr(one, "get_coordinates"):  # of a heat map, whose paths are made when they are asked for
+                total += 0 if one.get_rasterized() else np.size(one.get_coordinates())
+                continue
+            paths = one.get_paths()
+            points = sum(np.size(path.vertices) // 2 for path in paths)
+            total += max(points, np.size(one.get_offsets()) // 2 if len(paths) == 1 else 0)
     return total
 
 
