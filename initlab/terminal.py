@@ -3,6 +3,7 @@
 Every bar is a `Bar`, and every line of a job is written by `LineHandler`, Hydra's console.
 """
 
+import html
 import json
 import logging
 import math
@@ -11,10 +12,13 @@ import re
 import shutil
 import sys
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from tqdm import tqdm
+with warnings.catch_warnings():  # that it is experimental, and of a notebook that has no ipywidgets
+    warnings.simplefilter("ignore")
+    from tqdm.autonotebook import tqdm  # tqdm.auto without asyncio, whose import takes longer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,14 +30,20 @@ FEW_JOBS = 20  # of a sweep: each has a line; where there are more the bar and t
 OF_A_JOB = re.compile(r"\t#\d+ : |done: |Launching \d+ jobs? ")
 
 
+IN_NOTEBOOK = any(one.__name__ == "tqdm_notebook" for one in tqdm.__mro__)
+
+
 class Bar(tqdm):  # type: ignore[misc] # tqdm has no types
     """A bar of tqdm's as wide as the terminal, gone when its work is done, without an estimate of no time.
 
+    In a notebook it is one of ipywidgets, where they are installed.
     ticks: show every second how much time has passed, for steps that take many.
     """
 
     def __init__(self, *given: Any, ticks: bool = False, **options: Any) -> None:
         elsewhere = {"disable": True} if os.environ.get(ONE_BAR) else {}
+        if IN_NOTEBOOK and options.get("disable", False) is None:  # which is: unless there is a terminal
+            options["disable"] = False
         super().__init__(*given, **{"leave": False, "dynamic_ncols": True, **options, **elsewhere})
         self._over, self._clock = threading.Event(), threading.Thread(target=self._watch_time, daemon=True)
         if ticks and not self.disable:
@@ -54,6 +64,18 @@ class Bar(tqdm):  # type: ignore[misc] # tqdm has no types
     def format_meter(*given: Any, **options: Any) -> str:
         """The text of the bar; an estimate that is not known yet, or below a second, is left out."""
         return re.sub(r"<(\?|00:00)(?=[,\]])", "", tqdm.format_meter(*given, **options))
+
+
+def text_as_html(one: object) -> str:
+    """What `print` gives of an object, for a notebook."""
+    return f"<pre>{html.escape(str(one))}</pre>"
+
+
+class NotebookText:
+    """What `print` gives of an object is what a notebook shows of it."""
+
+    def _repr_html_(self) -> str:
+        return text_as_html(self)
 
 
 def choose_lines(aside: bool, jobs: int) -> None:

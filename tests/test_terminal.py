@@ -17,7 +17,7 @@ import pytest
 import initlab
 from initlab import terminal
 from initlab.runs import summary
-from initlab.terminal import Bar, LineHandler, as_json, choose_lines, print_start
+from initlab.terminal import Bar, LineHandler, NotebookText, as_json, choose_lines, print_start
 
 Lab = Callable[..., tuple[int, str, str]]
 SMALL = ("task=stack", "depth=2", "width=6", "batch=5", "seeds=1", "plots=false", "theory=off")
@@ -290,3 +290,47 @@ def test_a_real_terminal(tmp_path: Path, columns: int) -> None:
     assert not any("<00:00" in row or "<?" in row for row in bars)
     last = looks[-1].splitlines()
     assert sum(row.startswith("done: outputs/") for row in last) == 2 and not any("%|" in row for row in last)
+
+
+NOTEBOOK = """
+import sys, types
+class Widget:
+    def __init__(self, *given, **values):
+        vars(self).update(values, layout=types.SimpleNamespace(), style=types.SimpleNamespace())
+        self.children, self.bar_style = values.get("children", ()), ""
+    def close(self):
+        pass
+shown = []
+widgets = types.ModuleType("ipywidgets")
+widgets.HBox = widgets.HTML = widgets.FloatProgress = Widget
+shell = types.ModuleType("IPython")
+shell.get_ipython = lambda: types.SimpleNamespace(config={"IPKernelApp": {}})
+display = types.ModuleType("IPython.display")
+display.display = shown.append
+sys.modules |= {"IPython": shell, "IPython.display": display, "ipykernel.zmqshell": types.ModuleType("zmqshell")}
+if len(sys.argv) > 1:
+    sys.modules["ipywidgets"] = widgets
+from initlab.terminal import IN_NOTEBOOK, Bar
+with Bar(total=4, desc="stack", disable=None) as bar:
+    bar.update(3)
+    bar.refresh()
+    if shown:
+        print([child.value for child in shown[0].children][1])
+print(IN_NOTEBOOK, len(shown))
+"""
+
+
+@pytest.mark.parametrize(("words", "said"), [(["widgets"], "3\nTrue 1\n"), ([], "False 0\n")])
+def test_a_bar_in_a_notebook_is_a_widget_where_there_are_any(words: list[str], said: str) -> None:
+    """A kernel's standard error is no terminal, and still there is someone who looks."""
+    script = NOTEBOOK.replace("if len(sys.argv) > 1:", "sys.modules['ipywidgets'] = None\nif len(sys.argv) > 1:")
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script, *words], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (said, "")
+
+
+def test_what_a_notebook_shows_is_what_print_gives() -> None:
+    class Said(NotebookText):
+        def __str__(self) -> str:
+            return "<b> & 1"
+
+    assert Said()._repr_html_() == "<pre>&lt;b&gt; &amp; 1</pre>"

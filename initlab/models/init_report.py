@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 from torch import nn
 
+from initlab.terminal import NotebookText
+
 
 class InitRow(NamedTuple):
     """A parameter: whether it was set, its mean and std now, the gain, and what its learning rate is multiplied by."""
@@ -30,7 +32,7 @@ class InitRow(NamedTuple):
         return "; ".join([*words, *filter(None, [self.note])])
 
 
-class InitReport:
+class InitReport(NotebookText):
     """What `init_` did: `frame` has a row per parameter, `groups` the learning rates, and its text says all of it."""
 
     def __init__(

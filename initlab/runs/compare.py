@@ -20,6 +20,7 @@ from initlab.runs.folders import Paths, list_paths
 from initlab.runs.read import Run, columns_of_option, notes, read_runs
 from initlab.runs.schema import LABELS, STATS, TABLES
 from initlab.stats.dtypes import epsilon_of
+from initlab.terminal import NotebookText
 
 SHOWN = 8  # statistics of a table that are listed
 
@@ -35,7 +36,7 @@ class TableDifference:
 
 
 @dataclass
-class Comparison:
+class Comparison(NotebookText):
     """All of it; `equal` within the spread, `identical` to the last bit."""
 
     configuration: list[str]

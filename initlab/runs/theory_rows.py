@@ -9,6 +9,7 @@ import pandas as pd
 
 from initlab.stats.dtypes import FORMATS
 from initlab.stats.keys import KEY_COLUMNS
+from initlab.terminal import text_as_html
 from initlab.theory.profile import p_value
 
 NEEDED = [*KEY_COLUMNS, "label", "statistic", "predicted", "band_low", "band_high", "z", "rho", "method"]
@@ -33,6 +34,9 @@ class ProfileTest(NamedTuple):
     every: int
     died: float
     outside: bool
+
+    def _repr_html_(self) -> str:
+        return text_as_html(self)
 
     @property
     def short(self) -> str:

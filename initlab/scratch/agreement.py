@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from initlab.errors import UsageError, check, library_call, show
 from initlab.stats.dtypes import DTYPES, format_of
 from initlab.stats.summarize import relative_error
+from initlab.terminal import text_as_html
 
 Gradients: TypeAlias = nn.Module | Mapping[str, Tensor] | Sequence[Any] | Tensor
 
@@ -38,6 +39,9 @@ class Agreement(NamedTuple):
     """All tensors of two results; `str()` says whether they are equal up to rounding, and if not why, where it can."""
 
     rows: list[Difference]
+
+    def _repr_html_(self) -> str:
+        return text_as_html(self)
 
     @property
     def worst(self) -> Difference:

@@ -20,7 +20,7 @@ from initlab.probes.probe import probe
 from initlab.probes.probed_modules import find_tensors
 from initlab.probes.snapshot import all_tensors, loss_value, run_model
 from initlab.stats.keys import Seeds, resolve_seeds
-from initlab.terminal import Bar
+from initlab.terminal import Bar, NotebookText
 
 Made = nn.Module | tuple[nn.Module, Optimizer]
 
@@ -40,7 +40,7 @@ CAUSES = {
 
 
 @dataclass(frozen=True)
-class CoordinateCheck:
+class CoordinateCheck(NotebookText):
     """What `coordinate_check` has found; `str()` is the verdict, `ok` whether nothing grows or vanishes with the width.
 
     frame: a row per module, step and `tensor` (output, or its change since step 0): `exponent` in the width, its

@@ -24,6 +24,7 @@ from initlab.tasks.data import Data
 from initlab.tasks.ensemble.batches import find_first_step
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.training import Training
+from initlab.terminal import NotebookText
 
 
 class Symbolic(NamedTuple):
@@ -53,7 +54,7 @@ SETS: dict[str, dict[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(NotebookText):
     """`steps`: a row per tensor that is set; `rules`: a row per derivative; `text`: both in words."""
 
     steps: pd.DataFrame
