@@ -190,8 +190,8 @@ def plot(frame: Any, path: str | Path | None = None) -> Figure:
     steps the first and the last are drawn. Raises UsageError for what has no figure, or nothing in it to be drawn.
 
     >>> import initlab
-    >>> initlab.plot(initlab.stack("kaiming", depth=3, width=8, seeds=2)).get_suptitle()[:29]
-    'Activations through the stack'
+    >>> initlab.plot(initlab.stack("kaiming", depth=3, width=8, seeds=2)).get_suptitle()[:11]
+    'Activations'
     """
     tables = name_tables(frame)
     name = next(one for one in tables if one in KINDS)
