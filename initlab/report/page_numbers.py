@@ -4,7 +4,7 @@ Each view is a stage of a setting. Its tensors have a list per statistic, over t
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,54 +46,67 @@ def plain_numbers(values: np.ndarray) -> list[Any]:
 
 def collect_views(tables: Mapping[str, pd.DataFrame], most: int) -> list[dict[str, Any]]:
     """The views of all settings, with about `most` numbers in all; needs `label`; of two trainings one."""
-    if STATS not in tables:
+    if not len(tables.get(STATS, ())):
         return []
-    stages = tables[STATS].groupby(["label", "stage"], observed=True, sort=False)
-    every, views = tables.get(HISTOGRAMS, pd.DataFrame()), []
-    for (label, stage), rows in stages:
-        bins = every[(every["label"] == label) & (every["stage"] == stage)] if len(every) else every
-        views.append(collect_view(str(label), str(stage), rows, bins, most // stages.ngroups))
+    stats, bins = tables[STATS], tables.get(HISTOGRAMS, pd.DataFrame())
+    stages = stats.groupby(["label", "stage"], observed=True, sort=False)
+    views: list[dict[str, Any]] = []
+    kept = []
+    step, layer = stats["step"].to_numpy(), stats["layer"].to_numpy()
+    tensor = stats.groupby(["tensor", "direction"], observed=True, sort=False).ngroup().to_numpy()
+    for (label, stage), places in stages.indices.items():
+        each = len(np.unique(tensor[places])) * (len(SHOWN) + (BINS if len(bins) else 0))
+        steps, layers = np.unique(step[places]).tolist(), np.unique(layer[places]).tolist()
+        share = most // len(stages.indices)
+        some_steps = thin(steps, max(LEAST, share // (each * len(layers))))
+        some_layers = thin(layers, max(LEAST, share // (each * len(some_steps))))
+        kept.append(places[np.isin(step[places], some_steps) & np.isin(layer[places], some_layers)])
+        pairs = (("steps", steps, some_steps), ("layers", layers, some_layers))
+        thinned = [f"{len(some)} of {len(every)} {name}" for name, every, some in pairs if len(some) < len(every)]
+        networks = stats["seed"].to_numpy()[places]
+        views.append({
+            "label": str(label), "stage": str(stage), "title": STAGES.get(str(stage), str(stage)),
+            "networks": len(np.unique(networks)), "steps": some_steps, "layers": some_layers,
+            "thinned": " and ".join(thinned), "tensors": [],
+        })  # fmt: skip
+    by_name: dict[tuple[str, ...], dict[str, Any]] = {(view["label"], view["stage"]): view for view in views}
+    for name, rows in take_medians(stats.iloc[np.concatenate(kept)]):
+        fill_view(by_name[name[:2]], name[2:], rows, bins)
     return views
 
 
-def collect_view(label: str, stage: str, rows: pd.DataFrame, bins: pd.DataFrame, most: int) -> dict[str, Any]:
-    """One view, see `collect_views`."""
-    steps, layers = (sorted(rows[name].unique().tolist()) for name in ("step", "layer"))
-    keys = rows[["tensor", "direction"]].drop_duplicates()
-    each = len(keys) * (len(SHOWN) + (BINS if len(bins) else 0))
-    kept_steps = thin(steps, max(LEAST, most // (each * len(layers))))
-    kept_layers = thin(layers, max(LEAST, most // (each * len(kept_steps))))
-    for name, every, kept in (("step", steps, kept_steps), ("layer", layers, kept_layers)):
-        if len(kept) < len(every):
-            rows, bins = (frame[frame[name].isin(kept)] if len(frame) else frame for frame in (rows, bins))
-    rows = rows.assign(
-        subnormal=rows["n_subnormal"] / rows["count"], nonfinite=(rows["n_nan"] + rows["n_inf"]) / rows["count"]
-    )
-    grid = pd.MultiIndex.from_product([kept_steps, kept_layers], names=["step", "layer"])
-    tensors = []
-    for (tensor, direction), mine in rows.groupby(["tensor", "direction"], observed=True, sort=False):
-        values = mine[list(SHOWN)].astype(float)
-        values = values.fillna(np.inf).assign(**{name: values[name] for name in EXTREME})
-        how = {name: EXTREME.get(name, "median") for name in SHOWN}
-        found = values.groupby([mine["step"], mine["layer"]]).agg(how).reindex(grid)
-        numbers = {name: plain_numbers(found[name].to_numpy()) for name in SHOWN}
-        one = {
-            "name": name_tensor(str(tensor), str(direction)),
-            "layers": sorted(mine["layer"].unique().tolist()),
-            "values": {name: column for name, column in numbers.items() if column != [None]},
-        }
-        if len(bins):
-            chosen = bins[(bins["tensor"] == tensor) & (bins["direction"] == direction)]
-            one["histograms"] = collect_histograms(chosen, grid)
-        tensors.append(one)
-    thinned = []
-    for name, every, kept in (("steps", steps, kept_steps), ("layers", layers, kept_layers)):
-        if len(kept) < len(every):
-            thinned.append(f"{len(kept)} of {len(every)} {name}")
-    return {
-        "label": label, "stage": stage, "title": STAGES.get(stage, stage), "networks": int(rows["seed"].nunique()),
-        "steps": kept_steps, "layers": kept_layers, "thinned": " and ".join(thinned), "tensors": tensors,
-    }  # fmt: skip
+def take_medians(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
+    """Over the networks, for each label, stage, tensor and direction: a row per step and layer; nan ranks above all."""
+    lost = rows["n_nan"] + rows["n_inf"]
+    values = rows.assign(subnormal=rows["n_subnormal"] / rows["count"], nonfinite=lost / rows["count"])
+    values = values[list(SHOWN)].astype(float)
+    values = values.fillna(np.inf).assign(**{name: values[name] for name in EXTREME})
+    keys = [rows[name] for name in ("label", "stage", "tensor", "direction")]
+    grouped = values.groupby([*keys, rows["step"], rows["layer"]], observed=True, sort=False)
+    found = grouped.agg({name: EXTREME.get(name, "median") for name in SHOWN}).reset_index()
+    for name, mine in found.groupby(["label", "stage", "tensor", "direction"], observed=True, sort=False):
+        yield tuple(map(str, name)), mine
+
+
+def fill_view(view: dict[str, Any], key: tuple[str, ...], rows: pd.DataFrame, bins: pd.DataFrame) -> None:
+    """Add one tensor to a view: its statistics, and its histograms where there are any."""
+    steps, layers = view["steps"], view["layers"]
+    place = np.searchsorted(steps, rows["step"]) * len(layers) + np.searchsorted(layers, rows["layer"])
+    grid = np.full((len(steps) * len(layers), len(SHOWN)), np.nan)
+    grid[place] = rows[list(SHOWN)].to_numpy()
+    numbers = {name: plain_numbers(column) for name, column in zip(SHOWN, grid.T, strict=True)}
+    one = {
+        "name": name_tensor(*key),
+        "layers": np.unique(rows["layer"]).tolist(),
+        "values": {name: column for name, column in numbers.items() if column != [None]},
+    }
+    if len(bins):
+        mine = (bins["label"] == view["label"]) & (bins["stage"] == view["stage"])
+        mine &= (bins["tensor"] == key[0]) & (bins["direction"] == key[1])
+        mine &= bins["step"].isin(steps) & bins["layer"].isin(layers)
+        if mine.any():  # of a stack none are recorded
+            one["histograms"] = collect_histograms(bins[mine], pd.MultiIndex.from_product([steps, layers]))
+    view["tensors"].append(one)
 
 
 def collect_histograms(bins: pd.DataFrame, grid: pd.MultiIndex) -> list[Any]:

@@ -183,12 +183,12 @@ def test_a_long_training_is_thinned_and_says_so() -> None:
     place = pd.MultiIndex.from_product([range(steps), range(1, layers)], names=["step", "layer"]).to_frame(index=False)
     columns = dict.fromkeys(["mean", "std", "norm", "min", "max", "cosine"], 1.5)
     columns |= dict.fromkeys(["frac_zero", "frac_dead", "frac_saturated", "n_nan", "n_inf", "n_subnormal"], 0.0)
-    rows = place.assign(**columns, count=10, seed=0, tensor="weight", direction="forward")
-    view = page_numbers.collect_view("one", "train", rows, pd.DataFrame(), 20_000)
+    rows = place.assign(**columns, count=10, seed=0, tensor="weight", direction="forward", label="one", stage="train")
+    (view,) = page_numbers.collect_views({"stats": rows}, 20_000)
     kept = len(view["steps"]) * len(view["layers"]) * len(page_numbers.SHOWN)
     assert kept <= 20_000 and view["steps"][0] == 0 and view["steps"][-1] == 2999
     assert view["layers"][0] == 1 and view["layers"][-1] == 39 and "of 3000 steps" in view["thinned"]
-    whole = page_numbers.collect_view("one", "train", rows[rows["step"] < 5], pd.DataFrame(), 20_000)
+    (whole,) = page_numbers.collect_views({"stats": rows[rows["step"] < 5]}, 20_000)
     assert whole["thinned"] == "" and len(whole["layers"]) == 39
 
 
