@@ -127,7 +127,8 @@ def _draw_panel(
 def mark_expected(ax: Axes, one: FigureSpec, panel: str, styles: Styles, places: Sequence[str] = ()) -> None:
     """What the source gives: a point, a level line for a y alone, an upright one for an x alone; with its text."""
     for row in one.expected:
-        if row.get("panel", panel) != panel:
+        elsewhere = isinstance(row.get("x"), str) and row["x"] not in places  # a text that was not measured
+        if row.get("panel", panel) != panel or elsewhere:
             continue
         colour = styles[row["label"]].colour if row.get("label") in styles else "0.2"
         x = places.index(row["x"]) if row.get("x") in places else row.get("x")

@@ -85,7 +85,11 @@ def find_agreement(theory: pd.DataFrame, direction: str = "forward") -> dict[str
     rows = _rows(theory, direction)
     rows = rows[rows["seed"] >= 0].sort_values("layer", ascending=direction == "forward", kind="stable")
     if direction == "backward":
-        rows = rows[rows["z"].notna()]
+        values = _rows(theory, "forward")
+        keys = [name for name in ("label", "run", "seed") if name in rows]
+        gone = pd.MultiIndex.from_frame(values.loc[values["measured"] == 0, keys].astype(str))
+        dead = pd.MultiIndex.from_frame(rows[keys].astype(str)).isin(gone)
+        rows = rows[rows["z"].notna() & ~dead]
     return {str(label): _judge(mine) for label, mine in rows.groupby("label", observed=True)}
 
 

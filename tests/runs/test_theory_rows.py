@@ -89,6 +89,7 @@ def test_networks_that_die_where_predicted_agree_with_theory() -> None:
         theory = compare_stack(stats, init, "relu", depth, 100, 100, 50, method="closed").assign(label="it")
         found = theory_rows.find_agreement(theory)["it"]
         assert found.p > 0.01 and depth - 12 < found.layers < depth
+    assert not theory_rows.find_agreement(theory, "backward")  # of values that are 0 there is no gradient to judge
     dead = theory.assign(z=theory["z"].where(theory["layer"] < 20))  # from there on no network has a number
     found = theory_rows.find_agreement(dead)["it"]
     assert (found.p, found.died) == (0.0, 20) and "dead that should live" in str(found)
