@@ -1,5 +1,6 @@
 """experiments/README.md lists every study, and is written from what the sweeps left."""
 
+import html
 import json
 from pathlib import Path
 
@@ -18,7 +19,7 @@ EXPERIMENTS = ROOT / "experiments"
 
 @pytest.mark.skipif(not EXPERIMENTS.is_dir(), reason="the studies stand in the repository")
 def test_the_index_knows_every_study() -> None:
-    text = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+    text = html.unescape((EXPERIMENTS / "README.md").read_text(encoding="utf-8"))
     assert text.count(BEGIN) == text.count(END) == 1
     rows = [line for line in text.splitlines() if line.startswith("| [`")]
     for path in EXPERIMENTS.glob("*.yaml"):
