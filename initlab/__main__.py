@@ -111,7 +111,7 @@ def _run() -> int:
 def _tell_end(code: int, folder: Path | None) -> int:
     """The lines at the end of a run or of a sweep in its folder; the exit code."""
     from initlab.job.life_cycle import outcome
-    from initlab.job.printout import path_text
+    from initlab.runs.folders import path_text
 
     if code in STOPPED and (outcome.started or folder):
         _tell(f"stopped; what was measured is in {outcome.started[-1] if outcome.started else folder}")

@@ -1,4 +1,4 @@
-"""What figures are made of: a new figure with its title, lines with bands, ends of number formats, marks of death."""
+"""What figures are made of: a new figure with its title, colours, heat maps, named rows."""
 
 import textwrap
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def new_figure(
     sns.set_theme(style="whitegrid", palette="colorblind", context="notebook", font_scale=0.78)
     lines = textwrap.wrap(title, TITLE) if title else []
     figure = NotebookFigure(figsize=(WIDTH, height * rows + 0.7 + 0.19 * len(lines)), layout="constrained", dpi=DPI)
-    figure.suptitle("\n".join(lines), fontsize=10.5)
+    set_title(figure, title)
     axes = figure.subplots(rows, columns, squeeze=False, **settings)
     return figure, list(axes.flat)
 
@@ -80,6 +80,23 @@ def cell_edges(centres: np.ndarray) -> np.ndarray:
     """The edges of the cells of a heat map, from their centres, which are evenly spaced."""
     half = (centres[1] - centres[0]) / 2 if len(centres) > 1 else 0.5
     return np.append(centres - half, centres[-1] + half)
+
+
+def draw_heat_map(
+    figure: Figure, ax: Axes, x: np.ndarray, y: np.ndarray, values: np.ndarray, name: str, share: float, least: float
+) -> None:
+    """Values around 0 as colours that diverge from there; grey where they are not finite.
+
+    x, y: the edges of the cells. name: of the colours. share: of the sizes, how many have a colour of their own; the
+    colours reach at least to `least`.
+    """
+    ends = np.abs(values[np.isfinite(values)])
+    limit = max(float(np.quantile(ends, share)) if len(ends) else 1.0, least)
+    ax.set_facecolor("0.75")
+    shown = np.ma.masked_invalid(values)
+    mesh = ax.pcolormesh(x, y, shown, cmap="RdBu_r", vmin=-limit, vmax=limit, rasterized=True)
+    figure.colorbar(mesh, ax=ax, label=name)
+    ax.grid(visible=False)
 
 
 def name_rows(ax: Axes, names: list[str]) -> None:

@@ -13,6 +13,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from initlab.figures.axes import marker_if_sparse
 from initlab.runs import summary
 from initlab.stats.dtypes import FORMATS
 
@@ -65,7 +66,6 @@ def plot_lines(
     flat: float = 0.0,
     names: bool = False,
     along: str = "layer",
-    whole: bool = False,
     limits: tuple[float, float] | None = None,
 ) -> None:
     """A line of medians and a band from 16 to 84 % for each label, with its name and the mark of its death.
@@ -73,26 +73,25 @@ def plot_lines(
     band: columns `x`, `label`, `low`, `median`, `high`. styles: of all labels of the figure. died: rows of
     `summary.first_dead`. backwards: whether the signal travels from large x to small. log: the scale of the axis.
     flat: a factor around 1 that the axis shows at least. names: whether lines are named at their ends. along: what x
-    counts. whole: show all of what dies too. limits: the ends of the axis, if
-    they are set already.
+    counts. limits: the ends of the axis, if they are known already.
     """
     band = band.assign(label=band["label"].astype(str))
     labels = [label for label in styles if (band["label"] == label).any()]
     living, fates = drop_dead(band, died, backwards)
     fates = {label: fate._replace(along=along) for label, fate in fates.items() if label in labels}
-    low, high = limits or find_range(band if whole else living, log, flat)
+    low, high = limits or find_range(living, log, flat)
     if log and low < high:
         ax.set_yscale("log")
     if low < high:
         ax.set_ylim(low, high)
         if log:
             set_log_ticks(ax)
-    sparse = band[x].nunique() <= 3
+    marker = marker_if_sparse(band[x])
     for label in labels:
         rows, style = band[band["label"] == label].sort_values(x), styles[label]
         ax.plot(
             rows[x], rows["median"], color=style.colour, linestyle=style.dash, linewidth=1.8, label=label,
-            marker="o" if sparse else "", markersize=5,
+            marker=marker, markersize=5,
         )  # fmt: skip
         ax.fill_between(rows[x], rows["low"], rows["high"], color=style.colour, alpha=0.18, linewidth=0)
     ax.set_xlim(*find_ends(band[x]))

@@ -13,7 +13,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from initlab.figures.axes import cell_edges, name_rows, new_figure
+from initlab.figures.axes import cell_edges, draw_heat_map, name_rows, new_figure
 from initlab.figures.format_figure import draw_formats
 from initlab.figures.gain_figure import draw_gains
 from initlab.figures.graph_figure import draw_graph
@@ -126,19 +126,11 @@ def draw_heat_maps(signals: Mapping[str, pd.DataFrame], labels: list[str], title
         band = summary.band(signal.assign(std=whole), ["layer"], "std")
         table = band.pivot(index="label", columns="layer", values="median").reindex(labels)
         values = np.log10(table.where(table > 0).to_numpy())
-        ends = np.abs(values[np.isfinite(values)])
-        limit = float(np.quantile(ends, 0.9)) if len(ends) else 1.0
-        layers = table.columns.to_numpy(float)
-        ax.set_facecolor("0.75")
-        mesh = ax.pcolormesh(
-            cell_edges(layers), np.arange(len(labels) + 1) - 0.5, np.ma.masked_invalid(values), cmap="RdBu_r",
-            vmin=-max(limit, 0.5), vmax=max(limit, 0.5), rasterized=True,
-        )  # fmt: skip
-        figure.colorbar(mesh, ax=ax, label="log10 of the std; grey: dead")
+        layers, rows = cell_edges(table.columns.to_numpy(float)), np.arange(len(labels) + 1) - 0.5
+        draw_heat_map(figure, ax, layers, rows, values, "log10 of the std; grey: dead", share=0.9, least=0.5)
         step = -(-len(labels) // 48)
         ax.set_yticks(range(0, len(labels), step), labels[::step], fontsize=7)
         ax.set_ylim(len(labels) - 0.5, -0.5)
-        ax.grid(visible=False)
         set_layer_ticks(ax, table.columns.to_series())
         ax.set_title(SIGNALS[direction].lower(), fontsize=10)
     return figure
@@ -157,8 +149,7 @@ def timings(tables: Tables) -> Figure | None:
     reference = "".join(ran[(ran["relative_error"] == 0) & (ran["ratio"] == 1)]["label"].iloc[-1:])
     figure, (ax,) = new_figure(f"{ran['label'].nunique()} versions: {summary.crossing(frame)}", height=3.4)
     shapes = list(dict.fromkeys(ran.sort_values("rows")["shape"].astype(str)))
-    fastest = ran.groupby("label")["median"].sum().index
-    order = [name for name in ran.groupby("label")["ratio"].median().sort_values().index if name in set(fastest)]
+    order = list(ran.groupby("label")["ratio"].median().sort_values().index)
     for k, (shape, colour) in enumerate(zip(shapes, sns.color_palette("colorblind", len(shapes)), strict=True)):
         rows = ran[ran["shape"].astype(str) == shape]
         y = np.array([order.index(name) for name in rows["label"]]) + 0.6 * ((k + 0.5) / len(shapes) - 0.5)

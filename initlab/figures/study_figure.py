@@ -1,6 +1,7 @@
 """The figure of a study: one statistic over one column, a line per setting, beside what theory predicts."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -49,8 +50,8 @@ def draw_study(one: FigureSpec, tables: Mapping[str, pd.DataFrame], title: str, 
     set_title(figure, title, subtitle)
     several = rows.groupby(["panel", "label", "x"], observed=True).size().max() > 1
     spread = " (median, 16-84 %)" if several else ""
-    of_panel = {panel: rows[rows["panel"].astype(str) == panel] for panel in panels}
-    limits = share_limits({panel: _find_range(one, mine) for panel, mine in of_panel.items()}, one.y_scale == "log")
+    of_panel = {panel: _Shown.find(one, rows[rows["panel"].astype(str) == panel]) for panel in panels}
+    limits = share_limits({panel: _find_range(one, shown) for panel, shown in of_panel.items()}, one.y_scale == "log")
     for position, (ax, panel) in enumerate(zip(axes, panels, strict=False)):
         last = one.backwards or position % across == across - 1 or position == len(panels) - 1
         _draw_panel(ax, one, of_panel[panel], panel, styles, tables, limits[panel], names=last)
@@ -68,11 +69,22 @@ def _is_scaled(one: FigureSpec) -> bool:
     return one.y in SCALED and one.y_scale == "log" and alone
 
 
-def _find_range(one: FigureSpec, mine: pd.DataFrame) -> tuple[float, float]:
+class _Shown(NamedTuple):
+    """What one panel shows: its rows, their bands, and where signals died."""
+
+    rows: pd.DataFrame
+    band: pd.DataFrame
+    died: pd.DataFrame
+
+    @classmethod
+    def find(cls, one: FigureSpec, rows: pd.DataFrame) -> "_Shown":
+        return cls(rows, figure_spec.bands(rows), figure_spec.first_dead(rows, one))
+
+
+def _find_range(one: FigureSpec, shown: _Shown) -> tuple[float, float]:
     """The ends of the y axis of one panel."""
-    band = figure_spec.bands(mine)
-    living, _ = drop_dead(band, figure_spec.first_dead(mine, one), one.backwards)
-    return find_range(band if one.whole else living, one.y_scale == "log", FLAT if _is_scaled(one) else 0.0)
+    living, _ = drop_dead(shown.band, shown.died, one.backwards)
+    return find_range(shown.band if one.whole else living, one.y_scale == "log", FLAT if _is_scaled(one) else 0.0)
 
 
 def share_limits(limits: Mapping[str, tuple[float, float]], log: bool) -> dict[str, tuple[float, float]]:
@@ -88,7 +100,7 @@ def share_limits(limits: Mapping[str, tuple[float, float]], log: bool) -> dict[s
 def _draw_panel(
     ax: Axes,
     one: FigureSpec,
-    mine: pd.DataFrame,
+    shown: _Shown,
     panel: str,
     styles: Styles,
     tables: Mapping[str, pd.DataFrame],
@@ -96,13 +108,12 @@ def _draw_panel(
     names: bool,
 ) -> None:
     """One panel: lines over numbers, points over text."""
-    band, over_numbers = figure_spec.bands(mine), _is_number(tables[one.table], one.x)
+    mine, band, died = shown
     log = one.y_scale == "log" and bool((mine["y"] > 0).any())
-    if not over_numbers:
+    if not _is_number(tables[one.table], one.x):
         _draw_points(ax, one, band, styles, log, names)
         ax.set_ylim(*limits)
         return
-    died = figure_spec.first_dead(mine, one)
     direct = names and len(styles) <= 2 * MOST
     plot_lines(ax, band, "x", styles, died, one.backwards, log, names=direct, along=one.x, limits=limits)
     if names and len(styles) > 2 * MOST:

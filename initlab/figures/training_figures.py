@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from initlab.figures.axes import cell_edges, new_figure, plot_start
+from initlab.figures.axes import cell_edges, draw_heat_map, new_figure, plot_start
 from initlab.figures.lines import MOST, PANELS, assign_styles, plot_lines, set_log_ticks, share_panels
 from initlab.runs import summary, theory_rows
 from initlab.runs.labels import shorten_labels
@@ -58,23 +58,15 @@ def training_activations(tables: Tables) -> Figure | None:
 def _plot_layers(
     figure: Figure, ax: Axes, band: pd.DataFrame, std: pd.DataFrame, statistic: str, layers: list[int], name: str = ""
 ) -> None:
-    """A heat map of a statistic by layer and step: ln of the std, the mean in units of the std; grey: not finite."""
+    """A heat map of a statistic by layer and step: log10 of the std, the mean in units of the std; grey: not finite."""
     names = [f"layer {layer}" for layer in layers]
     table, unit = (rows.pivot(index="label", columns="step", values="median").reindex(names) for rows in (band, std))
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.log10(table.to_numpy()) if statistic == "std" else table.to_numpy() / unit.to_numpy()
-    ends = np.abs(values[np.isfinite(values)])
-    limit = max(float(np.quantile(ends, 0.95)) if len(ends) else 1.0, 0.1)
-    ax.set_facecolor("0.75")
-    values[~np.isfinite(values)] = np.nan
-    mesh = ax.pcolormesh(
-        cell_edges(table.columns.to_numpy(float)), cell_edges(np.array(layers, float)), np.ma.masked_invalid(values),
-        cmap="RdBu_r", vmin=-limit, vmax=limit, rasterized=True,
-    )  # fmt: skip
-    figure.colorbar(mesh, ax=ax, label=name or NAMES[statistic])
+    steps, rows = cell_edges(table.columns.to_numpy(float)), cell_edges(np.array(layers, float))
+    draw_heat_map(figure, ax, steps, rows, values, name or NAMES[statistic], share=0.95, least=0.1)
     ax.set_ylabel("layer")
     ax.invert_yaxis()
-    ax.grid(visible=False)
 
 
 def _training_title(label: str, band: pd.DataFrame, layers: list[int]) -> str:

@@ -77,7 +77,7 @@ def _run(cfg: DictConfig, folder: Path, single: bool) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     from initlab.job.options import read_config
-    from initlab.job.printout import path_text
+    from initlab.runs.folders import path_text
     from initlab.runs.recorder import discard
 
     setting = HydraConfig.get()
@@ -136,7 +136,7 @@ def begin(config: "Callable[[], Config]", choices: dict[str, str | None], folder
 
 def as_ended(error: Exception, folder: Path) -> UsageError | Fault:
     """What ended a job, as it goes on from here: a mistake of the user, or a fault that has been logged."""
-    from initlab.job.printout import path_text
+    from initlab.runs.folders import path_text
     from initlab.tasks.ensemble.memory import is_out_of_memory
 
     stops.check()  # what a signal broke is no fault
@@ -177,7 +177,8 @@ def study_of(cfg: DictConfig, name: str | None, overrides: Any) -> "Study":
 
 def answer(folder: Path, study: "Study", plots: bool) -> None:
     """Print which expectations hold and draw the study's figure; a failure is remembered for the exit code."""
-    from initlab.job.printout import path_text, read_tables
+    from initlab.job.printout import read_tables
+    from initlab.runs.folders import path_text
     from initlab.runs.read import find_runs
     from initlab.studies import study as studies
 

@@ -1,6 +1,5 @@
 """What is printed and drawn when a run or a sweep has ended: its short table, its notes, where its files are."""
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import pandas as pd
 from initlab.errors import UsageError
 from initlab.runs import summary, theory_rows
 from initlab.runs.collect import LONGEST
+from initlab.runs.folders import path_text
 from initlab.runs.labels import label_run_tables
 from initlab.runs.read import Run, find_runs, read_runs
 from initlab.runs.recorder import Recorder
@@ -145,8 +145,3 @@ def _files(ended: Ended, below: Path, report: bool) -> list[str]:
     plots = [f"plots:  {path_text(ended.folder / '*.png')}"] if ended.pictures else []
     page = [f"report: {path_text(ended.folder / 'report.html')}"] if report else []
     return [f"tables: {path_text(ended.folder / below / '*.parquet')}", *plots, *page]
-
-
-def path_text(path: Path) -> str:
-    """Relative where the path lies below the working folder."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

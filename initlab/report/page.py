@@ -38,11 +38,11 @@ from initlab.runs import folders
 from initlab.runs.read import Run, find_runs
 from initlab.runs.recorder import write_text
 from initlab.runs.schema import HISTOGRAMS, LABELS, OPTION_OF, STATS, TABLES
+from initlab.verdict.table_rules import SETTING
 
 PAGE = "report.html"
 HERE = Path(__file__).parent
 NUMBERS, NUMBERS_OF_A_SWEEP = 40_000, 150_000  # of the walk: some 250 KB, and 900
-SETTING = ("init", "activation", "gain", "lr", "dtype")  # columns by which a finding names a setting of a run
 LARGEST_PICTURE = 2**20  # bytes of a PNG that is taken into a page
 # Where a picture stands that is not the one above all others.
 PLACES = {
@@ -130,18 +130,13 @@ def escape_json(value: Any) -> Markup:
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
-def folders_text(folder: Path) -> str:
-    here = Path.cwd()
-    return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)
-
-
 def describe_place(folder: Path, runs: Sequence[Run], single: bool) -> str:
     """The folder, and of a single run how it ended, when it began and what it cost."""
     if not single:
-        return folders_text(folder)
+        return folders.path_text(folder)
     about = runs[0].json
     started, seconds = about.get("started"), about.get("cpu_seconds")
-    said = [f"{folders_text(folder)}: {about.get('status')}"]
+    said = [f"{folders.path_text(folder)}: {about.get('status')}"]
     said += [f"started {started[:16].replace('T', ' ')} UTC"] if isinstance(started, str) else []
     said += [f"{seconds:.3g} s of CPU time"] if isinstance(seconds, int | float) else []
     return ", ".join(said)
@@ -244,7 +239,7 @@ def list_commands(runs: Sequence[Run], folder: Path, single: bool) -> list[tuple
             flags = [word for word in flags if word not in ("-m", "--multirun")]
             own = runs[0].json.get("overrides") or []
             found.insert(0, ("Run this job alone", shlex.join([*start, *flags, *own])))
-    where = folders_text(folder)
+    where = folders.path_text(folder)
     found.append(("Make this page again", shlex.join(["python", "-m", "initlab", "report", where])))
     found.append(("Read its numbers", f"import initlab; frame = initlab.read({where!r})"))
     return found

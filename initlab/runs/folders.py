@@ -26,6 +26,11 @@ RUN_JSON: files.Form = {
 }
 
 
+def path_text(path: Path) -> str:
+    """Relative where the path lies below the working folder."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 class Folder(NamedTuple):
     """A folder with what lies in it and in its `parts`."""
 

@@ -14,25 +14,15 @@ import pandas as pd
 from initlab.errors import UsageError
 from initlab.runs import theory_rows
 from initlab.runs.labels import add_labels, format_folders, label_columns, labels
-from initlab.runs.schema import LOSSES, PARITY, STATS, THEORY, refuse_other_table
+from initlab.runs.schema import LOSSES, OPTION_OF, PARITY, STATS, THEORY, refuse_other_table
 from initlab.stats.dtypes import FORMATS
 from initlab.terminal import wrap_columns
 
 # What the two backward passes are held to at the default shape; the table says where it is passed.
 PARITY_LIMIT = {name: row.tolerance for name, row in FORMATS.items() if row.eps <= FORMATS["float32"].eps}
 ENDS = {"nonfinite": "not finite", "zero": "exactly 0"}  # how a signal dies, in words
-OF_TRAINING = (
-    "data",
-    "train_depth",
-    "train_width",
-    "train_batch",
-    "steps",
-    "lr",
-    "optimizer",
-    "train_loss",
-    "run",
-    "every",
-)
+# Columns of what a stack has not: how its settings are trained, in which folder, and how often that is recorded.
+OF_TRAINING = {name for name, option in OPTION_OF.items() if option.startswith("train.")} | {"data", "run", "every"}
 PARTED = 0.01  # share by which the losses of two trainings differ that are said to part
 ROUNDING = 1e-3  # of gradients at equal weights: a rule that is wrong differs by more
 
@@ -48,7 +38,8 @@ def merge_trainings(stats: pd.DataFrame) -> dict[str, str]:
         return same
     merged = labels(rows.drop(columns=[name for name in OF_TRAINING if name in rows]))
     keys = [merged, *(rows[name] for name in ("seed", "layer", "tensor", "direction"))]
-    if rows.groupby(keys, observed=True)["std"].nunique(dropna=False).max() > 1:
+    joins = len(set(merged)) < len(same)
+    if joins and rows.groupby(keys, observed=True)["std"].nunique(dropna=False).max() > 1:
         return same
     return dict(zip(rows["label"].astype(str), np.asarray(merged).astype(str), strict=True))
 

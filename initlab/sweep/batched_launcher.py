@@ -183,7 +183,7 @@ class Batched(Launcher):
 
     def _end(self, one: ComposedJob, job: "Job", fault: Exception | None) -> JobReturn:
         """Draw the job's figures and log how it ended; whoever calls has the job's own log open."""
-        from initlab.job.printout import path_text
+        from initlab.runs.folders import path_text
 
         try:
             if fault is not None:
