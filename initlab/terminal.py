@@ -136,23 +136,25 @@ def wrap_columns(table: "pd.DataFrame", fixed: int, width: int | None) -> str:
     return "\n\n".join(str(table[some].to_string(index=False)) for some in [*blocks, columns])
 
 
+def as_plain(value: Any) -> Any:
+    """What JSON can hold of a value; what is not finite stands as a text."""
+    if isinstance(value, Mapping):
+        return {str(name): as_plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_plain(one) for one in value]
+    if hasattr(value, "item"):  # numpy's
+        return as_plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
 def as_json(found: Mapping[str, Any]) -> str:
     """An object as JSON; numbers that JSON has not, nan and inf, are texts.
 
     >>> as_json({"loss": float("inf")})
     '{\\n "loss": "inf"\\n}'
     """
-
-    def as_plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(name): as_plain(one) for name, one in value.items()}
-        if isinstance(value, list | tuple):
-            return [as_plain(one) for one in value]
-        if hasattr(value, "item"):  # numpy's
-            return as_plain(value.item())
-        if isinstance(value, float) and not math.isfinite(value):
-            return str(value)
-        return value if isinstance(value, str | int | float | bool | None) else str(value)
 
     return json.dumps(as_plain(found), indent=1, ensure_ascii=False)
 

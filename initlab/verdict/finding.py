@@ -1,13 +1,13 @@
 """What is wrong with a network: findings with layer, cause and remedy, and the verdict that they make together."""
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pandas as pd
 
+from initlab.terminal import as_plain
 from initlab.verdict.rules import ERROR, list_rules
 
 
@@ -106,7 +106,7 @@ class Verdict:
     @property
     def json(self) -> str:
         """The findings as JSON; what is not finite stands as a text."""
-        found = [{key: _as_plain(value) for key, value in asdict(one).items()} for one in self.findings]
+        found = [{key: as_plain(value) for key, value in asdict(one).items()} for one in self.findings]
         return json.dumps({"ok": self.ok, "layers": self.n_layers, "findings": found}, indent=1)
 
     def _repr_html_(self) -> str:
@@ -115,12 +115,3 @@ class Verdict:
 
             return f"<p>{html.escape(str(self))}</p>"
         return str(self.table.to_html(index=False, escape=True))
-
-
-def _as_plain(value: Any) -> Any:
-    """What JSON can hold of a value."""
-    if isinstance(value, Mapping):
-        return {str(key): _as_plain(one) for key, one in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
