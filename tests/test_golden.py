@@ -7,8 +7,6 @@ numbers that the CHANGELOG explains may do that.
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,6 +19,7 @@ import pytest
 import torch
 
 import initlab
+from initlab.__main__ import main
 from initlab.stats.kernels.cpu import library
 from initlab.tasks.data import load
 from initlab.tasks.phase import Axis, phase
@@ -47,21 +46,12 @@ def _train(table: str, **options: object) -> pd.DataFrame:
 @cache
 def _sweep(launcher: str) -> dict[str, pd.DataFrame]:
     """The tables of a sweep from the command line, without what hangs on the clock or the folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "initlab",
-            "-m",
-            *SWEEP,
-            "plots=false",
-            "report=false",
-            f"hydra.sweep.dir={folder}/sweep",
-        ]
-        command += ["init=naive,kaiming", "activation=relu,tanh", f"hydra/launcher={launcher}"]
-        paths = os.pathsep.join([str(Path(initlab.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-        subprocess.run(command, check=True, capture_output=True, cwd=folder, env=environment)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        words = ["-m", *SWEEP, "plots=false", "report=false", f"hydra.sweep.dir={folder}/sweep"]
+        words += ["init=naive,kaiming", "activation=relu,tanh", f"hydra/launcher={launcher}"]
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["initlab", *words])
+        assert main() == 0
         tables = {name: initlab.read(f"{folder}/**", table=name) for name in ("stats", "losses", "theory")}
     return {name: frame.drop(columns="run") for name, frame in tables.items()}
 
@@ -127,8 +117,11 @@ def test_a_seeded_table_is_what_it_was(name: str) -> None:
         elif exact or a.dtype.kind in "iub":
             np.testing.assert_array_equal(a.to_numpy(), b.to_numpy(), err_msg=str(column))
         else:
+            if column.startswith("ln_"):  # the logarithm of what is 0 but for rounding
+                a, b = a.clip(lower=-30), b.clip(lower=-30)
             largest = float(np.abs(b[np.isfinite(b)]).max()) if np.isfinite(b).any() else 0.0
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * largest, err_msg=str(column))
+            slack = 1e-5 if column == "relative_error" else 1e-4 * largest  # errors of float32 are roundings
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=slack, err_msg=str(column))
 
 
 def test_another_last_bit_is_seen() -> None:

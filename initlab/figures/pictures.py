@@ -35,7 +35,7 @@ def draw_pictures(figures: "Iterable[tuple[str, Figure]]", folder: Path | None, 
     for name, figure in figures:
         if folder is not None:
             figure.savefig(folder / f"{name}.png")
-            figure.set_layout_engine("none")  # where everything stands is known now
+            figure.set_layout_engine(None)  # where everything stands is known now, and no file is drawn twice
         title = " ".join(figure.get_suptitle().split())
         about = f"{title}. {describe_axes(figure)}".strip()
         if inline and count_points(figure) > DENSE:

@@ -25,6 +25,7 @@ PRELOADED = (
     "initlab.__main__", "initlab.job.life_cycle", "initlab.job.options", "initlab.job.prepare", "initlab.runs.recorder",
     "initlab.runs.read", "initlab.sweep.batched_launcher", "initlab.sweep.batch", "initlab.sweep.resume",
     "initlab.sweep.sweeper", "initlab.sweep.workers", "initlab.tasks.stack", "initlab.tasks.train", "polars",
+    "torch._dynamo",  # the first optimizer imports it: two thirds of what a short training costs
 )  # fmt: skip
 FLUSHED = "flushed"  # folder beside the runs: a second name of every part that was flushed
 

@@ -339,10 +339,11 @@ def test_a_page_costs_little_beside_its_figures(runs: Path) -> None:
     """CPU time of this process for the pages of a run of default size and of a sweep."""
     for name in ("healthy", "sweep"):
         tables, _ = read_labelled(find_runs(runs / name))
+        whole = (runs / name / "report.html").read_bytes()
         start = time.process_time()
         write_page(runs / name, tables, [])
         assert time.process_time() - start < 1.5
-        write_page(runs / name, tables, draw_pictures(plots.make_figures(tables, name == "sweep"), None, inline=True))
+        (runs / name / "report.html").write_bytes(whole)  # as other tests look at it
 
 
 def test_a_sweep_of_64_jobs_stays_small(tmp_path: Path) -> None:
