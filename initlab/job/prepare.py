@@ -20,7 +20,7 @@ from initlab.job.settings import Config
 from initlab.job.stages import TASKS, JobSettings, Stage
 from initlab.meanfield.gain_table import gain_words
 from initlab.nn.activations import ACTIVATIONS
-from initlab.nn.custom_activation import as_activation, check_trainable, numerical
+from initlab.nn.custom_activation import as_activation, check_trainable, slope_source
 from initlab.nn.custom_init import make_rule
 from initlab.nn.init import FIELDS, RULES, Rule, rule
 from initlab.runs.recorder import Recorder
@@ -129,9 +129,9 @@ def prepare(config: Config, choices: Mapping[str, str | None], folder: Path) -> 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {config.threads} thread(s)"
     recorder = Recorder(folder, described, name, seeds=list(settings.seeds))
     several = any(vars(config.sweep)[name] is not None for name in ("init", "gain", "lr"))
-    if numerical(activation):
+    if slope_source(activation) == "numerical derivative":
         recorder.note(
-            f"activation: {described['activation']} came without a derivative; its slope is a difference quotient"
+            f"activation: autograd cannot go through {described['activation']}; its slope is a difference quotient"
         )
     gain = gain_words(settings.rule, activation) if task.by_rule and not several else ""
     plots = config.plots and config.study.figure.y is None

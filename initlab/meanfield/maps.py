@@ -11,7 +11,7 @@ standard deviation of a weight times sqrt(fan), sigma_b that of a bias. Everythi
 import torch
 from torch import Tensor
 
-from initlab.nn.activations import Activation
+from initlab.nn.activations import Activation, check_slope
 from initlab.stats.quadrature import gaussian_means, pair_mean
 
 Number = Tensor | float
@@ -28,7 +28,8 @@ def moment(row: Activation, q: Number, power: int = 2) -> Tensor:
 
 
 def slope_moment(row: Activation, q: Number) -> Tensor:
-    """E[phi'(z)^2], shape of q."""
+    """E[phi'(z)^2], shape of q. Raises UsageError where phi jumps."""
+    check_slope(row)
     return gaussian_means(lambda z, u: row.slope(z).square(), _clamp(q), row.kinks)
 
 
@@ -45,6 +46,7 @@ def overlap(row: Activation, q: Number, c: Number, per_panel: int = 20) -> Tenso
 
 def slope_overlap(row: Activation, q: Number, c: Number, per_panel: int = 20) -> Tensor:
     """E[phi'(z1) phi'(z2)] likewise; the jumps of phi' at kinks do not matter to the mean."""
+    check_slope(row)
     return pair_mean(row.slope, _clamp(q), c, row.kinks, per_panel)
 
 

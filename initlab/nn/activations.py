@@ -35,6 +35,7 @@ class Activation:
     formula: str = ""  # phi of one number z, as SymPy reads it
     derivative: str = ""  # and phi'
     rectifies: bool = False  # phi(z) = max(z, 0): statistics of it can be taken in the pass that makes it
+    no_slope: str = ""  # why no theory that needs phi' holds: phi jumps, or phi'^2 has no mean; "" if it does
 
     def pull_back(self, grad: Tensor, z: Tensor) -> Tensor:
         """dL/dz from dL/dphi: grad * phi'(z), or the row's own rule where 0 * inf must be 0 as in autograd."""
@@ -49,7 +50,7 @@ def gelu_slope(z: Tensor) -> Tensor:
 
 def gelu_tanh_slope(z: Tensor) -> Tensor:
     """(1 + t)/2 + z (1 - t^2) u'/2 with t = tanh(u), u = sqrt(2/pi) (z + 0.044715 z^3)."""
-    near = z.clamp(-50, 50)  # beyond, tanh is 1 or -1, and z^3 would leave the number format
+    near = torch.where(z.isfinite(), z.clamp(-50, 50), z)  # beyond, tanh is 1 or -1, and z^3 would leave the format
     t = torch.tanh(GELU_SCALE * (near + GELU_CUBIC * near**3))
     return 0.5 * (1 + t) + 0.5 * near * (1 - t * t) * GELU_SCALE * (1 + 3 * GELU_CUBIC * near * near)
 
@@ -74,7 +75,7 @@ def mish_slope(z: Tensor) -> Tensor:
 
 def hardswish_back(grad: Tensor, z: Tensor) -> Tensor:
     """grad times 0 below -3, z/3 + 1/2 up to 3, and 1 above."""
-    return torch.where(z < -3, 0, torch.where(z <= 3, grad * (z / 3 + 0.5), grad))
+    return torch.where(z < -3, 0, torch.where(z > 3, grad, grad * (z / 3 + 0.5)))
 
 
 def _below_zero(above: str, below: str) -> str:
@@ -235,6 +236,18 @@ def find_torch_gain(row: Activation) -> float | None:
         return None
 
 
+def check_slope(row: Activation) -> None:
+    """Refuse an activation whose phi'^2 has no mean: gradients, gains of kind chi and phases have no theory there."""
+    if row.no_slope:
+        raise UsageError(f"activation: {row.no_slope}; theory of gradients, of phases and gains of kind chi need phi'")
+
+
+def chi_gain(row: Activation) -> float:
+    """1 / sqrt(E[phi'(u)^2])."""
+    check_slope(row)
+    return _inverse_root(gaussian_mean(lambda z: row.slope(z).square(), row.kinks))
+
+
 def std_gain(row: Activation) -> float:
     """1 / sqrt(Var[phi(u)])."""
     mean = gaussian_mean(row.phi, row.kinks)
@@ -249,7 +262,7 @@ def _inverse_root(moment: float) -> float:
 
 GAIN_KINDS: dict[str, Callable[[Activation], float]] = {
     # E[phi'(u)^2] gain^2 = 1: gradients keep their second moment (He et al. 2015, eq. 14)
-    "chi": lambda row: _inverse_root(gaussian_mean(lambda z: row.slope(z).square(), row.kinks)),
+    "chi": chi_gain,
     # E[phi(u)^2] gain^2 = 1: the next preactivation keeps its second moment
     "rms": lambda row: _inverse_root(gaussian_mean(lambda z: row.phi(z).square(), row.kinks)),
     "std": std_gain,  # Var[phi(u)] gain^2 = 1: activations scaled by the gain have unit variance

@@ -15,7 +15,7 @@ import torch
 
 from initlab.errors import check, library_call
 from initlab.nn.activations import ACTIVATIONS
-from initlab.nn.custom_activation import Given, name_of, numerical
+from initlab.nn.custom_activation import Given, name_of, slope_source
 from initlab.nn.init import Rule
 from initlab.stats.keys import TENSOR_COLUMNS
 from initlab.stats.statistics import IN_LN
@@ -62,7 +62,7 @@ def predict(
     median at this width, `band_low` to `band_high` hold 95 % of the networks, `band68_low` to `band68_high` 68 %,
     `limit` is infinite width. `mean` and `sd` are those of ln of the statistic where `scale` is ln, else of itself.
     `rho` is the correlation over networks of ln std with that of the same tensor one layer before, in the direction of
-    travel. `method` says where the numbers come from, `slope` whether phi' was given or differentiated numerically.
+    travel. `method` says where the numbers come from, `slope` where phi' does: given, autograd or numerical derivative.
     With `wide` a row per layer, tensor and direction: for every statistic S the columns S (its median at this width),
     S_low, S_high (95 %) and S_limit, and, for those on a ln scale, ln_S_mean, ln_S_sd and ln_S_limit.
 
@@ -78,7 +78,7 @@ def predict(
     named, count = choose_method(request, method, networks)
     found = _simulated_blocks(request, count, seed) if count else _closed_blocks(request, named)
     long = frame([*found, *_parameter_blocks(request)]).assign(
-        activation=name_of(activation), slope="numerical derivative" if numerical(request.row) else "given"
+        activation=name_of(activation), slope=slope_source(request.row)
     )
     return _pivot(long) if wide else long
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from initlab.errors import UsageError, check, keep_checked, show
 from initlab.meanfield.maps import moment
-from initlab.nn.activations import Activation
+from initlab.nn.activations import Activation, check_slope
 from initlab.nn.custom_activation import Given, as_activation
 from initlab.nn.init import LAWS, MODES, Rule, rule
 from initlab.nn.mup import last_layer
@@ -65,6 +65,7 @@ def parse_request(
     if options.pop("residual", False):
         raise UsageError("residual: theory knows stacks without residual connections only")
     row, scaling = as_activation(activation), rule(init, **options)
+    check_slope(row)
     if scaling.distribution not in LAWS:
         raise UsageError(f"theory has no law of weights that {scaling.distribution} writes")
     units = resolve_units(depth, width, widths, inputs)

@@ -127,7 +127,7 @@ def test_methods_are_named() -> None:
     unknown = predict_wide("kaiming", "gelu", 50, 100, fixed_input=True)  # the chain draws its input
     assert row(unknown, 50)["method"] == "log-delta, outside its range"
     own = predict_wide("kaiming", torch.nn.functional.elu, 3)
-    assert set(own["slope"]) == {"numerical derivative"}
+    assert set(own["slope"]) == {"autograd"}
 
 
 @pytest.mark.parametrize("name", ["relu", "tanh", "linear"])
