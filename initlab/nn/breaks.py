@@ -35,7 +35,7 @@ def find_breaks(phi: Callable[[Tensor], Tensor]) -> list[Break]:
     phi: a function of a float64 tensor, elementwise. A place is right to 1e-9, where the second derivative jumps to
     1e-6. Jumps below 1e-6 of phi's own size are left out.
     """
-    low, high = _initial_cells()
+    low, high = _make_cells()
     usual = float(phi(torch.linspace(-4, 4, 257, dtype=torch.float64)).abs().max())
     alive, parts = torch.arange(len(low)), torch.arange(PARTS + 1, dtype=torch.float64)
     found = torch.full((LEVELS, 4, len(low)), torch.nan, dtype=torch.float64)  # ln width, ln off, off / size, place
@@ -54,10 +54,10 @@ def find_breaks(phi: Callable[[Tensor], Tensor]) -> list[Break]:
         low, high = z[kept].gather(1, at)[:, 0], z[kept].gather(1, at + 3)[:, 0]
         found[level, :3, alive] = torch.stack([step.log(), off.log(), off / size])[:, kept]
         found[level, 3, alive] = (low + high) / 2
-    return _classify(phi, found)
+    return _tell_breaks(phi, found)
 
 
-def _initial_cells() -> tuple[Tensor, Tensor]:
+def _make_cells() -> tuple[Tensor, Tensor]:
     """Cells that overlap by a part, with no round number on an edge."""
     even = np.linspace(-NEAR, NEAR, CELLS + 1) + 0.37 * 2 * NEAR / CELLS
     far, near = np.geomspace(NEAR, FAR, 461), np.geomspace(1e-12, 2 * NEAR / CELLS, 96)
@@ -68,7 +68,7 @@ def _initial_cells() -> tuple[Tensor, Tensor]:
     return low - overlap, high + overlap
 
 
-def _classify(phi: Callable[[Tensor], Tensor], found: Tensor) -> list[Break]:
+def _tell_breaks(phi: Callable[[Tensor], Tensor], found: Tensor) -> list[Break]:
     """The breaks among cells, from how fast what is off has shrunk over the last levels of each."""
     depth = found[:, 0].isfinite().sum(0)
     some = (depth >= 4).nonzero().flatten()

@@ -177,7 +177,7 @@ def row_of(phi: Callable[[Tensor], Tensor]) -> Activation:
             exact = _Autograd(phi, kinks)
             if int(exact.differentiate(torch.ones_like(grid), grid).isnan().sum()) < len(grid) / 100:
                 slope = exact
-        steepest = _largest(slope, grid)
+        steepest = _largest_slope(slope, grid)
     return Activation(
         phi=phi,
         slope=slope,
@@ -189,7 +189,7 @@ def row_of(phi: Callable[[Tensor], Tensor]) -> Activation:
     )
 
 
-def _largest(slope: Callable[[Tensor], Tensor], grid: Tensor) -> float:
+def _largest_slope(slope: Callable[[Tensor], Tensor], grid: Tensor) -> float:
     """max |phi'|, about the largest one of the grid on finer and finer ones."""
     width = float(grid[1] - grid[0])
     size = slope(grid).abs()
