@@ -11,6 +11,10 @@ import torch
 from initlab import stops
 from initlab.__main__ import main
 
+# Options of a job that takes a moment, in the sizes of its networks and without what it draws.
+TINY = ("depth=3", "width=8", "batch=16", "train.width=4", "train.steps=3", "train.batch=8")
+TINY += ("plots=false", "report=false")
+
 
 def pytest_configure() -> None:
     """A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C."""

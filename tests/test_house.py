@@ -73,8 +73,9 @@ HOUSE = {
         "distance lock folders parquet schema labels read parts recorder select theory_rows summary collect compare"
     ),
     "figures": (
-        "axes lines model_rows figure_spec format_figure gain_figure graph_figure histogram_figure jacobian_figure "
-        "model_figure phase_figure share_figure training_figures plots pictures study_figure table_figures plot"
+        "axes lines model_rows figure_spec broadcast_figure format_figure gain_figure graph_figure histogram_figure "
+        "jacobian_figure model_figure phase_figure share_figure training_figures plots pictures study_figure "
+        "table_figures plot"
     ),
     "studies": "reductions expect study gallery",
     "report": "page_words page_numbers page_tables page_sections page_findings page page_files",

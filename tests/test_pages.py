@@ -124,12 +124,18 @@ def test_what_is_compared_and_what_is_not() -> None:
 
 
 def test_the_first_screen_is_short() -> None:
-    """Title, one sentence, the picture, one command, and three blocks of at most ten lines."""
+    """A question, one picture, one command, and a block of at most three lines of code for each of three readers."""
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(page.splitlines()) < 100 and page.index("![") < page.index("pip install") < page.index(
-        "print(initlab.diagnose"
+    first = page[: page.index("## Pages")]
+    assert len([line for line in first.splitlines() if line.strip()]) <= 40 and len(page.splitlines()) < 90
+    assert first.startswith("# initlab: where does the signal die?\n") and first.count("![") == 1
+    assert page.index("![") < page.index("pip install") < page.index("print(initlab.diagnose")
+    code = [block.text for block in find_blocks(first) if block.language == "python"]
+    assert (
+        first.count("**") == 6
+        and len(code) == 2
+        and all(len(one.replace("\n\n", "\n").splitlines()) == 3 for one in code)
     )
-    assert all(len(block.text.splitlines()) <= 12 for block in find_blocks(page))
 
 
 LINKED = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]

@@ -315,5 +315,10 @@ def plot_theory(ax: Axes, lines: pd.DataFrame, styles: Styles, x: str = "layer")
             ax.plot(few[x], few["predicted"], color=styles[str(label)].colour, **marks)
         ax.plot([], [], color="0.3", label="theory", **marks)
     handles = [pair for pair in zip(*ax.get_legend_handles_labels(), strict=True) if pair[1].startswith("theory")]
-    if handles:
-        ax.legend(*zip(*handles, strict=True), loc="best" if len(styles) == 1 else "upper left", fontsize=TEXT)
+    if handles:  # above the panel, where it covers nothing
+        grid = ax.get_subplotspec()
+        wide = grid is None or grid.get_gridspec().ncols == 1
+        ax.legend(
+            *zip(*handles, strict=True), loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1, frameon=False,
+            ncols=len(handles) if wide else 1, fontsize=TEXT,
+        )  # fmt: skip

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from initlab.figures.axes import cell_edges, draw_heat_map, name_rows, new_figure
+from initlab.figures.broadcast_figure import draw_broadcast
 from initlab.figures.format_figure import draw_formats
 from initlab.figures.gain_figure import draw_gains
 from initlab.figures.graph_figure import draw_graph
@@ -85,7 +86,7 @@ def draw_stack(tables: Tables, directions: Sequence[str] = tuple(SIGNALS)) -> Fi
             lines = theory_rows.lines(known, direction) if len(known) else known
             _plot_signal(ax, signal, direction, stats, lines, group, len(labels) > 1)
             if len(signals) > 1 and not row:
-                ax.set_title(SIGNALS[direction].lower(), fontsize=10)
+                ax.set_title(SIGNALS[direction].lower(), fontsize=10, loc="left")
             if row < len(groups) - 1:
                 ax.set_xlabel("")
     return figure
@@ -178,6 +179,7 @@ FIGURES: dict[str, Callable[[Tables], Figure | None]] = {
     "loss": loss,
     "timings": timings,
     "graph": _from_tables(draw_graph, schema.NODES, schema.EDGES),
+    "broadcast": _from_tables(draw_broadcast, schema.EXAMPLES),
     "gains": _from_tables(draw_gains, schema.GAINS),
     "formats": _from_tables(draw_formats, schema.FORMATS),
     "jacobian": draw_spectra,

@@ -55,7 +55,7 @@ def draw_study(one: FigureSpec, tables: Mapping[str, pd.DataFrame], title: str, 
     for position, (ax, panel) in enumerate(zip(axes, panels, strict=False)):
         last = one.backwards or position % across == across - 1 or position == len(panels) - 1
         _draw_panel(ax, one, of_panel[panel], panel, styles, tables, limits[panel], names=last)
-        ax.set_title(panel, fontsize=10)
+        ax.set_title(panel, fontsize=10, loc="left")
         ax.set_xlabel(AXIS_LABELS.get(one.x, one.x))
         ax.set_ylabel(one.y + spread if position % across == 0 else "")
     for ax in axes[len(panels) :]:
@@ -152,9 +152,10 @@ def mark_expected(ax: Axes, one: FigureSpec, panel: str, styles: Styles, places:
         else:
             ax.plot([x], [row["y"]], "_", color="0.1", markersize=26, markeredgewidth=1.6, zorder=5)
             at, coordinates = (x, row["y"]), ax.transData
+        left = x is None or (not places and "y" in row and x > sum(ax.get_xlim()) / 2)
         ax.annotate(
-            row.get("text", ""), at, xycoords=coordinates, xytext=(-3 if x is None else 4, 3), fontsize=7.5,
-            textcoords="offset points", ha="right" if x is None else "left", color="0.2",
+            row.get("text", ""), at, xycoords=coordinates, xytext=(-4 if left else 4, 3), fontsize=7.5,
+            textcoords="offset points", ha="right" if left else "left", color="0.2",
         )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def draw_theory(frame: pd.DataFrame) -> Figure | None:
         ax.set_ylim(*find_limits(lines, measured))
         plot_theory(ax, lines, styles)
         set_log_ticks(ax)
-        ax.set_title(f"{direction}: {statistic} of the {tensor}s", fontsize=11)
+        ax.set_title(f"{direction}: {statistic} of the {tensor}s", fontsize=10, loc="left")
         set_layer_ticks(ax, mine["layer"])
     return figure
 

@@ -45,9 +45,10 @@
   const placeOf = (one) => Number(step.value) * one.layers.length + Number(layer.value);
 
   function fillTable(one, place, number) {
-    const names = Object.keys(TITLES).filter((name) => one.tensors.some((tensor) => name in tensor.values));
+    const names = Object.keys(TITLES).filter((name) => one.tensors.some((tensor) => (tensor.values[name] || []).some(Boolean)));
     const head = make("tr");
-    for (const name of ["tensor", ...names.map((name) => TITLES[name])]) head.append(make("th", { scope: "col" }, name));
+    head.append(make("th", { scope: "col" }, "tensor"));
+    for (const name of names) head.append(make("th", { scope: "col", class: "number" }, TITLES[name]));
     const rows = one.tensors.filter((tensor) => tensor.layers.includes(number)).map((tensor) => {
       const row = make("tr");
       row.append(make("th", { scope: "row", class: "short" }, tensor.name));

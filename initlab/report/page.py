@@ -111,13 +111,17 @@ def make_page(folder: Path, runs: Sequence[Run], tables: page_sections.Tables, p
 
 
 def drop_settings(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """The tables that have rows; those of the most rows without the constant columns of the configuration."""
+    """The tables that have rows; those of the most rows without the constant columns of the configuration.
+
+    Of a training by hand and by modules the first is kept.
+    """
     kept = {}
     for name, frame in tables.items():
         if not len(frame):
             continue
         if name in (STATS, HISTOGRAMS):
-            frame = frame[frame["implementation"].astype(str) != "module"]
+            by_hand = frame["implementation"].astype(str) == "scratch"
+            frame = frame[by_hand | ~frame["stage"].isin(frame.loc[by_hand, "stage"].unique())]
         if TABLES[name].labelled:
             frame = frame.drop(columns=[one for one in {*LABELS, *OPTION_OF} - {*SETTING} if one in frame])
         kept[name] = frame

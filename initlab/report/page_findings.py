@@ -191,12 +191,8 @@ def find_fates(stats: pd.DataFrame, direction: str) -> dict[tuple[str, str], sum
         return {}
     pairs = signal["run"].astype(str) + "\0" + signal["label"].astype(str)
     died = summary.first_dead_layer(signal.assign(label=pairs), direction)
-    first = "min" if direction == "forward" else "max"
-    fates = {}
-    for pair, rows in died.groupby("label"):
-        run, _, label = str(pair).partition("\0")
-        fates[run, label] = summary.find_fate(rows, first)
-    return fates
+    fates = summary.find_fates(died, "min" if direction == "forward" else "max")
+    return {(run, label): fate for pair, fate in fates.items() for run, _, label in [pair.partition("\0")]}
 
 
 def find_last_losses(losses: pd.DataFrame) -> dict[tuple[str, str], float]:

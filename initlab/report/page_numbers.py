@@ -75,8 +75,11 @@ def collect_views(tables: Mapping[str, pd.DataFrame], most: int) -> list[dict[st
     return views
 
 
-def take_medians(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
-    """Over the networks, for each label, stage, tensor and direction: a row per step and layer; nan ranks above all."""
+def take_medians(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """Over the networks, for each label, stage, tensor and direction: a row per step and layer; nan ranks above all.
+
+    Each row is its step, its layer and the numbers of SHOWN.
+    """
     lost = rows["n_nan"] + rows["n_inf"]
     values = rows.assign(subnormal=rows["n_subnormal"] / rows["count"], nonfinite=lost / rows["count"])
     values = values[list(SHOWN)].astype(float)
@@ -84,20 +87,23 @@ def take_medians(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], pd.DataF
     keys = [rows[name] for name in ("label", "stage", "tensor", "direction")]
     grouped = values.groupby([*keys, rows["step"], rows["layer"]], observed=True, sort=False)
     found = grouped.agg({name: EXTREME.get(name, "median") for name in SHOWN}).reset_index()
-    for name, mine in found.groupby(["label", "stage", "tensor", "direction"], observed=True, sort=False):
-        yield tuple(map(str, name)), mine
+    numbers = found[["step", "layer", *SHOWN]].to_numpy(dtype=float)
+    for name, mine in found.groupby(
+        ["label", "stage", "tensor", "direction"], observed=True, sort=False
+    ).indices.items():
+        yield tuple(map(str, name)), numbers[mine]
 
 
-def fill_view(view: dict[str, Any], key: tuple[str, ...], rows: pd.DataFrame, bins: pd.DataFrame) -> None:
-    """Add one tensor to a view: its statistics, and its histograms where there are any."""
+def fill_view(view: dict[str, Any], key: tuple[str, ...], rows: np.ndarray, bins: pd.DataFrame) -> None:
+    """Add one tensor to a view: its statistics (rows of `take_medians`), and its histograms where there are any."""
     steps, layers = view["steps"], view["layers"]
-    place = np.searchsorted(steps, rows["step"]) * len(layers) + np.searchsorted(layers, rows["layer"])
+    place = np.searchsorted(steps, rows[:, 0]) * len(layers) + np.searchsorted(layers, rows[:, 1])
     grid = np.full((len(steps) * len(layers), len(SHOWN)), np.nan)
-    grid[place] = rows[list(SHOWN)].to_numpy()
+    grid[place] = rows[:, 2:]
     numbers = {name: plain_numbers(column) for name, column in zip(SHOWN, grid.T, strict=True)}
     one = {
         "name": name_tensor(*key),
-        "layers": np.unique(rows["layer"]).tolist(),
+        "layers": np.unique(rows[:, 1].astype(int)).tolist(),
         "values": {name: column for name, column in numbers.items() if column != [None]},
     }
     if len(bins):

@@ -164,10 +164,11 @@ def describe_formats(facts: Facts) -> PageSection | None:
     for direction, what in DIRECTIONS.items():
         signal = summary.stack_signal(stats, direction)
         signal = signal[signal["layer"] > 0]
-        for label, mine in signal.groupby("label", observed=True):
-            sizes = mine.groupby("layer")["log2_rms_true"].median().sort_index(ascending=direction == "forward")
-            cells = [find_format_end(sizes, name) for name in SHOWN_FORMATS]
-            rows.append([*([Cell(str(label))] if several else []), Cell(what), *cells])
+        sizes = signal.groupby(["label", "layer"], observed=True)["log2_rms_true"].median().unstack("layer")
+        sizes = sizes.sort_index(axis=1, ascending=direction == "forward")
+        for label, mine in zip(sizes.index.astype(str), sizes.to_numpy(), strict=True):
+            cells = [find_format_end(mine, sizes.columns, name) for name in SHOWN_FORMATS]
+            rows.append([*([Cell(label)] if several else []), Cell(what), *cells])
     if not rows:
         return None
     columns = [*(["setting"] if several else []), "signal", *SHOWN_FORMATS]
@@ -175,8 +176,8 @@ def describe_formats(facts: Facts) -> PageSection | None:
     return PageSection("formats", "Number formats", tables=[PageTable("Where a format would end", columns, rows, note)])
 
 
-def find_format_end(sizes: pd.Series, name: str) -> Cell:
-    """Of sizes (log2) by layer in the order of travel: where they leave a format, in words."""
+def find_format_end(sizes: np.ndarray, layers: Sequence[int], name: str) -> Cell:
+    """Of sizes (log2) of layers in the order of travel: where they leave a format, in words."""
     held = FORMATS[name]
     for word, kind, met in (
         ("overflow", BAD, sizes > math.log2(held.max)),
@@ -184,7 +185,7 @@ def find_format_end(sizes: pd.Series, name: str) -> Cell:
         ("subnormal", FAIR, sizes < math.log2(held.tiny)),
     ):
         if met.any():
-            return Cell(f"{word} from layer {met.idxmax()}", kind)
+            return Cell(f"{word} from layer {layers[int(met.argmax())]}", kind)
     return Cell("holds", GOOD)
 
 
@@ -235,7 +236,8 @@ def list_three_layers(views: Sequence[Mapping[str, Any]]) -> list[PageTable]:
     made = []
     for view in views[:MOST_VIEWS]:
         steps, layers, rows = view["steps"], view["layers"], []
-        names = [name for name in SHOWN if any(name in one["values"] for one in view["tensors"])]
+        values = [one["values"] for one in view["tensors"]]
+        names = [name for name in SHOWN if any(any(one.get(name, ())) for one in values)]  # others are 0 everywhere
         for layer in take_three([layer for layer in layers if layer > 0] or layers):
             place = (len(steps) - 1) * len(layers) + layers.index(layer)
             for one in view["tensors"]:

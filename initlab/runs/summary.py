@@ -53,8 +53,7 @@ def stack_signal(stats: pd.DataFrame, direction: str = "forward") -> pd.DataFram
     rows = stats[(stats["stage"] == "stack") & (stats["tensor"] == "activation")]
     if direction == "backward":
         dead = (rows["direction"] == "forward") & ((rows["n_nan"] + rows["n_inf"] > 0) | (rows["frac_zero"] == 1))
-        if "activation" in rows:
-            dead &= rows["activation"].astype(str) != "linear"
+        dead &= theory_rows.needs_values(rows)
         if dead.any():
             names = [name for name in ("label", "run", "seed") if name in rows]
             rows = rows[~dead.groupby([rows[name].astype(str) for name in names]).transform("any")]
@@ -114,13 +113,19 @@ def find_fate(died: pd.DataFrame, first: str = "min", along: str = "layer") -> F
     The middle is that of `rank_quantiles`: a median is not finite where a half of the networks is not, and 0 where
     more than a half are 0.
     """
-    layers = {kind: died[kind].dropna().sort_values(ascending=first == "min").to_numpy() for kind in ENDS}
+    met = {kind: np.sort(died[kind].to_numpy()) for kind in ENDS}  # nan stands last
+    layers = {kind: one[: np.count_nonzero(one == one)][:: 1 if first == "min" else -1] for kind, one in met.items()}
     middle = {"nonfinite": (len(died) - 1) // 2, "zero": len(died) // 2}
     counts = {kind: len(found) for kind, found in layers.items()}
     for kind, found in layers.items():
         if len(found) > middle[kind]:
             return Fate(kind, float(found[middle[kind]]), along, counts, len(died))
     return Fate("", math.nan, along, counts, len(died))
+
+
+def find_fates(died: pd.DataFrame, first: str = "min", along: str = "layer") -> dict[str, Fate]:
+    """The fate of each label of `died`; arguments as in `find_fate`."""
+    return {str(label): find_fate(rows, first, along) for label, rows in died.groupby("label", observed=True)}
 
 
 def rank_quantiles(values: np.ndarray, shares: tuple[float, ...] = (0.16, 0.5, 0.84)) -> np.ndarray:
@@ -139,35 +144,40 @@ def rank_quantiles(values: np.ndarray, shares: tuple[float, ...] = (0.16, 0.5, 0
 
 def band(frame: pd.DataFrame, along: list[str], value: str) -> pd.DataFrame:
     """Per label and position: median and 16-84 % of the networks, by `rank_quantiles`; needs `label` and `seed`."""
-    found = []
-    for label, rows in frame.groupby("label", observed=True):
-        if rows.duplicated([*along, "seed"]).any():
-            raise UsageError(f"{label}: a network has several rows at one {' and '.join(along)}")
-        networks = rows.pivot(index=along, columns="seed", values=value)
-        low, median, high = rank_quantiles(networks.to_numpy())
-        found.append(networks.index.to_frame(index=False).assign(label=label, low=low, median=median, high=high))
-    columns = [*along, "label", "low", "median", "high"]
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
+    keys = ["label", *along]
+    twice = frame.loc[frame.duplicated([*keys, "seed"]), "label"]
+    if len(twice):
+        raise UsageError(f"{twice.iloc[0]}: a network has several rows at one {' and '.join(along)}")
+    groups = frame.groupby(keys, observed=True)
+    places = groups.size().index.to_frame(index=False).astype({"label": str})
+    quantiles = np.full((3, len(places)), np.nan)
+    order, counts = np.argsort(groups.ngroup().to_numpy(), kind="stable"), groups.size().to_numpy()
+    values, starts = frame[value].to_numpy(dtype=float)[order], np.cumsum(counts) - counts
+    for n in np.unique(counts):  # as a rule all have as many networks
+        mine = counts == n
+        quantiles[:, mine] = rank_quantiles(values[starts[mine][:, None] + np.arange(n)])
+    return places[[*along, "label"]].assign(**dict(zip(("low", "median", "high"), quantiles, strict=True)))
 
 
 def end_of_signal(stats: pd.DataFrame, direction: str = "forward") -> dict[str, str]:
     """Per label a few words about the std at the end of the way: the last layer forward, the first backward."""
-    signal, died = stack_signal(stats, direction), first_dead_layer(stats, direction)
+    signal = stack_signal(stats, direction)
     signal = signal[signal["layer"] > 0]
     last, travel = ("max", "min") if direction == "forward" else ("min", "max")
+    ends = signal["layer"] == signal.groupby("label", observed=True)["layer"].transform(last)
+    end = band(signal[ends], ["layer"], "std").set_index("label")
+    fates = find_fates(first_dead_layer(stats, direction), travel)
+    lost = fates if direction == "forward" else find_fates(first_dead_layer(stats))
     found = {}
-    for label, values in stack_signal(stats).groupby("label", observed=True):
-        rows = signal[signal["label"] == label]
-        if not len(rows):
-            lost = first_dead_layer(values)
-            found[str(label)] = f"no gradient, the values are {find_fate(lost)}"
+    for label in lost:
+        if label not in end.index:
+            if lost[label].kind:  # else no gradient was measured
+                found[label] = f"no gradient, the values are {lost[label]}"
             continue
-        end = band(rows[rows["layer"] == rows["layer"].agg(last)], ["layer"], "std").iloc[0]
-        fate = find_fate(died[died["label"] == label], travel)
-        found[str(label)] = str(fate)
-        if not fate.kind:
-            spread = f"({_number(end['low'])} to {_number(end['high'])})"
-            found[str(label)] = f"std {_number(end['median'])} at layer {end['layer']} {spread}{fate.shares}"
+        found[label], row = str(fates[label]), end.loc[label]
+        if not fates[label].kind:
+            spread = f"({_number(row['low'])} to {_number(row['high'])})"
+            found[label] = f"std {_number(row['median'])} at layer {row['layer']:.0f} {spread}{fates[label].shares}"
     return found
 
 
@@ -211,10 +221,7 @@ def summarize(
         table["mean"] = band(last, ["layer"], "mean").set_index("label")["median"]
         spread = band(last, ["layer"], "std").set_index("label")
         table["std"], table["std16"], table["std84"] = spread["median"], spread["low"], spread["high"]
-        died = first_dead_layer(stats)
-        table["signal"] = pd.Series(
-            {label: str(find_fate(rows)) for label, rows in died.groupby("label", observed=True)}
-        )
+        table["signal"] = pd.Series(find_fates(first_dead_layer(stats)), dtype=object).map(str)
     if THEORY in tables:
         table["theory"] = pd.Series(theory_rows.find_agreement(tables[THEORY]), dtype=object)
     if LOSSES in tables:

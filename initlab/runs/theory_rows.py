@@ -75,40 +75,55 @@ def _rows(theory: pd.DataFrame, direction: str) -> pd.DataFrame:
     return rows[(rows["implementation"] == "scratch") & (rows["tensor"] == "preactivation")]
 
 
+def needs_values(rows: pd.DataFrame) -> np.ndarray:
+    """Of each row whether a gradient hangs on the values that it passes: that of a linear stack does not."""
+    if "activation" not in rows:
+        return np.ones(len(rows), bool)
+    return np.asarray(rows["activation"].astype(str) != "linear")
+
+
 def find_agreement(theory: pd.DataFrame, direction: str = "forward") -> dict[str, ProfileTest]:
     """Per label one test of the whole profile; needs `label`. Runs of one label are one ensemble.
 
     Layers where the prediction comes near an end of the number format are not judged: a network that dies there dies as
-    predicted. A gradient is judged where the forward pass lives. Networks that died too early count where they are
-    half of all, else the others are judged.
+    predicted. A gradient is judged where the forward pass lives, or does not matter. Networks that died too early count
+    where they are half of all, else the others are judged.
     """
     rows = _rows(theory, direction)
     rows = rows[rows["seed"] >= 0].sort_values("layer", ascending=direction == "forward", kind="stable")
     if direction == "backward":
         values = _rows(theory, "forward")
         keys = [name for name in ("label", "run", "seed") if name in rows]
-        gone = pd.MultiIndex.from_frame(values.loc[values["measured"] == 0, keys].astype(str))
-        dead = pd.MultiIndex.from_frame(rows[keys].astype(str)).isin(gone)
+        gone = values.loc[(values["measured"] == 0) & needs_values(values), keys]
+        dead = pd.MultiIndex.from_frame(rows[keys].astype(str)).isin(pd.MultiIndex.from_frame(gone.astype(str)))
         rows = rows[rows["z"].notna() & ~dead]
-    return {str(label): _judge(mine) for label, mine in rows.groupby("label", observed=True)}
-
-
-def _judge(rows: pd.DataFrame) -> ProfileTest:
-    every, outside = rows["layer"].nunique(), bool(rows["method"].astype(str).str.contains("outside").any())
-    held = FORMATS[str(rows["dtype"].iloc[0]) if "dtype" in rows else "float32"]
-    rows = rows[(rows["band_low"] > held.tiny * NEAR) & (rows["band_high"] < held.max / NEAR)]
+    every = rows.groupby("label", observed=True)["layer"].nunique()
+    outside = set(rows.loc[rows["method"].astype(str).str.contains("outside"), "label"].astype(str))
+    dtypes = rows["dtype"].astype(str) if "dtype" in rows else pd.Series("float32", rows.index)
+    held = {name: (FORMATS[name].tiny * NEAR, FORMATS[name].max / NEAR) for name in dtypes.unique()}
+    least, most = (dtypes.map({name: ends[k] for name, ends in held.items()}).astype(float) for k in (0, 1))
+    rows = rows[(rows["band_low"] > least) & (rows["band_high"] < most)]
     dead = rows["z"].isna() | (rows["measured"] == 0) & (rows["z"] != 0)
-    layers = rows.assign(z=rows["z"].where(~dead), dead=dead).groupby("layer", sort=False)
-    lost = layers["dead"].mean() >= 0.5
+    layers = rows.assign(z=rows["z"].where(~dead), dead=dead).groupby(["label", "layer"], observed=True, sort=False)
+    found = layers.agg(lost=("dead", "mean"), z=("z", "mean"), n=("z", "count"), rho=("rho", "first")).reset_index()
+    by_label = {str(label): mine for label, mine in found.groupby("label", observed=True)}
+    return {
+        str(label): _judge(by_label.get(str(label), found[:0]), int(count), str(label) in outside)
+        for label, count in every.items()
+    }
+
+
+def _judge(layers: pd.DataFrame, every: int, outside: bool) -> ProfileTest:
+    """layers: in the order of travel `layer`, `z` and `rho`, `n` networks that live, and the share `lost`."""
+    at, lost = layers["layer"].to_numpy(), layers["lost"].to_numpy() >= 0.5
     if lost.any():
-        return ProfileTest(0.0, math.nan, 0, len(lost), every, float(lost.index[int(lost.argmax())]), outside)
-    if not len(lost):
+        return ProfileTest(0.0, math.nan, 0, len(at), every, float(at[lost.argmax()]), outside)
+    if not len(at):
         return ProfileTest(math.nan, math.nan, 0, 0, every, math.nan, outside)
-    n = layers["z"].count()
-    z = (layers["z"].mean() / np.sqrt(1 / n + KNOWN**2)).to_numpy()
-    at = int(np.abs(z).argmax())
-    p = p_value(z, layers["rho"].first().to_numpy())
-    return ProfileTest(p, float(z[at]), int(lost.index[at]), len(z), every, math.nan, outside)
+    z = (layers["z"] / np.sqrt(1 / layers["n"] + KNOWN**2)).to_numpy()
+    far = int(np.abs(z).argmax())
+    p = p_value(z, layers["rho"].to_numpy())
+    return ProfileTest(p, float(z[far]), int(at[far]), len(at), every, math.nan, outside)
 
 
 def lines(theory: pd.DataFrame, direction: str) -> pd.DataFrame:

@@ -103,7 +103,7 @@ def test_what_the_source_gives_is_drawn_in_its_panel() -> None:
         {"x": 2, "y": 1.5, "text": "here"},
     ]
     one = FigureSpec("layer", "std", by="seed", col="init", expected=expected)
-    panels = {ax.get_title(): ax for ax in draw_study(one, {"stats": stats()}, "").axes}
+    panels = {ax.get_title(loc="left"): ax for ax in draw_study(one, {"stats": stats()}, "").axes}
     assert "twice" in {text.get_text() for text in panels["a"].texts} - {text.get_text() for text in panels["b"].texts}
     for ax in panels.values():
         assert [line for line in ax.lines if list(line.get_xdata()) == [3, 3]]

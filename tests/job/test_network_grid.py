@@ -9,18 +9,9 @@ import pytest
 
 import initlab
 from initlab.runs.labels import labels
+from tests.conftest import TINY
 
 Lab = Callable[..., tuple[int, str, str]]
-TINY = (
-    "depth=3",
-    "width=8",
-    "batch=16",
-    "plots=false",
-    "report=false",
-    "train.width=4",
-    "train.steps=3",
-    "train.batch=8",
-)
 # The ensemble contract, 4 eps of float32 per layer over 4 layers; bit for bit where one kernel computed both.
 NEAR = 2e-6
 KEYS = ("stage", "implementation", "step", "layer", "tensor", "direction", "statistic")

@@ -209,8 +209,8 @@ def test_numbers_have_three_digits_and_others_are_words() -> None:
 )
 def test_the_end_of_a_format_is_where_sizes_leave_it(rate: float, word: str) -> None:
     """float32 ends at 2^128, and becomes subnormal below 2^-126: at 4 octaves a layer both are the 32nd."""
-    sizes = pd.Series(rate * np.arange(1, 35), index=range(1, 35))
-    cell = page_sections.find_format_end(sizes, "float32")
+    layers = range(1, 35)
+    cell = page_sections.find_format_end(rate * np.array(layers), layers, "float32")
     assert cell.text == word and (cell.kind == page_tables.GOOD) == (rate == 0)
 
 
@@ -333,6 +333,7 @@ def test_every_task_has_a_page(lab: Lab, task: str) -> None:
     assert max(page.ids.values()) == 1
     assert page.named("table") or "found nothing wrong" in page.text
     assert len(page.named("figure")) == len(list(Path("one").glob("*.png")))
+    assert ('id="walk-numbers"' in Path("one/report.html").read_text()) == (task in ("seeded", "train"))
 
 
 def test_a_page_costs_little_beside_its_figures(runs: Path) -> None:

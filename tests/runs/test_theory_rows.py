@@ -95,6 +95,16 @@ def test_networks_that_die_where_predicted_agree_with_theory() -> None:
     assert (found.p, found.died) == (0.0, 20) and "dead that should live" in str(found)
 
 
+def test_a_gradient_of_a_linear_stack_is_judged_though_its_values_died() -> None:
+    """The figures draw it for the same reason: it does not hang on the values."""
+    theory = labelled(run("kaiming"))["theory"]
+    gone = (theory["direction"] == "forward") & (theory["layer"] > 3)
+    theory = theory.assign(measured=theory["measured"].where(~gone, 0.0))
+    assert not theory_rows.find_agreement(theory, "backward")
+    linear = theory_rows.find_agreement(theory.assign(activation="linear"), "backward")
+    assert [one.layers for one in linear.values()] == [12]
+
+
 def test_what_is_said_of_an_agreement() -> None:
     one = theory_rows.ProfileTest(0.41, 1.2, 7, 50, 50, np.nan, False)
     assert (str(one), one.short) == ("theory: 50 layers agree, p = 0.41", "p 0.41")

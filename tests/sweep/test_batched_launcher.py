@@ -28,18 +28,9 @@ from initlab.tasks import stack as stacking
 from initlab.tasks import train as training
 from initlab.tasks.ensemble.networks import Ensemble
 from initlab.tasks.train import run_training
+from tests.conftest import TINY
 
 Lab = Callable[..., tuple[int, str, str]]
-TINY = (
-    "depth=3",
-    "width=8",
-    "batch=16",
-    "plots=false",
-    "report=false",
-    "train.width=4",
-    "train.steps=3",
-    "train.batch=8",
-)
 BATCHED = "hydra/launcher=batched"
 # Of a quantity that both launchers measured: the ensemble contract, 4 eps of float32 per layer, over up to 4 layers.
 NEAR = 16 * torch.finfo(torch.float32).eps

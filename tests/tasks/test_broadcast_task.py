@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from initlab.errors import UsageError
+from initlab.figures.broadcast_figure import draw_broadcast
 from initlab.tasks.course import broadcast as task
 from initlab.tasks.course.broadcast import TENSORS, broadcast, broadcast_as_text
 
@@ -32,6 +33,16 @@ def test_views_store_nothing_of_their_own() -> None:
     ]
     assert views.loc["m.t()", ["stride", "stored", "memory"]].tolist() == ["(1, 3)", 9, "m's"]
     assert views.loc["c[None, :] + c[:, None]", ["stored", "memory"]].tolist() == [9, "its own"]
+
+
+def test_one_colour_is_one_place_in_memory() -> None:
+    """In the figure: three colours for the nine cells of a stretched row, and m[1] in those of m's second row."""
+    figure = draw_broadcast(broadcast()["examples"])
+    assert figure is not None and "c.expand_as(m) shows 9 numbers and stores 3" in figure.get_suptitle()
+    cells = {ax.get_title(): [patch.get_facecolor() for patch in ax.patches] for ax in figure.axes}
+    assert len(set(cells["c.expand_as(m)"])) == 3 and len(set(cells["m.t()"])) == 9
+    assert cells["m[1]"] == cells["m"][3:6] and cells["m[:, 1]"] == cells["m"][1::3]
+    assert draw_broadcast(broadcast()["examples"].query("part == 'shapes'")) is None
 
 
 def test_a_wrong_result_by_hand_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,14 +53,15 @@ EINSUMS = {
     'einsum("i,ij,j->", c, m, c)': "c @ m @ c",
     'einsum("bik,bkj->bij", b, b)': "torch.bmm(b, b)",
 }
-COLUMNS = ("part", "expression", "shape", "stride", "stored", "memory", "same_as", "by_hand", "values")
+COLUMNS = ("part", "expression", "shape", "stride", "offset", "stored", "memory", "same_as", "by_hand", "values")
 
 RULES = """\
 1. The rules. Shapes are compared from the last dimension to the first. Two sizes fit if they are equal, or if one of
    them is 1 or missing: it stretches to the other. (64, 1) and (64,) fit too, which is seldom meant: see the loss."""
 STRIDES = """\
 2. Strides. The stride is the step in memory to the next number of each dimension. A transpose only swaps two of them,
-   a stretched dimension has stride 0: the same number is read again, and nothing is copied."""
+   a stretched dimension has stride 0: the same number is read again, and nothing is copied. The offset is where
+   the first number lies."""
 SUMMED = """\
 3. Operations stretch what they are given in the same way: a row for every row, a column for every column, and both
    for a table of all pairs. A matrix product is such a table of products, summed over the middle."""
@@ -95,7 +96,7 @@ def broadcast(shapes: Sequence[Sequence[int]] | None = None) -> Frames:
 def fit_shapes(one: Shape, other: Shape) -> dict[str, object]:
     """Two shapes by the rules; a pair that does not fit says why."""
     row: dict[str, object] = dict.fromkeys(COLUMNS, "")
-    row |= {"part": "shapes", "expression": f"{one} and {other}", "stored": 0}
+    row |= {"part": "shapes", "expression": f"{one} and {other}", "offset": 0, "stored": 0}
     try:
         return row | {"shape": str(broadcast_shape(one, other))}
     except UsageError as reason:
@@ -121,8 +122,9 @@ def describe_result(part: str, text: str, same: str = "") -> dict[str, object]:
     equal = all(torch.equal(found, one) for one in by_hand)
     return {
         "part": part, "expression": text, "shape": str(tuple(found.shape)), "stride": str(found.stride()),
-        "stored": len(read_storage(found)), "memory": f"{whose}'s" if whose else "its own", "same_as": same,
-        "by_hand": ("equal" if equal else "differs") if by_hand else "",
+        "offset": found.storage_offset(), "stored": len(read_storage(found)),
+        "memory": f"{whose}'s" if whose else "its own",
+        "same_as": same, "by_hand": ("equal" if equal else "differs") if by_hand else "",
         "values": write_numbers(found.tolist()),
     }  # fmt: skip
 
@@ -139,7 +141,7 @@ def broadcast_as_text(frames: Frames) -> str:
     examples = frames["examples"]
     parts = {
         "shapes": (RULES, ["expression", "shape", "values"]),
-        "view": (STRIDES, ["expression", "shape", "stride", "stored", "memory", "by_hand", "values"]),
+        "view": (STRIDES, ["expression", "shape", "stride", "offset", "stored", "memory", "by_hand", "values"]),
         "sum": (SUMMED, ["expression", "shape", "values"]),
         "einsum": (EINSUM, ["expression", "same_as", "shape", "by_hand", "values"]),
     }
