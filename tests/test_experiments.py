@@ -108,7 +108,9 @@ def test_a_study_holds_at_full_size(path: Path, lab: Lab) -> None:
     assert code == 0, err + out
     (answers,) = Path("outputs", path.stem).glob("*/expect.json")
     kept = json.loads(answers.read_text(encoding="utf-8"))
-    assert kept["holds"] == kept["of"] > 0 and kept["question"] in out
+    fails = [one["say"] for one in yaml.safe_load(path.read_text(encoding="utf-8"))["expect"] if one.get("fails")]
+    assert [one["say"] for one in kept["verdicts"] if not one["holds"]] == fails  # and nothing else
+    assert len(kept["verdicts"]) == kept["of"] > 0 and kept["question"] in out
     frame = initlab.read("outputs/**", table=kept_table(path))
     for key, values in yaml.safe_load(path.read_text(encoding="utf-8"))["hydra"]["sweeper"]["params"].items():
         if key in frame and key != "task":  # each task writes tables of its own
@@ -181,6 +183,19 @@ def test_a_study_that_fails_says_so_and_one_that_holds_too(lab: Lab, tmp_path: P
     code, out, err = lab("-cd", "study", "-cn", "hope", "init=naive", "plots=false", "report=false")
     assert code == 0, err
     assert "1 of 1 expectation holds" in out
+
+
+def test_a_study_that_says_what_fails_ends_well_and_one_whose_claim_holds_after_all_does_not(
+    lab: Lab, tmp_path: Path
+) -> None:
+    known = 'value: 1.0e+6, fails: "four layers are too few"'
+    hope(tmp_path, ("value: 1.0e+6", known))
+    code, out, err = lab("-cd", "study", "-cn", "hope", "report=false", "plots=false")
+    assert code == 0 and not err, err
+    assert "does not reproduce: it grows" in out and "0 of 1 expectation holds, 1 does not reproduce" in out
+    hope(tmp_path, ("value: 1.0e+6", known.replace("1.0e+6", "0")))
+    code, out, _ = lab("-cd", "study", "-cn", "hope", "plots=false", "report=false")
+    assert code == 4 and "HOLDS AFTER ALL: it grows" in out
 
 
 @pytest.mark.parametrize(

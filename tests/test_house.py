@@ -77,7 +77,7 @@ HOUSE = {
         "jacobian_figure model_figure phase_figure share_figure training_figures plots pictures study_figure "
         "table_figures plot"
     ),
-    "studies": "reductions expect study gallery",
+    "studies": "reductions expectation expect study gallery",
     "report": "page_words page_numbers page_tables page_sections page_findings page page_files",
     "job": "printout settings network_grid options shared_program stages prepare worker_process life_cycle",
     "sweep": "batch callback hydra_private batched_launcher resume workers sweeper",

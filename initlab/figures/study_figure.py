@@ -143,6 +143,9 @@ def mark_expected(ax: Axes, one: FigureSpec, panel: str, styles: Styles, places:
             continue
         colour = styles[row["label"]].colour if row.get("label") in styles else "0.2"
         x = places.index(row["x"]) if row.get("x") in places else row.get("x")
+        low, high = ax.get_xlim()
+        if isinstance(x, int | float) and not low <= x <= high:
+            continue  # nor was this
         if x is None:
             ax.axhline(row["y"], color=colour, linestyle=":", linewidth=1.4)
             at, coordinates = (1, row["y"]), ax.get_yaxis_transform()
@@ -152,7 +155,7 @@ def mark_expected(ax: Axes, one: FigureSpec, panel: str, styles: Styles, places:
         else:
             ax.plot([x], [row["y"]], "_", color="0.1", markersize=26, markeredgewidth=1.6, zorder=5)
             at, coordinates = (x, row["y"]), ax.transData
-        left = x is None or (not places and "y" in row and x > sum(ax.get_xlim()) / 2)
+        left = x is None or (not places and "y" in row and x > (low + high) / 2)
         ax.annotate(
             row.get("text", ""), at, xycoords=coordinates, xytext=(-4 if left else 4, 3), fontsize=7.5,
             textcoords="offset points", ha="right" if left else "left", color="0.2",

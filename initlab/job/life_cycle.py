@@ -198,7 +198,7 @@ def answer(folder: Path, study: "Study", plots: bool) -> None:
         log.info("figure: %s", path_text(path))
     if answers:
         log.info(studies.count(answers, len(study.expect)))
-    outcome.failed.extend(one.say for one in answers if not one.holds)
+    outcome.failed.extend(one.say for one in answers if not one.as_said)
 
 
 def finish_sweep(folder: Path, study: "Study | None", plots: bool, report: bool) -> None:

@@ -27,7 +27,8 @@ from initlab.runs.recorder import Recorder
 from initlab.runs.schema import NOT_OPTIONS, OPTION_OF
 from initlab.stats.backend import measure_custom
 from initlab.stats.statistics import checked_statistics
-from initlab.studies.expect import Expectation, measure_objective, parse_objective
+from initlab.studies.expect import measure_objective
+from initlab.studies.expectation import Expectation, parse_objective
 from initlab.studies.study import known_columns
 from initlab.tasks.data import SOURCES
 from initlab.tasks.ensemble.device import Where, set_matmul

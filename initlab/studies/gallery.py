@@ -124,10 +124,12 @@ def answer_lines(text: str, name: str, answers: Mapping[str, Any] | None) -> lis
     """How many expectations hold, then each of them: of the new sweep, or as the README has them; [] if never run."""
     if answers is None:
         old = re.search(rf"^### `{re.escape(name)}`$(.*?)(?=^### |\Z|^<!--)", text, re.M | re.S)
-        lines = re.findall(r"^(?:\*\*\d+ of .*|- (?:holds|FAILS): .*)$", old[1], re.M) if old else []
+        lines = re.findall(r"^(?:\*\*\d+ of .*|- (?:holds|FAILS|does not reproduce): .*)$", old[1], re.M) if old else []
         return [escape_markdown(html.unescape(line)) for line in lines]  # somebody may have written there
     said = [f"- {escape_markdown(one['said'])}" for one in answers["verdicts"]]
-    return [f"**{answers['holds']} of {answers['of']} hold**", *said]
+    known = sum(bool(one.get("fails")) and not one["holds"] for one in answers["verdicts"])
+    fails = f", {known} {'does' if known == 1 else 'do'} not reproduce" if known else ""
+    return [f"**{answers['holds']} of {answers['of']} hold{fails}**", *said]
 
 
 def table(studies: Mapping[str, Mapping[str, Any]], answers: Mapping[str, Sequence[str]]) -> str:

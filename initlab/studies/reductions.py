@@ -107,6 +107,13 @@ def slopes(values: Numbers, over: Numbers, owner: Numbers) -> Numbers:
     return np.asarray(_sums(x * (values - (_sums(values, owner) / count)[owner]), owner) / spread)
 
 
+def find_lowest(values: Numbers, over: Numbers, owner: Numbers) -> Numbers:
+    """Per network the `over` at which the value is smallest, (E,); a value that is not finite never is."""
+    order = np.lexsort((np.where(np.isfinite(values), values, np.inf), owner))
+    first = order[np.unique(owner[order], return_index=True)[1]]
+    return np.where(np.isfinite(values[first]), over[first], np.nan)
+
+
 def varies_inside(over: Numbers, owner: Numbers) -> bool:
     """Does `over` take several values in some network?"""
     return bool((over != over[np.unique(owner, return_index=True)[1]][owner]).any())

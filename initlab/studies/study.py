@@ -16,7 +16,8 @@ from initlab.errors import UsageError
 from initlab.figures.figure_spec import FigureSpec, parse_figure
 from initlab.runs.recorder import write_text
 from initlab.runs.schema import NOT_OPTIONS, OPTION_OF, TABLES, own_columns
-from initlab.studies.expect import Answer, Expectation, judge, parse_expectation
+from initlab.studies.expect import Answer, judge
+from initlab.studies.expectation import Expectation, parse_expectation
 
 ANSWERS = "expect.json"
 
@@ -93,7 +94,8 @@ def answer(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path) -> tu
             continue
         answers.append(found)
         measured = [{"of": m.of, "number": as_json(m.number), "error": as_json(m.error)} for m in found.measured]
-        verdicts.append({"say": found.say, "holds": found.holds, "measured": measured, "said": str(found)})
+        kept = {"say": found.say, "holds": found.holds, "fails": found.fails, "kind": found.kind}
+        verdicts.append({**kept, "measured": measured, "said": str(found)})
     record = {
         "study": study.name,
         "question": study.question,
@@ -110,14 +112,14 @@ def answer(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path) -> tu
 
 
 def draw(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path, answers: Sequence[Answer]) -> Path | None:
-    """Its own figure, titled with its answer where all expectations hold, else with the question; None for none."""
+    """Its own figure, titled with its answer where all is as it says, else with the question; None for none."""
     if study.figure is None:
         return None
     from initlab.figures.study_figure import draw_study  # seaborn takes a second to import
 
     path = folder / f"{study.name}.png"
     subtitle = count(answers, len(study.expect)) if answers else ""
-    holds = len(answers) == len(study.expect) and all(one.holds for one in answers)
+    holds = len(answers) == len(study.expect) and all(one.as_said for one in answers)
     title = study.answer if study.answer and holds else study.question or study.name
     try:
         draw_study(study.figure, tables, title, subtitle).savefig(path)
@@ -127,7 +129,9 @@ def draw(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path, answers
 
 
 def count(answers: Sequence[Answer], of: int) -> str:
-    """`7 of 7 expectations hold`; of all there are, also those about which the tables say nothing."""
+    """`6 of 7 expectations hold, 1 does not reproduce`; of all there are, also those that the tables do not answer."""
     one = "expectation holds" if of == 1 else "expectations hold"
     silent = f", {of - len(answers)} cannot be judged" if of > len(answers) else ""
-    return f"{sum(answer.holds for answer in answers)} of {of} {one}{silent}"
+    known = sum(bool(answer.fails) and answer.as_said for answer in answers)
+    fails = f", {known} {'does' if known == 1 else 'do'} not reproduce" if known else ""
+    return f"{sum(answer.holds for answer in answers)} of {of} {one}{fails}{silent}"

@@ -1,4 +1,5 @@
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 
 from initlab.errors import UsageError
 from initlab.runs.select import NothingFound
-from initlab.studies.expect import Answer, judge, parse_expectation
+from initlab.studies.expect import Answer, judge
+from initlab.studies.expectation import parse_expectation
 from initlab.studies.reductions import Measured, reduce_rows
+from initlab.studies.study import count
 
 TABLES = {
     "stats": pd.DataFrame({"init": ["a", "a", "a", "b"], "layer": [1, 2, 3, 1], "std": [1.0, 2.0, 6.0, math.nan]}),
@@ -182,10 +185,14 @@ def test_an_error_has_one_digit_and_no_exponent_where_none_is_needed(error: floa
         ({"statistic": "stdd"}, "did you mean std"),
         ({"statistic": "init"}, "holds words"),
         ({"statistic": 3}, "must be text"),
-        ({"reduce": "average"}, "must be one of first_layer, max, mean, median, min, nans, share, slope, variance"),
-        ({"is": "under"}, "must be one of above, below, between, equals, order"),
+        (
+            {"reduce": "average"},
+            "must be one of argmin, first_layer, max, mean, median, min, nans, share, slope, variance",
+        ),
+        ({"is": "under"}, "must be one of above, alike, below, between, equals, order"),
         ({"value": [1, 2]}, "takes 1 number"),
         ({"value": "1"}, "value=1: must be a number"),
+        ({"is": "equals", "value": "stdd"}, "did you mean std"),
         ({"is": "between"}, "takes 2 number"),
         ({"is": "between", "value": [2, 1]}, "smaller number comes first"),
         ({"tabel": "stats"}, "did you mean table"),
@@ -222,3 +229,91 @@ def test_a_column_that_is_known_beforehand_is_missed_beforehand() -> None:
     assert parse_expectation(one | {"table": "losses", "statistic": "stdd"}, known)  # not known: asked later
     with pytest.raises(UsageError, match="table=lossses"):
         parse_expectation(one | {"table": "lossses"}, known)
+
+
+def draw_networks(**means: float) -> dict[str, pd.DataFrame]:
+    """Tables of 16 normal networks of unit spread for each init: the standard error of a mean is near 0.25."""
+    rng = np.random.default_rng(2)
+    parts = [
+        pd.DataFrame({"init": name, "seed": range(16), "std": mean + rng.normal(size=16), "law": mean, "lr": 1.0})
+        for name, mean in means.items()
+    ]
+    return {"stats": pd.concat(parts, ignore_index=True)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "holds"),
+    [
+        ({"is": "equals", "value": 2.0, "tolerance": "5 standard errors"}, True),
+        ({"is": "equals", "value": 4.0, "tolerance": "5 standard errors"}, False),
+        ({"is": "equals", "value": 0.0, "tolerance": "5 standard errors"}, False),  # two-sided
+        ({"is": "equals", "value": "law", "tolerance": "5 standard errors"}, True),
+        ({"is": "between", "value": [2.5, 3.0], "tolerance": "5 standard errors"}, True),
+        ({"is": "between", "value": [4.0, 5.0], "tolerance": "5 standard errors"}, False),
+        ({"is": "above", "value": 0.0, "margin": "5 standard errors"}, True),
+        ({"is": "above", "value": 1.5, "margin": "5 standard errors"}, False),
+        ({"is": "below", "value": 2.5, "margin": "5 standard errors"}, False),
+        ({"is": "below", "value": 4.0, "margin": "5 standard errors"}, True),
+    ],
+)
+def test_a_distance_in_standard_errors_is_that_of_the_networks(changes: dict[str, Any], holds: bool) -> None:
+    assert judge(expectation(**changes), draw_networks(a=2.0)).holds == holds
+
+
+def test_groups_are_alike_or_in_order_by_their_standard_errors() -> None:
+    tables = draw_networks(a=2.0, b=2.0, c=9.0)
+    asked = {"where": {}, "by": "init", "value": ["a", "b", "c"]}
+    alike = {"is": "alike", "tolerance": "5 standard errors"}
+    assert not judge(expectation(**asked, **alike), tables).holds
+    assert judge(expectation(**asked | {"value": ["a", "b"]}, **alike), tables).holds
+    order = {"is": "order", "margin": "5 standard errors"}
+    assert judge(expectation(**asked | {"value": ["b", "c"]}, **order), tables).holds
+    for value in (["a", "b"], ["b", "a"]):
+        assert not judge(expectation(**asked | {"value": value}, **order), tables).holds
+
+
+def test_one_network_has_no_standard_error_to_judge_by() -> None:
+    tables = {"stats": draw_networks(a=2.0)["stats"].iloc[:1]}
+    with pytest.raises(NothingFound, match="no standard error"):
+        judge(expectation(**{"is": "equals", "value": 2.0, "tolerance": "5 standard errors"}), tables)
+
+
+def test_the_place_of_the_smallest_value_is_found_for_each_network() -> None:
+    """A parabola in ln lr around ln lr = seed; where runs differ in lr, those of one seed are one line."""
+    rows = [(seed, lr, (math.log(lr) - seed) ** 2) for seed in range(3) for lr in np.exp(np.arange(-1.0, 4.0))]
+    frame = pd.DataFrame(rows, columns=["seed", "lr", "loss"]).assign(run=lambda rows: rows["lr"].astype(str))
+    asked = {"where": {}, "statistic": "loss", "reduce": "argmin", "over": "ln lr", "is": "equals", "value": 1.0}
+    assert judge(expectation(**asked), {"stats": frame}).holds
+    frame.loc[(frame["lr"] == 1.0), "loss"] = math.nan  # of the others the best is taken
+    found = judge(expectation(**asked | {"where": {"seed": 0}}), {"stats": frame})
+    assert abs(found.measured[0].number) == pytest.approx(1.0)
+    frame.loc[frame["seed"] == 2, "loss"] = math.nan  # a network that diverges everywhere has no best rate
+    assert math.isnan(judge(expectation(**asked), {"stats": frame}).measured[0].number)
+
+
+def test_what_is_known_to_fail_is_reported_as_failing_and_news_if_it_holds() -> None:
+    fails = {"is": "above", "value": 3.0, "fails": "the net is too small"}
+    answer = judge(expectation(**fails), TABLES)
+    assert answer.as_said and not answer.holds
+    assert str(answer) == "does not reproduce: it is so (measured 3): the net is too small"
+    other = judge(expectation(**fails | {"value": 2.0}), TABLES)
+    assert other.holds and not other.as_said and str(other).startswith("HOLDS AFTER ALL: it is so")
+    assert count([answer, other], 2) == "1 of 2 expectations hold, 1 does not reproduce"
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"is": "below", "value": 1, "tolerance": "5 standard errors"}, "`tolerance` is for `is: equals`"),
+        ({"is": "equals", "value": 1, "margin": "5 standard errors"}, "`margin` is for `is: below`"),
+        ({"is": "above", "value": 1, "margin": 0.1}, "margin=0.1: must be `5 standard errors`"),
+        ({"is": "equals", "value": 1, "tolerance": "five"}, "tolerance=five: must be a number from 0 on"),
+        ({"is": "between", "value": [1, 2], "tolerance": 0.1}, "tolerance=0.1: must be `5 standard errors`"),
+        ({"is": "equals", "value": 1, "fails": ""}, "must be text"),
+        ({"is": "equals", "value": 1, "reduce": "argmin"}, "needs `over`"),
+        ({"is": "alike", "value": [1, 2]}, "needs `by`"),
+    ],
+)
+def test_mistakes_of_the_form_are_one_line(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(text)):
+        parse_expectation(expectation(**changes))

@@ -11,7 +11,8 @@ import yaml
 
 from initlab.errors import UsageError
 from initlab.runs.read import read
-from initlab.studies.expect import measure_objective, parse_objective
+from initlab.studies.expect import measure_objective
+from initlab.studies.expectation import parse_objective
 
 Lab = Callable[..., tuple[int, str, str]]
 SMALL = ("task=stack", "depth=3", "width=12", "seeds=2", "plots=false", "theory=off")
