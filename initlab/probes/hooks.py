@@ -27,6 +27,7 @@ from initlab.probes.probed_modules import (
     describe_output,
     find_tensors,
     is_whole,
+    list_outputs,
     measurable,
     own_parameters,
     select,
@@ -264,7 +265,7 @@ class Hooks:
         if m.is_layer and not m.is_owner:
             rows.layer = rows.numbers.number(m)
         plain = type(output) is Tensor and measurable(output)
-        found = [("", output)] if plain else list(find_tensors(output))
+        found = [("", output)] if plain else list_outputs(m.module, output)
         first = next((x for _, x in find_tensors(given)), None) if m.is_owner else None
         for part, x in found:
             if m.is_owner and rows.has_row(x) and x is not first:  # a function has made it
@@ -277,7 +278,7 @@ class Hooks:
                 continue
             if word == "stream" and (first is None or first.shape != x.shape):
                 word = "other" if x.ndim else "loss"
-            rows.measure_output(m, call, part, x, given, word)
+            rows.measure_output(m, call, part, x, given, "attention" if part == "attn_output_weights" else word)
         if not found and m.chosen and m.expected:
             self.unseen.setdefault(m.label, describe_output(output))
         if m.chosen:

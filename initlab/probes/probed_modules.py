@@ -48,6 +48,15 @@ _WORDS |= {"sparse": "embedding", "loss": "loss"} | dict.fromkeys(
 )
 _MIXING = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU, nn.MultiheadAttention)
 
+# What torch's documentation calls the outputs of modules that give several: by their paths in what is returned.
+_OUTPUTS: dict[type[nn.Module], dict[str, str]] = {
+    nn.LSTM: {"0": "output", "0.0": "output", "1.0": "h_n", "1.1": "c_n"},  # 0.0 of a packed sequence
+    nn.GRU: {"0": "output", "0.0": "output", "1": "h_n"},
+    nn.RNN: {"0": "output", "0.0": "output", "1": "h_n"},
+    nn.LSTMCell: {"0": "h_1", "1": "c_1"},
+    nn.MultiheadAttention: {"0": "attn_output", "1": "attn_output_weights"},
+}
+
 
 def name_output(module: nn.Module) -> str:
     """What the output of a module is called in the column `tensor`."""
@@ -270,6 +279,12 @@ def find_tensors(output: object) -> Iterator[tuple[str, Tensor]]:
         name = next(name for n in count() if (name := f"{path}~{n}" if n else path) not in seen)
         seen.add(name)
         yield name, x
+
+
+def list_outputs(module: nn.Module, output: object) -> list[tuple[str, Tensor]]:
+    """The tensors of what a module returned: by the names that torch has for them, else by their paths."""
+    names = next((names for kind, names in _OUTPUTS.items() if isinstance(module, kind)), {})
+    return [(names.get(path, path), x) for path, x in find_tensors(output)]
 
 
 def _find_parts(output: object, path: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -281,9 +281,9 @@ def test_nested_outputs_repeated_calls_and_lone_parameters() -> None:
     rows = initlab.measure(model, x, loss=lambda out: sum_of_squares(out["mean"]) + sum_of_squares(out["both"][0]))
     values = rows[(rows["tensor"] == "preactivation") & (rows["direction"] == "forward")]
     assert list(zip(values["name"], values["part"], values["call"], strict=True)) == [
-        ("rnn", "0", 0),
-        ("rnn", "1.0", 0),
-        ("rnn", "1.1", 0),
+        ("rnn", "output", 0),
+        ("rnn", "h_n", 0),
+        ("rnn", "c_n", 0),
         ("twice", "", 0),
         ("twice", "", 1),
         ("out", "mean", 0),
@@ -295,7 +295,7 @@ def test_nested_outputs_repeated_calls_and_lone_parameters() -> None:
     same(values.iloc[1], last.reshape(4, 6), True)
     same(values.iloc[3], first.reshape(12, 6), True)
     same(values.iloc[4], model.twice(torch.tanh(first)).reshape(12, 6), True)
-    weights = rows[(rows["name"] == "rnn") & (rows["direction"] == "forward") & (rows["part"].str.contains("_"))]
+    weights = rows[(rows["name"] == "rnn") & (rows["direction"] == "forward") & (rows["part"].str.contains("_l0"))]
     assert dict(zip(weights["part"], weights["tensor"], strict=True)) == {
         "weight_ih_l0": "weight",
         "weight_hh_l0": "weight",

@@ -159,3 +159,31 @@ def test_several_threads_are_refused_and_one_of_ones_own_is_not() -> None:
         thread.start()
         thread.join()
     assert set(p.frame()["step"]) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("module", "parts"),
+    [
+        (nn.LSTM(6, 4, 2), ["output", "h_n", "c_n"]),
+        (nn.GRU(6, 4), ["output", "h_n"]),
+        (nn.RNN(6, 4), ["output", "h_n"]),
+        (nn.LSTMCell(6, 4), ["h_1", "c_1"]),
+        (nn.GRUCell(6, 4), [""]),
+        (nn.MultiheadAttention(6, 2), ["attn_output", "attn_output_weights"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_outputs_have_the_names_that_torch_has_for_them(module: nn.Module, parts: list[str]) -> None:
+    """And each row is of the tensor that it names; the sequence and its last state are not confused."""
+    x = torch.randn(5, 6) if isinstance(module, nn.RNNCellBase) else torch.randn(5, 3, 6)
+    given = (x, x, x) if isinstance(module, nn.MultiheadAttention) else (x,)
+    with initlab.probe(module) as p:
+        found = module(*given)
+    rows = p.frame().query("direction == 'forward' and layer == 1 and tensor in ('preactivation', 'attention')")
+    assert rows["part"].tolist() == parts
+    flat = (
+        [found] if isinstance(found, Tensor) else [t for one in found for t in (one if type(one) is tuple else [one])]
+    )
+    stds = [float(t.detach().double().std(correction=0)) for t in flat]
+    assert rows["std"].tolist() == pytest.approx(stds, rel=1e-6)
+    assert rows["tensor"].tolist() == ["attention" if "weights" in part else "preactivation" for part in parts]
