@@ -76,10 +76,9 @@ def first_dead(
     rows: pd.DataFrame, keys: list[str], along: str, first: str, nonfinite: pd.Series, zero: pd.Series
 ) -> pd.DataFrame:
     """Per combination of the keys the `first` (min or max) value of `along` in rows that are nonfinite, or zero."""
-    met = dict(zip(ENDS, (nonfinite, zero), strict=True))
-    ends = {kind: rows[met[kind]].groupby(keys, observed=True)[along].agg(first) for kind in ENDS}
-    everyone = rows[keys].drop_duplicates().set_index(keys).index
-    return pd.DataFrame(ends).reindex(everyone).astype(float).reset_index()
+    places = {kind: rows[along].where(met) for kind, met in zip(ENDS, (nonfinite, zero), strict=True)}
+    groups = rows[keys].assign(**places).groupby(keys, observed=True, sort=False)
+    return groups[list(ENDS)].agg(first).astype(float).reset_index()
 
 
 class Fate(NamedTuple):

@@ -108,10 +108,13 @@ def slopes(values: Numbers, over: Numbers, owner: Numbers) -> Numbers:
 
 
 def find_lowest(values: Numbers, over: Numbers, owner: Numbers) -> Numbers:
-    """Per network the `over` at which the value is smallest, (E,); a value that is not finite never is."""
-    order = np.lexsort((np.where(np.isfinite(values), values, np.inf), owner))
-    first = order[np.unique(owner[order], return_index=True)[1]]
-    return np.where(np.isfinite(values[first]), over[first], np.nan)
+    """Per network the `over` at which the mean of the values is smallest, (E,); nan where none is finite."""
+    (owners, places), group = np.unique(np.stack([owner, over]), axis=1, return_inverse=True)
+    mean = _sums(values, group) / np.bincount(group)
+    mean = np.where(np.isfinite(mean), mean, np.inf)
+    order = np.lexsort((mean, owners))
+    first = order[np.unique(owners[order], return_index=True)[1]]
+    return np.where(np.isfinite(mean[first]), places[first], np.nan)
 
 
 def varies_inside(over: Numbers, owner: Numbers) -> bool:

@@ -168,3 +168,11 @@ def test_what_was_not_measured_is_blank_and_nan_is_said() -> None:
     tables = {name: frame.assign(init="naive", activation="relu") for name, frame in frames.items()}
     text = summary.as_text(summary.summarize(tables["stats"], tables["losses"], tables["parity"]))
     assert "1 of 1" in text and "% not finite" in text and "alive" not in text
+
+
+def test_a_sweep_of_two_hundred_settings_has_a_summary() -> None:
+    """Labels are codes of a byte up to 127 of them, and of two beyond."""
+    frame = stack("kaiming", depth=2, width=4, batch=4, seeds=2)
+    every = pd.concat([frame.assign(gain=float(k), init="kaiming", activation="relu") for k in range(200)])
+    table = summary.summarize(every.reset_index(drop=True), None, None)
+    assert len(table) == 200 and set(table["signal"]) == {"alive"}
