@@ -40,14 +40,14 @@ def growth(row: Activation, q: Number) -> Tensor:
 
 
 def overlap(row: Activation, q: Number, c: Number, per_panel: int = 20) -> Tensor:
-    """E[phi(z1) phi(z2)] by `per_panel` nodes a panel; q and c broadcast."""
-    return pair_mean(row.phi, _clamp(q), c, row.kinks, per_panel)
+    """E[phi(z1) phi(z2)] by `per_panel` nodes a panel, to 1e-9 for functions of the user's; q and c broadcast."""
+    return pair_mean(row.phi, _clamp(q), c, row.kinks, per_panel if row.formula else None)
 
 
 def slope_overlap(row: Activation, q: Number, c: Number, per_panel: int = 20) -> Tensor:
     """E[phi'(z1) phi'(z2)] likewise; the jumps of phi' at kinks do not matter to the mean."""
     check_slope(row)
-    return pair_mean(row.slope, _clamp(q), c, row.kinks, per_panel)
+    return pair_mean(row.slope, _clamp(q), c, row.kinks, per_panel if row.formula else None)
 
 
 def length_map(row: Activation, q: Number, sigma_w: Number, sigma_b: Number = 0.0) -> Tensor:

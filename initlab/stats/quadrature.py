@@ -1,17 +1,21 @@
 """Means over Gaussian variables by quadrature, for functions with kinks and for variances large and small.
 
 `u` is standard normal; z = sqrt(q) u. Gauss-Legendre panels have edges on the kinks and, since activations change on
-the scale z = 1, edges that halve towards 0 where q is large. Gauss-Hermite would miss every kink.
-Everything is float64.
+the scale z = 1, edges that halve towards 0 where q is large. Gauss-Hermite would miss every kink. A second, lower order
+says how far off a panel is; panels that are too far off are halved until they are not, and a mean that has not
+converged is refused. Everything is float64.
 """
 
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from initlab.errors import UsageError
 
 Function = Callable[[Tensor], Tensor]
 
@@ -20,6 +24,11 @@ PAIR_REACH = 9.0  # beyond: 2e-19
 PER_PANEL = 24
 PAIR_PER_PANEL = 20
 CHUNK = 2**17  # points of a plane that are looked at together
+CHECK, CHECK_PAIR = 16, 14  # nodes of the lower order
+GOAL, ENOUGH = 1e-10, 1e-9  # error over the mean of |f|: what is sought, and what is refused beyond
+MOST_PANELS = 2**14  # that are looked at for one mean
+MOST_POINTS = 2**26  # of one mean over a plane, 1 to 2 s
+END = 37.0  # from here on the density leaves float64
 
 
 @lru_cache
@@ -33,17 +42,17 @@ def _octaves(q: float) -> int:
     return max(0, math.ceil(math.log2(q) / 2)) if 0 < q < math.inf else 0
 
 
-@lru_cache(maxsize=512)
-def _line(octaves: int, kinks: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Nodes u and weights (density included); kinks in units of u."""
+def _regular_edges(octaves: int, kinks: tuple[float, ...]) -> np.ndarray:
     halving = 2.0 ** -np.arange(1, octaves + 1)
     edges = np.unique(np.concatenate([np.arange(-REACH, REACH + 1), halving, -halving, kinks]))
-    edges = edges[np.abs(edges) <= REACH]
-    nodes, weights = _legendre(PER_PANEL)
-    half, middle = np.diff(edges)[:, None] / 2, (edges[1:] + edges[:-1])[:, None] / 2
-    u = (middle + half * nodes).ravel()
-    density = np.exp(-u * u / 2) / math.sqrt(2 * math.pi)
-    return torch.from_numpy(u), torch.from_numpy((half * weights).ravel() * density)
+    return np.asarray(edges[np.abs(edges) <= REACH])
+
+
+@lru_cache(maxsize=512)
+def _line(octaves: int, kinks: tuple[float, ...], per_panel: int = PER_PANEL) -> tuple[Tensor, Tensor]:
+    """Nodes u and weights (density included); kinks in units of u."""
+    u, lengths = panels(_regular_edges(octaves, kinks), per_panel)
+    return torch.from_numpy(u), torch.from_numpy(lengths * (np.exp(-u * u / 2) / math.sqrt(2 * math.pi)))
 
 
 def line(q: float = 1.0, kinks: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:
@@ -52,44 +61,212 @@ def line(q: float = 1.0, kinks: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]
 
 
 def gaussian_mean(f: Function, kinks: tuple[float, ...] = (), q: float = 1.0) -> float:
-    """E[f(sqrt(q) u)]; relative error below 1e-12 for the table of activations, q from 0.01 to 400."""
-    u, weights = line(q, kinks)
-    return float((f(math.sqrt(q) * u) * weights).sum())
+    """E[f(sqrt(q) u)]; relative error below 1e-12 for the table of activations, q from 0.01 to 400.
+
+    Raises UsageError for what has not converged to 1e-9 of E|f|.
+    """
+    return float(gaussian_means(lambda z, u: f(z), torch.tensor([q], dtype=torch.float64), kinks))
 
 
 def gaussian_means(f: Callable[[Tensor, Tensor], Tensor], q: Tensor, kinks: tuple[float, ...] = ()) -> Tensor:
-    """E[f(sqrt(q) u, u)] for many q at once; f gets z and u of shape (Q, nodes). Shape (Q,)."""
-    if any(kinks):  # edges that move with q: one by one
-        found = [_means(f, one, tuple(k / math.sqrt(float(one)) for k in kinks)) for one in q.reshape(-1, 1)]
-        return torch.cat(found).reshape(q.shape)
-    parts = torch.split(q.reshape(-1), 1024)
-    return torch.cat([_means(f, part, ()) for part in parts]).reshape(q.shape)
+    """E[f(sqrt(q) u, u)] for many q at once; f gets z and u of shape (Q, nodes). Shape of q.
+
+    Raises UsageError for what has not converged to 1e-9 of E|f|.
+    """
+    found = estimate_means(f, q, kinks)
+    _refuse_unconverged(found, q)
+    return found.value
 
 
-def _means(f: Callable[[Tensor, Tensor], Tensor], q: Tensor, kinks: tuple[float, ...]) -> Tensor:
-    u, weights = _line(_octaves(float(q.max())), kinks)
-    z = q.sqrt().unsqueeze(-1) * u
-    return f(z, u.expand_as(z)) @ weights
+class Estimate(NamedTuple):
+    """Means of f, how far off they may be, and the means of |f| that this is to be compared with; all of one shape."""
+
+    value: Tensor
+    error: Tensor
+    size: Tensor
+
+
+def _refuse_unconverged(found: Estimate, q: Tensor) -> None:
+    share = (found.error / found.size.where(found.size > 0, 1)).nan_to_num(nan=math.inf)
+    if bool((share > ENOUGH).any()):
+        worst = int(share.argmax())
+        at = float(q.expand_as(share).flatten()[worst])
+        limit = float(share.max())
+        how = "does not exist" if math.isinf(limit) else f"has not converged to better than {limit:.1g}"
+        raise UsageError(f"activation: a mean over Gaussian preactivations of second moment {at:.4g} {how}")
+
+
+def estimate_means(
+    f: Callable[[Tensor, Tensor], Tensor], q: Tensor, kinks: tuple[float, ...] = (), most: int = MOST_PANELS
+) -> Estimate:
+    """`gaussian_means` with its errors, converged or not; at most `most` panels are looked at for each q."""
+    parts = torch.split(q.reshape(-1), 64 if any(kinks) else 1024)
+    found = [_measure_means(f, part, kinks if any(kinks) else (), most) for part in parts]
+    return Estimate(*(torch.cat(x).reshape(q.shape) for x in zip(*found, strict=True)))
+
+
+def _measure_means(f: Callable[[Tensor, Tensor], Tensor], q: Tensor, kinks: tuple[float, ...], most: int) -> Estimate:
+    octaves, root = _octaves(float(q.max())), q.sqrt()[:, None]
+    fine, coarse = (_line(octaves, (), n) for n in (PER_PANEL, CHECK))
+    edges = _regular_edges(octaves, ())
+    if kinks:  # edges that move with q
+        moving = np.array(kinks) / root.numpy()
+        moving[np.abs(moving) > REACH] = 0
+        edges = np.sort(np.concatenate([np.broadcast_to(edges, (len(q), len(edges))), moving], -1), -1)
+        fine, coarse = (_normal(torch.from_numpy(edges), n) for n in (PER_PANEL, CHECK))
+    values, rough = (f(root * u, u.expand(len(q), -1)) for u, _ in (fine, coarse))
+    value = values @ fine[1] if fine[1].ndim == 1 else (values * fine[1]).sum(-1)
+    sizes = _panel_sums(values.abs() * fine[1], PER_PANEL)
+    off = (_panel_sums(values * fine[1], PER_PANEL) - _panel_sums(rough * coarse[1], CHECK)).abs()
+    error, size = off.sum(-1), sizes.sum(-1)
+    ends = torch.maximum(sizes[:, 0], sizes[:, -1])
+    for k in (~((error <= GOAL * size) & (ends < 1e-17 * size))).nonzero().flatten().tolist():
+        own = np.unique(edges[k] if kinks else edges)
+        one = refine_mean(lambda u, k=k: f(root[k] * u, u), own, most)[0]  # type: ignore[misc]
+        value[k], error[k], size[k] = one
+    return Estimate(value, error, size)
+
+
+def _panel_sums(x: Tensor, per_panel: int) -> Tensor:
+    return x.reshape(len(x), -1, per_panel).sum(-1)
+
+
+def refine_mean(
+    f: Function, edges: np.ndarray, most: int = MOST_PANELS, goal: float = 0.01 * GOAL
+) -> tuple[tuple[float, float, float], np.ndarray]:
+    """E[f(u)], its error and E|f| by panels between these edges, halved where they are off; and the edges in the end.
+
+    A panel is off by more than `goal` E|f|. Panels beyond the edges are added as long as they count.
+    """
+    low, high = edges[:-1], edges[1:]
+    total, left, seen = np.zeros(3), np.zeros(3), 0
+    ends = [float(edges[0]), float(edges[-1])]
+    kept = [edges]
+    while len(low):
+        found = _measure_panels(f, low, high)
+        seen += len(low)
+        size = total[2] + found[:, 2].sum()
+        with np.errstate(invalid="ignore"):
+            done = (found[:, 1] <= goal * size) | (high - low < 1e-13)
+        added = []
+        for side, sign in ((0, -1.0), (1, 1.0)):  # a panel further out, if the outermost one counts
+            at = np.flatnonzero((low if side == 0 else high) == ends[side])
+            counts = len(at) and (not size or not found[at[0], 2] < 1e-17 * size)
+            if counts and done[at[0]] and abs(ends[side]) < END:
+                added.append(sorted((ends[side], ends[side] + sign)))
+                ends[side] += sign
+        total += found[done].sum(0)
+        if seen > most or not np.isfinite(found[:, 2]).all():
+            left = found[~done].sum(0)
+            break
+        middle = (low[~done] + high[~done]) / 2
+        more = np.array(added).reshape(-1, 2)
+        kept += [middle, more.ravel()]
+        low = np.concatenate([low[~done], middle, more[:, 0]])
+        high = np.concatenate([middle, high[~done], more[:, 1]])
+    total += left
+    value, error, size = (float(x) for x in total)
+    return (value, math.inf if math.isnan(error) else error, size), np.unique(np.concatenate(kept))
+
+
+def _measure_panels(f: Function, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """The integral over each panel with the normal density, how far off it is, and that of |f|, (P, 3)."""
+    sums = []
+    for n in (PER_PANEL, CHECK):
+        nodes, weights = _legendre(n)
+        half, middle = (high - low)[:, None] / 2, (high + low)[:, None] / 2
+        u = middle + half * nodes
+        density = half * weights * np.exp(-u * u / 2) / math.sqrt(2 * math.pi)
+        values = f(torch.from_numpy(u)).numpy()
+        with np.errstate(all="ignore"):  # what is inf or nan has no mean
+            sums.append(((values * density).sum(-1), (np.abs(values) * density).sum(-1)))
+    (fine, size), (coarse, _) = sums
+    with np.errstate(invalid="ignore"):
+        return np.stack([fine, np.abs(fine - coarse), size], -1)
 
 
 def pair_mean(
-    f: Function, q: Tensor | float, c: Tensor | float, kinks: tuple[float, ...] = (), per_panel: int = PAIR_PER_PANEL
+    f: Function,
+    q: Tensor | float,
+    c: Tensor | float,
+    kinks: tuple[float, ...] = (),
+    per_panel: int | None = PAIR_PER_PANEL,
 ) -> Tensor:
     """E[f(z1) f(z2)] for Gaussian z1, z2 of variance q and correlation c; q and c broadcast.
 
     z1, z2 = sqrt(q) (a s +- b d) with s, d standard normal, a^2 = (1 + c)/2, b^2 = (1 - c)/2. For every d the panels
     of s have their edges where z1 or z2 meets a kink, so that a correlation of nearly 1, whose kinks nearly coincide,
     costs no accuracy. Error below 1e-10 for the table of activations.
+    per_panel: nodes of a panel; None is for any function: the result is checked by a lower order, refined where that is
+    off, and refused by a UsageError where it has not converged to 1e-9 of E f^2.
     """
     one, other = torch.as_tensor(q, dtype=torch.float64), torch.as_tensor(c, dtype=torch.float64)
     both = torch.stack([one + 0 * other, other + 0 * one])
     shape = both.shape[1:]
     flat_q, flat_c = both.reshape(2, -1)
     fine, n = _octaves(float(flat_q.max())), len(_centres(kinks))
-    points = (4 + fine + n * (n - 1) // 2) * (7 + 2 * n * (1 + 2 * fine)) * per_panel**2  # of one integral
+    orders = (PAIR_PER_PANEL, CHECK_PAIR) if per_panel is None else (per_panel,)
+    points = (4 + fine + n * (n - 1) // 2) * (7 + 2 * n * (1 + 2 * fine)) * orders[0] ** 2  # of one integral
     step = max(1, CHUNK // points)
     pieces = [slice(k, k + step) for k in range(0, len(flat_q), step)]
-    return torch.cat([_plane(f, flat_q[p], flat_c[p], kinks, per_panel) for p in pieces]).reshape(shape)
+    found, *check = (
+        torch.cat([_plane(f, flat_q[p], flat_c[p], kinks, order) for p in pieces]).reshape(shape) for order in orders
+    )
+    return _refine_pairs(f, both, kinks, found, check[0]) if check else found
+
+
+def _refine_pairs(f: Function, both: Tensor, kinks: tuple[float, ...], found: Tensor, check: Tensor) -> Tensor:
+    """Once more, by a line of lines, the means whose two orders differ, and those that the panels do not reach."""
+    q, c = both
+    values, lines = torch.unique(q, return_inverse=True)
+    size = estimate_means(lambda z, u: f(z).square(), values, kinks)
+    _refuse_unconverged(size, values)
+    beyond = estimate_means(lambda z, u: f(z).square() * (u.abs() > PAIR_REACH - 1), values, kinks)
+    scale = size.value[lines]
+    off = ~((found - check).abs() <= ENOUGH * scale) | ~(beyond.value <= GOAL / 100 * size.value)[lines]
+    for at in off.nonzero().unbind():
+        k = tuple(at.tolist())
+        value, error = torch.tensor([_measure_pair(f, float(q[k]), float(c[k]), kinks)], dtype=torch.float64).mT
+        _refuse_unconverged(Estimate(value, error, scale[k][None]), q[k])
+        found[k] = value
+    return found
+
+
+def _measure_pair(f: Function, q: float, c: float, kinks: tuple[float, ...]) -> tuple[float, float]:
+    """E[f(z1) f(z2)] and its error: over u of f(z1) times the mean over v of f(z2), z2 = sqrt(q) (c u + sqrt(1-c^2) v).
+
+    The panels of v have their edges where those of E f^2 had to be halved.
+    """
+    root, rest = math.sqrt(q), math.sqrt(max(0.0, (1 - c) * (1 + c)))
+    start = _regular_edges(_octaves(q), tuple(k / root for k in kinks))
+    edges = refine_mean(lambda u: f(root * u).square(), start, goal=0.1 * GOAL)[1]
+    reach = float(np.abs(edges).max())
+    regular, moving = torch.arange(-reach, reach + 1, 2, dtype=torch.float64), torch.from_numpy(edges)
+    nodes = len(edges) * (PAIR_PER_PANEL + CHECK)
+    rough = [0.0]  # the largest difference of two orders of v, as it counts over u
+
+    def find_means(u: Tensor) -> Tensor:
+        moved = ((moving - c * u[:, None]) / rest).clamp(-reach, reach)
+        every = torch.cat([regular.expand(len(u), -1), moved], -1).sort(-1).values
+        orders = []
+        for n in (PAIR_PER_PANEL, CHECK):
+            v, weights = _normal(every, n)
+            orders.append((f(root * (c * u[:, None] + rest * v)) * weights).sum(-1))
+        counts = f(root * u) * torch.exp(-u * u / 2) * (orders[0] - orders[1])
+        rough[0] = max(rough[0], float(counts.abs().max()))
+        return orders[0]
+
+    def evaluate_product(u: Tensor) -> Tensor:
+        if not rest:
+            return f(root * u) * f(math.copysign(root, c) * u)
+        inner = [find_means(part) for part in torch.split(u.flatten(), max(1, 4 * CHUNK // nodes))]
+        return f(root * u) * torch.cat(inner).reshape(u.shape)
+
+    most = int(MOST_POINTS / (nodes * (PER_PANEL + CHECK)))
+    if most < len(start):
+        return math.nan, math.inf
+    (value, error, _), _ = refine_mean(evaluate_product, start, most, 0.1 * GOAL)
+    return value, error + reach * rough[0]
 
 
 def _centres(kinks: tuple[float, ...]) -> tuple[float, ...]:

@@ -1,8 +1,10 @@
 import math
+import re
 
 import pandas as pd
 import pytest
 import torch
+from torch.nn import functional
 
 from initlab.errors import UsageError
 from initlab.meanfield import maps
@@ -86,7 +88,7 @@ def test_phases_by_name() -> None:
 def test_critical_lines() -> None:
     assert critical("tanh", 0.05**0.5) ** 2 == pytest.approx(1.760955, abs=5e-7)
     assert critical("tanh") == pytest.approx(1, rel=1e-12)
-    assert critical("relu") == pytest.approx(2**0.5, rel=1e-12) == critical("relu", 0.3)
+    assert critical("relu") == pytest.approx(2**0.5, rel=1e-12)
     for name, sigma_b in (("tanh", 0.45), ("selu", 0.3), ("gelu", 0.63)):
         sigma_w = critical(name, sigma_b)
         assert (
@@ -95,6 +97,59 @@ def test_critical_lines() -> None:
         )
         below, above = phase(name, 0.985 * sigma_w, sigma_b), phase(name, 1.015 * sigma_w, sigma_b)
         assert below.phase == "ordered" and above.phase in ("chaotic", "unbounded")
+
+
+USERS = {
+    "relu": torch.relu,
+    "leaky relu": lambda z: functional.leaky_relu(z, 0.2),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "mish": functional.mish,
+    "softplus": functional.softplus,
+    "elu": functional.elu,
+    "selu": functional.selu,
+    "erf": torch.erf,
+    "sin": torch.sin,
+    "abs": torch.abs,
+    "linear": lambda z: z,
+    "hard tanh": functional.hardtanh,
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("gelu", "sin", "abs") else pytest.mark.slow) for name in USERS]
+)
+def test_critical_and_phase_agree_or_say_why_not(name: str) -> None:
+    """At six scales of biases: `phase` calls critical what `critical` returns, or `critical` says where q goes."""
+    answers = 0
+    for sigma_b in (0, 0.05, 0.1, 0.3, 0.5, 1):
+        try:
+            sigma_w = critical(USERS[name], sigma_b)
+        except UsageError as refused:
+            assert re.search(
+                r"has chi_1 = 1 at q=.* the second moment (grows for ever|goes to)|no critical line", str(refused)
+            )
+            continue
+        at = phase(USERS[name], sigma_w, sigma_b)
+        assert at.phase == "critical" and at.chi_1 == pytest.approx(1, abs=1e-9) and at.attracts != "none"
+        answers += 1
+    expected = {"relu": 1, "leaky relu": 1, "abs": 1, "linear": 1, "softplus": 0, "gelu": 2, "silu": 1, "mish": 2}
+    assert answers == expected.get(name, 6)
+
+
+def test_which_fixed_point_a_signal_runs_into_depends_on_where_it_starts() -> None:
+    """GELU at sigma_w 2 without biases: 0 attracts nothing. At 1.45 with 0.3 three points; the middle one repels."""
+    assert phase("gelu", 2.0).path == "from q=1 the second moment grows for ever"
+    low, high = phase("gelu", 1.45, 0.3), phase("gelu", 1.45, 0.3, q0=2.0)
+    assert low.attracts == "both" and low.q < 1 and low.phase == "ordered"
+    assert high.phase == "unbounded" and high.attracts == "none"
+    assert phase("relu", 2**0.5, q0=3.0).q == 3 and phase("relu", 2**0.5).attracts == "all"
+    assert phase("tanh", 1.0).attracts == "above"
+    assert "repels" in phase("gelu", gain("gelu", "rms")).path  # it starts on the point
+    with pytest.raises(UsageError, match="at q=0, sigma_w=2, where V' is 1, but from q=1 the second moment grows"):
+        critical("gelu", 0.0)
 
 
 @pytest.mark.parametrize("name", ["linear", "relu", "tanh", "sigmoid", "selu", "gelu"])

@@ -1,12 +1,17 @@
+import json
 import math
 
 import mpmath
 import pytest
 import torch
+import user_functions
 from formulas import formulas
 
-from initlab.nn.activations import ACTIVATIONS
-from initlab.stats.quadrature import gaussian_mean, gaussian_means, pair_mean
+from initlab.errors import UsageError
+from initlab.meanfield import maps
+from initlab.nn.activations import ACTIVATIONS, gain
+from initlab.nn.custom_activation import as_activation
+from initlab.stats.quadrature import gaussian_mean, gaussian_means, line, pair_mean
 
 
 def reference(f, q: float, power: int, kinks: tuple[float, ...] = ()) -> float:  # type: ignore[no-untyped-def]
@@ -28,11 +33,66 @@ def test_moments_against_thirty_digits(name: str, q: float) -> None:
         assert found == pytest.approx(reference(theirs, q, 2, row.kinks), rel=1e-12)
 
 
-def test_the_reference_is_not_the_quadrature_itself() -> None:
-    """Without the refinement near 0 the slope of tanh at q = 400 would be off."""
+def test_a_scale_that_the_panels_do_not_have_is_found() -> None:
+    """The slope of tanh at 20 u, in panels of unit width in u: the lower order sees it, and they are halved."""
     row = ACTIVATIONS["tanh"]
-    plain = gaussian_mean(lambda u: row.slope(20 * u).square())  # panels of unit width in u
-    assert plain != pytest.approx(reference(formulas("tanh")[1], 400.0, 2), rel=1e-9)
+    expected = reference(formulas("tanh")[1], 400.0, 2)
+    u, weights = line(1.0)
+    assert float((row.slope(20 * u).square() * weights).sum()) != pytest.approx(expected, rel=1e-9)
+    assert gaussian_mean(lambda u: row.slope(20 * u).square()) == pytest.approx(expected, rel=1e-12)
+
+
+def test_what_does_not_converge_is_said() -> None:
+    """exp(z^2/8) has a mean of its square below q = 2 alone; a float32 tanh is rounded to 6e-8; |z|^-0.9 is steep."""
+    grows = lambda z: torch.exp(z * z / 8) ** 2  # noqa: E731
+    assert gaussian_mean(grows, q=1.0) == pytest.approx(2**0.5, rel=1e-12)
+    with pytest.raises(UsageError, match="second moment 4 does not exist"):
+        gaussian_mean(grows, q=4.0)
+    for f in (lambda z: torch.tanh(z.float()).double() ** 2, lambda z: z.abs() ** -0.9):
+        with pytest.raises(UsageError, match=r"second moment 1 has not converged to better than [0-9e.-]+"):
+            gaussian_mean(f)
+    with pytest.raises(UsageError, match="has not converged"):
+        pair_mean(lambda z: torch.sin(1e4 * z), 1.0, 0.5, per_panel=None)
+
+
+REFERENCES = json.loads(user_functions.TABLE.read_text())
+
+
+@pytest.mark.parametrize("name", user_functions.FUNCTIONS)
+def test_means_of_forty_functions_of_ones_own(name: str) -> None:
+    """Against mpmath at four second moments, to 1e-8: E[phi], E[phi^2], E[phi'^2], the gains, overlaps, slopes.
+
+    Waves take seconds for one overlap: at q = 0.01 alone. One overlap of |z|^1.5 is refused, with its error.
+    """
+    row = as_activation(user_functions.FUNCTIONS[name].torch)
+    for q, expected in REFERENCES[name].items():
+        at = torch.tensor([float(q)], dtype=torch.float64)
+        root = expected["square"] ** 0.5
+        assert float(maps.moment(row, at, 1)) == pytest.approx(expected["mean"], rel=1e-8, abs=1e-10 * root)
+        assert float(maps.moment(row, at)) == pytest.approx(expected["square"], rel=1e-8)
+        assert float(maps.slope_moment(row, at)) == pytest.approx(expected["slope"], rel=1e-8)
+        if q == "1.0":
+            assert gain(row) == pytest.approx(expected["slope"] ** -0.5, rel=1e-8)
+            assert gain(row, "rms") == pytest.approx(expected["square"] ** -0.5, rel=1e-8)
+            variance = expected["square"] - expected["mean"] ** 2
+            assert gain(row, "std") == pytest.approx(variance**-0.5, rel=1e-8)
+        if "overlap" in expected and (name not in ("sin", "cos", "snake", "sin 10") or float(q) < 1):
+            for found, key in ((maps.overlap, "overlap"), (maps.slope_overlap, "slope_overlap")):
+                size = expected["square" if key == "overlap" else "slope"]
+                try:
+                    found_there = float(found(row, at, user_functions.C))
+                except UsageError as refused:
+                    assert name == "power 1.5" and "has not converged to better than 1e-07" in str(refused)
+                    continue
+                assert found_there == pytest.approx(expected[key], rel=1e-8, abs=1e-11 * size), (q, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tanh", "hard swish", "sigmoid 50"])
+def test_the_references_are_what_mpmath_says(name: str) -> None:
+    one, kept = user_functions.FUNCTIONS[name], REFERENCES[name]["1.0"]
+    assert user_functions.line_mean(one.slope, 1.0, one.bends, 2) == kept["slope"]
+    assert user_functions.plane_mean(one.phi, 1.0, one.bends) == pytest.approx(kept["overlap"], rel=1e-14)
 
 
 def test_many_at_once_are_each_alone() -> None:
