@@ -1,9 +1,10 @@
 """The variance-scaling formula and its named rules, as `torch.nn.init` has them, with order-free random numbers.
 
 Weights have shape (I, O), I = fan_in, O = fan_out, as in the book's `x @ w`; torch's `nn.Linear` stores the transpose.
-Each tensor's random numbers depend on (seed, what it is, layer) only, are drawn in float32 and converted: a seed means
-the same network in every dtype, at every depth and in every ensemble. The generator `torch` draws on the CPU, the same
-bits for every device; `philox` draws where the network lives, see `philox.py`. Legend: E ensemble.
+Each tensor's random numbers depend on (seed, what it is, layer) only, are drawn in float32 and converted (isometries
+are made of them in float64): a seed means the same network in every dtype, at every depth and in every ensemble. The
+generator `torch` draws on the CPU, the same bits for every device; `philox` draws where the network lives, see
+`philox.py`. Legend: E ensemble.
 """
 
 import math
@@ -148,10 +149,10 @@ def draw_orthogonal(shape: tuple[int, int], std: float, numbers: WeightNumbers) 
     q, r = torch.linalg.qr(numbers.gaussian((max(i, o), min(i, o))).double())
     q *= r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     isometry: Tensor = q if i >= o else q.mT
-    return (isometry * (std * math.sqrt(i))).float()
+    return isometry * (std * math.sqrt(i))
 
 
-# name -> f((I, O), std, random numbers): float32 (E, I, O), where the random numbers are
+# name -> f((I, O), std, random numbers): float32, of an isometry float64, (E, I, O), where the random numbers are
 DISTRIBUTIONS: dict[str, Callable[[tuple[int, int], float, WeightNumbers], Tensor]] = {
     "normal": draw_normal,
     "uniform": draw_uniform,
@@ -240,4 +241,6 @@ def draw(
     biases = torch.zeros(len(seeds), fan_out)
     if rule.bias:
         biases = source.uniform((fan_out,), seeds, "bias", layer, device) * (rule.bias / math.sqrt(fan_in))
+    if dtype != torch.float64:  # one rounding to float32 for all, whatever the narrower format
+        weights = weights.float()
     return weights.to(device, dtype), biases.to(device, dtype)

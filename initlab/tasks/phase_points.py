@@ -225,6 +225,7 @@ class _Run:
         numbers = WeightNumbers(source, [self.seed], layer, where.device)
         w = DISTRIBUTIONS[p.distribution]((p.width, p.width), 1 / sqrt(p.width), numbers)
         b = source.gaussian((p.width,), [self.seed], "bias", layer, where.device)
+        w = w if where.dtype == torch.float64 else w.float()
         return w[0].to(where.device, where.dtype), b[0].to(where.device, where.dtype)
 
 

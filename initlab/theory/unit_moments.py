@@ -229,7 +229,9 @@ def _outer_nodes(
     centres = np.concatenate([k / (scale * np.sqrt(t) + 1e-300) for k in kinks], -1)
     moving = (centres[..., None] + _halving_offsets(levels, 0)).reshape(len(t), -1)
     if (uniform > 0).any():
-        moving = np.concatenate([moving, np.sqrt(3 * uniform)[:, None] * np.array([1.0, -1.0])], -1)
+        ends, width = np.sqrt(3 * uniform)[:, None], np.sqrt(1 - uniform)[:, None]
+        steps = _DECAY if grid.means_only else np.zeros(1)  # the density falls off over a few widths
+        moving = np.concatenate([moving, ends + width * steps, -ends - width * steps], -1)
     m, lengths = _panels_between(moving, grid)
     density = np.exp(-m * m / 2)
     if (uniform > 0).any():  # of the sum of a normal variable and a uniform one
@@ -238,6 +240,9 @@ def _outer_nodes(
         density = normal_cdf((m + half) / sigma) - normal_cdf((m - half) / sigma)
     weights = lengths * density
     return m, weights / weights.sum(-1, keepdims=True)
+
+
+_DECAY = np.array([-4.0, 0, 4])
 
 
 @lru_cache

@@ -82,7 +82,7 @@ def test_means_of_forty_functions_of_ones_own(name: str) -> None:
                 try:
                     found_there = float(found(row, at, user_functions.C))
                 except UsageError as refused:
-                    assert name == "power 1.5" and "has not converged to better than 1e-07" in str(refused)
+                    assert name == "power 1.5" and "has not converged to better than" in str(refused)
                     continue
                 assert found_there == pytest.approx(expected[key], rel=1e-8, abs=1e-11 * size), (q, key)
 

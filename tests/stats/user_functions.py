@@ -3,7 +3,7 @@
 `python tests/stats/user_functions.py` writes user_functions.json beside this file: for every function and second moment
 q in Q the means E[phi], E[phi^2], E[phi'^2] by `mpmath.quad` with 30 digits, and E[phi phi], E[phi' phi'] at
 correlation 1/2 by nested Gauss-Legendre panels with the functions of `mpmath.fp`, which has 53 bits (closed forms for
-sines). It takes about a quarter of an hour.
+sines and |z|^1.5). It takes about a quarter of an hour.
 """
 
 import json
@@ -252,11 +252,17 @@ def plane_mean(f: Callable[[Any], Any], q: float, bends: tuple[tuple[float, floa
 
 
 def closed_pair(name: str, q: float) -> tuple[float, float] | None:
-    """E[phi phi] and E[phi' phi'] of sines at correlation C: exp(-k^2 q) sinh or cosh of k^2 q C."""
-    k = {"sin": 1, "sin 10": 10, "cos": 1}.get(name)
-    if k is None:
-        return None
+    """E[phi phi] and E[phi' phi'] at correlation C, of sines exp(-k^2 q) sinh or cosh k^2 q C, of |z|^1.5 by 2F1."""
     with mpmath.workdps(40):
+        if name == "power 1.5":
+            a, r = mp.mpf(3) / 2, mp.mpf(C)
+            even = 2**a * mp.gamma((a + 1) / 2) ** 2 / mp.pi * mp.hyp2f1(-a / 2, -a / 2, 0.5, r * r)
+            b = a - 1
+            odd = 2 ** (b + 1) * mp.gamma(b / 2 + 1) ** 2 / mp.pi * r * mp.hyp2f1((1 - b) / 2, (1 - b) / 2, 1.5, r * r)
+            return float(even * mp.mpf(q) ** a), float(odd * a * a * mp.mpf(q) ** b)
+        k = {"sin": 1, "sin 10": 10, "cos": 1}.get(name)
+        if k is None:
+            return None
         x = mp.mpf(k) ** 2 * mp.mpf(q)
         odd, even = (float(mp.exp(-x) * f(x * mp.mpf(C))) for f in (mp.sinh, mp.cosh))
     return (even, odd * k * k) if name == "cos" else (odd, even * k * k)

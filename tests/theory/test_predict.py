@@ -54,6 +54,17 @@ def test_infinite_width_is_the_two_maps(name: str) -> None:
         gradient *= sw2 * float(maps.slope_moment(phi, qs[layer - 1]))
 
 
+@pytest.mark.parametrize("gain_", [None, 1.0, 1.4])
+@pytest.mark.parametrize(("name", "share"), [("relu", 0.5), ("leaky_relu", (1 + 1e-4) / 2), ("linear", 1.0)])
+def test_uniform_biases_at_infinite_width_are_their_recursion(name: str, share: float, gain_: float | None) -> None:
+    """q of the activations is `share` (w n q + b^2 / (3 n)), to 1e-9: the density of a mean falls off steeply."""
+    wide = predict_wide("torch_default", name, 50, 100, gain=gain_)
+    scale, q = 1 / 3 if gain_ is None else gain_**2, 1.0
+    for layer in range(1, 51):
+        q = share * (scale * q + 1 / 300)
+        assert row(wide, layer)["q_limit"] == pytest.approx(q, rel=1e-9)
+
+
 def test_widths_enter_forward_or_backward_as_the_mode_says() -> None:
     """fan_in: the gradient telescopes to n_L / n_l; fan_out: the signal to n_0 / n_l."""
     widths, inputs = [40, 160, 80], 20
