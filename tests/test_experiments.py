@@ -23,6 +23,7 @@ from initlab.runs.read import find_runs
 from initlab.runs.schema import NOT_OPTIONS, OPTION_OF, TABLES, own_columns
 from initlab.runs.select import NothingFound
 from initlab.studies import study
+from initlab.studies.expectation import AMONG
 from initlab.sweep.resume import expand
 
 ROOT = Path(initlab.__file__).parents[1]
@@ -92,6 +93,7 @@ def test_a_study_says_what_it_asks_and_runs(path: Path, composed: Callable[..., 
     assert len(verdicts) + len(mistakes) == len(asked.expect)
     if not verdicts:  # all of it is about settings that a toy has not: the same of whatever settings there are
         anywhere = tuple(replace(one, where={k: v for k, v in one.where.items() if k in WORDS}) for one in asked.expect)
+        anywhere = tuple(replace(one, how="above", value=(0.0,)) if one.how in AMONG else one for one in anywhere)
         verdicts, mistakes = study.answer(replace(asked, expect=anywhere), tables, tmp_path)
     assert verdicts and all(isinstance(mistake, NothingFound) for mistake in mistakes), mistakes
     try:

@@ -94,7 +94,7 @@ def plot_lines(
             marker=marker, markersize=5,
         )  # fmt: skip
         ax.fill_between(rows[x], rows["low"], rows["high"], color=style.colour, alpha=0.18, linewidth=0)
-    ax.set_xlim(*find_ends(band[x]))
+    ax.set_xlim(*find_ends(band[x], ax.get_xscale() == "log"))
     mark_ends(ax, band, x, fates, styles, names or len(styles) > 1, backwards)
     if names and len(labels):
         name_lines(ax, band[~band["label"].isin(list(fates))], x, styles, backwards)
@@ -106,9 +106,12 @@ def share_panels(labels: Sequence[str]) -> list[list[str]]:
     return [list(labels[k : k + size]) for k in range(0, len(labels), max(1, size))]
 
 
-def find_ends(x: pd.Series) -> tuple[float, float]:
+def find_ends(x: pd.Series, log: bool = False) -> tuple[float, float]:
     """The ends of an axis a little beyond the numbers on it."""
     low, high = float(x.min()), float(x.max())
+    if log:
+        margin = (high / low) ** 0.02 if high > low else 1.5
+        return low / margin, high * margin
     gap = 0.02 * (high - low) or 0.5
     return low - gap, high + gap
 
@@ -242,8 +245,9 @@ def name_lines(ax: Axes, band: pd.DataFrame, x: str, styles: Styles, backwards: 
     for share, label in zip(
         move_apart([place for place, _ in sorted(places)], gap), [label for _, label in sorted(places)], strict=True
     ):
+        place = (0.02, min(share + 0.045, 0.94)) if backwards else (1, share)
         ax.annotate(
-            label, (0.02 if backwards else 1, share + 0.045 * backwards), xycoords="axes fraction", xytext=(5, 0),
+            label, place, xycoords="axes fraction", xytext=(5, 0),
             textcoords="offset points", va="center",
             fontsize=TEXT, color=as_ink(styles[label].colour), annotation_clip=False,
         )  # fmt: skip

@@ -115,11 +115,13 @@ def _draw_panel(
         ax.set_ylim(*limits)
         return
     direct = names and len(styles) <= 2 * MOST
+    log_x = one.x_scale == "log" and bool((mine["x"] > 0).all())
+    if log_x:
+        ax.set_xscale("log")
     plot_lines(ax, band, "x", styles, died, one.backwards, log, names=direct, along=one.x, limits=limits)
     if names and len(styles) > 2 * MOST:
         ax.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(1.01, 1))
-    if one.x_scale == "log" and (mine["x"] > 0).all():
-        ax.set_xscale("log")
+    if log_x:
         set_log_ticks(ax, "x")
         measured = np.unique(mine["x"])
         if len(measured) <= TICKS:

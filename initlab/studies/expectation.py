@@ -102,8 +102,8 @@ class Expectation:
         found = self.tolerance * abs(value)
         if not self.errors:
             return found
-        error = math.hypot(*(one.error for one in measured))
-        if math.isnan(error) and not any(math.isnan(one.number) for one in measured):
+        error = math.hypot(*(one.error for one in measured if math.isfinite(one.number)))  # never has none
+        if math.isnan(error):
             raise NothingFound("has no standard error: it is about one network alone")
         return found + self.errors * error
 

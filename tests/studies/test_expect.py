@@ -272,6 +272,14 @@ def test_groups_are_alike_or_in_order_by_their_standard_errors() -> None:
         assert not judge(expectation(**asked | {"value": value}, **order), tables).holds
 
 
+def test_what_never_comes_is_later_than_anything_and_like_nothing() -> None:
+    frame = pd.DataFrame([(i, s, k, float(k >= 3 and i == "a")) for i in "ab" for s in range(4) for k in range(6)])
+    frame.columns = pd.Index(["init", "seed", "layer", "std"])
+    asked = {"where": {}, "reduce": "first_layer", "by": "init", "value": ["a", "b"]}
+    assert judge(expectation(**asked, **{"is": "order", "margin": "5 standard errors"}), {"stats": frame}).holds
+    assert not judge(expectation(**asked, **{"is": "alike", "tolerance": "5 standard errors"}), {"stats": frame}).holds
+
+
 def test_one_network_has_no_standard_error_to_judge_by() -> None:
     tables = {"stats": draw_networks(a=2.0)["stats"].iloc[:1]}
     with pytest.raises(NothingFound, match="no standard error"):
