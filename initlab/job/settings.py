@@ -23,6 +23,7 @@ class InitConfig:
     mode: str | None = None
     distribution: str | None = None
     bias: float | None = None
+    sigma_b: float | None = None
     attempts: int | None = None
     tolerance: float | None = None
     base_width: int | None = None

@@ -158,6 +158,9 @@ class ModelFiller:
             half = self._rule.bias / math.sqrt(units)
             values += make_numbers(tensor.name, self._seed).uniform(tuple(values.shape))[0] * half
             note = f"uniform up to {half:.4g}"
+        elif isinstance(self._rule, Rule) and self._rule.sigma_b and same:
+            values += make_numbers(tensor.name, self._seed).gaussian(tuple(values.shape))[0] * self._rule.sigma_b
+            note = f"normal, standard deviation {self._rule.sigma_b:.4g}"
         elif isinstance(tensor.module, nn.LSTM | nn.LSTMCell) and tensor.part.startswith("bias_ih"):
             for part in tensor.slices:
                 if part.label == "forget gate":

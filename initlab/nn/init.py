@@ -27,7 +27,8 @@ class Rule:
     `activations.GAIN_KINDS`. mode: which fan, a name of MODES. distribution: a name of DISTRIBUTIONS. bias: half-width
     of a uniform bias in units of 1/sqrt(fan_in); 0 starts biases at 0. attempts: if above 0, the drawn weights are
     rescaled on the first batch, at most so many times, until variances are within `tolerance` of 1 (lsuv.py).
-    base_width: if above 0, the last layer and the learning rates follow the width relative to it (mup.py).
+    base_width: if above 0, the last layer and the learning rates follow the width relative to it (mup.py). sigma_b:
+    standard deviation of a normal bias, which is added to a uniform one if there is one.
     Errors: an unknown name; a number outside its range.
 
     >>> round(Rule(gain=2.0).std_for("relu", (100, 50)), 12)
@@ -42,12 +43,18 @@ class Rule:
     attempts: int = 0
     tolerance: float = 0.1
     base_width: int = 0
+    sigma_b: float = 0.0
 
     def __post_init__(self) -> None:
         choose(MODES, self.mode, "mode")
         choose(DISTRIBUTIONS, self.distribution, "distribution")
         choose(activations.GAIN_KINDS, self.gain_kind, "gain_kind")
-        keep_checked(self, ("gain", "bias", "attempts", "tolerance", "base_width"))
+        keep_checked(self, ("gain", "bias", "sigma_b", "attempts", "tolerance", "base_width"))
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether biases are drawn."""
+        return bool(self.bias or self.sigma_b)
 
     def gain_for(self, activation: str | activations.Activation) -> float:
         """The gain in force, dimensionless."""
@@ -178,16 +185,16 @@ RULES: dict[str, Rule] = {
 # What functions take that take a rule's fields too: for the nearest match of a misspelt one.
 PARAMETERS = (
     "init", "activation", "depth", "width", "widths", "inputs", "batch", "seeds", "dtype", "device", "generator",
-    "steps", "lr", "optimizer", "loss", "every", "histograms", "backward", "residual", "statistics", "sigma_b", "q0",
-    "c0", "method",
+    "steps", "lr", "optimizer", "loss", "every", "histograms", "backward", "residual", "statistics", "q0", "c0",
+    "method",
 )  # fmt: skip
 
 
 def rule(init: "str | Rule", **changes: object) -> Rule:
     """A rule by its name, or a `Rule` itself, with some of its fields replaced.
 
-    init: a row of RULES, or a Rule. changes: `gain`, `gain_kind`, `mode`, `distribution`, `bias`, `attempts`,
-    `tolerance`, `base_width`, as in `Rule`; None keeps the rule's own.
+    init: a row of RULES, or a Rule. changes: `gain`, `gain_kind`, `mode`, `distribution`, `bias`, `sigma_b`,
+    `attempts`, `tolerance`, `base_width`, as in `Rule`; None keeps the rule's own.
     Errors: an unknown rule or field; a field that is out of its range.
 
     >>> rule("kaiming", mode="fan_out").mode
@@ -241,6 +248,9 @@ def draw(
     biases = torch.zeros(len(seeds), fan_out)
     if rule.bias:
         biases = source.uniform((fan_out,), seeds, "bias", layer, device) * (rule.bias / math.sqrt(fan_in))
+    if rule.sigma_b:
+        normal = source.gaussian((fan_out,), seeds, "normal bias", layer, device) * rule.sigma_b
+        biases = biases + normal if rule.bias else normal
     if dtype != torch.float64:  # one rounding to float32 for all, whatever the narrower format
         weights = weights.float()
     return weights.to(device, dtype), biases.to(device, dtype)

@@ -159,6 +159,7 @@ OPTION_OF = {
     "mode": "init.mode",
     "distribution": "init.distribution",
     "bias": "init.bias",
+    "sigma_b": "init.sigma_b",
     "attempts": "init.attempts",
     "tolerance": "init.tolerance",
     "base_width": "init.base_width",
@@ -185,11 +186,11 @@ NOT_OPTIONS = ("gain", "device", "run")  # in every table too
 
 # Configuration columns that may be part of a label, in the order in which they are named.
 LABELS = (
-    "init", "activation", "gain", "mode", "distribution", "bias", "attempts", "tolerance", "base_width", "depth",
-    "width", "widths", "inputs", "batch", "dtype", "device", "data", "train_depth", "train_width", "train_batch",
-    "steps", "lr", "optimizer", "train_loss", "every", "task",
+    "init", "activation", "gain", "mode", "distribution", "bias", "sigma_b", "attempts", "tolerance", "base_width",
+    "depth", "width", "widths", "inputs", "batch", "dtype", "device", "data", "train_depth", "train_width",
+    "train_batch", "steps", "lr", "optimizer", "train_loss", "every", "task",
 )  # fmt: skip
 IN_EVERY_LABEL = ("init", "activation")
 # They follow from others, and are named only where those do not tell the runs apart.
-DERIVED = ("gain", "mode", "distribution", "bias", "attempts", "tolerance", "base_width", "inputs")
+DERIVED = ("gain", "mode", "distribution", "bias", "sigma_b", "attempts", "tolerance", "base_width", "inputs")
 TASKS_WITH_STATS = ("lab", "stack", "train", "seeded")

@@ -55,7 +55,7 @@ def gain_curves(
     kept = weight_scales(rule("kaiming"), net, where)[1]
     homogeneous = net.activation.homogeneous
     families: list[object] = [  # rules of one family scale the same random numbers
-        one.distribution if homogeneous and np.isfinite(both).all() and not one.bias and not one.attempts else k
+        one.distribution if homogeneous and np.isfinite(both).all() and not one.has_biases and not one.attempts else k
         for k, (one, both) in enumerate(zip(rules, scales, strict=True))
     ]
     bases: dict[object, int] = {}

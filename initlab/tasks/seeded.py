@@ -55,8 +55,9 @@ def seeded_stack(
     check(depth=depth, width=width, batch=batch)
     scaling = rule(init, **rule_fields)
     choose(FILL, scaling.distribution, "init.distribution")
-    if scaling.bias:
-        raise UsageError(f"init.bias={scaling.bias:g}: the seeded stack has no biases")
+    if scaling.has_biases:
+        option = "bias" if scaling.bias else "sigma_b"
+        raise UsageError(f"init.{option}={getattr(scaling, option):g}: the seeded stack has no biases")
     phi, number = as_activation(activation), resolve_dtype(dtype)
     network = dense([width] * (depth + 1), phi)
     std = scaling.std_for(phi, (width, width))

@@ -48,14 +48,14 @@ def predict(
 ) -> pd.DataFrame:
     """Predict every statistic of every tensor of a stack, with the bands that hold 68 and 95 % of all networks.
 
-    init: a rule's name or a `Rule`; its fields (gain, mode, distribution, bias, ...) can be given as options.
+    init: a rule's name or a `Rule`; its fields (gain, mode, distribution, sigma_b, ...) can be given as options.
     activation: a name of the table, or an elementwise function. depth, width: layers, and units of each.
     wide: one row per tensor instead of one per statistic, see below. method: auto, closed (formulas) or simulation.
     networks, seed: how many networks a simulation draws, and from which seed.
     Further options: widths (units of each layer, replaces depth and width), inputs (units of the input, `width` unless
     given), batch (number of inputs, 200), q0 and c0 (second moment and mean cosine of the inputs, 1 and 0), fixed_input
     (the batch has just these moments instead of being drawn anew for each network), data (how such batches wander, a
-    `forward_law.BatchVariation`), sigma_b (standard deviation of normal biases, 0), outputs (the last layer is that of
+    `forward_law.BatchVariation`), outputs (the last layer is that of
     a trained network, as `mup` draws it).
 
     Returns a row per layer, tensor, direction and statistic, in the words of a run's table `theory`: `predicted` is the

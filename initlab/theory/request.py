@@ -56,7 +56,6 @@ def parse_request(
     widths: Sequence[int] | None = None,
     inputs: int | None = None,
     batch: int = 200,
-    sigma_b: float = 0.0,
     outputs: bool = False,
     **options: Any,
 ) -> Request:
@@ -69,20 +68,20 @@ def parse_request(
     if scaling.distribution not in LAWS:
         raise UsageError(f"theory has no law of weights that {scaling.distribution} writes")
     units = resolve_units(depth, width, widths, inputs)
-    batch, sigma_b, outputs = check(batch=batch, sigma_b=sigma_b, outputs=outputs)
+    batch, outputs = check(batch=batch, outputs=outputs)
     request = Request(scaling.distribution, row, (), batch, **input_fields)
-    return replace(request, layers=_resolve_layers(scaling, row, units, request.q0, sigma_b**2, outputs))
+    return replace(request, layers=_resolve_layers(scaling, row, units, request.q0, outputs))
 
 
 def _resolve_layers(
-    given: Rule, row: Activation, widths: Sequence[int], q0: float, bias_variance: float, outputs: bool
+    given: Rule, row: Activation, widths: Sequence[int], q0: float, outputs: bool
 ) -> tuple[DenseLayer, ...]:
     """The layers one after the other: a rule that is fitted to data needs the second moment that enters a layer.
 
     `outputs`: the last layer is that of a trained network, which some rules draw smaller.
     """
     found: list[DenseLayer] = []
-    entering, known = q0, {}
+    entering, known, bias_variance = q0, {}, given.sigma_b**2
     for k, (fan_in, fan_out) in enumerate(pairwise(widths)):
         scaling = last_layer(given, row, fan_in) if outputs and 0 < k == len(widths) - 2 else given
         orthogonal, uniform = scaling.distribution == "orthogonal", scaling.bias**2 / (3 * fan_in)

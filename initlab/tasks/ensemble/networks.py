@@ -169,7 +169,7 @@ def draw_networks(
     how = (layer, where.dtype, where.device, where.generator)
     if all(one == rules[0] for one in rules):
         return draw(rules[0], activation, shape, seeds, *how)
-    if all(one.distribution == "normal" and not one.bias for one in rules):
+    if all(one.distribution == "normal" and not one.has_biases for one in rules):
         unique = list(dict.fromkeys(seeds))
         unit, _ = draw(RULES["naive"], activation, shape, unique, layer, torch.float32, where.device, where.generator)
         stds = torch.tensor([one.std_for(activation, shape) for one in rules], device=where.device)
@@ -214,7 +214,7 @@ class Networks:
         if who is not None:
             rules, seeds = [rules[k] for k in who], [seeds[k] for k in who]
         w, b = draw_networks(rules, self.net.activation, self.net.shape(layer), seeds, layer, self.where)
-        return w, b if any(one.bias for one in rules) else None
+        return w, b if any(one.has_biases for one in rules) else None
 
     def gaussian(self, units: int, what: str) -> Tensor:
         """Unit Gaussian numbers (E, N, units); networks of one seed have the same."""
