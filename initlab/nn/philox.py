@@ -3,8 +3,9 @@
 Salmon, Moraes, Dror & Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.3. Every number is a function
 of (seed, what it is, layer) and of its position in the tensor alone: no state, no order, and one program draws a whole
 ensemble. The integers are the same on every device. Uniform numbers are exact in float32; normal ones are made in
-float64 and rounded once, so that two devices' logarithms and cosines can differ by one rounding of float32, and rarely.
-On a GPU with Triton `triton_philox.py` makes the same numbers in one pass.
+float64 and rounded once, so that two programs' logarithms and cosines can differ by one rounding of float32, and rarely.
+The same numbers in one pass: on a CPU by the compiled library (stats/kernels/random.h), on a GPU by Triton
+(triton_philox.py).
 Legend: E ensemble.
 """
 
@@ -15,6 +16,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from initlab.stats.kernels import cpu
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1: what the key grows by in a round
@@ -57,13 +60,19 @@ def words(keys: Sequence[int], n: int, device: str | torch.device = "cpu") -> Te
     return drawn.flatten(1)[:, :n]
 
 
-def _by_triton(keys: Sequence[int], shape: Sequence[int], device: str | torch.device, normal: bool) -> Tensor | None:
-    """The numbers in one pass, where Triton and a GPU are there."""
-    if not TRITON or torch.device(device).type != "cuda":
+def _in_one_pass(keys: Sequence[int], shape: Sequence[int], device: str | torch.device, normal: bool) -> Tensor | None:
+    """The numbers by a program of the device's own, None where there is none."""
+    where = torch.device(device)
+    if where.type == "cpu" and (compiled := cpu.library()) is not None:
+        # the same 64 bits as signed numbers
+        signed, out = torch.tensor([k - (k >> 63 << 64) for k in keys]), torch.empty(len(keys), *shape)
+        compiled.draw_numbers(signed.data_ptr(), len(keys), math.prod(shape), normal, out.data_ptr())
+        return out
+    if not TRITON or where.type != "cuda":
         return None
     from initlab.nn import triton_philox
 
-    found: Tensor = triton_philox.draw(keys, shape, torch.device(device), normal)
+    found: Tensor = triton_philox.draw(keys, shape, where, normal)
     return found
 
 
@@ -72,7 +81,7 @@ def uniform(
 ) -> Tensor:
     """Uniform numbers on (-1, 1), float32 (E, *shape): the odd multiples of 2^-24, from a word's upper 24 bits."""
     keys = [key(seed, what, layer) for seed in seeds]
-    if (found := _by_triton(keys, shape, device, normal=False)) is not None:
+    if (found := _in_one_pass(keys, shape, device, normal=False)) is not None:
         return found
     odd = (words(keys, math.prod(shape), device) >> 8) * 2 + (1 - 2**24)
     return odd.float().mul_(2.0**-24).reshape(len(seeds), *shape)
@@ -87,7 +96,7 @@ def gaussian(
     logarithm is of 0; |z| stays below sqrt(66 ln 2) = 6.76.
     """
     keys = [key(seed, what, layer) for seed in seeds]
-    if (found := _by_triton(keys, shape, device, normal=True)) is not None:
+    if (found := _in_one_pass(keys, shape, device, normal=True)) is not None:
         return found
     pairs = words(keys, -(-math.prod(shape) // 2) * 2, device).reshape(len(seeds), -1, 2)
     u, v = pairs.double().add_(0.5).mul_(2.0**-32).unbind(-1)

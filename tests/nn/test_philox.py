@@ -2,12 +2,15 @@
 
 import math
 import os
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
 from initlab.nn import philox
 from initlab.nn.philox import LOW, gaussian, key, uniform, words
+from initlab.stats.kernels import cpu
 
 # Random123 1.14, tests/kat_vectors, lines `philox4x32 10`: counter, key, answer.
 KNOWN = {
@@ -112,6 +115,31 @@ def test_one_pass_makes_the_same_numbers(shape, device):
     assert int((normal != reference).sum()) <= 1e-3 * reference.numel()
 
 
+@pytest.mark.parametrize("shape", [(100, 100), (7, 5), (1, 1), (3,), (0, 4), (784, 10), (2**18,)])
+def test_compiled_numbers_are_the_plain_ones(shape):
+    """Words to the last bit. Of normal numbers none differed where two mathematical libraries were compared."""
+    if cpu.library() is None:
+        pytest.skip("needs a C++ compiler")
+    seeds = [0, 3, 2**62]
+    fast = [draw(shape, seeds, "weight", 1) for draw in (uniform, gaussian)]
+    with cpu.plain():
+        slow = [draw(shape, seeds, "weight", 1) for draw in (uniform, gaussian)]
+    assert torch.equal(fast[0], slow[0])
+    torch.testing.assert_close(fast[1], slow[1], rtol=torch.finfo(torch.float32).eps, atol=1e-15)
+    assert int((fast[1] != slow[1]).sum()) <= 1e-5 * fast[1].numel()
+
+
+@pytest.mark.parametrize("seeds", [2000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_no_two_tensors_share_a_stream(seeds):
+    """Up to a million tensors: by chance two of them would share 64 bits once in 4e7 such sets."""
+    named = product(range(seeds), ("weight", "bias"), range(50))
+    keys = np.fromiter((key(*one) for one in named), np.uint64)
+    assert len(np.unique(keys)) == len(keys) == 100 * seeds
+    assert len(np.unique(keys & np.uint64(LOW))) < len(keys)  # 32 bits would not do: 5 or 116 pairs are expected
+    first = words(keys[::100].tolist(), 4)  # and what is drawn from different keys differs
+    assert len(torch.unique(first, dim=0)) == len(first)
+
+
 def normal_cdf(x):
     return torch.special.ndtr(x)
 
@@ -159,7 +187,8 @@ def test_the_worst_words_still_give_numbers(monkeypatch):
     """No logarithm of 0, and nothing at the ends of the interval but inside it."""
     for word, largest in ((0, math.sqrt(66 * math.log(2))), (LOW, 2.0**-16)):
         monkeypatch.setattr(philox, "words", lambda keys, n, device, w=word: torch.full((len(keys), n), w))
-        z, u = gaussian((6,), [0], "weight"), uniform((6,), [0], "weight")
+        with cpu.plain():
+            z, u = gaussian((6,), [0], "weight"), uniform((6,), [0], "weight")
         assert z.isfinite().all() and float(z.abs().max()) == pytest.approx(largest, rel=1e-3)
         assert (u.abs() < 1).all() and float(u.abs()[0, 0]) == 1 - 2**-24
 

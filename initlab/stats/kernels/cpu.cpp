@@ -4,6 +4,7 @@
 // rows are (k, e, FIELDS): those of the first tensor of all networks, then those of the second, ...
 
 #include "histogram.h"
+#include "random.h"
 #include "rows.h"
 
 namespace {

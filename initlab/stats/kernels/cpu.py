@@ -30,6 +30,7 @@ _ARGUMENTS = {
     "describe_many": [*[_POINTER] * 3, _SIZE, *[_POINTER] * 2],
     "relu_rows": [_POINTER, *[_SIZE] * 3, *[_POINTER] * 2],
     "mask_rows": [*[_POINTER] * 2, *[_SIZE] * 3, *[_POINTER] * 3],
+    "draw_numbers": [_POINTER, *[_SIZE] * 2, ctypes.c_int, _POINTER],
     "update_rows": [*[_POINTER] * 2, *[_SIZE] * 2, _FLOAT, *[_POINTER] * 2],
 }
 
