@@ -3,7 +3,7 @@
 Salmon, Moraes, Dror & Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.3. Every number is a function
 of (seed, what it is, layer) and of its position in the tensor alone: no state, no order, and one program draws a whole
 ensemble. The integers are the same on every device. Uniform numbers are exact in float32; normal ones are made in
-float64 and rounded once, so that two programs' logarithms and cosines can differ by one rounding of float32, and rarely.
+float64 and rounded once, so that two programs' logarithms and cosines can differ by a rounding of float32, and rarely.
 The same numbers in one pass: on a CPU by the compiled library (stats/kernels/random.h), on a GPU by Triton
 (triton_philox.py).
 Legend: E ensemble.

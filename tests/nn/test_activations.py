@@ -22,7 +22,7 @@ def points() -> Tensor:
 def test_slope_is_the_derivative_of_phi(name: str) -> None:
     row, z = ACTIVATIONS[name], points().requires_grad_()
     (expected,) = torch.autograd.grad(row.phi(z).sum(), z)
-    torch.testing.assert_close(row.slope(z.detach()), expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(row.slope(z.detach()), expected, rtol=1e-12, atol=1e-14)  # sums of terms up to 10
 
 
 @EVERYONE

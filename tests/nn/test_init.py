@@ -151,6 +151,12 @@ def test_orthogonal_is_an_isometry_whoever_draws() -> None:
         torch.testing.assert_close(gram, torch.eye(5, dtype=w.dtype).expand_as(gram), rtol=1e-6, atol=1e-6)
 
 
+def test_networks_whose_keys_agree_in_32_bits_are_told_apart_by_philox() -> None:
+    """Seeds 1193 and 1295 at layer 19: torch's generator, whose seeds have 32 bits, gives them the same weights."""
+    drawn = {name: draw(rule("kaiming"), "relu", (5, 4), [1193, 1295], 19, generator=name)[0] for name in GENERATORS}
+    assert torch.equal(*drawn["torch"]) and not torch.isclose(*drawn["philox"]).any()
+
+
 def test_the_generators_draw_different_networks_and_torch_is_the_default() -> None:
     by_torch, by_philox = (draw(rule("kaiming"), "relu", (6, 4), [0], 1, generator=name)[0] for name in GENERATORS)
     assert not torch.equal(by_torch, by_philox)
