@@ -125,8 +125,11 @@ def phase_plane(
 
 def _find_sides(row: Activation, s: Tensor, b: Tensor, start: Tensor, q: Tensor, slope: Tensor) -> np.ndarray:
     """From which sides q is drawn to its fixed point: as `Phase.attracts`; where V' is 1, the side it came from."""
-    touching, away = (slope - 1).abs() < 1e-6, 1.001 * q
-    every = touching & ((s * maps.moment(row, away.clamp(max=maps.HUGE)) + b) / away - 1).abs().lt(1e-12)
+    touching = (slope - 1).abs() < 1e-6
+    every, away = touching.clone(), 1.001 * q[touching]
+    if len(away):
+        image = s[touching] * maps.moment(row, away.clamp(max=maps.HUGE)) + b[touching]
+        every[touching] = (image / away - 1).abs() < 1e-12
     came = np.where(start.numpy() > q.numpy(), "above", "below")
     still = ((start - q).abs() <= 1e-12 * q).numpy()
     near = np.where(every.numpy(), "all", np.where(still, "none", came))

@@ -116,8 +116,9 @@ def _measure_means(f: Callable[[Tensor, Tensor], Tensor], q: Tensor, kinks: tupl
         fine, coarse = (_normal(torch.from_numpy(edges), n) for n in (PER_PANEL, CHECK))
     values, rough = (f(root * u, u.expand(len(q), -1)) for u, _ in (fine, coarse))
     value = values @ fine[1] if fine[1].ndim == 1 else (values * fine[1]).sum(-1)
-    sizes = _panel_sums(values.abs() * fine[1], PER_PANEL)
-    off = (_panel_sums(values * fine[1], PER_PANEL) - _panel_sums(rough * coarse[1], CHECK)).abs()
+    weighted = values * fine[1]
+    off = (_panel_sums(weighted, PER_PANEL) - _panel_sums(rough * coarse[1], CHECK)).abs()
+    sizes = _panel_sums(weighted.abs_(), PER_PANEL)
     error, size = off.sum(-1), sizes.sum(-1)
     ends = torch.maximum(sizes[:, 0], sizes[:, -1])
     for k in (~((error <= GOAL * size) & (ends < 1e-17 * size))).nonzero().flatten().tolist():
