@@ -413,7 +413,7 @@ def test_mistakes_are_one_line() -> None:
         ({"inputs": 0}, "inputs=0"),
         ({"depth": "deep"}, "depth='deep': must be a whole number"),
         ({"dtype": "float32"}, "dtype: no such parameter; of a rule there are"),
-        ({"sigma_b": None}, "sigma_b=None: must be a number"),
+        ({"sigma_b": True}, "sigma_b=True: must be a number"),  # None keeps the rule's own, as of every field
         ({"depth": 0}, "depth=0"),
         ({"batch": 0}, "batch=0"),
         ({"sigma_b": -1.0}, "sigma_b=-1"),
