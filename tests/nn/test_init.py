@@ -6,8 +6,21 @@ import torch
 import initlab
 from initlab.errors import UsageError
 from initlab.meanfield import maps
-from initlab.nn.activations import ACTIVATIONS
-from initlab.nn.init import DISTRIBUTIONS, GENERATORS, RULES, Rule, draw, gaussian, permutation, rule, uniform
+from initlab.nn.activations import ACTIVATIONS, gain
+from initlab.nn.init import (
+    DISTRIBUTIONS,
+    FIELDS,
+    GENERATORS,
+    PARAMETERS,
+    RULES,
+    Rule,
+    draw,
+    gaussian,
+    permutation,
+    rule,
+    rule_name,
+    uniform,
+)
 
 EVERYONE = pytest.mark.parametrize("name", RULES)
 
@@ -243,3 +256,24 @@ def test_gelu_stays_at_its_half_stable_point() -> None:
         spread = (here["band_high"] - here["band_low"]) / 4
         assert abs(found.mean() - here["predicted"]) < 5 * spread / 8**0.5
         q = float(maps.moment(ACTIVATIONS["gelu"], q))
+
+
+@pytest.mark.parametrize("name", [name for name in (*FIELDS, *PARAMETERS) if len(name) > 3])
+def test_a_misspelt_parameter_is_told_the_nearest(name: str) -> None:
+    with pytest.raises(UsageError, match=f"no such parameter.*did you mean {name}"):
+        rule("kaiming", **{f"{name}_": 1})
+
+
+def test_what_is_left_out_is_the_first_layer_and_the_rules_own_kind_of_gain() -> None:
+    for draw_one in (gaussian, uniform):
+        assert torch.equal(draw_one((3,), 0, "x"), draw_one((3,), 0, "x", 0))
+    assert torch.equal(permutation(9, 0, "x"), permutation(9, 0, "x", 0))
+    assert Rule(gain_kind="rms").gain_for("tanh") == gain("tanh", "rms") != gain("tanh") == Rule().gain_for("tanh")
+    with pytest.raises(UsageError, match="init=3: must be a rule's name or a Rule"):
+        rule(3)  # type: ignore[arg-type]
+
+
+def test_a_rule_of_ones_own_is_named_by_what_it_is_made_of() -> None:
+    assert rule_name(Rule(gain=3.0)) == "normal, fan_in" and rule_name(Rule()) == rule_name("kaiming") == "kaiming"
+    assert rule_name(Rule(distribution="uniform", mode="fan_out", gain=2.0)) == "uniform, fan_out"
+    assert RULES["lsuv"] == Rule(gain=1.0, distribution="orthogonal", attempts=10) and RULES["mup"].base_width == 50

@@ -187,3 +187,15 @@ def test_outputs_have_the_names_that_torch_has_for_them(module: nn.Module, parts
     stds = [float(t.detach().double().std(correction=0)) for t in flat]
     assert rows["std"].tolist() == pytest.approx(stds, rel=1e-6)
     assert rows["tensor"].tolist() == ["attention" if "weights" in part else "preactivation" for part in parts]
+
+
+def test_the_gradient_by_the_input_is_measured_where_the_input_asks_for_it() -> None:
+    net, x = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(7, 6)
+    quiet = initlab.measure(net, x, loss=lambda out: out.square().sum())
+    assert set(quiet.query("layer == 0")["direction"]) == {"forward"}
+    x.requires_grad_()
+    (row,) = initlab.measure(net, x, loss=lambda out: out.square().sum()).query(
+        "layer == 0 and direction == 'backward'"
+    )["q"]
+    (expected,) = torch.autograd.grad(net(x).square().sum(), x)
+    assert row == pytest.approx(float(expected.double().square().mean()), rel=1e-6) and x.grad is None

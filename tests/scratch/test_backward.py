@@ -360,3 +360,13 @@ def test_compiled_agrees(activation: str, loss: str, dtype: torch.dtype) -> None
         assert agreement.equal, str(agreement)
     step = VERSIONS["compiled"].bind(given_problem[0], activation, loss)
     assert compare(step(*given_problem[1:]), step(*given_problem[1:])).relative_error == 0
+
+
+def test_memory_grows_with_batch_layers_and_the_size_of_a_number() -> None:
+    """Values forward and backward, twice, grow with the batch; the gradients of 10 x 20 + 20 and 20 x 3 + 3 do not."""
+    sizes = [10, 20, 3]
+    for version in VERSIONS.values():
+        one, two, none = (version.memory(sizes, batch) for batch in (5, 10, 0))
+        assert two - one == one - none and none == 4 * (10 * 20 + 20 + 20 * 3 + 3)
+        assert one - none == 4 * 5 * (4 * (20 + 3) + (200 if version.outer else 0))
+        assert version.memory(sizes, 5, itemsize=8) == 2 * one

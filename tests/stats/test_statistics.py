@@ -14,7 +14,7 @@ from initlab.stats.buffer import DifferenceBuffer, Item, RowBuffer, StatsBuffer
 from initlab.stats.keys import KEY_COLUMNS, LOSS_COLUMNS, PARITY_COLUMNS, TensorKey, update_ratio
 from initlab.stats.measure import backend_for, measure
 from initlab.stats.statistics import COUNTS, IN_LN, STATISTICS
-from initlab.stats.summarize import derive, relative_error, saturated_share
+from initlab.stats.summarize import derive, relative_error, saturated_share, summarize
 
 FORMATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -319,3 +319,30 @@ def test_updates_are_divided_by_the_weights_of_their_step() -> None:
     rms = np.array([[2.0], [9.0], [1.0], [1.0], [7.0], [8.0], [2.0]])
     ratio = update_ratio(codes, code, steps, rms)[:, 0]
     np.testing.assert_array_equal(ratio, [np.nan, np.nan, 0.5, np.nan, np.nan, np.nan, 0.25])
+
+
+def test_what_is_compared_by_its_logarithm_is_a_size_and_what_needs_a_batch_has_none_without() -> None:
+    """A size grows with the tensor by a power of the factor and does not see its sign; no other statistic does both."""
+    x = torch.randn(30, 20, dtype=torch.float64)
+    one, four, minus = (described(k * x) for k in (1, 4, -1))
+    grows = {name for name in STATISTICS if four[name] in (4 * one[name], 16 * one[name]) and one[name] > 0}
+    assert {name for name in grows if minus[name] == one[name]} == set(IN_LN)
+    alone = described(x, batched=False)
+    lost = {name for name in STATISTICS if math.isnan(alone[name]) and not math.isnan(one[name])}
+    assert lost == {name for name, row in STATISTICS.items() if row.needs_batch}
+
+
+def test_networks_of_an_ensemble_have_the_rows_that_they_have_alone() -> None:
+    x = torch.randn(4, 30, 20) * torch.tensor([1.0, 1e-3, 1e5, -2.0])[:, None, None] + 0.5
+    x[1] = x[1].relu()
+    together = summarize(x)
+    torch.testing.assert_close(
+        together, torch.stack([summarize(one) for one in x], -1), rtol=1e-13, atol=0, equal_nan=True
+    )
+    longer = torch.cat([together, torch.ones(2, 4, dtype=torch.float64)])  # a buffer keeps more behind the fields
+    assert torch.equal(derive(longer).nan_to_num(7), derive(together).nan_to_num(7))
+
+
+def test_a_slope_is_saturated_below_the_share_and_not_at_it() -> None:
+    slopes = torch.tensor([[0.05, math.nextafter(0.05, 0), -0.04, 0.9]], dtype=torch.float64)
+    assert float(saturated_share(slopes, 1.0)) == 0.5 and float(saturated_share(2 * slopes, 2.0)) == 0.5
