@@ -72,12 +72,15 @@ def test_a_second_stop_ends_at_once_and_says_so(server: Forks, events: int, tmp_
 @pytest.mark.parametrize("count", [1, 4, 10**9])
 def test_a_full_disk_is_one_line(server: Forks, events: int, tmp_path: Path, count: int) -> None:
     """For a moment, or for good: nothing that was flushed is lost, and no row stands twice."""
-    refuse = {"errno": errno.ENOSPC, "first": events * 5 // 12, "count": count}
-    ended = server.run(tmp_path / "full", TRAIN, refuse=refuse, **OFTEN)
+    for first in range(events * 5 // 12, events * 5 // 12 + 4):  # a run does without some
+        folder = tmp_path / str(first)
+        ended = server.run(folder, TRAIN, refuse={"errno": errno.ENOSPC, "first": first, "count": count}, **OFTEN)
+        assert faults_of_rows(folder) == []
+        if ended.code:
+            break
     assert ended.code == 2 and ended.err.count("\n") == 1 and "Traceback" not in ended.out, ended.err + ended.out
     assert "/x/parts/" in ended.err and "No space left on device); free some space" in ended.err
-    assert faults_of_rows(tmp_path / "full") == []
-    assert read_run_json(tmp_path / "full" / "x")["status"] in ("failed", "killed" if count > 1 else "failed")
+    assert read_run_json(folder / "x")["status"] in ("failed", "killed" if count > 1 else "failed")
 
 
 def test_ctrl_c_while_libraries_are_imported_is_no_traceback(tmp_path: Path) -> None:
