@@ -8,16 +8,17 @@
 
 namespace {
 
-// Everything is taken as its distance from a pivot near the mean, which float64 holds exactly.
+// Every entry is taken as its distance from a pivot of its own unit, near the unit's mean: units may differ by any factor,
+// and what varies inside a small one is not lost beside a large one.
 void careful(const float *x, long n, long c, bool batched, double *row) {
-    std::vector<double> mean(c), m2(c), left(c), direction(c), finite(c), unit_zeros(c);
+    std::vector<double> pivot(c), mean(c), m2(c), left(c), direction(c), finite(c), unit_zeros(c);
     double nans = 0, infs = 0, subnormals = 0, low = INFINITY, high = -INFINITY, alive = 0, sum = 0, total = 0;
     for (long a = 0; a < n; a++) {
         double squares = 0;
         for (long j = 0; j < c; j++) {
             const double v = x[a * c + j];
             if (!std::isfinite(v)) { nans += std::isnan(v); infs += std::isinf(v); continue; }
-            finite[j]++; total++; sum += v; squares += v * v;
+            finite[j]++; total++; sum += v; pivot[j] += v; squares += v * v;
             low = v < low ? v : low; high = v > high ? v : high;
             unit_zeros[j] += v == 0; subnormals += v != 0 && std::fabs(v) < TINY;
         }
@@ -27,27 +28,33 @@ void careful(const float *x, long n, long c, bool batched, double *row) {
             for (long j = 0; j < c; j++) { const double v = x[a * c + j]; if (std::isfinite(v)) direction[j] += v * inverse; }
         }
     }
-    const double pivot = total ? (float)(sum / total) : 0;
+    // Rounded to float32: that is the very entry of a constant unit, whose variance is then exactly 0.
+    for (long j = 0; j < c; j++) pivot[j] = finite[j] ? (float)(pivot[j] / finite[j]) : 0;
     auto each = [&](auto f) {
         for (long a = 0; a < n; a++)
-            for (long j = 0; j < c; j++) { const double v = x[a * c + j]; if (std::isfinite(v)) f(j, v - pivot); }
+            for (long j = 0; j < c; j++) { const double v = x[a * c + j]; if (std::isfinite(v)) f(j, v - pivot[j]); }
     };
     each([&](long j, double d) { mean[j] += d; });
+    const double middle = total ? (float)(sum / total) : 0;  // of all units, for the spread of their means
     double off = 0;
-    for (long j = 0; j < c; j++) { off += mean[j]; mean[j] = finite[j] ? mean[j] / finite[j] : 0; }
+    for (long j = 0; j < c; j++) {
+        off += mean[j] + finite[j] * (pivot[j] - middle);
+        mean[j] = finite[j] ? mean[j] / finite[j] : 0;
+    }
     off /= total;
     each([&](long j, double d) { d -= mean[j]; m2[j] += d * d; left[j] += d; });
     double pooled = 0, within = 0, resultant = 0, zeros = 0, dead = 0, units = 0;
     for (long j = 0; j < c; j++) {
         if (finite[j]) {
             m2[j] -= left[j] * left[j] / finite[j];  // what the rounded mean leaves over
-            pooled += m2[j] + finite[j] * (mean[j] - off) * (mean[j] - off);
+            const double away = pivot[j] - middle + mean[j] - off;
+            pooled += m2[j] + finite[j] * away * away;
             within += m2[j] / finite[j]; units++;
         }
         resultant += direction[j] * direction[j]; zeros += unit_zeros[j]; dead += unit_zeros[j] == n;
     }
     row[NANS] = nans; row[INFS] = infs; row[SUBNORMALS] = subnormals; row[ZEROS] = zeros;
-    row[MEAN] = total ? pivot + off : NOTHING; row[M2] = total ? pooled : NOTHING;
+    row[MEAN] = total ? middle + off : NOTHING; row[M2] = total ? pooled : NOTHING;
     row[LOW] = total ? low : NOTHING; row[HIGH] = total ? high : NOTHING;
     row[WITHIN] = batched ? within / units : NOTHING; row[DEAD] = batched ? dead / c : NOTHING;
     row[ALIVE] = batched ? alive : NOTHING; row[RESULTANT] = batched ? resultant : NOTHING;
