@@ -292,6 +292,21 @@ def test_import_and_help_are_light(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_run_without_figures_imports_no_compiler_and_nothing_that_draws(tmp_path: Path, optimizer: str) -> None:
+    """Each of them takes up to a second and more; torch's optimizers import its compiler when they are first used."""
+    words = ["plots=false", "report=false", "task=train", "train.steps=2", f"train.optimizer={optimizer}", "seeds=1"]
+    done = _fresh(
+        f"import runpy, sys\nsys.argv[1:] = {[*words, f'hydra.run.dir={tmp_path}/run']}\n"
+        "try:\n    runpy.run_module('initlab', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'torch._dynamo', 'sympy', 'scipy', 'seaborn', 'matplotlib'} & set(sys.modules)\n"
+        "assert 'torch' in sys.modules and not heavy, heavy"
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("run/losses*.parquet"))
+
+
 def test_a_stopped_run_keeps_what_it_measured(tmp_path: Path) -> None:
     """By Ctrl-C, in a process of its own; by SIGTERM at the worst moments in job/test_how_runs_end.py."""
     process = subprocess.Popen(

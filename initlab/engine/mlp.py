@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from initlab.nn.activations import Activation
 from initlab.nn.loss_table import Loss
@@ -76,10 +75,9 @@ def twin(parameters: Parameters, member: int, activation: Activation) -> nn.Sequ
     """The same network as torch writes it, with a copy of the weights of one member of the ensemble."""
     layers: list[nn.Module] = []
     for w, b in parameters:
-        linear = skip_init(nn.Linear, w.shape[-2], w.shape[-1], device=w.device, dtype=w.dtype)  # type: ignore[no-untyped-call]  # draws nothing
-        with torch.no_grad():
-            linear.weight.copy_(w[member].mT)
-            linear.bias.copy_(b[member])
+        linear = nn.Linear(w.shape[-2], w.shape[-1], device="meta")  # draws nothing
+        linear.weight = nn.Parameter(w[member].mT.clone(memory_format=torch.contiguous_format))
+        linear.bias = nn.Parameter(b[member].clone())
         layers += [linear, activation.module()]
     return nn.Sequential(*layers[:-1])
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from initlab.engine import mlp
@@ -14,7 +13,7 @@ from initlab.tasks.course.graph import first_shape
 from initlab.tasks.data import Data
 from initlab.tasks.ensemble.batches import find_first_step
 from initlab.tasks.ensemble.device import Where
-from initlab.tasks.ensemble.training import Training
+from initlab.tasks.ensemble.training import OPTIMIZERS, Training
 from initlab.verdict.audit import Audit, audit
 from initlab.verdict.diagnose import diagnose
 from initlab.verdict.finding import Verdict
@@ -66,7 +65,7 @@ class ModelSetting:
         if inputs is None:
             x = gaussian(first_shape(self.model, self._batch), self._seed, "input")
             inputs = (x.to(self._where.device, self._where.dtype),)
-        optimizer = torch.optim.SGD(self.model.parameters(), lr=self._lr) if self.own else None
+        optimizer = OPTIMIZERS["sgd"](self.model.parameters(), lr=self._lr) if self.own else None
         return diagnose(self.model, inputs, self.y, self.loss, optimizer, STEPS if self.own else 0)
 
 

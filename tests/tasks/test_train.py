@@ -1,4 +1,6 @@
 import math
+from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -78,6 +80,42 @@ def test_every_optimizer_moves_both_alike(optimizer: str) -> None:
     assert weights["relative_error"].max() <= 1e-9
     updates = frames["stats"][frames["stats"]["tensor"] == "update"]
     assert (updates["rms"] > 0).all()
+
+
+THEIRS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.9}),
+    "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "rmsprop": (torch.optim.RMSprop, {}),
+    "adam": (torch.optim.Adam, {}),
+    "adamw": (torch.optim.AdamW, {}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_named_optimizer_is_torchs_own_to_the_last_bit(name: str) -> None:
+    """Steps, states and hooks, with rates by group; from a state that torch's own has saved, too."""
+    kind, arguments = THEIRS[name]
+    generator = torch.Generator().manual_seed(1)
+    start = [torch.randn(3, 2, generator=generator), torch.randn(2, generator=generator)]
+    ours, theirs = ([one.clone().requires_grad_() for one in start] for _ in range(2))
+    by_us = OPTIMIZERS[name]([{"params": ours[:1], "lr": 0.3}, {"params": ours[1:]}], lr=0.1)
+    by_torch = kind([{"params": theirs[:1], "lr": 0.3}, {"params": theirs[1:]}], lr=0.1, **arguments)
+    steps = []
+    by_us.register_step_post_hook(lambda *_: steps.append(1))
+    for step in range(5):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        by_us.step()
+        by_torch.step()
+        assert all(map(torch.equal, ours, theirs))
+        if step == 2:
+            by_us.load_state_dict(deepcopy(by_torch.state_dict()))
+    assert len(steps) == 5 and not any(map(torch.equal, ours, start))
+    assert isinstance(by_us, kind) and all(p.requires_grad and p.is_leaf for p in ours)
+    by_us.zero_grad()
+    assert [p.grad for p in ours] == [None, None]
 
 
 def test_an_update_is_the_change_of_the_weights() -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import unwrap
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,14 +17,28 @@ from initlab.tasks.data import Data
 Optimizer = Callable[..., torch.optim.Optimizer]
 GivenOptimizer = str | Optimizer
 
+_Kind = TypeVar("_Kind", bound=torch.optim.Optimizer)
+_WRAPPED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict", "step")
+
+
+def _drop_compiler(kind: type[_Kind]) -> type[_Kind]:
+    """The optimizer without its provisions for torch.compile: the first use of these imports a compiler for a second.
+
+    Its methods are those of torch without their decorators, of which remains that no step is differentiated.
+    """
+    methods = {name: unwrap(getattr(kind, name)) for name in _WRAPPED}
+    return type(kind.__name__, (kind,), methods | {"step": torch.no_grad()(methods["step"])})
+
+
+_SGD = _drop_compiler(torch.optim.SGD)
 # Elementwise optimizers only: they treat an ensemble as its members.
 OPTIMIZERS: dict[str, Optimizer] = {
-    "sgd": torch.optim.SGD,
-    "momentum": partial(torch.optim.SGD, momentum=0.9),
-    "nesterov": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
-    "rmsprop": torch.optim.RMSprop,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
+    "sgd": _SGD,
+    "momentum": partial(_SGD, momentum=0.9),
+    "nesterov": partial(_SGD, momentum=0.9, nesterov=True),
+    "rmsprop": _drop_compiler(torch.optim.RMSprop),
+    "adam": _drop_compiler(torch.optim.Adam),
+    "adamw": _drop_compiler(torch.optim.AdamW),
 }
 # They divide a gradient by its own size.
 ADAPTIVE = ("rmsprop", "adam", "adamw")
