@@ -41,8 +41,8 @@ HOUSE = {
     ),
     "meanfield": "maps correlation_points fixed_points gain_table trajectories",
     "theory": (
-        "batch_law exact profile quantiles unit_moments bands forward_law lsuv_law request simulate singular_values "
-        "tensor_law backward_law infinite_width stack_laws format_limits method predict z_scores"
+        "batch_law exact profile quantiles sample unit_moments bands forward_law lsuv_law request simulate "
+        "singular_values tensor_law backward_law infinite_width stack_laws format_limits method predict z_scores"
     ),
     "scratch": (
         "agreement graph_text autograd_graph broadcasting matmul rungs layers mended_layers checks classes "
@@ -246,7 +246,7 @@ def literal_collections(tree: ast.AST) -> list[set[str]]:
 # Lists of the same words that mean something else.
 OTHER_LISTS = {
     "stats.keys": {"tasks.course.explain"},  # columns of the table `steps`, which is about a pass and not a tensor
-    "stats.statistics": {"stats.reference", "theory.bands", "tasks.phase"},  # sums; predictions; columns
+    "stats.statistics": {"stats.reference", "theory.sample", "tasks.phase"},  # sums; predictions; columns
     "runs.schema": {"figures.plots", "job.stages"},  # names of figures and of tasks
 }
 

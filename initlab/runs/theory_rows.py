@@ -11,6 +11,7 @@ from initlab.stats.dtypes import FORMATS
 from initlab.stats.keys import KEY_COLUMNS
 from initlab.terminal import text_as_html
 from initlab.theory.profile import p_value
+from initlab.theory.quantiles import NO_LAW, OUTSIDE
 
 NEEDED = [*KEY_COLUMNS, "label", "statistic", "predicted", "band_low", "band_high", "z", "rho", "method"]
 DOUBTFUL, REJECTED = 0.05, 0.001  # p below which a correct run is rare, and too rare to be met
@@ -24,7 +25,7 @@ class ProfileTest(NamedTuple):
     p: the share of correct ensembles whose largest |z| over all layers is at least as large; nan where nothing can be
     judged. z, layer: the largest |z|, in standard errors, and where it stands. layers: how many were judged, of
     `every`. died: the first layer at which networks are dead where the format holds the prediction, nan for none.
-    outside: whether the formulas are used outside their range.
+    outside: whether no layer has a law that holds.
     """
 
     p: float
@@ -51,7 +52,7 @@ class ProfileTest(NamedTuple):
 
     def __str__(self) -> str:
         if self.outside:
-            return "theory: no test, the formulas are outside their range; theory=simulation knows more"
+            return "theory: no test, no formula holds here; theory=simulation knows more"
         if math.isnan(self.p):
             return "theory: no test, no layer lies inside the number format"
         judged = f"{self.layers} layers" if self.layers == self.every else f"{self.layers} of {self.every} layers"
@@ -98,7 +99,9 @@ def find_agreement(theory: pd.DataFrame, direction: str = "forward") -> dict[str
         dead = pd.MultiIndex.from_frame(rows[keys].astype(str)).isin(pd.MultiIndex.from_frame(gone.astype(str)))
         rows = rows[rows["z"].notna() & ~dead]
     every = rows.groupby("label", observed=True)["layer"].nunique()
-    outside = set(rows.loc[rows["method"].astype(str).str.contains("outside"), "label"].astype(str))
+    doubtful = rows["method"].astype(str).str.contains(f"{OUTSIDE}|{NO_LAW}")
+    lawful = set(rows.loc[~doubtful, "label"].astype(str))
+    rows = rows[~doubtful]
     dtypes = rows["dtype"].astype(str) if "dtype" in rows else pd.Series("float32", rows.index)
     held = {name: (FORMATS[name].tiny * NEAR, FORMATS[name].max / NEAR) for name in dtypes.unique()}
     least, most = (dtypes.map({name: ends[k] for name, ends in held.items()}).astype(float) for k in (0, 1))
@@ -108,7 +111,7 @@ def find_agreement(theory: pd.DataFrame, direction: str = "forward") -> dict[str
     found = layers.agg(lost=("dead", "mean"), z=("z", "mean"), n=("z", "count"), rho=("rho", "first")).reset_index()
     by_label = {str(label): mine for label, mine in found.groupby("label", observed=True)}
     return {
-        str(label): _judge(by_label.get(str(label), found[:0]), int(count), str(label) in outside)
+        str(label): _judge(by_label.get(str(label), found[:0]), int(count), str(label) not in lawful)
         for label, count in every.items()
     }
 
@@ -129,7 +132,7 @@ def _judge(layers: pd.DataFrame, every: int, outside: bool) -> ProfileTest:
 def lines(theory: pd.DataFrame, direction: str) -> pd.DataFrame:
     """Per label and layer of the stack: `predicted`, `low` and `high` of one network's std, where the law holds."""
     rows = _rows(theory[(theory["stage"] == "stack") & (theory["seed"] >= 0)], direction)
-    rows = rows[~rows["method"].astype(str).str.contains("outside")]
+    rows = rows[~rows["method"].astype(str).str.contains(f"{OUTSIDE}|{NO_LAW}")]
     return _bands(rows, ["label", "layer"])
 
 
@@ -150,4 +153,6 @@ def describe(found: Sequence[ProfileTest]) -> str:
     if len(found) == 1:
         return str(found[0])
     text = "theory: p of the std of all layers together; a correct run has p below 0.05 in one of 20"
-    return f"{text}; outside its range theory=simulation knows more" if any(one.outside for one in found) else text
+    return (
+        f"{text}; where it is out of range theory=simulation knows more" if any(one.outside for one in found) else text
+    )

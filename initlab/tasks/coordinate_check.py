@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from initlab.errors import UsageError, check_value, describe_error, library_call, show
 from initlab.probes.probe import probe
-from initlab.probes.probed_modules import find_tensors
+from initlab.probes.probed_modules import list_outputs
 from initlab.probes.snapshot import all_tensors, loss_value, run_model
 from initlab.stats.keys import Seeds, resolve_seeds
 from initlab.terminal import Bar, NotebookText
@@ -239,13 +239,13 @@ def measure_distance(out: Tensor, before: Tensor | None) -> float:
 
 @contextmanager
 def _keep_outputs(model: nn.Module) -> Iterator[dict[tuple[str, str, int], Tensor]]:
-    """The outputs of the modules that compute something, by name, path in the output and number of the call."""
+    """The outputs of the modules that compute something, by name, part of the output and number of the call."""
     outputs: dict[tuple[str, str, int], Tensor] = {}
 
-    def keep(name: str, _: nn.Module, given: Any, out: Any) -> None:
+    def keep(name: str, module: nn.Module, given: Any, out: Any) -> None:
         call = sum(key[0] == name for key in outputs)
-        for path, tensor in list(find_tensors(out)):
-            outputs[name, path, call] = tensor.detach().clone()
+        for part, tensor in list_outputs(module, out):
+            outputs[name, part, call] = tensor.detach().clone()
 
     hooks = [
         module.register_forward_hook(lambda m, given, out, name=name: keep(name, m, given, out))

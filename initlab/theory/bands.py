@@ -13,15 +13,15 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from initlab.stats.statistics import IN_LN, STATISTICS
+from initlab.stats.statistics import IN_LN
 from initlab.theory.batch_law import NOTHING, Array, Law
 from initlab.theory.quantiles import NARROW, WIDE
+from initlab.theory.sample import IN_ORDER
 from initlab.theory.unit_moments import normal_cdf
 
 ROUNDING = 1e-12  # of a measured cosine, which is all that is left to vary where all inputs have become one
 _STEPS = np.array([0.0, -NARROW, NARROW, -WIDE, WIDE])
 QUANTILES = (0.5, 0.16, 0.84, 0.023, 0.977)
-IN_ORDER = ("q", "rms", "mean", "std", "std_within", "norm", "cosine", "frac_zero", "frac_dead", "frac_saturated")
 EDGES = ("band68_low", "band68_high", "band_low", "band_high")
 NUMBERS = ("limit", "ln_limit", "mean", "sd", "predicted", *EDGES)
 
@@ -176,28 +176,22 @@ def _mixture_quantile(q: float, factor: Array, centre: Array, spread: Array) -> 
     return np.asarray(np.where(np.isfinite(x), x, low))
 
 
-def simulated_bands(block: torch.Tensor, limits: dict[str, Array]) -> list[Rows]:
-    """The same rows of one tensor from networks, (S, E); `limits` gives limit and ln_limit of those wanted."""
-    rows = dict(zip(STATISTICS, block.numpy(), strict=True))
-    found = []
-    for name in IN_ORDER:
-        if name not in limits or np.isnan(rows[name]).all():
-            continue
-        values = rows[name][np.isfinite(rows[name])]
-        points = np.quantile(values, QUANTILES) if len(values) else np.full(len(QUANTILES), np.inf)
-        if name in IN_LN:
-            values = np.log(values[values > 0])
-        moments = (values.mean(), values.std()) if len(values) else (-math.inf, math.nan)
-        found.append(Rows(name, np.concatenate([limits[name], moments, points])[None]))
-    return found
+def sample_numbers(statistic: str, values: Array) -> Array:
+    """Columns `mean` to `band_high` of NUMBERS, (7,), from the values (E,) of networks."""
+    values = values[np.isfinite(values)]
+    points = np.quantile(values, QUANTILES) if len(values) else np.full(len(QUANTILES), np.inf)
+    if statistic in IN_LN:
+        values = np.log(values[values > 0])
+    moments = (values.mean(), values.std()) if len(values) else (-math.inf, math.nan)
+    return np.concatenate([moments, points])
 
 
-def correlate_sizes(block: torch.Tensor, before: torch.Tensor) -> Array:
-    """The correlation of ln std of two tensors over networks, (1,); blocks (S, E) in the order of STATISTICS."""
-    at = list(STATISTICS).index("std")
+def correlate_sizes(block: torch.Tensor, before: torch.Tensor) -> float:
+    """The correlation of ln std of two tensors over networks; blocks (F, E) in the order of IN_ORDER."""
+    at = IN_ORDER.index("std")
     logs = np.log(np.stack([block[at].numpy(), before[at].numpy()]))
     alive = logs[:, np.isfinite(logs).all(0)]
-    return np.nan_to_num(np.corrcoef(alive)[:1, 1]) if alive.shape[1] > 2 else np.zeros(1)
+    return float(np.nan_to_num(np.corrcoef(alive)[0, 1])) if alive.shape[1] > 2 else 0.0
 
 
 # --- as a table ---------------------------------------------------------------------------------------------------
@@ -210,8 +204,9 @@ class TensorBands(NamedTuple):
     tensor: str
     direction: str
     rows: Rows
-    method: Sequence[str] | str
+    method: Sequence[str]
     rho: Array  # correlation over networks with the tensor before, nan where it is not known
+    trust: NDArray[np.int64]  # a `method.Level`: how far the closed law is trusted
 
 
 def frame(blocks: Sequence[TensorBands]) -> pd.DataFrame:
@@ -235,7 +230,7 @@ def frame(blocks: Sequence[TensorBands]) -> pd.DataFrame:
         "statistic": label(names),
         "scale": label(["ln" if name in IN_LN else "linear" for name in names]),
         **dict(zip(NUMBERS, numbers.T, strict=True)),
-        "rho": np.concatenate([np.broadcast_to(block.rho, len(block.layers)) for block in blocks])[order],
+        "rho": np.concatenate([block.rho for block in blocks])[order],
         "method": label([block.method for block in blocks]),
     }
     return pd.DataFrame(columns)

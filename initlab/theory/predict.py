@@ -13,24 +13,35 @@ import numpy as np
 import pandas as pd
 import torch
 
-from initlab.errors import check, library_call
+from initlab.errors import check, choose, library_call
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.custom_activation import Given, name_of, slope_source
 from initlab.nn.init import Rule
-from initlab.stats.keys import TENSOR_COLUMNS
+from initlab.stats.keys import TENSOR_COLUMNS, LayerTensor
 from initlab.stats.statistics import IN_LN
-from initlab.theory.bands import IN_ORDER, TensorBands, bands, correlate_sizes, frame, simulated_bands, size_bands
+from initlab.theory.bands import Rows, TensorBands, bands, correlate_sizes, frame, sample_numbers, size_bands
 from initlab.theory.batch_law import Array, Moments, ln
 from initlab.theory.exact import linear_batch, linear_one_input, lognormal, relu_one_input
 from initlab.theory.lsuv_law import fit_noise, ln_weight
-from initlab.theory.method import choose_method, fits_float32
+from initlab.theory.method import (
+    METHODS,
+    NETWORKS,
+    REPRESENTATIVES,
+    Level,
+    Trust,
+    choose_networks,
+    fits_float32,
+)
+from initlab.theory.quantiles import NO_LAW, OUTSIDE
 from initlab.theory.request import Request, parse_request
+from initlab.theory.sample import IN_ORDER, Sample
 from initlab.theory.simulate import simulate
 from initlab.theory.stack_laws import enter_layers, finite_laws, limit_laws, tensor_kinds
 from initlab.theory.tensor_law import StackLaws
 
 _KEYS = list(TENSOR_COLUMNS)
 _UNKNOWN = np.array([np.nan])
+CLOSURE = "log-delta"
 
 
 @library_call
@@ -74,10 +85,10 @@ def predict(
     (0.48, 0.83)
     """
     seed, wide = check(seed=seed, wide=wide)
+    choose(METHODS, method, "method")
+    [networks] = check(networks=networks)
     request = parse_request(init, activation, depth, width, **options)
-    named, count = choose_method(request, method, networks)
-    found = _simulated_blocks(request, count, seed) if count else _closed_blocks(request, named)
-    long = frame([*found, *_parameter_blocks(request)]).assign(
+    long = frame(_blocks(request, method, networks, seed)).assign(
         activation=name_of(activation), slope=slope_source(request.row)
     )
     return _pivot(long) if wide else long
@@ -102,9 +113,54 @@ def _pivot(long: pd.DataFrame) -> pd.DataFrame:
 # --- closed laws -----------------------------------------------------------------------------------------------------
 
 
-def _closed_blocks(request: Request, method: str) -> Iterator[TensorBands]:
+def _blocks(request: Request, method: str, networks: int | None, seed: int) -> list[TensorBands]:
+    """All rows of a prediction: by closed laws, where these do not hold from simulated networks, or without a band."""
+    trust = Trust(request)
+    blocks = [*_closed_blocks(request, trust), *_parameter_blocks(request, trust)]
+    if method == "closed":
+        return blocks
+    every = method == "simulation"
+    due = {(block.tensor, block.direction) for block in blocks if every or (block.trust == Level.NEVER).any()}
+    inputs = request.batch if every else min(request.batch, REPRESENTATIVES)
+    samples: dict[LayerTensor, Sample] = {}
+    if due and not request.fixed_input:
+        networks = networks or choose_networks(request, inputs) or (NETWORKS[0] if every else 0)
+        if networks:
+            number = torch.float32 if fits_float32(request) else torch.float64
+            how = request.q0, request.c0, request.distribution, seed, number, inputs, due
+            samples = simulate(request.row, request.layers, request.batch, networks, *how)
+    label = "simulation" if inputs == request.batch else f"simulation, {inputs} inputs"
+    return [_replace_doubtful(block, samples, Level.HOLDS + every, label) for block in blocks]
+
+
+def _replace_doubtful(block: TensorBands, samples: dict[LayerTensor, Sample], wanted: int, label: str) -> TensorBands:
+    """Rows of less trust than `wanted` from samples that know their centre; else as they are or without a band."""
+    numbers, method, rho = block.rows.numbers.copy(), list(block.method), block.rho.copy()
+    step = -1 if block.direction == "forward" else 1
+    name = block.rows.statistic
+    at = IN_ORDER.index(name)
+    for k, (layer, trust) in enumerate(zip(block.layers.tolist(), block.trust.tolist(), strict=True)):
+        if trust >= wanted:
+            continue
+        sample = samples.get((layer, block.tensor, block.direction))
+        if sample is not None and sample.is_known(name):
+            numbers[k, 2:] = sample_numbers(name, sample.values[at].numpy())
+            method[k] = label
+            before = samples.get((layer + step, block.tensor, block.direction))
+            known = before is not None and _has_rho(name)
+            rho[k] = correlate_sizes(sample.values, before.values) if before is not None and known else np.nan
+        elif trust <= Level.NEVER:
+            numbers[k, 2:], method[k], rho[k] = np.nan, NO_LAW, np.nan
+    return block._replace(rows=Rows(name, numbers), method=method, rho=rho)
+
+
+def _has_rho(statistic: str) -> bool:
+    return statistic in IN_LN and statistic != "std_within"
+
+
+def _closed_blocks(request: Request, trust: Trust) -> Iterator[TensorBands]:
     for kind in tensor_kinds(request, finite_laws(request)):
-        second, better = kind.law.ln_second_moment(), [method] * len(kind.layers)
+        second, better = kind.law.ln_second_moment(), [""] * len(kind.layers)
         if kind.direction == "forward":
             limits = kind.limit.ln_q
             for k, layer in enumerate(kind.layers.tolist()):
@@ -113,9 +169,16 @@ def _closed_blocks(request: Request, method: str) -> Iterator[TensorBands]:
                     (shift, sd), better[k] = known
                     second[k] = limits[k] + shift, sd
         for rows in bands(kind.law, kind.limit, request.batch, kind.units, second):
-            of_length = rows.statistic in IN_LN and rows.statistic != "std_within"
-            named, rho = (better, kind.law.rho) if of_length else (method, _UNKNOWN)
-            yield TensorBands(kind.layers, kind.tensor, kind.direction, rows, named, rho)
+            sure = trust.judge_rows(kind, rows.statistic, rows.numbers[:, 4])
+            exact = better if _has_rho(rows.statistic) else [""] * len(sure)
+            sure = np.where([bool(one) for one in exact], Level.HOLDS, sure)
+            method = [
+                one or (CLOSURE if holds > Level.NEVER else f"{CLOSURE}, {OUTSIDE}")
+                for one, holds in zip(exact, sure.tolist(), strict=True)
+            ]
+            rho = kind.law.rho if _has_rho(rows.statistic) else _UNKNOWN
+            rho = np.broadcast_to(rho, len(sure))
+            yield TensorBands(kind.layers, kind.tensor, kind.direction, rows, method, rho, sure)
 
 
 def _exact_law(request: Request, layer: int, tensor: str) -> tuple[Moments, str] | None:
@@ -142,14 +205,16 @@ def _exact_law(request: Request, layer: int, tensor: str) -> tuple[Moments, str]
 _linear_batch = lru_cache(maxsize=32)(linear_batch)
 
 
-def _parameter_blocks(request: Request) -> Iterator[TensorBands]:
+def _parameter_blocks(request: Request, trust: Trust) -> Iterator[TensorBands]:
     """Weights and biases themselves, and the gradients of the sum over the batch with respect to them."""
     every = np.arange(1, len(request.widths))
     i, o = (np.array([getattr(layer, name) for layer in request.layers], dtype=float) for name in ("fan_in", "fan_out"))
 
     def blocks(tensor: str, direction: str, limit: Array, law: Array, count: Array) -> Iterator[TensorBands]:
+        sure = trust.judge_parameters(direction)
+        method = [CLOSURE if holds > Level.NEVER else f"{CLOSURE}, {OUTSIDE}" for holds in sure.tolist()]
         for rows in size_bands(limit, law, count):
-            yield TensorBands(every, tensor, direction, rows, "log-delta", _UNKNOWN)
+            yield TensorBands(every, tensor, direction, rows, method, np.full(len(every), np.nan), sure)
 
     excess = {"uniform": 0.8, "truncated_normal": 1.0634}.get(request.distribution, 2.0)  # E w^4 / (E w^2)^2 - 1
     noise = 0 / i if request.layers[0].orthogonal else excess / (i * o)
@@ -188,23 +253,3 @@ def _parameter_gradients(stack: StackLaws, batch: int) -> tuple[Array, Array]:
     var += enter_layers(stack.input.ln_second_moment(), x.ln_second_moment())[:, 1] ** 2
     centre = 2 * math.log(batch) + np.logaddexp(common, rest - math.log(max(1, batch - 1)))
     return np.stack([centre, np.sqrt(var)], -1), np.stack([2 * math.log(batch) + d.mean[:, 0], own], -1)
-
-
-# --- simulated laws --------------------------------------------------------------------------------------------------
-
-
-def _simulated_blocks(request: Request, networks: int, seed: int) -> Iterator[TensorBands]:
-    limits: dict[tuple[int, str, str], dict[str, Array]] = {}
-    for kind in tensor_kinds(request, limit_laws(request)):
-        for rows in bands(kind.law, kind.limit, request.batch, kind.units):
-            for layer, numbers in zip(kind.layers.tolist(), rows.numbers, strict=True):
-                limits.setdefault((layer, kind.tensor, kind.direction), {})[rows.statistic] = numbers[:2]
-    number = torch.float32 if fits_float32(request) else torch.float64
-    moments = request.q0, request.c0
-    found = simulate(request.row, request.layers, request.batch, networks, *moments, request.distribution, seed, number)
-    for (layer, tensor, direction), block in found.items():
-        before = found.get((layer - 1 if direction == "forward" else layer + 1, tensor, direction))
-        rho = _UNKNOWN if before is None else correlate_sizes(block, before)
-        for rows in simulated_bands(block, limits[layer, tensor, direction]):
-            known = rho if rows.statistic in IN_LN and rows.statistic != "std_within" else _UNKNOWN
-            yield TensorBands(np.array([layer]), tensor, direction, rows, "simulation", known)

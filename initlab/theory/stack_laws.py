@@ -1,6 +1,7 @@
 """The laws of all tensors of a requested stack, at its own width and at infinite width, computed once for any gain."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from initlab.theory.forward_law import DenseLayer
 from initlab.theory.infinite_width import infinite_laws
 from initlab.theory.request import Request
 from initlab.theory.tensor_law import StackLaws, shift_lengths
+
+SECOND_ORDER = 0.65  # growth of the variance of ln q of rectifiers' gradients by the sum of 1/width above, measured
 
 
 class TensorKind(NamedTuple):
@@ -46,7 +49,21 @@ def finite_laws(request: Request) -> StackLaws:
     """The laws at the widths that were asked for."""
     layers, added = _normalize_gain(request)
     own = request.batch, request.q0, request.c0, request.fixed_input, request.data
-    return shift_lengths(_finite(request.row, layers, *own), added)
+    found = shift_lengths(_finite(request.row, layers, *own), added)
+    if request.batch == 1 or not (request.row.homogeneous and request.row.kinks):
+        return found
+    above = np.cumsum([1 / layer.fan_out for layer in layers][::-1])[::-1]
+    grown = 1 + SECOND_ORDER * above
+    return found._replace(
+        activation_gradients=_scale_spread(found.activation_gradients, grown - SECOND_ORDER * above[-1]),
+        preactivation_gradients=_scale_spread(found.preactivation_gradients, grown),
+    )
+
+
+def _scale_spread(law: Law, factor: Array) -> Law:
+    """The law whose ln q has so many times the variance, (K,)."""
+    ln_var = np.stack([law.ln_var[:, 0], law.ln_var[:, 1] * np.sqrt(factor)], -1)
+    return replace(law, cov=law.cov * factor[:, None, None], ln_var=ln_var)
 
 
 def limit_laws(request: Request) -> StackLaws:

@@ -27,6 +27,7 @@ FIXED = 1e-6  # a standard deviation below which nothing may vary: of a share it
 _KEYS = list(TENSOR_COLUMNS)
 _QUANTILES = ("band_low", "band68_low", "predicted", "band68_high", "band_high")
 _AT = np.array([-WIDE, -NARROW, 0.0, NARROW, WIDE])
+SEEN = 2.0**-20  # of the rms: eight times what float32 rounds, below which a difference of inputs is not seen
 BATCHES = 200  # a standard deviation to 5 %
 _SCALES = [name for name in IN_LN if name != "std_within"]
 
@@ -164,7 +165,7 @@ def compare(stats: pd.DataFrame, bands: pd.DataFrame, over: pd.DataFrame | None 
     backward = rows["direction"] == "backward"
     network = [rows[name].astype(str) for name in ("stage", "implementation", "seed", "member") if name in rows]
     lost |= backward & (lost & ~backward).groupby(network).transform("any")
-    law = rows[keys].assign(_row=np.arange(len(rows))).merge(bands, on=_KEYS)
+    law = rows[keys].assign(_row=np.arange(len(rows))).merge(_leave_rounding(bands), on=_KEYS)
     if law.empty:
         return pd.DataFrame(columns=[*keys, *COLUMNS])
     at = law["_row"].to_numpy()
@@ -174,6 +175,19 @@ def compare(stats: pd.DataFrame, bands: pd.DataFrame, over: pd.DataFrame | None 
         law = _multiply_by_measured(law, over)
     law["z"] = np.where(lost.to_numpy()[at], np.nan, z_scores(law))
     return pd.concat([law[[*keys, *COLUMNS]], _compare_ensembles(law, keys)], ignore_index=True)
+
+
+def _leave_rounding(bands: pd.DataFrame) -> pd.DataFrame:
+    """The bands without those of a `std_within` so far below the rms that float32 shows rounding in its place."""
+    sizes = bands.loc[bands["statistic"] == "rms", [*_KEYS, "predicted"]].rename(columns={"predicted": "size"})
+    size = bands[_KEYS].merge(sizes, "left", _KEYS)["size"].to_numpy(float)
+    lost = (bands["statistic"] == "std_within").to_numpy() & (bands["predicted"].to_numpy(float) < SEEN * size)
+    if not lost.any():
+        return bands
+    found = bands.astype({"method": object})
+    found.loc[lost, "method"] = "below rounding"
+    found.loc[lost, ["mean", "sd"]] = np.nan
+    return found
 
 
 def as_categories(frame: pd.DataFrame) -> pd.DataFrame:
@@ -210,14 +224,14 @@ def _exp(values: np.ndarray) -> np.ndarray:
 def z_scores(law: pd.DataFrame) -> np.ndarray:
     """z of `measured` under the law of each row: from ln, or from the quantiles of a law of the statistic itself.
 
-    Where nothing may vary z is 0, or inf for a difference that rounding does not explain.
+    Where nothing may vary z is 0, or inf for a difference that rounding does not explain; where no law is known, nan.
     """
     measured, mean, sd = (law[name].to_numpy(float) for name in ("measured", "mean", "sd"))
     value = np.where(law["scale"] == "ln", _ln(measured), measured)
     with np.errstate(divide="ignore", invalid="ignore"):
         z = (value - mean) / sd
         same = (value == mean) | (np.abs(value - mean) <= ROUNDING)
-    fixed = ~(sd > FIXED) & ~np.isnan(value)
+    fixed = ~(sd > FIXED) & ~np.isnan(value) & ~np.isnan(mean)
     z = np.where(fixed, np.where(same, 0.0, np.copysign(np.inf, np.where(value > mean, 1.0, -1.0))), z)
     points = law[list(_QUANTILES)].to_numpy(float)
     steps = np.diff(points)

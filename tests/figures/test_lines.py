@@ -159,7 +159,7 @@ def test_nothing_is_drawn_outside_a_theorys_range() -> None:
     columns = {"init": "kaiming", "activation": "relu", "dtype": "float32", "label": "kaiming, relu"}
     figure = plots.draw_stack({"stats": found.assign(**columns), "theory": theory.assign(**columns)}, ("forward",))
     assert figure is not None and figure.axes[0].get_legend() is None
-    assert "outside their range" in figure.get_suptitle().replace("\n", " ")
+    assert "no formula holds here" in figure.get_suptitle().replace("\n", " ")
 
 
 def test_names_do_not_overlap() -> None:

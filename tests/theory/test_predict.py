@@ -14,6 +14,7 @@ from initlab.nn.init import RULES, rule
 from initlab.stats.statistics import STATISTICS
 from initlab.tasks.stack import stack
 from initlab.theory.predict import predict
+from initlab.theory.quantiles import NO_LAW
 
 KEYS = ["layer", "tensor", "direction"]
 predict_wide = partial(predict, wide=True)
@@ -134,9 +135,12 @@ def test_methods_are_named() -> None:
     assert row(predict_wide("kaiming", "relu", 3, batch=1), 3)["method"] == "exact-relu"
     assert row(predict_wide("lecun", "linear", 3), 3)["method"] == "linear-batch"
     assert row(predict_wide("kaiming", "tanh", 30, 10, batch=5), 30)["method"] == "simulation"
-    assert row(predict_wide("kaiming", "gelu", 50, 100, batch=20, networks=100), 50)["method"] == "simulation"
-    unknown = predict_wide("kaiming", "gelu", 50, 100, fixed_input=True)  # the chain draws its input
-    assert row(unknown, 50)["method"] == "log-delta, outside its range"
+    gelu = partial(predict, "kaiming", "gelu", 50, 100)
+    assert row(gelu(batch=20, networks=50), 50)["method"] == "simulation, 16 inputs"
+    unknown = row(gelu(fixed_input=True), 50)  # the networks of a simulation draw their inputs
+    assert unknown["method"] == NO_LAW and np.isfinite(unknown["limit"])
+    assert unknown[["predicted", "band_low", "band_high", "mean", "sd"]].isna().all()
+    assert row(gelu(method="closed"), 50)["method"] == "log-delta, outside its range"
     own = predict_wide("kaiming", torch.nn.functional.elu, 3)
     assert set(own["slope"]) == {"autograd"}
 
