@@ -51,6 +51,7 @@ LIMITS: dict[str, Limits] = {
     "threads": _count(1, 1024),  # more no library starts
     "networks": _count(2, 10**6, optional=True),
     "gain": Limits(highest=1e150, optional=True),  # theory squares it
+    "init.critical": Limits(highest=1e5),
     "bias": Limits(),
     "attempts": _count(0, 10**6),
     "tolerance": Limits(above=True),

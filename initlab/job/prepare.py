@@ -12,14 +12,15 @@ from typing import Any
 import pandas as pd
 import torch
 
-from initlab.errors import UsageError, check, choose, show
+from initlab.errors import UsageError, check, check_value, choose, show
 from initlab.job.network_grid import refuse_axes
 from initlab.job.options import call_text, columns, import_function, option_names, seeds, statistics_of
 from initlab.job.printout import Ended, describe_run, run_as_json
 from initlab.job.settings import Config
 from initlab.job.stages import TASKS, JobSettings, Stage
+from initlab.meanfield.fixed_points import critical
 from initlab.meanfield.gain_table import gain_words
-from initlab.nn.activations import ACTIVATIONS
+from initlab.nn.activations import ACTIVATIONS, Activation
 from initlab.nn.custom_activation import as_activation, check_trainable, slope_source
 from initlab.nn.custom_init import make_rule
 from initlab.nn.init import FIELDS, RULES, Rule, rule
@@ -177,6 +178,24 @@ def resolve_rule(config: Config, choices: Mapping[str, str | None]) -> Rule:
     return rule(make_rule(fill, call_text(asked._target_, asked.arguments)), **fields)
 
 
+def scale_critical_gain(config: Config, scaling: Rule, activation: Activation) -> Rule:
+    """The rule with `init.critical` times the gain at which the activation's gradients keep their size."""
+    if config.init.critical is None:
+        return scaling
+    times = check_value("init.critical", config.init.critical)
+    others = {"init.gain": config.init.gain, "sweep.gain": config.sweep.gain, "sweep.init": config.sweep.init}
+    for option, value in others.items():
+        if value is not None:
+            raise UsageError(f"init.critical={times:g}: is a gain, as is {option}={show(value)}; give one of them")
+    if scaling.mode != "fan_in" or scaling.bias:
+        has, needs = f"mode={scaling.mode}, bias={scaling.bias:g}", "weights by fan_in, and biases by init.sigma_b"
+        raise UsageError(f"init.critical={times:g}: needs {needs}; the rule has {has}")
+    try:
+        return rule(scaling, gain=times * critical(activation, scaling.sigma_b))
+    except UsageError as error:
+        raise UsageError(f"init.critical={times:g}: {error}") from None
+
+
 def resolve(config: Config, choices: Mapping[str, str | None], training: Training) -> JobSettings:
     """The options with their names looked up."""
     scaling = resolve_rule(config, choices)
@@ -199,6 +218,7 @@ def resolve(config: Config, choices: Mapping[str, str | None], training: Trainin
             raise
         text = str(error).removeprefix("activation: ")
         raise UsageError(f"activation._target_={asked._target_}: {text}") from error
+    scaling = scale_critical_gain(config, scaling, activation)
     net = Net.resolve(activation, config.depth, config.width, config.inputs, config.batch, widths=config.widths)
     statistics = checked_statistics(statistics_of(config), (*OPTION_OF, *NOT_OPTIONS))
     measure_custom(statistics, torch.linspace(-1, 1, 24, dtype=where.dtype).reshape(2, 3, 4))  # refuses what it cannot

@@ -20,6 +20,7 @@ class InitConfig:
     arguments: dict[str, Any] = field(default_factory=dict)
     gain: float | None = None
     gain_kind: str | None = None
+    critical: float | None = None
     mode: str | None = None
     distribution: str | None = None
     bias: float | None = None

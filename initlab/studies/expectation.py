@@ -14,6 +14,7 @@ from initlab.errors import UsageError, choose, nearest, not_one_of
 from initlab.runs.schema import STATS, THEORY
 from initlab.runs.select import NothingFound, bare, refuse_columns, refuse_condition
 from initlab.studies.reductions import REDUCTIONS, Measured
+from initlab.tasks.ensemble.device import drops_subnormals
 
 # What `reduce` may say: the reductions of rows, and those that make a number of each network first.
 PER_NETWORK = ("share", "first_layer", "slope", "argmin")
@@ -40,7 +41,7 @@ ALLOWED, NEEDED_BY = (
 )  # what `tolerance` and `margin` are for
 ERRORS = re.compile(r"(\d+(?:\.\d+)?) standard errors?")
 _NUMBERS = {"between": 2}
-_TEXTS = ("say", "table", "statistic", "reduce", "over", "by", "is", "fails")
+_TEXTS = ("say", "table", "statistic", "reduce", "over", "by", "is", "fails", "machine")
 _NEEDED = ("say", "where", "statistic", "reduce", "is", "value")
 FIELDS = (
     "say",
@@ -56,7 +57,13 @@ FIELDS = (
     "tolerance",
     "margin",
     "fails",
+    "machine",
 )
+# What a sentence may ask of the processor: on another one it is not judged.
+MACHINES: dict[str, Callable[[], bool]] = {
+    "flushes bfloat16": lambda: drops_subnormals("bfloat16"),
+    "keeps bfloat16": lambda: not drops_subnormals("bfloat16"),
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,8 @@ class Expectation:
     or the values of the column `by` (or `over`) stand in `order`, ascending in that number, or are `alike`. The
     `tolerance` is relative, or so many of the number's standard `errors`, or the `band` that theory predicts for the
     mean over the networks. Of what is below, above or in order the errors are a margin: it is so surely. `fails`
-    says why a claim is known not to come out; it is judged all the same.
+    says why a claim is known not to come out; it is judged all the same. `machine`, a name of MACHINES, says on which
+    processors it is judged at all.
     """
 
     say: str
@@ -91,6 +99,7 @@ class Expectation:
     errors: float = 0.0
     column: str = ""
     fails: str = ""
+    machine: str = ""
 
     def columns(self) -> list[str]:
         """The columns that it names; with a band the statistic is a row of the table `theory`."""
@@ -169,6 +178,8 @@ def _parse_fields(given: Mapping[str, Any]) -> Expectation:
     reduce, how = given["reduce"], given["is"]
     choose(dict.fromkeys(REDUCES), reduce, "reduce")
     choose(dict.fromkeys([*COMPARISONS, *AMONG]), how, "is")
+    if "machine" in given:
+        choose(MACHINES, given["machine"], "machine")
     _refuse_unused(given, reduce, how)
     over, by = given.get("over", ""), given.get("by", "")
     if how in AMONG and not by:
@@ -185,7 +196,7 @@ def _parse_fields(given: Mapping[str, Any]) -> Expectation:
     return Expectation(
         given["say"], dict(given["where"]), given["statistic"], reduce, how, value,
         given.get("table", THEORY if band else STATS), over, by, given.get("when"), relative, band, errors, column,
-        given.get("fails", ""),
+        given.get("fails", ""), given.get("machine", ""),
     )  # fmt: skip
 
 

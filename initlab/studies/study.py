@@ -17,7 +17,7 @@ from initlab.figures.figure_spec import FigureSpec, parse_figure
 from initlab.runs.recorder import write_text
 from initlab.runs.schema import NOT_OPTIONS, OPTION_OF, TABLES, own_columns
 from initlab.studies.expect import Answer, judge
-from initlab.studies.expectation import Expectation, parse_expectation
+from initlab.studies.expectation import MACHINES, Expectation, parse_expectation
 
 ANSWERS = "expect.json"
 
@@ -65,7 +65,8 @@ def prepare(
         if amount is not None and not amount >= 0:
             raise UsageError(f"study.cost.{option}={amount}: must be at least 0")
     known = known_columns(options)
-    wanted = tuple(parse_expectation(one, known) for one in expect)
+    parsed = [parse_expectation(one, known) for one in expect]
+    wanted = tuple(one for one in parsed if not one.machine or MACHINES[one.machine]())
     figure = parse_figure(about["figure"], known)
     return Study(
         name,

@@ -12,7 +12,7 @@ from initlab.runs.select import NothingFound
 from initlab.studies.expect import Answer, judge
 from initlab.studies.expectation import parse_expectation
 from initlab.studies.reductions import Measured, reduce_rows
-from initlab.studies.study import count
+from initlab.studies.study import count, prepare
 
 TABLES = {
     "stats": pd.DataFrame({"init": ["a", "a", "a", "b"], "layer": [1, 2, 3, 1], "std": [1.0, 2.0, 6.0, math.nan]}),
@@ -206,6 +206,7 @@ def test_an_error_has_one_digit_and_no_exponent_where_none_is_needed(error: floa
         ({"is": "order", "value": ["a", "b"]}, "needs `by`"),
         ({"is": "order", "over": "init", "value": ["a"]}, "two or more"),
         ({"by": "init"}, "`by` is for `is: order`"),
+        ({"machine": "flushes bfloat61"}, "machine=flushes bfloat61: must be one of .* did you mean flushes bfloat16"),
     ],
 )
 def test_an_expectation_that_cannot_be_judged_is_a_mistake(changes: dict[str, Any], text: str) -> None:
@@ -325,3 +326,13 @@ def test_what_is_known_to_fail_is_reported_as_failing_and_news_if_it_holds() -> 
 def test_mistakes_of_the_form_are_one_line(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(UsageError, match=re.escape(text)):
         parse_expectation(expectation(**changes))
+
+
+@pytest.mark.parametrize("flushes", [True, False])
+def test_a_sentence_about_another_machine_is_left_out(flushes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("initlab.studies.expectation.drops_subnormals", lambda dtype: flushes)
+    one = expectation(**{"is": "below", "value": 1.0})
+    about = {"question": "", "source": "", "cost": {}, "figure": {}}
+    asked = [one, one | {"machine": "flushes bfloat16"}, one | {"machine": "keeps bfloat16"}]
+    kept = [found.machine for found in prepare("x", about, asked, []).expect]
+    assert kept == ["", "flushes bfloat16" if flushes else "keeps bfloat16"]

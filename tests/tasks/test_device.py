@@ -4,7 +4,7 @@ import torch
 from initlab.errors import UsageError
 from initlab.nn.init import gaussian
 from initlab.stats.summarize import relative_error
-from initlab.tasks.ensemble.device import MATMULS, set_matmul
+from initlab.tasks.ensemble.device import MATMULS, drops_subnormals, set_matmul
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +33,17 @@ def test_a_cpu_multiplies_as_before():
 def test_another_name_is_refused():
     with pytest.raises(UsageError, match="matmul=tf23: must be one of ieee, tf32 - did you mean tf32"):
         set_matmul("tf23")
+
+
+def test_a_machine_that_flushes_is_told_by_its_product():
+    assert not drops_subnormals("float32") and not drops_subnormals(torch.float64)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush float32")
+    try:
+        assert drops_subnormals("float32")
+    finally:
+        torch.set_flush_denormal(False)
+    assert not drops_subnormals("float32")
 
 
 @pytest.mark.gpu

@@ -56,6 +56,21 @@ def find_device(device: str | torch.device) -> torch.device:
     return torch.device(kind if kind == "cpu" else name)
 
 
+def drops_subnormals(dtype: str | torch.dtype, device: str | torch.device = "cpu") -> bool:
+    """Whether a product of matrices takes the subnormal numbers of a format for 0: one is multiplied by the identity.
+
+    dtype: the number format, such as "bfloat16", which most CPUs flush. device: the machine that multiplies.
+    Errors: an unknown format or device.
+
+    >>> drops_subnormals("float64")
+    False
+    """
+    where = find_device(device)
+    kind = resolve_dtype(dtype)
+    half = torch.full((1, 64, 64), torch.finfo(kind).tiny / 2, dtype=torch.float64).to(where, kind)
+    return not bool((half @ torch.eye(64, dtype=kind, device=where)).any())
+
+
 def set_matmul(name: str) -> None:
     """Choose how this process multiplies float32 matrices on a GPU, a name of MATMULS. Nothing changes on a CPU.
 
