@@ -254,4 +254,6 @@ def describe(settings: JobSettings, choices: Mapping[str, str | None]) -> dict[s
         if name and name not in table:
             named[group] = name  # a file of the user's own; `init.name=` chooses another row without one
     gain = {"gain": scaling.gain_for(settings.activation)}
+    if config.init.critical is not None:
+        gain["init.critical"] = config.init.critical
     return named | vars(scaling) | gain | {"device": settings.where.device.type}
