@@ -162,11 +162,17 @@ def _scale_deviation(values: Tensor, ratio: float, in_ln: bool = False) -> Tenso
     return torch.where(values.isfinite(), median + shift + (values - median) * ratio, values)
 
 
+def _select_finite(values: Tensor) -> Tensor:
+    """The networks (E, ...) whose numbers are all finite."""
+    known = values.flatten(1).sum(1).isfinite()
+    return values if bool(known.all()) else values[known]
+
+
 def _compare_inputs(values: Tensor, batch: int, in_ln: bool = False) -> float:
     """Standard deviation of the mean over the batch to that over its representatives, from the values (E, b) of inputs.
 
     in_ln: the values are logarithms, normal together, and so is the deviation."""
-    alive, b = values[values.isfinite().all(1)], values.shape[1]
+    alive, b = _select_finite(values), values.shape[1]
     if not len(alive):
         return 1.0
     off = alive - alive.mean()
@@ -181,10 +187,10 @@ def _compare_pairs(values: Tensor, batch: int, in_ln: bool = False) -> float:
     pairs that share an input and of two that do not."""
     b = values.shape[1]
     apart = ~torch.eye(b, dtype=torch.bool)
-    alive = values[(values.isfinite() | ~apart).all(-1).all(-1)]
+    alive = _select_finite(torch.where(apart, values, 0.0))
     if not len(alive):
         return 1.0
-    off = torch.where(apart, alive - alive[:, apart].mean(), 0.0)
+    off = torch.where(apart, alive - alive.sum() / (len(alive) * b * (b - 1)), 0.0)
     sums = off.sum(-1)
     squares = float(off.square().sum((-2, -1)).mean())
     share = 4 * (float(sums.square().sum(-1).mean()) - squares)

@@ -208,9 +208,8 @@ def simulate(
     for start in range(0, networks, step):
         chain = _Chain(min(step, networks - start), inputs, batch, generator, distribution)
         chain.dtype = dtype
-        _pass(chain, row, layers, q0, c0, found)
-    wanted = {key: parts for key, parts in found.items() if tensors is None or key[1:] in tensors}
-    return {key: find_sample(parts, batch) for key, parts in wanted.items()}
+        _pass(chain, row, layers, q0, c0, found, tensors)
+    return {key: find_sample(parts, batch) for key, parts in found.items()}
 
 
 def _pass(
@@ -220,11 +219,14 @@ def _pass(
     q0: float,
     c0: float,
     found: dict[LayerTensor, list[Tensor | Sums]],
+    tensors: Container[tuple[str, str]] | None,
 ) -> None:
     whole = chain.inputs == chain.batch
 
     def note(key: LayerTensor, x: _Batch, zero: Tensor | None = None, saturated: Tensor | None = None) -> None:
         """zero, saturated: which entries are, (E, b, n)."""
+        if tensors is not None and key[1:] not in tensors:
+            return
         if whole:
             numbers: Tensor | Sums = find_statistics(x.values, zero, saturated)
         else:
