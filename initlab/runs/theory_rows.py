@@ -16,6 +16,7 @@ from initlab.theory.quantiles import NO_LAW, OUTSIDE
 NEEDED = [*KEY_COLUMNS, "label", "statistic", "predicted", "band_low", "band_high", "z", "rho", "method"]
 DOUBTFUL, REJECTED = 0.05, 0.001  # p below which a correct run is rare, and too rare to be met
 KNOWN = 0.1  # standard deviations of one network to which the formulas know the centre of their law; measured
+DRAWN = 0.25  # the same of a few hundred simulated networks, where some inputs stand for the batch
 NEAR = 16.0  # so near the end of a number format, as a factor, what is measured is not the signal alone
 
 
@@ -107,8 +108,14 @@ def find_agreement(theory: pd.DataFrame, direction: str = "forward") -> dict[str
     least, most = (dtypes.map({name: ends[k] for name, ends in held.items()}).astype(float) for k in (0, 1))
     rows = rows[(rows["band_low"] > least) & (rows["band_high"] < most)]
     dead = rows["z"].isna() | (rows["measured"] == 0) & (rows["z"] != 0)
-    layers = rows.assign(z=rows["z"].where(~dead), dead=dead).groupby(["label", "layer"], observed=True, sort=False)
-    found = layers.agg(lost=("dead", "mean"), z=("z", "mean"), n=("z", "count"), rho=("rho", "first")).reset_index()
+    known = np.where(rows["method"].astype(str).str.endswith("inputs"), DRAWN, KNOWN)
+    layers = rows.assign(z=rows["z"].where(~dead), dead=dead, known=known).groupby(
+        ["label", "layer"], observed=True, sort=False
+    )
+    found = layers.agg(
+        lost=("dead", "mean"), z=("z", "mean"), n=("z", "count"), rho=("rho", "first"), known=("known", "first")
+    )
+    found = found.reset_index()
     by_label = {str(label): mine for label, mine in found.groupby("label", observed=True)}
     return {
         str(label): _judge(by_label.get(str(label), found[:0]), int(count), str(label) not in lawful)
@@ -117,13 +124,13 @@ def find_agreement(theory: pd.DataFrame, direction: str = "forward") -> dict[str
 
 
 def _judge(layers: pd.DataFrame, every: int, outside: bool) -> ProfileTest:
-    """layers: in the order of travel `layer`, `z` and `rho`, `n` networks that live, and the share `lost`."""
+    """layers: in the order of travel `layer`, `z`, `known` and `rho`, `n` networks that live, and the share `lost`."""
     at, lost = layers["layer"].to_numpy(), layers["lost"].to_numpy() >= 0.5
     if lost.any():
         return ProfileTest(0.0, math.nan, 0, len(at), every, float(at[lost.argmax()]), outside)
     if not len(at):
         return ProfileTest(math.nan, math.nan, 0, 0, every, math.nan, outside)
-    z = (layers["z"] / np.sqrt(1 / layers["n"] + KNOWN**2)).to_numpy()
+    z = (layers["z"] / np.sqrt(1 / layers["n"] + layers["known"] ** 2)).to_numpy()
     far = int(np.abs(z).argmax())
     p = p_value(z, layers["rho"].to_numpy())
     return ProfileTest(p, float(z[far]), int(at[far]), len(at), every, math.nan, outside)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 IN_ORDER = ("q", "rms", "mean", "std", "std_within", "norm", "cosine", "frac_zero", "frac_dead", "frac_saturated")
 OF_LENGTH = ("q", "rms", "norm", "std", "std_within")
-NARROWER, HARDLY_NARROWER, ALIKE = 0.33, 0.7, 0.9  # deviations of the batch to those of its representatives
+NARROWER, HARDLY_NARROWER, ALIKE = 0.28, 0.7, 0.9  # deviations of the batch to those of its representatives
 SKEWED = 0.7  # third moment of a law that is no longer drawn together alike on both sides
 ALMOST_ORTHOGONAL = 0.1  # mean cosine below which differences are as long as the inputs
 
