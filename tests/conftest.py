@@ -1,15 +1,20 @@
 """Shared by all tests: one thread, and the command line in this process."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
-import torch
+from initlab.__main__ import BLAS, main
 
-from initlab import stops
-from initlab.__main__ import main
+for name in BLAS:  # before numpy is imported, as the command line does it
+    os.environ.setdefault(name, "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from initlab import stops  # noqa: E402
 
 # Options of a job that takes a moment, in the sizes of its networks and without what it draws.
 TINY = ("depth=3", "width=8", "batch=16", "train.width=4", "train.steps=3", "train.batch=8")

@@ -96,16 +96,17 @@ def phase_plane(
     `first_layer` starts at q = sigma_w^2 + sigma_b^2, the first preactivation of an input of second moment 1, instead
     of at q0: where there are several fixed points, as of GELU, the two may end in different ones.
     """
-    row = as_activation(activation)
-    check_slope(row)
     scales = [
         torch.tensor([check_value(name, one) for one in given], dtype=torch.float64)
         for name, given in (("sigma_w", sigma_w), ("sigma_b", sigma_b))
     ]
+    q0 = check_value("q0", q0)
+    row = as_activation(activation)
+    check_slope(row)
     sw = scales[0].repeat(len(scales[1]))
     sb = scales[1].repeat_interleave(len(scales[0]))
     s, b = sw * sw, sb * sb
-    start = s + b if first_layer else torch.full_like(s, check_value("q0", q0))
+    start = s + b if first_layer else torch.full_like(s, q0)
     q = _solve_length(row, s, b, start)
     slope, chi_1 = s * maps.growth(row, q), s * maps.slope_moment(row, q)
     names = np.select([q.isinf(), chi_1 > 1 + EDGE, chi_1 < 1 - EDGE], ["unbounded", "chaotic", "ordered"], "critical")
@@ -251,9 +252,9 @@ def critical(activation: Given, sigma_b: float = 0.0, q0: float = 1.0) -> float:
     >>> round(critical("relu"), 6)
     1.414214
     """
+    wanted, q0 = check_value("sigma_b", sigma_b) ** 2, check_value("q0", q0)
     row, name = as_activation(activation), name_of(activation)
     check_slope(row)
-    wanted = check_value("sigma_b", sigma_b) ** 2
     q, mean_square, slope_square = _tabulate(row)
     if not bool((slope_square > 0).any()):
         raise UsageError(f"activation={name}: its slope is 0, no sigma_w keeps gradients")

@@ -84,6 +84,8 @@ class Trust:
         self.decided = _fits_are_decided(request)
         self.trusted = self.decided and is_trusted(request, self.scale_free)
         self.known_gradients = request.row in (ACTIVATIONS[name] for name in ("linear", "relu", "leaky_relu"))
+        one = torch.ones(1, dtype=torch.float64)
+        self.odd = float((request.row.phi(one) + request.row.phi(-one)).abs()) < 1e-12
         steps = np.array([1 / layer.fan_out for layer in request.layers])
         self.below = np.concatenate([[0.0], np.cumsum(steps)])  # of layers 0 to L
         self.above = np.append(0.0, np.cumsum(steps[::-1])[::-1])  # of layers 1 to L, first not used
@@ -113,7 +115,8 @@ class Trust:
             holds &= False
         found = np.where(holds, Level.HOLDS, Level.NEVER)
         if statistic == "cosine" and not few and not self.known_gradients and forward:
-            found = np.where((found == Level.HOLDS) & (below > EARLY), Level.IF_NEEDED, found)
+            late = (found == Level.HOLDS) & (below > EARLY)
+            found = np.where(late, Level.IF_NEEDED if self.odd else Level.UNKNOWN, found)
         if statistic == "cosine" and forward and not self.known_gradients and kind.tensor == "activation":
             found = np.where(kind.layers == 1, Level.UNKNOWN, found)
         if statistic == "mean" and forward and not self.request.row.rectifies:  # of an odd phi too wide, measured
