@@ -77,6 +77,11 @@ def _rows(theory: pd.DataFrame, direction: str) -> pd.DataFrame:
     return rows[(rows["implementation"] == "scratch") & (rows["tensor"] == "preactivation")]
 
 
+def _has_no_law(rows: pd.DataFrame) -> pd.Series:
+    """Of each row whether no law is known, or only a formula that does not hold."""
+    return rows["method"].astype(str).str.contains(f"{OUTSIDE}|{NO_LAW}")
+
+
 def needs_values(rows: pd.DataFrame) -> np.ndarray:
     """Of each row whether a gradient hangs on the values that it passes: that of a linear stack does not."""
     if "activation" not in rows:
@@ -100,7 +105,7 @@ def find_agreement(theory: pd.DataFrame, direction: str = "forward") -> dict[str
         dead = pd.MultiIndex.from_frame(rows[keys].astype(str)).isin(pd.MultiIndex.from_frame(gone.astype(str)))
         rows = rows[rows["z"].notna() & ~dead]
     every = rows.groupby("label", observed=True)["layer"].nunique()
-    doubtful = rows["method"].astype(str).str.contains(f"{OUTSIDE}|{NO_LAW}")
+    doubtful = _has_no_law(rows)
     lawful = set(rows.loc[~doubtful, "label"].astype(str))
     rows = rows[~doubtful]
     dtypes = rows["dtype"].astype(str) if "dtype" in rows else pd.Series("float32", rows.index)
@@ -139,7 +144,7 @@ def _judge(layers: pd.DataFrame, every: int, outside: bool) -> ProfileTest:
 def lines(theory: pd.DataFrame, direction: str) -> pd.DataFrame:
     """Per label and layer of the stack: `predicted`, `low` and `high` of one network's std, where the law holds."""
     rows = _rows(theory[(theory["stage"] == "stack") & (theory["seed"] >= 0)], direction)
-    rows = rows[~rows["method"].astype(str).str.contains(f"{OUTSIDE}|{NO_LAW}")]
+    rows = rows[~_has_no_law(rows)]
     return _bands(rows, ["label", "layer"])
 
 

@@ -68,8 +68,9 @@ def is_scale_free(request: Request) -> bool:
     return bool((2 * growth(request.row, at) * at / moment(request.row, at) - 2).abs().max() < 1e-9)
 
 
-def is_trusted(request: Request, scale_free: bool) -> bool:
+def is_trusted(request: Request) -> bool:
     """Whether the closure holds: more width than depth, and no second moment wandering over phi's curved parts."""
+    scale_free = is_scale_free(request)
     if sum(1 / layer.fan_out for layer in request.layers) > (SPREAD if scale_free else SPREAD_WITH_SCALE):
         return False
     return scale_free or bool((finite_laws(request).activations.ln_second_moment()[:, 1] < WANDERS).all())
@@ -80,9 +81,8 @@ class Trust:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.scale_free = is_scale_free(request)
         self.decided = _fits_are_decided(request)
-        self.trusted = self.decided and is_trusted(request, self.scale_free)
+        self.trusted = self.decided and is_trusted(request)
         self.known_gradients = request.row in (ACTIVATIONS[name] for name in ("linear", "relu", "leaky_relu"))
         one = torch.ones(1, dtype=torch.float64)
         self.odd = float((request.row.phi(one) + request.row.phi(-one)).abs()) < 1e-12
@@ -112,7 +112,7 @@ class Trust:
             if kind.tensor == "activation":
                 holds |= kind.layers == len(self.request.layers)  # the gradient that is put in
         if few and kind.layers[-1] > 0 and (statistic in ("mean", "cosine") or statistic.startswith("frac")):
-            holds &= False
+            holds[:] = False
         found = np.where(holds, Level.HOLDS, Level.NEVER)
         if statistic == "cosine" and not few and not self.known_gradients and forward:
             late = (found == Level.HOLDS) & (below > EARLY)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from initlab.errors import check, choose, library_call
 from initlab.nn.activations import ACTIVATIONS
@@ -147,11 +148,17 @@ def _replace_doubtful(block: TensorBands, samples: dict[LayerTensor, Sample], wa
             numbers[k, 2:] = sample_numbers(name, sample.values[at].numpy())
             method[k] = label
             before = samples.get((layer + step, block.tensor, block.direction))
-            known = before is not None and _has_rho(name)
-            rho[k] = correlate_sizes(sample.values, before.values) if before is not None and known else np.nan
+            rho[k] = np.nan
+            if before is not None and _has_rho(name):
+                rho[k] = correlate_sizes(sample.values, before.values)
         elif trust <= Level.NEVER:
             numbers[k, 2:], method[k], rho[k] = np.nan, NO_LAW, np.nan
     return block._replace(rows=Rows(name, numbers), method=method, rho=rho)
+
+
+def _name_closure(trust: NDArray[np.int64]) -> list[str]:
+    """The column `method` of rows of the closure at these levels of trust."""
+    return [CLOSURE if level > Level.NEVER else f"{CLOSURE}, {OUTSIDE}" for level in trust.tolist()]
 
 
 def _has_rho(statistic: str) -> bool:
@@ -172,10 +179,7 @@ def _closed_blocks(request: Request, trust: Trust) -> Iterator[TensorBands]:
             sure = trust.judge_rows(kind, rows.statistic, rows.numbers[:, 4])
             exact = better if _has_rho(rows.statistic) else [""] * len(sure)
             sure = np.where([bool(one) for one in exact], Level.HOLDS, sure)
-            method = [
-                one or (CLOSURE if holds > Level.NEVER else f"{CLOSURE}, {OUTSIDE}")
-                for one, holds in zip(exact, sure.tolist(), strict=True)
-            ]
+            method = [one or closed for one, closed in zip(exact, _name_closure(sure), strict=True)]
             rho = kind.law.rho if _has_rho(rows.statistic) else _UNKNOWN
             rho = np.broadcast_to(rho, len(sure))
             yield TensorBands(kind.layers, kind.tensor, kind.direction, rows, method, rho, sure)
@@ -212,9 +216,8 @@ def _parameter_blocks(request: Request, trust: Trust) -> Iterator[TensorBands]:
 
     def blocks(tensor: str, direction: str, limit: Array, law: Array, count: Array) -> Iterator[TensorBands]:
         sure = trust.judge_parameters(direction)
-        method = [CLOSURE if holds > Level.NEVER else f"{CLOSURE}, {OUTSIDE}" for holds in sure.tolist()]
         for rows in size_bands(limit, law, count):
-            yield TensorBands(every, tensor, direction, rows, method, np.full(len(every), np.nan), sure)
+            yield TensorBands(every, tensor, direction, rows, _name_closure(sure), np.full(len(every), np.nan), sure)
 
     excess = {"uniform": 0.8, "truncated_normal": 1.0634}.get(request.distribution, 2.0)  # E w^4 / (E w^2)^2 - 1
     noise = 0 / i if request.layers[0].orthogonal else excess / (i * o)

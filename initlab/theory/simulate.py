@@ -224,7 +224,8 @@ def _pass(
     whole = chain.inputs == chain.batch
 
     def note(key: LayerTensor, x: _Batch, zero: Tensor | None = None, saturated: Tensor | None = None) -> None:
-        """zero, saturated: which entries are, (E, b, n)."""
+        """zero, saturated: which entries are, (E, b, n); without `zero` none is 0."""
+        zero = torch.zeros(1, 1, 1).expand_as(x.values) if zero is None else zero
         if tensors is not None and key[1:] not in tensors:
             return
         if whole:
@@ -238,15 +239,13 @@ def _pass(
     layers = [layer._replace(weight=layer.fitted.drawn) if layer.fitted else layer for layer in layers]
     n, b = layers[0].fan_in, chain.inputs
     x = _Batch(q0**0.5 * (c0**0.5 * chain.normal(1, n) + (1 - c0) ** 0.5 * chain.normal(b, n)))
-    none = torch.zeros(1, 1, 1).expand_as(x.values)
-    note((0, "activation", "forward"), x, none)
+    note((0, "activation", "forward"), x)
     entered = [x]
     kept: list[tuple[Tensor, _Known]] = []  # phi' or z, and what is known of the weights
     for k, layer in enumerate(layers, 1):
         z, known = chain.forward(layer, x)
         slope = row.slope(z)
-        none = torch.zeros(1, 1, 1).expand_as(z)
-        note((k, "preactivation", "forward"), _Batch(z), none, slope.abs() < SATURATED * row.largest_slope)
+        note((k, "preactivation", "forward"), _Batch(z), saturated=slope.abs() < SATURATED * row.largest_slope)
         x = _Batch(row.phi(z))
         note((k, "activation", "forward"), x, x.values == 0)
         entered.append(x)
@@ -255,7 +254,7 @@ def _pass(
     g = chain.normal(b, layers[-1].fan_out)
     for k in range(len(layers), 0, -1):
         passed, known = kept.pop()
-        note((k, "activation", "backward"), _Batch(g), torch.zeros(1, 1, 1).expand_as(g))
+        note((k, "activation", "backward"), _Batch(g))
         d = _Batch(g * passed if row.backward is None else row.backward(g, passed))
         note((k, "preactivation", "backward"), d, d.values == 0)
         below = entered.pop()
