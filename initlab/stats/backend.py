@@ -47,7 +47,7 @@ class Elementwise(Protocol):
 
 
 class Backend:
-    """Rows in plain PyTorch, for tensors of any float format on any device.
+    """Rows in plain PyTorch, for tensors of any float format on any device; on a CPU right to 1e-6, see summarize.py.
 
     `statistics` are functions of the user by name. All methods take `bins`, which gets the histograms of the rows in
     their order, made by the method `bins`, and `out`, float64 memory (..., F + M) or (K, ..., F + M) that gets the rows
@@ -69,13 +69,21 @@ class Backend:
         """A collector for the histograms of rows of so many networks."""
         return Bins(networks)
 
-    def rows(self, x: Tensor, batched: bool = True, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
+    def rows(
+        self,
+        x: Tensor,
+        batched: bool = True,
+        bins: Bins | None = None,
+        out: Tensor | None = None,
+        part_of: Tensor | None = None,
+    ) -> Tensor:
         """The row of x (..., N, C) over its last two dimensions: float64 (F + M, ...).
 
-        `batched` says that N counts inputs; else what needs a batch is nan. Nothing waits for a GPU.
+        `batched` says that N counts inputs; else what needs a batch is nan. `part_of`: the row of a tensor with the
+        same entries or 0; plain PyTorch then looks for less. Nothing waits for a GPU.
         """
         with torch.autocast(x.device.type, enabled=False):
-            return into(out, self._with_custom(summarize(x, batched), x, bins))
+            return into(out, self._with_custom(summarize(x, batched, True, part_of), x, bins))
 
     def rows_of_each(self, tensors: Sequence[Tensor], bins: Bins | None = None) -> Tensor:
         """The rows of tensors of one network, of any shapes, that have no batch, such as parameters: (F + M, K).
@@ -101,7 +109,7 @@ class Backend:
     def relu_rows_(self, z: Tensor, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
         """z becomes max(z, 0), nan kept; rows (F + M, 2, ...) of z, with its saturated share, and of what it became."""
         before = self.rows(z, True, bins)
-        after = self.rows(z.relu_(), True, bins)
+        after = self.rows(z.relu_(), True, bins, None, before)
         before[SATURATED] = (after[N_ZERO] + after[N_NAN]) / after[COUNT]
         return into(out, torch.stack([before, after], 1))
 
@@ -116,7 +124,7 @@ class Backend:
         torch.ops.aten.threshold_backward.grad_input(g, a, 0, grad_input=g)
         if sums is not None:
             torch.sum(g, -2, out=sums)
-        return into(out, torch.stack([before, self.rows(g, True, bins)], 1))
+        return into(out, torch.stack([before, self.rows(g, True, bins, None, before)], 1))
 
     def update_rows_(
         self, w: Tensor, g: Tensor, lr: float, bins: Bins | None = None, out: Tensor | None = None

@@ -1,8 +1,12 @@
 """From a tensor to its row, from rows to statistics, and how far two tensors are apart: in plain PyTorch.
 
-On a CPU a row is made of plain sums, a few passes over memory; a tensor whose sums show that digits may be lost gets
+On a CPU a row is made of plain sums, a few passes over memory. A tensor whose sums show that digits may be lost gets
 the safe row of reference.py, as every tensor on a GPU does. Rows are float64 and carry a power of two, so that a
 float32 tensor of 1e30 or 1e-40 has a finite rms other than 0.
+
+Sums in float64 are right to 1e-12. Those in float32 take a third of the time and leave std, rms, the std inside units
+and the cosine right to 1e-6, usually to 1e-7: a unit's sum of 200 alike entries may lose 2e-6, and the units' errors
+cancel. Counts, smallest and largest entry are exact. Where float32 sums may not be trusted, float64 ones follow.
 Legend: E networks, N batch, C units, F fields of a row, S statistics.
 """
 
@@ -19,126 +23,162 @@ from initlab.stats.statistics import SATURATED, STATISTICS
 from initlab.stats.workspace import AT_ONCE, workspace
 
 Array = NDArray[np.float64]
+Truths = NDArray[np.bool_]
 
 _AT = {name: place for place, name in enumerate(FIELDS)}
-# Rounding of plain sums grows by (plain / centred sum of squares): 2^8 leaves a digit and a half below 1e-12.
-_CANCELLED = 2.0**-8
-# Below this the units may be constant, and the batch variance inside them exactly 0: the safe row says so.
-_CONSTANT = 1e-10
+_UNITS, _ROWS = 2**10, 2**12  # of one sum in float32 without parts, along a vector and along the batch
 
 
-def summarize(x: Tensor, batched: bool = True) -> Tensor:
+class Precision(NamedTuple):
+    """A number format for sums, and where they may be trusted; shares are of the sum of squares."""
+
+    dtype: torch.dtype
+    largest: float  # an entry's magnitude
+    shortest: float  # a vector's length: shorter ones may have lost their squares
+    centred: float  # units that keep less than this share when they are centred are centred in a second pass
+    constant: float  # units with less than this share after it may be constant, their variance exactly 0
+    pooled: float  # the least share of the tensor's own variance
+
+
+SINGLE = Precision(torch.float32, 2.0**50, 2.0**-45, 2.0**-5, 2.0**-14, 2.0**-4)
+DOUBLE = Precision(torch.float64, 2.0**SAFE, 2.0**-SAFE, 2.0**-8, 1e-10, 2.0**-8)
+WIDENED = DOUBLE._replace(shortest=0.0)  # of narrower numbers: no square leaves float64
+
+
+def summarize(x: Tensor, batched: bool = True, single: bool = False, part_of: Tensor | None = None) -> Tensor:
     """The row of (..., N, C) over its last two dimensions, (F, ...) in float64; never waits for a GPU.
 
     `batched` says that N counts inputs; else `within`, `dead`, `alive` and `resultant` have no meaning and are nan.
-    Of an empty tensor everything but the counts is nan.
+    single: sums in float32 of what has no more digits. part_of: the row of a tensor that has the same entries or 0, as
+    the input of a ReLU; saves a look for subnormal entries. Of an empty tensor everything but the counts is nan.
     """
     x = detach_checked(x)
     if x.device.type != "cpu" or x.numel() == 0 or x.shape[-1] > AT_ONCE:
         return safe_row(x, batched).fields
-    return torch.from_numpy(_plain(x.reshape(-1, *x.shape[-2:]), batched)).view(-1, *x.shape[:-2])
-
-
-class _Sums(NamedTuple):
-    """What plain sums say of (E, N, C), each (E,) but for those over the batch, (E, C); those of its parts add up."""
-
-    second: Array  # sum of squares
-    unit: Array  # (E, C)
-    heading: Array  # (E, C), sum of the vectors divided by their lengths
-    alive: Array
-    nonzero: Array
-    below: Array  # entries smaller than the smallest normal number, zeros among them
-    risky: Array  # vectors of float64 so small that their squares may have left it
-
-
-def _plain(x: Tensor, batched: bool) -> Array:
-    """The rows (F, E) of (E, N, C) on a CPU by plain sums, and the safe rows where these may not be trusted.
-
-    They may where all entries are finite, no square leaves float64 and centring takes at most 255/256 of the sum of
-    squares; where it takes more inside the units alone, these are centred in a second pass.
-    """
-    narrow = x if x.dtype in (torch.float32, torch.float64) else x.float()  # exact, and what a processor is made for
-    size = max(1, AT_ONCE // x[0].numel())
-    fields = np.full((len(FIELDS), len(x)), np.nan)
+    normal = part_of is not None and not bool(part_of[_AT["n_nan"] : _AT["n_zero"]].any())
+    precision = DOUBLE if x.dtype == torch.float64 else SINGLE if single else WIDENED
     with np.errstate(all="ignore"):  # nan and inf are data
-        parts = [_sums(part, torch.finfo(x.dtype).tiny, batched) for part in torch.split(narrow, size)]
-        sums = parts[0] if len(parts) == 1 else _Sums(*map(np.concatenate, zip(*parts, strict=True)))
-        good = _fill(fields, narrow, sums, batched)
+        fields = _plain(x.reshape(-1, *x.shape[-2:]), batched, normal, precision)
+    return torch.from_numpy(fields).view(-1, *x.shape[:-2])
+
+
+class _Read(NamedTuple):
+    """What one reading of (E, N, C) says of each network."""
+
+    low: Tensor
+    high: Tensor
+    below: Tensor  # entries smaller than the smallest normal number, zeros among them
+    zeros: Tensor
+    length: Tensor  # (E, N), of the vectors
+    sums: Tensor  # (E, 1, C) of the units, or (E, 2, C) and of the vectors divided by their lengths
+
+
+def _plain(x: Tensor, batched: bool, normal: bool, precision: Precision) -> Array:
+    """The rows (F, E) of (E, N, C) on a CPU by plain sums, or by better ones where these may not be trusted.
+
+    They may where all entries are finite, no square leaves the format, and centring leaves enough of the squares.
+    `normal` says that no entry is subnormal.
+    """
+    fields = np.full((len(FIELDS), len(x)), np.nan)
+    good = _fill(fields, x, _read(x, batched, normal, precision), batched, precision)
     if not good.all():
-        rest = torch.split(x[torch.from_numpy(~good)], max(1, BLOCK["cpu"] // x[0].numel()))
-        fields[:, ~good] = np.concatenate([safe_row(part, batched).fields.numpy() for part in rest], -1)
+        rest = x[torch.from_numpy(~good)]
+        if precision is SINGLE:
+            fields[:, ~good] = _plain(rest, batched, normal, WIDENED)
+        else:
+            blocks = torch.split(rest, max(1, BLOCK["cpu"] // x[0].numel()))
+            fields[:, ~good] = np.concatenate([safe_row(block, batched).fields.numpy() for block in blocks], -1)
     return fields
 
 
-def _sums(x: Tensor, tiny: float, batched: bool) -> _Sums:
-    """A few passes over what the cache holds; a single network that does not fit is read in parts of its batch."""
-    rows = AT_ONCE // (len(x) * x.shape[-1])
+def _read(x: Tensor, batched: bool, normal: bool, precision: Precision) -> _Read:
+    """A few passes over what the cache holds at a time: some networks, or a part of the batch of one."""
+    if len(x) > 1 and x.numel() > AT_ONCE:
+        parts = [_read(part, batched, normal, precision) for part in torch.split(x, max(1, AT_ONCE // x[0].numel()))]
+        return _Read(*map(torch.cat, zip(*parts, strict=True)))
+    rows = min(_ROWS, AT_ONCE // (len(x) * x.shape[-1]))
     if rows < x.shape[-2]:
-        parts = [_sums(part, tiny, batched) for part in torch.split(x, rows, -2)]
-        return _Sums(*(np.add.reduce(column) for column in zip(*parts, strict=True)))
-    wide, squares = workspace(x.shape, torch.float64)
-    _, flags = workspace(x.shape, x.dtype)  # in the place of the squares, when these are summed
-    wide.copy_(x)
-    lengths = torch.mul(wide, wide, out=squares).sum(-1).numpy()
-    unit = wide.sum(-2).numpy()
-    # Counts are sums of ones, exact in float32 below 2^24.
-    below = torch.abs(x, out=flags).lt_(tiny).sum((-2, -1)).numpy()
-    nonzero = torch.ne(x, 0, out=flags).sum((-2, -1)).numpy() if below.any() else np.full(len(x), float(x[0].numel()))
-    heading = unit
+        parts = [_read(part, batched, normal, precision) for part in torch.split(x, rows, -2)]
+        return _Read(
+            low=torch.stack([part.low for part in parts]).amin(0),
+            high=torch.stack([part.high for part in parts]).amax(0),
+            below=torch.stack([part.below for part in parts]).double().sum(0),
+            zeros=torch.stack([part.zeros for part in parts]).double().sum(0),
+            length=torch.cat([part.length for part in parts], -1),
+            sums=torch.stack([part.sums for part in parts]).double().sum(0),
+        )
+    wide, size = workspace(x.shape, precision.dtype)
+    wide = x if x.dtype == precision.dtype else wide.copy_(x)
+    low, high = wide.amin((-2, -1)), wide.amax((-2, -1))
+    below = zeros = torch.zeros_like(low)
+    tiny = torch.finfo(x.dtype).tiny
+    some = normal or torch.abs(wide, out=size).amin().item() < tiny
+    if some and not normal:  # counts are sums of ones, exact in float32 below 2^24
+        below = size.lt_(tiny).sum((-2, -1))
+    if some:
+        zeros = torch.eq(wide, 0, out=size).sum((-2, -1))
+        below = zeros if normal else below
+    if x.shape[-1] > _UNITS:
+        length = torch.mul(wide, wide, out=size).sum(-1).sqrt()
+    else:
+        length = torch.linalg.vector_norm(wide, dim=-1)
+    left = length.new_ones(len(x), 1 + batched, x.shape[-2])  # one product gives the units' sums and the heading
     if batched:
-        inverse = np.divide(1, np.sqrt(lengths), out=np.zeros_like(lengths), where=lengths > 0)
-        heading = torch.bmm(torch.from_numpy(inverse).unsqueeze(-2), wide).squeeze(-2).numpy()
-    return _Sums(
-        second=lengths.sum(-1),
-        unit=unit,
-        heading=heading,
-        alive=np.count_nonzero(lengths, -1).astype(np.float64),
-        nonzero=nonzero.astype(np.float64),
-        below=below.astype(np.float64),
-        risky=(lengths < 2.0 ** (-2 * SAFE)).sum(-1) if x.dtype == torch.float64 else np.zeros(len(x)),
-    )
+        inverse = torch.reciprocal(length, out=left[:, 1])
+        if not length.amin().item():
+            inverse.masked_fill_(length == 0, 0)
+    return _Read(low, high, below, zeros, length, torch.bmm(left, wide))
 
 
-def _fill(fields: Array, x: Tensor, sums: _Sums, batched: bool) -> NDArray[np.bool_]:
-    """Write the rows of (E, N, C); say of which networks they may be trusted."""
+def _fill(fields: Array, x: Tensor, read: _Read, batched: bool, precision: Precision) -> Truths:
+    """Write the rows of (E, N, C); say of which networks they may be trusted.
+
+    The tensor's M2 is that inside its units and the spread of their means; without a batch all entries are one unit.
+    """
     n, c = x.shape[-2:]
-    low, high = (edge.numpy().astype(np.float64) for edge in (x.amin((-2, -1)), x.amax((-2, -1))))
-    mean = sums.unit.sum(-1) / (n * c)
-    m2 = sums.second - n * c * mean * mean
-    good: NDArray[np.bool_] = np.isfinite(sums.second) & (np.maximum(-low, high) < 2.0**SAFE) & (sums.risky == 0)
-    good &= (m2 > _CANCELLED * sums.second) | (sums.second == 0)
-    zeros = n * c - sums.nonzero
+    low, high, below, zeros, length, sums = (values.double().numpy() for values in read)
+    unit, shortest = sums[:, 0], length.min(-1)
+    second = np.einsum("en,en->e", length, length)
+    mean = unit.sum(-1, keepdims=True) / (n * c)
+    means = unit / n if batched else np.broadcast_to(mean, unit.shape)
+    inside = second - n * np.einsum("ec,ec->e", means, means)
+    finite: Truths = np.isfinite(second)
+    again = ~(inside > precision.centred * second) & (second > 0) & finite
+    if again.any():
+        inside[again] = _inside(x, means, again, precision)
+    m2 = inside + n * np.square(means - mean).sum(-1)
+    sure = (m2 > precision.pooled * second) & (inside > precision.constant * second) | (second == 0)
     fields[: _AT["mean"]] = 0
     fields[_AT["count"]] = n * c
-    fields[_AT["n_subnormal"]], fields[_AT["n_zero"]] = sums.below - zeros, zeros
-    fields[_AT["mean"]], fields[_AT["m2"]] = mean, m2
+    fields[_AT["n_subnormal"]], fields[_AT["n_zero"]] = below - zeros, zeros
+    fields[_AT["mean"]], fields[_AT["m2"]] = mean[:, 0], m2
     fields[_AT["min"]], fields[_AT["max"]] = low, high
     if batched:
-        inside, sure = _inside(x, sums)
-        good &= sure
-        fields[_AT["within"]], fields[_AT["dead"]] = inside / (n * c), _dead(x, sums.unit, low)
-        fields[_AT["alive"]], fields[_AT["resultant"]] = sums.alive, np.square(sums.heading).sum(-1)
+        fields[_AT["within"]], fields[_AT["dead"]] = inside / (n * c), _dead(x, unit, low)
+        fields[_AT["alive"]] = n if shortest.all() else (length > 0).sum(-1)
+        fields[_AT["resultant"]] = np.einsum("ec,ec->e", sums[:, 1], sums[:, 1])
+    long = (shortest if batched else length.max(-1)) >= precision.shortest
+    good: Truths = finite & sure & long & (np.maximum(-low, high) < precision.largest)
     return good
 
 
-def _inside(x: Tensor, sums: _Sums) -> tuple[Array, NDArray[np.bool_]]:
-    """Sum of squared distances from the unit's mean over the batch and the units (E,), and where it may be trusted."""
-    means = sums.unit / x.shape[-2]
-    inside = sums.second - x.shape[-2] * np.square(means).sum(-1)
-    cancelled = ~(inside > _CANCELLED * sums.second) & (sums.second > 0) & np.isfinite(sums.second)
-    if cancelled.any():
-        which = torch.from_numpy(cancelled)
-        centre = torch.from_numpy(means)[which].unsqueeze(-2)
-        parts = torch.split(x[which], max(1, AT_ONCE // (len(x) * x.shape[-1])), -2)
-        inside[cancelled] = sum((part - centre).square_().sum((-2, -1)).numpy() for part in parts)
-    return inside, (inside > _CONSTANT * sums.second) | (sums.second == 0)
+def _inside(x: Tensor, means: Array, which: Truths, precision: Precision) -> Array:
+    """Sum of squared distances from the unit's mean over the batch and the units, of some networks."""
+    centre = torch.from_numpy(means[which]).unsqueeze(-2).to(precision.dtype)
+    x = x if which.all() else x[torch.from_numpy(which)]
+    parts = torch.split(x, max(1, AT_ONCE // (len(x) * x.shape[-1])), -2)
+    return np.asarray(sum((part - centre).square_().sum((-2, -1)).double().numpy() for part in parts))
 
 
 def _dead(x: Tensor, unit: Array, low: Array) -> Array:
     """Share of units that are 0 in the whole batch: their sums are 0, and tell it where no entry is negative."""
-    silent: NDArray[np.bool_] = unit == 0
-    if (silent.any(-1) & (low < 0)).any():
-        silent &= ~(x != 0).any(-2).numpy()
+    if unit.all():
+        return np.zeros(len(unit))
+    silent: Truths = unit == 0
+    mixed = silent.any(-1) & (low < 0)
+    if mixed.any():
+        some = x if mixed.all() else x[torch.from_numpy(mixed)]
+        silent[mixed] &= (some.abs().amax(-2) == 0).numpy()
     return np.asarray(silent.mean(-1), np.float64)
 
 
@@ -158,7 +198,9 @@ def derive(rows: Tensor, names: Iterable[str] = STATISTICS) -> Tensor:
 
 def saturated_share(slope: Tensor, largest: float) -> Tensor:
     """Share of |phi'(z)| below 5 % of its largest value, (..., N, C) -> (...)."""
-    return (slope.abs() < SATURATED * largest).double().mean((-2, -1))
+    entries = slope.shape[-2] * slope.shape[-1]
+    small = slope.detach().abs().lt_(SATURATED * largest)  # a sum of ones, exact in float32 below 2^24
+    return small.sum((-2, -1), dtype=torch.float32 if entries < 2**24 else torch.float64).double() / entries
 
 
 def relative_error(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ _KEPT = _Kept()
 
 
 def workspace(shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two tensors of at most AT_ONCE entries, of any values: (first in float64, second in `dtype`), not overlapping.
+    """Two tensors of at most AT_ONCE entries, of any values, not overlapping.
 
     They are this thread's until its next call; whoever asks again writes over them.
     """
@@ -36,9 +36,8 @@ def workspace(shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if len(views) == _VIEWS:
             views.clear()
         with torch.inference_mode(False):
-            first, second = _KEPT.blocks
-            entries = slice(shape.numel())
-            views[shape, dtype] = first[entries].view(shape), second.view(dtype)[entries].view(shape)
+            first, second = (block.view(dtype)[: shape.numel()].view(shape) for block in _KEPT.blocks)
+            views[shape, dtype] = first, second
     return views[shape, dtype]
 
 

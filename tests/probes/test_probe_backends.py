@@ -14,6 +14,7 @@ import initlab
 from initlab.stats.kernels import cpu_backend
 from initlab.stats.kernels.cpu import library, plain
 from initlab.stats.statistics import STATISTICS
+from tests.stats.exact import SINGLE
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no working C++ compiler: plain PyTorch makes all rows")
 
@@ -122,7 +123,7 @@ def watched(build: Callable[[], nn.Module], histograms: bool) -> tuple[pd.DataFr
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("histograms", [False, True], ids=["", "histograms"])
 def test_both_backends_give_the_same_rows(name: str, histograms: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums of a few hundred float64 terms in another order: 1e-12; a cosine is a difference. Counts are equal."""
+    """To what sums in float32 promise of entries of size 1; a cosine is a difference. Counts are equal."""
     monkeypatch.setattr(cpu_backend, "_WAITING", 7)  # histograms are named in the middle of a step
     found = []
     for backend in (nullcontext, plain):
@@ -130,10 +131,10 @@ def test_both_backends_give_the_same_rows(name: str, histograms: bool, monkeypat
             found.append(watched(MODELS[name], histograms))
     (ours, octaves), (theirs, expected) = found
     words = [column for column in ours if column not in STATISTICS]
-    pd.testing.assert_frame_equal(ours[words], theirs[words], rtol=1e-12)
+    pd.testing.assert_frame_equal(ours[words], theirs[words], rtol=SINGLE)
     counted = [column for column in STATISTICS if column.startswith(("n_", "count", "frac", "min", "max"))]
     assert ours[counted].equals(theirs[counted])
-    pd.testing.assert_frame_equal(ours[[*STATISTICS]], theirs[[*STATISTICS]], rtol=1e-12, atol=1e-12)
+    pd.testing.assert_frame_equal(ours[[*STATISTICS]], theirs[[*STATISTICS]], rtol=SINGLE, atol=SINGLE)
     if octaves is not None and expected is not None:
         assert octaves.equals(expected) and len(octaves) == len(ours)
 
@@ -151,7 +152,7 @@ def test_gradients_that_are_not_dense_or_not_there() -> None:
                 model(torch.tensor([1, 2, 2, 5])).square().sum().backward()
                 optimizer.step()
         frames.append(p.frame())
-    pd.testing.assert_frame_equal(*frames, rtol=1e-12, atol=1e-12)
+    pd.testing.assert_frame_equal(*frames, rtol=SINGLE, atol=SINGLE)
     gradients = frames[0][(frames[0]["tensor"] == "weight") & (frames[0]["direction"] == "backward")]
     assert list(gradients["count"][:1]) == [28]
 
@@ -176,7 +177,7 @@ def test_an_optimizer_that_moves_the_weights() -> None:
                 model(torch.randn(12, 6)).square().sum().backward()
                 optimizer.step()
         frames.append(p.frame())
-    pd.testing.assert_frame_equal(*frames, rtol=1e-12, atol=1e-12)
+    pd.testing.assert_frame_equal(*frames, rtol=SINGLE, atol=SINGLE)
     assert (frames[0]["tensor"] == "update").sum() == 9
 
 

@@ -36,9 +36,9 @@ def test_an_activation_in_place(name: str) -> None:
     x, bins = z.clone(), BACKEND.bins(2)
     found = BACKEND.activation_rows_(x, row, bins)
     torch.testing.assert_close(x, row.phi(z), rtol=1e-6, atol=0)
-    before = summarize(z)
+    before = summarize(z, single=True)
     before[SATURATED] = saturated_share(row.slope(z), row.largest_slope)
-    same(found, before, summarize(x))
+    same(found, before, summarize(x, single=True))
     assert seen(bins) == counted(z, x)
 
 
@@ -48,7 +48,7 @@ def test_its_gradient_in_place(name: str) -> None:
     x, bins = g.clone(), BACKEND.bins(2)
     found = BACKEND.gradient_rows_(x, z, row, bins)
     torch.testing.assert_close(x, row.pull_back(g, z), rtol=1e-6, atol=0)
-    same(found, summarize(g), summarize(x))
+    same(found, summarize(g, single=True), summarize(x, single=True))
     assert seen(bins) == counted(g, x)
 
 
@@ -77,7 +77,9 @@ def test_parameters_and_their_changes_have_rows_and_histograms_without_a_batch()
     moved = backend.change_rows_(old, new, bins)
     for rows, tensors in ((found, new), (moved, changes)):
         for k, x in enumerate(tensors):
-            torch.testing.assert_close(rows[:-1, k], summarize(as_matrix(x), False), rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(
+                rows[:-1, k], summarize(as_matrix(x), False, True), rtol=0, atol=0, equal_nan=True
+            )
             assert rows[-1, k] == (x > 0).double().mean()
     assert all(torch.equal(a, b) for a, b in zip(old, changes, strict=True))
     histograms = seen(bins)
@@ -92,5 +94,5 @@ def test_an_update_in_place() -> None:
     x, bins = w.clone(), BACKEND.bins(2)
     found = BACKEND.update_rows_(x, g, 0.25, bins)
     assert torch.equal(x, w - 0.25 * g)
-    same(found, *(summarize(t, False) for t in (w, g, x - w)))
+    same(found, *(summarize(t, False, True) for t in (w, g, x - w)))
     assert seen(bins) == counted(w, g, x - w)

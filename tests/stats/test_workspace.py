@@ -14,7 +14,7 @@ def test_two_blocks_that_do_not_overlap_and_are_kept() -> None:
     first, second = workspace(torch.Size((2, 3)), F32)
     first.fill_(1)
     second.fill_(2)
-    assert (first.dtype, second.dtype) == (F64, F32) and (first == 1).all()
+    assert (first.dtype, second.dtype) == (F32, F32) and (first == 1).all()
     assert workspace(torch.Size((2, 3)), F32)[0] is first
     for k in range(1, 100):  # of views only so many are kept
         workspace(torch.Size((k, 1)), F64)

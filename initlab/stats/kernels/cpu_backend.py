@@ -36,10 +36,17 @@ class CpuBackend(Backend):
     def bins(self, networks: int) -> Bins:
         return Arena(networks)
 
-    def rows(self, x: Tensor, batched: bool = True, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
+    def rows(
+        self,
+        x: Tensor,
+        batched: bool = True,
+        bins: Bins | None = None,
+        out: Tensor | None = None,
+        part_of: Tensor | None = None,
+    ) -> Tensor:
         entries = x.numel()
         if x.dtype is not torch.float32 or not x.is_cpu or not entries or x.ndim < 2:
-            return super().rows(x, batched, bins, out)
+            return super().rows(x, batched, bins, out, part_of)
         x = x.contiguous()
         *_, n, c = x.shape
         networks = entries // (n * c)

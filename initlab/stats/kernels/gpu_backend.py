@@ -44,10 +44,17 @@ class GpuBackend(Backend):
         super().__init__(statistics)
         self._rates: dict[tuple[float, torch.device], Tensor] = {}  # a new tensor would be copied to the GPU each time
 
-    def rows(self, x: Tensor, batched: bool = True, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
+    def rows(
+        self,
+        x: Tensor,
+        batched: bool = True,
+        bins: Bins | None = None,
+        out: Tensor | None = None,
+        part_of: Tensor | None = None,
+    ) -> Tensor:
         x = detach_checked(x).contiguous()
         if not self.fuses(x):
-            return super().rows(x, batched, bins, out)
+            return super().rows(x, batched, bins, out, part_of)
         part = _blocks(x, batched)
         triton_rows.measure(x, part)
         return into(out, _finish([part], bins)[:, 0])
