@@ -61,7 +61,7 @@ HOUSE = {
         "rules finding trends evidence stacked_networks reference_networks parameter_rules input_rules "
         "module_rules format_rules weight_rules audit depth_rules signal_rules training_rules table_rules diagnose"
     ),
-    "engine": "mlp layer_memory named_tensors fast_network recorders",
+    "engine": "mlp layer_memory named_tensors module_recorder fast_network recorders",
     "tasks": (
         "course.rotated_timing data ensemble.device ensemble.memory course.timing course.engine_versions "
         "course.ladders ensemble.networks ensemble.training ensemble.batches course.broadcast course.explain "

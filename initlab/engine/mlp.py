@@ -84,67 +84,42 @@ def twin(parameters: Parameters, member: int, activation: Activation) -> nn.Sequ
 
 def twin_parameters(twins: Sequence[nn.Sequential]) -> Parameters:
     """The parameters of the twins as one ensemble, in the layout of the hand-written network (a copy)."""
-    return _as_ensemble([[p.detach() for p in model.parameters()] for model in twins])
+    members = [arrange_pairs([p.detach() for p in model.parameters()]) for model in twins]
+    return [
+        (torch.stack([w for w, _ in same]), torch.stack([b for _, b in same])) for same in zip(*members, strict=True)
+    ]
 
 
-def by_hand_at_twins(
-    twins: Sequence[nn.Sequential], xb: Tensor, yb: Tensor, activation: Activation, loss: Loss
-) -> Pass:
-    """The hand-written pass at the twins' own parameters, one network after the other, as one ensemble.
+def arrange_pairs(own: Sequence[Tensor]) -> Parameters:
+    """Weights and biases of a module, w, b, w, b, ..., or their gradients, as [(w (I, O), b (O,)), ...]; views.
 
-    On the memory that torch holds, w (I, O) being a view of its (O, I): every forward product is then the very call
-    that `nn.Linear` makes, both passes see the same preactivations to the last bit, and no ReLU mask can differ by a
-    rounding. What is left to compare is the backward.
+    On torch's memory, w being a view of torch's (O, I), every forward product by hand is the very call that `nn.Linear`
+    makes. Both passes then see the same preactivations to the last bit, and no ReLU mask can differ by a rounding:
+    what is left to compare is the backward.
     """
-    passes = []
-    for member, model in enumerate(twins):
-        values = [p.detach() for p in model.parameters()]
-        own = [(weight.mT, bias) for weight, bias in zip(values[0::2], values[1::2], strict=True)]
-        passes.append(forward_and_backward(own, xb[member], yb[member], activation, loss))
-    stacked = [
-        [torch.stack(same) for same in zip(*lists, strict=True)]
-        for lists in zip(
-            *((p.preactivations, p.activations, p.preactivation_grads, p.activation_grads) for p in passes), strict=True
-        )
-    ]
-    grads = [
-        (torch.stack([w for w, _ in same]), torch.stack([b for _, b in same]))
-        for same in zip(*(p.parameter_grads for p in passes), strict=True)
-    ]
-    return Pass(stacked[0], stacked[1], torch.stack([p.loss for p in passes]), stacked[2], stacked[3], grads)
+    return [(weight.mT, bias) for weight, bias in zip(own[0::2], own[1::2], strict=True)]
 
 
-def _as_ensemble(members: Sequence[Sequence[Tensor]]) -> Parameters:
-    """[[weight, bias, weight, bias, ...], ...] of torch's layout, a list per member, as [(w, b), ...]."""
-    stacked = [torch.stack(same) for same in zip(*members, strict=True)]
-    return [(weight.mT.contiguous(), bias) for weight, bias in zip(stacked[0::2], stacked[1::2], strict=True)]
-
-
-def twin_forward_and_backward(
-    twins: Sequence[nn.Sequential], xb: Tensor, yb: Tensor, loss: Loss, watch: bool
-) -> tuple[Tensor, Tensor, Pass | None]:
-    """Losses (E,) and outputs (E, N, O) of the twins one by one, `.grad` filled by autograd; all tensors if `watch`."""
-    outputs: list[list[Tensor]] = []
-    for member, model in enumerate(twins):
-        outputs.append([xb[member]])
+def twin_pass(model: nn.Sequential, own: Sequence[nn.Parameter], xb: Tensor, yb: Tensor, loss: Loss) -> Pass:
+    """A twin's forward pass and autograd's backward pass, with all tensors; `.grad` of its parameters is filled."""
+    with torch.enable_grad():
+        seen = [xb]
         for layer in model:
-            outputs[-1].append(layer(outputs[-1][-1]))
-            if watch:
-                outputs[-1][-1].retain_grad()
-    losses = torch.stack([loss.module(seen[-1], yb[member]) for member, seen in enumerate(outputs)])
+            seen.append(layer(seen[-1]))
+            seen[-1].retain_grad()
+        value = loss.module(seen[-1], yb)
+    value.backward()  # type: ignore[no-untyped-call]
+    values, grads = [t.detach() for t in seen[1:]], [t.grad for t in seen[1:] if t.grad is not None]
+    parameter_grads = arrange_pairs([p.grad for p in own if p.grad is not None])
+    return Pass(values[0::2], values[1::2], value.detach(), grads[0::2], grads[1::2], parameter_grads)
+
+
+def run_twins(twins: Sequence[nn.Sequential], xb: Tensor, yb: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+    """Losses (E,) and outputs (E, N, O) of the twins one by one; autograd fills `.grad` of the parameters."""
+    outputs = [model(x) for model, x in zip(twins, xb, strict=True)]
+    losses = torch.stack([loss.module(out, y) for out, y in zip(outputs, yb, strict=True)])
     losses.sum().backward()  # type: ignore[no-untyped-call]
-    out = torch.stack([seen[-1].detach() for seen in outputs])
-    if not watch:
-        return losses.detach(), out, None
-    layers = [list(same) for same in zip(*outputs, strict=True)][1:]
-    values = [torch.stack([t.detach() for t in same]) for same in layers]
-    grads = [torch.stack([t.grad for t in same if t.grad is not None]) for same in layers]
-    parameter_grads = _as_ensemble([[p.grad for p in model.parameters() if p.grad is not None] for model in twins])
-    return (
-        losses.detach(),
-        out,
-        Pass(values[0::2], values[1::2], losses.detach(), grads[0::2], grads[1::2], parameter_grads),
-    )
+    return losses.detach(), torch.stack([out.detach() for out in outputs])
 
 
 class Together:

@@ -33,6 +33,33 @@ def network_keys(implementation: str, layers: int) -> list[TensorKey]:
     return keys + [key(layer, "update", "forward") for layer in every]
 
 
+def module_keys(sizes: Sequence[int]) -> list[TensorKey]:
+    """The tensors of a recorded step of a module in the order in which they are measured; `sizes`: units, inputs first.
+
+    What counts inputs, then parameters and their gradients, then updates.
+    """
+    key, layers, both = key_of("module"), range(1, len(sizes)), ("forward", "backward")
+    keys = [
+        key(layer, tensor, direction)
+        for direction in both
+        for tensor, count in (("preactivation", len(sizes)), ("activation", len(sizes) - 1))
+        for layer in range(1, count)
+    ]
+    keys += [key(layer, tensor, direction) for direction, layer, tensor in product(both, layers, ("weight", "bias"))]
+    return keys + [key(layer, "update", "forward") for layer in layers]
+
+
+def sort_by_shape(keys: Sequence[TensorKey], sizes: Sequence[int]) -> list[int]:
+    """Places of the keys in the order of the table: tensors of one shape together, shapes as they first occur."""
+
+    def kind(key: TensorKey) -> tuple[object, ...]:
+        inputs = {"preactivation": -1, "activation": -1, "bias": 1}.get(key.tensor, sizes[key.layer - 1])
+        return key.tensor == "update", inputs, sizes[key.layer]
+
+    kinds = [kind(key) for key in keys]
+    return sorted(range(len(keys)), key=lambda k: kinds.index(kinds[k]))
+
+
 def items_of(implementation: str, seen: Pass, parameters: Parameters, activation: Activation) -> list[Item]:
     """All tensors of a forward and backward pass at these parameters, to be measured."""
     key = key_of(implementation)

@@ -97,7 +97,7 @@ ACTIVATIONS: dict[str, Activation] = {
         slope=lambda z: (z > 0).to(z.dtype),
         module=nn.ReLU,
         kinks=(0.0,),
-        backward=lambda grad, z: grad.masked_fill(z <= 0, 0),
+        backward=lambda grad, z: torch.ops.aten.threshold_backward(grad, z, 0),
         homogeneous=True,
         formula=_below_zero("z", "0"),
         derivative=_below_zero("1", "0"),

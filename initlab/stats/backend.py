@@ -25,7 +25,8 @@ from initlab.errors import UsageError, describe_error
 from initlab.stats.histogram import Bins, histogram, octaves
 from initlab.stats.reference import FIELDS
 from initlab.stats.statistics import Function, checked_statistics
-from initlab.stats.summarize import saturated_share, summarize
+from initlab.stats.summarize import relative_error, saturated_share, summarize
+from initlab.stats.workspace import AT_ONCE
 
 COUNT, N_NAN, N_ZERO, SATURATED = (list(FIELDS).index(name) for name in ("count", "n_nan", "n_zero", "saturated"))
 
@@ -85,14 +86,33 @@ class Backend:
         with torch.autocast(x.device.type, enabled=False):
             return into(out, self._with_custom(summarize(x, batched, True, part_of), x, bins))
 
-    def rows_of_each(self, tensors: Sequence[Tensor], bins: Bins | None = None) -> Tensor:
-        """The rows of tensors of one network, of any shapes, that have no batch, such as parameters: (F + M, K).
+    def rows_of_each(self, tensors: Sequence[Tensor], bins: Bins | None = None, batched: bool = False) -> Tensor:
+        """The rows of tensors of one network, of any shapes: (F + M, K).
 
-        The user's functions see them as matrices (O, rest), a vector as one row.
+        batched: whether they are (N, C) and N counts inputs. Else they are parameters: the user's functions see them as
+        matrices (O, rest), a vector as one row.
         """
         groups = groupby(tensors, lambda x: (x.shape, x.dtype, x.device))  # neighbours of one shape: together
         stacked = (torch.stack([as_matrix(x) for x in group]) for _, group in groups)
-        return torch.cat([self.rows(x, False, bins) for x in stacked], 1)
+        return torch.cat([self.rows(x, batched, bins) for x in stacked], 1)
+
+    def compare_each(self, tensors: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+        """How far tensors are from others of their shapes, (2, K) in float64.
+
+        ||a - b|| / ||b||, nan where anything is not finite, and how many entries of either are not.
+        """
+
+        def kind(k: int) -> tuple[object, ...]:  # so many together as a cache holds
+            x = tensors[k]
+            return x.shape, x.dtype, x.device, k * x.numel() // AT_ONCE
+
+        found = []
+        for _, places in groupby(range(len(tensors)), kind):
+            some = list(places)
+            ours, theirs = (torch.stack([as_matrix(side[k]) for k in some]) for side in (tensors, references))
+            error, n_bad = relative_error(ours, theirs)
+            found.append(torch.stack([error, n_bad.double()]))
+        return torch.cat(found, 1)
 
     def change_rows_(self, before: Sequence[Tensor], tensors: Sequence[Tensor], bins: Bins | None = None) -> Tensor:
         """Each of `before`, earlier values of the tensors, becomes the change since then; the rows of these (F + M, K).

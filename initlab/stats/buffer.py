@@ -15,10 +15,10 @@ from torch import Tensor
 
 from initlab.stats.backend import Backend
 from initlab.stats.histogram import bin_columns
-from initlab.stats.keys import KEY_COLUMNS, PARITY_COLUMNS, TensorKey, key_columns
+from initlab.stats.keys import KEY_COLUMNS, TensorKey, key_columns
 from initlab.stats.reference import BLOCK, FIELDS
-from initlab.stats.statistics import COUNTS, NONFINITE, STATISTICS
-from initlab.stats.summarize import derive, relative_error
+from initlab.stats.statistics import COUNTS, STATISTICS
+from initlab.stats.summarize import derive
 from initlab.stats.workspace import AT_ONCE
 
 FLUSH_SECONDS = 30.0  # rows are handed over at least so often
@@ -168,19 +168,6 @@ class StatsBuffer(RowBuffer):
 
     def _statistics(self, rows: Tensor) -> Tensor:
         return torch.cat([derive(rows[: len(FIELDS)]), rows[len(FIELDS) :]])
-
-
-class DifferenceBuffer(RowBuffer):
-    """The table `parity`: relative error of one implementation's tensors against the other's."""
-
-    def __init__(self, seeds: Sequence[int]) -> None:
-        super().__init__(seeds, PARITY_COLUMNS, ("relative_error", NONFINITE))
-
-    def add(self, items: Iterable[Item], references: Iterable[Item], *, step: int) -> None:
-        """Compare tensors that stand in the same order and have the same shapes."""
-        for group, reference in zip(_groups(items), _groups(references), strict=True):
-            error, n_bad = relative_error(*(torch.stack([item.values for item in part]) for part in (group, reference)))
-            self.put([item.key for item in group], torch.stack([error, n_bad.double()]), step)
 
 
 def _groups(items: Iterable[Item]) -> Iterable[list[Item]]:

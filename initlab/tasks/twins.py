@@ -9,14 +9,16 @@ from torch import Tensor
 from initlab.engine import mlp
 from initlab.engine.fast_network import Engine, Factors
 from initlab.engine.mlp import Parameters
-from initlab.engine.named_tensors import change_items, items_of, parameter_items, update_items
+from initlab.engine.module_recorder import ModuleRecorder
+from initlab.engine.named_tensors import change_items, items_of, update_items
 from initlab.engine.recorders import Recording
 from initlab.errors import UsageError
 from initlab.nn.activations import Activation
 from initlab.nn.loss_table import Loss
 from initlab.stats.backend import Backend
-from initlab.stats.buffer import DifferenceBuffer, RowBuffer, StatsBuffer
-from initlab.stats.keys import LOSS_COLUMNS, TensorKey
+from initlab.stats.buffer import RowBuffer, StatsBuffer
+from initlab.stats.keys import LOSS_COLUMNS, PARITY_COLUMNS, TensorKey
+from initlab.stats.statistics import NONFINITE
 from initlab.tasks.ensemble.networks import Emit, Ensemble
 from initlab.tasks.ensemble.training import Training, arrange_members, as_optimizer
 
@@ -28,7 +30,8 @@ class Records:
 
     def __init__(self, ensemble: Ensemble, backend: Backend, emit: Emit, histograms: bool) -> None:
         seeds = ensemble.seeds
-        self.rows, self.parity = StatsBuffer(seeds, backend, histograms, flush_rows=FLUSH_ROWS), DifferenceBuffer(seeds)
+        self.rows = StatsBuffer(seeds, backend, histograms, flush_rows=FLUSH_ROWS)
+        self.parity = RowBuffer(seeds, PARITY_COLUMNS, ("relative_error", NONFINITE))
         self.losses = RowBuffer(seeds, LOSS_COLUMNS, ("loss", "accuracy"))
         self._ensemble, self._emit = ensemble, emit
 
@@ -70,6 +73,7 @@ class TwinTraining:
             ]
         self.twins = [mlp.twin(parameters, member, self.activation) for member in range(len(parameters[0][0]))]
         self.at_once = mlp.Together(self.twins, self.loss) if training.modules == "vmap" else None
+        self.recorder = ModuleRecorder(self.twins, activation, self.loss, records.rows, records.parity)
         rates = lr if isinstance(lr, Sequence) else [lr] * len(self.twins)
         groups = [
             parameter_groups(list(model.parameters()), rate, one)
@@ -81,13 +85,10 @@ class TwinTraining:
 
     def step(self, step: int, xb: Tensor, yb: Tensor, record: bool) -> None:
         """One update of both, measured if `record`."""
-        before = mlp.twin_parameters(self.twins) if record else []
-        if record:  # at the module's parameters of this step, and before the two trainings move on
-            by_hand = mlp.by_hand_at_twins(self.twins, xb, yb, self.activation, self.loss)
-            current = self.hand.parameters()
-            self.records.parity.add(*(parameter_items("", "forward", pairs) for pairs in (current, before)), step=step)
+        if record:  # the parameters of this step, before the two trainings move on
+            self.recorder.compare(self.hand.list_members(), step)
             if self.drift:
-                for name, pairs in (("scratch", current), ("module", before)):
+                for name, pairs in (("scratch", self.hand.parameters()), ("module", mlp.twin_parameters(self.twins))):
                     if name not in self._start:
                         self._start[name] = xb, mlp.forward(pairs, xb, self.activation)[0]
                     x, start = self._start[name]
@@ -96,21 +97,17 @@ class TwinTraining:
         self._note("scratch", step, yb, *self.hand.step(step, xb, yb, record))
         for optimizer in self.by_torch:
             optimizer.zero_grad()
-        if record or self.at_once is None:
-            values, out, module = mlp.twin_forward_and_backward(self.twins, xb, yb, self.loss, watch=record)
+        if record:
+            values, out = self.recorder.look(xb, yb, step)
+        elif self.at_once is None:
+            values, out = mlp.run_twins(self.twins, xb, yb, self.loss)
         else:
-            (values, out), module = self.at_once.forward_and_backward(xb, yb), None
+            values, out = self.at_once.forward_and_backward(xb, yb)
         self._note("module", step, yb, values, out)
         for optimizer in self.by_torch:
             optimizer.step()
-        if module is not None:
-            both = [
-                [item for item in items_of("", seen, before, self.activation) if item.key.direction == "backward"]
-                for seen in (by_hand, module)
-            ]
-            self.records.parity.add(*both, step=step)
-            self.records.rows.add(items_of("module", module, before, self.activation), step)
-            self.records.rows.add(update_items("module", before, mlp.twin_parameters(self.twins)), step)
+        if record:
+            self.recorder.finish(step)
 
     def flush(self) -> None:
         """Emit what the records have, all rows of the recorded steps among them."""
@@ -152,6 +149,9 @@ class _Hand(Protocol):
     def parameters(self) -> Parameters:
         """The weights and biases that the next step starts from."""
 
+    def list_members(self) -> list[list[Tensor]]:
+        """The same of each network: w (I, O), b (O,), w, b, ..., as they lie in memory."""
+
     def flush(self) -> None:
         """Put into the records what still waits."""
 
@@ -162,6 +162,11 @@ class _ByEngine:
     def __init__(self, engine: Engine, records: Records) -> None:
         self.engine = engine
         self.recording = Recording(engine, records.rows)
+        self._members = [
+            [one.view(net.count, *shape)[k] for w, b in zip(net.w.each, net.b.each, strict=True)
+             for one, shape in ((w, w.shape[-2:]), (b, b.shape[-1:]))]
+            for net in engine.networks for k in range(net.count)
+        ]  # fmt: skip
 
     def step(self, step: int, xb: Tensor, yb: Tensor, record: bool) -> tuple[Tensor, Tensor]:
         loss = self.recording.step(xb, yb, step) if record else self.engine.step(xb, yb)
@@ -169,6 +174,9 @@ class _ByEngine:
 
     def parameters(self) -> Parameters:
         return self.engine.parameters
+
+    def list_members(self) -> list[list[Tensor]]:
+        return self._members
 
     def flush(self) -> None:
         self.recording.flush()
@@ -206,6 +214,9 @@ class _ByPass:
 
     def parameters(self) -> Parameters:
         return self.weights
+
+    def list_members(self) -> list[list[Tensor]]:
+        return [[one[k] for pair in self.weights for one in pair] for k in range(len(self.weights[0][0]))]
 
     def flush(self) -> None:
         """Everything is in the records already."""

@@ -69,21 +69,25 @@ def test_pass_equals_the_twin(activation: str, loss: str, depth: int) -> None:
     xb, yb = batch(loss, 3)
     hand = by_hand(parameters, activation, loss, xb, yb)
     twins = [mlp.twin(parameters, member, ACTIVATIONS[activation]) for member in range(2)]
-    losses, out, module = mlp.twin_forward_and_backward(twins, xb, yb, LOSSES[loss], watch=True)
-    assert module is not None
-    assert torch.equal(out, module.out)
-    compared = [
-        (hand.loss, losses),
-        *zip(hand.preactivations, module.preactivations, strict=True),
-        *zip(hand.activations, module.activations, strict=True),
-        *zip(hand.preactivation_grads, module.preactivation_grads, strict=True),
-        *zip(hand.activation_grads, module.activation_grads, strict=True),
-        *((a, b) for ours, theirs in zip(hand.parameter_grads, module.parameter_grads, strict=True)
-          for a, b in zip(ours, theirs, strict=True)),
-    ]  # fmt: skip
-    for ours, theirs in compared:
-        assert (ours - theirs).norm() <= 1e-13 * theirs.norm()
-        assert theirs.norm() > 0
+    losses, out = mlp.run_twins(twins, xb, yb, LOSSES[loss])
+    for k, model in enumerate(twins):
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        module = mlp.twin_pass(model, list(model.parameters()), xb[k], yb[k], LOSSES[loss])
+        assert torch.equal(out[k], module.out) and torch.equal(losses[k], module.loss)
+        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True) if p.grad is not None)
+        compared = [
+            (hand.loss, module.loss),
+            *zip(hand.preactivations, module.preactivations, strict=True),
+            *zip(hand.activations, module.activations, strict=True),
+            *zip(hand.preactivation_grads, module.preactivation_grads, strict=True),
+            *zip(hand.activation_grads, module.activation_grads, strict=True),
+            *((a, b) for ours, theirs in zip(hand.parameter_grads, module.parameter_grads, strict=True)
+              for a, b in zip(ours, theirs, strict=True)),
+        ]  # fmt: skip
+        for ours, theirs in compared:
+            assert (ours[k] - theirs).norm() <= 1e-13 * theirs.norm()
+            assert theirs.norm() > 0
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -152,11 +156,10 @@ def test_at_the_twins_own_memory_both_forward_passes_are_one(activation: str, dt
         draw(rule("kaiming"), activation, shape, (0, 1), layer, dtype)
         for layer, shape in enumerate(pairwise((50, 37, 41, 10)), start=1)
     ]
-    twins = [mlp.twin(parameters, member, ACTIVATIONS[activation]) for member in range(2)]
-    loss = LOSSES["cross_entropy"]
-    hand = mlp.by_hand_at_twins(twins, xb, yb, ACTIVATIONS[activation], loss)
-    _, _, module = mlp.twin_forward_and_backward(twins, xb, yb, loss, watch=True)
-    assert module is not None
+    model, loss = mlp.twin(parameters, 1, ACTIVATIONS[activation]), LOSSES["cross_entropy"]
+    pairs = mlp.arrange_pairs([p.detach() for p in model.parameters()])
+    hand = mlp.forward_and_backward(pairs, xb[1], yb[1], ACTIVATIONS[activation], loss)
+    module = mlp.twin_pass(model, list(model.parameters()), xb[1], yb[1], loss)
     for ours, theirs in zip(
         [*hand.preactivations, *hand.activations], [*module.preactivations, *module.activations], strict=True
     ):

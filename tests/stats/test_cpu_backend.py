@@ -147,6 +147,9 @@ def test_tensors_of_any_shape_have_their_rows_in_one_call(kind: str) -> None:
     rows = passes().rows_of_each(tensors, bins)
     for k, x in enumerate(tensors):
         agree(rows[:, k], summarize(x, batched=False))
+    batched = passes().rows_of_each(tensors, None, batched=True)
+    for k, x in enumerate(tensors):
+        agree(batched[:, k], summarize(x))
     assert torch.equal(whole(bins, tensors[0])[:, 0], torch.stack([histogram(x) for x in tensors]))
     before = [torch.randn(x.shape) for x in tensors]
     for backend in (passes(), Backend()):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from initlab.stats import buffer as buffer_module
-from initlab.stats.buffer import DifferenceBuffer, Item, RowBuffer, StatsBuffer
-from initlab.stats.keys import KEY_COLUMNS, LOSS_COLUMNS, PARITY_COLUMNS, TensorKey, update_ratio
+from initlab.stats.buffer import Item, RowBuffer, StatsBuffer
+from initlab.stats.keys import KEY_COLUMNS, LOSS_COLUMNS, TensorKey, update_ratio
 from initlab.stats.measure import backend_for, measure
 from initlab.stats.statistics import COUNTS, IN_LN, STATISTICS
 from initlab.stats.summarize import derive, relative_error, saturated_share, summarize
@@ -285,18 +285,6 @@ def test_histograms_are_rows_of_their_own() -> None:
     assert frame["positive"][5].tolist() == [4]
     assert len(tables["stats"]) == 6 and len(rows.take_tables()["histograms"]) == 0
     assert list(rows_of([0]).take_tables()) == ["stats"]
-
-
-def test_differences_are_per_network() -> None:
-    parity = DifferenceBuffer([0, 1])
-    key = TensorKey("train", "", 1, "weight", "backward")
-    b = torch.ones(2, 3, 3, dtype=torch.float64)
-    a = b.clone()
-    a[1] *= 1.01
-    parity.add([Item(key, a)], [Item(key, b)], step=2)
-    frame = parity.take()
-    assert frame["relative_error"].tolist() == pytest.approx([0, 0.01]) and frame["step"].tolist() == [2, 2]
-    assert list(frame.columns) == [*PARITY_COLUMNS, "relative_error", "n_nonfinite"]
 
 
 def test_a_buffer_says_when_it_holds_enough(monkeypatch: pytest.MonkeyPatch) -> None:

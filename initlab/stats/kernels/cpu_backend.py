@@ -59,10 +59,10 @@ class CpuBackend(Backend):
         self._passes.describe_rows(x.data_ptr(), networks, n, c, batched, rows.data_ptr(), arena)
         return rows if rows is out else into(out, self._with_custom(rows.movedim(-1, 0), x, None))
 
-    def rows_of_each(self, tensors: Sequence[Tensor], bins: Bins | None = None) -> Tensor:
+    def rows_of_each(self, tensors: Sequence[Tensor], bins: Bins | None = None, batched: bool = False) -> Tensor:
         if not all(map(self.fuses, tensors)):
-            return super().rows_of_each(tensors, bins)
-        return self._describe_each(tensors, None, bins)
+            return super().rows_of_each(tensors, bins, batched)
+        return self._describe_each(tensors, None, bins, batched)
 
     def change_rows_(self, before: Sequence[Tensor], tensors: Sequence[Tensor], bins: Bins | None = None) -> Tensor:
         pairs = zip(before, tensors, strict=True)
@@ -70,14 +70,30 @@ class CpuBackend(Backend):
             return super().change_rows_(before, tensors, bins)
         return self._describe_each(tensors, before, bins)
 
-    def _describe_each(self, tensors: Sequence[Tensor], before: Sequence[Tensor] | None, bins: Bins | None) -> Tensor:
+    def _describe_each(
+        self, tensors: Sequence[Tensor], before: Sequence[Tensor] | None, bins: Bins | None, batched: bool = False
+    ) -> Tensor:
         lists = [[x.data_ptr() for x in tensors], [x.data_ptr() for x in before or tensors]]
-        numbers = np.array([*lists, [x.numel() for x in tensors]], dtype=np.int64)
-        addresses, old, sizes = (row.ctypes.data for row in numbers)
+        units = [x.shape[-1] if batched else 1 for x in tensors]
+        numbers = np.array([*lists, [x.numel() for x in tensors], units], dtype=np.int64)
+        addresses, old, sizes, widths = (row.ctypes.data for row in numbers)
         rows = torch.empty((len(tensors), len(FIELDS)), dtype=torch.float64, device="cpu")
         arena = None if bins is None else _arena(bins, len(rows))
-        self._passes.describe_many(addresses, old if before else None, sizes, len(rows), rows.data_ptr(), arena)
+        given = (addresses, old if before else None, sizes, widths, batched)
+        self._passes.describe_many(*given, len(rows), rows.data_ptr(), arena)
         return rows.t()
+
+    def compare_each(self, tensors: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+        across = [x.ndim == 2 and not x.is_contiguous() and x.mT.is_contiguous() for x in references]
+        memory = [x.mT if turned else x for x, turned in zip(references, across, strict=True)]
+        if not all(map(self.fuses, [*tensors, *memory])):
+            return super().compare_each(tensors, references)
+        units = [x.shape[-1] if turned else 0 for x, turned in zip(references, across, strict=True)]
+        lists = [[x.data_ptr() for x in side] for side in (tensors, memory)]
+        numbers = np.array([*lists, [x.numel() for x in tensors], units], dtype=np.int64)
+        found = torch.empty((2, len(tensors)), dtype=torch.float64, device="cpu")
+        self._passes.compare_many(*(row.ctypes.data for row in numbers), len(tensors), found.data_ptr())
+        return found
 
     def relu_rows_(self, z: Tensor, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
         if not self.fuses(z):

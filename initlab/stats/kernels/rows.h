@@ -8,6 +8,29 @@
 
 namespace {
 
+// Calls f(from, to) for strip after strip.
+template <class Part> inline void strips(long n, const Part &f) {
+    for (long from = 0; from < n; from += STRIP) f(from, n - from < STRIP ? n : from + STRIP);
+}
+
+// The row of a tensor that has no finite entry, as all of a network that has diverged; says whether it is one.
+bool is_lost(const float *x, long count, bool batched, double *row) {
+    double nans = 0, infs = 0;
+    strips(count, [&](long from, long to) {
+        int32_t nan = 0, inf = 0;
+        for (long k = from; k < to; k++) {
+            const uint32_t magnitude = bits_of(x[k]) << 1;
+            nan += magnitude > 0xff000000; inf += magnitude == 0xff000000;
+        }
+        nans += nan; infs += inf;
+    });
+    if (nans + infs < count) return false;
+    row[NANS] = nans; row[INFS] = infs; row[SUBNORMALS] = row[ZEROS] = 0;
+    row[MEAN] = row[M2] = row[LOW] = row[HIGH] = row[WITHIN] = NOTHING;
+    row[DEAD] = row[ALIVE] = row[RESULTANT] = batched ? 0 : NOTHING;
+    return true;
+}
+
 // Every entry is taken as its distance from a pivot of its own unit, near the unit's mean: units may differ by any factor,
 // and what varies inside a small one is not lost beside a large one.
 void careful(const float *x, long n, long c, bool batched, double *row) {
@@ -60,11 +83,6 @@ void careful(const float *x, long n, long c, bool batched, double *row) {
     row[ALIVE] = batched ? alive : NOTHING; row[RESULTANT] = batched ? resultant : NOTHING;
 }
 
-// Calls f(from, to) for strip after strip.
-template <class Part> inline void strips(long n, const Part &f) {
-    for (long from = 0; from < n; from += STRIP) f(from, n - from < STRIP ? n : from + STRIP);
-}
-
 // Zeros and subnormal numbers are counted only where the smallest magnitude says that there are any.
 void count_small(const float *x, long count, double *row) {
     double zeros = 0, small = 0;
@@ -95,7 +113,7 @@ bool quick(const Sums &s, const float *x, long n, long c, bool batched, double *
 
 // The row of x from its sums, or where they do not do from x itself.
 void describe_from(const Sums &s, const float *x, long n, long c, bool batched, double *row) {
-    if (!quick(s, x, n, c, batched, row)) careful(x, n, c, batched, row);
+    if (!quick(s, x, n, c, batched, row) && !is_lost(x, n * c, batched, row)) careful(x, n, c, batched, row);
 }
 
 // --- two passes over (n, c): lengths of the vectors, then units -------------------------------------------------------------

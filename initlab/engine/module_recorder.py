@@ -1,0 +1,118 @@
+"""Recorded steps of `nn.Module` twins: a row for every tensor, and how far gradients by hand are from autograd's.
+
+Tensors are measured where they lie, all of a pass in a few calls of the backend, and compared in one pass over both.
+Legend: E ensemble, N batch, I fan_in, O fan_out, K rows of a step, F numbers of a row.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from initlab.engine import mlp
+from initlab.engine.layer_memory import equal_neighbours
+from initlab.engine.mlp import Pass
+from initlab.engine.named_tensors import module_keys, sort_by_shape
+from initlab.nn.activations import Activation
+from initlab.nn.loss_table import Loss
+from initlab.stats.backend import COUNT, N_NAN, N_ZERO, SATURATED
+from initlab.stats.buffer import RowBuffer, StatsBuffer
+from initlab.stats.histogram import Bins, join_bins
+from initlab.stats.summarize import saturated_share
+
+
+class ModuleRecorder:
+    """Measures steps of twins that torch trains: each is a `look`, torch's update, and a `finish`.
+
+    twins: the modules. rows, parity: buffers that get what is measured.
+    """
+
+    def __init__(
+        self, twins: Sequence[nn.Sequential], activation: Activation, loss: Loss, rows: StatsBuffer, parity: RowBuffer
+    ) -> None:
+        self._twins, self._activation, self._loss, self._rows, self._parity = twins, activation, loss, rows, parity
+        self._own = [list(model.parameters()) for model in twins]
+        self._views = [list[Tensor]() for _ in twins]  # w (I, O), b (O,), w, b, ... of each twin, on torch's memory
+        first = self._find_views(0)
+        sizes = [len(first[0]), *(len(b) for b in first[1::2])]
+        keys = module_keys(sizes)
+        self._order = sort_by_shape(keys, sizes)
+        self._keys = [keys[k] for k in self._order]
+        values = [key for key in keys if key.direction == "forward" and key.tensor in ("weight", "bias")]
+        gradients = [key for key in keys if key.direction == "backward"]
+        # Of parameters, and of gradients: which is compared after which, and the keys in this order.
+        orders = [(some, sort_by_shape(some, sizes)) for some in (values, gradients)]
+        self._compared = [(order, [some[k] for k in order]) for some, order in orders]
+        self._bins = [None if rows.bins is None else rows.backend.bins(1) for _ in twins]
+        self._seen: list[tuple[Tensor, list[Tensor]]] = []  # of each twin its rows, and its weights before the update
+
+    def compare(self, members: Sequence[Sequence[Tensor]], step: int) -> None:
+        """How far other parameters, w (I, O), b (O,), w, b, ... of each network, are from those of the twins."""
+        views = map(self._find_views, range(len(self._own)))
+        self._put_parity(0, list(map(self._rows.backend.compare_each, members, views)), step)
+
+    @torch.no_grad()
+    def look(self, xb: Tensor, yb: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """A pass of every twin, measured and compared with the pass by hand; losses (E,) and outputs (E, N, O)."""
+        self._seen = []
+        passes, errors, backend = [], [], self._rows.backend
+        for k, (bins, x, y) in enumerate(zip(self._bins, xb, yb, strict=True)):
+            found, values = mlp.twin_pass(self._twins[k], self._own[k], x, y, self._loss), self._find_views(k)
+            pairs = list(zip(values[0::2], values[1::2], strict=True))
+            by_hand = mlp.forward_and_backward(pairs, x, y, self._activation, self._loss)
+            grads = [one for pair in found.parameter_grads for one in pair]
+            by_torch = [*found.preactivation_grads, *found.activation_grads, *grads]
+            ours = [one for pair in by_hand.parameter_grads for one in pair]
+            errors.append(
+                backend.compare_each([*by_hand.preactivation_grads, *by_hand.activation_grads, *ours], by_torch)
+            )
+            passes.append((found.loss, found.out))
+            rows = [self._measure_batch(found, bins), backend.rows_of_each(self._turn([*values, *grads]), bins)]
+            self._seen.append((torch.cat(rows, 1), [w.clone() for w in values[0::2]]))
+        self._put_parity(1, errors, step)
+        losses, outputs = zip(*passes, strict=True)
+        return torch.stack(losses), torch.stack(outputs)
+
+    def finish(self, step: int) -> None:
+        """The twins have been updated: their rows are whole."""
+        found = []
+        for k, (bins, (rows, before)) in enumerate(zip(self._bins, self._seen, strict=True)):
+            weights = self._find_views(k)[0::2]
+            changes = self._turn([torch.sub(w, old, out=old) for w, old in zip(weights, before, strict=True)])
+            found.append(torch.cat([rows, self._rows.backend.rows_of_each(changes, bins)], 1))
+        self._seen = []
+        self._rows.put(self._keys, torch.stack(found, -1)[:, self._order], step)
+        if self._rows.bins is not None:
+            counts, lowest = join_bins([join_bins(bins.take(), 0) for bins in self._bins if bins is not None], 1)
+            self._rows.put_bins([(counts[self._order], lowest)])
+
+    def _find_views(self, k: int) -> list[Tensor]:
+        """Of one twin; they are made anew where an optimizer has put other memory in the place of a parameter's."""
+        own, known = self._own[k], self._views[k]
+        if not known or any(p.data_ptr() != one.data_ptr() for p, one in zip(own, known, strict=True)):
+            pairs = mlp.arrange_pairs([p.detach() for p in own])
+            self._views[k] = [one for pair in pairs for one in pair]
+        return self._views[k]
+
+    def _turn(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Weights (I, O) as they lie in torch's memory, (O, I); functions of the user see them as they are."""
+        return list(tensors) if self._rows.backend.statistics else [x.mT if x.ndim > 1 else x for x in tensors]
+
+    def _measure_batch(self, found: Pass, bins: Bins | None) -> Tensor:
+        """Rows of what counts inputs, and the saturated shares of hidden preactivations."""
+        hidden, forward = found.preactivations[:-1], [*found.preactivations, *found.activations]
+        tensors = [*forward, *found.preactivation_grads, *found.activation_grads]
+        rows = self._rows.backend.rows_of_each(tensors, bins, batched=True)
+        if self._activation.rectifies:
+            a = rows[:, len(hidden) + 1 : len(forward)]
+            rows[SATURATED, : len(hidden)] = (a[N_ZERO] + a[N_NAN]) / a[COUNT]
+            return rows
+        for run in equal_neighbours([z.shape for z in hidden]):
+            slope = self._activation.slope(torch.stack(hidden[run]))
+            rows[SATURATED, run] = saturated_share(slope, self._activation.largest_slope)
+        return rows
+
+    def _put_parity(self, kind: int, errors: Sequence[Tensor], step: int) -> None:
+        """Errors (2, K) of every twin."""
+        order, keys = self._compared[kind]
+        self._parity.put(keys, torch.stack(list(errors), -1)[:, order], step)
