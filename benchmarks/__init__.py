@@ -1,17 +1,20 @@
 """What watching costs: initlab and today's idioms against the same network unwatched, as ratios within one run.
 
-    python -m benchmarks [stack|step|backward|ensemble|chapter|startup|phase|memory|collect|sweep|verdict|gpu ...]
-                         [--threads N ...] [--device cuda] [--quick] [--json FILE] [--compare FILE] [--plot FILE]
+    python -m benchmarks [GROUP ...] [--threads N ...] [--device cuda] [--quick] [--json FILE] [--compare FILE]
+                         [--plot FILE] [--from FILE]
+
+Without groups: a dozen questions and how cost grows, in some minutes; with groups: all that they measure.
 
 From the figure down to the watch:
 
     __main__.py    the command line
+    questions.py   the dozen that a user asks: what is measured without a group, printed first and drawn
     draw.py        rows -> one figure
     guard.py       what became worse since a file of results
     report.py      rows -> the table that is printed
     groups.py      the table of groups
         step.py  stack.py  backward.py  ensemble.py  startup.py  phase.py  memory.py  collect.py  sweep.py
-        verdict_costs.py  gpu.py
+        verdict_costs.py  growth.py  gpu.py
                        what is raced against what
     peers.py       how others watch a network, written as they write it
     bare.py        the same work unwatched: what everything is divided by

@@ -1,4 +1,7 @@
-"""The command line of the benchmarks: which groups, with how many threads, and what becomes of the results."""
+"""The command line of the benchmarks: which groups, with how many threads, and what becomes of the results.
+
+Without groups it measures a dozen questions of a user, and how cost grows, in some minutes.
+"""
 
 import argparse
 import sys
@@ -8,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import guard, machine, report, rows
+from benchmarks import guard, machine, questions, report, rows
 from benchmarks.groups import GROUPS
 from benchmarks.race import Outcome, Setting
 from initlab.errors import UsageError, choose
@@ -17,11 +20,13 @@ from initlab.tasks.ensemble.device import find_device
 RESULTS = Path(__file__).with_name("results")
 WORSE, MISTAKE = 1, 2
 QUICK_ROUNDS, QUICK_SECONDS = 5, 0.15
+DOZEN = ["stack", "chapter", "step", "ensemble", "phase", "collect", "verdict", "growth"]
+DOZEN_ROUNDS, DOZEN_SECONDS = 9, 0.6
 
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description="What watching costs, as ratios in one run.")
-    parser.add_argument("groups", nargs="*", help=f"{' | '.join(GROUPS)}; none is all that the device can run")
+    parser.add_argument("groups", nargs="*", help=f"all of {' | '.join(GROUPS)}; none is a dozen rows of them")
     parser.add_argument("--threads", type=int, nargs="+", default=[1], metavar="N", help="1: CPU time; more: wall time")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for the group gpu")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: for a look")
@@ -38,10 +43,12 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
 def measure(options: argparse.Namespace) -> Outcome:
     """Run the groups at each number of threads; what a group has measured is in the file before the next begins."""
     outcome = Outcome()
-    default = ["gpu"] if options.device == "cuda" else [name for name in GROUPS if name != "gpu"]
+    default = ["gpu"] if options.device == "cuda" else DOZEN
     for threads in options.threads:
         torch.set_num_threads(threads)
         setting = Setting(threads, options.device)
+        if not options.groups and options.device != "cuda":
+            setting = setting._replace(rounds=DOZEN_ROUNDS, seconds=DOZEN_SECONDS, quick=True, wanted=questions.wanted)
         if options.quick:
             setting = setting._replace(rounds=QUICK_ROUNDS, seconds=QUICK_SECONDS, quick=True)
         for name in dict.fromkeys(options.groups or default):
@@ -76,7 +83,10 @@ def main(words: Sequence[str]) -> int:
     else:
         print("\n".join(machine.describe(options.threads, options.device)), flush=True)
         outcome = measure(options)
-    print("\n".join(["", *report.lines(outcome), "", *report.glossary(row.id for row in outcome.rows)]))
+    print("\n".join(["", *questions.lines(outcome.rows), "", *report.growth(outcome.rows), ""]))
+    long = bool(options.groups or options.source)
+    rest = [*report.lines(outcome), "", *report.glossary(row.id for row in outcome.rows)]
+    print("\n".join(rest if long else report.missing(outcome)))
     if options.json is not None and not options.source:
         print(f"\nResults added to {options.json}.")
     if options.plot:

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # What must be known of initlab on a GPU, in order of worth; about 6 minutes on an H100. Run in the repository's root.
-# Results go to $OUT. Every step has its own limit, and a failure stops no other. Rehearse it anywhere with DEVICE=cpu.
+# Results go to $OUT. Every step has its own limit, and a failure stops no other. Rehearse it anywhere with DEVICE=cpu:
+# fewer networks and steps, tests collected and not run, and benchmarks that say that there is no GPU.
 set -u
 : "${OUT:=gpu-results}" "${DEVICE:=cuda}" "${PYTHON:=python3}" "${BUDGET:=480}"
+if [ "$DEVICE" = cpu ]; then networks=16 steps=5 collected=--collect-only timed=(gpu --quick)
+else networks=1024 steps=100 collected= timed=(gpu --device "$DEVICE" --json "$OUT/gpu.json"); fi
 mkdir -p "$OUT"; runs=$(mktemp -d); log="$OUT/log.txt"; begun=$SECONDS
 export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD" PYTHONUNBUFFERED=1 MPLBACKEND=Agg HYDRA_FULL_ERROR=1 PYTHON DEVICE runs
 step() { # name, limit in seconds, command
@@ -40,10 +43,10 @@ for relu in (False, True):
                 first.setdefault(name, layer)
     print("relu" if relu else "linear", "first layer where it is not finite:", first)
 PY
-step "tests marked gpu" 200 "$PYTHON" -m pytest -q -m gpu -n 4 --tb=short --maxfail=50 -p no:cacheprovider -p no:benchmark
-[ "$DEVICE" = cpu ] || step "benchmarks" 150 "$PYTHON" -m benchmarks gpu --device "$DEVICE" --json "$OUT/gpu.json"
-step "a thousand networks" 60 "$PYTHON" -m initlab task=stack init=kaiming seeds=1024 device="$DEVICE" generator=philox theory=off plots=false hydra.run.dir="$runs/many"
-step "fifty layers trained" 90 "$PYTHON" -m initlab task=train train.depth=50 train.width=100 train.steps=100 device="$DEVICE" plots=false theory=off hydra.run.dir="$runs/deep"
-step "four rules" 120 "$PYTHON" -m initlab -m init=naive,small,lecun,kaiming device="$DEVICE" hydra.sweep.dir="$runs/four"
+step "tests marked gpu" 200 "$PYTHON" -m pytest -q -m gpu -n 4 $collected --tb=short --maxfail=50 -p no:cacheprovider -p no:benchmark
+step "benchmarks" 150 "$PYTHON" -m benchmarks "${timed[@]}"
+step "many networks" 60 "$PYTHON" -m initlab task=stack init=kaiming seeds="$networks" device="$DEVICE" generator=philox theory=off plots=false hydra.run.dir="$runs/many"
+step "fifty layers trained" 90 "$PYTHON" -m initlab task=train train.depth=50 train.width=100 train.steps="$steps" device="$DEVICE" plots=false theory=off hydra.run.dir="$runs/deep"
+step "four rules" 120 "$PYTHON" -m initlab -m init=naive,small,lecun,kaiming train.steps="$steps" device="$DEVICE" hydra.sweep.dir="$runs/four"
 cp "$runs/device/activation_std.png" "$runs/device/run.json" "$OUT/" 2>/dev/null
 rm -rf "$runs"; cat "$OUT/summary.txt"

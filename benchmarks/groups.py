@@ -2,7 +2,20 @@
 
 from collections.abc import Callable
 
-from benchmarks import backward, collect, ensemble, gpu, memory, phase, stack, startup, step, sweep, verdict_costs
+from benchmarks import (
+    backward,
+    collect,
+    ensemble,
+    gpu,
+    growth,
+    memory,
+    phase,
+    stack,
+    startup,
+    step,
+    sweep,
+    verdict_costs,
+)
 from benchmarks.race import Outcome, Setting
 
 GROUPS: dict[str, Callable[[Setting], Outcome]] = {
@@ -17,5 +30,6 @@ GROUPS: dict[str, Callable[[Setting], Outcome]] = {
     "collect": collect.group,
     "sweep": sweep.group,
     "verdict": verdict_costs.group,
+    "growth": growth.group,
     "gpu": gpu.group,
 }

@@ -42,13 +42,14 @@ class Asked(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """How long and where: `seconds` a contestant in at most `rounds` rounds."""
+    """How long and where: `seconds` a contestant in at most `rounds` rounds; which ids and variants are measured."""
 
     threads: int = 1
     device: str = "cpu"
     rounds: int = 15
     seconds: float = 1.5
     quick: bool = False
+    wanted: Callable[[str, str], bool] = lambda name, variant: True
 
     @property
     def clock(self) -> Clock:
@@ -77,8 +78,13 @@ def row(asked_id: str, variant: str, samples: Sequence[float], setting: Setting,
 def run(builds: Builds, asked: Sequence[Asked], setting: Setting) -> Outcome:
     """Build the contestants, race them, close them, and divide.
 
-    A contestant whose build raises `NotAvailable` takes no part; what is asked of it comes back as missing.
+    Only what is wanted is measured. A contestant whose build raises `NotAvailable` takes no part; what is asked of it
+    comes back as missing.
     """
+    left_out = {name for one in asked for name in (one.over, one.under)}
+    asked = [one for one in asked if setting.wanted(one.id, one.variant)]
+    left_out -= {name for one in asked for name in (one.over, one.under)}
+    builds = {name: build for name, build in builds.items() if name not in left_out}
     contestants: dict[str, Contestant] = {}
     absent: dict[str, str] = {}
     outcome = Outcome()

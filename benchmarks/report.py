@@ -1,4 +1,4 @@
-"""Rows -> the table that is printed."""
+"""Rows -> the tables of all results and of exponents; that of the questions is in `questions.py`."""
 
 from collections.abc import Iterable, Iterator
 
@@ -11,13 +11,28 @@ def lines(outcome: Outcome) -> Iterator[str]:
     if outcome.rows:
         yield f"{'id':34} {'variant':12} {'median':>9} {'q25':>9} {'q75':>9} {'unit':6} {'thr':>3} {'bar':>8}"
         yield from map(line, outcome.rows)
-    for missing in outcome.missing:
-        yield f"{missing.id:34} {missing.variant:12} not available: {missing.reason}"
+    yield from missing(outcome)
     if outcome.seconds:
         yield ""
         yield "time of one step, pass or network"
         for name, seconds in outcome.seconds.items():
             yield f"  {name:42} {1e3 * seconds:10.4g} ms"
+
+
+def missing(outcome: Outcome) -> Iterator[str]:
+    """What was asked for and not measured, with its reason."""
+    for one in outcome.missing:
+        yield f"{one.id:34} {one.variant:12} not available: {one.reason}"
+
+
+def growth(rows: Iterable[Row]) -> Iterator[str]:
+    """The table of exponents: initlab's, and those of the products or of a bare module's steps."""
+    powers = {row.id: row for row in rows if row.unit == "power"}
+    if powers:
+        yield f"{'CPU time grows with the power of':32} {'initlab':>9} {'bare':>9}"
+    for name, row in powers.items():
+        if alone := powers.get(f"{name}.products"):
+            yield f"  {name.removeprefix('growth.'):30} {row.ratio:9.2f} {alone.ratio:9.2f}"
 
 
 def line(row: Row) -> str:

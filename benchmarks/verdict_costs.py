@@ -60,11 +60,13 @@ def group(setting: Setting) -> Outcome:
     x, y = torch.randn(BATCH, generator=torch.Generator().manual_seed(0)), torch.arange(BATCH[0])
     outcome = Outcome()
     for name, normed, rounds in (("verdict.diagnose", True, 15), ("verdict.diagnose.reference", False, ROUNDS)):
+        if not setting.wanted(name, "plain"):
+            continue
         model = residual(normed)
         diagnosed = partial(initlab.diagnose, model, x, y, cross_entropy)
         builds: Builds = {"pass": partial(one_pass, model, x, y), name: partial(Contestant, diagnosed)}
         asked = [Asked(name, "plain", name, "pass")]
         outcome.add(run(builds, asked, setting._replace(rounds=min(rounds, setting.rounds))))
-    if setting.threads == 1:  # the clock is the processor's
+    if setting.threads == 1 and setting.wanted("verdict.audit", "plain"):  # the clock is the processor's
         outcome.rows.append(row("verdict.audit", "plain", audited(setting), setting, "s"))
     return outcome

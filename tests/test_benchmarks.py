@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 import benchmarks
 from benchmarks import __main__ as command
-from benchmarks import child, guard, machine, memory, race, report, rows, subjects
-from benchmarks.draw import QUESTIONS, figure
+from benchmarks import child, growth, guard, machine, memory, questions, race, report, rows, subjects
+from benchmarks.draw import figure
 from benchmarks.groups import GROUPS
+from benchmarks.questions import QUESTIONS
 from benchmarks.race import Asked, Contestant, NotAvailable, Outcome, Setting
 from benchmarks.rows import BARS, IDS, UNITS, VARIANTS, Missing, Row, at, quartiles
 from initlab.errors import UsageError
@@ -216,7 +217,7 @@ def test_a_bar_depends_on_the_threads_where_it_says_so():
     assert (row.bar, row.clears_its_bar) == (0.90, True)
     assert (replace(row, threads=2).bar, replace(row, threads=2).clears_its_bar) == (0.75, False)
     assert replace(row, threads=4).bar is None and replace(row, threads=4).clears_its_bar is None
-    assert replace(row, id="step.book.full", threads=4).bar == 0.65
+    assert replace(row, id="step.book.full", threads=4).bar == 0.80
 
 
 def test_networks_per_second_are_better_when_higher():
@@ -267,7 +268,8 @@ def test_the_output_names_the_machine_the_numbers_and_what_is_missing(fixed, cap
     assert [setting.threads for setting in fixed] == [1, 2]
     for words in ("machine", "torch", "Python", "load", "CPU time", "wall time", IDS["stack.100"]):
         assert words in said
-    assert re.search(r"stack\.100 +plain +2 +2 +2 ratio +1 +1\.35 MISSED", said)
+    assert re.search(r"stack\.100 +plain +2 +2 +2 ratio +1 +2\.5 holds", said)
+    assert re.search(r"^Watch every layer.*against the products alone +2\.00$", said, re.M)
     assert re.search(r"stack\.1000 +plain +not available: too large", said)
 
 
@@ -330,31 +332,79 @@ def test_every_line_of_the_report_is_one_line():
 # --- the figure -------------------------------------------------------------------------------------------------------
 
 
+ANSWERS = [
+    result("step.deep.full", 0.7, threads=2, variant="nohist"),
+    result("step.deep.full", 0.8, variant="nohist"),
+    result("step.deep.full", 0.9, variant="accelerated"),
+    result("step.deep.full", 1.9),
+    result("stack.nets", 4.0, variant="accelerated"),
+    result("step.deep.peer.course", 2.2),
+    result("startup.help", 1.0, unit="s"),
+]
+
+
 def test_the_figure_asks_what_a_user_asks_and_has_peers_on_their_rivals_line():
-    given = [
-        result("step.deep.full", 0.7, threads=2, variant="accelerated"),
-        result("step.deep.full", 0.8, variant="accelerated"),
-        result("step.deep.full", 0.9),
-        result("step.deep.bare", 0.6),
-        result("step.deep.peer.course", 2.2),
-        result("startup.help", 1.0, unit="s"),
-    ]
-    drawn = figure(given, "title")
+    drawn = figure(ANSWERS, "title")
     (ax,) = drawn.axes
     labels = [text.get_text().split("\n")[0] for text in ax.get_yticklabels()]
-    assert labels == ["Train by hand, all statistics and histograms kept", "Train by hand, nothing kept"]
-    dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines if line.get_marker() == "o"]
-    assert dots == [(0.8, 0), (0.6, 1)]  # one thread, the variant that the row asks for
-    assert [
-        (line.get_xdata()[0], line.get_ydata()[0])
-        for line in ax.lines
-        if line.get_marker() == "s" and len(line.get_xdata())
-    ] == [(2.2, 0)]
-    assert drawn.get_figwidth() * drawn.dpi == 850
+    assert labels == ["Draw, stack and measure a network", "Train 50 layers, every statistic kept"]
+    drawn_lines = [line for line in ax.lines if len(line.get_xdata())]
+    dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in drawn_lines if line.get_marker() == "o"]
+    # One thread, the variants that the row asks for, networks a second the other way round.
+    assert dots == [(0.25, 0), (1.9, 1), (0.8, 1)]
+    peers = [(line.get_xdata()[0], line.get_ydata()[0]) for line in drawn_lines if line.get_marker() == "s"]
+    assert peers == [(2.2, 1)] and drawn.get_figwidth() * drawn.dpi == 850
+
+
+def test_the_table_of_questions_has_both_answers_and_those_of_others():
+    head, *lines, _ = questions.lines(ANSWERS)
+    assert [line.split("  ")[0] for line in lines] == [
+        "Draw, stack and measure a network, against the chapter's loop",
+        "Train 50 layers, every statistic kept, against bare nn.Module",
+    ]
+    assert lines[0].split()[-1:] == ["0.25"] and lines[1].split()[-4:] == ["0.80", "1.90", "course", "2.20"]
+    assert all(len(line) <= 130 for line in (head, *lines)) and list(questions.lines([])) == []
+
+
+def test_without_groups_only_the_questions_are_measured(monkeypatch, capsys):
+    """And the growth of cost; a race leaves out whom nothing asks for."""
+    asked = {}
+
+    def group(name):
+        def measured(setting):
+            asked[name] = setting
+            return Outcome()
+
+        return measured
+
+    for name in GROUPS:
+        monkeypatch.setitem(GROUPS, name, group(name))
+    assert command.main([]) == 0
+    assert list(asked) == command.DOZEN
+    wanted = asked["stack"].wanted
+    assert wanted("stack.100", "plain") and wanted("stack.100.peer.course", "plain")
+    assert not wanted("step.deep.cost", "nohist") and not wanted("step.deep.full.histograms", "plain")
+    command.main(["stack"])
+    assert asked["stack"].wanted("step.deep.cost", "nohist")
+
+
+def test_a_race_measures_what_is_wanted_alone(clock):
+    builds = {name: clock.contestant(name, 0.1) for name in ("a", "b", "c")}
+    asked = [Asked("stack.100", "plain", "a", "b"), Asked("stack.1000", "plain", "c", "b")]
+    outcome = race.run(builds, asked, Setting(rounds=1, wanted=lambda name, variant: name == "stack.1000"))
+    assert set(clock.calls) == {"b", "c"} and [row.id for row in outcome.rows] == ["stack.1000"]
+
+
+def test_exponents_are_those_of_powers():
+    for power in (0.5, 1.0, 2.0):
+        assert growth.exponent([1, 3, 10], [7 * size**power for size in (1, 3, 10)]) == pytest.approx(power, rel=1e-12)
+    found = [result("growth.depth", 0.9, unit="power"), result("growth.depth.products", 1.0, unit="power")]
+    _, line = report.growth(found)
+    assert line.split() == ["depth", "0.90", "1.00"] and list(report.growth([result()])) == []
 
 
 def test_every_row_of_the_figure_is_a_result_that_there_is():
-    assert len(QUESTIONS) <= 12
+    assert len(QUESTIONS) == 12
     kept = {row.id for row in rows.read(PACKAGE / "results" / "cpu-2core-x86-avx512.json")}
     assert {one.id for one in QUESTIONS} <= kept
 
