@@ -220,7 +220,7 @@ def forward_only(
     rows: int = 200,
     seeds: Sequence[int] = (0,),
     device: str = "cpu",
-    generator: str = "torch",
+    generator: str = "philox",
 ) -> int:
     """Draw, stack and measure the forward pass alone; the rows are counted and let go."""
     count = 0
@@ -251,7 +251,7 @@ def four_scalings(accelerated: bool) -> Contestant:
     return Contestant(backend(accelerated, four))
 
 
-def stack_networks(count: int, accelerated: bool, device: str = "cpu", generator: str = "torch") -> Contestant:
+def stack_networks(count: int, accelerated: bool, device: str = "cpu", generator: str = "philox") -> Contestant:
     """`count` networks drawn, stacked and measured; gives the number of rows."""
     available(accelerated and device == "cpu")
     draw = partial(forward_only, "kaiming", seeds=range(count), device=device, generator=generator)

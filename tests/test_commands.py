@@ -63,7 +63,7 @@ def test_runs_that_keep_no_stats_are_compared_by_what_they_keep(lab: Lab) -> Non
     for name, words in (
         ("a", plane),
         ("b", plane),
-        ("c", (*plane, "seed=2", "init.distribution=orthogonal", "width=16")),
+        ("c", (*plane, "seed=2", "init.distribution=orthogonal", "width=64", "seeds=8")),
         ("f", (*small, "task=formats", "init=naive")),
         ("g", (*small, "task=formats", "init=small")),
         ("x", (*small, "task=explain")),

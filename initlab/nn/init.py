@@ -3,8 +3,8 @@
 Weights have shape (I, O), I = fan_in, O = fan_out, as in the book's `x @ w`; torch's `nn.Linear` stores the transpose.
 Each tensor's random numbers depend on (seed, what it is, layer) only, are drawn in float32 and converted (isometries
 are made of them in float64): a seed means the same network in every dtype, at every depth and in every ensemble. The
-generator `torch` draws on the CPU, the same bits for every device; `philox` draws where the network lives, see
-`philox.py`. Legend: E ensemble.
+generator `philox` draws where the network lives, see `philox.py`; `torch` draws on the CPU, the same bits for every
+device. Legend: E ensemble.
 """
 
 import math
@@ -110,7 +110,7 @@ def _on_the_cpu(one: Callable[[Sequence[int], int, str, int], Tensor]) -> Draw:
     return lambda shape, seeds, what, layer, _: torch.stack([one(shape, seed, what, layer) for seed in seeds])
 
 
-# Who draws the numbers; `torch` is the default, and its networks are those of every table so far.
+# Who draws the numbers; `philox` is the default. torch's generator tells seeds apart by 32 bits only.
 GENERATORS: dict[str, Generator] = {
     "torch": Generator(_on_the_cpu(gaussian), _on_the_cpu(uniform)),
     "philox": Generator(philox.gaussian, philox.uniform),
@@ -229,7 +229,7 @@ def draw(
     layer: int,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    generator: str = "torch",
+    generator: str = "philox",
 ) -> tuple[Tensor, Tensor]:
     """Weights (E, I, O) and biases (E, O) of one layer for an ensemble, a network per seed.
 

@@ -34,6 +34,7 @@ def gain_curves(
     seeds: Seeds = 8,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
+    generator: str = "philox",
     backward: bool = True,
     progress: bool = False,
 ) -> pd.DataFrame:
@@ -49,7 +50,7 @@ def gain_curves(
     >>> curves["derived_from"].unique().tolist()
     ['lecun', '']
     """
-    net, where = Net.resolve(activation, depth, width, inputs, batch), Where.resolve(dtype, device)
+    net, where = Net.resolve(activation, depth, width, inputs, batch), Where.resolve(dtype, device, generator)
     rules, names = [rule(one) for one in inits], [rule_name(one) for one in inits]
     scales = [weight_scales(one, net, where) for one in rules]
     kept = weight_scales(rule("kaiming"), net, where)[1]
@@ -62,7 +63,8 @@ def gain_curves(
     for k in sorted(range(len(rules)), key=lambda k: abs(scales[k][1] - kept)):  # the first stays in range for longest
         bases.setdefault(families[k], k)
     shape: dict[str, Any] = {"depth": depth, "width": width, "inputs": inputs, "batch": batch, "seeds": seeds}
-    how: dict[str, Any] = {"dtype": where.dtype, "device": where.device, "backward": backward, "progress": progress}
+    how: dict[str, Any] = {"dtype": where.dtype, "device": where.device, "generator": generator}
+    how |= {"backward": backward, "progress": progress}
     runs = {k: stack(rules[k], net.activation, **shape, **how) for k in bases.values()}
     rows = next(iter(runs.values()))  # all have the same keys
     curves = []
@@ -85,7 +87,10 @@ def weight_scales(one: Rule, net: Net, where: Where) -> tuple[float, float]:
 
     Measured, not taken from the formula: std itself is rounded to float32, in every layer alike.
     """
-    weights = (draw(one, net.activation, net.shape(layer), [0], layer, where.dtype)[0] for layer in (1, 2))
+    weights = (
+        draw(one, net.activation, net.shape(layer), [0], layer, where.dtype, generator=where.generator)[0]
+        for layer in (1, 2)
+    )
     first, other = (float(log2_moments(rescale(w))[0]) for w in weights)
     return first, other
 

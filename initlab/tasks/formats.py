@@ -42,7 +42,7 @@ def formats(
     batch: int = 200,
     seeds: Seeds = 8,
     device: str | torch.device = "cpu",
-    generator: str = "torch",
+    generator: str = "philox",
     progress: bool = False,
     **rule_fields: Any,
 ) -> Frames:

@@ -41,7 +41,7 @@ def jacobian(
     seeds: Seeds = 8,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
-    generator: str = "torch",
+    generator: str = "philox",
     progress: bool = False,
     **rule_fields: Any,
 ) -> Frames:

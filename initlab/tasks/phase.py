@@ -73,7 +73,7 @@ def phase(
     seeds: Seeds = 8,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
-    generator: str = "torch",
+    generator: str = "philox",
     progress: bool = False,
 ) -> Iterator[pd.DataFrame]:
     """The table `phase`, a frame for each seed as it comes: a row per point, in the plane `depth` per point and layer.

@@ -45,7 +45,7 @@ def stack(
     seeds: Seeds = 8,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
-    generator: str = "torch",
+    generator: str = "philox",
     residual: bool = False,
     backward: bool = True,
     statistics: Mapping[str, Function] | None = None,
@@ -61,7 +61,7 @@ def stack(
     layer. inputs: units of the input, those of the first layer if None. batch: inputs. widths: units of each layer,
     which replaces depth and width. seeds: how many networks, or their seeds. dtype: float16, bfloat16, float32 or
     float64, as a name or torch's. device: "cpu", "cuda", "cuda:1", "auto" or torch's. generator: who draws the numbers,
-    `torch` or `philox`. residual: add each layer's input to what comes out of it, a = x + phi(z), where it has as many
+    `philox` or `torch`. residual: add each layer's input to what comes out of it, a = x + phi(z), where it has as many
     units. backward: pull a gradient back down too. statistics: functions (..., N, C) -> (...) by name, a column each
     behind the built-in ones. emit: gets the tables as they come, every 1000 rows or 30 seconds and at the end of each
     chunk of networks; the frame returned is then empty. progress: show a bar. rule_fields: fields of the rule, as

@@ -49,7 +49,7 @@ def train(
     device: str | torch.device = "cpu",
     every: int = 1,
     histograms: bool = False,
-    generator: str = "torch",
+    generator: str = "philox",
     statistics: Mapping[str, Function] | None = None,
     emit: Emit | None = None,
     progress: bool = False,

@@ -10,8 +10,9 @@ from torch import Tensor
 import initlab
 from initlab.errors import UsageError
 from initlab.nn.activations import ACTIVATIONS
-from initlab.nn.init import draw, gaussian, rule
+from initlab.nn.init import draw, rule
 from initlab.nn.network import PLAIN, Block, Network, backward, dense, forward
+from initlab.nn.philox import gaussian
 from initlab.nn.unbounded import UNBOUNDED, rescale
 from initlab.tasks.stack import stack
 
@@ -30,7 +31,7 @@ def test_forward_and_backward_are_autograds(activation: str, residual: bool) -> 
     """Two networks at once, with biases; the first layer has another width, so that it has no residual connection."""
     sizes, row = [6, 9, 9, 9, 4], ACTIVATIONS[activation]
     net, weights = dense(sizes, row, residual), layers(sizes, activation)
-    x = gaussian((2, 7, 6), 0, "x").double()
+    x = gaussian((2, 7, 6), [0], "x")[0].double()
     z: dict[int, Tensor] = {}
     a: dict[int, Tensor] = {}
     out = forward(
@@ -47,7 +48,7 @@ def test_forward_and_backward_are_autograds(activation: str, residual: bool) -> 
         torch.testing.assert_close(z[k], seen[k, "z"].detach(), rtol=1e-13, atol=1e-14)
         torch.testing.assert_close(a[k], seen[k, "a"].detach(), rtol=1e-13, atol=1e-14)
     assert torch.equal(out, a[4])
-    g = gaussian((2, 7, 4), 0, "g").double()
+    g = gaussian((2, 7, 4), [0], "g")[0].double()
     own.backward(g)
     found: dict[int, tuple[Tensor, Tensor]] = {}
     backward(net, lambda k: weights[k - 1], lambda k: z[k], g, lambda k, *both: found.update({k: both}), PLAIN)
@@ -60,7 +61,7 @@ def test_forward_and_backward_are_autograds(activation: str, residual: bool) -> 
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_pass_in_parts_is_the_pass(residual: bool) -> None:
     net, weights = dense([5, 5, 5, 5], RELU, residual), layers([5, 5, 5, 5], "relu")
-    x = gaussian((2, 3, 5), 1, "x").double()
+    x = gaussian((2, 3, 5), [1], "x")[0].double()
     whole = forward(net, lambda k: weights[k - 1], x, lambda *_: None, PLAIN)
     half = forward(net, lambda k: weights[k - 1], x, lambda *_: None, PLAIN, [1, 2])
     assert torch.equal(forward(net, lambda k: weights[k - 1], half, lambda *_: None, PLAIN, [3]), whole)
@@ -74,7 +75,7 @@ def test_a_residual_stack_is_autograds(activation: str, backwards: bool) -> None
     """Every rms of the table, forward and backward, in float64, from the same numbers."""
     depth, width, batch = 20, 11, 6  # more layers than a window
     frame = stack("kaiming", activation, depth, width, batch=batch, seeds=[3], dtype="float64", residual=True)
-    x, tensors = gaussian((batch, width), 3, "input").double(), {}
+    x, tensors = gaussian((batch, width), [3], "input")[0].double(), {}
     for layer in range(1, depth + 1):
         w, _ = draw(rule("kaiming"), activation, (width, width), [3], layer, torch.float64)
         z = (x @ w[0]).requires_grad_()
@@ -82,7 +83,7 @@ def test_a_residual_stack_is_autograds(activation: str, backwards: bool) -> None
         tensors[layer] = {"preactivation": z, "activation": x}
         z.retain_grad()
         x.retain_grad()
-    x.backward(gaussian((batch, width), 3, "gradient").double())
+    x.backward(gaussian((batch, width), [3], "gradient")[0].double())
     direction = "backward" if backwards else "forward"
     rows = frame[(frame["direction"] == direction) & (frame["layer"] > 0)]
     assert len(rows) == 2 * depth

@@ -15,7 +15,8 @@ from initlab.errors import UsageError
 from initlab.figures.phase_figure import draw_phase
 from initlab.meanfield.fixed_points import critical
 from initlab.nn.activations import ACTIVATIONS
-from initlab.nn.init import Rule, gaussian
+from initlab.nn.init import Rule
+from initlab.nn.philox import gaussian
 from initlab.tasks import phase_points
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.phase import Axis, depth_scale, phase, phase_as_text, steps
@@ -24,6 +25,7 @@ from initlab.tasks.stack import stack
 
 SW, SB = Axis(0.5, 3.0, 5), Axis(0.0, 0.8, 3)
 SMALL: dict[str, Any] = {"sigma_w": SW, "sigma_b": SB, "depth": 12, "width": 40, "seeds": [3, 4]}
+WEIGHTS = 5e-6  # they are float32, 3e-8 apart, and 12 chaotic layers multiply that by 1.5 each
 ROUNDING = 2e-4  # 12 float32 layers, chaotic ones among them, that multiply rounding by 1.5 a layer and more
 
 
@@ -34,11 +36,11 @@ def table(**options: Any) -> pd.DataFrame:
 def alone(sw: float, sb: float, seed: int, activation: str, depth: int, width: int, c0: float = 0.5) -> torch.Tensor:
     """The last preactivations (N, O) of one network, from the same numbers, the plain way in float64."""
     row = ACTIVATIONS[activation]
-    own, common = gaussian((8, width), seed, "input").double(), gaussian((1, width), seed, "common input").double()
+    own, common = (gaussian((n, width), [seed], f"{what}input")[0].double() for n, what in ((8, ""), (1, "common ")))
     x = math.sqrt(1 - c0) * own + math.sqrt(c0) * common
     for layer in range(1, depth + 1):
-        w = gaussian((width, width), seed, "weight", layer).double() / math.sqrt(width)
-        z = sw * (x @ w) + sb * gaussian((width,), seed, "bias", layer).double()
+        w = gaussian((width, width), [seed], "weight", layer)[0].double() / math.sqrt(width)
+        z = sw * (x @ w) + sb * gaussian((width,), [seed], "bias", layer)[0].double()
         x = row.phi(z)
     return z
 
@@ -52,10 +54,9 @@ def test_a_point_is_the_network_alone(activation: str) -> None:
         angle = torch.nn.functional.cosine_similarity(z[:, None], z[None], dim=-1)
         cosine = float((angle.sum() - 8) / 56)
         expected = [z.square().mean(), z.std(correction=0), at.gain**2 * slope.square().mean()]
-        assert [at.q, at["std"], at.chi_1] == pytest.approx(
-            [float(x) for x in expected], rel=1e-6
-        )  # weights are float32
-        assert at.cosine == pytest.approx(cosine, abs=1e-6)
+        found_here = [at.q, at["std"], at.chi_1]
+        assert found_here == pytest.approx([float(x) for x in expected], rel=WEIGHTS)
+        assert at.cosine == pytest.approx(cosine, abs=WEIGHTS)
     other = alone(1.2, 0.4, 5, activation, 12, 40)
     assert float(other.square().mean()) != pytest.approx(found["q"].iloc[0], rel=0.01)
 
@@ -112,7 +113,9 @@ def test_both_sides_of_the_line_are_as_theory_says() -> None:
     assert (at.loc[chaotic, "cosine"] < 0.7).all() and (at.loc[chaotic, "chi_1"] > 1.1).all()
     xi = found[found["gain"] == ordered]["xi_c"]
     assert xi.notna().all() and xi.mean() == pytest.approx(found["predicted_xi_c"].iloc[0], rel=0.1)
-    assert (found["phase"] == found["predicted_phase"]).mean() > 0.99
+    # Between the two others chi_1 is 1.12 with sd 0.06: 2 of 64 are expected below 1, and 5 standard errors are 7.
+    wrong = found["phase"] != found["predicted_phase"]
+    assert wrong.sum() <= 9 and not wrong[found["gain"] != chaotic[0]].any()
 
 
 def test_common_and_fresh_weights_agree_in_the_mean() -> None:

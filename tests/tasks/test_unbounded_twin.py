@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from initlab.nn.activations import ACTIVATIONS
-from initlab.nn.init import Rule, draw, gaussian, rule
+from initlab.nn.init import Rule, draw, rule
+from initlab.nn.philox import gaussian
 from initlab.stats.statistics import TRUE_COLUMNS as NUMBERS
 from initlab.tasks import stack as stacking
 from initlab.tasks.stack import stack
@@ -34,7 +35,7 @@ def reference(init: str | Rule, activation: str, depth: int, width: int = 100, b
     """A homogeneous stack of seed 0 in float64, divided by its largest entry after every layer."""
     slope = {"linear": 1.0, "relu": 0.0, "leaky_relu": 0.01}[activation]
     scaling, found = rule(init) if isinstance(init, str) else init, {}
-    x, log, masks, weights = gaussian((batch, width), 0, "input").double().numpy(), 0.0, [], []
+    x, log, masks, weights = gaussian((batch, width), [0], "input")[0].double().numpy(), 0.0, [], []
     found[0, "activation", "forward"] = moments(x, log)
     for layer in range(1, depth + 1):
         weights.append(draw(scaling, activation, (width, width), [0], layer)[0][0].double().numpy())
@@ -45,7 +46,7 @@ def reference(init: str | Rule, activation: str, depth: int, width: int = 100, b
         masks.append(np.where(z > 0, 1.0, slope))
         x = z * masks[-1]
         found[layer, "activation", "forward"] = moments(x, log)
-    g, log = gaussian((batch, width), 0, "gradient").double().numpy(), 0.0
+    g, log = gaussian((batch, width), [0], "gradient")[0].double().numpy(), 0.0
     for layer in range(depth, 0, -1):
         found[layer, "activation", "backward"] = moments(g, log)
         g = g * masks[layer - 1]
@@ -116,7 +117,7 @@ def gelu(z: mpmath.mpf) -> mpmath.mpf:
 def exact(scaling: Rule, depth: int, width: int, batch: int) -> Logs:
     """The forward pass of seed 0 through gelu, with 40 digits and no range."""
     mpmath.mp.dps = 40
-    x = mpmath.matrix(gaussian((batch, width), 0, "input").tolist())
+    x = mpmath.matrix(gaussian((batch, width), [0], "input")[0].tolist())
     found = {}
     for layer in range(1, depth + 1):
         w, b = draw(scaling, "gelu", (width, width), [0], layer)

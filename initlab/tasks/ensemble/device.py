@@ -24,11 +24,11 @@ class Where:
 
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    generator: str = "torch"
+    generator: str = "philox"
 
     @classmethod
     def resolve(
-        cls, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu", generator: str = "torch"
+        cls, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu", generator: str = "philox"
     ) -> "Where":
         """From what a user says: names, or torch's own objects. Errors: an unknown format, device or generator."""
         choose(GENERATORS, generator, "generator")

@@ -236,7 +236,7 @@ def draw_trained(
     sizes: Sequence[int],
     seeds: Sequence[int],
     x: Tensor,
-    generator: str = "torch",
+    generator: str = "philox",
 ) -> Start:
     """The weights of networks to be trained, layers of `sizes` units, with the dtype and the device of x (E, N, I).
 
