@@ -36,8 +36,8 @@ HOUSE = {
         "kernels.cpu_backend kernels.gpu_backend measure"
     ),
     "nn": (
-        "activations breaks custom_activation loss_table custom_loss network triton_philox philox init custom_init "
-        "lsuv mup unbounded"
+        "saturation activations breaks custom_activation loss_table custom_loss network triton_philox philox init "
+        "custom_init lsuv mup unbounded"
     ),
     "meanfield": "maps correlation_points fixed_points gain_table trajectories",
     "theory": (

@@ -102,16 +102,18 @@ def arrange_pairs(own: Sequence[Tensor]) -> Parameters:
 
 def twin_pass(model: nn.Sequential, own: Sequence[nn.Parameter], xb: Tensor, yb: Tensor, loss: Loss) -> Pass:
     """A twin's forward pass and autograd's backward pass, with all tensors; `.grad` of its parameters is filled."""
+    seen = [xb]
     with torch.enable_grad():
-        seen = [xb]
         for layer in model:
             seen.append(layer(seen[-1]))
-            seen[-1].retain_grad()
         value = loss.module(seen[-1], yb)
-    value.backward()  # type: ignore[no-untyped-call]
-    values, grads = [t.detach() for t in seen[1:]], [t.grad for t in seen[1:] if t.grad is not None]
-    parameter_grads = arrange_pairs([p.grad for p in own if p.grad is not None])
-    return Pass(values[0::2], values[1::2], value.detach(), grads[0::2], grads[1::2], parameter_grads)
+    values = [t.detach() for t in seen[1:]]
+    found = torch.autograd.grad(value, [*seen[1:], *own])
+    grads, parameter_grads = found[: len(values)], found[len(values) :]
+    for p, grad in zip(own, parameter_grads, strict=True):
+        p.grad = grad
+    lists = (values[0::2], values[1::2], value.detach(), list(grads[0::2]), list(grads[1::2]))
+    return Pass(*lists, arrange_pairs(parameter_grads))
 
 
 def run_twins(twins: Sequence[nn.Sequential], xb: Tensor, yb: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,6 @@ from initlab.nn.loss_table import Loss
 from initlab.stats.backend import COUNT, N_NAN, N_ZERO, SATURATED
 from initlab.stats.buffer import RowBuffer, StatsBuffer
 from initlab.stats.histogram import Bins, join_bins
-from initlab.stats.summarize import saturated_share
 
 
 class ModuleRecorder:
@@ -108,8 +107,7 @@ class ModuleRecorder:
             rows[SATURATED, : len(hidden)] = (a[N_ZERO] + a[N_NAN]) / a[COUNT]
             return rows
         for run in equal_neighbours([z.shape for z in hidden]):
-            slope = self._activation.slope(torch.stack(hidden[run]))
-            rows[SATURATED, run] = saturated_share(slope, self._activation.largest_slope)
+            rows[SATURATED, run] = self._activation.saturated_share(torch.stack(hidden[run]))
         return rows
 
     def _put_parity(self, kind: int, errors: Sequence[Tensor], step: int) -> None:

@@ -13,7 +13,6 @@ from initlab.engine.mlp import Parameters, Pass
 from initlab.nn.activations import Activation
 from initlab.stats.buffer import Item
 from initlab.stats.keys import TensorKey
-from initlab.stats.summarize import saturated_share
 
 STAGE = "train"
 
@@ -64,7 +63,7 @@ def items_of(implementation: str, seen: Pass, parameters: Parameters, activation
     """All tensors of a forward and backward pass at these parameters, to be measured."""
     key = key_of(implementation)
     hidden = seen.preactivations[:-1]
-    saturated = [saturated_share(activation.slope(z), activation.largest_slope) for z in hidden]
+    saturated = [activation.saturated_share(z) for z in hidden]
     items = []
     for direction, z, a, pairs in (
         ("forward", seen.preactivations, seen.activations, parameters),

@@ -18,7 +18,6 @@ from initlab.stats.backend import SATURATED, Backend
 from initlab.stats.buffer import StatsBuffer
 from initlab.stats.histogram import Bins, join_bins
 from initlab.stats.reference import FIELDS
-from initlab.stats.summarize import saturated_share
 
 MOST_STEPS, MOST_BYTES = 64, 2**24  # that wait to be handed over
 BIAS_UPDATE = "bias update"  # measured with the other updates; the tables have those of weights alone
@@ -138,9 +137,7 @@ class PlainRecorder:
         count, inputs = self.net.count, block.shape[-2] if block.ndim > 2 else 1
         rows = self._backend.rows(block.reshape(len(block), count, inputs, -1), batched, self._bins)
         if (tensor, direction) == ("preactivation", "forward") and start < len(self.net.w) - 1:
-            activation = self.net.activation
-            share = saturated_share(activation.slope(block), activation.largest_slope)
-            rows[SATURATED] = share.reshape(len(block), count)
+            rows[SATURATED] = self.net.activation.saturated_share(block).reshape(len(block), count)
         self.order += [(start + 1 + k, tensor, direction) for k in range(len(block))]
         self._rows.append(rows)
 

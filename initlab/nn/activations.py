@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import elu, gelu, hardswish, leaky_relu, mish, relu6, selu, silu, softplus
 
 from initlab.errors import UsageError, choose
+from initlab.nn.saturation import measure_share
 from initlab.stats.quadrature import gaussian_mean
+from initlab.stats.summarize import saturated_share
 
 SLOPE = 0.01  # of leaky_relu below zero, as in torch
 GELU_SCALE, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715  # of gelu's approximation by tanh
@@ -40,6 +42,17 @@ class Activation:
     def pull_back(self, grad: Tensor, z: Tensor) -> Tensor:
         """dL/dz from dL/dphi: grad * phi'(z), or the row's own rule where 0 * inf must be 0 as in autograd."""
         return grad * self.slope(z) if self.backward is None else self.backward(grad, z)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it is a row of the table, which stays what it is and takes every entry alike."""
+        return id(self) in _FIXED
+
+    def saturated_share(self, z: Tensor) -> Tensor:
+        """Share of entries where |phi'| is below 5 % of its largest value, (..., N, C) -> (...)."""
+        if self.is_fixed:
+            return measure_share(z, self.slope, self.largest_slope)
+        return saturated_share(self.slope(z), self.largest_slope)
 
 
 def gelu_slope(z: Tensor) -> Tensor:
@@ -205,6 +218,7 @@ ACTIVATIONS: dict[str, Activation] = {
         derivative="Piecewise((0, z < 0), (0, z > 6), (1, True))",
     ),
 }
+_FIXED = {id(row) for row in ACTIVATIONS.values()}
 ACTIVATIONS["swish"] = ACTIVATIONS["silu"]  # its name in Ramachandran et al. 2017
 
 

@@ -24,6 +24,7 @@ from initlab.probes.computed_weights import PARAMETRIZED, find_computed
 from initlab.probes.torch_private import ConvNd, NormBase
 from initlab.stats.backend import as_matrix
 from initlab.stats.dtypes import DTYPES, resolve_dtype
+from initlab.stats.kernels.cpu import library
 
 COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
 MEASURED = frozenset(map(resolve_dtype, DTYPES)) | set(COMPLEX)
@@ -125,14 +126,11 @@ class ProbedModule:
         inside = (module.children(), module.parameters(), module.buffers())
         self._n_looks, self._state = 0, dict[str, object]()
         self.may_be_activation = self.is_owner and all(next(found, None) is None for found in inside)
-        is_container = isinstance(module, (nn.ParameterList, nn.ParameterDict))
+        # To be called; parts speak for blocks.
         is_observer = type(module).__module__.startswith("torch.ao.quantization.")
-        self.expected = (
-            not is_container
-            and not is_observer
-            and not self.is_scripted
-            and not (self.is_owner and any(module.children()))
-        )  # to be called; parts speak for blocks
+        is_block = self.is_owner and any(module.children())
+        is_container = isinstance(module, (nn.ParameterList, nn.ParameterDict))
+        self.expected = not (is_container or is_observer or self.is_scripted or is_block)
         self._second = isinstance(module, (NormBase, nn.GroupNorm))
         self._from_end = 1 + (len(module.kernel_size) if isinstance(module, ConvNd) else 0)
         self.number = self.calls = self.below = 0  # `below`: the layer that it was last called above
@@ -327,6 +325,10 @@ def as_batch(x: Tensor, axis: int) -> Tensor:
     if x.ndim == 2 and axis == 1 and not x.is_complex():
         return x
     x = x.detach()
+    if axis == 1 and x.ndim > 2 and x.dtype is torch.float32 and x.is_cpu and x.is_contiguous() and library():
+        batch = x.new_empty((x.numel() // x.shape[1], x.shape[1]))  # as below, in less time
+        library().units_last(x.data_ptr(), *x.shape[:2], x.shape[2:].numel(), batch.data_ptr())  # type: ignore[union-attr]
+        return batch
     x = as_real(x.movedim(axis, -1) if x.ndim > 1 else x.reshape(1, -1))
     return x.reshape(-1, x.shape[-1])
 

@@ -15,11 +15,10 @@ from initlab.probes.layer_numbers import LayerNumbers, Site
 from initlab.probes.one_thread import OneThread
 from initlab.probes.operations import Operation, Origins, find_axis
 from initlab.probes.probe_buffer import ProbeBuffer
-from initlab.probes.probed_modules import RELU, ProbedModule, as_batch
+from initlab.probes.probed_modules import RELU, ProbedModule, as_batch, as_real
 from initlab.probes.torch_private import has_no_values
 from initlab.probes.used_weights import UsedWeights
 from initlab.stats.keys import TensorKey
-from initlab.stats.summarize import saturated_share
 
 MASKED = -9000.0  # a logit below this, of probability 0, is a mask and counts as -inf
 LAYERS = ("preactivation", "norm", "embedding")  # words of functions that are numbered
@@ -213,8 +212,8 @@ class TensorRows:
         """The preactivation that an activation is given, if it has not been overwritten since."""
         last = self.last
         if last is not None and last.is_input(args):
-            slope = activation.slope(as_batch(last.x.detach(), last.axis))
-            self.buffer.set_saturated(last.row, saturated_share(slope, activation.largest_slope))
+            z = as_real(last.x.detach()).reshape(1, -1) if activation.is_fixed else as_batch(last.x.detach(), last.axis)
+            self.buffer.set_saturated(last.row, activation.saturated_share(z))
 
 
 def _is_reshaped(x: Tensor, base: Tensor) -> bool:

@@ -25,7 +25,7 @@ from initlab.errors import UsageError, describe_error
 from initlab.stats.histogram import Bins, histogram, octaves
 from initlab.stats.reference import FIELDS
 from initlab.stats.statistics import Function, checked_statistics
-from initlab.stats.summarize import relative_error, saturated_share, summarize
+from initlab.stats.summarize import relative_error, summarize
 from initlab.stats.workspace import AT_ONCE
 
 COUNT, N_NAN, N_ZERO, SATURATED = (list(FIELDS).index(name) for name in ("count", "n_nan", "n_zero", "saturated"))
@@ -37,14 +37,11 @@ class Elementwise(Protocol):
     @property
     def phi(self) -> Callable[[Tensor], Tensor]: ...
     @property
-    def slope(self) -> Callable[[Tensor], Tensor]: ...
-    @property
-    def largest_slope(self) -> float: ...
-    @property
     def rectifies(self) -> bool:
         """Whether phi(z) is max(z, 0)."""
 
     def pull_back(self, grad: Tensor, z: Tensor) -> Tensor: ...
+    def saturated_share(self, z: Tensor) -> Tensor: ...
 
 
 class Backend:
@@ -160,7 +157,7 @@ class Backend:
         if activation.rectifies:
             return self.relu_rows_(z, bins)
         before, value = self.rows(z, True, bins), activation.phi(z)
-        share = saturated_share(activation.slope(z), activation.largest_slope)
+        share = activation.saturated_share(z)
         rows = torch.stack([before, self._replace(z, value, before, bins)], 1)
         rows[SATURATED, 0] = share
         return rows

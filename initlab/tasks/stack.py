@@ -22,7 +22,6 @@ from initlab.stats.keys import Seeds, TensorKey
 from initlab.stats.measure import backend_for
 from initlab.stats.row_order import NETWORK, sort_rows
 from initlab.stats.statistics import TRUE_COLUMNS, Function
-from initlab.stats.summarize import saturated_share
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.memory import is_out_of_memory
 from initlab.tasks.ensemble.networks import Emit, Ensemble, Frames, Init, Net, Networks
@@ -229,7 +228,7 @@ class _Buffers:
             self.rows(self.backend.activation_rows_(z.whole, row))
         else:  # the second row is of the sum that leaves the layer
             before = self.backend.rows(z.whole)
-            before[SATURATED] = saturated_share(row.slope(z.whole), row.largest_slope)
+            before[SATURATED] = row.saturated_share(z.whole)
             self.rows(before[:, None])
             z.whole.copy_(row.phi(z.whole))
         return z

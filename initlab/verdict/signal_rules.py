@@ -5,7 +5,6 @@ import math
 import torch
 
 from initlab.nn.activations import Activation
-from initlab.stats.summarize import saturated_share
 from initlab.verdict.evidence import NetworkEvidence
 from initlab.verdict.finding import Finding
 from initlab.verdict.reference_networks import Reference
@@ -155,8 +154,7 @@ def judge_units(e: NetworkEvidence, reference: Reference) -> Finding | None:
 def _usual_share(activation: Activation) -> float:
     """The saturated share of a standard normal preactivation, up to 1e-3."""
     u = torch.erfinv(torch.linspace(-1, 1, 2001, dtype=torch.float64)[1:-1]) * math.sqrt(2)
-    slope = activation.slope(u).reshape(-1, 1)
-    return float(saturated_share(slope, activation.largest_slope))
+    return float(activation.saturated_share(u.reshape(-1, 1)))
 
 
 def judge_logits(e: NetworkEvidence, reference: Reference) -> Finding | None:

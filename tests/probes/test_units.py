@@ -1,6 +1,7 @@
 """Which dimension counts units, wherever it has been moved to: two of eight channels are dead."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import initlab
+from initlab.probes.probed_modules import as_batch
+from initlab.stats.kernels.cpu import plain
 
 X = torch.randn(4, 3, 6, 5, generator=torch.Generator().manual_seed(0))
 
@@ -52,3 +55,18 @@ def test_dead_channels_are_found_wherever_they_are(name: str) -> None:
     rows = initlab.measure(Net(FUNCTIONS[name]), X)
     found = rows[rows["op"].isin(["relu", "ReLU"]) & rows["direction"].eq("forward")]
     assert len(found) == 1 + (name == "two ReLUs") and (found["frac_dead"] == 0.25).all()
+
+
+@pytest.mark.parametrize("accelerated", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 5), (1, 1, 7), (3, 37, 4, 5), (2, 64, 16, 16), (4, 16, 1, 1), (1, 20, 2, 3, 7)]
+)
+def test_images_are_read_with_their_channels_last(shape: tuple[int, ...], accelerated: bool) -> None:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    x[0, 0, 0] = torch.nan
+    wanted = x.movedim(1, -1).reshape(-1, shape[1])
+    with nullcontext() if accelerated else plain():
+        for one in (x, x.double(), x.transpose(0, -1).contiguous().transpose(0, -1), x.requires_grad_()):
+            found = as_batch(one, 1)
+            torch.testing.assert_close(found, wanted.to(found.dtype), rtol=0, atol=0, equal_nan=True)
+            assert not found.requires_grad

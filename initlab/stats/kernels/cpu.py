@@ -28,6 +28,8 @@ _POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _ARGUMENTS = {
     "describe_rows": [_POINTER, *[_SIZE] * 3, ctypes.c_int, *[_POINTER] * 2],
     "describe_many": [*[_POINTER] * 4, ctypes.c_int, _SIZE, *[_POINTER] * 2],
+    "share_inside": [_POINTER, *[_SIZE] * 2, _POINTER, _SIZE, _POINTER],
+    "units_last": [_POINTER, *[_SIZE] * 3, _POINTER],
     "compare_many": [*[_POINTER] * 4, _SIZE, _POINTER],
     "relu_rows": [_POINTER, *[_SIZE] * 3, *[_POINTER] * 2],
     "mask_rows": [*[_POINTER] * 2, *[_SIZE] * 3, *[_POINTER] * 3],
