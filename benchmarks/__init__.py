@@ -14,7 +14,7 @@ From the figure down to the watch:
     report.py      rows -> the table that is printed
     groups.py      the table of groups
         step.py  stack.py  backward.py  ensemble.py  startup.py  phase.py  memory.py  collect.py  sweep.py
-        verdict_costs.py  growth.py  gpu.py
+        verdict_costs.py  growth.py  train.py  gpu.py
                        what is raced against what
     peers.py       how others watch a network, written as they write it
     bare.py        the same work unwatched: what everything is divided by

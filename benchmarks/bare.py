@@ -10,7 +10,12 @@ from benchmarks.nets import LR, Net, batch, parameters
 from benchmarks.race import Contestant
 from initlab.engine import mlp
 from initlab.nn.activations import ACTIVATIONS
+from initlab.nn.init import rule
 from initlab.tasks import phase
+from initlab.tasks.data import load
+from initlab.tasks.ensemble.batches import batches, find_first_step
+from initlab.tasks.ensemble.device import Where
+from initlab.tasks.ensemble.training import Training
 
 
 def module(net: Net, seed: int = 0, device: str = "cpu") -> nn.Sequential:
@@ -43,6 +48,25 @@ def loop_over_modules(net: Net, seeds: Sequence[int], device: str = "cpu") -> Co
     """An ensemble as everybody trains it: a step of one, then of the next; gives the losses."""
     steps = [module_step(net, seed, device).call for seed in seeds]
     return Contestant(lambda: [step() for step in steps])
+
+
+def two_trainings(depth: int, width: int, batch: int, steps: int, seeds: Sequence[int] = (0,)) -> Contestant:
+    """The same modules trained twice on the batches of `task=train`, as everybody writes it; gives the losses."""
+    digits, training = load("digits"), Training(depth, width, batch, steps)
+
+    def both() -> list[Tensor]:
+        losses = []
+        for _ in range(2):
+            starts = [find_first_step(digits, training, rule("kaiming"), "relu", seed, Where()) for seed in seeds]
+            models = [
+                mlp.twin([(w[None], b[None]) for w, b in one.parameters], 0, ACTIVATIONS["relu"]) for one in starts
+            ]
+            optimizers = list(map(sgd, models))
+            for xb, yb in batches(digits, training, seeds, Where()):
+                losses += [step_of(*one)() for one in zip(models, optimizers, xb, yb, strict=True)]
+        return losses
+
+    return Contestant(both, steps * len(seeds))
 
 
 def module_backward(net: Net) -> Contestant:

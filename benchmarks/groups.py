@@ -14,6 +14,7 @@ from benchmarks import (
     startup,
     step,
     sweep,
+    train,
     verdict_costs,
 )
 from benchmarks.race import Outcome, Setting
@@ -21,6 +22,7 @@ from benchmarks.race import Outcome, Setting
 GROUPS: dict[str, Callable[[Setting], Outcome]] = {
     "stack": stack.group,
     "step": step.group,
+    "train": train.group,
     "backward": backward.group,
     "ensemble": ensemble.group,
     "chapter": stack.chapter,

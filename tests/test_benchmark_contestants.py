@@ -8,7 +8,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import backward, bare, collect, ensemble, gpu, memory, nets, peers, phase, startup, step, subjects
+import initlab
+from benchmarks import (
+    backward,
+    bare,
+    collect,
+    ensemble,
+    gpu,
+    memory,
+    nets,
+    peers,
+    phase,
+    startup,
+    step,
+    subjects,
+    train,
+)
 from benchmarks import stack as stack_group
 from benchmarks.folders import run_folders
 from benchmarks.nets import Net
@@ -74,6 +89,18 @@ def test_recording_changes_no_step(fast, record):
     bare_step, watched = subjects.bare_step(SMALL).call, subjects.recorded_step(SMALL, available(record)).call
     steps = range(subjects.TABLE_STEPS + 10)  # more than are kept
     assert close([float(watched()) for _ in steps], [float(bare_step()) for _ in steps])
+
+
+def test_bare_trainings_are_those_of_the_task(fast):
+    """The losses of both, on the same batches from the same weights; recorded and compared by the typed one."""
+    sizes = {"depth": 2, "width": 6, "batch": 16, "steps": 4}
+    losses = torch.stack(bare.two_trainings(**sizes, seeds=(0, 3)).call()).view(2, 4, 2)
+    assert torch.equal(*losses)
+    wanted = initlab.train("digits", **sizes, lr=0.1, seeds=[0, 3])["losses"].query("implementation == 'module'")
+    assert close(losses[0].flatten(), wanted["loss"].to_list())
+    typed = train.typed_training(sizes, accelerated=False, seeds=2)
+    per_step = 2 * (2 * 3 + 2 * 2 + 4 * 3 + 3) + 6 + (3 + 2 + 6) + 2  # rows of both, parity, losses
+    assert typed.work == 8 and typed.call() == 8 * per_step
 
 
 def test_ten_steps_are_ten_steps_and_one_of_them_is_recorded(fast):
@@ -255,6 +282,7 @@ PLAIN = {
     "networks": lambda: subjects.stack_networks(2, False),
     "scalings": lambda: subjects.four_scalings(False),
     "probe": lambda: subjects.probed_step(SMALL, "plain"),
+    "training": lambda: train.typed_training({"depth": 1, "width": 4, "batch": 8, "steps": 2}, accelerated=False),
 }
 
 
@@ -306,7 +334,7 @@ def asked(monkeypatch):
         assert all({question.over, question.under} <= set(builds) for question in questions)
         return Outcome()
 
-    for module in (step, stack_group, ensemble, backward, phase, gpu):
+    for module in (step, stack_group, ensemble, backward, phase, gpu, train):
         monkeypatch.setattr(module, "run", collect)
     monkeypatch.setattr(subjects, "require_gpu", lambda: None)
     monkeypatch.setattr(backward, "peak_bytes", lambda call, device: 2.0**20)
@@ -321,11 +349,12 @@ def asked(monkeypatch):
         (stack_group.group, "stack"),
         (stack_group.chapter, "chapter"),
         (ensemble.group, "ensemble"),
+        (train.group, "train"),
         (backward.group, "backward"),
         (phase.group, "phase"),
         (gpu.group, "gpu"),
     ],
-    ids=["step", "stack", "chapter", "ensemble", "backward", "phase", "replay"],
+    ids=["step", "stack", "chapter", "ensemble", "train", "backward", "phase", "replay"],
 )
 def test_a_group_asks_for_all_of_its_ids_once(asked, group, prefix):
     group(Setting(quick=True))
