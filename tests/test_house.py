@@ -32,7 +32,7 @@ HOUSE = {
     "terminal": "",
     "stats": (
         "dtypes kernels.cpu kernels.triton_programs kernels.triton_merge keys row_order quadrature statistics "
-        "workspace histogram format_shares reference kernels.triton_rows summarize backend buffer "
+        "workspace histogram format_shares reference kernels.triton_rows summarize backend gathering buffer "
         "kernels.cpu_backend kernels.gpu_backend measure"
     ),
     "nn": (

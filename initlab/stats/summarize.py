@@ -112,7 +112,7 @@ def _read(x: Tensor, batched: bool, normal: bool, precision: Precision) -> _Read
     low, high = wide.amin((-2, -1)), wide.amax((-2, -1))
     below = zeros = torch.zeros_like(low)
     tiny = torch.finfo(x.dtype).tiny
-    some = normal or torch.abs(wide, out=size).amin().item() < tiny
+    some = normal or not torch.abs(wide, out=size).amin().item() >= tiny  # also where another network has nan
     if some and not normal:  # counts are sums of ones, exact in float32 below 2^24
         below = size.lt_(tiny).sum((-2, -1))
     if some:
@@ -125,7 +125,7 @@ def _read(x: Tensor, batched: bool, normal: bool, precision: Precision) -> _Read
     left = length.new_ones(len(x), 1 + batched, x.shape[-2])  # one product gives the units' sums and the heading
     if batched:
         inverse = torch.reciprocal(length, out=left[:, 1])
-        if not length.amin().item():
+        if not length.amin().item() > 0:
             inverse.masked_fill_(length == 0, 0)
     return _Read(low, high, below, zeros, length, torch.bmm(left, wide))
 

@@ -18,6 +18,7 @@ from initlab.nn.custom_activation import Given
 from initlab.nn.network import backward, forward, multiply
 from initlab.stats.backend import SATURATED, Backend
 from initlab.stats.buffer import StatsBuffer
+from initlab.stats.gathering import Gathering
 from initlab.stats.keys import Seeds, TensorKey
 from initlab.stats.measure import backend_for
 from initlab.stats.row_order import NETWORK, sort_rows
@@ -30,6 +31,7 @@ from initlab.tasks.ensemble.unbounded_twin import UnboundedTwin, read_off
 from initlab.terminal import Bar
 
 WINDOW = 16  # layers between two looks at what was measured; on a GPU each look waits for the device
+GATHERED = 50  # the same where rows are measured together
 FLUSH_ROWS = 1000  # 0.2 MB of rows
 
 
@@ -210,6 +212,7 @@ class _Buffers:
             parts = torch.split(pair.new_empty(sum(sizes)), sizes)
             self.passed = [part.view(*lead, n) for part, n in zip(parts, net.sizes[1:], strict=True)]
         self.residual, self.backend, self.rows = net.network.residual, backend, rows
+        self.gathering = Gathering(backend, rows)
         self.layer = 0  # the one whose tensors are being made
         self.entered: Tensor | None = None  # the gradient that a residual connection passes on
 
@@ -225,7 +228,7 @@ class _Buffers:
 
     def activate(self, z: _Signal, row: Activation) -> _Signal:
         if not self.residual:
-            self.rows(self.backend.activation_rows_(z.whole, row))
+            self.gathering.activate_(z.whole, row)
         else:  # the second row is of the sum that leaves the layer
             before = self.backend.rows(z.whole)
             before[SATURATED] = row.saturated_share(z.whole)
@@ -241,7 +244,7 @@ class _Buffers:
 
     def activate_back(self, g: _Signal, z: _Signal, row: Activation) -> _Signal:
         self.entered = g.whole.clone() if self.residual else None
-        self.rows(self.backend.gradient_rows_(g.whole, z.whole, row))
+        self.gathering.pull_back_(g.whole, z.whole, row)
         return g
 
     def add(self, a: _Signal, b: _Signal) -> _Signal:
@@ -283,18 +286,20 @@ class _Pass:
 
     def forward(self) -> None:
         net = self.nets.net
+        residual = net.network.residual
 
         def visit(layer: int, z: _Signal, a: _Signal) -> None:
-            if net.network.residual:
+            if residual:
                 self.record.window.append(self.backend.rows(a.whole)[:, None])
             self.bar.update(len(self.nets))
             stops.check()
 
         x = _Signal.from_tensor(self.nets.gaussian(net.inputs, "input"))
         self.record.window.append(self.backend.rows(x.whole)[:, None])
-        for window in _windows(range(1, net.depth + 1)):
+        for window in self.windows(range(1, net.depth + 1)):
             start = x.whole.clone()
             x = forward(net.network, self.nets.weights, x, visit, self.buffers, window)
+            self.buffers.gathering.settle()
             keys = [_INPUT] * (window[0] == 1) + _keys(window, "forward")
             self.record.close(keys, partial(self.twin.forward, window, start))
 
@@ -310,13 +315,15 @@ class _Pass:
 
         g = buffers.signals[net.depth]
         g.whole.copy_(self.nets.gaussian(net.sizes[-1], "gradient"))
-        for window in _windows(range(net.depth, 0, -1)):
+        for window in self.windows(range(net.depth, 0, -1)):
             start = g.whole.clone()
             signal = lambda layer: _Signal(preactivation(layer))  # noqa: E731
             g = backward(net.network, self.nets.weights, signal, g, visit, buffers, window)
+            buffers.gathering.settle()
             follow = partial(self.twin.backward, window, start, passed=preactivation)
             self.record.close(_keys(window, "backward"), follow)
 
-
-def _windows(layers: Sequence[int]) -> Iterator[Sequence[int]]:
-    return (layers[k : k + WINDOW] for k in range(0, len(layers), WINDOW))
+    def windows(self, layers: Sequence[int]) -> Iterator[Sequence[int]]:
+        """The layers, so many together as are looked at."""
+        size = WINDOW if self.backend.fuses(self.buffers.signals[-1].whole) else GATHERED
+        return (layers[k : k + size] for k in range(0, len(layers), size))

@@ -25,7 +25,7 @@ from initlab.stats.measure import backend_for
 from initlab.stats.reference import FIELDS, Row, merge, row
 from initlab.stats.statistics import STATISTICS
 from initlab.stats.summarize import derive, saturated_share, summarize
-from tests.stats.exact import SINGLE, agree, decimal, exact, named, tolerance
+from tests.stats.exact import EXACT, SINGLE, agree, decimal, exact, named, tolerance
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 PRODUCERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -171,10 +171,14 @@ def test_networks_of_an_ensemble_go_their_own_methods() -> None:
     x[1, 0] += 1e6
     x[2, 1, 0, 0] = torch.nan
     x[0, 1] = 1
-    whole = summarize(x)
-    for i in range(3):
-        for j in range(2):
-            agree(named(whole[:, i, j]), exact(x[i, j]))
+    x[2, 0] *= (torch.arange(12) != 4)[:, None] * (torch.arange(7) != 2)  # a vector and a unit of zeros
+    for single, near in ((False, EXACT), (True, SINGLE)):
+        whole = summarize(x, single=single)
+        for i in range(3):
+            for j in range(2):
+                found, alone = named(whole[:, i, j]), named(summarize(x[i, j]))
+                agree(found, exact(x[i, j]), near)
+                assert [found[name] for name in COUNTED] == [alone[name] for name in COUNTED]
 
 
 def test_a_tensor_is_read_as_it_lies() -> None:

@@ -210,9 +210,9 @@ def test_without_the_backward_pass_the_forward_rows_are_the_same(init: str) -> N
 def test_rows_are_handed_over_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stacking, "FLUSH_ROWS", 100)
     parts: list[pd.DataFrame] = []
-    returned = stack(depth=60, width=20, seeds=range(3), emit=lambda frames: parts.append(frames["stats"]))
+    returned = stack(depth=160, width=20, seeds=range(3), emit=lambda frames: parts.append(frames["stats"]))
     assert len(returned) == 0 and len(parts) > 3
-    whole = stack(depth=60, width=20, seeds=range(3))
+    whole = stack(depth=160, width=20, seeds=range(3))
     for name in whole:
         np.testing.assert_array_equal(np.concatenate([part[name].to_numpy() for part in parts]), whole[name].to_numpy())
 
@@ -236,9 +236,9 @@ def test_memory_of_a_forward_pass_does_not_grow_with_depth() -> None:
             lambda: stack("naive", depth=depth, seeds=[0], backward=backward, emit=lambda frames: None), place
         )
 
-    short, long = peak(60, False), peak(90, False)  # dead in both: who follows it takes some memory too
+    short, long = peak(150, False), peak(200, False)  # dead in both: who follows it takes some memory too
     assert long - short < 2**18
-    assert peak(60, True) - short > 50 * 100 * 200 * 4  # the preactivations
+    assert peak(150, True) - short > 100 * 100 * 200 * 4  # the preactivations
 
 
 def test_short_memory_draws_twice_then_runs_fewer_then_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
