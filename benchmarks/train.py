@@ -5,6 +5,7 @@ It is divided by both trainings as bare loops over nn.Module, on the same batche
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from benchmarks import bare, subjects
 from benchmarks.nets import LR
@@ -13,8 +14,8 @@ from initlab.tasks.data import load
 from initlab.tasks.ensemble.networks import Frames
 from initlab.tasks.train import train
 
-DEEP = {"depth": 50, "width": 100, "batch": 64, "steps": 20}
-BOOK = {"depth": 1, "width": 50, "batch": 64, "steps": 100}
+DEEP: dict[str, Any] = {"depth": 50, "width": 100, "batch": 64, "steps": 20}
+BOOK: dict[str, Any] = {"depth": 1, "width": 50, "batch": 64, "steps": 100}
 SEEDS = 8
 EVERY = 10
 
@@ -36,7 +37,7 @@ def group(setting: Setting) -> Outcome:
     return outcome
 
 
-def typed_training(sizes: Mapping[str, int], every: int = 1, accelerated: bool = True, seeds: int = 1) -> Contestant:
+def typed_training(sizes: Mapping[str, Any], every: int = 1, accelerated: bool = True, seeds: int = 1) -> Contestant:
     """A training as `task=train` makes it, tables included: by hand and as nn.Module; gives how many rows it left."""
     subjects.available(accelerated)
     digits = load("digits")

@@ -61,14 +61,26 @@ def forward(parameters: Parameters, inp: Tensor, activation: Activation) -> tupl
 def forward_and_backward(parameters: Parameters, xb: Tensor, yb: Tensor, activation: Activation, loss: Loss) -> Pass:
     """The whole pass by hand, for one network or an ensemble; the input gets no gradient, nobody needs it."""
     z, a = forward(parameters, xb, activation)
+    return Pass(z, a, loss.forward(z[-1], yb), *backward(parameters, xb, yb, z, a, activation, loss))
+
+
+def backward(
+    parameters: Parameters,
+    xb: Tensor,
+    yb: Tensor,
+    z: Sequence[Tensor],
+    a: Sequence[Tensor],
+    activation: Activation,
+    loss: Loss,
+) -> tuple[list[Tensor], list[Tensor], Parameters]:
+    """Gradients of preactivations `z`, of activations `a`, and of the parameters, by hand from a forward pass."""
     z_grads: list[Tensor] = [loss.grad(z[-1], yb)]
     a_grads: list[Tensor] = []
     for (w, _), z_below in zip(parameters[:0:-1], z[-2::-1], strict=True):
         a_grads.append(lin_inp_grad(z_grads[-1], w))
         z_grads.append(activation.pull_back(a_grads[-1], z_below))
     z_grads, a_grads = z_grads[::-1], a_grads[::-1]
-    grads = [lin_param_grads(g, inp) for g, inp in zip(z_grads, [xb, *a], strict=True)]
-    return Pass(z, a, loss.forward(z[-1], yb), z_grads, a_grads, grads)
+    return z_grads, a_grads, [lin_param_grads(g, inp) for g, inp in zip(z_grads, [xb, *a], strict=True)]
 
 
 def twin(parameters: Parameters, member: int, activation: Activation) -> nn.Sequential:
@@ -94,8 +106,7 @@ def arrange_pairs(own: Sequence[Tensor]) -> Parameters:
     """Weights and biases of a module, w, b, w, b, ..., or their gradients, as [(w (I, O), b (O,)), ...]; views.
 
     On torch's memory, w being a view of torch's (O, I), every forward product by hand is the very call that `nn.Linear`
-    makes. Both passes then see the same preactivations to the last bit, and no ReLU mask can differ by a rounding:
-    what is left to compare is the backward.
+    makes: both passes have the same preactivations to the last bit, and what is left to compare is the backward.
     """
     return [(weight.mT, bias) for weight, bias in zip(own[0::2], own[1::2], strict=True)]
 

@@ -58,13 +58,13 @@ class ModuleRecorder:
         for k, (bins, x, y) in enumerate(zip(self._bins, xb, yb, strict=True)):
             found, values = mlp.twin_pass(self._twins[k], self._own[k], x, y, self._loss), self._find_views(k)
             pairs = list(zip(values[0::2], values[1::2], strict=True))
-            by_hand = mlp.forward_and_backward(pairs, x, y, self._activation, self._loss)
+            # From the module's forward pass, which is that by hand to the last bit.
+            forward = (x, y, found.preactivations, found.activations)
+            z_grads, a_grads, ours = mlp.backward(pairs, *forward, self._activation, self._loss)
             grads = [one for pair in found.parameter_grads for one in pair]
             by_torch = [*found.preactivation_grads, *found.activation_grads, *grads]
-            ours = [one for pair in by_hand.parameter_grads for one in pair]
-            errors.append(
-                backend.compare_each([*by_hand.preactivation_grads, *by_hand.activation_grads, *ours], by_torch)
-            )
+            by_hand = [*z_grads, *a_grads, *(one for pair in ours for one in pair)]
+            errors.append(backend.compare_each(by_hand, by_torch))
             passes.append((found.loss, found.out))
             rows = [self._measure_batch(found, bins), backend.rows_of_each(self._turn([*values, *grads]), bins)]
             self._seen.append((torch.cat(rows, 1), [w.clone() for w in values[0::2]]))

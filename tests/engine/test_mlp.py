@@ -65,7 +65,7 @@ def test_gradients_against_finite_differences(activation: str, loss: str) -> Non
 @pytest.mark.parametrize(("activation", "loss"), CASES)
 def test_pass_equals_the_twin(activation: str, loss: str, depth: int) -> None:
     """Values and gradients of every layer against torch's own module and autograd."""
-    parameters = network(activation, sizes_for(loss, (4,) * depth))
+    parameters = network(activation, sizes_for(loss, (8,) * depth))  # wide enough that no layer is dead
     xb, yb = batch(loss, 3)
     hand = by_hand(parameters, activation, loss, xb, yb)
     twins = [mlp.twin(parameters, member, ACTIVATIONS[activation]) for member in range(2)]
