@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from initlab.engine.fast_network import KEPT_MEMORIES, Engine, FastNetwork
-from initlab.engine.layer_memory import LayerTensors
 from initlab.engine.named_tensors import network_keys
-from initlab.stats.backend import SATURATED, Backend
+from initlab.stats.backend import COUNT, N_NAN, N_ZERO, SATURATED, Backend
 from initlab.stats.buffer import StatsBuffer
 from initlab.stats.histogram import Bins, join_bins
 from initlab.stats.reference import FIELDS
 
 MOST_STEPS, MOST_BYTES = 64, 2**24  # that wait to be handed over
+SMALL = 2**14  # entries of a tensor that is measured together with its neighbours
 BIAS_UPDATE = "bias update"  # measured with the other updates; the tables have those of weights alone
 RowName = tuple[int, str, str]  # layer, tensor and direction of a row, in the order in which rows are made
 
@@ -108,38 +108,49 @@ class PlainRecorder:
         net.backward(g, s)
         net.bias_gradients(g, s.bias_sums)
         net.weight_gradients(x, g, s)
-        self._measure(s.z, "preactivation", "forward")
-        self._measure(s.a, "activation", "forward")
-        self._measure(s.a_grad, "activation", "backward")
-        self._measure(s.g, "preactivation", "backward")
-        last = len(net.w) - 1
-        self._measure_run(out[None], last, "preactivation", "forward")
-        self._measure_run(g[None], last, "preactivation", "backward")
+        for before, after, names in (
+            (s.z, s.a, [("preactivation", "forward"), ("activation", "forward")]),
+            (s.a_grad, s.g, [("activation", "backward"), ("preactivation", "backward")]),
+        ):
+            for run, *blocks in zip(before.runs, before.whole, after.whole, strict=True):
+                self._measure(blocks, run.start, names, net.activation.rectifies)
+        ends = [("preactivation", "forward"), ("preactivation", "backward")]
+        self._measure([out[None], g[None]], len(net.w) - 1, ends)
         for values, grads, rates, tensor, change in (
             (net.w, net.w_grad, net.w_rates, "weight", "update"),
             (net.b, net.b_grad, net.b_rates, "bias", BIAS_UPDATE),
         ):
-            self._measure(values, tensor, "forward")
-            self._measure(grads, tensor, "backward")
+            names = [(tensor, "forward"), (tensor, "backward"), (change, "forward")]
             for run, block, grad, rate in zip(values.runs, values.whole, grads.whole, rates, strict=True):
-                before = block.clone()
+                old = block.clone()
                 block.sub_(grad, alpha=rate)
-                self._measure_run(block - before, run.start, change, "forward")
+                self._measure([old, grad, block - old], run.start, names)
         return value, torch.cat(self._rows, 1)
 
-    def _measure(self, tensors: LayerTensors, tensor: str, direction: str) -> None:
-        for run, block in zip(tensors.runs, tensors.whole, strict=True):
-            self._measure_run(block, run.start, tensor, direction)
+    def _measure(
+        self, blocks: Sequence[Tensor], start: int, names: Sequence[tuple[str, str]], masked: bool = False
+    ) -> None:
+        """Tensors of one shape, (K, ...) each, of the layers from `start` + 1 on; a bias is (1, O).
 
-    def _measure_run(self, block: Tensor, start: int, tensor: str, direction: str) -> None:
-        """(K, ...) of the layers from `start` + 1 on, as (K, E, N, C); a bias is (1, O)."""
-        batched = tensor in ("preactivation", "activation")
-        count, inputs = self.net.count, block.shape[-2] if block.ndim > 2 else 1
-        rows = self._backend.rows(block.reshape(len(block), count, inputs, -1), batched, self._bins)
-        if (tensor, direction) == ("preactivation", "forward") and start < len(self.net.w) - 1:
-            rows[SATURATED] = self.net.activation.saturated_share(block).reshape(len(block), count)
-        self.order += [(start + 1 + k, tensor, direction) for k in range(len(block))]
-        self._rows.append(rows)
+        names: what each is, and its direction. masked: the second has the entries of the first, or 0.
+        """
+        count, batched = self.net.count, names[0][0] in ("preactivation", "activation")
+        inputs, layers = blocks[0].shape[-2] if blocks[0].ndim > 2 else 1, len(blocks[0])
+        shaped = [block.reshape(layers, count, inputs, -1) for block in blocks]
+        if shaped[0].numel() <= SMALL:  # a copy costs less than another call
+            rows = list(torch.split(self._backend.rows(torch.cat(shaped), batched, self._bins), layers, 1))
+        else:
+            rows = []
+            for x in shaped:
+                part_of = rows[0] if masked and rows else None
+                rows.append(self._backend.rows(x, batched, self._bins, part_of=part_of))
+        if names[0] == ("preactivation", "forward") and start < len(self.net.w) - 1:
+            if masked:
+                rows[0][SATURATED] = (rows[1][N_ZERO] + rows[1][N_NAN]) / rows[1][COUNT]
+            else:
+                rows[0][SATURATED] = self.net.activation.saturated_share(blocks[0]).reshape(layers, count)
+        self.order += [(start + 1 + k, tensor, direction) for tensor, direction in names for k in range(layers)]
+        self._rows += rows
 
 
 class FusedRecorder:

@@ -175,10 +175,9 @@ def _dead(x: Tensor, unit: Array, low: Array) -> Array:
     if unit.all():
         return np.zeros(len(unit))
     silent: Truths = unit == 0
-    mixed = silent.any(-1) & (low < 0)
-    if mixed.any():
-        some = x if mixed.all() else x[torch.from_numpy(mixed)]
-        silent[mixed] &= (some.abs().amax(-2) == 0).numpy()
+    networks, units = np.nonzero(silent & (low < 0)[:, None])
+    if len(units):
+        silent[networks, units] = (x[torch.from_numpy(networks), :, torch.from_numpy(units)] == 0).all(-1).numpy()
     return np.asarray(silent.mean(-1), np.float64)
 
 
