@@ -19,6 +19,9 @@ from initlab.stats.backend import COUNT, N_NAN, N_ZERO, SATURATED
 from initlab.stats.buffer import RowBuffer, StatsBuffer
 from initlab.stats.histogram import Bins, join_bins
 
+# Tensors that are measured together: parameters with their gradients, and updates; all others count inputs.
+KINDS = {"weight": "own", "bias": "own", "update": "change"}
+
 
 class ModuleRecorder:
     """Measures steps of twins that torch trains: each is a `look`, torch's update, and a `finish`.
@@ -34,27 +37,31 @@ class ModuleRecorder:
         self._views = [list[Tensor]() for _ in twins]  # w (I, O), b (O,), w, b, ... of each twin, on torch's memory
         first = self._find_views(0)
         sizes = [len(first[0]), *(len(b) for b in first[1::2])]
-        keys = module_keys(sizes)
-        self._order = sort_by_shape(keys, sizes)
-        self._keys = [keys[k] for k in self._order]
-        values = [key for key in keys if key.direction == "forward" and key.tensor in ("weight", "bias")]
-        gradients = [key for key in keys if key.direction == "backward"]
-        # Of parameters, and of gradients: which is compared after which, and the keys in this order.
-        orders = [(some, sort_by_shape(some, sizes)) for some in (values, gradients)]
-        self._compared = [(order, [some[k] for k in order]) for some, order in orders]
+        keys, layers = module_keys(sizes), len(sizes) - 1
+        # In the order of the table tensors of one shape stand together, and are measured and compared together.
+        parts = [[key for key in keys if KINDS.get(key.tensor, "batch") == kind] for kind in ("batch", "own", "change")]
+        self._orders = [sort_by_shape(some, sizes) for some in parts]
+        self._keys = [some[k] for some, order in zip(parts, self._orders, strict=True) for k in order]
+        values = [key for key in keys if key.direction == "forward" and KINDS.get(key.tensor) == "own"]
+        compared = (values, [key for key in keys if key.direction == "backward"])
+        self._compared_orders = [sort_by_shape(some, sizes) for some in compared]
+        self._compared = [[some[k] for k in order] for some, order in zip(compared, self._compared_orders, strict=True)]
+        # Rows of hidden preactivations and of their activations, which say the saturated shares.
+        places = [self._orders[0].index(k) for k in (*range(layers - 1), *range(layers, 2 * layers - 1))]
+        self._z, self._a = torch.tensor(places, device=first[0].device).view(2, -1)
         self._bins = [None if rows.bins is None else rows.backend.bins(1) for _ in twins]
         self._seen: list[tuple[Tensor, list[Tensor]]] = []  # of each twin its rows, and its weights before the update
 
     def compare(self, members: Sequence[Sequence[Tensor]], step: int) -> None:
         """How far other parameters, w (I, O), b (O,), w, b, ... of each network, are from those of the twins."""
-        views = map(self._find_views, range(len(self._own)))
-        self._put_parity(0, list(map(self._rows.backend.compare_each, members, views)), step)
+        pairs = zip(members, map(self._find_views, range(len(self._own))), strict=True)
+        self._put_parity(0, [self._compare(0, *pair) for pair in pairs], step)
 
     @torch.no_grad()
     def look(self, xb: Tensor, yb: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """A pass of every twin, measured and compared with the pass by hand; losses (E,) and outputs (E, N, O)."""
         self._seen = []
-        passes, errors, backend = [], [], self._rows.backend
+        passes, errors = [], []
         for k, (bins, x, y) in enumerate(zip(self._bins, xb, yb, strict=True)):
             found, values = mlp.twin_pass(self._twins[k], self._own[k], x, y, self._loss), self._find_views(k)
             pairs = list(zip(values[0::2], values[1::2], strict=True))
@@ -64,9 +71,9 @@ class ModuleRecorder:
             grads = [one for pair in found.parameter_grads for one in pair]
             by_torch = [*found.preactivation_grads, *found.activation_grads, *grads]
             by_hand = [*z_grads, *a_grads, *(one for pair in ours for one in pair)]
-            errors.append(backend.compare_each(by_hand, by_torch))
+            errors.append(self._compare(1, by_hand, by_torch))
             passes.append((found.loss, found.out))
-            rows = [self._measure_batch(found, bins), backend.rows_of_each(self._turn([*values, *grads]), bins)]
+            rows = [self._measure_batch(found, bins), self._measure(1, self._turn([*values, *grads]), bins)]
             self._seen.append((torch.cat(rows, 1), [w.clone() for w in values[0::2]]))
         self._put_parity(1, errors, step)
         losses, outputs = zip(*passes, strict=True)
@@ -78,12 +85,12 @@ class ModuleRecorder:
         for k, (bins, (rows, before)) in enumerate(zip(self._bins, self._seen, strict=True)):
             weights = self._find_views(k)[0::2]
             changes = self._turn([torch.sub(w, old, out=old) for w, old in zip(weights, before, strict=True)])
-            found.append(torch.cat([rows, self._rows.backend.rows_of_each(changes, bins)], 1))
+            found.append(torch.cat([rows, self._measure(2, changes, bins)], 1))
         self._seen = []
-        self._rows.put(self._keys, torch.stack(found, -1)[:, self._order], step)
+        self._rows.put(self._keys, torch.stack(found, -1), step)
         if self._rows.bins is not None:
-            counts, lowest = join_bins([join_bins(bins.take(), 0) for bins in self._bins if bins is not None], 1)
-            self._rows.put_bins([(counts[self._order], lowest)])
+            parts = [join_bins(bins.take(), 0) for bins in self._bins if bins is not None]
+            self._rows.put_bins([join_bins(parts, 1)])
 
     def _find_views(self, k: int) -> list[Tensor]:
         """Of one twin; they are made anew where an optimizer has put other memory in the place of a parameter's."""
@@ -97,20 +104,28 @@ class ModuleRecorder:
         """Weights (I, O) as they lie in torch's memory, (O, I); functions of the user see them as they are."""
         return list(tensors) if self._rows.backend.statistics else [x.mT if x.ndim > 1 else x for x in tensors]
 
+    def _measure(self, part: int, tensors: Sequence[Tensor], bins: Bins | None) -> Tensor:
+        """Rows (F, K) in the order of the table."""
+        ordered = [tensors[k] for k in self._orders[part]]
+        return self._rows.backend.rows_of_each(ordered, bins, batched=part == 0)
+
     def _measure_batch(self, found: Pass, bins: Bins | None) -> Tensor:
         """Rows of what counts inputs, and the saturated shares of hidden preactivations."""
-        hidden, forward = found.preactivations[:-1], [*found.preactivations, *found.activations]
-        tensors = [*forward, *found.preactivation_grads, *found.activation_grads]
-        rows = self._rows.backend.rows_of_each(tensors, bins, batched=True)
+        forward = [*found.preactivations, *found.activations]
+        rows = self._measure(0, [*forward, *found.preactivation_grads, *found.activation_grads], bins)
+        hidden = found.preactivations[:-1]
         if self._activation.rectifies:
-            a = rows[:, len(hidden) + 1 : len(forward)]
-            rows[SATURATED, : len(hidden)] = (a[N_ZERO] + a[N_NAN]) / a[COUNT]
-            return rows
-        for run in equal_neighbours([z.shape for z in hidden]):
-            rows[SATURATED, run] = self._activation.saturated_share(torch.stack(hidden[run]))
+            rows[SATURATED, self._z] = ((rows[N_ZERO] + rows[N_NAN]) / rows[COUNT])[self._a]
+        elif hidden:
+            runs = equal_neighbours([z.shape for z in hidden])
+            shares = [self._activation.saturated_share(torch.stack(hidden[run])) for run in runs]
+            rows[SATURATED, self._z] = torch.cat(shares)
         return rows
 
-    def _put_parity(self, kind: int, errors: Sequence[Tensor], step: int) -> None:
-        """Errors (2, K) of every twin."""
-        order, keys = self._compared[kind]
-        self._parity.put(keys, torch.stack(list(errors), -1)[:, order], step)
+    def _compare(self, part: int, tensors: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+        """Errors (2, K) in the order of the table."""
+        both = ([side[k] for k in self._compared_orders[part]] for side in (tensors, references))
+        return self._rows.backend.compare_each(*both)
+
+    def _put_parity(self, part: int, errors: Sequence[Tensor], step: int) -> None:
+        self._parity.put(self._compared[part], torch.stack(list(errors), -1), step)
