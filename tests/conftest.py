@@ -13,6 +13,8 @@ for name in BLAS:  # before numpy is imported, as the command line does it
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hydra._internal.hydra import Hydra  # noqa: E402
+from hydra.types import RunMode  # noqa: E402
 
 from initlab import stops  # noqa: E402
 
@@ -32,6 +34,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):  # keywords hold the names of folders too
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none here"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def hydra_composes_once() -> Iterator[None]:
+    """Hydra composes a job twice, first to learn whether it is a sweep: our own configuration says nothing of it."""
+    find_mode = Hydra.get_mode
+
+    def get_mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
+        known = config_name == "config" and not any("hydra.mode" in word or "-c" in word for word in sys.argv)
+        return None if known else find_mode(hydra, config_name, overrides)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hydra, "get_mode", get_mode)
+        yield
 
 
 @pytest.fixture(autouse=True)

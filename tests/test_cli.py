@@ -23,6 +23,7 @@ from initlab.stats.dtypes import DTYPES
 from initlab.tasks import train
 from initlab.tasks.course import ladders
 from initlab.tasks.ensemble.training import OPTIMIZERS
+from tests.long import long_except
 
 Lab = Callable[..., tuple[int, str, str]]
 STACK = ("task=stack", "depth=5", "seeds=2", "plots=false", "report=false")
@@ -293,7 +294,7 @@ def test_import_and_help_are_light(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", long_except(["sgd", "adam"], "adam"))
 def test_a_run_without_figures_imports_no_compiler_and_nothing_that_draws(tmp_path: Path, optimizer: str) -> None:
     """Each of them takes up to a second and more; torch's optimizers import its compiler when they are first used."""
     words = ["plots=false", "report=false", "task=train", "train.steps=2", f"train.optimizer={optimizer}", "seeds=1"]
@@ -351,6 +352,7 @@ def test_the_main_job_on_a_gpu(lab: Lab) -> None:
     assert set(initlab.read("outputs")["device"]) == {"cuda"}
 
 
+@pytest.mark.long
 def test_a_failed_expectation_is_told_by_the_exit_code(lab: Lab, tmp_path: Path) -> None:
     (tmp_path / "study").mkdir()
     text = "defaults: [config, _self_]\ntask: stack\nexpect:\n  - {say: it grows, where: {layer: 5}, statistic: std, "
@@ -362,6 +364,7 @@ def test_a_failed_expectation_is_told_by_the_exit_code(lab: Lab, tmp_path: Path)
     assert code == 2 and "selects no rows" in err and len(runs()) == 4
 
 
+@pytest.mark.long
 def test_the_ladder_and_the_graph_from_the_command_line(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ladders.matmul_ladder
     names = [name for name in ladders.LADDER if name != "compiled"]  # whose compiler other tests wait for
@@ -476,6 +479,7 @@ def test_a_wrong_prediction_is_seen_on_the_command_line(lab: Lab, monkeypatch: p
     assert code == 0 and "theory: does not agree, p < 0.001: " in out
 
 
+@pytest.mark.long
 def test_a_run_says_which_gain_it_took_and_a_sweep_each_note_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     _, out, _ = lab("init=xavier", "activation=tanh", *STACK)
     assert "gain: 1.467 (chi: " in out and "torch has 1.667, init.gain_kind=torch)" in out
@@ -511,6 +515,7 @@ def test_an_activation_of_ones_own_is_one_file(lab: Lab, tmp_path: Path) -> None
     assert set(theory["activation"]) == {"soft", "wave"} and theory["z"].abs().max() < 6  # 98 rows of two means
 
 
+@pytest.mark.long
 def test_the_researchers_page(lab: Lab, tmp_path: Path) -> None:
     """What the README says of its own rule and its own activation, with its numbers."""
     for path, text in (
@@ -533,6 +538,7 @@ def test_the_researchers_page(lab: Lab, tmp_path: Path) -> None:
     assert initlab.gain(clip) == pytest.approx(1.0236, abs=1e-4)
 
 
+@pytest.mark.long
 def test_an_activation_by_target_is_the_row_that_it_names(lab: Lab) -> None:
     assert lab("activation._target_=torch.nn.ReLU", *QUICK)[0] == 0
     assert lab("activation=relu", *QUICK)[0] == 0

@@ -25,6 +25,7 @@ from initlab.runs.select import NothingFound
 from initlab.studies import study
 from initlab.studies.expectation import AMONG
 from initlab.sweep.resume import expand
+from tests.long import long_except
 
 ROOT = Path(initlab.__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -68,7 +69,7 @@ def first_jobs(config: Any, most: int = 2) -> list[list[str]]:
     return found
 
 
-@named
+@pytest.mark.parametrize("path", long_except(STUDIES, *STUDIES[::8]), ids=lambda path: path.stem)
 def test_a_study_says_what_it_asks_and_runs(path: Path, composed: Callable[..., Any], tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert f"# Launch: python -m initlab -cd experiments -cn {path.stem}" in text
@@ -187,6 +188,7 @@ def test_a_study_that_fails_says_so_and_one_that_holds_too(lab: Lab, tmp_path: P
     assert "1 of 1 expectation holds" in out
 
 
+@pytest.mark.long
 def test_a_study_that_says_what_fails_ends_well_and_one_whose_claim_holds_after_all_does_not(
     lab: Lab, tmp_path: Path
 ) -> None:

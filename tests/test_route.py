@@ -59,6 +59,7 @@ def run(folder: Path, *words: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env=environment).stdout
 
 
+@pytest.mark.long
 def test_a_rule_passes_few_hands(tmp_path: Path) -> None:
     (line,) = [line for line in run(tmp_path, TRACE).splitlines() if line.startswith("ROUTE ")]
     route = json.loads(line.removeprefix("ROUTE "))
@@ -87,6 +88,7 @@ SHARED = {"data", "ensemble"}  # what tasks have in common: no task is in there
 OWN = {"gains": {"gains"}, "stack": {"stack"}, "train": {"train", "twins"}, "explain": {"course"}}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs to fork")
 def test_a_task_imports_no_other_task(tmp_path: Path) -> None:
     lines = [line.split()[1:] for line in run(tmp_path, IMPORTS).splitlines() if line.startswith("TASKS ")]

@@ -18,6 +18,7 @@ import initlab
 from initlab import terminal
 from initlab.runs import summary
 from initlab.terminal import Bar, LineHandler, NotebookText, as_json, choose_lines, print_start
+from tests.long import long_except
 
 Lab = Callable[..., tuple[int, str, str]]
 SMALL = ("task=stack", "depth=2", "width=6", "batch=5", "seeds=1", "plots=false", "theory=off")
@@ -160,6 +161,7 @@ def test_a_terminal_has_a_width_and_a_file_has_none(monkeypatch: pytest.MonkeyPa
     assert terminal.find_width() is None
 
 
+@pytest.mark.long
 def test_many_jobs_have_no_lines_of_their_own(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     for few, said in ((3, True), (2, False)):
         monkeypatch.setattr(terminal, "FEW_JOBS", few)
@@ -176,6 +178,7 @@ def test_many_jobs_have_no_lines_of_their_own(lab: Lab, monkeypatch: pytest.Monk
     assert screen.lines() == ["done: but wrong", "verdicts: two"]
 
 
+@pytest.mark.long
 def test_values_of_a_sweep_may_be_a_glob(lab: Lab) -> None:
     code, out, errors = lab("-m", *SMALL, "data=glob(*)", "hydra.sweep.dir=sweep")
     assert (code, errors) == (0, "") and all(f"data={name}" in out for name in ("digits", "mnist", "teacher"))
@@ -215,7 +218,7 @@ def test_a_run_is_json_and_nothing_else(lab: Lab) -> None:
     assert code == 0 and json.loads(out)["objective"] > 0 and json.loads(out)["findings"] == []
 
 
-@pytest.mark.parametrize("launcher", ["basic", "batched"])
+@pytest.mark.parametrize("launcher", long_except(["basic", "batched"], "batched"))
 def test_a_sweep_is_json_and_nothing_else(lab: Lab, launcher: str) -> None:
     words = ("-m", "init=naive,small", f"hydra/launcher={launcher}", "hydra.sweep.dir=sweep", "--json")
     code, out, errors = lab(*words, *RUN)
@@ -224,6 +227,7 @@ def test_a_sweep_is_json_and_nothing_else(lab: Lab, launcher: str) -> None:
     assert [row["init"] for row in found["table"]] == ["naive", "small"]
 
 
+@pytest.mark.long
 def test_other_tasks_are_json_too(lab: Lab) -> None:
     code, out, _ = lab("task=gains", "plots=false", "--json")
     found = json.loads(out)

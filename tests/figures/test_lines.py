@@ -13,6 +13,7 @@ from initlab.runs import summary
 from initlab.runs.labels import labels, shorten_labels
 from initlab.tasks.stack import stack
 from initlab.theory.z_scores import compare_stack
+from tests.long import long_except
 
 SHAPE = {"width": 16, "batch": 8}
 
@@ -56,7 +57,7 @@ GALLERY = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=GALLERY)
+@pytest.fixture(scope="module", params=long_except(GALLERY, *list(GALLERY)[::4]))
 def drawn(request: pytest.FixtureRequest) -> tuple[dict[str, pd.DataFrame], Figure]:
     settings, options = GALLERY[request.param]
     found = tables(settings, **options)  # type: ignore[arg-type]

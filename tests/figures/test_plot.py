@@ -29,6 +29,7 @@ from initlab.tasks.jacobian import jacobian
 from initlab.tasks.phase import Axis, phase
 from initlab.tasks.seeded import seeded_stack
 from initlab.theory.z_scores import compare_stack
+from tests.long import long_except
 
 CROSS_ENTROPY = nn.functional.cross_entropy
 SMALL: dict[str, Any] = {"depth": 3, "width": 10, "batch": 8}
@@ -139,7 +140,7 @@ def render(figure: Figure) -> None:
     figure.draw_without_rendering()
 
 
-@pytest.mark.parametrize("name", PRODUCERS)
+@pytest.mark.parametrize("name", long_except(PRODUCERS, *list(PRODUCERS)[::3]))
 def test_every_producer_has_a_figure_with_its_data(name: str) -> None:
     before = dict(mpl.rcParams)
     figure = initlab.plot(make(name))
@@ -167,7 +168,7 @@ HARD = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("name", long_except(HARD, "stack", "train: losses", "probe: histograms", "formats"))
 def test_one_row_no_row_and_no_number_are_a_figure_or_a_line(name: str) -> None:
     made = make(name)
     frame = next(iter(made.values())) if isinstance(made, dict) else made

@@ -10,6 +10,7 @@ Lab = Callable[..., tuple[int, str, str]]
 STACK = ("task=stack", "depth=2", "width=8", "seeds=1", "batch=4", "theory=off", "plots=false", "report=false")
 
 
+@pytest.mark.long
 def test_each_activation_of_a_sweep_has_its_own_critical_gain(lab: Lab) -> None:
     words = ("activation=relu,tanh,selu", "init.critical=0.9,1.0", "init=lecun,orthogonal")
     assert lab("-m", *words, *STACK)[0] == 0

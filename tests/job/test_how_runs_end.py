@@ -52,6 +52,7 @@ def events(server: Forks, tmp_path_factory: pytest.TempPathFactory) -> int:
     return int((folder / "events").read_text())
 
 
+@pytest.mark.long
 def test_a_stop_while_files_are_written_doubles_and_loses_no_row(server: Forks, events: int, tmp_path: Path) -> None:
     for k in range(5):
         folder = tmp_path / str(k)
@@ -141,6 +142,7 @@ def test_jobs_in_other_processes_end_with_the_sweep(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_a_process_that_waits_for_a_job_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
     job = f"""if True:
         import os, time

@@ -65,6 +65,7 @@ def test_fixed_points_are_fixed(name: str, sigma_w: float, sigma_b: float) -> No
     assert at.xi_q == pytest.approx(-1 / math.log(at.slope), rel=1e-9)
 
 
+@pytest.mark.long
 def test_iterating_the_maps_arrives_at_the_fixed_points() -> None:
     for sigma_w, sigma_b in ((1.1, 0.3), (1.7, 0.2)):
         row, at = as_activation("tanh"), phase("tanh", sigma_w, sigma_b)
@@ -119,7 +120,7 @@ USERS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in ("gelu", "sin", "abs") else pytest.mark.slow) for name in USERS]
+    "name", [pytest.param(name, marks=[] if name in ("gelu", "abs") else pytest.mark.slow) for name in USERS]
 )
 def test_critical_and_phase_agree_or_say_why_not(name: str) -> None:
     """At six scales of biases: `phase` calls critical what `critical` returns, or `critical` says where q goes."""
@@ -208,6 +209,7 @@ def test_what_is_no_scale_is_one_line(bad: object) -> None:
             call()
 
 
+@pytest.mark.long
 def test_functions_without_a_slope_have_no_critical_scale() -> None:
     with pytest.raises(UsageError, match="its slope is 0"):
         critical(lambda z: 0 * z)

@@ -14,6 +14,7 @@ import initlab
 from initlab.stats.kernels import cpu_backend
 from initlab.stats.kernels.cpu import library, plain
 from initlab.stats.statistics import STATISTICS
+from tests.long import long_except
 from tests.stats.exact import SINGLE
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no working C++ compiler: plain PyTorch makes all rows")
@@ -121,7 +122,7 @@ def watched(build: Callable[[], nn.Module], histograms: bool) -> tuple[pd.DataFr
 
 @pytest.mark.filterwarnings("ignore:probe. never called:UserWarning")
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("histograms", [False, True], ids=["", "histograms"])
+@pytest.mark.parametrize("histograms", long_except([False, True], True), ids=["", "histograms"])
 def test_both_backends_give_the_same_rows(name: str, histograms: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """To what sums in float32 promise of entries of size 1; a cosine is a difference. Counts are equal."""
     monkeypatch.setattr(cpu_backend, "_WAITING", 7)  # histograms are named in the middle of a step

@@ -88,6 +88,7 @@ def unwrap(rows: pd.DataFrame) -> pd.DataFrame:
     return kept
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo meets in a file")
 @pytest.mark.parametrize(
     ("parts", "words"),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.long import long_except
 from tests.reliability.attack import TOPICS, attack
 
 HERE = Path(__file__).parent
@@ -17,7 +18,9 @@ SMALL: dict[str, int] = {
 FEW = 2
 
 
-@pytest.mark.parametrize("name", [name for name in TOPICS if (HERE / f"{name}.py").exists()])
+@pytest.mark.parametrize(
+    "name", long_except([name for name in TOPICS if (HERE / f"{name}.py").exists()], "calls", "hostile", "options")
+)
 def test_a_few_cases_hold(name: str, tmp_path: Path) -> None:
     outcome = attack(name, SMALL.get(name, FEW), seed=1, folder=tmp_path)
     assert outcome.tried == SMALL.get(name, FEW)

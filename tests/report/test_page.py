@@ -265,6 +265,7 @@ def test_neither_files_nor_page_where_both_are_off(lab: Lab) -> None:
     assert not list(Path("words").glob("*.png")) and read(Path("words")).named("figure") == []
 
 
+@pytest.mark.long
 def test_pages_are_made_anew_from_tables(lab: Lab, runs: Path) -> None:
     shutil.copytree(runs / "sweep", "sweep")
     before = {path: path.read_text() for path in Path("sweep").glob("**/report.html")}
@@ -324,6 +325,7 @@ TASKS = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_has_a_page(lab: Lab, task: str) -> None:
     small = ("depth=3", "width=8", "batch=8", "seeds=2", "train.steps=2", "phase.sw.points=2", "phase.sb.points=2")
@@ -347,6 +349,7 @@ def test_a_page_costs_little_beside_its_figures(runs: Path) -> None:
         (runs / name / "report.html").write_bytes(whole)  # as other tests look at it
 
 
+@pytest.mark.long
 def test_a_sweep_of_64_jobs_stays_small(tmp_path: Path) -> None:
     """Jobs of default depth: the rows of one, under 64 gains."""
     frame = initlab.stack("kaiming", depth=50, width=10, batch=8, seeds=2)

@@ -12,6 +12,7 @@ from initlab.stats.buffer import RowBuffer
 from initlab.stats.keys import KEY_COLUMNS
 from initlab.tasks import train as training
 from initlab.tasks.ensemble import plan
+from tests.long import long_except
 
 SEEDS = [3, 0, 5, 1, 2]
 Tables = dict[str, pd.DataFrame]
@@ -50,7 +51,7 @@ def test_groups_and_flushes_leave_the_order(
     assert first["seed"][: len(SEEDS)].tolist() == [str(one) for one in SEEDS]
 
 
-@pytest.mark.parametrize("task", ["stack", "train", "lab"])
+@pytest.mark.parametrize("task", long_except(["stack", "train", "lab"], "lab"))
 def test_a_run_has_the_same_order(
     lab: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, task: str
 ) -> None:

@@ -29,6 +29,7 @@ from initlab.tasks import train as training
 from initlab.tasks.ensemble.networks import Ensemble
 from initlab.tasks.train import run_training
 from tests.conftest import TINY
+from tests.long import long_except
 
 Lab = Callable[..., tuple[int, str, str]]
 BATCHED = "hydra/launcher=batched"
@@ -200,7 +201,7 @@ def _breaking(own: Any, breaks: Callable[[Ensemble], BaseException | None]) -> A
 GAINS = "init.gain=1,1.25,1.5,1.75,2"
 
 
-@pytest.mark.parametrize("stage", ["stack", "train"])
+@pytest.mark.parametrize("stage", long_except(["stack", "train"], "stack"))
 def test_a_fault_is_found_and_the_others_are_what_they_would_have_been(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -220,6 +221,7 @@ def test_a_fault_is_found_and_the_others_are_what_they_would_have_been(
         assert differences(Path("whole") / str(k), Path("part") / str(k)) == []
 
 
+@pytest.mark.long
 def test_short_memory_halves_a_program_and_changes_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep(lab, "whole", BATCHED, GAINS, "seeds=1")
     ran: list[int] = []
@@ -239,6 +241,7 @@ def test_short_memory_halves_a_program_and_changes_nothing(lab: Lab, monkeypatch
     assert code == 2 and "initlab: out of memory; make seeds, width, depth or batch smaller" in errors
 
 
+@pytest.mark.long
 def test_networks_of_a_program_are_halved_inside_it(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     own, ran = stacking.Networks, []
 
@@ -256,11 +259,13 @@ def test_networks_of_a_program_are_halved_inside_it(lab: Lab, monkeypatch: pytes
         assert differences(Path("whole") / str(k), Path("halved") / str(k)) == []
 
 
-@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+@pytest.mark.parametrize(
+    ("stop", "code"), long_except([(KeyboardInterrupt, 130), (SystemExit, 143)], (KeyboardInterrupt, 130))
+)
 def test_a_stop_leaves_what_was_measured(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, stop: BaseException, code: int
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException], code: int
 ) -> None:
-    broken = _breaking(run_training, lambda ensemble: stop if 3 in ensemble.seeds else None)
+    broken = _breaking(run_training, lambda ensemble: stop(code) if 3 in ensemble.seeds else None)
     monkeypatch.setattr(training, "run_training", broken)
     monkeypatch.setattr(batch, "CACHED", 2)
     assert sweep(lab, "there", BATCHED, "seed=range(0,5)", "seeds=1")[0] == code
@@ -268,6 +273,7 @@ def test_a_stop_leaves_what_was_measured(
     assert Path("there/3/stats.parquet").is_file() and not Path("there/3/losses.parquet").exists()
 
 
+@pytest.mark.long
 def test_a_sweep_that_was_stopped_is_finished(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     words = (BATCHED, "seed=range(0,5)", "seeds=1")
     monkeypatch.setattr(batch, "CACHED", 3)
@@ -287,6 +293,7 @@ def test_a_sweep_that_was_stopped_is_finished(lab: Lab, monkeypatch: pytest.Monk
             assert table_differences(one / f"{name}.parquet", other / f"{name}.parquet") == []
 
 
+@pytest.mark.long
 def test_what_cannot_share_a_program_runs_in_its_turn(lab: Lab) -> None:
     words = ("task=gains,stack", "init=lsuv,kaiming", "seeds=1")
     assert [sweep(lab, name, *how, *words)[0] for name, how in (("basic", ()), ("batched", (BATCHED,)))] == [0, 0]
@@ -347,6 +354,7 @@ def test_a_refusal_without_a_name_is_one_line_of_its_own_job(
     assert {k: status for k, status in statuses("there").items() if k != 1} == {0: "done", 2: "done"}
 
 
+@pytest.mark.long
 def test_figures_are_drawn_for_each_job(lab: Lab) -> None:
     assert sweep(lab, "there", BATCHED, "seed=0,1", "seeds=1", "task=stack", "plots=true")[0] == 0
     assert [len(list(Path(f"there/{k}").glob("*.png"))) for k in (0, 1)] == [2, 2]

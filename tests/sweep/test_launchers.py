@@ -55,6 +55,7 @@ def basic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where / "x"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", PLUGINS)
 def test_jobs_are_the_same_to_the_last_bit(launcher: str, basic: Path, tmp_path: Path) -> None:
     pytest.importorskip(f"hydra_plugins.{PLUGINS[launcher]}", reason=f"needs pip install 'initlab[{EXTRAS[launcher]}]'")

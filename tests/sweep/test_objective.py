@@ -13,6 +13,7 @@ from initlab.errors import UsageError
 from initlab.runs.read import read
 from initlab.studies.expect import measure_objective
 from initlab.studies.expectation import parse_objective
+from tests.long import long_except
 
 Lab = Callable[..., tuple[int, str, str]]
 SMALL = ("task=stack", "depth=3", "width=12", "seeds=2", "plots=false", "theory=off")
@@ -72,7 +73,7 @@ def test_an_objective_is_measured_and_said(lab: Lab) -> None:
 
 @optuna
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("launcher", ["basic", "batched"])
+@pytest.mark.parametrize("launcher", long_except(["basic", "batched"], "batched"))
 def test_optuna_seeks_the_best_value(lab: Lab, tmp_path: Path, launcher: str) -> None:
     """Two trials: the better one is the one whose rows are smaller, by the tables."""
     code, out, errors = lab(

@@ -112,6 +112,7 @@ def test_only_what_is_left_is_run_and_a_failed_job_runs_again(lab: Lab, monkeypa
     assert (code, err) == (0, "") and len(depths) == 4 and "3 jobs are done and kept, 0 are left" in out
 
 
+@pytest.mark.long
 def test_a_table_without_its_end_is_measured_again(lab: Lab) -> None:
     assert lab("-m", "depth=2,3", *SMALL, "hydra.sweep.dir=x")[0] == 0
     whole = pd.read_parquet("x/1/stats.parquet")
@@ -122,6 +123,7 @@ def test_a_table_without_its_end_is_measured_again(lab: Lab) -> None:
     pd.testing.assert_frame_equal(pd.read_parquet(table), whole, check_exact=True)
 
 
+@pytest.mark.long
 def test_a_sweep_may_grow_and_old_jobs_keep_their_folders(lab: Lab) -> None:
     assert lab("-m", "init=naive,kaiming", "depth=3", *SMALL, "hydra.sweep.dir=x")[0] == 0
     before = contents(Path("x"))
@@ -139,6 +141,7 @@ def test_a_sweep_may_grow_and_old_jobs_keep_their_folders(lab: Lab) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.long
 def test_jobs_in_folders_of_a_thousand_are_found_again(lab: Lab) -> None:
     words = ("-m", "depth=2,3,4", *SMALL, "hydra.sweep.subdir=${by_thousand:hydra.job.num}")
     code, out, _ = lab(*words, "hydra.sweep.dir=x")
@@ -203,6 +206,7 @@ def test_a_folder_that_is_not_ours_is_one_line(lab: Lab, two: Path) -> None:
         assert contents(Path()) == before
 
 
+@pytest.mark.long
 def test_a_default_that_changed_meanwhile_is_named(lab: Lab, tmp_path: Path) -> None:
     (tmp_path / "study").mkdir()
     text = "defaults: [config, _self_]\ntrain: {steps: 2}\ndepth: 2\ntask: stack\nplots: false\nseeds: 1\n"
@@ -219,6 +223,7 @@ def test_a_default_that_changed_meanwhile_is_named(lab: Lab, tmp_path: Path) -> 
     assert code == 2 and "1 of its 2 jobs are not in this sweep, the first is init=naive" in err
 
 
+@pytest.mark.long
 def test_two_versions_of_the_code_in_one_sweep_are_named(lab: Lab, two: Path) -> None:
     path = two / "0" / "run.json"
     said = json.loads(path.read_text())

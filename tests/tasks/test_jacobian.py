@@ -17,6 +17,7 @@ from initlab.nn.unbounded import Scaled, rescale
 from initlab.tasks.jacobian import jacobian, jacobian_as_text, shown_layers
 from initlab.theory.request import parse_request
 from initlab.theory.singular_values import jacobians, log2_power_sums, predict_moments, singular_values
+from tests.long import long_except
 
 F64 = {"dtype": "float64"}
 
@@ -87,7 +88,7 @@ def test_orthogonal_linear_stacks_are_isometries() -> None:
 
 @pytest.mark.parametrize("init", ["kaiming", "orthogonal"])
 @pytest.mark.parametrize(("activation", "slack"), [("linear", 0.0), ("relu", 0.0), ("leaky_relu", 0.0), ("tanh", 0.04)])
-@pytest.mark.parametrize(("width", "inputs"), [(20, 20), (20, 30), (30, 20)])
+@pytest.mark.parametrize(("width", "inputs"), long_except([(20, 20), (20, 30), (30, 20)], (20, 30)))
 def test_the_recursion_is_the_mean_over_networks(
     init: str, activation: str, slack: float, width: int, inputs: int
 ) -> None:
@@ -148,6 +149,7 @@ def test_which_layers_are_kept() -> None:
     assert ranked.apply(lambda s: bool((s.diff().dropna() <= 0).all())).all()
 
 
+@pytest.mark.long
 def test_the_task_draws_one_run_and_compares_several(lab: Callable[..., tuple[int, str, str]]) -> None:
     code, said, _ = lab("task=jacobian", "depth=5", "width=20", "seeds=3", "hydra.run.dir=here")
     assert code == 0 and "infinite width" in said

@@ -85,6 +85,7 @@ def test_a_hiccup_skips_no_rung_and_the_books_shape_is_always_complete(monkeypat
     assert frame.groupby("shape", sort=False)["median"].count().tolist() == [1, 3]
 
 
+@pytest.mark.long
 def test_with_patience_nothing_is_skipped():
     frame = matmul_ladder([(17, 17, 17)], PLAIN, patience=1e9, **QUICK)
     assert frame["median"].notna().all()

@@ -14,6 +14,7 @@ from initlab.nn.philox import gaussian
 from initlab.stats.statistics import TRUE_COLUMNS as NUMBERS
 from initlab.tasks import stack as stacking
 from initlab.tasks.stack import stack
+from tests.long import long_except
 
 # Rounding of float32 in a sum over 100 units and over 20000 entries is far below this, in log2.
 LIMIT = 1e-6
@@ -82,6 +83,7 @@ def test_inside_the_range_the_masks_are_those_of_the_dtype() -> None:
     assert apart(only("backward", found), only("backward", wanted)) < 1e-2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("init", "activation"), [("naive", "relu"), ("small", "linear"), ("small", "leaky_relu")])
 def test_and_four_hundred_layers_down(init: str, activation: str) -> None:
     """Beyond float64 too: 100^(400/2) is 1e400."""
@@ -95,7 +97,7 @@ OTHERS = [("small", name) for name in ("tanh", "sigmoid", "gelu", "silu", "selu"
 OTHERS += [("naive", name) for name in ("gelu", "silu", "selu")]
 
 
-@pytest.mark.parametrize(("init", "activation"), OTHERS)
+@pytest.mark.parametrize(("init", "activation"), long_except(OTHERS, OTHERS[0], OTHERS[-1]))
 def test_other_activations_go_on_as_float64_does(init: str, activation: str) -> None:
     """Fifty layers of 1e-2 to 10 each stay inside float64. selu's constants round, 3e-8 each, in every layer alike."""
     short, wide = (stack(init, activation, seeds=[0], dtype=dtype) for dtype in ("float32", "float64"))

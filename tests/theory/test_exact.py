@@ -58,6 +58,7 @@ def test_first_orders_of_one_input() -> None:
     assert survival([10, 10, 10]) == pytest.approx((1 - 2**-10) ** 2)
 
 
+@pytest.mark.long
 def test_variance_of_one_inputs_second_moment() -> None:
     """(1 + 5/n)^L - 1 of ReLU, 2 for 5 of linear layers; against 20,000 networks drawn here; others are refused."""
     assert second_moment_variance("relu", [100] * 51)[-1] == pytest.approx((1 + 5 / 100) ** 50 - 1, rel=1e-14)
@@ -169,6 +170,7 @@ def simulate_with_weights(*args: object, **options: object) -> dict:
         return simulate(*args, **options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["relu", "tanh", "linear"])
 def test_some_inputs_stand_for_the_batch(name: str) -> None:
     """16 of 60 inputs against all of them, 1,000 networks: where `is_known` says so, 95 % bands hold 90 to 99 % (five

@@ -14,6 +14,7 @@ def layer(frame: pd.DataFrame, name: str, event: str) -> float:
     return float(frame[(frame["format"] == name) & (frame["event"] == event)]["layer"].iloc[0])
 
 
+@pytest.mark.long
 def test_known_ends() -> None:
     """n = 100, B = 200, as measured: float32 naive linear 38, ReLU 45, float16 5, float64 near 308; small ones too."""
     naive = limits("naive", "linear", 330)

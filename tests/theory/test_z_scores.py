@@ -30,6 +30,7 @@ def theory_with(threads: int, folder: Path) -> pd.DataFrame:
     return pd.read_parquet(folder / "theory.parquet")
 
 
+@pytest.mark.long
 def test_predictions_hang_on_no_number_of_threads(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(*(theory_with(n, tmp_path / str(n)) for n in (1, 8)), check_exact=True)
 

@@ -13,7 +13,11 @@ SIZES = [(20, 64, "float32", 0), (10, 200, "bfloat16", 1)]
 MORE = [(d, w, t, s) for d in (10, 20, 50) for w in (64, 200) for t in ("float32", "bfloat16") for s in range(3)]
 sizes = pytest.mark.parametrize(
     ("depth", "width", "dtype", "seed"),
-    [*SIZES, *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE if one not in SIZES)],
+    [
+        SIZES[0],
+        pytest.param(*SIZES[1], marks=pytest.mark.long),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE if one not in SIZES),
+    ],
 )
 
 
