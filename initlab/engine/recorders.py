@@ -5,13 +5,13 @@ the tensors and measures them afterwards, shape by shape: any activation, number
 Legend: E ensemble, N batch, I fan_in, O fan_out, K rows of a step, F numbers of a row.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from initlab.engine.fast_network import KEPT_MEMORIES, Engine, FastNetwork
+from initlab.engine.fast_network import KEPT_MEMORIES, Engine, FastNetwork, StepMemory
 from initlab.engine.named_tensors import network_keys
 from initlab.stats.backend import COUNT, N_NAN, N_ZERO, SATURATED, Backend
 from initlab.stats.buffer import StatsBuffer
@@ -165,7 +165,7 @@ class FusedRecorder:
             [block.view(len(block), *net.lead, 1, -1) for block in biases.whole] for biases in (net.b, net.b_grad)
         )
         self._b_sums = [b.view(*net.lead, -1) for b in net.b_grad.each]
-        self._turns: dict[int, list[Tensor]] = {}
+        self._prepared: dict[int, _Prepared] = {}  # by the inputs of a batch
         layers = len(net.w)
         self.order: list[RowName] = []
         for layer in range(1, layers):
@@ -186,35 +186,65 @@ class FusedRecorder:
         self._outs += [out.view(3, -1, *out.shape[1:]) for out in outs[len(sizes) :]]
 
     def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        net, backend, bins, outs = self.net, self._backend, self._bins, iter(self._outs)
-        s, below = net.memory(x.shape[-2]), self._gradients(x.shape[-2])
-        inp = x
-        for w, b, a in zip(net.w.each, net.b.each, s.a.each, strict=False):
+        net, backend, bins, ends = self.net, self._backend, self._bins, self._outs[len(self.net.w) - 1 :]
+        p = self._prepare(x.shape[-2])
+        inp, last = x, len(net.w) - 1
+        for w, b, a, relu_rows in zip(net.w.each, net.b.each, p.memory.a.each, p.relu, strict=False):
             inp = net.affine(b, inp, w, out=a)
-            backend.relu_rows_(a, bins, next(outs))
+            relu_rows()
         net.out = net.affine(net.b[-1], inp, net.w[-1])
         value, g = net.loss.both(net.out, y)
         torch.sum(g, -2, keepdim=bool(net.lead), out=net.b_grad[-1])
-        backend.rows(net.out, True, bins, next(outs))
-        backend.rows(g, True, bins, next(outs))
-        for k in range(len(net.w) - 1, -1, -1):
-            if k:
-                net.product(g, net.w_t[k], out=below[k - 1])
-            net.product(s.a_t[k - 1] if k else x.mT, g, out=self._grads[k])
-            backend.update_rows_(net.w[k], self._grads[k], net.w.rates[k], bins, next(outs))
-            if k:
-                g = below[k - 1]
-                backend.mask_rows_(g, s.a[k - 1], self._b_sums[k - 1], bins, next(outs))
-        for b, grad, rate in zip(self._b, self._b_grads, net.b_rates, strict=True):
-            backend.update_rows_(b, grad, rate, bins, next(outs))
+        backend.rows(net.out, True, bins, ends[0])
+        backend.rows(g, True, bins, ends[1])
+        for k in range(last, 0, -1):
+            net.product(g, net.w_t[k], out=p.below[k - 1])
+            net.product(p.memory.a_t[k - 1], g, out=self._grads[k])
+            p.update[k]()
+            p.mask[k - 1]()
+            g = p.below[k - 1]
+        net.product(x.mT, g, out=self._grads[0])
+        p.update[0]()
+        for update_rows in p.bias:
+            update_rows()
         return value, self._rows.reshape(len(self.order), net.count, -1).clone().movedim(-1, 0)
 
-    def _gradients(self, inputs: int) -> list[Tensor]:
-        """Memory for dL/da of the hidden layers: two are alive at a time, so layers of one width take turns."""
-        if inputs not in self._turns:
-            if len(self._turns) == KEPT_MEMORIES:
-                self._turns.clear()
-            hidden = self.net.memory(inputs).a.each
-            turns = {(a.shape, k): torch.empty_like(a) for a in hidden for k in (0, 1)}
-            self._turns[inputs] = [turns[a.shape, k % 2] for k, a in enumerate(hidden)]
-        return self._turns[inputs]
+    def _prepare(self, inputs: int) -> "_Prepared":
+        """Memory for dL/da of the hidden layers, and the passes over what stays where it is, ready to be called.
+
+        Two gradients are alive at a time, so layers of one width take turns.
+        """
+        net, memory = self.net, self.net.memory(inputs)
+        found = self._prepared.get(inputs)
+        if found is not None and found.memory is memory:
+            return found
+        if len(self._prepared) == KEPT_MEMORIES:
+            self._prepared.clear()
+        turns = {(a.shape, k): torch.empty_like(a) for a in memory.a.each for k in (0, 1)}
+        below = [turns[a.shape, k % 2] for k, a in enumerate(memory.a.each)]
+        outs, last = iter(self._outs), len(net.w) - 1
+
+        def prepare(name: str, *given: Any) -> Callable[[], object]:
+            return self._backend.prepare(name, *given, bins=self._bins, out=next(outs))
+
+        relu = [prepare("relu_rows_", a) for a in memory.a.each]
+        next(outs), next(outs)  # of the outputs, which are new in every step
+        update, mask = [], []
+        for k in range(last, -1, -1):
+            update.append(prepare("update_rows_", net.w[k], self._grads[k], net.w.rates[k]))
+            if k:
+                mask.append(prepare("mask_rows_", below[k - 1], memory.a[k - 1], self._b_sums[k - 1]))
+        bias = [prepare("update_rows_", *one) for one in zip(self._b, self._b_grads, net.b_rates, strict=True)]
+        self._prepared[inputs] = _Prepared(memory, below, relu, update[::-1], mask[::-1], bias)
+        return self._prepared[inputs]
+
+
+class _Prepared(NamedTuple):
+    """What a step over so many inputs works in, and its passes, each at the place of its layer."""
+
+    memory: StepMemory
+    below: list[Tensor]
+    relu: list[Callable[[], object]]
+    update: list[Callable[[], object]]
+    mask: list[Callable[[], object]]
+    bias: list[Callable[[], object]]

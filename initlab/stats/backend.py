@@ -15,8 +15,9 @@ Legend: E networks, N batch, C units, F fields, M functions of the user, K rows.
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -151,6 +152,10 @@ class Backend:
         rows = [self.rows(w, False, bins), self.rows(g, False, bins)]
         w.sub_(g, alpha=lr)
         return into(out, torch.stack([*rows, self.rows(w - old, False, bins)], 1))
+
+    def prepare(self, name: str, *given: Any, bins: Bins | None, out: Tensor) -> Callable[[], object]:
+        """A pass that is called again and again over tensors that stay where they are: the method `name` of `given`."""
+        return partial(getattr(self, name), *given, bins=bins, out=out)
 
     def activation_rows_(self, z: Tensor, activation: Elementwise, bins: Bins | None = None) -> Tensor:
         """z becomes phi(z); rows (F + M, 2, ...) of z, with its saturated share, and of phi(z)."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from initlab.nn.activations import ACTIVATIONS
 from initlab.stats.backend import SATURATED, Backend
-from initlab.stats.histogram import Bins, bin_columns, histogram
+from initlab.stats.histogram import Bins, bin_columns, histogram, join_bins
 from initlab.stats.kernels import cpu
 from initlab.stats.kernels.cpu import library
 from initlab.stats.measure import backend_for
@@ -360,3 +360,35 @@ def test_a_compiler_that_is_not_there_is_named(afresh: pytest.MonkeyPatch, caplo
     afresh.setenv("CXX", "no-such-compiler -O1")
     assert library() is None
     assert "CXX=no-such-compiler -O1: no such program" in caplog.text
+
+
+@needs_compiler
+@pytest.mark.parametrize("histograms", [False, True])
+def test_a_prepared_pass_is_the_pass_called_now(histograms: bool) -> None:
+    """On what stands in the same memory then; with histograms these follow each other in the order of the calls."""
+    fast, generator = passes(), torch.Generator().manual_seed(3)
+    z, g, w, grad = (torch.randn(*shape, generator=generator) for shape in ((9, 6), (9, 6), (6, 5), (6, 5)))
+    sums, outs = torch.empty(6), [torch.empty(k, len(FIELDS), dtype=torch.float64) for k in (2, 2, 3)]
+    bins = fast.bins(1) if histograms else None
+    given = [("relu_rows_", (z,)), ("mask_rows_", (g, z, sums)), ("update_rows_", (w, grad, 0.1))]
+    before = [x.clone() for x in (z, g, w, grad)]
+    prepared = [fast.prepare(name, *args, bins=bins, out=out) for (name, args), out in zip(given, outs, strict=True)]
+    assert all(map(torch.equal, (z, g, w, grad), before))  # nothing has run
+    for scale in (1.0, 3.0):
+        for x, kept in zip((z, g, w, grad), before, strict=True):
+            x.copy_(scale * kept)
+        for one in prepared:
+            one()
+        now = [scale * kept for kept in before]
+        again, wanted_sums = None if bins is None else fast.bins(1), torch.empty(6)
+        wanted = [
+            fast.relu_rows_(now[0], again),
+            fast.mask_rows_(now[1], now[0], wanted_sums, again),
+            fast.update_rows_(now[2], now[3], 0.1, again),
+        ]
+        assert all(map(torch.equal, (z, g, w, sums), (*now[:3], wanted_sums)))
+        for out, rows in zip(outs, wanted, strict=True):
+            assert torch.equal(out.nan_to_num(7), rows.movedim(0, -1).nan_to_num(7))
+        if bins is not None and again is not None:
+            ours, theirs = (join_bins(one.take(), 0) for one in (bins, again))
+            assert ours[1] == theirs[1] and torch.equal(ours[0], theirs[0]) and len(ours[0]) == 7

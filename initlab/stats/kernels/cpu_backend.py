@@ -5,7 +5,9 @@ Legend: E networks, N batch, C units, K rows, F fields, B octaves.
 """
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,6 +97,20 @@ class CpuBackend(Backend):
         self._passes.compare_many(*(row.ctypes.data for row in numbers), len(tensors), found.data_ptr())
         return found
 
+    def prepare(self, name: str, *given: Any, bins: Bins | None, out: Tensor) -> Callable[[], object]:
+        if not all(self.fuses(x) for x in given if isinstance(x, Tensor)):
+            return super().prepare(name, *given, bins=bins, out=out)
+        asked: list[tuple[str, tuple[Any, ...]]] = []
+        listener = CpuBackend(self._passes)  # what it is told to call is noted, with its addresses, and not called
+        listener._passes = _Notes(asked)  # type: ignore[assignment]
+        getattr(listener, name)(*given, bins=None, out=out)
+        ((function, arguments),) = asked
+        run = partial(getattr(self._passes, function), *arguments[:-1])  # the last one is that of histograms
+        if bins is None:
+            return partial(run, None)
+        rows = out.numel() // len(FIELDS)
+        return lambda: run(_arena(bins, rows))
+
     def relu_rows_(self, z: Tensor, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
         if not self.fuses(z):
             return super().relu_rows_(z, bins, out)
@@ -120,6 +136,16 @@ class CpuBackend(Backend):
         rows, (networks, n, c), arena = _room(w, 3, bins, out)
         self._passes.update_rows(w.data_ptr(), g.data_ptr(), networks, n * c, lr, rows.data_ptr(), arena)
         return rows.movedim(-1, 0) if out is None else out
+
+
+class _Notes:
+    """Stands in for the library: notes what is called, and with what."""
+
+    def __init__(self, asked: list[tuple[str, tuple[Any, ...]]]) -> None:
+        self._asked = asked
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments: self._asked.append((name, arguments))
 
 
 def _room(
