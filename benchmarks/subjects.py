@@ -192,7 +192,7 @@ def watched_stack(weights: Sequence[Tensor], x: Tensor, accelerated: bool) -> Co
     silent = tqdm(disable=True)
 
     def forward() -> Tensor:
-        record = stacks._Record(nets, backend_for(), lambda part: None, False)
+        record = stacks._Record(nets, backend_for(), None)
         stacks._Pass(nets, record, False, silent).forward()
         return record.rows.numbers()
 

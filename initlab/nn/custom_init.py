@@ -11,7 +11,7 @@ from torch import Tensor
 
 from initlab.errors import UsageError, show
 from initlab.nn.init import DISTRIBUTIONS, Rule, WeightNumbers
-from initlab.nn.philox import key
+from initlab.nn.philox import keys
 
 Filler: TypeAlias = Callable[[Tensor], Any]
 _torch_draws = Lock()  # its default generator belongs to the whole process, also where threads take a network each
@@ -63,6 +63,6 @@ def _fill(fill: Filler, name: str, shape: Sequence[int], seed: int, blank: float
 
 def _draw(fill: Filler, name: str, shape: tuple[int, int], std: float, numbers: WeightNumbers) -> Tensor:
     """Weights (E, I, O), `std` times what the function writes for each network's own seed."""
-    seeds = [key(seed, "weight", numbers.layer) >> 1 for seed in numbers.seeds]
-    each = torch.stack([_fill(fill, name, shape, seed, torch.nan) for seed in seeds])
+    own = keys(numbers.seeds, "weight", numbers.layer)
+    each = torch.stack([_fill(fill, name, shape, key >> 1, torch.nan) for key in own])
     return each if std == 1 else each.mul_(std)

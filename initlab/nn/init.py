@@ -95,11 +95,11 @@ def permutation(n: int, seed: int, what: str, layer: int = 0) -> Tensor:
     return torch.randperm(n, generator=_generator(seed, what, layer))
 
 
-Draw = Callable[[Sequence[int], Sequence[int], str, int, str | torch.device], Tensor]
+Draw = Callable[[Sequence[int], Sequence[int], str, philox.Layers, str | torch.device], Tensor]
 
 
 class Generator(NamedTuple):
-    """Random numbers of an ensemble: f(shape, seeds, what, layer, device) -> float32 (E, *shape)."""
+    """Random numbers of an ensemble: f(shape, seeds, what, layers, device) -> float32 (L E, *shape)."""
 
     gaussian: Draw
     uniform: Draw
@@ -107,7 +107,9 @@ class Generator(NamedTuple):
 
 def _on_the_cpu(one: Callable[[Sequence[int], int, str, int], Tensor]) -> Draw:
     """Whatever the device: what is drawn on the CPU, and scaled there, is the same network everywhere."""
-    return lambda shape, seeds, what, layer, _: torch.stack([one(shape, seed, what, layer) for seed in seeds])
+    return lambda shape, seeds, what, layers, _: torch.stack(
+        [one(shape, seed, what, k) for k in ([layers] if isinstance(layers, int) else layers) for seed in seeds]
+    )
 
 
 # Who draws the numbers; `philox` is the default. torch's generator tells seeds apart by 32 bits only.
@@ -119,11 +121,11 @@ GENERATORS: dict[str, Generator] = {
 
 @dataclass(frozen=True)
 class WeightNumbers:
-    """The random numbers behind one layer's weights, float32 (E, *shape), a network per seed."""
+    """The random numbers behind the weights of one layer, or of some, float32 (L E, *shape), a network per seed."""
 
     generator: Generator
     seeds: Sequence[int]
-    layer: int
+    layer: philox.Layers
     device: str | torch.device
 
     def gaussian(self, shape: Sequence[int]) -> Tensor:
@@ -226,7 +228,7 @@ def draw(
     activation: str | activations.Activation,
     shape: tuple[int, int],
     seeds: Sequence[int],
-    layer: int,
+    layer: philox.Layers,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     generator: str = "philox",
@@ -234,8 +236,9 @@ def draw(
     """Weights (E, I, O) and biases (E, O) of one layer for an ensemble, a network per seed.
 
     rule: how they are distributed. activation: what the layer is followed by, for a gain that depends on it. shape:
-    (I, O). seeds: one for each network. layer: its number, which the random numbers depend on. dtype, device: of the
-    result. generator: a name of GENERATORS. Errors: an unknown generator; a gain that the activation has not.
+    (I, O). seeds: one for each network. layer: its number, which the random numbers depend on; or the numbers of L
+    layers of this shape, which come one after the other, (L E, I, O) and (L E, O). dtype, device: of the result.
+    generator: a name of GENERATORS. Errors: an unknown generator; a gain that the activation has not.
 
     >>> w, b = draw(RULES["kaiming"], "relu", (200, 100), seeds=[0, 1], layer=1)
     >>> tuple(w.shape), tuple(b.shape), round(float(w.std()), 2)
@@ -245,7 +248,7 @@ def draw(
     std = rule.std_for(activation, shape)
     source = choose(GENERATORS, generator, "generator")
     weights = DISTRIBUTIONS[rule.distribution](shape, std, WeightNumbers(source, seeds, layer, device))
-    biases = torch.zeros(len(seeds), fan_out)
+    biases = torch.zeros(len(weights), fan_out)
     if rule.bias:
         biases = source.uniform((fan_out,), seeds, "bias", layer, device) * (rule.bias / math.sqrt(fan_in))
     if rule.sigma_b:

@@ -6,7 +6,7 @@ ensemble. The integers are the same on every device. Uniform numbers are exact i
 float64 and rounded once, so that two programs' logarithms and cosines can differ by a rounding of float32, and rarely.
 The same numbers in one pass: on a CPU by the compiled library (stats/kernels/random.h), on a GPU by Triton
 (triton_philox.py).
-Legend: E ensemble.
+Legend: E ensemble, L layers.
 """
 
 import hashlib
@@ -29,10 +29,19 @@ TRITON = importlib.util.find_spec("triton") is not None
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+Layers = int | Sequence[int]  # a layer, or some whose tensors stand one after the other
+
+
 def key(seed: int, what: str, layer: int) -> int:
     """64 bits that stand for one tensor; texts differ, so their keys do."""
     digest = hashlib.blake2b(f"{seed}/{what}/{layer}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+def keys(seeds: Sequence[int], what: str, layers: Layers) -> list[int]:
+    """Those of all networks, layer after layer."""
+    every = [layers] if isinstance(layers, int) else layers
+    return [key(seed, what, layer) for layer in every for seed in seeds]
 
 
 def philox(counter: Words, low_key: Tensor, high_key: Tensor) -> Words:
@@ -77,29 +86,29 @@ def _in_one_pass(keys: Sequence[int], shape: Sequence[int], device: str | torch.
 
 
 def uniform(
-    shape: Sequence[int], seeds: Sequence[int], what: str, layer: int = 0, device: str | torch.device = "cpu"
+    shape: Sequence[int], seeds: Sequence[int], what: str, layer: Layers = 0, device: str | torch.device = "cpu"
 ) -> Tensor:
-    """Uniform numbers on (-1, 1), float32 (E, *shape): the odd multiples of 2^-24, from a word's upper 24 bits."""
-    keys = [key(seed, what, layer) for seed in seeds]
-    if (found := _in_one_pass(keys, shape, device, normal=False)) is not None:
+    """Uniform numbers on (-1, 1), float32 (L E, *shape): the odd multiples of 2^-24, from a word's upper 24 bits."""
+    own = keys(seeds, what, layer)
+    if (found := _in_one_pass(own, shape, device, normal=False)) is not None:
         return found
-    odd = (words(keys, math.prod(shape), device) >> 8) * 2 + (1 - 2**24)
-    return odd.float().mul_(2.0**-24).reshape(len(seeds), *shape)
+    odd = (words(own, math.prod(shape), device) >> 8) * 2 + (1 - 2**24)
+    return odd.float().mul_(2.0**-24).reshape(len(own), *shape)
 
 
 def gaussian(
-    shape: Sequence[int], seeds: Sequence[int], what: str, layer: int = 0, device: str | torch.device = "cpu"
+    shape: Sequence[int], seeds: Sequence[int], what: str, layer: Layers = 0, device: str | torch.device = "cpu"
 ) -> Tensor:
-    """Standard normal numbers, float32 (E, *shape), two from every two words (Box & Muller 1958).
+    """Standard normal numbers, float32 (L E, *shape), two from every two words (Box & Muller 1958).
 
     z = sqrt(-2 ln u) (cos 2 pi v, sin 2 pi v) with u, v = (word + 1/2) / 2^32: neither is ever 0 or 1, so that no
     logarithm is of 0; |z| stays below sqrt(66 ln 2) = 6.76.
     """
-    keys = [key(seed, what, layer) for seed in seeds]
-    if (found := _in_one_pass(keys, shape, device, normal=True)) is not None:
+    own = keys(seeds, what, layer)
+    if (found := _in_one_pass(own, shape, device, normal=True)) is not None:
         return found
-    pairs = words(keys, -(-math.prod(shape) // 2) * 2, device).reshape(len(seeds), -1, 2)
+    pairs = words(own, -(-math.prod(shape) // 2) * 2, device).reshape(len(own), -1, 2)
     u, v = pairs.double().add_(0.5).mul_(2.0**-32).unbind(-1)
     radius, angle = u.log().mul_(-2).sqrt_(), v * (2 * math.pi)
     normal = torch.stack([radius * angle.cos(), radius * angle.sin()], -1).float()
-    return normal.flatten(1)[:, : math.prod(shape)].reshape(len(seeds), *shape)
+    return normal.flatten(1)[:, : math.prod(shape)].reshape(len(own), *shape)

@@ -5,9 +5,9 @@ compiled passes and which tensors they take. A method whose name ends in `_` cha
 rows of what it was and became; a backend that can do so in one reading of memory (`fuses`) does.
 
     backend = backend_for(z.device)
-    rows = backend.activation_rows_(z, activation)      # z becomes phi(z); rows (F, 2, ...): of z, and of phi(z)
-    rows = backend.gradient_rows_(g, z, activation)     # g = dL/dphi becomes dL/dz; rows (F, 2, ...)
-    values = derive(rows)                               # (S, 2, ...)
+    backend.activation_rows(z, activation, a, rows)     # a becomes phi(z); rows (2, ..., F): of z, and of phi(z)
+    backend.gradient_rows(g, z, activation, dz, rows)   # dz becomes dL/dz, from g = dL/dphi; rows (2, ..., F)
+    values = derive(rows.movedim(-1, 0))                # (S, 2, ...)
 
 With statistics of the user rows are (F + M, ...): their M results stand behind the fields.
 Legend: E networks, N batch, C units, F fields, M functions of the user, K rows.
@@ -26,7 +26,7 @@ from initlab.errors import UsageError, describe_error
 from initlab.stats.histogram import Bins, histogram, octaves
 from initlab.stats.reference import FIELDS
 from initlab.stats.statistics import Function, checked_statistics
-from initlab.stats.summarize import relative_error, summarize
+from initlab.stats.summarize import derive, relative_error, summarize
 from initlab.stats.workspace import AT_ONCE
 
 COUNT, N_NAN, N_ZERO, SATURATED = (list(FIELDS).index(name) for name in ("count", "n_nan", "n_zero", "saturated"))
@@ -157,28 +157,46 @@ class Backend:
         """A pass that is called again and again over tensors that stay where they are: the method `name` of `given`."""
         return partial(getattr(self, name), *given, bins=bins, out=out)
 
-    def activation_rows_(self, z: Tensor, activation: Elementwise, bins: Bins | None = None) -> Tensor:
-        """z becomes phi(z); rows (F + M, 2, ...) of z, with its saturated share, and of phi(z)."""
-        if activation.rectifies:
-            return self.relu_rows_(z, bins)
-        before, value = self.rows(z, True, bins), activation.phi(z)
-        share = activation.saturated_share(z)
-        rows = torch.stack([before, self._replace(z, value, before, bins)], 1)
-        rows[SATURATED, 0] = share
-        return rows
+    def activation_rows(self, z: Tensor, activation: Elementwise, out: Tensor, rows: Tensor, at: int = 0) -> None:
+        """`out` becomes phi(z); `rows[at : at + 2]` those of z, with its saturated share, and of phi(z).
 
-    def gradient_rows_(self, g: Tensor, z: Tensor, activation: Elementwise, bins: Bins | None = None) -> Tensor:
-        """g, the gradient of phi(z), becomes g phi'(z), that of z; rows (F + M, 2, ...) before and after."""
+        z stays as it is.
+        """
+        pair = rows[at : at + 2]
         if activation.rectifies:
-            return self.mask_rows_(g, z, None, bins)
-        before = self.rows(g, True, bins)
-        return torch.stack([before, self._replace(g, activation.pull_back(g, z), before, bins)], 1)
+            self.relu_rows_(out.copy_(z), None, pair)
+            return
+        value = activation.phi(z)
+        self._measure_both(z, value, out, pair)
+        pair[0, ..., SATURATED] = 0.0 if value is z else activation.saturated_share(z)
 
-    def _replace(self, x: Tensor, value: Tensor, before: Tensor, bins: Bins | None) -> Tensor:
-        """The row of the value, which x takes over; x itself where the activation is linear."""
-        if value is x and bins is None:
-            return before
-        return self.rows(x.copy_(value), True, bins)
+    def gradient_rows(
+        self, g: Tensor, z: Tensor, activation: Elementwise, out: Tensor, rows: Tensor, at: int = 0
+    ) -> None:
+        """`out` becomes g phi'(z), the gradient of z, from g, that of phi(z); `rows[at : at + 2]` are those of both."""
+        pair = rows[at : at + 2]
+        if activation.rectifies:
+            self.mask_rows_(out.copy_(g), z, None, None, pair)
+        else:
+            self._measure_both(g, activation.pull_back(g, z), out, pair)
+
+    def derive(self, rows: Tensor) -> Tensor:
+        """The statistics (S, ...) of rows (F, ...), in the order of STATISTICS."""
+        return derive(rows)
+
+    def inside(self, rows: Tensor, smallest: float) -> bool:
+        """Whether all rows (..., F + M) are of tensors without nan and inf whose rms is at least `smallest`."""
+        rms, n_nan, n_inf = derive(rows.movedim(-1, 0), ("rms", "n_nan", "n_inf"))
+        return bool(((n_nan + n_inf == 0) & (rms >= smallest)).all())
+
+    def _measure_both(self, x: Tensor, value: Tensor, out: Tensor, rows: Tensor) -> None:
+        """The rows of x and of the value, which `out` takes over; it is x itself where the activation is linear."""
+        self.rows(x, True, None, rows[0])
+        out.copy_(value)
+        if value is x:
+            rows[1] = rows[0]
+        else:
+            self.rows(out, True, None, rows[1])
 
     def _with_custom(self, fields: Tensor, x: Tensor, bins: Bins | None) -> Tensor:
         """Fields with the user's statistics of x behind them; its histogram goes into the bins."""

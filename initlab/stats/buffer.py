@@ -17,13 +17,13 @@ from initlab.stats.backend import Backend
 from initlab.stats.histogram import bin_columns
 from initlab.stats.keys import KEY_COLUMNS, TensorKey, key_columns
 from initlab.stats.reference import BLOCK, FIELDS
-from initlab.stats.statistics import COUNTS, STATISTICS
-from initlab.stats.summarize import derive
+from initlab.stats.statistics import COUNTS, STATISTICS, TRUE_COLUMNS
 from initlab.stats.workspace import AT_ONCE
 
 FLUSH_SECONDS = 30.0  # rows are handed over at least so often
 BATCHED = ("preactivation", "activation", "drift")  # tensors whose rows count inputs
 _SATURATED = list(FIELDS).index("saturated")
+_RMS_AND_STD = [list(STATISTICS).index(name) for name in ("rms", "std")]
 
 
 class Item(NamedTuple):
@@ -64,7 +64,7 @@ class RowBuffer:
 
     def put(self, keys: Iterable[TensorKey], values: Tensor, step: int = 0) -> None:
         """Keep the numbers (numbers, K, E) of K tensors at a step; the memory must stay as it is."""
-        self.rows += map(self.code, keys)
+        self.rows += [self.codes.setdefault(key, len(self.codes)) for key in keys]
         self.steps.append((step, len(self.rows)))
         self._blocks.append(values)
 
@@ -74,10 +74,7 @@ class RowBuffer:
 
     def frame(self) -> pd.DataFrame:
         """The rows in the order in which they came, the seeds running fastest."""
-        columns: dict[str, Any] = self._key_columns(np.arange(self.n_closed))
-        for name, column in zip(self.names, self.numbers().numpy(), strict=True):
-            columns[name] = column.reshape(-1).astype(np.int64) if name in COUNTS else column.reshape(-1)
-        return pd.DataFrame(columns)
+        return self._make_frame(self.numbers(), self.seeds)
 
     def take(self) -> pd.DataFrame:
         """The rows as a frame; they are forgotten here."""
@@ -101,8 +98,14 @@ class RowBuffer:
         steps, ends = np.array(self.steps, dtype=np.int64).reshape(-1, 2).T
         return np.array(self.rows, dtype=np.int64)[tensors], steps[np.searchsorted(ends, tensors, side="right")]
 
-    def _key_columns(self, tensors: np.ndarray) -> dict[str, np.ndarray | pd.Categorical]:
-        return key_columns(list(self.codes), *self.code_and_step(tensors), self.seeds, self.columns)
+    def _make_frame(self, numbers: Tensor, seeds: Sequence[int]) -> pd.DataFrame:
+        columns: dict[str, Any] = self._key_columns(np.arange(self.n_closed), seeds)
+        for name, column in zip(self.names, numbers.numpy(), strict=True):
+            columns[name] = column.reshape(-1).astype(np.int64) if name in COUNTS else column.reshape(-1)
+        return pd.DataFrame(columns)
+
+    def _key_columns(self, tensors: np.ndarray, seeds: Sequence[int] = ()) -> dict[str, np.ndarray | pd.Categorical]:
+        return key_columns(list(self.codes), *self.code_and_step(tensors), seeds or self.seeds, self.columns)
 
 
 class StatsBuffer(RowBuffer):
@@ -167,7 +170,39 @@ class StatsBuffer(RowBuffer):
         return values
 
     def _statistics(self, rows: Tensor) -> Tensor:
-        return torch.cat([derive(rows[: len(FIELDS)]), rows[len(FIELDS) :]])
+        return torch.cat([self.backend.derive(rows[: len(FIELDS)]), rows[len(FIELDS) :]])
+
+
+class RangeBuffer(StatsBuffer):
+    """The table `stats` of networks that may leave the range of their number format, with the two TRUE_COLUMNS.
+
+    These are log2 of rms and std as the format holds them, but where `correct` has said what they truly are.
+    """
+
+    def __init__(self, seeds: Sequence[int], backend: Backend, flush_rows: float = float("inf")) -> None:
+        super().__init__(seeds, backend, more=TRUE_COLUMNS, flush_rows=flush_rows)
+
+    def clear(self) -> None:
+        super().clear()
+        self._true: list[tuple[int, Tensor]] = []  # a first tensor, and the two numbers (2, K, E) from there on
+
+    def join(self, others: Sequence["RangeBuffer"]) -> pd.DataFrame:
+        """The rows of these networks and of those of the others, which hold the same tensors, as one frame."""
+        every = [self, *others]
+        return self._make_frame(
+            torch.cat([one.numbers() for one in every], -1), [s for one in every for s in one.seeds]
+        )
+
+    def correct(self, true: Tensor) -> None:
+        """The two numbers (2, K, E) of the K tensors that are put next."""
+        self._true.append((len(self.rows), true))
+
+    def _statistics(self, rows: Tensor) -> Tensor:
+        found = super()._statistics(rows)
+        true = found[_RMS_AND_STD].log2()
+        for start, numbers in self._true:
+            true[:, start : start + numbers.shape[1]] = numbers
+        return torch.cat([found, true])
 
 
 def _groups(items: Iterable[Item]) -> Iterable[list[Item]]:

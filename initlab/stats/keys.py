@@ -4,6 +4,7 @@ Legend: E networks of an ensemble, K keys.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,12 +66,21 @@ def key_columns(
         elif name == "step":
             columns[name] = np.repeat(steps, len(seeds))
         elif name in TEXT_COLUMNS:
-            codes, texts = pd.factorize(np.array([getattr(key, name) for key in keys], dtype=object))
-            columns[name] = pd.Categorical.from_codes(codes[repeated], list(texts))
+            place: dict[str, int] = {}
+            codes = np.array([place.setdefault(getattr(key, name), len(place)) for key in keys], dtype=np.int64)
+            columns[name] = pd.Categorical.from_codes(codes[repeated], dtype=_make_categories(tuple(place)))
         else:
             field = "pass_" if name == "pass" else name
             columns[name] = np.array([getattr(key, field) for key in keys], dtype=np.int64)[repeated]
     return columns
+
+
+@lru_cache(1000)
+def _make_categories(texts: tuple[str, ...]) -> "pd.CategoricalDtype":
+    """pandas takes long to make one."""
+    import pandas as pd
+
+    return pd.CategoricalDtype(list(texts))
 
 
 def update_ratio(codes: Mapping[TensorKey, int], code: np.ndarray, steps: np.ndarray, rms: np.ndarray) -> np.ndarray:

@@ -73,13 +73,16 @@ def gain_curves(
         logs = np.stack([runs[base][name].to_numpy() for name in TRUE_COLUMNS])
         curves.append(logs if base == k else logs + log2_shift(rows, scales[k], scales[base], depth))
     sources = ["" if bases[family] == k else names[bases[family]] for k, family in enumerate(families)]
-    keys = pd.concat([rows[list(KEY_COLUMNS)]] * len(rules), ignore_index=True)
-    columns = {
-        "init": pd.Categorical(names, list(dict.fromkeys(names))).repeat(len(rows)),
-        "gain": np.repeat([one.gain_for(net.activation) for one in rules], len(rows)),
-        "derived_from": pd.Categorical(sources, list(dict.fromkeys(sources))).repeat(len(rows)),
+    columns: dict[str, Any] = {
+        name: pd.Categorical.from_codes(np.tile(rows[name].cat.codes, len(rules)), dtype=rows[name].dtype)
+        if isinstance(rows[name].dtype, pd.CategoricalDtype)
+        else np.tile(rows[name].to_numpy(), len(rules))
+        for name in KEY_COLUMNS
     }
-    return keys.assign(**columns, **dict(zip(TRUE_COLUMNS, np.concatenate(curves, 1), strict=True)))
+    columns["init"] = pd.Categorical(names, list(dict.fromkeys(names))).repeat(len(rows))
+    columns["gain"] = np.repeat([one.gain_for(net.activation) for one in rules], len(rows))
+    columns["derived_from"] = pd.Categorical(sources, list(dict.fromkeys(sources))).repeat(len(rows))
+    return pd.DataFrame(columns | dict(zip(TRUE_COLUMNS, np.concatenate(curves, 1), strict=True)))
 
 
 def weight_scales(one: Rule, net: Net, where: Where) -> tuple[float, float]:

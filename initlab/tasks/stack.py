@@ -1,12 +1,11 @@
 """A stack of L layers: a unit-Gaussian batch pushed through, a unit-Gaussian gradient pulled back down."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from threading import Lock
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -17,17 +16,17 @@ from initlab.nn.activations import Activation
 from initlab.nn.custom_activation import Given
 from initlab.nn.network import backward, forward, multiply
 from initlab.stats.backend import SATURATED, Backend
-from initlab.stats.buffer import StatsBuffer
+from initlab.stats.buffer import RangeBuffer
 from initlab.stats.gathering import Gathering
 from initlab.stats.keys import Seeds, TensorKey
 from initlab.stats.measure import backend_for
-from initlab.stats.row_order import NETWORK, sort_rows
-from initlab.stats.statistics import TRUE_COLUMNS, Function
+from initlab.stats.reference import FIELDS
+from initlab.stats.statistics import Function
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.memory import is_out_of_memory
 from initlab.tasks.ensemble.networks import Emit, Ensemble, Frames, Init, Net, Networks
 from initlab.tasks.ensemble.plan import plan, run_chunks
-from initlab.tasks.ensemble.unbounded_twin import UnboundedTwin, read_off
+from initlab.tasks.ensemble.unbounded_twin import GUARD, UnboundedTwin, read_off
 from initlab.terminal import Bar
 
 WINDOW = 16  # layers between two looks at what was measured; on a GPU each look waits for the device
@@ -105,51 +104,47 @@ def run_stack(
     """`stack` of what has been resolved. Without `backward` nothing that is kept grows with depth."""
     backend = backend_for(where.device, statistics)
     planned = plan(net, len(ensemble), where, backward)
-    collected: dict[tuple[int, int], list[Frames]] = {}
+    collected: dict[int, RangeBuffer] = {}  # by the first network of a chunk
     lock = Lock()
     total = len(ensemble) * net.depth * (2 if backward else 1)
     with Bar(total=total, desc="stack", unit="layer", disable=None if progress else True) as bar:
 
         def run(chunk: slice) -> None:
             def deliver(frames: Frames) -> None:
-                if emit is None:
-                    collected.setdefault((chunk.start, chunk.stop), []).append(frames)
-                else:
-                    with lock:
-                        emit(frames)
+                with lock:
+                    emit(frames) if emit is not None else None
 
             nets = Networks(net, ensemble.part(chunk), where, planned.keep_weights)
             if nets.fit is not None:
                 deliver({"lsuv": nets.fit.frame(nets.ensemble.columns).assign(stage="stack")})
-            _Pass(nets, _Record(nets, backend, deliver, emit is not None), backward, bar).run()
+            record = _Record(nets, backend, None if emit is None else deliver)
+            _Pass(nets, record, backward, bar).run()
+            collected[chunk.start] = record.rows
 
         threads = torch.get_num_threads() if where.device.type == "cpu" else 1
         run_chunks(run, len(ensemble), planned.networks, net, threads)
-    parts = [
-        part["stats"].assign(**{NETWORK: start + np.arange(len(part["stats"])) % (stop - start)})
-        for (start, stop), parts in collected.items()
-        for part in parts
-        if "stats" in part
-    ]
-    return sort_rows(pd.concat(parts, ignore_index=True)) if parts else pd.DataFrame()
+    if emit is not None:
+        return pd.DataFrame()
+    first, *others = (collected[start] for start in sorted(collected))
+    return ensemble.add_columns(first.join(others))
 
 
-def _keys(layers: Iterable[int], direction: str) -> list[TensorKey]:
-    """Two tensors a layer, in the order of travel."""
+@lru_cache(1000)
+def _keys(layers: Sequence[int], direction: str, with_input: bool = False) -> list[TensorKey]:
+    """The input, and two tensors a layer, in the order of travel."""
     tensors = ("preactivation", "activation") if direction == "forward" else ("activation", "preactivation")
-    return [TensorKey("stack", "scratch", layer, tensor, direction) for layer in layers for tensor in tensors]
-
-
-_INPUT = TensorKey("stack", "scratch", 0, "activation", "forward")
+    places = [(0, "activation")] * with_input + [(layer, tensor) for layer in layers for tensor in tensors]
+    return [TensorKey("stack", "scratch", *place, direction) for place in places]
 
 
 class _Record:
     """What has been measured of a chunk of networks: in the window of layers that is passing, and before it."""
 
-    def __init__(self, nets: Networks, backend: Backend, deliver: Callable[[Frames], None], streams: bool) -> None:
-        self._nets, self._deliver, self._streams = nets, deliver, streams
-        self.rows = StatsBuffer(nets.ensemble.seeds, backend, more=TRUE_COLUMNS, flush_rows=FLUSH_ROWS)
-        self.window: list[Tensor] = []  # rows (F, keys, E) in the order of FIELDS
+    def __init__(self, nets: Networks, backend: Backend, deliver: Callable[[Frames], None] | None) -> None:
+        """`deliver` gets the rows as they come; without it they stay here."""
+        self._nets, self._deliver = nets, deliver
+        self.rows = RangeBuffer(nets.ensemble.seeds, backend, FLUSH_ROWS)
+        self._smallest = GUARD * torch.finfo(nets.where.dtype).tiny
         self.delivered = False
         self.start(torch.ones(len(nets), dtype=torch.bool, device=nets.where.device))
 
@@ -157,22 +152,28 @@ class _Record:
         """Which networks (E,) are inside the range of their number format so far."""
         self.inside, self.all_inside = inside, bool(inside.all())
 
+    def open(self, rows: int) -> Tensor:
+        """Memory for so many rows of a window, (rows, E, F + M)."""
+        numbers = len(FIELDS) + len(self.rows.backend.statistics)
+        self.window = torch.empty(rows, len(self._nets), numbers, dtype=torch.float64, device=self._nets.where.device)
+        return self.window
+
     def close(self, keys: Sequence[TensorKey], follow: Callable[[Tensor, Tensor], None]) -> None:
         """End a window with these keys; `follow` corrects what has left the range, see `UnboundedTwin.forward`."""
-        fields = self.window[0] if len(self.window) == 1 else torch.cat(self.window, 1)
-        self.window.clear()
-        rows = len(keys) - len(keys) % 2  # the input stands before the pairs of the layers
-        true, kept = read_off(fields, self._nets.where.dtype)
-        if not self.all_inside or not bool(kept[-rows:].all()):
+        fields = self.window.movedim(-1, 0)
+        if not self.all_inside or not self.rows.backend.inside(self.window, self._smallest):
+            rows = len(keys) - len(keys) % 2  # the input stands before the pairs of the layers
+            true, kept = read_off(fields, self._nets.where.dtype)
             kept = torch.cat([self.inside[None], kept[-rows:]]).cumprod(0).bool()
             self.start(kept[-1])
             follow(true[:, -rows:], kept[1:])
-        self.rows.put(keys, torch.cat([fields, true]))
-        if self._streams and self.rows.due():
+            self.rows.correct(true)
+        self.rows.put(keys, fields)
+        if self._deliver is not None and self.rows.due():
             self.flush()
 
     def flush(self) -> None:
-        if len(self.rows):
+        if self._deliver is not None and len(self.rows):
             self._deliver({"stats": self._nets.ensemble.add_columns(self.rows.take())})
             self.delivered = True
 
@@ -189,68 +190,83 @@ class _Signal(NamedTuple):
 
 
 class _Buffers:
-    """The arithmetic of a stack on buffers that every layer uses again, with the rows of what stands in them.
+    """The arithmetic of a stack on memory that is used again, with the rows of what stands in it.
 
-    A layer's preactivation becomes its activation in one half of the memory while the layer below stands in the other
-    half; the gradients of a layer likewise. `rows` gets those of every tensor, (F, K, E) for K tensors, in the order in
-    which they are made.
+    A product of matrices reads `out` and writes `into`; the pass behind it, ReLU or the mask of its gradient with the
+    rows of what it reads and writes, goes from `into` to `out`. With `keep` preactivations have memory of their own.
+    What stands there before a window of layers stays until its end.
     """
 
-    def __init__(self, nets: Networks, backend: Backend, rows: Callable[[Tensor], object], keep: bool) -> None:
+    def __init__(self, nets: Networks, backend: Backend, keep: bool) -> None:
         """`keep`: hold on to the preactivations for a backward pass, as `passed`, (E, N, O) each."""
         net, where = nets.net, nets.where
         lead = (len(nets), net.batch)
-        pair = torch.empty(2, math.prod(lead) * net.width, dtype=where.dtype, device=where.device)
-        made: dict[tuple[int, int], _Signal] = {}
-        self.signals = [  # of every layer, the input's first
-            made.setdefault((k % 2, n), _Signal.from_tensor(pair[k % 2, : math.prod(lead) * n].view(*lead, n)))
-            for k, n in enumerate([1, *net.sizes[1:]])
+        entries = math.prod(lead) * net.width  # each half of its own: small ones come from memory that was there before
+        parts = [torch.empty(entries, dtype=where.dtype, device=where.device) for _ in range(4 if keep else 3)]
+        views = [
+            {n: _Signal.from_tensor(part[: math.prod(lead) * n].view(*lead, n)) for n in {*net.sizes[1:]}}
+            for part in parts
         ]
+        self.intos, self.outs = (views[3:] or views[2:]) + views[2:3], views[:2]
         self.passed: list[Tensor] = []
         if keep:
             sizes = [math.prod(lead) * n for n in net.sizes[1:]]
-            parts = torch.split(pair.new_empty(sum(sizes)), sizes)
-            self.passed = [part.view(*lead, n) for part, n in zip(parts, net.sizes[1:], strict=True)]
-        self.residual, self.backend, self.rows = net.network.residual, backend, rows
-        self.gathering = Gathering(backend, rows)
+            split = torch.split(parts[0].new_empty(sum(sizes)), sizes)
+            self.passed = [part.view(*lead, n) for part, n in zip(split, net.sizes[1:], strict=True)]
+        self.sizes, self.blocks, self.residual = net.sizes, net.network.blocks, net.network.residual
+        self.backend, self.gathering = backend, Gathering(backend)
         self.layer = 0  # the one whose tensors are being made
         self.entered: Tensor | None = None  # the gradient that a residual connection passes on
 
+    def open(self, rows: Tensor, at: int) -> None:
+        """A window begins whose rows go into memory (K, E, F + M), from row `at` on."""
+        self.rows, self.at = rows, at
+        self.outs.reverse()
+        self.intos.reverse()
+        self.out, self.into = self.outs[0], self.intos[0]
+
     def linear(self, x: _Signal, w: Tensor, b: Tensor | None) -> _Signal:
+        z = _Signal.from_tensor(self.passed[self.layer]) if self.passed else self.into[self.sizes[self.layer + 1]]
         self.layer += 1
-        z = self.signals[self.layer]
         self._multiply(x, w, z)
         if b is not None:
             z.whole.add_(b.unsqueeze(-2))
-        if len(self.passed):
-            self.passed[self.layer - 1].copy_(z.whole)
         return z
 
     def activate(self, z: _Signal, row: Activation) -> _Signal:
+        a = self.out[self.sizes[self.layer]]
+        self.at += 2
         if not self.residual:
-            self.gathering.activate_(z.whole, row)
-        else:  # the second row is of the sum that leaves the layer
-            before = self.backend.rows(z.whole)
-            before[SATURATED] = row.saturated_share(z.whole)
-            self.rows(before[:, None])
-            z.whole.copy_(row.phi(z.whole))
-        return z
+            self.gathering.activate(z.whole, row, a.whole, self.rows, self.at - 2)
+            return a
+        own = self.backend.rows(z.whole, out=self.rows[self.at - 2])  # the second is of the sum that leaves the layer
+        own[..., SATURATED] = row.saturated_share(z.whole)
+        value = row.phi(z.whole)
+        if self.blocks[self.layer - 1].residual:
+            return _Signal(value)
+        a.whole.copy_(value)
+        return a
 
     def linear_back(self, g: _Signal, w: Tensor) -> _Signal:
         self.layer -= 1
-        below = self.signals[self.layer]
+        below = self.into[self.sizes[self.layer]]
         self._multiply(g, w.mT, below)
         return below
 
     def activate_back(self, g: _Signal, z: _Signal, row: Activation) -> _Signal:
         self.entered = g.whole.clone() if self.residual else None
-        self.gathering.pull_back_(g.whole, z.whole, row)
-        return g
+        dz = self.out[self.sizes[self.layer]]
+        self.at += 2
+        self.gathering.pull_back(g.whole, z.whole, row, dz.whole, self.rows, self.at - 2)
+        return dz
 
     def add(self, a: _Signal, b: _Signal) -> _Signal:
-        """a + b into a; on the way back what b was before it became dL/dz."""
-        a.whole.add_(b.whole if self.entered is None else self.entered)
-        return a
+        """x + phi(z) where x stands; on the way back what has come down plus what entered the layer."""
+        if self.entered is not None:
+            a.whole.add_(self.entered)
+            return a
+        b.whole.add_(a.whole)
+        return b
 
     def _multiply(self, x: _Signal, w: Tensor, out: _Signal) -> None:
         if w.device.type == "cpu":
@@ -263,9 +279,9 @@ class _Pass:
     """A chunk of networks on its way up and down."""
 
     def __init__(self, nets: Networks, record: _Record, backward: bool, bar: Bar) -> None:
-        self.nets, self.record, self.keep, self.bar = nets, record, backward, bar
+        self.nets, self.record, self.keep, self.bar, self.networks = nets, record, backward, bar, len(nets)
         self.backend = record.rows.backend
-        self.twin, self.buffers = UnboundedTwin(nets), _Buffers(nets, self.backend, record.window.append, backward)
+        self.twin, self.buffers = UnboundedTwin(nets), _Buffers(nets, self.backend, backward)
 
     def run(self) -> None:
         """The whole way. What was measured is delivered however it ends, unless the chunk can be tried again."""
@@ -285,45 +301,48 @@ class _Pass:
         self.record.flush()
 
     def forward(self) -> None:
-        net = self.nets.net
-        residual = net.network.residual
+        net, record, buffers = self.nets.net, self.record, self.buffers
 
-        def visit(layer: int, z: _Signal, a: _Signal) -> None:
-            if residual:
-                self.record.window.append(self.backend.rows(a.whole)[:, None])
-            self.bar.update(len(self.nets))
-            stops.check()
+        def visit_sum(layer: int, z: _Signal, a: _Signal) -> None:
+            self.backend.rows(a.whole, out=buffers.rows[buffers.at - 1])
+            self._pass_layer()
+
+        visit = visit_sum if buffers.residual else self._pass_layer
 
         x = _Signal.from_tensor(self.nets.gaussian(net.inputs, "input"))
-        self.record.window.append(self.backend.rows(x.whole)[:, None])
-        for window in self.windows(range(1, net.depth + 1)):
-            start = x.whole.clone()
-            x = forward(net.network, self.nets.weights, x, visit, self.buffers, window)
-            self.buffers.gathering.settle()
-            keys = [_INPUT] * (window[0] == 1) + _keys(window, "forward")
-            self.record.close(keys, partial(self.twin.forward, window, start))
+        for window in self._windows(range(1, net.depth + 1)):
+            first, start = window[0] == 1, x.whole
+            rows = record.open(2 * len(window) + first)
+            if first:
+                self.backend.rows(start, out=rows[0])
+            elif buffers.residual:
+                start = start.clone()
+            buffers.open(rows, int(first))
+            x = forward(net.network, self.nets.weights, x, visit, buffers, window)
+            buffers.gathering.settle()
+            record.close(_keys(window, "forward", first), partial(self.twin.forward, window, start))
 
     def backward(self) -> None:
-        net, buffers = self.nets.net, self.buffers
+        net, record, buffers = self.nets.net, self.record, self.buffers
 
         def preactivation(layer: int) -> Tensor:
             return buffers.passed[layer - 1]
 
-        def visit(*_: object) -> None:
-            self.bar.update(len(self.nets))
-            stops.check()
-
-        g = buffers.signals[net.depth]
+        g = buffers.intos[0][net.sizes[-1]]
         g.whole.copy_(self.nets.gaussian(net.sizes[-1], "gradient"))
-        for window in self.windows(range(net.depth, 0, -1)):
-            start = g.whole.clone()
+        for window in self._windows(range(net.depth, 0, -1)):
+            start = g.whole.clone() if buffers.residual else g.whole
+            buffers.open(record.open(2 * len(window)), 0)
             signal = lambda layer: _Signal(preactivation(layer))  # noqa: E731
-            g = backward(net.network, self.nets.weights, signal, g, visit, buffers, window)
+            g = backward(net.network, self.nets.weights, signal, g, self._pass_layer, buffers, window)
             buffers.gathering.settle()
-            follow = partial(self.twin.backward, window, start, passed=preactivation)
-            self.record.close(_keys(window, "backward"), follow)
+            record.close(_keys(window, "backward"), partial(self.twin.backward, window, start, passed=preactivation))
 
-    def windows(self, layers: Sequence[int]) -> Iterator[Sequence[int]]:
+    def _pass_layer(self, *_: object) -> None:
+        self.bar.update(self.networks)
+        stops.check()
+
+    def _windows(self, layers: Sequence[int]) -> Iterator[Sequence[int]]:
         """The layers, so many together as are looked at."""
-        size = WINDOW if self.backend.fuses(self.buffers.signals[-1].whole) else GATHERED
+        size = WINDOW if self.backend.fuses(self.buffers.intos[0][self.nets.net.width].whole) else GATHERED
         return (layers[k : k + size] for k in range(0, len(layers), size))

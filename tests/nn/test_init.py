@@ -151,6 +151,16 @@ def test_a_member_is_the_single_network_whoever_draws(
 
 
 @BY
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_layers_that_are_drawn_together_are_those_drawn_alone(distribution: str, generator: str) -> None:
+    scaling = rule("lecun", distribution=distribution, bias=1.0, sigma_b=0.5)
+    alone = [draw(scaling, "tanh", (6, 5), [2, 7], layer, generator=generator) for layer in (3, 4)]
+    together = draw(scaling, "tanh", (6, 5), [2, 7], (3, 4), generator=generator)
+    for k in (0, 1):
+        assert torch.equal(together[k], torch.cat([pair[k] for pair in alone]))
+
+
+@BY
 @pytest.mark.parametrize("distribution", [name for name in DISTRIBUTIONS if name != "orthogonal"])
 def test_std_and_mean_of_the_weights_whoever_draws(distribution: str, generator: str) -> None:
     w, _ = draw(rule("lecun", distribution=distribution), "relu", SHAPE, [1], 2, generator=generator)

@@ -7,6 +7,8 @@ from torch import Tensor
 from initlab.nn.activations import ACTIVATIONS
 from initlab.stats.backend import SATURATED, Backend, as_matrix
 from initlab.stats.histogram import bin_columns
+from initlab.stats.measure import backend_for
+from initlab.stats.reference import FIELDS
 from initlab.stats.summarize import saturated_share, summarize
 
 BACKEND = Backend()
@@ -30,26 +32,36 @@ def same(found: Tensor, *expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_an_activation_in_place(name: str) -> None:
-    """Both rows, the share of small slopes, and both histograms; a linear one is its own argument."""
-    z, row = torch.randn(2, 12, 5), ACTIVATIONS[name]
-    x, bins = z.clone(), BACKEND.bins(2)
-    found = BACKEND.activation_rows_(x, row, bins)
-    torch.testing.assert_close(x, row.phi(z), rtol=1e-6, atol=0)
-    before = summarize(z, single=True)
-    before[SATURATED] = saturated_share(row.slope(z), row.largest_slope)
-    same(found, before, summarize(x, single=True))
-    assert seen(bins) == counted(z, x)
+def test_an_activation_and_its_rows(name: str) -> None:
+    """Both rows, where they are asked for, and the share of small slopes; z stays as it is."""
+    given, row = torch.randn(2, 12, 5), ACTIVATIONS[name]
+    z, a, rows = given.clone(), torch.empty(2, 12, 5), torch.full((4, 2, len(FIELDS)), 7.0, dtype=torch.float64)
+    BACKEND.activation_rows(z, row, a, rows, 1)
+    torch.testing.assert_close(a, row.phi(given), rtol=1e-6, atol=0)
+    before = summarize(given, single=True)
+    before[SATURATED] = saturated_share(row.slope(given), row.largest_slope)
+    same(rows[1:3].movedim(-1, 0), before, summarize(a, single=True))
+    assert torch.equal(z, given) and bool((rows[[0, 3]] == 7).all())
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_its_gradient_in_place(name: str) -> None:
-    z, g, row = torch.randn(2, 12, 5), torch.randn(2, 12, 5), ACTIVATIONS[name]
-    x, bins = g.clone(), BACKEND.bins(2)
-    found = BACKEND.gradient_rows_(x, z, row, bins)
-    torch.testing.assert_close(x, row.pull_back(g, z), rtol=1e-6, atol=0)
-    same(found, summarize(g, single=True), summarize(x, single=True))
-    assert seen(bins) == counted(g, x)
+def test_its_gradient_and_the_rows(name: str) -> None:
+    z, given, row = torch.randn(2, 12, 5), torch.randn(2, 12, 5), ACTIVATIONS[name]
+    g, dz, rows = given.clone(), torch.empty(2, 12, 5), torch.full((4, 2, len(FIELDS)), 7.0, dtype=torch.float64)
+    BACKEND.gradient_rows(g, z, row, dz, rows, 2)
+    torch.testing.assert_close(dz, row.pull_back(given, z), rtol=1e-6, atol=0)
+    same(rows[2:].movedim(-1, 0), summarize(given, single=True), summarize(dz, single=True))
+    assert torch.equal(g, given) and bool((rows[:2] == 7).all())
+
+
+def test_whether_all_rows_are_inside_a_range() -> None:
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(3, 12, 5, dtype=dtype)
+        for change, inside in ((1.0, True), (0.0, False), (1e-30, False), (torch.nan, False), (torch.inf, False)):
+            y = x.clone()
+            y[1] *= change
+            rows = backend_for().rows(y).movedim(0, -1).contiguous()
+            assert backend_for().inside(rows, 1e-20) == BACKEND.inside(rows, 1e-20) == inside
 
 
 def test_the_gradient_of_a_bias_is_summed_over_the_batch() -> None:

@@ -42,24 +42,27 @@ def close(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.usefixtures("room")
 @pytest.mark.parametrize("name", ["relu", "tanh", "linear"])
 def test_passes_of_many_layers_have_the_rows_of_each(name: str) -> None:
-    row, backend = ACTIVATIONS[name], Backend()
-    found: list[Tensor] = []
-    gathering, expected = Gathering(backend, found.append), []
+    row, backend, passes = ACTIVATIONS[name], Backend(), len(WIDTHS) + len(WIDTHS) // 4
+    found, expected = torch.full((2, 2 * passes, 2, len(FIELDS)), torch.nan, dtype=torch.float64)
+    gathering, at = Gathering(backend), 0
     for layer, width in enumerate(WIDTHS):
-        ours = spoilt(width, layer)
-        theirs = ours.clone()
-        gathering.activate_(ours, row)
-        expected.append(backend.activation_rows_(theirs, row))
+        z = spoilt(width, layer)
+        ours, theirs = torch.empty(2, *z.shape)
+        gathering.activate(z, row, ours, found, at)
+        backend.activation_rows(z, row, theirs, expected, at)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+        at += 2
         if layer % 4 == 3:  # gradients between them
             g = spoilt(width, layer + 20)
-            other = g.clone()
-            gathering.pull_back_(g, ours, row)
-            expected.append(backend.gradient_rows_(other, theirs, row))
-            torch.testing.assert_close(g, other, rtol=0, atol=0, equal_nan=True)
+            ours, theirs = torch.empty(2, *g.shape)
+            gathering.pull_back(g, z, row, ours, found, at)
+            backend.gradient_rows(g, z, row, theirs, expected, at)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+            at += 2
     gathering.settle()
     gathering.settle()  # nothing is left
-    close(torch.cat(found, 1), torch.cat(expected, 1))
+    assert at == 2 * passes
+    close(found.movedim(-1, 0), expected.movedim(-1, 0))
 
 
 def test_functions_of_the_user_see_each_tensor_by_itself() -> None:
@@ -69,8 +72,8 @@ def test_functions_of_the_user_see_each_tensor_by_itself() -> None:
         seen.append(tuple(x.shape))
         return x.amax((-2, -1))
 
-    found: list[Tensor] = []
-    gathering = Gathering(Backend({"largest": largest}), found.append)
-    for _ in range(3):
-        gathering.activate_(torch.randn(2, 4, 3), ACTIVATIONS["relu"])
-    assert len(found) == 3 and set(seen) == {(2, 4, 3)}
+    rows = torch.empty(6, 2, len(FIELDS) + 1, dtype=torch.float64)
+    gathering = Gathering(Backend({"largest": largest}))
+    for layer in range(3):
+        gathering.activate(torch.randn(2, 4, 3), ACTIVATIONS["relu"], torch.empty(2, 4, 3), rows, 2 * layer)
+    assert len(seen) == 6 and set(seen) == {(2, 4, 3)}

@@ -13,7 +13,7 @@ from initlab.tasks import stack as stacking
 from initlab.tasks.ensemble import plan as planning
 from initlab.tasks.ensemble.device import Where
 from initlab.tasks.ensemble.memory import peak_bytes
-from initlab.tasks.ensemble.networks import Net
+from initlab.tasks.ensemble.networks import Ensemble, Net, Networks
 from initlab.tasks.ensemble.plan import Plan, plan
 from initlab.tasks.stack import stack
 
@@ -319,6 +319,16 @@ def test_whoever_draws_a_network_of_an_ensemble_is_the_single_network(generator:
         alone = stack(depth=5, width=20, batch=30, seeds=[seed], generator=generator)
         mine = together[together["seed"] == seed].reset_index(drop=True)
         pd.testing.assert_frame_equal(mine[NUMBERS], alone[NUMBERS], rtol=1e-12)
+
+
+def test_layers_of_any_widths_are_those_drawn_alone() -> None:
+    """However many are drawn ahead, upwards, and downwards where weights are drawn a second time."""
+    net = Net.resolve("relu", 50, 100, None, 4, False, [9, 9, 7, 9, 9, 9, 2, 2])
+    for rules in (["kaiming"] * 2, ["kaiming", "xavier"]):
+        drawn = Networks(net, Ensemble.resolve(rules, [3, 5], net.activation), Where())
+        for layer in (*range(1, 9), *range(8, 0, -1)):
+            alone, _ = drawn.weights(layer, [0, 1])
+            assert torch.equal(drawn.weights(layer)[0], alone)
 
 
 def test_the_generator_draws_weights_and_inputs() -> None:

@@ -10,84 +10,22 @@
 
 namespace {
 
-// Two rows in one reading: x itself, and x where `inside` lets it through, else 0. Nothing is written but the sums of
-// the units that remain, if asked for: they are the gradient of a bias.
-template <class Inside>
-void describe_both(const float *x, const Inside &inside, long n, long c, Sums &whole, Sums &part, float *unit_sums) {
-    const Units units{c};
-    Lanes_of all_lanes(units), some_lanes(units);
-    const long rows = TILE / c + 1;
-    std::vector<double> inverse(rows), inverse_kept(rows);
-    for (long from = 0; from < n; from += rows) {
-        const long many = n - from < rows ? n - from : rows, start = from * c;
-        for (long a = 0; a < many; a++) {
-            double squares = 0, kept = 0;
-            D<8> sum{}, sum_kept{};
-            units.each([&](auto v, long j, long) {
-                constexpr int V = decltype(v)::value;
-                const F<V> f = load<V>(x + start + a * c + j);
-                const D<V> d = widen<V>(f), k = inside.kept(v, d, start + a * c + j);
-                if constexpr (V == 8) sum += d * d, sum_kept += k * k; else squares += total<V>(d * d), kept += total<V>(k * k);
-            });
-            inverse[a] = squares + total<8>(sum);
-            inverse_kept[a] = kept + total<8>(sum_kept);
-        }
-        invert_lengths(inverse.data(), many, whole);
-        invert_lengths(inverse_kept.data(), many, part);
-        units.each([&](auto v, long j, long b) {
-            constexpr int V = decltype(v)::value;
-            Lane<V> all = all_lanes.at(v, b), some = some_lanes.at(v, b);
-            for (long a = 0; a < many; a++) {
-                const F<V> f = load<V>(x + start + a * c + j);
-                const D<V> d = widen<V>(f), k = inside.kept(v, d, start + a * c + j);
-                all.bounds(f); all.nearest(f); all.sum += d; all.direction += d * inverse[a];
-                inside.bounds(v, some, f, start + a * c + j); some.sum += k; some.direction += k * inverse_kept[a];
-            }
-            inside.finish(some, all);
-            all_lanes.at(v, b) = all; some_lanes.at(v, b) = some;
-        });
-    }
-    all_lanes.template pour<Inside::FUSED>(whole); some_lanes.template pour<Inside::FUSED>(part);
-    if (unit_sums)
-        units.each([&](auto v, long j, long b) {
-            for (int u = 0; u < decltype(v)::value; u++) unit_sums[j + u] = (float)some_lanes.at(v, b).sum[u];
-        });
-    part.least = whole.least;
-    if (!std::isfinite(whole.squares)) part.squares = NOTHING;
-}
-
 struct Above {  // ReLU lets through what is above 0, or nan
-    static constexpr int FUSED = 8;
-    template <class W> inline auto kept(W, D<W::value> d, long) const {
-#ifdef __AVX512F__
-        if constexpr (W::value == 8) return (D<8>)_mm512_max_pd((__m512d)d, __m512d{});
-        else
-#endif
-        return d > 0 ? d : D<W::value>{};
-    }
-    template <class W> inline void bounds(W, Lane<W::value> &, F<W::value>, long) const {}
-    template <int V> inline void finish(Lane<V> &some, const Lane<V> &all) const {
-        some.low = all.low <= 0 ? F<V>{} : all.low; some.high = all.high <= 0 ? F<V>{} : all.high;
+    static constexpr bool BOTH = true, BOUNDS = false;
+    const float *beside(const float *x, long) const { return x; }
+    template <class T> T kept(T f, T) const { return larger(T{}, f); }
+    void finish(const Units &all, const Units &kept, long c) const {
+        for (long j = 0; j < c; j++) {
+            kept.low[j] = all.low[j] <= 0 ? 0 : all.low[j]; kept.high[j] = all.high[j] <= 0 ? 0 : all.high[j];
+        }
     }
 };
 struct Where {  // its mask, where its output is above 0, or nan
-    static constexpr int FUSED = 1;
+    static constexpr bool BOTH = true, BOUNDS = true;
     const float *activation;
-    template <class W> inline auto kept(W, D<W::value> d, long k) const {
-        constexpr int V = W::value;
-        const F<V> a = load<V>(activation + k);
-#ifdef __AVX512VL__
-        if constexpr (V == 8) return (D<8>)_mm512_maskz_mov_pd(_mm256_cmp_ps_mask((__m256)a, __m256{}, _CMP_NLE_UQ), (__m512d)d);
-        else
-#endif
-        return widen<V>(a) <= 0 ? D<V>{} : d;
-    }
-    template <class W> inline void bounds(W, Lane<W::value> &some, F<W::value> x, long k) const {
-        constexpr int V = W::value;
-        const F<V> kept = load<V>(activation + k) <= 0 ? F<V>{} : x;
-        some.bounds(kept);
-    }
-    template <int V> inline void finish(Lane<V> &, const Lane<V> &) const {}
+    const float *beside(const float *, long at) const { return activation + at; }
+    template <class T> T kept(T f, T a) const { return a <= 0 ? T{} : f; }
+    void finish(const Units &, const Units &, long) const {}
 };
 
 // u = (w - lr g) - w, and the sums of all three.
@@ -99,9 +37,9 @@ template <int V>
     for (long j = from; j < to; j += V) {
         const F<V> old = load<V>(w + j), grad = load<V>(g + j), moved = old - lr * grad - old;
         lw.entries(old); lg.entries(grad); lu.entries(moved);
-        store<V>(u + j, moved);
+        store(u + j, moved);
     }
-    lw.template pour<4>(sw); lg.template pour<4>(sg); lu.template pour<4>(su);
+    lw.pour(sw); lg.pour(sg); lu.pour(su);
 }
 
 // Histograms of any length one after the other: the lowest octave, how many octaves, counts of positive and of negative
@@ -162,37 +100,79 @@ void describe_many(const int64_t *addresses, const int64_t *before, const int64_
     }
 }
 
-// The preactivation z becomes max(z, 0): two rows, before and after.
-void relu_rows(float *z, long e, long n, long c, double *rows, Arena *arena) {
-    for (long k = 0; k < e; k++, z += n * c) {
+// a = max(z, 0), which may stand in the memory of z: two rows, of z and of a.
+void relu_rows(const float *z, float *a, long e, long n, long c, double *rows, Arena *arena) {
+    for (long k = 0; k < e; k++, z += n * c, a += n * c) {
         double *row_z = rows + k * FIELDS, *row_a = rows + (e + k) * FIELDS;
         Sums whole, part;
-        describe_both(z, Above(), n, c, whole, part, nullptr);
+        const bool known = gather(z, Above(), a == z ? nullptr : a, n, c, whole, part, nullptr);
+        if (!known) whole.squares = part.squares = NOTHING;
         describe_from(whole, z, n, c, true, row_z);
         if (arena) arena->count(z, n * c, rows, k, e + k);
-        int32_t zeros = 0;
-        for (long j = 0; j < n * c; j++) { zeros += z[j] <= 0; z[j] = z[j] <= 0 ? 0.0f : z[j]; }
-        part.zeros = zeros;
-        describe_from(part, z, n, c, true, row_a);
-        row_z[SATURATED] = (zeros + row_z[NANS]) / row_z[COUNT];
+        if (!known || a == z)
+            for (long j = 0; j < n * c; j++) a[j] = z[j] <= 0 ? 0.0f : z[j];
+        describe_from(part, a, n, c, true, row_a);
+        row_z[SATURATED] = (row_a[ZEROS] + row_z[NANS]) / row_z[COUNT];
     }
 }
 
-// The gradient g of ReLU's output becomes that of its input, 0 wherever the output or input a is not above 0: two rows,
-// before and after. `sums`, (e, c) or null, are those over the batch: the gradient of the bias.
-void mask_rows(float *g, const float *a, long e, long n, long c, float *sums, double *rows, Arena *arena) {
-    for (long k = 0; k < e; k++, g += n * c, a += n * c) {
-        double *row_a = rows + k * FIELDS, *row_z = rows + (e + k) * FIELDS;
+// From g, the gradient of ReLU's output, d, that of its input: 0 wherever the output or input a is not above 0. d may
+// stand in the memory of g. Two rows, of g and of d. `sums`, (e, c) or null, are those of d over the batch: the gradient
+// of the bias.
+void mask_rows(const float *g, const float *a, float *d, long e, long n, long c, float *sums, double *rows, Arena *arena) {
+    for (long k = 0; k < e; k++, g += n * c, a += n * c, d += n * c) {
+        double *row_g = rows + k * FIELDS, *row_d = rows + (e + k) * FIELDS;
+        float *unit_sums = sums ? sums + k * c : nullptr;
         Sums whole, part;
-        describe_both(g, Where{a}, n, c, whole, part, sums ? sums + k * c : nullptr);
-        describe_from(whole, g, n, c, true, row_a);
+        const bool known = gather(g, Where{a}, d == g ? nullptr : d, n, c, whole, part, unit_sums);
+        if (!known) whole.squares = part.squares = NOTHING;
+        describe_from(whole, g, n, c, true, row_g);
         if (arena) arena->count(g, n * c, rows, k);
-        int32_t zeros = 0;
-        for (long j = 0; j < n * c; j++) { const float kept = a[j] <= 0 ? 0.0f : g[j]; g[j] = kept; zeros += kept == 0; }
-        part.zeros = zeros;
-        describe_from(part, g, n, c, true, row_z);
-        if (arena) arena->count(g, n * c, rows, e + k);
+        if (!known || d == g)
+            for (long j = 0; j < n * c; j++) d[j] = a[j] <= 0 ? 0.0f : g[j];
+        if (!known && unit_sums)
+            for (long j = 0; j < c; j++) {
+                double sum = 0;
+                for (long i = 0; i < n; i++) sum += d[i * c + j];
+                unit_sums[j] = (float)sum;
+            }
+        describe_from(part, d, n, c, true, row_d);
+        if (arena) arena->count(d, n * c, rows, e + k);
     }
+}
+
+// A linear activation, or its gradient: a = z, and two rows that are alike, but for the share of small slopes, which is
+// `saturated` in the first of them.
+void linear_rows(const float *z, float *a, long e, long n, long c, double saturated, double *rows) {
+    for (long k = 0; k < e; k++) describe(z + k * n * c, n, c, true, rows + k * FIELDS);
+    std::memcpy(rows + e * FIELDS, rows, e * FIELDS * sizeof *rows);
+    for (long k = 0; k < e; k++) rows[k * FIELDS + SATURATED] = saturated;
+    std::memcpy(a, z, e * n * c * sizeof *z);
+}
+
+// The statistics (S, count) of rows whose fields stand apart, (F, count): the formulas of stats/statistics.py.
+void derive_rows(const double *rows, long count, double *out) {
+    auto of = [&](int field, long k) { return rows[field * count + k]; };
+    for (long k = 0; k < count; k++) {
+        const double finite = of(COUNT, k) - of(NANS, k) - of(INFS, k), scale = std::ldexp(1.0, (int)of(EXPONENT, k));
+        const double variance = of(M2, k) / finite, root = std::sqrt(variance + of(MEAN, k) * of(MEAN, k)), rms = root * scale;
+        const double alive = of(ALIVE, k), cosine = (of(RESULTANT, k) - alive) / (alive * (alive - 1));
+        const double found[] = {
+            of(COUNT, k), of(NANS, k), of(INFS, k), of(SUBNORMALS, k), of(MEAN, k) * scale, std::sqrt(variance) * scale, rms,
+            rms * rms, root * std::sqrt(finite) * scale, of(LOW, k), of(HIGH, k), of(ZEROS, k) / of(COUNT, k), of(SATURATED, k),
+            of(DEAD, k), std::sqrt(of(WITHIN, k)) * scale, alive > 1 ? (cosine < -1 ? -1 : cosine > 1 ? 1 : cosine) : NOTHING,
+        };
+        for (int s = 0; s < (int)(sizeof found / sizeof *found); s++) out[s * count + k] = found[s];
+    }
+}
+
+// Whether no row tells of nan or inf, or of an rms below `smallest`.
+int all_inside(const double *rows, long count, double smallest) {
+    for (long k = 0; k < count; k++, rows += FIELDS) {
+        const double second = rows[M2] / (rows[COUNT] - rows[NANS] - rows[INFS]) + rows[MEAN] * rows[MEAN];
+        if (rows[NANS] + rows[INFS] > 0 || !(std::ldexp(std::sqrt(second), (int)rows[EXPONENT]) >= smallest)) return 0;
+    }
+    return 1;
 }
 
 // The parameter w becomes w - lr g: three rows, of its old values, of its gradient, and of what changed.

@@ -31,8 +31,11 @@ _ARGUMENTS = {
     "share_inside": [_POINTER, *[_SIZE] * 2, _POINTER, _SIZE, _POINTER],
     "units_last": [_POINTER, *[_SIZE] * 3, _POINTER],
     "compare_many": [*[_POINTER] * 4, _SIZE, _POINTER],
-    "relu_rows": [_POINTER, *[_SIZE] * 3, *[_POINTER] * 2],
-    "mask_rows": [*[_POINTER] * 2, *[_SIZE] * 3, *[_POINTER] * 3],
+    "relu_rows": [*[_POINTER] * 2, *[_SIZE] * 3, *[_POINTER] * 2],
+    "mask_rows": [*[_POINTER] * 3, *[_SIZE] * 3, *[_POINTER] * 3],
+    "linear_rows": [*[_POINTER] * 2, *[_SIZE] * 3, ctypes.c_double, _POINTER],
+    "derive_rows": [_POINTER, _SIZE, _POINTER],
+    "all_inside": [_POINTER, _SIZE, ctypes.c_double],
     "draw_numbers": [_POINTER, *[_SIZE] * 2, ctypes.c_int, _POINTER],
     "update_rows": [*[_POINTER] * 2, *[_SIZE] * 2, _FLOAT, *[_POINTER] * 2],
 }
@@ -64,7 +67,7 @@ def _library() -> ctypes.CDLL | None:
         found = _load()
         for name, arguments in _ARGUMENTS.items():
             function = getattr(found, name)
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, ctypes.c_int if name == "all_inside" else None
         return found
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         logging.getLogger(__name__).warning("statistics in plain PyTorch, slower: %s", _reason(error))

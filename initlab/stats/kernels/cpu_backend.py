@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from initlab.stats.backend import Backend, into
+from initlab.stats.backend import Backend, Elementwise, into
 from initlab.stats.histogram import Bins, octaves
 from initlab.stats.reference import FIELDS
-from initlab.stats.statistics import Function
+from initlab.stats.statistics import STATISTICS, Function
 
+_ROW = 8 * len(FIELDS)  # bytes of a row
 _LONGEST = 2 + 2 * (octaves(torch.float32)[1] - octaves(torch.float32)[0] + 1)  # numbers of one histogram at most
 _WAITING = 2**14  # rows whose histograms wait together
 
@@ -115,7 +116,7 @@ class CpuBackend(Backend):
         if not self.fuses(z):
             return super().relu_rows_(z, bins, out)
         rows, shape, arena = _room(z, 2, bins, out)
-        self._passes.relu_rows(z.data_ptr(), *shape, rows.data_ptr(), arena)
+        self._passes.relu_rows(z.data_ptr(), z.data_ptr(), *shape, rows.data_ptr(), arena)
         return rows.movedim(-1, 0) if out is None else out
 
     def mask_rows_(
@@ -125,8 +126,47 @@ class CpuBackend(Backend):
             return super().mask_rows_(g, a, sums, bins, out)
         rows, shape, arena = _room(g, 2, bins, out)
         where = None if sums is None else sums.data_ptr()
-        self._passes.mask_rows(g.data_ptr(), a.data_ptr(), *shape, where, rows.data_ptr(), arena)
+        self._passes.mask_rows(g.data_ptr(), a.data_ptr(), g.data_ptr(), *shape, where, rows.data_ptr(), arena)
         return rows.movedim(-1, 0) if out is None else out
+
+    def activation_rows(self, z: Tensor, activation: Elementwise, out: Tensor, rows: Tensor, at: int = 0) -> None:
+        linear = not activation.rectifies and activation.phi(z) is z
+        if not (linear or activation.rectifies) or not self.fuses(z) or not out.is_contiguous():
+            super().activation_rows(z, activation, out, rows, at)
+            return
+        e, n, c = z.shape
+        address = rows.data_ptr() + at * e * _ROW
+        if linear:
+            self._passes.linear_rows(z.data_ptr(), out.data_ptr(), e, n, c, 0.0, address)
+        else:
+            self._passes.relu_rows(z.data_ptr(), out.data_ptr(), e, n, c, address, None)
+
+    def gradient_rows(
+        self, g: Tensor, z: Tensor, activation: Elementwise, out: Tensor, rows: Tensor, at: int = 0
+    ) -> None:
+        linear = not activation.rectifies and activation.pull_back(g, z) is g
+        both = linear or activation.rectifies
+        if not both or not self.fuses(g) or not self.fuses(z) or not out.is_contiguous():
+            super().gradient_rows(g, z, activation, out, rows, at)
+            return
+        e, n, c = g.shape
+        address = rows.data_ptr() + at * e * _ROW
+        if linear:
+            self._passes.linear_rows(g.data_ptr(), out.data_ptr(), e, n, c, float("nan"), address)
+        else:
+            self._passes.mask_rows(g.data_ptr(), z.data_ptr(), out.data_ptr(), e, n, c, None, address, None)
+
+    def derive(self, rows: Tensor) -> Tensor:
+        if not rows.is_cpu or not rows.is_contiguous() or rows.dtype is not torch.float64:
+            return super().derive(rows)
+        found = torch.empty((len(STATISTICS), *rows.shape[1:]), dtype=torch.float64, device="cpu")
+        self._passes.derive_rows(rows.data_ptr(), rows[0].numel(), found.data_ptr())
+        return found
+
+    def inside(self, rows: Tensor, smallest: float) -> bool:
+        if self.statistics:
+            return super().inside(rows, smallest)
+        return bool(self._passes.all_inside(rows.data_ptr(), rows.numel() // len(FIELDS), smallest))
 
     def update_rows_(
         self, w: Tensor, g: Tensor, lr: float, bins: Bins | None = None, out: Tensor | None = None

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from initlab.stats.backend import Backend, into
+from initlab.stats.backend import Backend, Elementwise, into
 from initlab.stats.histogram import Bins, octaves
 from initlab.stats.kernels import triton_rows
 from initlab.stats.kernels.triton_rows import Blocks, blocks
@@ -76,6 +76,24 @@ class GpuBackend(Backend):
         if sums is not None:
             torch.sum(g, -2, out=sums)
         return into(out, _finish([before, after], bins))
+
+    def activation_rows(self, z: Tensor, activation: Elementwise, out: Tensor, rows: Tensor, at: int = 0) -> None:
+        if not activation.rectifies or not self.fuses(z):
+            super().activation_rows(z, activation, out, rows, at)
+            return
+        before, after = _blocks(z, True, saturated=True), _blocks(z, True)
+        triton_rows.relu(z, before, after, out=out)
+        into(rows[at : at + 2], _finish([before, after], None))
+
+    def gradient_rows(
+        self, g: Tensor, z: Tensor, activation: Elementwise, out: Tensor, rows: Tensor, at: int = 0
+    ) -> None:
+        if not activation.rectifies or not self.fuses(g) or not self.fuses(z):
+            super().gradient_rows(g, z, activation, out, rows, at)
+            return
+        before, after = _blocks(g, True), _blocks(g, True)
+        triton_rows.mask(g, z, before, after, out=out)
+        into(rows[at : at + 2], _finish([before, after], None))
 
     def update_rows_(
         self, w: Tensor, g: Tensor, lr: float, bins: Bins | None = None, out: Tensor | None = None

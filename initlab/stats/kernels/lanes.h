@@ -32,19 +32,83 @@ template <int V> struct Lanes {
     typedef float F __attribute__((vector_size(4 * V), aligned(4)));
     typedef double D __attribute__((vector_size(8 * V), aligned(8)));
     typedef int32_t I __attribute__((vector_size(4 * V), aligned(4)));
+    typedef int64_t L __attribute__((vector_size(8 * V), aligned(8)));
 };
 template <int V> using F = typename Lanes<V>::F;
 template <int V> using D = typename Lanes<V>::D;
 template <int V> using I = typename Lanes<V>::I;
+template <int V> using L = typename Lanes<V>::L;
 
 template <int V> inline F<V> load(const float *p) { F<V> x; std::memcpy(&x, p, sizeof x); return x; }
-template <int V> inline void store(float *p, F<V> x) { std::memcpy(p, &x, sizeof x); }
+template <int V> inline D<V> load(const double *p) { D<V> x; std::memcpy(&x, p, sizeof x); return x; }
+template <int V> inline I<V> load(const int32_t *p) { I<V> x; std::memcpy(&x, p, sizeof x); return x; }
+template <class T, class X> inline void store(T *p, X x) { std::memcpy(p, &x, sizeof x); }
 template <int V> inline D<V> widen(F<V> x) { return __builtin_convertvector(x, D<V>); }
-#ifdef __AVX512F__
-template <> inline D<8> widen<8>(F<8> x) { return (D<8>)_mm512_cvtps_pd((__m256)x); }  // one instruction, not four
-#endif
+// The smaller and the larger of two, and the smaller magnitude: the second where the first is nan.
+template <class T> inline T smaller(T x, T y) { return x < y ? x : y; }
+template <class T> inline T larger(T x, T y) { return x > y ? x : y; }
 inline uint32_t bits_of(float x) { uint32_t b; std::memcpy(&b, &x, 4); return b; }
 inline float float_of(int32_t b) { float x; std::memcpy(&x, &b, 4); return x; }
+template <int V> inline double total(D<V> x) { double t = 0; for (int k = 0; k < V; k++) t += x[k]; return t; }
+#ifdef __AVX512F__
+template <> inline D<8> widen<8>(F<8> x) { return (D<8>)_mm512_cvtps_pd((__m256)x); }  // one instruction, not four
+template <> inline F<16> smaller(F<16> x, F<16> y) { return (F<16>)_mm512_min_ps((__m512)x, (__m512)y); }
+template <> inline F<16> larger(F<16> x, F<16> y) { return (F<16>)_mm512_max_ps((__m512)x, (__m512)y); }
+template <> inline D<8> larger(D<8> x, D<8> y) { return (D<8>)_mm512_max_pd((__m512d)x, (__m512d)y); }
+// By halves: one after the other, the lanes of every vector would wait for each other.
+template <> inline double total<4>(D<4> x) {
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128((__m256d)x), _mm256_extractf128_pd((__m256d)x, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+template <> inline double total<8>(D<8> x) {
+    return total<4>((D<4>)_mm256_add_pd(_mm512_castpd512_pd256((__m512d)x), _mm512_extractf64x4_pd((__m512d)x, 1)));
+}
+#endif
+
+// The totals of eight vectors, in their order.
+inline D<8> totals(const D<8> *x) {
+    typedef L<8> P;
+    D<8> two[4], four[2];
+    for (int k = 0; k < 4; k++)
+        two[k] = __builtin_shuffle(x[2 * k], x[2 * k + 1], P{0, 8, 2, 10, 4, 12, 6, 14})
+               + __builtin_shuffle(x[2 * k], x[2 * k + 1], P{1, 9, 3, 11, 5, 13, 7, 15});
+    for (int k = 0; k < 2; k++)
+        four[k] = __builtin_shuffle(two[2 * k], two[2 * k + 1], P{0, 1, 8, 9, 4, 5, 12, 13})
+                + __builtin_shuffle(two[2 * k], two[2 * k + 1], P{2, 3, 10, 11, 6, 7, 14, 15});
+    return __builtin_shuffle(four[0], four[1], P{0, 1, 2, 3, 8, 9, 10, 11})
+         + __builtin_shuffle(four[0], four[1], P{4, 5, 6, 7, 12, 13, 14, 15});
+}
+
+// H lanes from h on.
+template <int H> inline I<H> lanes_of(I<16> x, int h) {
+#ifdef __AVX512F__
+    if constexpr (H == 8) return (I<8>)(h ? _mm512_extracti64x4_epi64((__m512i)x, 1) : _mm512_castsi512_si256((__m512i)x));
+#endif
+    I<H> y;
+    std::memcpy(&y, (const int32_t *)&x + h, sizeof y);
+    return y;
+}
+template <int H> inline I<H> lanes_of(I<1> x, int) { return x; }
+// The smaller magnitude.
+template <class T> inline T nearest(T x, T y) {
+#ifdef __AVX512DQ__
+    if constexpr (sizeof x == 64) return (T)_mm512_range_ps((__m512)x, (__m512)y, 10);
+#endif
+    constexpr int V = sizeof x / 4;
+    return smaller((T)((I<V>)x & 0x7fffffff), y);
+}
+// 1 / sqrt(x), and 0 for 0.
+inline D<8> inverse_root(D<8> x) {
+    const L<8> none = x == 0;
+    D<8> y;
+#ifdef __AVX512F__
+    y = (D<8>)_mm512_rsqrt14_pd((__m512d)x);  // 14 bits, then 28 and 56 by Newton's method
+    for (int k = 0; k < 2; k++) y += y * (0.5 - 0.5 * x * y * y);
+#else
+    for (int k = 0; k < 8; k++) y[k] = 1 / std::sqrt(x[k]);
+#endif
+    return (D<8>)((L<8>)y & ~none);
+}
 
 // What plain sums gather of one tensor.
 struct Sums {
@@ -53,29 +117,21 @@ struct Sums {
     long dead = 0, zeros = -1;  // -1: not counted
 };
 
-template <bool FUSE> inline double add_square(double sum, double x) {
-    if constexpr (FUSE) return std::fma(x, x, sum);
-    volatile double square = x * x;
-    return sum + square;
-}
-
-// V units at a time, or V lanes of a tensor without units.
+// V lanes of a tensor without units.
 template <int V> struct Lane {
-    D<V> sum{}, squares{}, direction{};
+    D<V> sum{}, squares{};
     F<V> low = F<V>{} + INFINITY, high = F<V>{} - INFINITY;
     I<V> least = I<V>{} + 0x7f800000;  // magnitudes compare as their bits do
-    inline void bounds(F<V> x) { low = x < low ? x : low; high = x > high ? x : high; }
-    inline void nearest(F<V> x) { const I<V> m = (I<V>)x & 0x7fffffff; least = m < least ? m : least; }
-    inline void entries(F<V> x) { const D<V> d = widen<V>(x); bounds(x); nearest(x); sum += d; squares += d * d; }
-    // Vectors of FUSED lanes and more add their squares without rounding them first. Said here, or it would hang on what
-    // a compiler inlines, and the last digit of a row with it.
-    template <int FUSED> void pour(Sums &s) const {
+    inline void entries(F<V> x) {
+        const D<V> d = widen<V>(x);
+        low = smaller(x, low); high = larger(x, high); least = smaller((I<V>)x & 0x7fffffff, least);
+        sum += d; squares += d * d;
+    }
+    void pour(Sums &s) const {
         for (int k = 0; k < V; k++) {
             s.sum += sum[k]; s.squares += squares[k];
-            s.unit_squares = add_square<(V >= FUSED)>(s.unit_squares, sum[k]);
-            s.resultant = add_square<(V >= FUSED)>(s.resultant, direction[k]);
             s.low = low[k] < s.low ? low[k] : s.low; s.high = high[k] > s.high ? high[k] : s.high;
-            s.least = std::fmin(s.least, float_of(least[k])); s.dead += low[k] == 0 && high[k] == 0;
+            s.least = std::fmin(s.least, float_of(least[k]));
         }
     }
 };

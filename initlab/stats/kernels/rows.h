@@ -116,55 +116,182 @@ void describe_from(const Sums &s, const float *x, long n, long c, bool batched, 
     if (!quick(s, x, n, c, batched, row) && !is_lost(x, n * c, batched, row)) careful(x, n, c, batched, row);
 }
 
-// --- two passes over (n, c): lengths of the vectors, then units -------------------------------------------------------------
+// --- two passes over (n, c), tile by tile: lengths of the vectors, then units ----------------------------------------------
 
-// Units in blocks of eight, four and one; a row of blocks has its lanes.
+constexpr long LEAST_ROWS = 16;
+constexpr long TILE = 8192;  // entries that stay in the nearest cache between the two passes, but at least four vectors
+
+// What is gathered of each unit of one tensor, with room for whole vectors.
 struct Units {
-    const long c, eights = c / 8, fours = c % 8 / 4, ones = c % 4;
-    template <class Block> inline void each(const Block &f) const {
-        long j = 0;
-        for (long k = 0; k < eights; k++, j += 8) f(std::integral_constant<int, 8>(), j, k);
-        for (long k = 0; k < fours; k++, j += 4) f(std::integral_constant<int, 4>(), j, k);
-        for (long k = 0; k < ones; k++, j++) f(std::integral_constant<int, 1>(), j, k);
+    double *sum, *direction;
+    float *low, *high;
+
+    static constexpr long BYTES = 2 * sizeof(double) + 2 * sizeof(float);
+    char *place(char *memory, long room) {
+        sum = (double *)memory; direction = sum + room; low = (float *)(direction + room); high = low + room;
+        std::memset(sum, 0, 2 * room * sizeof(double));
+        for (long j = 0; j < room; j++) low[j] = INFINITY, high[j] = -INFINITY;
+        return memory + room * BYTES;
+    }
+    void pour(Sums &s, long c, long room) const {
+        for (long j = c; j < room; j++) low[j] = INFINITY, high[j] = -INFINITY;  // there are no such units
+        D<8> sums{}, units{}, directions{};
+        F<16> lowest = F<16>{} + INFINITY, highest = F<16>{} - INFINITY;
+        I<16> dead{};
+        for (long j = 0; j < room; j += 8) {
+            const D<8> x = load<8>(sum + j), y = load<8>(direction + j);
+            sums += x; units += x * x; directions += y * y;
+        }
+        for (long j = 0; j < room; j += 16) {
+            const F<16> l = load<16>(low + j), h = load<16>(high + j);
+            lowest = smaller(l, lowest); highest = larger(h, highest); dead += (l == 0) & (h == 0);
+        }
+        s.sum += total<8>(sums); s.unit_squares += total<8>(units); s.resultant += total<8>(directions);
+        for (int k = 0; k < 16; k++) {
+            s.low = lowest[k] < s.low ? lowest[k] : s.low; s.high = highest[k] > s.high ? highest[k] : s.high;
+            s.dead -= dead[k];
+        }
     }
 };
-struct Lanes_of {
-    std::vector<Lane<8>> eights; std::vector<Lane<4>> fours; std::vector<Lane<1>> ones;
-    explicit Lanes_of(const Units &u) : eights(u.eights), fours(u.fours), ones(u.ones) {}
-    inline Lane<8> &at(std::integral_constant<int, 8>, long k) { return eights[k]; }
-    inline Lane<4> &at(std::integral_constant<int, 4>, long k) { return fours[k]; }
-    inline Lane<1> &at(std::integral_constant<int, 1>, long k) { return ones[k]; }
-    template <int FUSED> void pour(Sums &s) const {
-        for (auto &l : eights) l.template pour<FUSED>(s);
-        for (auto &l : fours) l.template pour<FUSED>(s);
-        for (auto &l : ones) l.template pour<FUSED>(s);
-    }
+
+// The memory of a thread, as large as it ever had to be.
+inline char *scratch(long bytes) {
+    thread_local std::vector<char> memory;
+    if ((long)memory.size() < bytes + 64) memory.resize(bytes + 64);
+    return (char *)(((uintptr_t)memory.data() + 63) & ~(uintptr_t)63);
+}
+
+// What stands beside x: nothing, or a tensor that is made of it entry by entry.
+struct Alone {
+    static constexpr bool BOTH = false, BOUNDS = false;
+    void finish(const Units &, const Units &, long) const {}
 };
 
-constexpr long TILE = 4096;  // entries that stay in the nearest cache between the two passes
+// Calls f(V, its first unit, which of its lanes count) for blocks of V units: of sixteen, the last of which may begin
+// among those before it, or of one where there are not as many.
+template <class Block> inline void blocks(long c, const Block &f) {
+    const I<16> every = I<16>{} - 1;
+    if (c < 16) {
+        for (long j = 0; j < c; j++) f(std::integral_constant<int, 1>(), j, I<1>{-1});
+        return;
+    }
+    const long whole = c / 16 * 16;
+    for (long j = 0; j < whole; j += 16) f(std::integral_constant<int, 16>(), j, every);
+    if (whole < c) f(std::integral_constant<int, 16>(), c - 16, I<16>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} >= (int32_t)(16 - (c - whole)));
+}
+// The lanes of x from h on that count, the others 0.
+template <int H> inline D<H> counted(D<H> x, I<H> lanes) { return (D<H>)((L<H>)x & __builtin_convertvector(lanes, L<H>)); }
 
-// Squared lengths of `many` vectors become inverse lengths, 0 for a vector of zeros.
-inline void invert_lengths(double *lengths, long many, Sums &s) {
-    double squares = 0, alive = 0;
-    for (long a = 0; a < many; a++) squares += lengths[a], alive += lengths[a] > 0;
-    for (long a = 0; a < many; a++) lengths[a] = lengths[a] > 0 ? 1 / std::sqrt(lengths[a]) : 0;
-    s.squares += squares; s.alive += alive;
+// Squared lengths of R vectors of x, and behind the first four those of what `part` makes of them, which is written to
+// `out`. `at` is the place of x in the tensor.
+template <class Part, int R> inline D<8> square(const float *x, const Part &part, long at, float *out, long c) {
+    D<8> lengths[8] = {};
+    double rest[8] = {0};
+    blocks(c, [&](auto v, long j, auto lanes) {
+        constexpr int V = decltype(v)::value, H = V > 8 ? 8 : V;
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            const long k = r * c + j;
+            if constexpr (Part::BOTH) store(out + k, part.kept(load<V>(x + k), load<V>(part.beside(x, at) + k)));
+#pragma GCC unroll 2
+            for (int h = 0; h < V; h += H) {
+                const D<H> d = counted<H>(widen<H>(load<H>(x + k + h)), lanes_of<H>(lanes, h));
+                if constexpr (V == 1) rest[r] += d[0] * d[0]; else lengths[r] += d * d;
+                if constexpr (Part::BOTH) {
+                    const D<H> e = Part::BOUNDS ? counted<H>(widen<H>(load<H>(out + k + h)), lanes_of<H>(lanes, h)) : larger(d, D<H>{});
+                    if constexpr (V == 1) rest[4 + r] += e[0] * e[0]; else lengths[4 + r] += e * e;
+                }
+            }
+        }
+    });
+    return totals(lengths) + load<8>(rest);
 }
 
-template <int V> inline double total(D<V> x) { double t = 0; for (int k = 0; k < V; k++) t += x[k]; return t; }
-#ifdef __AVX512F__
-// By halves: one after the other, the lanes of every vector would wait for each other.
-template <> inline double total<4>(D<4> x) {
-    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128((__m256d)x), _mm256_extractf128_pd((__m256d)x, 1));
-    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+// The sums of x (n, c) and of what `part` makes of it, which is written to `out` if that is not null; false where
+// something is not finite: the sums and `out` then hold anything. `unit_sums`, (c) or null, are those of the second tensor.
+template <class Part>
+bool gather(const float *x, const Part &part, float *out, long n, long c, Sums &whole, Sums &some, float *unit_sums) {
+    const long room = (c + 15) / 16 * 16, rows = TILE / c < LEAST_ROWS ? LEAST_ROWS : TILE / c / 4 * 4, lengths = rows + 8;
+    char *memory = scratch(2 * room * Units::BYTES + 2 * lengths * sizeof(double) + rows * c * sizeof(float));
+    Units all, kept;
+    double *inverse = (double *)kept.place(all.place(memory, room), room), *inverse_kept = inverse + lengths;
+    float *spare = (float *)(inverse_kept + lengths);
+    D<8> squares{}, alive{};
+    F<16> least = F<16>{} + INFINITY;  // the smallest magnitude
+    I<16> zeros{};                     // minus the entries of the second tensor that are 0; of ReLU's no +0 is counted
+    for (long from = 0; from < n; from += rows) {
+        const long many = n - from < rows ? n - from : rows, start = from * c;
+        float *to = out ? out + start : spare;
+        for (long a = 0; a < many;) {
+            const bool four = a + 4 <= many;
+            const long k = start + a * c;
+            const D<8> found = four ? square<Part, 4>(x + k, part, k, to + a * c, c) : square<Part, 1>(x + k, part, k, to + a * c, c);
+            squares += found; alive += found > 0 ? D<8>{} + 1.0 : D<8>{};
+            std::memcpy(inverse + a, &found, 4 * sizeof(double));
+            std::memcpy(inverse_kept + a, (const double *)&found + 4, 4 * sizeof(double));
+            a += four ? 4 : 1;
+        }
+        if (!std::isfinite(total<8>(squares))) return false;
+        for (long a = 0; a < many; a += 8) {
+            store(inverse + a, inverse_root(load<8>(inverse + a)));
+            if constexpr (Part::BOTH) store(inverse_kept + a, inverse_root(load<8>(inverse_kept + a)));
+        }
+        blocks(c, [&](auto v, long j, auto lanes) {
+            constexpr int V = decltype(v)::value, H = V > 8 ? 8 : V, K = V / H;
+            D<H> sum[K] = {}, direction[K] = {}, sum_kept[K] = {}, direction_kept[K] = {};
+            F<V> low = load<V>(all.low + j), high = load<V>(all.high + j), small = F<V>{} + INFINITY;
+            F<V> low_kept = load<V>(kept.low + j), high_kept = load<V>(kept.high + j);
+            I<V> none{};
+            const float *p = x + start + j, *q = to + j;
+            for (long a = 0; a < many; a++, p += c, q += c) {
+                const F<V> f = load<V>(p);
+                low = smaller(f, low); high = larger(f, high); small = nearest(f, small);
+                if constexpr (Part::BOUNDS) {
+                    const F<V> g = load<V>(q);
+                    low_kept = smaller(g, low_kept); high_kept = larger(g, high_kept); none += g == 0;
+                } else if constexpr (Part::BOTH) none += (I<V>)f >> 31;
+#pragma GCC unroll 2
+                for (int k = 0; k < K; k++) {
+                    const D<H> d = widen<H>(load<H>(p + k * H));
+                    sum[k] += d; direction[k] += d * inverse[a];
+                    if constexpr (Part::BOTH) {
+                        const D<H> e = Part::BOUNDS ? widen<H>(load<H>(q + k * H)) : larger(d, D<H>{});
+                        sum_kept[k] += e; direction_kept[k] += e * inverse_kept[a];
+                    }
+                }
+            }
+            for (int k = 0; k < K; k++) {
+                const I<H> mine = lanes_of<H>(lanes, k * H);
+                const long at = j + k * H;
+                store(all.sum + at, load<H>(all.sum + at) + counted<H>(sum[k], mine));
+                store(all.direction + at, load<H>(all.direction + at) + counted<H>(direction[k], mine));
+                if constexpr (Part::BOTH) {
+                    store(kept.sum + at, load<H>(kept.sum + at) + counted<H>(sum_kept[k], mine));
+                    store(kept.direction + at, load<H>(kept.direction + at) + counted<H>(direction_kept[k], mine));
+                }
+            }
+            store(all.low + j, low); store(all.high + j, high);
+            if constexpr (Part::BOUNDS) store(kept.low + j, low_kept), store(kept.high + j, high_kept);
+            if constexpr (V == 16) least = smaller(small, least), zeros += none & lanes;
+            else least[0] = smaller(small[0], least[0]), zeros[0] += none[0];
+        });
+    }
+    part.finish(all, kept, c);
+    all.pour(whole, c, room);
+    for (int k = 0; k < 16; k++) whole.least = smaller(whole.least, least[k]);
+    for (int r = 0; r < 4; r++) whole.squares += squares[r], whole.alive += alive[r];
+    if constexpr (Part::BOTH) {
+        kept.pour(some, c, room);
+        for (int r = 4; r < 8; r++) some.squares += squares[r], some.alive += alive[r];
+        some.least = whole.least; some.zeros = 0;
+        for (int k = 0; k < 16; k++) some.zeros -= zeros[k];
+        if (unit_sums) for (long j = 0; j < c; j++) unit_sums[j] = (float)kept.sum[j];
+    }
+    return true;
 }
-template <> inline double total<8>(D<8> x) {
-    return total<4>((D<4>)_mm256_add_pd(_mm512_castpd512_pd256((__m512d)x), _mm512_extractf64x4_pd((__m512d)x, 1)));
-}
-#endif
 
 void describe(const float *x, long n, long c, bool batched, double *row) {
-    Sums s;
+    Sums s, none;
     if (!batched) {
         strips(n * c, [&](long from, long to) {
             Lane<8> lane[2];
@@ -172,40 +299,9 @@ void describe(const float *x, long n, long c, bool batched, double *row) {
             for (long k = from; k < whole; k += 16) lane[0].entries(load<8>(x + k)), lane[1].entries(load<8>(x + k + 8));
             Lane<1> last;
             for (long k = whole; k < to; k++) last.entries(load<1>(x + k));
-            lane[0].pour<4>(s); lane[1].pour<4>(s); last.pour<4>(s);
+            lane[0].pour(s); lane[1].pour(s); last.pour(s);
         });
-    } else {
-        const Units units{c};
-        Lanes_of lanes(units);
-        const long rows = TILE / c + 1;
-        std::vector<double> inverse(rows);
-        for (long from = 0; from < n; from += rows, x += rows * c) {
-            const long many = n - from < rows ? n - from : rows;
-            for (long a = 0; a < many; a++) {
-                double squares = 0;
-                D<8> sum{};
-                units.each([&](auto v, long j, long) {
-                    constexpr int V = decltype(v)::value;
-                    const D<V> d = widen<V>(load<V>(x + a * c + j));
-                    if constexpr (V == 8) sum += d * d; else squares += total<V>(d * d);
-                });
-                inverse[a] = squares + total<8>(sum);
-            }
-            invert_lengths(inverse.data(), many, s);
-            units.each([&](auto v, long j, long k) {
-                constexpr int V = decltype(v)::value;
-                Lane<V> lane = lanes.at(v, k);
-                for (long a = 0; a < many; a++) {
-                    const F<V> f = load<V>(x + a * c + j);
-                    const D<V> d = widen<V>(f);
-                    lane.bounds(f); lane.nearest(f); lane.sum += d; lane.direction += d * inverse[a];
-                }
-                lanes.at(v, k) = lane;
-            });
-        }
-        lanes.pour<4>(s);
-        x -= (n + rows - 1) / rows * rows * c;
-    }
+    } else if (!gather(x, Alone(), nullptr, n, c, s, none, nullptr)) s.squares = NOTHING;
     describe_from(s, x, n, c, batched, row);
 }
 

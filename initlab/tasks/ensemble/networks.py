@@ -24,12 +24,14 @@ from initlab.nn.custom_activation import Given, as_activation
 from initlab.nn.init import GENERATORS, RULES, Rule, draw, rule, rule_name
 from initlab.nn.mup import last_layer
 from initlab.nn.network import Network, dense, resolve_units
+from initlab.nn.philox import Layers
 from initlab.stats.keys import Seeds, resolve_seeds
 from initlab.tasks.ensemble.device import Where
 
 Init = str | Rule | Sequence[str | Rule]
 Columns = Mapping[str, np.ndarray | pd.Categorical]
 Frames = dict[str, pd.DataFrame]  # tables by name
+AHEAD = 2**18  # weights that are drawn together, of neighbouring layers: 1 MB
 Emit = Callable[[Frames], object]
 
 
@@ -150,8 +152,15 @@ class Ensemble:
 
     def add_columns(self, frame: pd.DataFrame) -> pd.DataFrame:
         """The frame, whose rows run through the networks fastest, with the columns that tell them apart."""
+        if not self.columns:
+            return frame
         network = np.arange(len(frame)) % len(self)
         return frame.assign(**{name: values.take(network) for name, values in self.columns.items()})
+
+
+def share_rule(rules: Sequence[Rule]) -> bool:
+    """Whether all networks have the same rule."""
+    return all(one is rules[0] or one == rules[0] for one in rules)
 
 
 def draw_networks(
@@ -159,15 +168,16 @@ def draw_networks(
     activation: Activation,
     shape: tuple[int, int],
     seeds: Sequence[int],
-    layer: int,
+    layer: Layers,
     where: Where,
 ) -> tuple[Tensor, Tensor]:
     """Weights (E, I, O) and biases (E, O) of a layer, each network by its own rule and seed.
 
-    Networks of one seed share their Gaussian numbers: these are drawn once and scaled by each network's own std.
+    Where all rules are the same they may be those of several layers, (L E, I, O) and (L E, O). Networks of one seed
+    share their Gaussian numbers: these are drawn once and scaled by each network's own std.
     """
     how = (layer, where.dtype, where.device, where.generator)
-    if all(one == rules[0] for one in rules):
+    if share_rule(rules):
         return draw(rules[0], activation, shape, seeds, *how)
     if all(one.distribution == "normal" and not one.has_biases for one in rules):
         unique = list(dict.fromkeys(seeds))
@@ -189,6 +199,10 @@ class Networks:
         """
         self.net, self.ensemble, self.where = net, ensemble, where
         self._keep, self._kept = keep_weights, dict[int, tuple[Tensor, Tensor | None]]()
+        entries = len(ensemble) * max(net.sizes) ** 2
+        self._at_once = max(1, min(16, AHEAD // entries)) if share_rule(ensemble.rules) else 1
+        self._ahead = dict[int, tuple[Tensor, Tensor]]()
+        self._has_biases = any(one.has_biases for one in ensemble.rules)
         self.fit = None
         if any(one.attempts for one in ensemble.rules):
             x = self.gaussian(net.inputs, "input")
@@ -210,11 +224,22 @@ class Networks:
         return w, b
 
     def _draw(self, layer: int, who: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
-        rules, seeds = self.ensemble.rules, self.ensemble.seeds
+        rules, seeds, net = self.ensemble.rules, self.ensemble.seeds, self.net
         if who is not None:
             rules, seeds = [rules[k] for k in who], [seeds[k] for k in who]
-        w, b = draw_networks(rules, self.net.activation, self.net.shape(layer), seeds, layer, self.where)
-        return w, b if any(one.has_biases for one in rules) else None
+        elif self._at_once > 1:
+            if layer not in self._ahead:
+                self._ahead.clear()
+                first = (layer - 1) // self._at_once * self._at_once + 1
+                near = range(first, min(first + self._at_once, net.depth + 1))
+                layers = [k for k in near if net.shape(k) == net.shape(layer)]
+                drawn = draw_networks(rules, net.activation, net.shape(layer), seeds, layers, self.where)
+                each = (one.view(len(layers), len(seeds), *one.shape[1:]).unbind() for one in drawn)
+                self._ahead = dict(zip(layers, zip(*each, strict=True), strict=True))
+            w, b = self._ahead[layer]
+            return w, b if self._has_biases else None
+        w, b = draw_networks(rules, net.activation, net.shape(layer), seeds, layer, self.where)
+        return w, b if self._has_biases else None
 
     def gaussian(self, units: int, what: str) -> Tensor:
         """Unit Gaussian numbers (E, N, units); networks of one seed have the same."""
