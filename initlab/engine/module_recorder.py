@@ -41,11 +41,12 @@ class ModuleRecorder:
         # In the order of the table tensors of one shape stand together, and are measured and compared together.
         parts = [[key for key in keys if KINDS.get(key.tensor, "batch") == kind] for kind in ("batch", "own", "change")]
         self._orders = [sort_by_shape(some, sizes) for some in parts]
-        self._keys = [some[k] for some, order in zip(parts, self._orders, strict=True) for k in order]
+        self._codes = [rows.code(some[k]) for some, order in zip(parts, self._orders, strict=True) for k in order]
         values = [key for key in keys if key.direction == "forward" and KINDS.get(key.tensor) == "own"]
         compared = (values, [key for key in keys if key.direction == "backward"])
         self._compared_orders = [sort_by_shape(some, sizes) for some in compared]
-        self._compared = [[some[k] for k in order] for some, order in zip(compared, self._compared_orders, strict=True)]
+        pairs = zip(compared, self._compared_orders, strict=True)
+        self._compared_codes = [[parity.code(some[k]) for k in order] for some, order in pairs]
         # Rows of hidden preactivations and of their activations, which say the saturated shares.
         places = [self._orders[0].index(k) for k in (*range(layers - 1), *range(layers, 2 * layers - 1))]
         self._z, self._a = torch.tensor(places, device=first[0].device).view(2, -1)
@@ -87,7 +88,7 @@ class ModuleRecorder:
             changes = self._turn([torch.sub(w, old, out=old) for w, old in zip(weights, before, strict=True)])
             found.append(torch.cat([rows, self._measure(2, changes, bins)], 1))
         self._seen = []
-        self._rows.put(self._keys, torch.stack(found, -1), step)
+        self._rows.put_codes(self._codes, torch.stack(found, -1), step)
         if self._rows.bins is not None:
             parts = [join_bins(bins.take(), 0) for bins in self._bins if bins is not None]
             self._rows.put_bins([join_bins(parts, 1)])
@@ -128,4 +129,4 @@ class ModuleRecorder:
         return self._rows.backend.compare_each(*both)
 
     def _put_parity(self, part: int, errors: Sequence[Tensor], step: int) -> None:
-        self._parity.put(self._compared[part], torch.stack(list(errors), -1), step)
+        self._parity.put_codes(self._compared_codes[part], torch.stack(list(errors), -1), step)

@@ -48,6 +48,7 @@ class Recording:
             recorder_for(net, buffer.backend, bins) for net, bins in zip(engine.networks, self._bins, strict=True)
         ]
         self._keys = network_keys(name, len(engine.networks[0].w))
+        self._codes = list(map(buffer.code, self._keys))
         self._waiting: list[tuple[int, Tensor]] = []
 
     def step(self, xb: Tensor, yb: Tensor, step: int) -> Tensor:
@@ -75,7 +76,7 @@ class Recording:
         if self._waiting:  # a list would be copied to a GPU again for every step
             order = order.to(self._waiting[0][1].device)
         for step, rows in self._waiting:
-            self.buffer.put(self._keys, rows[:, order], step)
+            self.buffer.put_codes(self._codes, rows[:, order], step)
         parts = [join_bins(bins.take(), 0) for bins in self._bins if bins is not None and len(bins)]
         if parts:
             counts, lowest = join_bins(parts, 1)

@@ -68,6 +68,11 @@ class RowBuffer:
         self.steps.append((step, len(self.rows)))
         self._blocks.append(values)
 
+    def put_codes(self, codes: Sequence[int], values: Tensor, step: int) -> None:
+        """The same of keys by their numbers, which stay the same from step to step."""
+        self.rows += codes
+        RowBuffer.put(self, (), values, step)
+
     def due(self) -> bool:
         """Whether the rows should be handed over."""
         return len(self) >= self._flush_rows or time.monotonic() - self._since > FLUSH_SECONDS

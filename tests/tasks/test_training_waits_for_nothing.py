@@ -4,6 +4,7 @@ Meta tensors stand in for a GPU's: whoever reads or copies one to the host gets 
 """
 
 from collections import Counter
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -14,9 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from initlab.nn.activations import ACTIVATIONS
 from initlab.nn.init import rule
-from initlab.stats.backend import Backend, into
-from initlab.stats.histogram import Bins
-from initlab.stats.summarize import summarize
+from initlab.stats.backend import Backend
 from initlab.tasks.ensemble.networks import Ensemble
 from initlab.tasks.ensemble.training import Training
 from initlab.tasks.twins import Records, TwinTraining
@@ -24,11 +23,10 @@ from initlab.tasks.twins import Records, TwinTraining
 META = torch.device("meta")
 
 
-class StandInBackend(Backend):
-    """Plain PyTorch without autocast, which the stand-in does not know."""
-
-    def rows(self, x: Tensor, batched: bool = True, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
-        return into(out, self._with_custom(summarize(x, batched), x, bins))
+@pytest.fixture(autouse=True)
+def without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the stand-in does not know."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
 
 
 class Launches(TorchDispatchMode):
@@ -49,9 +47,7 @@ def trained(depth: int, activation: str, **options: Any) -> tuple[TwinTraining, 
     sizes = [12, *[20] * depth, 10]
     parameters = [(torch.empty(2, i, o, device=META), torch.empty(2, o, device=META)) for i, o in pairwise(sizes)]
     training = Training(depth, 20, 16, 4, **options)
-    records = Records(
-        Ensemble([rule("kaiming")] * 2, range(2)), StandInBackend(), lambda frames: None, training.histograms
-    )
+    records = Records(Ensemble([rule("kaiming")] * 2, range(2)), Backend(), lambda frames: None, training.histograms)
     twins = TwinTraining(parameters, ACTIVATIONS[activation], training, 0.1, records)
     return twins, torch.empty(2, 16, 12, device=META), torch.empty(2, 16, dtype=torch.int64, device=META)
 

@@ -65,7 +65,7 @@ struct Arena {
     void count(const float *x, int64_t size, const double *rows, int64_t row, int64_t positive = -1) {
         int32_t bins[BINS] = {0};
         const double *of_x = rows + row * FIELDS;
-        histogram(x, size, largest(of_x), of_x[SUBNORMALS] > 0, bins);
+        if (largest(of_x) > 0) histogram(x, size, largest(of_x), of_x[SUBNORMALS] > 0, bins);  // else all are 0
         append(bins, row, 2);
         if (positive >= 0) append(bins, positive, 1);
     }
