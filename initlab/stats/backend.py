@@ -24,7 +24,7 @@ from torch import Tensor
 
 from initlab.errors import UsageError, describe_error
 from initlab.stats.histogram import Bins, histogram, octaves
-from initlab.stats.reference import FIELDS
+from initlab.stats.reference import BLOCK, FIELDS
 from initlab.stats.statistics import Function, checked_statistics
 from initlab.stats.summarize import derive, relative_error, summarize
 from initlab.stats.workspace import AT_ONCE
@@ -100,9 +100,9 @@ class Backend:
         ||a - b|| / ||b||, nan where anything is not finite, and how many entries of either are not.
         """
 
-        def kind(k: int) -> tuple[object, ...]:  # so many together as a cache holds
+        def kind(k: int) -> tuple[object, ...]:  # so many together as a cache holds, or a GPU keeps busy
             x = tensors[k]
-            return x.shape, x.dtype, x.device, k * x.numel() // AT_ONCE
+            return x.shape, x.dtype, x.device, k * x.numel() // (AT_ONCE if x.is_cpu else BLOCK["cuda"])
 
         found = []
         for _, places in groupby(range(len(tensors)), kind):
