@@ -225,6 +225,9 @@ class Networks:
 
     def _draw(self, layer: int, who: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
         rules, seeds, net = self.ensemble.rules, self.ensemble.seeds, self.net
+        if who is not None and layer in self._ahead:
+            w, b = (one[list(who)] for one in self._ahead[layer])
+            return w, b if self._has_biases else None
         if who is not None:
             rules, seeds = [rules[k] for k in who], [seeds[k] for k in who]
         elif self._at_once > 1:

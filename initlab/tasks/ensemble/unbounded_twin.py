@@ -49,9 +49,10 @@ class UnboundedTwin:
         """
 
         def correct(layer: int, z: Scaled, a: Scaled) -> None:
-            self._correct(2 * layers.index(layer), true, inside, z, a)
+            self._correct(2 * layers.index(layer), true, inside, left, z, a)
 
         x = self._join(start, inside)
+        left = self._find_left(inside)
         self._state = forward(self._network, self._weights, x, correct, UNBOUNDED, layers)
 
     def turn(self) -> Tensor:
@@ -95,9 +96,10 @@ class UnboundedTwin:
             return join(wide, rescale(passed(layer)[late])) if late else wide
 
         def correct(layer: int, dz: Scaled, g: Scaled) -> None:
-            self._correct(2 * layers.index(layer), true, inside, g, dz)
+            self._correct(2 * layers.index(layer), true, inside, left, g, dz)
 
         g = self._join(start, inside)
+        left = self._find_left(inside)
         self._state = backward(self._network, self._weights, preactivation, g, correct, UNBOUNDED, layers)
 
     def _weights(self, layer: int) -> tuple[Tensor, Tensor | None]:
@@ -111,6 +113,12 @@ class UnboundedTwin:
             return rescale(start[new])
         return join(self._state, rescale(start[new])) if new else self._state
 
-    def _correct(self, row: int, true: Tensor, inside: Tensor, *values: Scaled) -> None:
+    def _find_left(self, inside: Tensor) -> int:
+        """The first row before which all networks are inside: what the twins say of earlier ones nobody asks."""
+        return int(inside[:, self._who].all(1).cumprod(0).sum())
+
+    def _correct(self, row: int, true: Tensor, inside: Tensor, left: int, *values: Scaled) -> None:
         for k, value in enumerate(values, start=row):
+            if k < left:
+                continue
             true[:, k, self._who] = torch.where(inside[k, self._who], true[:, k, self._who], log2_moments(value))
