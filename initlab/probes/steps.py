@@ -156,8 +156,10 @@ class StepTracker:
         self._sources, self._n_gradients, self._scales = sources, self._hooks.rows.gradients.count, scales
         self._buffer.pass_scale = next(iter(scales)) if len(scales) == 1 else 1.0
         if self._losses is not None:
-            own = {id(p) for p in self._model.parameters() if p.requires_grad}
-            of_own = sources is None or not own or any(id(p) in own for p in sources)
+            of_own = sources is None
+            if sources is not None:
+                own = {id(p) for p in self._model.parameters() if p.requires_grad}
+                of_own = not own or any(id(p) in own for p in sources)
             losses = [root for root in roots if of_own and (sources is None or root.numel() == 1)]
             known = [(loss, self._hooks.rows.find_row(loss)) for loss in losses]
             self._losses.begin(known, self._hooks.rows.layer, self._n_gradients)
@@ -203,8 +205,9 @@ class StepTracker:
         if self._stepping is not None and is_inside(frame, self._stepping):
             return  # of the step of an optimizer made of others
         if self._whole is not optimizer or self._recording:
-            held = {id(p) for p in find_held(self._model, optimizer)}
-            self._whole = optimizer if held >= {id(p) for p in self._model.parameters()} else None
+            own = {id(p) for p in self._model.parameters()}
+            held = own & {id(p) for group in optimizer.param_groups for p in group["params"]}
+            self._whole = optimizer if held == own else None
         else:
             held = set()  # all of them
         if not held and self._whole is None:
