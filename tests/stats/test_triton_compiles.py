@@ -66,10 +66,11 @@ def test_without_a_batch(dtype):
 @pytest.mark.parametrize("batched", [True, False])
 def test_putting_together(dtype, blocks, c, entries, batched):
     formats = fused._formats(dtype)
-    sizes = {name: formats[name] for name in ("OCTAVES", "BINS")} | {"NORMAL": 10, "BATCHED": batched}
-    sizes |= {"SATURATED": batched, "COLUMNS": 1 if c == 1 else fused.COLUMNS, "BLOCKS": 1 if blocks == 1 else 8}
-    types = [*BUFFERS, "*fp64", "*i32", blocks, c, entries]
+    sizes = {name: formats[name] for name in ("OCTAVES", "BINS")}
+    sizes |= {"NORMAL": 10, "BATCHED": batched, "COLUMNS": 32 if c == 1 else fused.COLUMNS}
+    types = [*BUFFERS, "*fp64", "*i32", blocks, blocks, c, c, entries, 1 if entries == 1 else "i32"]
     assert accepted(fused._kernels()[1].merge, types, **sizes) > 0
+    assert accepted(fused._kernels()[1].merge_units, ["*fp64", blocks, c], COLUMNS=sizes["COLUMNS"]) > 0
 
 
 @pytest.mark.parametrize("normal", [True, False])

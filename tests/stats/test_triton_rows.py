@@ -104,7 +104,9 @@ def make(value, shape, dtype, device):
 
 
 def room(x, batched=True, saturated=False):
-    return fused.blocks(x.shape[:-2], tuple(x.shape[-2:]), x.dtype, x.device, batched, saturated)
+    return fused.blocks(
+        x.shape[:-2], tuple(x.shape[-2:]), x.dtype, x.device, batched, x.shape[:-2].numel() if saturated else 0
+    )
 
 
 @DEVICES
@@ -201,12 +203,16 @@ def test_the_passes_in_16_bits(dtype, device):
 
 
 @DEVICES
-def test_a_room_is_written_anew(device):
-    x, y = normal((20, 10)).to(device), make("half nan", (20, 10), torch.float32, device)
-    into = room(x)
-    fused.measure(y, into)
-    fused.measure(x, into)
-    agree(fused.finish(into), x, True)
+def test_tensors_of_one_pass_are_finished_together(device):
+    """Two networks each; the first two tensors are preactivations."""
+    z = normal((2, 20, 10)).to(device)
+    both = fused.blocks((2, 2), (20, 10), z.dtype, z.device, True, 2)
+    a = fused.relu(z, *both.split())
+    fields, counts = fused.finish(both)
+    assert fields.shape[1:] == (2, 2) and counts.shape[:2] == (2, 2)
+    share = (z > 0).logical_not().double().mean((-2, -1))
+    agree((fields[:, 0], counts[0]), z, True, saturated=share)
+    agree((fields[:, 1], counts[1]), a, True)
 
 
 @DEVICES

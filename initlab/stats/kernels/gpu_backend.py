@@ -6,7 +6,7 @@ Legend: E networks, N batch, C units, F fields.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
@@ -55,35 +55,38 @@ class GpuBackend(Backend):
         x = detach_checked(x).contiguous()
         if not self.fuses(x):
             return super().rows(x, batched, bins, out, part_of)
-        part = _blocks(x, batched)
-        triton_rows.measure(x, part)
-        return into(out, _finish([part], bins)[:, 0])
+        room = _room(x, 1, batched)
+        triton_rows.measure(x, room.split()[0])
+        return into(out, _finish(room, bins)[:, 0])
 
     def relu_rows_(self, z: Tensor, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
         if not self.fuses(z):
             return super().relu_rows_(z, bins, out)
-        before, after = _blocks(z, True, saturated=True), _blocks(z, True)
+        room = _room(z, 2, True, saturated=True)
+        before, after = room.split()
         triton_rows.relu(z, before, after, out=z)
-        return into(out, _finish([before, after], bins))
+        return into(out, _finish(room, bins))
 
     def mask_rows_(
         self, g: Tensor, a: Tensor, sums: Tensor | None = None, bins: Bins | None = None, out: Tensor | None = None
     ) -> Tensor:
         if not self.fuses(g) or not self.fuses(a):
             return super().mask_rows_(g, a, sums, bins, out)
-        before, after = _blocks(g, True), _blocks(g, True)
+        room = _room(g, 2, True)
+        before, after = room.split()
         triton_rows.mask(g, a, before, after, out=g)
         if sums is not None:
             torch.sum(g, -2, out=sums)
-        return into(out, _finish([before, after], bins))
+        return into(out, _finish(room, bins))
 
     def activation_rows(self, z: Tensor, activation: Elementwise, out: Tensor, rows: Tensor, at: int = 0) -> None:
         if not activation.rectifies or not self.fuses(z):
             super().activation_rows(z, activation, out, rows, at)
             return
-        before, after = _blocks(z, True, saturated=True), _blocks(z, True)
+        room = _room(z, 2, True, saturated=True)
+        before, after = room.split()
         triton_rows.relu(z, before, after, out=out)
-        into(rows[at : at + 2], _finish([before, after], None))
+        into(rows[at : at + 2], _finish(room, None))
 
     def gradient_rows(
         self, g: Tensor, z: Tensor, activation: Elementwise, out: Tensor, rows: Tensor, at: int = 0
@@ -91,9 +94,10 @@ class GpuBackend(Backend):
         if not activation.rectifies or not self.fuses(g) or not self.fuses(z):
             super().gradient_rows(g, z, activation, out, rows, at)
             return
-        before, after = _blocks(g, True), _blocks(g, True)
+        room = _room(g, 2, True)
+        before, after = room.split()
         triton_rows.mask(g, z, before, after, out=out)
-        into(rows[at : at + 2], _finish([before, after], None))
+        into(rows[at : at + 2], _finish(room, None))
 
     def update_rows_(
         self, w: Tensor, g: Tensor, lr: float, bins: Bins | None = None, out: Tensor | None = None
@@ -101,10 +105,11 @@ class GpuBackend(Backend):
         if not self.fuses(w) or not self.fuses(g):
             return super().update_rows_(w, g, lr, bins, out)
         rate = self._rate(lr, w.device)
-        old, gradient, change, new = (_blocks(w, False) for _ in range(4))
+        room = _room(w, 4, False)
+        old, gradient, change, new = room.split()
         triton_rows.measure(w, old)
         triton_rows.update(w, g, rate, gradient, change, new)
-        return into(out, _finish([old, gradient, change], bins))
+        return into(out, _finish(room, bins, 3))
 
     def _rate(self, lr: float, device: torch.device) -> Tensor:
         if (lr, device) not in self._rates:
@@ -116,16 +121,16 @@ class GpuBackend(Backend):
         return not self.statistics and here and x.dtype in triton_rows.DTYPES and x.is_contiguous() and x.numel() > 0
 
 
-def _blocks(x: Tensor, batched: bool, saturated: bool = False) -> Blocks:
-    return blocks(x.shape[:-2], (x.shape[-2], x.shape[-1]), x.dtype, x.device, batched, saturated)
+def _room(x: Tensor, count: int, batched: bool, saturated: bool = False) -> Blocks:
+    """Memory for the blocks of so many tensors like x, the first of them preactivations if `saturated`."""
+    lead, networks = (count, *x.shape[:-2]), x.shape[:-2].numel()
+    return blocks(lead, (x.shape[-2], x.shape[-1]), x.dtype, x.device, batched, networks if saturated else 0)
 
 
-def _finish(parts: Sequence[Blocks], bins: Bins | None) -> Tensor:
-    """The rows (F, K, ...) of K tensors from what their blocks say; their histograms go into the bins."""
-    rows = []
-    for part in parts:
-        fields, counts = triton_rows.finish(part)
-        rows.append(fields)
-        if bins is not None:
-            bins.add(counts, octaves(part.dtype)[0])
-    return torch.stack(rows, 1)
+def _finish(room: Blocks, bins: Bins | None, wanted: int | None = None) -> Tensor:
+    """The rows (F, K, ...) of the first K tensors from what their blocks say; their histograms go into the bins."""
+    fields, counts = triton_rows.finish(room)
+    if bins is not None:
+        for one in counts[:wanted]:
+            bins.add(one, octaves(room.dtype)[0])
+    return fields[:, :wanted]

@@ -90,8 +90,8 @@ def total_of(counts, chosen):
 
 @triton.jit
 def store_counts(
-    bins, fields, histogram, step, entries, NORMAL: tl.constexpr, OCTAVES: tl.constexpr,
-    SATURATED: tl.constexpr, BINS: tl.constexpr,
+    bins, fields, histogram, step, entries, preactivation, NORMAL: tl.constexpr, OCTAVES: tl.constexpr,
+    BINS: tl.constexpr,
 ):  # fmt: skip
     """Stores the histogram, and the fields that are sums of its bins."""
     place = tl.arange(0, BINS)
@@ -108,7 +108,7 @@ def store_counts(
     tl.store(fields + 5 * step, zeros * 0)
     closed = total_of(counts, (place >= OCTAVES) & (place < 2 * OCTAVES)) + zeros + nans
     closed += total_of(counts, place == 2 * OCTAVES + MINUS_INFS)
-    tl.store(fields + 14 * step, closed / entries if SATURATED else closed + float("nan"))
+    tl.store(fields + 14 * step, tl.where(preactivation, closed / entries, float("nan")))
 
 
 @triton.jit
@@ -123,16 +123,17 @@ def merge(
     c,
     cell_step,
     entries,
+    saturated,
     NORMAL: tl.constexpr,
     OCTAVES: tl.constexpr,
     BATCHED: tl.constexpr,
-    SATURATED: tl.constexpr,
     COLUMNS: tl.constexpr,
     BINS: tl.constexpr,
 ):
     """The row (F,) of one tensor, fields of all tensors side by side, and its histogram (2, B), from its blocks.
 
-    Without a batch the blocks are looked at as units of one block: `c` is how many there are.
+    Without a batch the blocks are looked at as units of one block: `c` is how many there are. The first `saturated`
+    tensors are preactivations of a ReLU.
     """
     which, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     tallies, fields = tallies + which * tallied * TALLIES, fields + which
@@ -152,4 +153,4 @@ def merge(
     reference = tl.where(some, low, 0.0)
     store_moments(cells, fields, step, blocks, c, cell_step, reference, BATCHED, COLUMNS)
     bins, histogram = bins + which * BINS, histogram + which * 2 * OCTAVES
-    store_counts(bins, fields, histogram, step, entries, NORMAL, OCTAVES, SATURATED, BINS)
+    store_counts(bins, fields, histogram, step, entries, which < saturated, NORMAL, OCTAVES, BINS)

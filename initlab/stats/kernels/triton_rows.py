@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -63,16 +63,16 @@ def _power_of_two(least: int) -> int:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Memory for the sums of the blocks of tensors (*lead, N, C) of one kind; every pass writes them anew.
+    """Memory for the sums of the blocks of tensors (*lead, N, C) of one kind, for one pass.
 
-    `batched` as in `summarize`. `saturated` says that these are preactivations of a ReLU, whose slope is small
-    where it is 0: everywhere but at z > 0.
+    `batched` as in `summarize`. So many of the first tensors as `saturated` says are preactivations of a ReLU, whose
+    slope is small where it is 0: everywhere but at z > 0.
     """
 
     shape: tuple[int, int]
     dtype: torch.dtype
     batched: bool
-    saturated: bool
+    saturated: int
     cells: Tensor  # (*lead, P, 6, C), or (*lead, P, 6, 1) without a batch
     tallies: Tensor  # (*lead, P, 3)
     bins: Tensor  # (*lead, bins), int32, of the whole tensor
@@ -81,6 +81,11 @@ class Blocks:
     def lead(self) -> tuple[int, ...]:
         return tuple(self.bins.shape[:-1])
 
+    def split(self) -> list["Blocks"]:
+        """The same memory along the first of `lead`: tensors that one pass makes are finished together."""
+        parts = zip(self.cells, self.tallies, self.bins, strict=True)
+        return [replace(self, cells=cells, tallies=tallies, bins=bins) for cells, tallies, bins in parts]
+
 
 def blocks(
     lead: Sequence[int],
@@ -88,9 +93,9 @@ def blocks(
     dtype: torch.dtype,
     device: str | torch.device,
     batched: bool = True,
-    saturated: bool = False,
+    saturated: int = 0,
 ) -> Blocks:
-    """Memory for the sums of the blocks of tensors (*lead, N, C)."""
+    """Memory for the sums of the blocks of tensors (*lead, N, C), the first `saturated` of them preactivations."""
     format_of(dtype, NAMES)
     n, c = shape
     if n < 1 or c < 1:
@@ -98,7 +103,7 @@ def blocks(
     p, units = (-(-n // ROWS), c) if batched else (-(-n * c // ENTRIES), 1)
     cells = torch.empty(*lead, p, CELLS, units, dtype=torch.float64, device=device)
     tallies = torch.empty(*lead, p, TALLIES, dtype=torch.float64, device=device)
-    counts = torch.empty(*lead, _formats(dtype)["BINS"], dtype=torch.int32, device=device)
+    counts = torch.zeros(*lead, _formats(dtype)["BINS"], dtype=torch.int32, device=device)
     return Blocks((n, c), dtype, batched, saturated, cells, tallies, counts)
 
 
@@ -135,8 +140,6 @@ def _run_batched(x: Tensor, gate: Tensor, out: Tensor, x_blocks: Blocks, out_blo
     # A tile of fewer entries than threads would be held twice, and one copy read after the other was overwritten.
     columns = max(32 * WARPS // ROWS, min(COLUMNS, _power_of_two(c)))
     sizes = {"KIND": kind, "ROWS": ROWS, "COLUMNS": columns, "num_warps": WARPS}
-    for part in dict.fromkeys((x_blocks.bins, out_blocks.bins)):
-        part.zero_()
     with _on_device(x.device):
         _kernels()[0].measure_batched[_grid(x_blocks)](x, gate, out, *buffers, n, c, **sizes, **_formats(x.dtype))
 
@@ -147,7 +150,6 @@ def measure(x: Tensor, into: Blocks) -> None:
     if into.batched:
         _run_batched(x, x, x, into, into, 0)
         return
-    into.bins.zero_()
     with _on_device(x.device):
         _kernels()[0].measure_flat[_grid(into)](
             x, into.cells, into.tallies, into.bins, into.shape[0] * into.shape[1],
@@ -185,8 +187,6 @@ def update(w: Tensor, g: Tensor, lr: Tensor, g_blocks: Blocks, u_blocks: Blocks,
     _refuse(g_blocks, w, g, batched=False)
     for room in (u_blocks, w_blocks):
         _refuse(room, w, batched=False)
-    for room in (g_blocks, u_blocks, w_blocks):
-        room.bins.zero_()
     count = _grid(g_blocks)[0]
     if lr.numel() not in (1, count) or lr.device != w.device:
         raise UsageError(f"lr of {lr.numel()} numbers on {lr.device}: must be 1 or {count} on {w.device}")
@@ -218,8 +218,8 @@ def finish(from_: Blocks) -> tuple[Tensor, Tensor]:
             rest = 1
         merge[(count,)](
             from_.cells, from_.tallies, from_.bins, fields, counted, p, rest, unit, cell, entries,
-            NORMAL=smallest_normal - formats["LOWEST"], OCTAVES=formats["OCTAVES"], BATCHED=from_.batched,
-            SATURATED=from_.saturated, COLUMNS=columns, BINS=formats["BINS"],
+            from_.saturated, NORMAL=smallest_normal - formats["LOWEST"], OCTAVES=formats["OCTAVES"],
+            BATCHED=from_.batched, COLUMNS=columns, BINS=formats["BINS"],
         )  # fmt: skip
     return fields, counted
 
