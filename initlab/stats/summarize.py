@@ -5,8 +5,8 @@ the safe row of reference.py, as every tensor on a GPU does. Rows are float64 an
 float32 tensor of 1e30 or 1e-40 has a finite rms other than 0.
 
 Sums in float64 are right to 1e-12. Those in float32 take a third of the time and leave std, rms, the std inside units
-and the cosine right to 1e-6, usually to 1e-7: a unit's sum of 200 alike entries may lose 2e-6, and the units' errors
-cancel. Counts, smallest and largest entry are exact. Where float32 sums may not be trusted, float64 ones follow.
+and the cosine right to 1e-6, usually to 1e-7: each of them loses some roundings of 6e-8. Counts, smallest and largest
+entry are exact. Where float32 sums may not be trusted, float64 ones follow.
 Legend: E networks, N batch, C units, F fields of a row, S statistics.
 """
 
@@ -40,7 +40,7 @@ class Precision(NamedTuple):
     pooled: float  # the least share of the tensor's own variance
 
 
-SINGLE = Precision(torch.float32, 2.0**50, 2.0**-45, 2.0**-5, 2.0**-14, 2.0**-4)
+SINGLE = Precision(torch.float32, 2.0**50, 2.0**-45, 2.0**-3, 2.0**-14, 2.0**-4)
 DOUBLE = Precision(torch.float64, 2.0**SAFE, 2.0**-SAFE, 2.0**-8, 1e-10, 2.0**-8)
 WIDENED = DOUBLE._replace(shortest=0.0)  # of narrower numbers: no square leaves float64
 
@@ -70,7 +70,8 @@ class _Read(NamedTuple):
     below: Tensor  # entries smaller than the smallest normal number, zeros among them
     zeros: Tensor
     length: Tensor  # (E, N), of the vectors
-    sums: Tensor  # (E, 1, C) of the units, or (E, 2, C) and of the vectors divided by their lengths
+    unit: Tensor  # (E, C), sums over the batch
+    heading: Tensor  # (E, C), of the vectors divided by their lengths
 
 
 def _plain(x: Tensor, batched: bool, normal: bool, precision: Precision) -> Array:
@@ -105,7 +106,8 @@ def _read(x: Tensor, batched: bool, normal: bool, precision: Precision) -> _Read
             below=torch.stack([part.below for part in parts]).double().sum(0),
             zeros=torch.stack([part.zeros for part in parts]).double().sum(0),
             length=torch.cat([part.length for part in parts], -1),
-            sums=torch.stack([part.sums for part in parts]).double().sum(0),
+            unit=torch.stack([part.unit for part in parts]).double().sum(0),
+            heading=torch.stack([part.heading for part in parts]).double().sum(0),
         )
     wide, size = workspace(x.shape, precision.dtype)
     wide = x if x.dtype == precision.dtype else wide.copy_(x)
@@ -122,12 +124,13 @@ def _read(x: Tensor, batched: bool, normal: bool, precision: Precision) -> _Read
         length = torch.mul(wide, wide, out=size).sum(-1).sqrt()
     else:
         length = torch.linalg.vector_norm(wide, dim=-1)
-    left = length.new_ones(len(x), 1 + batched, x.shape[-2])  # one product gives the units' sums and the heading
+    unit = heading = wide.sum(-2)  # a product's sum of alike entries would lose more digits
     if batched:
-        inverse = torch.reciprocal(length, out=left[:, 1])
+        inverse = length.reciprocal()
         if not length.amin().item() > 0:
             inverse.masked_fill_(length == 0, 0)
-    return _Read(low, high, below, zeros, length, torch.bmm(left, wide))
+        heading = torch.bmm(inverse.unsqueeze(-2), wide).squeeze(-2)
+    return _Read(low, high, below, zeros, length, unit, heading)
 
 
 def _fill(fields: Array, x: Tensor, read: _Read, batched: bool, precision: Precision) -> Truths:
@@ -136,8 +139,8 @@ def _fill(fields: Array, x: Tensor, read: _Read, batched: bool, precision: Preci
     The tensor's M2 is that inside its units and the spread of their means; without a batch all entries are one unit.
     """
     n, c = x.shape[-2:]
-    low, high, below, zeros, length, sums = (values.double().numpy() for values in read)
-    unit, shortest = sums[:, 0], length.min(-1)
+    low, high, below, zeros, length, unit, heading = (values.double().numpy() for values in read)
+    shortest = length.min(-1)
     second = np.einsum("en,en->e", length, length)
     mean = unit.sum(-1, keepdims=True) / (n * c)
     means = unit / n if batched else np.broadcast_to(mean, unit.shape)
@@ -156,7 +159,7 @@ def _fill(fields: Array, x: Tensor, read: _Read, batched: bool, precision: Preci
     if batched:
         fields[_AT["within"]], fields[_AT["dead"]] = inside / (n * c), _dead(x, unit, low)
         fields[_AT["alive"]] = n if shortest.all() else (length > 0).sum(-1)
-        fields[_AT["resultant"]] = np.einsum("ec,ec->e", sums[:, 1], sums[:, 1])
+        fields[_AT["resultant"]] = np.einsum("ec,ec->e", heading, heading)
     long = (shortest if batched else length.max(-1)) >= precision.shortest
     good: Truths = finite & sure & long & (np.maximum(-low, high) < precision.largest)
     return good
