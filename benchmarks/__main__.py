@@ -20,7 +20,7 @@ from initlab.tasks.ensemble.device import find_device
 RESULTS = Path(__file__).with_name("results")
 WORSE, MISTAKE = 1, 2
 QUICK_ROUNDS, QUICK_SECONDS = 5, 0.15
-DOZEN = ["stack", "chapter", "step", "ensemble", "phase", "collect", "verdict", "growth"]
+DOZEN = ["stack", "chapter", "step", "train", "ensemble", "phase", "verdict", "growth"]
 DOZEN_ROUNDS, DOZEN_SECONDS = 9, 0.6
 
 

