@@ -50,12 +50,16 @@ def philox(counter: Words, low_key: Tensor, high_key: Tensor) -> Words:
     A product of two words needs 64 unsigned bits. int64 wraps, which leaves those bits as they are: the upper word is
     the shifted product without the copies of its sign.
     """
-    a, b, c, d = counter
-    for turn in range(ROUNDS):
-        left, right = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
-        a = ((right >> 32) ^ b ^ (low_key + turn * WEYL[0])) & LOW
-        c = ((left >> 32) ^ d ^ (high_key + turn * WEYL[1])) & LOW
-        b, d = right & LOW, left & LOW
+    a, b, c, d = (word + torch.zeros_like(low_key) for word in counter)
+    left, right = torch.empty_like(a), torch.empty_like(a)
+    for turn in range(ROUNDS):  # in place: new memory would cost as much as the arithmetic
+        torch.mul(a, MULTIPLIERS[0], out=left)
+        torch.mul(c, MULTIPLIERS[1], out=right)
+        torch.bitwise_right_shift(right, 32, out=a).bitwise_xor_(b).bitwise_xor_(low_key + turn * WEYL[0])
+        torch.bitwise_right_shift(left, 32, out=c).bitwise_xor_(d).bitwise_xor_(high_key + turn * WEYL[1])
+        a.bitwise_and_(LOW), c.bitwise_and_(LOW)
+        torch.bitwise_and(right, LOW, out=b)
+        torch.bitwise_and(left, LOW, out=d)
     return a, b, c, d
 
 
@@ -108,7 +112,9 @@ def gaussian(
     if (found := _in_one_pass(own, shape, device, normal=True)) is not None:
         return found
     pairs = words(own, -(-math.prod(shape) // 2) * 2, device).reshape(len(own), -1, 2)
-    u, v = pairs.double().add_(0.5).mul_(2.0**-32).unbind(-1)
-    radius, angle = u.log().mul_(-2).sqrt_(), v * (2 * math.pi)
-    normal = torch.stack([radius * angle.cos(), radius * angle.sin()], -1).float()
+    u, v = (pairs[..., k].double().add_(0.5).mul_(2.0**-32) for k in (0, 1))
+    radius, angle = u.log_().mul_(-2).sqrt_(), v.mul_(2 * math.pi)
+    normal = torch.empty(pairs.shape, device=device)
+    normal[..., 0].copy_(angle.cos().mul_(radius))
+    normal[..., 1].copy_(angle.sin_().mul_(radius))
     return normal.flatten(1)[:, : math.prod(shape)].reshape(len(own), *shape)
