@@ -15,6 +15,7 @@ from initlab.stats.statistics import IN_LN
 from initlab.theory.batch_law import Array, ln
 from initlab.theory.request import Request
 from initlab.theory.stack_laws import TensorKind, enter_layers, finite_laws, tensor_kinds
+from initlab.theory.unit_moments import Intervals, normal_cdf, rounded_slope_intervals, rounded_zero_intervals
 
 METHODS = {
     "auto": "closed laws where they hold, simulation elsewhere; `method` says what was done, row by row",
@@ -26,6 +27,7 @@ METHODS = {
 class Level(IntEnum):
     """How far a row of the closure is trusted."""
 
+    ROUNDED = -2  # hangs on the number format: no law, simulated or not
     UNKNOWN = -1  # no law, and none that a simulation is started for
     NEVER = 0  # not shown: simulated, or without a band
     IF_NEEDED = 1  # simulated where that is done anyway
@@ -41,6 +43,7 @@ SURE = 3  # standard deviations between a fitted layer's variance and the tolera
 REPRESENTATIVES = 16  # inputs that a simulation carries: the whole batch, or some that stand for it
 NETWORKS = (200, 1000)  # fewest and most networks of a simulation that chooses for itself
 QUICK, AFFORDABLE = 2e7, 5e7  # entries of all networks' activations that take a second, and that are worth waiting for
+ROUNDED_ENTRIES = 0.01  # of a tensor that are 0 by rounding, from which on the share of zeros has no law
 COUNTED = 1000, 5  # entries, or units, that a share must stand for, so that its law is a continuous one
 _BY_LENGTH = tuple(name for name in IN_LN if name != "cosine")
 
@@ -89,6 +92,18 @@ class Trust:
         steps = np.array([1 / layer.fan_out for layer in request.layers])
         self.below = np.concatenate([[0.0], np.cumsum(steps)])  # of layers 0 to L
         self.above = np.append(0.0, np.cumsum(steps[::-1])[::-1])  # of layers 1 to L, first not used
+        self.rounded = {
+            ("activation", "forward"): self._find_rounded(rounded_zero_intervals(request.row)),
+            ("preactivation", "backward"): self._find_rounded(rounded_slope_intervals(request.row)),
+        }
+
+    def _find_rounded(self, intervals: Intervals) -> NDArray[np.bool_]:
+        """The layers 1 to L, first not used, where a hundred tensors have an entry whose z lies in the intervals."""
+        ln_q, spread = finite_laws(self.request).preactivations.ln_second_moment().T
+        deviation = np.exp(np.clip(ln_q / 2 + spread, -300, 300))[:, None]
+        edges = normal_cdf(np.array(intervals).reshape(-1, 2) / deviation[:, None])  # (L, intervals, 2)
+        share = (edges[..., 1] - edges[..., 0]).sum(-1)
+        return np.append(False, share * self.request.batch * np.array(self.request.widths[1:]) > ROUNDED_ENTRIES)
 
     def judge_rows(self, kind: TensorKind, statistic: str, predicted: Array) -> NDArray[np.int64]:
         """The level of each layer of a tensor; `predicted` is what the closure says there."""
@@ -121,7 +136,11 @@ class Trust:
             found = np.where(kind.layers == 1, Level.UNKNOWN, found)
         if statistic == "mean" and forward and not self.request.row.rectifies:  # of an odd phi too wide, measured
             found = np.where((found == Level.HOLDS) & (below > ONE_WAY), Level.UNKNOWN, found)
-        return np.where(rare & (found == Level.HOLDS), Level.UNKNOWN, found)
+        found = np.where(rare & (found == Level.HOLDS), Level.UNKNOWN, found)
+        rounded = self.rounded.get((kind.tensor, kind.direction))
+        if statistic in ("frac_zero", "frac_dead") and rounded is not None:
+            found = np.where(rounded[kind.layers], Level.ROUNDED, found)
+        return found
 
     def judge_parameters(self, direction: str) -> NDArray[np.int64]:
         """The same of all statistics of weights and biases, or of their gradients."""

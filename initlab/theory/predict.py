@@ -144,12 +144,12 @@ def _replace_doubtful(block: TensorBands, samples: dict[LayerTensor, Sample], wa
         if trust >= wanted:
             continue
         sample = samples.get((layer, block.tensor, block.direction))
-        if sample is not None and sample.is_known(name):
+        if sample is not None and trust > Level.ROUNDED and sample.is_known(name):
             numbers[k, 2:] = sample_numbers(name, sample.values[at].numpy())
             method[k] = label
             before = samples.get((layer + step, block.tensor, block.direction))
             rho[k] = np.nan
-            if before is not None and _has_rho(name):
+            if before is not None and before.is_known(name) and _has_rho(name):
                 rho[k] = correlate_sizes(sample.values, before.values)
         elif trust <= Level.NEVER:
             numbers[k, 2:], method[k], rho[k] = np.nan, NO_LAW, np.nan

@@ -16,6 +16,8 @@ IN_ORDER = ("q", "rms", "mean", "std", "std_within", "norm", "cosine", "frac_zer
 OF_LENGTH = ("q", "rms", "norm", "std", "std_within")
 NARROWER, HARDLY_NARROWER, ALIKE = 0.28, 0.7, 0.9  # deviations of the batch to those of its representatives
 SKEWED = 0.7  # third moment of a law that is no longer drawn together alike on both sides
+SCATTERED = 1.35  # standard deviation of logarithms in a network from which on they are not those of normal values
+DOMINATED = 0.33  # share of the largest of 16 lengths, in the mean, from which on few inputs make the whole of a batch
 ALMOST_ORTHOGONAL = 0.1  # mean cosine below which differences are as long as the inputs
 
 
@@ -32,7 +34,8 @@ class Sums(NamedTuple):
 
 class Sample(NamedTuple):
     """Statistics of one tensor in E networks, (F, E) float64 in the order of IN_ORDER; for each the standard deviation
-    over networks of the whole batch to that of the inputs that were drawn, 1 where these are all."""
+    over networks of the whole batch to that of the inputs that were drawn, 1 where these are all and 0 where inputs
+    are so unlike that these tell nothing of the rest."""
 
     values: Tensor
     ratios: tuple[float, ...]
@@ -127,12 +130,14 @@ def find_sample(parts: Sequence[Tensor | Sums], batch: int) -> Sample:
     scale = lengths.rsqrt()
     cosines = products * scale[:, :, None] * scale[:, None]
     cosine = (cosines.sum((-2, -1)) - b) / (b * (b - 1))
-    of_length = _compare_inputs(lengths.log(), batch, True)
+    of_length = _compare_lengths(lengths, batch)
     ratios = dict.fromkeys(IN_ORDER, 1.0) | dict.fromkeys(OF_LENGTH, of_length)
     ratios |= {"mean": _compare_inputs(means, batch), "cosine": _compare_pairs(cosines, batch)}
     if not float(cosine.nan_to_num().mean().abs()) < ALMOST_ORTHOGONAL:
         distances = squares[:, :, None] + squares[:, None] - 2 * apart
         ratios["std_within"] = _compare_pairs(distances.log(), batch, True)
+        if not _is_alike(distances.log()[:, ~torch.eye(b, dtype=torch.bool)]):
+            ratios["std_within"] = 0.0
     q = _scale_deviation(second.log(), ratios["q"], True).exp()
     rows = {
         "q": q,
@@ -160,6 +165,21 @@ def _scale_deviation(values: Tensor, ratio: float, in_ln: bool = False) -> Tenso
     shift = float(alive.var()) * (1 - ratio**2) / 2 if in_ln and len(alive) > 1 else 0.0
     median = alive.median()
     return torch.where(values.isfinite(), median + shift + (values - median) * ratio, values)
+
+
+def _is_alike(logs: Tensor) -> bool:
+    """Whether values of a network, by their logarithms (E, K), scatter so little that these can be taken as normal."""
+    alive = _select_finite(logs)
+    return not len(alive) or float(alive.var(1).mean()) < SCATTERED**2
+
+
+def _compare_lengths(lengths: Tensor, batch: int) -> float:
+    """`_compare_inputs` of squared lengths (E, b): 0 where a few scattered ones make much of it."""
+    if _is_alike(lengths.log()):
+        return _compare_inputs(lengths.log(), batch, True)
+    longest = float((lengths.amax(1) / lengths.sum(1)).nanmean())
+    ratio = _compare_inputs(lengths, batch)
+    return ratio if longest < DOMINATED and ratio > HARDLY_NARROWER else 0.0
 
 
 def _select_finite(values: Tensor) -> Tensor:

@@ -283,6 +283,16 @@ def zero_slope_intervals(row: Activation) -> Intervals:
     return _intervals(row, lambda z: row.slope(z).abs() < 1e-300)
 
 
+def rounded_zero_intervals(row: Activation) -> Intervals:
+    """Intervals of z in which phi is 0 in one of float32 and float64 only: by rounding."""
+    return _intervals(row, lambda z: (row.phi(z) == 0) != (row.phi(z.float()) == 0))
+
+
+def rounded_slope_intervals(row: Activation) -> Intervals:
+    """The same of phi'."""
+    return _intervals(row, lambda z: (row.slope(z) == 0) != (row.slope(z.float()) == 0))
+
+
 def saturated_intervals(row: Activation) -> Intervals:
     """Intervals of z in which |phi'| is below 5 % of its largest value."""
     return _intervals(row, lambda z: row.slope(z).abs() < SATURATED * row.largest_slope)
@@ -292,10 +302,11 @@ _FOUND: dict[tuple[Activation, str], Intervals] = {}
 
 
 def _intervals(row: Activation, true: Callable[[Tensor], Tensor]) -> Intervals:
-    """Intervals where `true` holds, found on a grid up to |z| = 50 refined by bisection; single points do not count."""
+    """Intervals where `true` holds, by bisection of a grid up to |z| = 1000; single points do not count."""
     key = (row, true.__qualname__)
     if key not in _FOUND:
-        z = torch.linspace(-50, 50, 20_001, dtype=torch.float64) + 1e-4
+        far = torch.logspace(math.log10(50), 3, 500, dtype=torch.float64)[1:]
+        z = torch.cat([-far.flip(0), torch.linspace(-50, 50, 20_001, dtype=torch.float64) + 1e-4, far])
         holds = true(z)
         changes = holds.int().diff().nonzero().flatten()
         low, high = z[changes], z[changes + 1]
