@@ -51,8 +51,9 @@ def _mark(ax: Axes, row: Row | None, y: int, color: str, above: int) -> None:
         return
     ax.plot([row.q25, row.q75], [y, y], color=color, linewidth=4, alpha=0.35, solid_capstyle="butt")
     ax.plot(row.ratio, y, "o", color=color, markersize=7, zorder=3)
-    place = {"xytext": (0, above), "textcoords": "offset points", "ha": "center", "fontsize": 8}
-    ax.annotate(f"{row.ratio:.2g}", (row.ratio, y), color=color, **place)
+    ax.annotate(
+        f"{row.ratio:.2g}", (row.ratio, y), (0, above), textcoords="offset points", ha="center", fontsize=8, color=color
+    )
 
 
 def _style(ax: Axes, asked: Sequence[Question]) -> None:
