@@ -8,6 +8,7 @@ import torch
 from initlab.errors import UsageError
 from initlab.nn.init import GENERATORS, RULES, rule
 from initlab.stats.dtypes import DTYPES
+from initlab.stats.kernels.cpu import library
 from initlab.stats.statistics import COUNTS, STATISTICS
 from initlab.tasks import stack as stacking
 from initlab.tasks.ensemble import plan as planning
@@ -16,6 +17,7 @@ from initlab.tasks.ensemble.memory import peak_bytes
 from initlab.tasks.ensemble.networks import Ensemble, Net, Networks
 from initlab.tasks.ensemble.plan import Plan, plan
 from initlab.tasks.stack import stack
+from tests.stats.exact import SINGLE
 
 NUMBERS = list(STATISTICS)
 
@@ -167,7 +169,12 @@ def test_scaling_the_weights_scales_every_layer() -> None:
 
 
 def same(a: pd.DataFrame, b: pd.DataFrame) -> None:
-    pd.testing.assert_frame_equal(a.reset_index(drop=True), b.reset_index(drop=True), check_exact=True)
+    """To the bit by the compiled passes; what runs together changes the roundings of plain PyTorch's float32 sums."""
+    a, b = a.reset_index(drop=True), b.reset_index(drop=True)
+    if library():
+        pd.testing.assert_frame_equal(a, b, check_exact=True)
+    else:
+        pd.testing.assert_frame_equal(a, b, rtol=SINGLE, atol=SINGLE)
 
 
 def by_network(frame: pd.DataFrame) -> pd.DataFrame:
