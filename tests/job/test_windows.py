@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import initlab
 from initlab.runs.folders import read_run_json
 
@@ -45,6 +47,7 @@ sys.exit(code or main())
 """
 
 
+@pytest.mark.long
 def test_runs_and_sweeps_end_as_elsewhere(tmp_path: Path) -> None:
     words = ["task=lab", "depth=3", "width=5", "batch=4", "seeds=2", "train.steps=5", "train.width=4", "train.batch=8"]
     words += ["-m", "seed=0,5", "hydra.sweep.dir=x"]

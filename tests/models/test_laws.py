@@ -13,6 +13,7 @@ from initlab.errors import UsageError
 from initlab.models.families import CUT, NORMAL, OTHER, UNIFORM, UNKNOWN
 from initlab.models.laws import CONSTANT, IDENTITY, ORTHOGONAL, SPARSE, recognize_law
 from initlab.models.named_rules import NAMED_RULES, Size, matching_rules
+from tests.long import long_except
 
 CASES = list_cases()
 
@@ -22,7 +23,7 @@ def _seeded() -> None:
     torch.manual_seed(3)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", long_except(CASES, *list(CASES)[::2]))
 def test_laws_have_their_names_and_near_ones_have_not(name: str) -> None:
     """Three draws at each shape; benchmarks/laws.py makes a thousand."""
     law, draw = CASES[name]

@@ -16,6 +16,7 @@ from initlab.errors import UsageError
 from initlab.probes import probe_buffer
 from initlab.stats import backend as backend_module
 from initlab.stats.kernels.cpu import plain
+from tests.long import long_except
 
 HOOKS = (
     "_forward_hooks",
@@ -167,7 +168,7 @@ WATCHES: dict[str, Callable[..., object]] = {
 @pytest.mark.filterwarnings("ignore:probe. never called:UserWarning")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("autocast", long_except([False, True], True), ids=["", "autocast"])
 def test_a_watched_training_is_the_unwatched_one_bit_for_bit(name: str, kind: str, autocast: bool) -> None:
     bare = trained(MODELS[name], kind, autocast, None)
     for watch in WATCHES.values():

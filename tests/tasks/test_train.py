@@ -35,7 +35,7 @@ def gradients(frames: Frames) -> pd.DataFrame:
 PAIRS = [("kaiming", name) for name in ACTIVATIONS] + [(name, phi) for name in RULES for phi in ("relu", "selu")]
 
 
-@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize("dtype", long_except(LIMIT, next(iter(LIMIT))))
 @pytest.mark.parametrize(("init", "activation"), dict.fromkeys(PAIRS))
 def test_by_hand_equals_the_module_for_every_rule_and_activation(init: str, activation: str, dtype: str) -> None:
     """Gradients of weights, biases, preactivations and activations, from equal parameters, at the default shape."""

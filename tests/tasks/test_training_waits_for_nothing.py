@@ -19,6 +19,7 @@ from initlab.stats.backend import Backend
 from initlab.tasks.ensemble.networks import Ensemble
 from initlab.tasks.ensemble.training import Training
 from initlab.tasks.twins import Records, TwinTraining
+from tests.long import long_except
 
 META = torch.device("meta")
 
@@ -62,7 +63,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", long_except(CASES, "histograms", "all modules at once"))
 def test_a_step_reads_nothing_back(case: str) -> None:
     """Recorded or not, of both trainings, rows and parity."""
     activation, options = CASES[case]
