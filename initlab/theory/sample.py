@@ -16,7 +16,7 @@ IN_ORDER = ("q", "rms", "mean", "std", "std_within", "norm", "cosine", "frac_zer
 OF_LENGTH = ("q", "rms", "norm", "std", "std_within")
 NARROWER, HARDLY_NARROWER, ALIKE = 0.28, 0.7, 0.9  # deviations of the batch to those of its representatives
 SKEWED = 0.7  # third moment of a law that is no longer drawn together alike on both sides
-SCATTERED = 1.35  # standard deviation of logarithms in a network from which on they are not those of normal values
+SCATTERED = 1.6  # standard deviation of logarithms in a network from which on they are not those of normal values
 DOMINATED = 0.33  # share of the largest of 16 lengths, in the mean, from which on few inputs make the whole of a batch
 ALMOST_ORTHOGONAL = 0.1  # mean cosine below which differences are as long as the inputs
 
