@@ -62,31 +62,23 @@ class GpuBackend(Backend):
     def relu_rows_(self, z: Tensor, bins: Bins | None = None, out: Tensor | None = None) -> Tensor:
         if not self.fuses(z):
             return super().relu_rows_(z, bins, out)
-        room = _room(z, 2, True, saturated=True)
-        before, after = room.split()
-        triton_rows.relu(z, before, after, out=z)
-        return into(out, _finish(room, bins))
+        return into(out, _measure_relu(z, z, bins))
 
     def mask_rows_(
         self, g: Tensor, a: Tensor, sums: Tensor | None = None, bins: Bins | None = None, out: Tensor | None = None
     ) -> Tensor:
         if not self.fuses(g) or not self.fuses(a):
             return super().mask_rows_(g, a, sums, bins, out)
-        room = _room(g, 2, True)
-        before, after = room.split()
-        triton_rows.mask(g, a, before, after, out=g)
+        rows = _measure_mask(g, a, g, bins)
         if sums is not None:
             torch.sum(g, -2, out=sums)
-        return into(out, _finish(room, bins))
+        return into(out, rows)
 
     def activation_rows(self, z: Tensor, activation: Elementwise, out: Tensor, rows: Tensor, at: int = 0) -> None:
         if not activation.rectifies or not self.fuses(z):
             super().activation_rows(z, activation, out, rows, at)
             return
-        room = _room(z, 2, True, saturated=True)
-        before, after = room.split()
-        triton_rows.relu(z, before, after, out=out)
-        into(rows[at : at + 2], _finish(room, None))
+        into(rows[at : at + 2], _measure_relu(z, out, None))
 
     def gradient_rows(
         self, g: Tensor, z: Tensor, activation: Elementwise, out: Tensor, rows: Tensor, at: int = 0
@@ -94,10 +86,7 @@ class GpuBackend(Backend):
         if not activation.rectifies or not self.fuses(g) or not self.fuses(z):
             super().gradient_rows(g, z, activation, out, rows, at)
             return
-        room = _room(g, 2, True)
-        before, after = room.split()
-        triton_rows.mask(g, z, before, after, out=out)
-        into(rows[at : at + 2], _finish(room, None))
+        into(rows[at : at + 2], _measure_mask(g, z, out, None))
 
     def update_rows_(
         self, w: Tensor, g: Tensor, lr: float, bins: Bins | None = None, out: Tensor | None = None
@@ -125,6 +114,22 @@ def _room(x: Tensor, count: int, batched: bool, saturated: bool = False) -> Bloc
     """Memory for the blocks of so many tensors like x, the first of them preactivations if `saturated`."""
     lead, networks = (count, *x.shape[:-2]), x.shape[:-2].numel()
     return blocks(lead, (x.shape[-2], x.shape[-1]), x.dtype, x.device, batched, networks if saturated else 0)
+
+
+def _measure_relu(z: Tensor, out: Tensor, bins: Bins | None) -> Tensor:
+    """The rows (F, 2, ...) of z, with its saturated share, and of max(z, 0), which `out` becomes."""
+    room = _room(z, 2, True, saturated=True)
+    before, after = room.split()
+    triton_rows.relu(z, before, after, out=out)
+    return _finish(room, bins)
+
+
+def _measure_mask(g: Tensor, a: Tensor, out: Tensor, bins: Bins | None) -> Tensor:
+    """The rows (F, 2, ...) of g, the gradient of a ReLU's output a, and of that of its input, which `out` becomes."""
+    room = _room(g, 2, True)
+    before, after = room.split()
+    triton_rows.mask(g, a, before, after, out=out)
+    return _finish(room, bins)
 
 
 def _finish(room: Blocks, bins: Bins | None, wanted: int | None = None) -> Tensor:
