@@ -72,6 +72,7 @@ LIMITS: dict[str, Limits] = {
 TRUTHS = frozenset(
     (
         "backward",
+        "input_gradient",
         "residual",
         "progress",
         "histograms",

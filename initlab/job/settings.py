@@ -131,6 +131,7 @@ class Config:
     batch: int = MISSING
     inputs: int | None = None
     backward: bool = MISSING
+    input_gradient: bool = MISSING
     seed: int = MISSING
     seeds: int = MISSING
     dtype: str = MISSING

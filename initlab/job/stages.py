@@ -18,6 +18,7 @@ from initlab.job.settings import Config
 from initlab.job.shared_program import EnsembleStage, TableSink
 from initlab.nn.activations import Activation
 from initlab.nn.init import LAWS, Rule
+from initlab.nn.network import resolve_directions
 from initlab.runs import summary
 from initlab.scratch.graph_text import frames_as_text
 from initlab.stats.statistics import Function
@@ -78,14 +79,15 @@ def stack_stage(task: Any, s: JobSettings) -> Stage:
     """Plans the memory at once: a network that does not fit is a mistake of the user."""
     config, net = s.config, s.net
     ensemble = grid_of(config, s.rule, s.activation, s.seeds)
-    planned = plan(net, len(ensemble), s.where, config.backward)
+    backward, to_input = resolve_directions(config.backward, config.input_gradient)
+    planned = plan(net, len(ensemble), s.where, backward)
     asked = {**s.keywords("activation", "depth", "width", "inputs", "batch"), "widths": net.widths}
 
     def predict(stats: pd.DataFrame, rule: Rule, method: str) -> pd.DataFrame:
-        return compare_stack(stats, init=rule, method=method, **asked)
+        return compare_stack(stats, init=rule, method=method, input_gradient=to_input, **asked)
 
     return EnsembleStage(
-        lambda networks, emit: task.run_stack(net, networks, s.where, config.backward, emit, True, s.statistics),
+        lambda networks, emit: task.run_stack(net, networks, s.where, backward, emit, True, s.statistics, to_input),
         ensemble,
         None if config.theory == "off" else predict,
         config.theory,

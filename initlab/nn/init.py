@@ -187,8 +187,8 @@ RULES: dict[str, Rule] = {
 # What functions take that take a rule's fields too: for the nearest match of a misspelt one.
 PARAMETERS = (
     "init", "activation", "depth", "width", "widths", "inputs", "batch", "seeds", "dtype", "device", "generator",
-    "steps", "lr", "optimizer", "loss", "every", "histograms", "backward", "residual", "statistics", "q0", "c0",
-    "method",
+    "steps", "lr", "optimizer", "loss", "every", "histograms", "backward", "input_gradient", "residual", "statistics",
+    "q0", "c0", "method",
 )  # fmt: skip
 
 

@@ -124,6 +124,18 @@ def resolve_units(depth: int, width: int, widths: Sequence[int] | None, inputs: 
     return [own[0] if inputs is None else inputs, *own]
 
 
+def resolve_directions(backward: bool, input_gradient: bool) -> tuple[bool, bool]:
+    """Whether gradients are pulled back, and whether down to the input. Errors: the second without the first.
+
+    >>> resolve_directions(True, False)
+    (True, False)
+    """
+    backward, input_gradient = check(backward=backward, input_gradient=input_gradient)
+    if input_gradient and not backward:
+        raise UsageError("input_gradient=true: there is none with backward=false")
+    return backward, input_gradient
+
+
 def forward(
     network: Network, weights: Weights, x: T, visit: Visit[T], math: Arithmetic[T], layers: Iterable[int] | None = None
 ) -> T:
@@ -148,18 +160,19 @@ def backward(
     visit: Visit[T],
     math: TwoWayArithmetic[T],
     layers: Iterable[int] | None = None,
+    to_input: bool = False,
 ) -> T:
     """Pull dL/da (E, N, O) of the first of the `layers` back through them; `layers` descend, all of them by default.
 
     `preactivation(layer)` gives the z of the forward pass. `visit(layer, dL/dz, dL/da)` sees both gradients of a layer
-    before those of the next are computed. Returned is dL/da of the layer below the last one, of layer 1 its own dL/da:
-    nobody needs the gradient by the input.
+    before those of the next are computed. Returned is dL/da of the layer below the last one; below layer 1 that is the
+    gradient by the input, found only with `to_input`: else layer 1's own dL/da is returned.
     """
     for layer in range(len(network.blocks), 0, -1) if layers is None else layers:
         block = network.blocks[layer - 1]
         dz = math.activate_back(g, preactivation(layer), block.activation)
         visit(layer, dz, g)
-        if layer > 1:
+        if layer > 1 or to_input:
             below = KINDS[block.kind].backward(math, dz, weights(layer)[0])
             g = math.add(below, g) if block.residual else below
     return g

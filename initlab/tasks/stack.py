@@ -14,7 +14,7 @@ from initlab import stops
 from initlab.errors import UsageError, check, check_functions, library_call
 from initlab.nn.activations import Activation
 from initlab.nn.custom_activation import Given
-from initlab.nn.network import backward, forward, multiply
+from initlab.nn.network import backward, forward, multiply, resolve_directions
 from initlab.stats.backend import SATURATED, Backend
 from initlab.stats.buffer import RangeBuffer
 from initlab.stats.gathering import Gathering
@@ -52,6 +52,7 @@ def stack(
     emit: Emit | None = None,
     progress: bool = False,
     widths: Sequence[int] | None = None,
+    input_gradient: bool = False,
     **rule_fields: Any,
 ) -> pd.DataFrame:
     """The `stats` rows of a stack: every layer's preactivation and activation, forward and backward.
@@ -62,16 +63,16 @@ def stack(
     which replaces depth and width. seeds: how many networks, or their seeds. dtype: float16, bfloat16, float32 or
     float64, as a name or torch's. device: "cpu", "cuda", "cuda:1", "auto" or torch's. generator: who draws the numbers,
     `philox` or `torch`. residual: add each layer's input to what comes out of it, a = x + phi(z), where it has as many
-    units. backward: pull a gradient back down too. statistics: functions (..., N, C) -> (...) by name, a column each
-    behind the built-in ones. emit: gets the tables as they come, every 1000 rows or 30 seconds and at the end of each
-    chunk of networks; the frame returned is then empty. progress: show a bar. rule_fields: fields of the rule, as
-    gain=1.5.
+    units. backward: pull a gradient back down too, with input_gradient down to the input: layer 0, backward.
+    statistics: functions (..., N, C) -> (...) by name, a column each behind the built-in ones. emit: gets the tables as
+    they come, every 1000 rows or 30 seconds and at the end of each chunk of networks; the frame returned is then empty.
+    progress: show a bar. rule_fields: fields of the rule, as gain=1.5.
 
-    Layer 0 is the input, forward only. Nothing raises when a signal dies: the counts say it, and `log2_rms_true`,
-    `log2_std_true` say what the signal would be. These are log2 of rms and std in arithmetic that has no range: what
-    the dtype holds, rounding included, up to where a network leaves the range of its dtype (an entry not finite, or an
-    rms below 16 times the smallest normal number), and from there, and on all its way down, the same weights in float64
-    with a power of two carried. For float32 that is right to 1e-6 against exact arithmetic; -inf is a true zero.
+    Nothing raises when a signal dies: the counts say it, and `log2_rms_true`, `log2_std_true` say what the signal would
+    be. These are log2 of rms and std in arithmetic that has no range: what the dtype holds, rounding included, up to
+    where a network leaves the range of its dtype (an entry not finite, or an rms below 16 times the smallest normal
+    number), and from there, and on all its way down, the same weights in float64 with a power of two carried. For
+    float32 that is right to 1e-6 against exact arithmetic; -inf is a true zero.
 
     Rows stand by layer in the order of travel, then by network in the order of `seeds`, whatever ran together. On a CPU
     each of torch's threads takes a chunk of its own: small matrices gain nothing from sharing one. A rule that
@@ -82,14 +83,13 @@ def stack(
     >>> frame[["layer", "tensor", "direction"]].head(3).to_numpy().tolist()
     [[0, 'activation', 'forward'], [1, 'preactivation', 'forward'], [1, 'activation', 'forward']]
     """
-    backward, progress = check(backward=backward, progress=progress)
+    backward, input_gradient = resolve_directions(backward, input_gradient)
+    [progress] = check(progress=progress)
     check_functions(emit=emit)
     net = Net.resolve(activation, depth, width, inputs, batch, residual, widths)
-    ensemble, where = (
-        Ensemble.resolve(init, seeds, net.activation, rule_fields),
-        Where.resolve(dtype, device, generator),
-    )
-    return run_stack(net, ensemble, where, backward, emit, progress, statistics)
+    ensemble = Ensemble.resolve(init, seeds, net.activation, rule_fields)
+    where = Where.resolve(dtype, device, generator)
+    return run_stack(net, ensemble, where, backward, emit, progress, statistics, input_gradient)
 
 
 def run_stack(
@@ -100,6 +100,7 @@ def run_stack(
     emit: Emit | None = None,
     progress: bool = False,
     statistics: Mapping[str, Function] | None = None,
+    input_gradient: bool = False,
 ) -> pd.DataFrame:
     """`stack` of what has been resolved. Without `backward` nothing that is kept grows with depth."""
     backend = backend_for(where.device, statistics)
@@ -118,7 +119,7 @@ def run_stack(
             if nets.fit is not None:
                 deliver({"lsuv": nets.fit.frame(nets.ensemble.columns).assign(stage="stack")})
             record = _Record(nets, backend, None if emit is None else deliver)
-            _Pass(nets, record, backward, bar).run()
+            _Pass(nets, record, backward, bar, input_gradient).run()
             collected[chunk.start] = record.rows
 
         threads = torch.get_num_threads() if where.device.type == "cpu" else 1
@@ -131,9 +132,10 @@ def run_stack(
 
 @lru_cache(1000)
 def _keys(layers: Sequence[int], direction: str, with_input: bool = False) -> list[TensorKey]:
-    """The input, and two tensors a layer, in the order of travel."""
+    """Two tensors a layer, and the input's at its end of the way, in the order of travel."""
     tensors = ("preactivation", "activation") if direction == "forward" else ("activation", "preactivation")
-    places = [(0, "activation")] * with_input + [(layer, tensor) for layer in layers for tensor in tensors]
+    places, own = [(layer, tensor) for layer in layers for tensor in tensors], [(0, "activation")] * with_input
+    places = own + places if direction == "forward" else places + own
     return [TensorKey("stack", "scratch", *place, direction) for place in places]
 
 
@@ -162,11 +164,11 @@ class _Record:
         """End a window with these keys; `follow` corrects what has left the range, see `UnboundedTwin.forward`."""
         fields = self.window.movedim(-1, 0)
         if not self.all_inside or not self.rows.backend.inside(self.window, self._smallest):
-            rows = len(keys) - len(keys) % 2  # the input stands before the pairs of the layers
+            given = int(keys[0].layer == 0)  # the input itself is as it was drawn
             true, kept = read_off(fields, self._nets.where.dtype)
-            kept = torch.cat([self.inside[None], kept[-rows:]]).cumprod(0).bool()
+            kept = torch.cat([self.inside[None], kept[given:]]).cumprod(0).bool()
             self.start(kept[-1])
-            follow(true[:, -rows:], kept[1:])
+            follow(true[:, given:], kept[1:])
             self.rows.correct(true)
         self.rows.put(keys, fields)
         if self._deliver is not None and self.rows.due():
@@ -221,8 +223,7 @@ class _Buffers:
     def open(self, rows: Tensor, at: int) -> None:
         """A window begins whose rows go into memory (K, E, F + M), from row `at` on."""
         self.rows, self.at = rows, at
-        self.outs.reverse()
-        self.intos.reverse()
+        self.outs, self.intos = self.outs[::-1], self.intos[::-1]
         self.out, self.into = self.outs[0], self.intos[0]
 
     def linear(self, x: _Signal, w: Tensor, b: Tensor | None) -> _Signal:
@@ -249,7 +250,8 @@ class _Buffers:
 
     def linear_back(self, g: _Signal, w: Tensor) -> _Signal:
         self.layer -= 1
-        below = self.into[self.sizes[self.layer]]
+        n = self.sizes[self.layer]  # of an input it may be a number that no layer has
+        below = self.into.get(n) or _Signal.from_tensor(g.whole.new_empty(*g.whole.shape[:-1], n))
         self._multiply(g, w.mT, below)
         return below
 
@@ -278,9 +280,9 @@ class _Buffers:
 class _Pass:
     """A chunk of networks on its way up and down."""
 
-    def __init__(self, nets: Networks, record: _Record, backward: bool, bar: Bar) -> None:
-        self.nets, self.record, self.keep, self.bar, self.networks = nets, record, backward, bar, len(nets)
-        self.backend = record.rows.backend
+    def __init__(self, nets: Networks, record: _Record, backward: bool, bar: Bar, input_gradient: bool = False) -> None:
+        self.nets, self.record, self.bar, self.backend = nets, record, bar, record.rows.backend
+        self.keep, self.to_input, self.networks = backward, input_gradient, len(nets)
         self.twin, self.buffers = UnboundedTwin(nets), _Buffers(nets, self.backend, backward)
 
     def run(self) -> None:
@@ -308,7 +310,6 @@ class _Pass:
             self._pass_layer()
 
         visit = visit_sum if buffers.residual else self._pass_layer
-
         x = _Signal.from_tensor(self.nets.gaussian(net.inputs, "input"))
         for window in self._windows(range(1, net.depth + 1)):
             first, start = window[0] == 1, x.whole
@@ -324,19 +325,19 @@ class _Pass:
 
     def backward(self) -> None:
         net, record, buffers = self.nets.net, self.record, self.buffers
-
-        def preactivation(layer: int) -> Tensor:
-            return buffers.passed[layer - 1]
-
         g = buffers.intos[0][net.sizes[-1]]
         g.whole.copy_(self.nets.gaussian(net.sizes[-1], "gradient"))
         for window in self._windows(range(net.depth, 0, -1)):
             start = g.whole.clone() if buffers.residual else g.whole
-            buffers.open(record.open(2 * len(window)), 0)
-            signal = lambda layer: _Signal(preactivation(layer))  # noqa: E731
-            g = backward(net.network, self.nets.weights, signal, g, self._pass_layer, buffers, window)
+            last = self.to_input and window[-1] == 1
+            buffers.open(record.open(2 * len(window) + last), 0)
+            signal = lambda layer: _Signal(buffers.passed[layer - 1])  # noqa: E731
+            g = backward(net.network, self.nets.weights, signal, g, self._pass_layer, buffers, window, last)
+            if last:
+                self.backend.rows(g.whole, out=buffers.rows[-1])
             buffers.gathering.settle()
-            record.close(_keys(window, "backward"), partial(self.twin.backward, window, start, passed=preactivation))
+            follow = partial(self.twin.backward, window, start, passed=buffers.passed)
+            record.close(_keys(window, "backward", last), follow)
 
     def _pass_layer(self, *_: object) -> None:
         self.bar.update(self.networks)

@@ -151,7 +151,7 @@ def _centre(layers: Layers, name: str) -> Array:
 
 
 def _descend(layers: Layers) -> tuple[Law, Law]:
-    """Laws of the gradients at activations and preactivations."""
+    """Laws of the gradients at activations, the input's first, and at preactivations."""
     batch, steps = layers.batch, layers.chain.steps
     by_layer = _slopes(layers)
     back, remain = _Gradient(gaussian_batch(math.inf, batch).mean[0], 0.0, np.zeros((2, 2)), np.zeros((2, 2))), 1.0
@@ -162,24 +162,25 @@ def _descend(layers: Layers) -> tuple[Law, Law]:
         law, back = _backward(layers, k, _SlopeMoments(*(part[k] for part in by_layer)), back, remain)
         below.append(law)
         remain = steps[k].layer.backward_remain
+    above = [*above, back][::-1]
     noise, cov = layers.stack("noise"), layers.stack("cov")
-    next_cov = by_layer.jacobian @ cov @ by_layer.jacobian.mT + noise
-    by = np.array([b.by_state for b in above[::-1]])
-    none = np.zeros(len(steps))
+    cov = np.concatenate([cov[:1], by_layer.jacobian @ cov @ by_layer.jacobian.mT + noise])
+    by = np.array([b.by_state for b in above])
     at_activation = Law(
-        np.array([b.mean for b in above[::-1]]),
-        by @ next_cov @ by.mT + np.array([b.rest for b in above[::-1]]),
-        np.array([b.pair for b in above[::-1]]),
-        none,
+        np.array([b.mean for b in above]),
+        by @ cov @ by.mT + np.array([b.rest for b in above]),
+        np.array([b.pair for b in above]),
+        np.zeros(len(above)),
     )
     mean, both, pair = (np.array(part[::-1]) for part in zip(*below, strict=True))
     shares = {"frac_zero": layers.share(zero_slope_intervals(layers.chain.row), layers.stack("single"))}
-    gradients = tensor_law.observe_gaussian(at_activation, batch, layers.width, np.array(remains[::-1]))
+    width = np.append(steps[0].layer.fan_in, layers.width)
+    gradients = tensor_law.observe_gaussian(at_activation, batch, width, np.array([*remains, remain][::-1]))
     sd = gradients.ln_var[:, 1]  # a layer multiplies the gradient by a factor that is new to it
     rho = np.append(np.minimum(1.0, np.nan_to_num(sd[1:] / sd[:-1])), 0.0)
     return (
         replace(gradients, rho=rho),
-        pool_symmetric_units(Law(mean, both, pair, none, shares=shares), layers.width),
+        pool_symmetric_units(Law(mean, both, pair, np.zeros(len(steps)), shares=shares), layers.width),
     )
 
 

@@ -5,7 +5,7 @@ moment. Everything is carried as a logarithm. Legend: G nodes of a law.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -59,8 +59,14 @@ class Law:
 
     def split(self) -> list["Law"]:
         """A list of K laws of one tensor each; without their shares."""
-        fields = ("mean", "cov", "pair", "single", "ln_var", "centre", "spread", "lean")
-        return [Law(*(getattr(self, name)[k : k + 1] for name in fields)) for k in range(len(self.mean))]
+        names = ("mean", "cov", "pair", "single", "ln_var", "centre", "spread", "lean")
+        return [Law(*(getattr(self, name)[k : k + 1] for name in names)) for k in range(len(self.mean))]
+
+    def skip_first(self) -> "Law":
+        """The law of all tensors but the first, of two at least."""
+        kept = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "shares"}
+        kept = {name: part[len(part) > 1 :] for name, part in kept.items()}  # of length 1: the same for all
+        return replace(self, **kept, shares={name: share[1:] for name, share in self.shares.items()})
 
     def nodes(self) -> tuple[Array, Array]:
         """Nodes (..., G, 2) and weights (G,), exact for polynomials of degree 3 (Julier & Uhlmann 1997)."""

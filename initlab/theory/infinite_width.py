@@ -62,7 +62,7 @@ def infinite_laws(
             _law(start[None], batch),
             _law(x, batch, {"frac_zero": zero, "frac_dead": dead}, ln_var, centre),
             _law(z, batch, {"frac_zero": none, "frac_saturated": saturated}),
-            _law(above, batch, {"frac_zero": none}),
+            _law(above, batch, {"frac_zero": np.zeros(len(above))}),
             _law(below, batch, {"frac_zero": no_slope}),
         )
 
@@ -91,7 +91,7 @@ def _law(
 
 
 def _descend(layers: Sequence[DenseLayer], every: JoinedUnits) -> tuple[Array, Array]:
-    """ln T and ln W of the gradients at activations and preactivations, (L, 2) each."""
+    """ln T and ln W of the gradients at activations, the input's first, (L + 1, 2), and at preactivations, (L, 2)."""
     k, k2 = every.over_m(np.stack([every.row("slope") ** 2, every.row("slope2")]))[..., 0]
     state = gaussian_batch(math.inf, MANY).mean[0]
     above, below = [], []
@@ -104,4 +104,5 @@ def _descend(layers: Sequence[DenseLayer], every: JoinedUnits) -> tuple[Array, A
         state = np.array([max(NOTHING, ln(x)) for x in pair]) + ln_q
         below.append(state)
         state = state + max(NOTHING, ln(layer.weight * layer.fan_out))
+    above.append(state)
     return np.array(above[::-1]), np.array(below[::-1])

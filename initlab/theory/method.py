@@ -91,7 +91,7 @@ class Trust:
         self.odd = float((request.row.phi(one) + request.row.phi(-one)).abs()) < 1e-12
         steps = np.array([1 / layer.fan_out for layer in request.layers])
         self.below = np.concatenate([[0.0], np.cumsum(steps)])  # of layers 0 to L
-        self.above = np.append(0.0, np.cumsum(steps[::-1])[::-1])  # of layers 1 to L, first not used
+        self.above = np.cumsum(np.append(steps[::-1], 1 / request.widths[0]))[::-1]  # of layers 0 to L
         self.rounded = {
             ("activation", "forward"): self._find_rounded(rounded_zero_intervals(request.row)),
             ("preactivation", "backward"): self._find_rounded(rounded_slope_intervals(request.row)),

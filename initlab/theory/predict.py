@@ -67,8 +67,8 @@ def predict(
     Further options: widths (units of each layer, replaces depth and width), inputs (units of the input, `width` unless
     given), batch (number of inputs, 200), q0 and c0 (second moment and mean cosine of the inputs, 1 and 0), fixed_input
     (the batch has just these moments instead of being drawn anew for each network), data (how such batches wander, a
-    `forward_law.BatchVariation`), outputs (the last layer is that of
-    a trained network, as `mup` draws it).
+    `forward_law.BatchVariation`), outputs (the last layer is that of a trained network, as `mup` draws it),
+    input_gradient (rows of the gradient at the input too: activation, layer 0, backward).
 
     Returns a row per layer, tensor, direction and statistic, in the words of a run's table `theory`: `predicted` is the
     median at this width, `band_low` to `band_high` hold 95 % of the networks, `band68_low` to `band68_high` 68 %,
@@ -129,7 +129,7 @@ def _blocks(request: Request, method: str, networks: int | None, seed: int) -> l
         if networks:
             number = torch.float32 if fits_float32(request) else torch.float64
             how = request.q0, request.c0, request.distribution, seed, number, inputs, due
-            samples = simulate(request.row, request.layers, request.batch, networks, *how)
+            samples = simulate(request.row, request.layers, request.batch, networks, *how, request.input_gradient)
     label = "simulation" if inputs == request.batch else f"simulation, {inputs} inputs"
     return [_replace_doubtful(block, samples, Level.HOLDS + every, label) for block in blocks]
 

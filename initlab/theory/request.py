@@ -25,7 +25,8 @@ class Request:
     """A checked question: a stack of layers, a batch of inputs, and what is known of the inputs.
 
     batch: number of inputs. q0: their second moment. c0: their mean cosine. fixed_input: the batch has just these
-    moments and wanders as `data` says; else it is drawn anew for each network.
+    moments and wanders as `data` says; else it is drawn anew for each network. input_gradient: whether the gradient at
+    the input is asked for too.
     """
 
     distribution: str  # of the weights
@@ -36,9 +37,10 @@ class Request:
     c0: float = 0.0
     fixed_input: bool = False
     data: BatchVariation = BatchVariation()  # noqa: RUF009 - a tuple
+    input_gradient: bool = False
 
     def __post_init__(self) -> None:
-        keep_checked(self, ("q0", "c0", "fixed_input"))
+        keep_checked(self, ("q0", "c0", "fixed_input", "input_gradient"))
         if not isinstance(self.data, BatchVariation):
             raise UsageError(f"data={show(self.data)}: must be a forward_law.BatchVariation")
 
@@ -60,7 +62,8 @@ def parse_request(
     **options: Any,
 ) -> Request:
     """A question in the words of `predict`, whose docstring names them, as a `Request`."""
-    input_fields = {name: options.pop(name) for name in ("q0", "c0", "fixed_input", "data") if name in options}
+    names = ("q0", "c0", "fixed_input", "data", "input_gradient")
+    input_fields = {name: options.pop(name) for name in names if name in options}
     if options.pop("residual", False):
         raise UsageError("residual: theory knows stacks without residual connections only")
     row, scaling = as_activation(activation), rule(init, **options)

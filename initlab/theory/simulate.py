@@ -192,23 +192,25 @@ def simulate(
     dtype: torch.dtype = torch.float64,
     inputs: int | None = None,
     tensors: Container[tuple[str, str]] | None = None,
+    input_gradient: bool = False,
 ) -> dict[LayerTensor, Sample]:
     """Draw networks and take the statistics of every tensor.
 
     row: the activation. batch, q0, c0: number, second moment and mean cosine of the inputs. distribution: of the
     weights. dtype: what the networks are computed in; float32 is twice as fast where no signal leaves its range.
     inputs: how many of them stand for the batch, at least 5 or all; None takes all. tensors: names and directions of
-    those that are wanted; None takes all.
+    those that are wanted; None takes all. input_gradient: the gradient at the input too, of numbers of its own.
     """
     inputs = min(batch, inputs or batch)
     widest = max(max(layer.fan_in, layer.fan_out) for layer in layers)
     step = max(1, min(networks, ENTRIES // (widest * inputs)))
     found: dict[LayerTensor, list[Tensor | Sums]] = {}
     generator = torch.Generator().manual_seed(seed)
+    at_input = torch.Generator().manual_seed(seed + 1) if input_gradient else None
     for start in range(0, networks, step):
         chain = _Chain(min(step, networks - start), inputs, batch, generator, distribution)
         chain.dtype = dtype
-        _pass(chain, row, layers, q0, c0, found, tensors)
+        _pass(chain, row, layers, q0, c0, found, tensors, at_input)
     return {key: find_sample(parts, batch) for key, parts in found.items()}
 
 
@@ -220,7 +222,9 @@ def _pass(
     c0: float,
     found: dict[LayerTensor, list[Tensor | Sums]],
     tensors: Container[tuple[str, str]] | None,
+    at_input: torch.Generator | None,
 ) -> None:
+    """at_input: draws what a gradient at the input needs; None: that is not wanted."""
     whole = chain.inputs == chain.batch
 
     def note(key: LayerTensor, x: _Batch, zero: Tensor | None = None, saturated: Tensor | None = None) -> None:
@@ -263,3 +267,6 @@ def _pass(
             bias = find_statistics(d.values.sum(1, keepdim=True), batched=False)
             found.setdefault((k, "bias", "backward"), []).append(bias)
         g = chain.back(layers[k - 1], d, known) if k > 1 else g
+    if at_input is not None:
+        chain.generator = at_input
+        note((0, "activation", "backward"), _Batch(chain.back(layers[0], d, known)))

@@ -33,7 +33,7 @@ _KINDS = (
     ("activation", "forward", slice(0, 1)),
     ("activation", "forward", slice(1, None)),
     ("preactivation", "forward", slice(1, None)),
-    ("activation", "backward", slice(1, None)),
+    ("activation", "backward", slice(0, None)),
     ("preactivation", "backward", slice(1, None)),
 )
 
@@ -42,6 +42,8 @@ def tensor_kinds(request: Request, stack: StackLaws) -> Iterator[TensorKind]:
     """Every kind of tensor of a stack, in the order of the measured table; `stack` are its laws at this width."""
     layers, widths = np.arange(len(request.widths)), np.array(request.widths)
     for law, limit, (tensor, direction, at) in zip(stack, limit_laws(request), _KINDS, strict=True):
+        if tensor == "activation" and direction == "backward" and not request.input_gradient:
+            law, limit, at = law.skip_first(), limit.skip_first(), slice(1, None)
         yield TensorKind(tensor, direction, layers[at], law, limit, widths[at])
 
 
@@ -52,11 +54,11 @@ def finite_laws(request: Request) -> StackLaws:
     found = shift_lengths(_finite(request.row, layers, *own), added)
     if request.batch == 1 or not (request.row.homogeneous and request.row.kinks):
         return found
-    above = np.cumsum([1 / layer.fan_out for layer in layers][::-1])[::-1]
+    above = np.cumsum([1 / n for n in request.widths[::-1]])[::-1]
     grown = 1 + SECOND_ORDER * above
     return found._replace(
         activation_gradients=_scale_spread(found.activation_gradients, grown - SECOND_ORDER * above[-1]),
-        preactivation_gradients=_scale_spread(found.preactivation_gradients, grown),
+        preactivation_gradients=_scale_spread(found.preactivation_gradients, grown[1:]),
     )
 
 

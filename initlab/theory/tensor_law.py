@@ -26,7 +26,10 @@ from initlab.theory.unit_moments import Intervals, JoinedUnits, saturated_interv
 
 
 class StackLaws(NamedTuple):
-    """Laws of all tensors of a stack, with a leading dimension of layers, layer 1 first; of length 1 for the input."""
+    """Laws of all tensors of a stack, with a leading dimension of layers, layer 1 first; of length 1 for the input.
+
+    Gradients at activations begin with that at the input, layer 0.
+    """
 
     input: Law
     activations: Law
@@ -39,8 +42,8 @@ def shift_lengths(stack: StackLaws, up: Array) -> StackLaws:
     """The laws of a stack whose layers multiply q by a further factor exp(up), (L,), forward and backward."""
     if not up.any():
         return stack
-    forward, backward = np.cumsum(up), np.cumsum(up[::-1])[::-1] - up
-    by = forward, forward, backward, backward
+    forward, backward = np.cumsum(up), np.append(np.cumsum(up[::-1])[::-1], 0.0)
+    by = forward, forward, backward, backward[1:]
     return StackLaws(
         stack.input,
         *(

@@ -83,6 +83,7 @@ def compare_stack(
     batch: int,
     widths: Sequence[int] = (),
     method: str = "auto",
+    input_gradient: bool = False,
 ) -> pd.DataFrame:
     """The table `theory` for the rows `stats` of a stack: every statistic of every tensor that theory predicts.
 
@@ -91,7 +92,9 @@ def compare_stack(
     `predict` cannot be asked.
     """
     layers = {"widths": tuple(widths)} if widths else {"depth": depth, "width": width}
-    bands = _predict(init, activation, **layers, inputs=inputs, batch=batch, method=method)
+    bands = _predict(
+        init, activation, **layers, inputs=inputs, batch=batch, method=method, input_gradient=input_gradient
+    )
     return as_categories(compare(stats[stats["stage"] == "stack"], bands))
 
 

@@ -7,7 +7,7 @@ every layer, and a z that rounding has moved over a kink would change them.
 Legend: E ensemble, N batch, O units.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -79,28 +79,32 @@ class UnboundedTwin:
         return inside
 
     def backward(
-        self, layers: Sequence[int], start: Tensor, true: Tensor, inside: Tensor, passed: Callable[[int], Tensor]
+        self, layers: Sequence[int], start: Tensor, true: Tensor, inside: Tensor, passed: Sequence[Tensor]
     ) -> None:
         """The same for the gradients with respect to activation and preactivation, layers descending.
 
-        `start` (E, N, O) is the gradient that reached the first of the layers, `passed(layer)` (E, N, O) the dtype's
-        own preactivations.
+        A further row of `true` and `inside` is the gradient by the input.
+        `start` (E, N, O) is the gradient that reached the first of the layers, `passed` the dtype's own
+        preactivations (E, N, O) of all layers.
         """
 
         def preactivation(layer: int) -> Scaled:  # who left on the way up stands first, who leaves on the way down last
             before = self._passed.get(layer)
             if before is None:
-                return rescale(passed(layer)[self._who])
+                return rescale(passed[layer - 1][self._who])
             wide = Scaled(before.mantissa.double(), before.exponent)
             late = self._who[len(before.exponent) :]
-            return join(wide, rescale(passed(layer)[late])) if late else wide
+            return join(wide, rescale(passed[layer - 1][late])) if late else wide
 
         def correct(layer: int, dz: Scaled, g: Scaled) -> None:
             self._correct(2 * layers.index(layer), true, inside, left, g, dz)
 
         g = self._join(start, inside)
         left = self._find_left(inside)
-        self._state = backward(self._network, self._weights, preactivation, g, correct, UNBOUNDED, layers)
+        below = true.shape[1] > 2 * len(layers)
+        self._state = backward(self._network, self._weights, preactivation, g, correct, UNBOUNDED, layers, below)
+        if below:
+            self._correct(2 * len(layers), true, inside, left, self._state)
 
     def _weights(self, layer: int) -> tuple[Tensor, Tensor | None]:
         return self._nets.weights(layer, self._who)
