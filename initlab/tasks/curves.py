@@ -5,6 +5,7 @@ signs the same. Rules that draw the same random numbers and differ in their std 
 straight lines added to it.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ def gain_curves(
     net, where = Net.resolve(activation, depth, width, inputs, batch), Where.resolve(dtype, device, generator)
     rules, names = [rule(one) for one in inits], [rule_name(one) for one in inits]
     scales = [weight_scales(one, net, where) for one in rules]
-    kept = weight_scales(rule("kaiming"), net, where)[1]
+    kept = math.log2(rule("kaiming").std_for(net.activation, (net.width, net.width)))
     homogeneous = net.activation.homogeneous
     families: list[object] = [  # rules of one family scale the same random numbers
         one.distribution if homogeneous and np.isfinite(both).all() and not one.has_biases and not one.attempts else k
@@ -90,12 +91,11 @@ def weight_scales(one: Rule, net: Net, where: Where) -> tuple[float, float]:
 
     Measured, not taken from the formula: std itself is rounded to float32, in every layer alike.
     """
-    weights = (
-        draw(one, net.activation, net.shape(layer), [0], layer, where.dtype, generator=where.generator)[0]
-        for layer in (1, 2)
-    )
-    first, other = (float(log2_moments(rescale(w))[0]) for w in weights)
-    return first, other
+    scales = {}
+    for shape in {net.shape(1), net.shape(net.depth)}:
+        w, _ = draw(one, net.activation, shape, [0], 1, where.dtype, generator=where.generator)
+        scales[shape] = float(log2_moments(rescale(w))[0])
+    return scales[net.shape(1)], scales[net.shape(net.depth)]
 
 
 def log2_shift(rows: pd.DataFrame, a: tuple[float, float], b: tuple[float, float], depth: int) -> np.ndarray:

@@ -45,6 +45,13 @@ def test_and_every_gradient(activation: str) -> None:
     assert naive["log2_rms_true"].max() > 40  # the derived curves are not all the same one
 
 
+def test_a_single_layer_of_another_width() -> None:
+    size = {"depth": 1, "width": 8, "inputs": 5, "batch": 20, "seeds": [0, 1], "dtype": "float64"}
+    found = gain_curves(**size)
+    for init in SCALINGS:
+        assert furthest(found[found["init"] == init], stack(init, **size)) < LIMIT
+
+
 def test_only_one_of_those_that_share_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 
