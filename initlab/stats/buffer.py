@@ -23,7 +23,8 @@ from initlab.stats.workspace import AT_ONCE
 FLUSH_SECONDS = 30.0  # rows are handed over at least so often
 BATCHED = ("preactivation", "activation", "drift")  # tensors whose rows count inputs
 _SATURATED = list(FIELDS).index("saturated")
-_RMS_AND_STD = [list(STATISTICS).index(name) for name in ("rms", "std")]
+_RMS, _STD = (list(STATISTICS).index(name) for name in ("rms", "std"))
+_OF_ACTIVATIONS = [k for k, row in enumerate(STATISTICS.values()) if row.of_activations]
 
 
 class Item(NamedTuple):
@@ -91,7 +92,9 @@ class RowBuffer:
         """(numbers, K, E) on the host."""
         if not self._blocks:
             return torch.empty(len(self.names), 0, len(self.seeds), dtype=torch.float64)
-        return torch.cat([block.to(self._blocks[0].device) for block in self._blocks], 1).cpu()
+        # The numbers of a row stand together in most blocks, and stay so.
+        each = [block.to(self._blocks[0].device).movedim(0, -1) for block in self._blocks]
+        return torch.cat(each).cpu().movedim(-1, 0)
 
     @property
     def n_closed(self) -> int:
@@ -167,15 +170,15 @@ class StatsBuffer(RowBuffer):
         if not self.n_closed:
             return rows
         values = self._statistics(rows)
-        ours = [(key.tensor, key.direction) == ("activation", "forward") for key in self.codes]
-        others = torch.from_numpy(~np.array(ours, dtype=bool)[self.rows[: self.n_closed]])
-        for k, row in enumerate(STATISTICS.values()):
-            if row.of_activations:
-                values[k, others] = torch.nan
+        others = np.array([key.tensor != "activation" or key.direction != "forward" for key in self.codes])
+        elsewhere = torch.from_numpy(others[self.rows[: self.n_closed]])[:, None]
+        for k in _OF_ACTIVATIONS:
+            values[k].masked_fill_(elsewhere, torch.nan)
         return values
 
     def _statistics(self, rows: Tensor) -> Tensor:
-        return torch.cat([self.backend.derive(rows[: len(FIELDS)]), rows[len(FIELDS) :]])
+        values, custom = self.backend.derive(rows[: len(FIELDS)]), rows[len(FIELDS) :]
+        return torch.cat([values, custom]) if len(custom) else values
 
 
 class RangeBuffer(StatsBuffer):
@@ -204,7 +207,7 @@ class RangeBuffer(StatsBuffer):
 
     def _statistics(self, rows: Tensor) -> Tensor:
         found = super()._statistics(rows)
-        true = found[_RMS_AND_STD].log2()
+        true = torch.stack([found[_RMS], found[_STD]]).log2()
         for start, numbers in self._true:
             true[:, start : start + numbers.shape[1]] = numbers
         return torch.cat([found, true])

@@ -22,7 +22,7 @@ class Gathering:
     >>> from initlab.nn.activations import ACTIVATIONS
     >>> gathering, rows = Gathering(Backend()), torch.empty(6, 2, 15, dtype=torch.float64)
     >>> for layer in range(3):
-    ...     gathering.activate(torch.randn(2, 5, 4), ACTIVATIONS["relu"], torch.empty(2, 5, 4), rows, 2 * layer)
+    ...     gathering.activation_rows(torch.randn(2, 5, 4), ACTIVATIONS["relu"], torch.empty(2, 5, 4), rows, 2 * layer)
     >>> gathering.settle()
     >>> rows[:, 0, 0].tolist()
     [20.0, 20.0, 20.0, 20.0, 20.0, 20.0]
@@ -36,7 +36,7 @@ class Gathering:
         self._rows, self._end = self._block, 0  # memory for their rows, and where it ends
         self._activation: Elementwise | None = None  # of preactivations that wait; None: gradients do
 
-    def activate(self, z: Tensor, activation: Elementwise, out: Tensor, rows: Tensor, at: int) -> None:
+    def activation_rows(self, z: Tensor, activation: Elementwise, out: Tensor, rows: Tensor, at: int) -> None:
         """`out` becomes phi(z); `rows[at : at + 2]` those of z, with its saturated share, and of phi(z)."""
         if not self._make_room(z, activation, rows, at):
             self.backend.activation_rows(z, activation, out, rows, at)
@@ -49,7 +49,7 @@ class Gathering:
             after.copy_(out.copy_(activation.phi(z)))
         self._count += 1
 
-    def pull_back(self, g: Tensor, z: Tensor, activation: Elementwise, out: Tensor, rows: Tensor, at: int) -> None:
+    def gradient_rows(self, g: Tensor, z: Tensor, activation: Elementwise, out: Tensor, rows: Tensor, at: int) -> None:
         """`out` becomes the gradient of z from g, that of phi(z); `rows[at : at + 2]` are those of both."""
         if not self._make_room(g, None, rows, at):
             self.backend.gradient_rows(g, z, activation, out, rows, at)

@@ -216,7 +216,8 @@ class _Buffers:
             split = torch.split(parts[0].new_empty(sum(sizes)), sizes)
             self.passed = [part.view(*lead, n) for part, n in zip(split, net.sizes[1:], strict=True)]
         self.sizes, self.blocks, self.residual = net.sizes, net.network.blocks, net.network.residual
-        self.backend, self.gathering = backend, Gathering(backend)
+        self.backend, self.gathering, self.on_cpu = backend, Gathering(backend), where.device.type == "cpu"
+        self.maker: Backend | Gathering = backend if backend.fuses(self.intos[0][net.width].whole) else self.gathering
         self.layer = 0  # the one whose tensors are being made
         self.entered: Tensor | None = None  # the gradient that a residual connection passes on
 
@@ -238,7 +239,7 @@ class _Buffers:
         a = self.out[self.sizes[self.layer]]
         self.at += 2
         if not self.residual:
-            self.gathering.activate(z.whole, row, a.whole, self.rows, self.at - 2)
+            self.maker.activation_rows(z.whole, row, a.whole, self.rows, self.at - 2)
             return a
         own = self.backend.rows(z.whole, out=self.rows[self.at - 2])  # the second is of the sum that leaves the layer
         own[..., SATURATED] = row.saturated_share(z.whole)
@@ -259,7 +260,7 @@ class _Buffers:
         self.entered = g.whole.clone() if self.residual else None
         dz = self.out[self.sizes[self.layer]]
         self.at += 2
-        self.gathering.pull_back(g.whole, z.whole, row, dz.whole, self.rows, self.at - 2)
+        self.maker.gradient_rows(g.whole, z.whole, row, dz.whole, self.rows, self.at - 2)
         return dz
 
     def add(self, a: _Signal, b: _Signal) -> _Signal:
@@ -271,7 +272,7 @@ class _Buffers:
         return b
 
     def _multiply(self, x: _Signal, w: Tensor, out: _Signal) -> None:
-        if w.device.type == "cpu":
+        if self.on_cpu:
             multiply(x.each, w, out.each)
         else:
             torch.bmm(x.whole, w, out=out.whole)
@@ -345,5 +346,5 @@ class _Pass:
 
     def _windows(self, layers: Sequence[int]) -> Iterator[Sequence[int]]:
         """The layers, so many together as are looked at."""
-        size = WINDOW if self.backend.fuses(self.buffers.intos[0][self.nets.net.width].whole) else GATHERED
+        size = WINDOW if self.buffers.maker is self.backend else GATHERED
         return (layers[k : k + size] for k in range(0, len(layers), size))

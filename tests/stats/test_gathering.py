@@ -48,14 +48,14 @@ def test_passes_of_many_layers_have_the_rows_of_each(name: str) -> None:
     for layer, width in enumerate(WIDTHS):
         z = spoilt(width, layer)
         ours, theirs = torch.empty(2, *z.shape)
-        gathering.activate(z, row, ours, found, at)
+        gathering.activation_rows(z, row, ours, found, at)
         backend.activation_rows(z, row, theirs, expected, at)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
         at += 2
         if layer % 4 == 3:  # gradients between them
             g = spoilt(width, layer + 20)
             ours, theirs = torch.empty(2, *g.shape)
-            gathering.pull_back(g, z, row, ours, found, at)
+            gathering.gradient_rows(g, z, row, ours, found, at)
             backend.gradient_rows(g, z, row, theirs, expected, at)
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
             at += 2
@@ -75,5 +75,5 @@ def test_functions_of_the_user_see_each_tensor_by_itself() -> None:
     rows = torch.empty(6, 2, len(FIELDS) + 1, dtype=torch.float64)
     gathering = Gathering(Backend({"largest": largest}))
     for layer in range(3):
-        gathering.activate(torch.randn(2, 4, 3), ACTIVATIONS["relu"], torch.empty(2, 4, 3), rows, 2 * layer)
+        gathering.activation_rows(torch.randn(2, 4, 3), ACTIVATIONS["relu"], torch.empty(2, 4, 3), rows, 2 * layer)
     assert len(seen) == 6 and set(seen) == {(2, 4, 3)}

@@ -150,9 +150,10 @@ void linear_rows(const float *z, float *a, long e, long n, long c, double satura
     std::memcpy(a, z, e * n * c * sizeof *z);
 }
 
-// The statistics (S, count) of rows whose fields stand apart, (F, count): the formulas of stats/statistics.py.
-void derive_rows(const double *rows, long count, double *out) {
-    auto of = [&](int field, long k) { return rows[field * count + k]; };
+// The statistics (S, count) of rows: the formulas of stats/statistics.py. From a field to the next, and from a row to the
+// next, it is so many numbers.
+void derive_rows(const double *rows, long count, long to_field, long to_row, double *out) {
+    auto of = [&](int field, long k) { return rows[field * to_field + k * to_row]; };
     for (long k = 0; k < count; k++) {
         const double finite = of(COUNT, k) - of(NANS, k) - of(INFS, k), scale = std::ldexp(1.0, (int)of(EXPONENT, k));
         const double variance = of(M2, k) / finite, root = std::sqrt(variance + of(MEAN, k) * of(MEAN, k)), rms = root * scale;

@@ -34,7 +34,7 @@ _ARGUMENTS = {
     "relu_rows": [*[_POINTER] * 2, *[_SIZE] * 3, *[_POINTER] * 2],
     "mask_rows": [*[_POINTER] * 3, *[_SIZE] * 3, *[_POINTER] * 3],
     "linear_rows": [*[_POINTER] * 2, *[_SIZE] * 3, ctypes.c_double, _POINTER],
-    "derive_rows": [_POINTER, _SIZE, _POINTER],
+    "derive_rows": [_POINTER, *[_SIZE] * 3, _POINTER],
     "all_inside": [_POINTER, _SIZE, ctypes.c_double],
     "draw_numbers": [_POINTER, *[_SIZE] * 2, ctypes.c_int, _POINTER],
     "update_rows": [*[_POINTER] * 2, *[_SIZE] * 2, _FLOAT, *[_POINTER] * 2],

@@ -157,10 +157,11 @@ class CpuBackend(Backend):
             self._passes.mask_rows(g.data_ptr(), z.data_ptr(), out.data_ptr(), e, n, c, None, address, None)
 
     def derive(self, rows: Tensor) -> Tensor:
-        if not rows.is_cpu or not rows.is_contiguous() or rows.dtype is not torch.float64:
+        if not rows.is_cpu or rows.dtype is not torch.float64:
             return super().derive(rows)
         found = torch.empty((len(STATISTICS), *rows.shape[1:]), dtype=torch.float64, device="cpu")
-        self._passes.derive_rows(rows.data_ptr(), rows[0].numel(), found.data_ptr())
+        flat = rows.view(len(rows), 1) if rows.ndim == 1 else rows.flatten(1)
+        self._passes.derive_rows(flat.data_ptr(), flat.shape[1], *flat.stride(), found.data_ptr())
         return found
 
     def inside(self, rows: Tensor, smallest: float) -> bool:

@@ -88,7 +88,7 @@ template <int H> inline I<H> lanes_of(I<16> x, int h) {
     std::memcpy(&y, (const int32_t *)&x + h, sizeof y);
     return y;
 }
-template <int H> inline I<H> lanes_of(I<1> x, int) { return x; }
+template <int H> inline I<H> lanes_of(I<H> x, int) { return x; }
 // The smaller magnitude.
 template <class T> inline T nearest(T x, T y) {
 #ifdef __AVX512DQ__

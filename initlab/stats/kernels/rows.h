@@ -167,17 +167,19 @@ struct Alone {
     void finish(const Units &, const Units &, long) const {}
 };
 
-// Calls f(V, its first unit, which of its lanes count) for blocks of V units: of sixteen, the last of which may begin
-// among those before it, or of one where there are not as many.
+// Calls f(V, its first unit, which of its lanes count) for blocks of V units: of sixteen, and a last one of sixteen or
+// eight that may begin among those before it; or of one where there are not as many.
 template <class Block> inline void blocks(long c, const Block &f) {
     const I<16> every = I<16>{} - 1;
     if (c < 16) {
         for (long j = 0; j < c; j++) f(std::integral_constant<int, 1>(), j, I<1>{-1});
         return;
     }
-    const long whole = c / 16 * 16;
+    const long whole = c / 16 * 16, left = c - whole;
     for (long j = 0; j < whole; j += 16) f(std::integral_constant<int, 16>(), j, every);
-    if (whole < c) f(std::integral_constant<int, 16>(), c - 16, I<16>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} >= (int32_t)(16 - (c - whole)));
+    const I<16> behind = I<16>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} >= (int32_t)(16 - left);
+    if (left > 8) f(std::integral_constant<int, 16>(), c - 16, behind);
+    else if (left) f(std::integral_constant<int, 8>(), c - 8, lanes_of<8>(behind, 8));
 }
 // The lanes of x from h on that count, the others 0.
 template <int H> inline D<H> counted(D<H> x, I<H> lanes) { return (D<H>)((L<H>)x & __builtin_convertvector(lanes, L<H>)); }
@@ -273,7 +275,7 @@ bool gather(const float *x, const Part &part, float *out, long n, long c, Sums &
             store(all.low + j, low); store(all.high + j, high);
             if constexpr (Part::BOUNDS) store(kept.low + j, low_kept), store(kept.high + j, high_kept);
             if constexpr (V == 16) least = smaller(small, least), zeros += none & lanes;
-            else least[0] = smaller(small[0], least[0]), zeros[0] += none[0];
+            else for (int k = 0; k < V; k++) least[k] = smaller(small[k], least[k]), zeros[k] += (none & lanes)[k];
         });
     }
     part.finish(all, kept, c);
