@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from initlab.errors import UsageError, check_value, library_call
+from initlab.errors import LIMITS, UsageError, check_value, library_call
 from initlab.meanfield import maps
 from initlab.meanfield.correlation_points import FINE, correlation_fixed_point, map_in_octaves
 from initlab.nn.activations import Activation, check_slope
@@ -26,6 +26,7 @@ from initlab.stats.quadrature import Function, estimate_means
 EDGE = 1e-9  # a slope this near to 1 is taken for 1
 TOUCH = 1e-7  # V(q) this near to q, relative to q, without a crossing makes a half-stable point
 STEPS_PER_DECADE = 20
+SECTIONS = 16  # into which a stretch with a root is cut
 ROUGH = 2**9  # panels of a mean in the table of lengths
 
 
@@ -206,9 +207,8 @@ def _find_touching(row: Activation, near: float, s: float, b: float) -> float | 
     """The half-stable point near this q: V(q)/q turns there and is 1 to within TOUCH. None if it is not."""
     step = 10 ** (1.5 / STEPS_PER_DECADE)
 
-    def turn(x: float) -> float:
-        at = torch.tensor([x], dtype=torch.float64)
-        return float(x * (s * maps.growth(row, at)) - (s * maps.moment(row, at) + b))
+    def turn(at: Tensor) -> Tensor:
+        return at * (s * maps.growth(row, at)) - (s * maps.moment(row, at) + b)
 
     bottom = _bisect(turn, near / step, near * step)
     at = torch.tensor([bottom], dtype=torch.float64)
@@ -259,24 +259,30 @@ def critical(activation: Given, sigma_b: float = 0.0, q0: float = 1.0) -> float:
     if not bool((slope_square > 0).any()):
         raise UsageError(f"activation={name}: its slope is 0, no sigma_w keeps gradients")
     bias = q - mean_square / slope_square
-    at = [(0.0, 0.0)] if wanted == 0 and float(row.phi(torch.zeros(1, dtype=torch.float64))) == 0 else []
+    near_0 = maps.slope_moment(row, torch.tensor([maps.TINY, 1e4 * maps.TINY], dtype=torch.float64))
+    has_slope = 0.5 < float(near_0[0] / near_0[1]) < 2  # z^2 has none at 0, and no line from there
+    at = [(0.0, 0.0)] if has_slope and wanted == 0 and float(row.phi(torch.zeros(1, dtype=torch.float64))) == 0 else []
     if bool((bias.abs() <= 1e-12 * q).all()):  # scale-free: every q is a fixed point, with biases none
         at = [(q0, q0)]
     else:
         over = (bias[:-1] - wanted) * (bias[1:] - wanted)  # nan where a mean is uncertain
         at += [(float(q[k]), float(q[k + 1])) for k in (over < 0).nonzero().flatten().tolist()]
     if not at:
-        if float(bias.nan_to_num(nan=-1).max()) < 0:
-            raise UsageError(f"activation={name}: has no critical line, gradients grow at every sigma_w")
-        least, most = (max(0.0, float(end)) ** 0.5 for end in (bias.nan_to_num().min(), bias.nan_to_num().max()))
-        raise UsageError(
-            f"sigma_b={sigma_b:g}: the critical line of activation={name} has sigma_b from {least:.4g} to {most:.4g}"
-        )
+        known = bias[bias.isfinite()]
+        if not (known >= 0).any():
+            raise UsageError(f"activation={name}: has no critical line, gradients shrink wherever lengths stay")
+        least, most = (max(0.0, float(end)) ** 0.5 for end in (known.min(), known.max()))
+        gaps = ", less where means have not converged" if least <= sigma_b <= most else ""
+        line = f"the critical line of activation={name} has sigma_b from {least:.4g} to {most:.4g}{gaps}"
+        raise UsageError(f"sigma_b={sigma_b:g}: {line}")
     paths = []
     for low, high in at:
         x = low if low == high else _bisect(lambda x: _line_bias(row, x) - wanted, low, high)
         here = torch.tensor([x], dtype=torch.float64)
         sigma_w = 1 / math.sqrt(float(maps.slope_moment(row, here)))
+        if sigma_w > LIMITS["sigma_w"].highest:
+            paths.append(f"q={x:.4g}, sigma_w={sigma_w:.6g}, which is beyond {LIMITS['sigma_w'].highest:.0f}")
+            continue
         there = phase(row, sigma_w, sigma_b, q0)
         if there.phase == "critical":
             return sigma_w
@@ -312,28 +318,30 @@ def half_stable(activation: Given) -> tuple[float, float, float]:
     q = _tabulate(row)[0]
     inner = q[(q > 1e-3) & (q < 1e4)]
 
-    def excess(x: float) -> float:
-        at = torch.tensor([x], dtype=torch.float64)
-        return float(maps.growth(row, at) / maps.slope_moment(row, at)) - 1
+    def excess(at: Tensor) -> Tensor:
+        return maps.growth(row, at) / maps.slope_moment(row, at) - 1
 
-    values = [excess(x) for x in inner.tolist()]
-    for k, (left, right) in enumerate(pairwise(values)):
+    for k, (left, right) in enumerate(pairwise(excess(inner).tolist())):
         if left * right < 0 and min(abs(left), abs(right)) > 1e-12:
             root = _bisect(excess, float(inner[k]), float(inner[k + 1]))
             at = torch.tensor([root], dtype=torch.float64)
-            return float(maps.slope_moment(row, at)) ** -0.5, _line_bias(row, root) ** 0.5, root
+            return float(maps.slope_moment(row, at)) ** -0.5, float(_line_bias(row, at)) ** 0.5, root
     raise UsageError(f"activation={name_of(activation)}: V' and chi_1 are 1 together at no second moment")
 
 
-def _line_bias(row: Activation, q: float) -> float:
-    """sigma_b^2 of the critical line at its fixed point q."""
-    at = torch.tensor([q], dtype=torch.float64)
-    return q - float(maps.moment(row, at) / maps.slope_moment(row, at))
+def _line_bias(row: Activation, q: Tensor) -> Tensor:
+    """sigma_b^2 of the critical line at its fixed points q."""
+    return q - maps.moment(row, q) / maps.slope_moment(row, q)
 
 
-def _bisect(f: Callable[[float], float], low: float, high: float) -> float:
-    """A root between two points of opposite sign, to the last bit."""
-    rising = f(high) > 0
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (low, middle) if (f(middle) > 0) == rising else (middle, high)
-    return (low + high) / 2
+def _bisect(f: Callable[[Tensor], Tensor], low: float, high: float) -> float:
+    """The last root between two points of opposite sign, to the last bit; f takes many points at once."""
+    rising = float(f(torch.tensor([high], dtype=torch.float64))) > 0
+    while True:
+        points = torch.linspace(low, high, SECTIONS + 1, dtype=torch.float64)
+        points = points[(points > low) & (points < high)]
+        if not len(points):
+            return (low + high) / 2
+        before = len(points) - int(((f(points) > 0) == rising).flip(0).long().cumprod(0).sum())
+        sides = [low, *points.tolist(), high]
+        low, high = sides[before], sides[before + 1]

@@ -7,7 +7,7 @@ converged is refused. Everything is float64.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -121,10 +121,12 @@ def _measure_means(f: Callable[[Tensor, Tensor], Tensor], q: Tensor, kinks: tupl
     sizes = _panel_sums(weighted.abs_(), PER_PANEL)
     error, size = off.sum(-1), sizes.sum(-1)
     ends = torch.maximum(sizes[:, 0], sizes[:, -1])
-    for k in (~((error <= GOAL * size) & (ends < 1e-17 * size))).nonzero().flatten().tolist():
-        own = np.unique(edges[k] if kinks else edges)
-        one = refine_mean(lambda u, k=k: f(root[k] * u, u), own, most)[0]  # type: ignore[misc]
-        value[k], error[k], size[k] = one
+    sure = (error <= GOAL * size) & (ends < 1e-17 * size)
+    rows = (~sure).nonzero().flatten()
+    if len(rows):
+        own = [np.unique(edges[k] if kinks else edges) for k in rows.tolist()]
+        found = refine_means(lambda u, k: f(root[rows[k]] * u, u), own, most)[0]
+        value[rows], error[rows], size[rows] = torch.from_numpy(found).unbind(-1)
     return Estimate(value, error, size)
 
 
@@ -132,45 +134,55 @@ def _panel_sums(x: Tensor, per_panel: int) -> Tensor:
     return x.reshape(len(x), -1, per_panel).sum(-1)
 
 
-def refine_mean(
-    f: Function, edges: np.ndarray, most: int = MOST_PANELS, goal: float = 0.01 * GOAL
-) -> tuple[tuple[float, float, float], np.ndarray]:
-    """E[f(u)], its error and E|f| by panels between these edges, halved where they are off; and the edges in the end.
+def refine_means(
+    f: Callable[[Tensor, Tensor], Tensor],
+    edges: Sequence[np.ndarray],
+    most: int = MOST_PANELS,
+    goal: float = 0.01 * GOAL,
+) -> tuple[np.ndarray, np.ndarray]:
+    """E[f(u, k)], its error and E|f| for every k, (K, 3), by panels between edges[k], halved where they are off.
 
-    A panel is off by more than `goal` E|f|. Panels beyond the edges are added as long as they count.
+    f gets u (P, nodes) and k (P,). A panel is off by more than `goal` E|f|; panels beyond the edges are added as long
+    as they count. Also returns all edges in the end, those of all means together.
     """
-    low, high = edges[:-1], edges[1:]
-    total, left, seen = np.zeros(3), np.zeros(3), 0
-    ends = [float(edges[0]), float(edges[-1])]
-    kept = [edges]
+    count = len(edges)
+    owner = np.repeat(np.arange(count), [len(one) - 1 for one in edges])
+    low, high = (np.concatenate([one[side] for one in edges]) for side in (slice(None, -1), slice(1, None)))
+    ends = np.array([[one[0], one[-1]] for one in edges])
+    total, seen, kept = np.zeros((count, 3)), np.zeros(count), [*edges]
+
+    def add_up(numbers: np.ndarray, some: np.ndarray) -> np.ndarray:
+        return np.stack([np.bincount(owner[some], one, count) for one in numbers[some].T], -1)
+
     while len(low):
-        found = _measure_panels(f, low, high)
-        seen += len(low)
-        size = total[2] + found[:, 2].sum()
+        found = _measure_panels(f, low, high, owner)
+        every = np.ones(len(low), dtype=bool)
+        seen += np.bincount(owner, minlength=count)
+        size = total[:, 2] + add_up(found, every)[:, 2]
         with np.errstate(invalid="ignore"):
-            done = (found[:, 1] <= goal * size) | (high - low < 1e-13)
-        added = []
+            done = (found[:, 1] <= goal * size[owner]) | (high - low < 1e-13)
+            stopped = (seen > most) | ~np.isfinite(size)
+            counts = (size[owner] == 0) | ~(found[:, 2] < 1e-17 * size[owner])
+        total += add_up(found, done | stopped[owner])
+        left = ~done & ~stopped[owner]
+        middle = (low[left] + high[left]) / 2
+        parts = [(low[left], middle, owner[left]), (middle, high[left], owner[left])]
         for side, sign in ((0, -1.0), (1, 1.0)):  # a panel further out, if the outermost one counts
-            at = np.flatnonzero((low if side == 0 else high) == ends[side])
-            counts = len(at) and (not size or not found[at[0], 2] < 1e-17 * size)
-            if counts and done[at[0]] and abs(ends[side]) < END:
-                added.append(sorted((ends[side], ends[side] + sign)))
-                ends[side] += sign
-        total += found[done].sum(0)
-        if seen > most or not np.isfinite(found[:, 2]).all():
-            left = found[~done].sum(0)
-            break
-        middle = (low[~done] + high[~done]) / 2
-        more = np.array(added).reshape(-1, 2)
-        kept += [middle, more.ravel()]
-        low = np.concatenate([low[~done], middle, more[:, 0]])
-        high = np.concatenate([middle, high[~done], more[:, 1]])
-    total += left
-    value, error, size = (float(x) for x in total)
-    return (value, math.inf if math.isnan(error) else error, size), np.unique(np.concatenate(kept))
+            outermost = (high if side else low) == ends[owner, side]
+            k = owner[outermost & counts & done & ~stopped[owner] & (np.abs(ends[owner, side]) < END)]
+            inner, outer = ends[k, side], ends[k, side] + sign
+            parts.append((np.minimum(inner, outer), np.maximum(inner, outer), k))
+            ends[k, side] = outer
+            kept.append(outer)
+        kept.append(middle)
+        low, high, owner = (np.concatenate(x) for x in zip(*parts, strict=True))
+    total[:, 1] = np.where(np.isnan(total[:, 1]), math.inf, total[:, 1])
+    return total, np.unique(np.concatenate(kept))
 
 
-def _measure_panels(f: Function, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def _measure_panels(
+    f: Callable[[Tensor, Tensor], Tensor], low: np.ndarray, high: np.ndarray, owner: np.ndarray
+) -> np.ndarray:
     """The integral over each panel with the normal density, how far off it is, and that of |f|, (P, 3)."""
     sums = []
     for n in (PER_PANEL, CHECK):
@@ -178,7 +190,8 @@ def _measure_panels(f: Function, low: np.ndarray, high: np.ndarray) -> np.ndarra
         half, middle = (high - low)[:, None] / 2, (high + low)[:, None] / 2
         u = middle + half * nodes
         density = half * weights * np.exp(-u * u / 2) / math.sqrt(2 * math.pi)
-        values = f(torch.from_numpy(u)).numpy()
+        parts = zip(*(torch.split(torch.from_numpy(x), CHUNK // n) for x in (u, owner)), strict=True)
+        values = torch.cat([f(*part) for part in parts]).numpy()
         with np.errstate(all="ignore"):  # what is inf or nan has no mean
             sums.append(((values * density).sum(-1), (np.abs(values) * density).sum(-1)))
     (fine, size), (coarse, _) = sums
@@ -240,7 +253,7 @@ def _measure_pair(f: Function, q: float, c: float, kinks: tuple[float, ...]) -> 
     """
     root, rest = math.sqrt(q), math.sqrt(max(0.0, (1 - c) * (1 + c)))
     start = _regular_edges(_octaves(q), tuple(k / root for k in kinks))
-    edges = refine_mean(lambda u: f(root * u).square(), start, goal=0.1 * GOAL)[1]
+    edges = refine_means(lambda u, _: f(root * u).square(), [start], goal=0.1 * GOAL)[1]
     reach = float(np.abs(edges).max())
     regular, moving = torch.arange(-reach, reach + 1, 2, dtype=torch.float64), torch.from_numpy(edges)
     nodes = len(edges) * (PAIR_PER_PANEL + CHECK)
@@ -257,7 +270,7 @@ def _measure_pair(f: Function, q: float, c: float, kinks: tuple[float, ...]) -> 
         rough[0] = max(rough[0], float(counts.abs().max()))
         return orders[0]
 
-    def evaluate_product(u: Tensor) -> Tensor:
+    def evaluate_product(u: Tensor, _: Tensor) -> Tensor:
         if not rest:
             return f(root * u) * f(math.copysign(root, c) * u)
         inner = [find_means(part) for part in torch.split(u.flatten(), max(1, 4 * CHUNK // nodes))]
@@ -266,7 +279,7 @@ def _measure_pair(f: Function, q: float, c: float, kinks: tuple[float, ...]) -> 
     most = int(MOST_POINTS / (nodes * (PER_PANEL + CHECK)))
     if most < len(start):
         return math.nan, math.inf
-    (value, error, _), _ = refine_mean(evaluate_product, start, most, 0.1 * GOAL)
+    (value, error, _), *_ = refine_means(evaluate_product, [start], most, 0.1 * GOAL)[0].tolist()
     return value, error + reach * rough[0]
 
 

@@ -1,5 +1,6 @@
 import math
 import re
+from collections.abc import Callable
 
 import pandas as pd
 import pytest
@@ -138,6 +139,41 @@ def test_critical_and_phase_agree_or_say_why_not(name: str) -> None:
         answers += 1
     expected = {"relu": 1, "leaky relu": 1, "abs": 1, "linear": 1, "softplus": 0, "gelu": 2, "silu": 1, "mish": 2}
     assert answers == expected.get(name, 6)
+
+
+FLAT: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "zero": (lambda z: 0 * z, "its slope is 0"),
+    "one": (torch.ones_like, "its slope is 0"),
+    "far": (lambda z: torch.relu(z - 100), "critical line of .* has sigma_b from 2.8"),
+    "bump": (lambda z: torch.relu(1 - (z - 50).abs()), "critical line of .* has sigma_b from 1.3"),
+    "narrow": (lambda z: torch.relu(1e-3 - (z - 0.5).abs()), "critical line of .* has sigma_b from 0.014"),
+    "shrunk": (functional.softshrink, "critical line of .* has sigma_b from 0.014"),
+    "only far": (lambda z: torch.where(z.abs() > 1e3, z, 0 * z), "no critical line, gradients shrink"),
+    "square": (torch.square, "critical line of .* has sigma_b from 5e-07"),
+    "faint": (lambda z: 1e-8 * torch.tanh(z), "which is beyond 100000"),
+    "nearly one": (lambda z: 1 + 1e-9 * z, "no critical line, gradients shrink"),
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_what_is_flat_nearly_everywhere_is_refused_with_few_calls(name: str) -> None:
+    """Means of all second moments are refined together: 1,000 calls of the function, where one by one took 46,000."""
+    function, reason = FLAT[name]
+    calls = [0]
+
+    def counted(z: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return function(z)
+
+    with pytest.raises(UsageError, match=reason):
+        critical(counted)
+    assert calls[0] < 3000
+
+
+def test_where_no_line_is_gradients_shrink_at_every_fixed_point() -> None:
+    """At every scale at which lengths stay finite, of weights and of biases."""
+    found = [phase(lambda z: 1 + 0.1 * z, sigma_w, sigma_b) for sigma_w in (0.1, 1, 5, 9) for sigma_b in (0, 1, 3)]
+    assert all(at.chi_1 < 1 for at in found if math.isfinite(at.q)) and any(math.isfinite(at.q) for at in found)
 
 
 def test_which_fixed_point_a_signal_runs_into_depends_on_where_it_starts() -> None:
