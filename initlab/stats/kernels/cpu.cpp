@@ -35,6 +35,7 @@ template <int V>
           Sums &sg, Sums &su) {
     Lane<V> lw, lg, lu;
     for (long j = from; j < to; j += V) {
+        if (j % 16 == 0) { prefetch(w + j + AHEAD); prefetch(g + j + AHEAD); }
         const F<V> old = load<V>(w + j), grad = load<V>(g + j), moved = old - lr * grad - old;
         lw.entries(old); lg.entries(grad); lu.entries(moved);
         store(u + j, moved);
@@ -92,7 +93,12 @@ void describe_many(const int64_t *addresses, const int64_t *before, const int64_
         const float *x = reinterpret_cast<const float *>(addresses[k]);
         if (before) {
             float *change = reinterpret_cast<float *>(before[k]);
-            for (long j = 0; j < sizes[k]; j++) change[j] = x[j] - change[j];
+            long j = 0;
+            for (; j + 16 <= sizes[k]; j += 16) {
+                prefetch(x + j + AHEAD); prefetch(change + j + AHEAD);
+                store(change + j, load<16>(x + j) - load<16>(change + j));
+            }
+            for (; j < sizes[k]; j++) change[j] = x[j] - change[j];
             x = change;
         }
         describe(x, sizes[k] / units[k], units[k], batched, rows + k * FIELDS);

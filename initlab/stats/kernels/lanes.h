@@ -27,6 +27,7 @@ constexpr double NOTHING = std::numeric_limits<double>::quiet_NaN();
 // 2^-8 of the sum of squares: measured errors then stay below 1e-13. With more terms it must be so much more.
 constexpr double CANCELLED = 1.0 / 256, TERMS = 256;
 constexpr long STRIP = 16 * 256;  // entries of a tensor without units between two emptyings of its lanes
+constexpr long AHEAD = 1024;      // entries, a page of memory: what will be read then is asked for now
 
 template <int V> struct Lanes {
     typedef float F __attribute__((vector_size(4 * V), aligned(4)));
@@ -42,6 +43,7 @@ template <int V> using L = typename Lanes<V>::L;
 template <int V> inline F<V> load(const float *p) { F<V> x; std::memcpy(&x, p, sizeof x); return x; }
 template <int V> inline D<V> load(const double *p) { D<V> x; std::memcpy(&x, p, sizeof x); return x; }
 template <int V> inline I<V> load(const int32_t *p) { I<V> x; std::memcpy(&x, p, sizeof x); return x; }
+inline void prefetch(const float *p) { __builtin_prefetch(p, 0, 2); }
 template <class T, class X> inline void store(T *p, X x) { std::memcpy(p, &x, sizeof x); }
 template <int V> inline D<V> widen(F<V> x) { return __builtin_convertvector(x, D<V>); }
 // The smaller and the larger of two, and the smaller magnitude: the second where the first is nan.

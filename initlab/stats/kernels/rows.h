@@ -247,6 +247,8 @@ bool gather(const float *x, const Part &part, float *out, long n, long c, Sums &
             const float *p = x + start + j, *q = to + j;
             for (long a = 0; a < many; a++, p += c, q += c) {
                 const F<V> f = load<V>(p);
+                prefetch(p + many * c);  // the next tile
+                if constexpr (Part::BOUNDS) prefetch(part.beside(x, p - x + many * c));
                 low = smaller(f, low); high = larger(f, high); small = nearest(f, small);
                 if constexpr (Part::BOUNDS) {
                     const F<V> g = load<V>(q);
@@ -298,7 +300,10 @@ void describe(const float *x, long n, long c, bool batched, double *row) {
         strips(n * c, [&](long from, long to) {
             Lane<8> lane[2];
             const long whole = to & ~15L;
-            for (long k = from; k < whole; k += 16) lane[0].entries(load<8>(x + k)), lane[1].entries(load<8>(x + k + 8));
+            for (long k = from; k < whole; k += 16) {
+                prefetch(x + k + AHEAD);
+                lane[0].entries(load<8>(x + k)); lane[1].entries(load<8>(x + k + 8));
+            }
             Lane<1> last;
             for (long k = whole; k < to; k++) last.entries(load<1>(x + k));
             lane[0].pour(s); lane[1].pour(s); last.pour(s);
