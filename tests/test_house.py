@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,6 @@ from initlab.tasks.data import SOURCES
 
 PACKAGE = Path(initlab.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 # Every file in order, rooms lowest first: a file imports only from files before it.
 HOUSE = {
@@ -93,6 +93,11 @@ def module(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 MODULES = {module(path): path for path in FILES}
 by_file = pytest.mark.parametrize("path", FILES, ids=module)
 
@@ -111,7 +116,7 @@ def imported(tree: ast.AST) -> set[str]:
 def modules_imported(path: Path) -> set[str]:
     """initlab's own modules that a file imports."""
     found = set()
-    for name in imported(TREES[path]):
+    for name in imported(tree_of(path)):
         own = name.removeprefix("initlab.")
         if name.startswith("initlab."):
             found |= {one for one in (own, own.rpartition(".")[0]) if one in MODULES}
@@ -137,7 +142,7 @@ def test_the_order_sees_an_arrow_up() -> None:
 
 @by_file
 def test_packages_stay_in_their_rooms(path: Path) -> None:
-    names = imported(TREES[path])
+    names = imported(tree_of(path))
     packages, room = {name.split(".")[0] for name in names}, module(path).split(".")[0]
     assert not packages & {"hydra", "omegaconf"} or room in HYDRA
     assert not packages & {"seaborn", "matplotlib"} or room == "figures"
@@ -152,7 +157,7 @@ def test_one_name_one_module_one_class() -> None:
     assert [name for name, count in names.items() if count > 1] == []
     classes = Counter(
         node.name
-        for tree in TREES.values()
+        for tree in map(tree_of, FILES)
         for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     )
@@ -173,16 +178,18 @@ def test_rooms_and_files_have_a_size_that_one_can_hold_in_mind() -> None:
     assert most <= 0.18 * shares.total(), f"{room} has {most} of {shares.total()} lines"
 
 
-FUNCTIONS = [
-    (path, node)
-    for path in FILES
-    for node in ast.walk(TREES[path])
-    if isinstance(node, ast.FunctionDef) and not node.name.startswith("__")
-]
+@cache
+def functions() -> list[tuple[Path, ast.FunctionDef]]:
+    return [
+        (path, node)
+        for path in FILES
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("__")
+    ]
 
 
 def test_functions_are_short() -> None:
-    long = [f"{module(path)}.{node.name}" for path, node in FUNCTIONS if node.end_lineno - node.lineno >= 60]  # type: ignore[operator]
+    long = [f"{module(path)}.{node.name}" for path, node in functions() if node.end_lineno - node.lineno >= 60]  # type: ignore[operator]
     assert long == []
 
 
@@ -191,12 +198,12 @@ def test_few_functions_are_used_once() -> None:
 
     Counted are names that occur twice in their file, the definition and one use; by name over all files at most 10 %.
     """
-    private = [(path, node.name) for path, node in FUNCTIONS if node.name.startswith("_")]
+    private = [(path, node.name) for path, node in functions() if node.name.startswith("_")]
     words = {path: Counter(re.findall(r"\w+", path.read_text(encoding="utf-8"))) for path in FILES}
     everywhere = sum(words.values(), Counter())
     once = [name for path, name in private if words[path][name] <= 2]
-    assert len(once) <= 0.15 * len(FUNCTIONS), f"{len(once)} of {len(FUNCTIONS)}"
-    assert len([name for _, name in private if everywhere[name] <= 2]) <= 0.10 * len(FUNCTIONS)
+    assert len(once) <= 0.15 * len(functions()), f"{len(once)} of {len(functions())}"
+    assert len([name for _, name in private if everywhere[name] <= 2]) <= 0.10 * len(functions())
 
 
 GLOSSARY = {
@@ -214,7 +221,7 @@ BARE |= {"apart", "own", "around", "above", "below", "within", "alone", "across"
 def test_functions_are_verbs_or_nouns_of_the_glossary() -> None:
     """The first word is a verb, or the last one a noun; no bare participle, no bare preposition."""
     odd, bare = set(), set()
-    for _, node in FUNCTIONS:
+    for _, node in functions():
         words = [word for word in node.name.split("_") if word]
         if words[0] not in VERBS and words[-1] not in ENDS and node.name.strip("_") not in PHRASES:
             odd.add(node.name)
@@ -264,13 +271,13 @@ OTHER_LISTS = {
 def test_lists_of_names_stand_once(names: object, home: str) -> None:
     """Five or more of these names together are such a list: it belongs in one module, the others use its constants."""
     known = set(names)  # type: ignore[call-overload]
-    found = {module(path) for path in FILES for one in literal_collections(TREES[path]) if len(one & known) >= 5}
+    found = {module(path) for path in FILES for one in literal_collections(tree_of(path)) if len(one & known) >= 5}
     assert found <= {home} | OTHER_LISTS.get(home, set())
 
 
 @by_file
 def test_docstrings_say_what_a_module_is_for(path: Path) -> None:
-    text = ast.get_docstring(TREES[path])
+    text = ast.get_docstring(tree_of(path))
     assert text and len(re.split(r"\.\s", text + " ")[0].split()) >= 5
     source = path.read_text(encoding="utf-8")
     assert not re.search(r"[Kk]nows? (nothing|neither|no )", source)
@@ -332,7 +339,7 @@ def table_literals(tree: ast.AST) -> list[int]:
 def test_tables_are_named_in_the_schema_alone(path: Path) -> None:
     room = module(path).split(".")[0]
     if room in ("runs", "figures", "studies", "sweep") and module(path) != "runs.schema":
-        assert table_literals(TREES[path]) == []
+        assert table_literals(tree_of(path)) == []
 
 
 def test_a_table_named_elsewhere_is_seen() -> None:
