@@ -1,21 +1,24 @@
 """The runs whose pages are looked at."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from tests.report.pages import make_runs
+from tests.report.pages import COMMANDS, make_run
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """Made by the worker that needs them first, and looked at by all."""
+    """Looked at by all workers. Each makes what no other is making; then it waits for what others make."""
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "pages"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "made").exists():
-            folder.mkdir(exist_ok=True)
-            make_runs(folder)
-            (folder / "made").touch()
+    folder.mkdir(exist_ok=True)
+    for timeout in (0, -1):
+        for name in COMMANDS:
+            with suppress(Timeout), FileLock(f"{folder}/{name}.lock", timeout):
+                if not (folder / f"{name}.made").exists():
+                    make_run(folder, name)
+                    (folder / f"{name}.made").touch()
     return folder

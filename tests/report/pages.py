@@ -14,24 +14,20 @@ COMMANDS = {
     "healthy": ("depth=12", "histograms=true"),
     "diverged": ("depth=4", "train.depth=3", "train.lr=1e4", "train.steps=30"),
     "axes": ("depth=5", "sweep.init=[naive,kaiming]", "sweep.gain=[1,3]"),
-    "sweep": ("-m", "depth=60", "init=naive,small,kaiming"),
+    "sweep": ("-m", "depth=36", "init=naive,small,kaiming", "theory=closed"),  # float32 ends in the first two
 }
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 
 
-def make_runs(folder: Path) -> Path:
-    """A folder `NAME` for each of the commands."""
+def make_run(folder: Path, name: str) -> None:
+    """The folder `NAME` of one of the commands."""
+    words = COMMANDS[name]
+    small = (one for one in SMALL if one.partition("=")[0] not in " ".join(words))
+    where = f"hydra.{'sweep' if '-m' in words else 'run'}.dir={name}"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name, words in COMMANDS.items():
-            where = f"hydra.{'sweep' if '-m' in words else 'run'}.dir={name}"
-            patch.setattr(
-                sys,
-                "argv",
-                ["initlab", *words, *(one for one in SMALL if one.partition("=")[0] not in " ".join(words)), where],
-            )
-            assert main() == 0
-    return folder
+        patch.setattr(sys, "argv", ["initlab", *words, *small, where])
+        assert main() == 0
 
 
 class Reader(HTMLParser):
