@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 import initlab
-from tests.long import long_except
 
 ROOT = Path(initlab.__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -42,8 +41,9 @@ def test_there_is_one_for_each_reader_and_none_has_outputs() -> None:
         )
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # of the libraries that talk to the kernel
-@pytest.mark.parametrize("reader", long_except(ANSWERS, "student"))
+@pytest.mark.parametrize("reader", ANSWERS)
 def test_it_runs_and_answers(reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder of its own, with this tree's initlab. Every figure is a picture in the page, not a line of text."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

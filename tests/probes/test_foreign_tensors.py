@@ -58,6 +58,7 @@ FORKED = """
 import os, sys
 import torch, initlab, torch.distributed.fsdp, torch.distributed.device_mesh, torch.testing._internal.two_tensor
 import torch._subclasses.fake_tensor
+initlab.measure(torch.nn.Linear(2, 2), torch.ones(1, 2))  # imports what every case needs
 for what, code in eval(sys.stdin.read()).items():
     sys.stdout.flush()
     child = os.fork()

@@ -1,4 +1,7 @@
-"""A few cases of every attack; thousands are tried by `python -m tests.reliability`."""
+"""A few cases of every attack; thousands are tried by `python -m tests.reliability`.
+
+Those that start processes of their own run with `-m long`; single mistakes and files have tests of their own elsewhere.
+"""
 
 from pathlib import Path
 
@@ -18,9 +21,7 @@ SMALL: dict[str, int] = {
 FEW = 2
 
 
-@pytest.mark.parametrize(
-    "name", long_except([name for name in TOPICS if (HERE / f"{name}.py").exists()], "calls", "hostile", "options")
-)
+@pytest.mark.parametrize("name", long_except([name for name in TOPICS if (HERE / f"{name}.py").exists()], "calls"))
 def test_a_few_cases_hold(name: str, tmp_path: Path) -> None:
     outcome = attack(name, SMALL.get(name, FEW), seed=1, folder=tmp_path)
     assert outcome.tried == SMALL.get(name, FEW)

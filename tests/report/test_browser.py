@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.long import long_except
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium on the PATH")
@@ -15,6 +17,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 FLAGS += ["--disable-component-update", "--disable-sync"]
 WIDTHS = (380, 1000, 1600)
 PAGES = ("healthy", "diverged", "axes", "sweep", "sweep/1")
+SOME = long_except(PAGES, "healthy", "sweep")  # of a run, of jobs
 
 # The least contrast of a text with what lies behind it, in sRGB as WCAG 2 defines it, and the worst text.
 CONTRAST = """() => {
@@ -84,7 +87,7 @@ def test_nothing_is_asked_for_and_nothing_complains(browser: Any, runs: Path, na
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", SOME)
 def test_it_fits_every_screen(browser: Any, runs: Path, name: str, width: int) -> None:
     page, _ = look(browser, runs / name, width)
     wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
@@ -98,7 +101,7 @@ def test_it_fits_every_screen(browser: Any, runs: Path, name: str, width: int) -
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", SOME)
 def test_every_text_can_be_told_from_its_ground(browser: Any, runs: Path, name: str, scheme: str) -> None:
     page, _ = look(browser, runs / name, color_scheme=scheme)
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")

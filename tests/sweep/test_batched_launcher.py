@@ -1,5 +1,6 @@
 """The batched launcher: the same folders with the same numbers as Hydra's own, whatever happens to single jobs."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from initlab.errors import UsageError
-from initlab.job.options import HYDRA_MISTAKES, as_usage_error
+from initlab.job.options import as_usage_error
 from initlab.job.settings import CONF, Config
 from initlab.runs.recorder import Recorder
 from initlab.runs.schema import TABLES
@@ -107,31 +108,21 @@ def test_a_mixed_sweep_leaves_the_folders_of_hydras_own_launcher(lab: Lab) -> No
 
 
 KINDS = [
-    ["seed=3"],
     ["seed=4", "train.lr=0.5"],
     ["train.lr=1", "theory=off", "inputs=null"],
-    ["init=naive"],
     ["init=naive", "init.gain=2"],
     ["init.gain=2", "init=lsuv", "activation=tanh", "seed=2"],
-    ["data=teacher", "init=naive"],
     ["train.loss=cross_entropy", "data=teacher"],
     ["data=mnist", "seed=1"],
-    ["activation=relu"],
     ["++model.a=3", "seed=1"],
     ["+init.gian=3"],
-    ["~init.gain"],
     ["init={name: naive}", "seed=2"],
     ["expect=[]", "sweep.gain=[1,2]", "seed=1"],
     ["sweep.gain=null"],
     ["init.name='small'", "seed='3'"],
-    ["depth=${width}"],
     ["seed=1", "width=20", "depth=${width}"],
     ["dtype='" + "many words that a line of YAML folds " * 4 + "'"],
     ["seed=5", "seed=6"],
-    ["seed=x"],
-    ["sede=1"],
-    ["init=kaming"],
-    ["=3"],
 ]
 
 
@@ -147,11 +138,8 @@ def loaded() -> Any:
 @pytest.mark.parametrize("given", KINDS, ids=" ".join)
 def test_a_job_is_written_as_hydra_writes_it_and_typed_by_the_schema(loaded: Any, given: list[str]) -> None:
     loader, master = loaded
-    try:
-        whole = loader.load_sweep_config(master, list(given))
-    except (*HYDRA_MISTAKES, ValueError):
-        return
-    found = read_composed(loader.load_sweep_config(master, list(given)), given, 7)
+    whole = loader.load_sweep_config(master, list(given))
+    found = read_composed(copy.deepcopy(whole), given, 7)
     with open_dict(whole):
         whole.hydra.job.id = whole.hydra.job.num = 7
         whole.hydra.runtime.output_dir = "/somewhere/7"

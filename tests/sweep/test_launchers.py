@@ -78,6 +78,7 @@ def test_jobs_are_the_same_to_the_last_bit(launcher: str, basic: Path, tmp_path:
     assert seeds == [{0, 1}, {1, 2}]  # jobs that differ, or equality says nothing
 
 
+@pytest.mark.long
 def test_a_mistake_and_a_fault_of_a_worker_reach_the_exit_code(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs pip install 'initlab[parallel]'")
     (tmp_path / "faulty.py").write_text(
