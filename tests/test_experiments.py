@@ -1,12 +1,14 @@
 """Every study composes, says what it is, is drawn and judged at toy size; conf/ and experiments/ are kept apart."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -23,7 +25,8 @@ from initlab.runs.read import find_runs
 from initlab.runs.schema import NOT_OPTIONS, OPTION_OF, TABLES, own_columns
 from initlab.runs.select import NothingFound
 from initlab.studies import study
-from initlab.studies.expectation import AMONG
+from initlab.studies.expect import judge
+from initlab.studies.expectation import AMONG, parse_expectation
 from initlab.sweep.resume import expand
 from tests.long import long_except
 
@@ -258,3 +261,37 @@ def test_a_mistake_in_another_word_than_a_column_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="runs=-1"):
         about = {"question": "", "source": "", "cost": {"runs": -1}, "figure": {}}
         study.prepare("x", about, [], option_names())
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_formats_judges_a_processor_by_what_it_does(keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its two sentences about the bfloat16 of such a processor hold there, and those about the other kind fail.
+
+    A processor that keeps subnormal numbers is made of products in float32, one that flushes them of the same with all
+    below the smallest normal number made 0; its answer about itself is replaced.
+    """
+    tiny = torch.finfo(torch.bfloat16).tiny
+
+    def multiply(x: Iterable[torch.Tensor], w: torch.Tensor, out: Iterable[torch.Tensor]) -> None:
+        for one, weight, result in zip(x, w.unbind(), out, strict=True):
+            result.copy_(one.float() @ weight.float())
+            if not keeps:
+                result[result.abs() < tiny] = 0
+
+    monkeypatch.setattr("initlab.tasks.stack.multiply", multiply)
+    monkeypatch.setattr("initlab.studies.expectation.drops_subnormals", lambda dtype: not keeps)
+    given = yaml.safe_load((EXPERIMENTS / "formats.yaml").read_text(encoding="utf-8"))
+    shape = {name: given[name] for name in ("depth", "batch", "seeds", "backward")}
+    frames = [
+        initlab.stack("small", name, **shape, dtype="bfloat16").assign(activation=name, init="small", dtype="bfloat16")
+        for name in ("relu", "linear")
+    ]
+    tables = {"stats": pd.concat(frames).assign(run="one")}
+    about = {name: given["study"][name] for name in ("question", "source", "cost", "figure")}
+    judged = [one for one in study.prepare("formats", about, given["expect"], []).expect if one.machine]
+    assert len(judged) == 2 and {one.machine for one in judged} == {"keeps bfloat16" if keeps else "flushes bfloat16"}
+    assert [str(judge(one, tables)) for one in judged if not judge(one, tables).holds] == []
+    others = [
+        parse_expectation(one) for one in given["expect"] if one.get("machine", judged[0].machine) != judged[0].machine
+    ]
+    assert [judge(one, tables).holds for one in others] == [False, False]
