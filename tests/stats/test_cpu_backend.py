@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -90,6 +91,32 @@ def test_the_row_of_plain_pytorch(kind: str, shape: tuple[int, ...], batched: bo
     assert torch.equal(whole(bins, x)[0].reshape(histogram(x).shape), histogram(x))
     assert passes().rows(x, batched, out=out) is out
     agree(out.movedim(-1, 0), summarize(x, batched))
+
+
+@needs_compiler
+@pytest.mark.parametrize("apart", [False, True], ids=["one mean", "a mean of each unit"])
+@pytest.mark.parametrize("mean", [1.0, 10.0, 15.5, 17.0, 1e4])
+@pytest.mark.parametrize("shape", [(70_000, 5), (20_000, 24), (300, 100), (64, 1000)], ids=str)
+def test_many_inputs_that_are_nearly_alike(shape: tuple[int, int], mean: float, apart: bool) -> None:
+    """Against long double, on both sides of where plain sums are no longer trusted: an M2 of 2^-8 of the squares.
+
+    To 1e-12: sums of 256 terms lose 2^-45 of the squares at worst, which is 7e-12 of such an M2; their signs differ.
+    """
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(shape, generator=generator) + mean * (torch.randn(shape[1], generator=generator) if apart else 1)
+    exact = x.numpy().astype(np.longdouble)
+    centre, heading = exact.mean(0), exact / np.sqrt(np.square(exact).sum(1, keepdims=True))
+    own = {
+        "mean": centre.mean(),
+        "m2": np.square(exact - centre.mean()).sum(),
+        "within": np.square(exact - centre).mean(),
+        "resultant": np.square(heading.sum(0)).sum(),
+    }
+    for rows in (passes().rows(x), passes().relu_rows_(x.clone())[:, 0]):
+        found = dict(zip(FIELDS, rows.tolist(), strict=True))
+        for name, value in own.items():
+            scale = abs(value) if name != "mean" else np.sqrt(np.square(exact).mean())
+            assert abs(found[name] - value) <= EXACT * scale, name
 
 
 @needs_compiler

@@ -23,8 +23,9 @@ enum Field { COUNT, NANS, INFS, SUBNORMALS, ZEROS, EXPONENT, MEAN, M2, LOW, HIGH
 constexpr long LOWEST = -149, OCTAVES = 277, BINS = 2 * OCTAVES;  // floor(log2 |x|) of float32, positive then negative
 constexpr float TINY = std::numeric_limits<float>::min();
 constexpr double NOTHING = std::numeric_limits<double>::quiet_NaN();
-// Plain sums lose digits with the terms that one lane adds up and with (sum of squares / M2). Up to 256 terms M2 may be
-// 2^-8 of the sum of squares: measured errors then stay below 1e-13. With more terms it must be so much more.
+// Plain sums lose digits with the terms that one lane adds up, in a tile and then tile by tile, and with (sum of squares /
+// M2). Up to 256 terms M2 may be 2^-8 of the sum of squares: measured errors then stay below 1e-13. With more tiles it must
+// be so much more.
 constexpr double CANCELLED = 1.0 / 256, TERMS = 256;
 constexpr long STRIP = 16 * 256;  // entries of a tensor without units between two emptyings of its lanes
 constexpr long AHEAD = 1024;      // entries, a page of memory: what will be read then is asked for now

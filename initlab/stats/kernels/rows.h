@@ -1,7 +1,7 @@
 // The row of a tensor: from plain sums where they may be trusted, else centred before it is squared.
 //
-// Sums run in float64, where squares of float32 neither overflow nor vanish, so a row's exponent is 0. Where subnormal,
-// nan, inf or a cancellation show up in the plain sums the row is made again by `careful`.
+// Sums run in float64, where squares of float32 neither overflow nor vanish, so a row's exponent is 0. Where a cancellation
+// shows up in the plain sums `centre` corrects the row; where nan or inf do it is made again by `careful`.
 #pragma once
 
 #include "lanes.h"
@@ -31,17 +31,43 @@ bool is_lost(const float *x, long count, bool batched, double *row) {
     return true;
 }
 
-// Every entry is taken as its distance from a pivot of its own unit, near the unit's mean: units may differ by any factor,
-// and what varies inside a small one is not lost beside a large one.
+// Of each unit: the pivot that entries are taken as distances from, the mean of these, their squared distances from it, and
+// how many there are.
+struct Centred {
+    std::vector<double> pivot, mean, m2, finite;
+    explicit Centred(long c) : pivot(c), mean(c), m2(c), finite(c) {}
+
+    // Mean, M2 and WITHIN of all units: they may differ by any factor, and what varies inside a small one is not lost beside
+    // a large one.
+    void pool(double sum, bool batched, double *row) const {
+        double total = 0, off = 0, pooled = 0, within = 0, units = 0;
+        for (double n : finite) total += n;
+        const double middle = total ? (float)(sum / total) : 0;
+        const long c = pivot.size();
+        for (long j = 0; j < c; j++) off += finite[j] * (mean[j] + (pivot[j] - middle));
+        off /= total;
+        for (long j = 0; j < c; j++) {
+            if (!finite[j]) continue;
+            const double away = pivot[j] - middle + mean[j] - off;
+            pooled += m2[j] + finite[j] * away * away;
+            within += m2[j] / finite[j]; units++;
+        }
+        row[MEAN] = total ? middle + off : NOTHING; row[M2] = total ? pooled : NOTHING;
+        row[WITHIN] = batched ? within / units : NOTHING;
+    }
+};
+
+// The row of a tensor with nan or inf.
 void careful(const float *x, long n, long c, bool batched, double *row) {
-    std::vector<double> pivot(c), mean(c), m2(c), left(c), direction(c), finite(c), unit_zeros(c);
-    double nans = 0, infs = 0, subnormals = 0, low = INFINITY, high = -INFINITY, alive = 0, sum = 0, total = 0;
+    Centred all(c);
+    std::vector<double> left(c), direction(c), unit_zeros(c);
+    double nans = 0, infs = 0, subnormals = 0, low = INFINITY, high = -INFINITY, alive = 0, sum = 0;
     for (long a = 0; a < n; a++) {
         double squares = 0;
         for (long j = 0; j < c; j++) {
             const double v = x[a * c + j];
             if (!std::isfinite(v)) { nans += std::isnan(v); infs += std::isinf(v); continue; }
-            finite[j]++; total++; sum += v; pivot[j] += v; squares += v * v;
+            all.finite[j]++; sum += v; all.pivot[j] += v; squares += v * v;
             low = v < low ? v : low; high = v > high ? v : high;
             unit_zeros[j] += v == 0; subnormals += v != 0 && std::fabs(v) < TINY;
         }
@@ -52,34 +78,22 @@ void careful(const float *x, long n, long c, bool batched, double *row) {
         }
     }
     // Rounded to float32: that is the very entry of a constant unit, whose variance is then exactly 0.
-    for (long j = 0; j < c; j++) pivot[j] = finite[j] ? (float)(pivot[j] / finite[j]) : 0;
+    for (long j = 0; j < c; j++) all.pivot[j] = all.finite[j] ? (float)(all.pivot[j] / all.finite[j]) : 0;
     auto each = [&](auto f) {
         for (long a = 0; a < n; a++)
-            for (long j = 0; j < c; j++) { const double v = x[a * c + j]; if (std::isfinite(v)) f(j, v - pivot[j]); }
+            for (long j = 0; j < c; j++) { const double v = x[a * c + j]; if (std::isfinite(v)) f(j, v - all.pivot[j]); }
     };
-    each([&](long j, double d) { mean[j] += d; });
-    const double middle = total ? (float)(sum / total) : 0;  // of all units, for the spread of their means
-    double off = 0;
+    each([&](long j, double d) { all.mean[j] += d; });
+    for (long j = 0; j < c; j++) all.mean[j] = all.finite[j] ? all.mean[j] / all.finite[j] : 0;
+    each([&](long j, double d) { d -= all.mean[j]; all.m2[j] += d * d; left[j] += d; });
+    double resultant = 0, zeros = 0, dead = 0;
     for (long j = 0; j < c; j++) {
-        off += mean[j] + finite[j] * (pivot[j] - middle);
-        mean[j] = finite[j] ? mean[j] / finite[j] : 0;
-    }
-    off /= total;
-    each([&](long j, double d) { d -= mean[j]; m2[j] += d * d; left[j] += d; });
-    double pooled = 0, within = 0, resultant = 0, zeros = 0, dead = 0, units = 0;
-    for (long j = 0; j < c; j++) {
-        if (finite[j]) {
-            m2[j] -= left[j] * left[j] / finite[j];  // what the rounded mean leaves over
-            const double away = pivot[j] - middle + mean[j] - off;
-            pooled += m2[j] + finite[j] * away * away;
-            within += m2[j] / finite[j]; units++;
-        }
+        if (all.finite[j]) all.m2[j] -= left[j] * left[j] / all.finite[j];  // what the rounded mean leaves over
         resultant += direction[j] * direction[j]; zeros += unit_zeros[j]; dead += unit_zeros[j] == n;
     }
+    all.pool(sum, batched, row);
     row[NANS] = nans; row[INFS] = infs; row[SUBNORMALS] = subnormals; row[ZEROS] = zeros;
-    row[MEAN] = total ? middle + off : NOTHING; row[M2] = total ? pooled : NOTHING;
-    row[LOW] = total ? low : NOTHING; row[HIGH] = total ? high : NOTHING;
-    row[WITHIN] = batched ? within / units : NOTHING; row[DEAD] = batched ? dead / c : NOTHING;
+    row[LOW] = low <= high ? low : NOTHING; row[HIGH] = low <= high ? high : NOTHING; row[DEAD] = batched ? dead / c : NOTHING;
     row[ALIVE] = batched ? alive : NOTHING; row[RESULTANT] = batched ? resultant : NOTHING;
 }
 
@@ -95,25 +109,6 @@ void count_small(const float *x, long count, double *row) {
         zeros += zero; small += below;
     });
     row[ZEROS] = zeros; row[SUBNORMALS] = small - zeros;
-}
-
-bool quick(const Sums &s, const float *x, long n, long c, bool batched, double *row) {
-    const double count = (double)n * c, mean = s.sum / count, m2 = s.squares - s.sum * mean;
-    const double unit_m2 = s.squares - s.unit_squares / n, least = s.squares * CANCELLED * (batched && n > TERMS ? n / TERMS : 1);
-    row[COUNT] = count; row[EXPONENT] = 0; row[SATURATED] = NOTHING;
-    if (!std::isfinite(s.squares)) return false;
-    if (s.squares > 0 && (!(m2 > least) || (batched && !(unit_m2 > least)))) return false;  // without, all entries are 0
-    row[NANS] = row[INFS] = row[SUBNORMALS] = 0; row[ZEROS] = s.zeros < 0 ? 0 : s.zeros;
-    if (s.least < TINY) count_small(x, (long)count, row);
-    row[MEAN] = mean; row[M2] = m2; row[LOW] = s.low; row[HIGH] = s.high;
-    row[WITHIN] = batched ? unit_m2 / count : NOTHING; row[DEAD] = batched ? (double)s.dead / c : NOTHING;
-    row[ALIVE] = batched ? s.alive : NOTHING; row[RESULTANT] = batched ? s.resultant : NOTHING;
-    return true;
-}
-
-// The row of x from its sums, or where they do not do from x itself.
-void describe_from(const Sums &s, const float *x, long n, long c, bool batched, double *row) {
-    if (!quick(s, x, n, c, batched, row) && !is_lost(x, n * c, batched, row)) careful(x, n, c, batched, row);
 }
 
 // --- two passes over (n, c), tile by tile: lengths of the vectors, then units ----------------------------------------------
@@ -209,11 +204,72 @@ template <class Part, int R> inline D<8> square(const float *x, const Part &part
     return totals(lengths) + load<8>(rest);
 }
 
+// How many rows (c) are looked at together: of few enough terms plain sums lose no digits that count.
+inline long rows_of_tile(long c) {
+    const long rows = TILE / c / 4 * 4;
+    return rows < LEAST_ROWS ? LEAST_ROWS : rows > TERMS ? TERMS : rows;
+}
+
+// Mean, M2 and WITHIN of a finite x whose entries vary little beside their size.
+void centre(const float *x, long n, long c, bool batched, double *row) {
+    Centred all(c);
+    std::vector<double> sum(c);
+    const long rows = rows_of_tile(c);
+    auto add = [&](double *distances, double *squares) {
+        for (long from = 0; from < n; from += rows)
+            blocks(c, [&](auto v, long j, auto lanes) {
+                constexpr int V = decltype(v)::value, H = V > 8 ? 8 : V;
+                for (int h = 0; h < V; h += H) {
+                    const D<H> pivot = load<H>(all.pivot.data() + j + h);
+                    const I<H> mine = lanes_of<H>(lanes, h);
+                    D<H> one{}, two{};
+                    for (long a = from; a < n && a < from + rows; a++) {
+                        const D<H> d = widen<H>(load<H>(x + a * c + j + h)) - pivot;
+                        one += d; two += d * d;
+                    }
+                    store(distances + j + h, load<H>(distances + j + h) + counted<H>(one, mine));
+                    store(squares + j + h, load<H>(squares + j + h) + counted<H>(two, mine));
+                }
+            });
+    };
+    add(sum.data(), all.m2.data());
+    double total = 0;
+    for (long j = 0; j < c; j++) {
+        total += sum[j]; all.finite[j] = n; all.m2[j] = 0;
+        all.pivot[j] = (float)(sum[j] / n);  // the very entry of a constant unit, whose variance is then exactly 0
+    }
+    add(all.mean.data(), all.m2.data());
+    for (long j = 0; j < c; j++) {
+        all.mean[j] /= n;
+        all.m2[j] -= n * all.mean[j] * all.mean[j];  // what the rounded pivot leaves over
+    }
+    all.pool(total, batched, row);
+}
+
+// The row of x from its sums, or where they do not do from x itself.
+void describe_from(const Sums &s, const float *x, long n, long c, bool batched, double *row) {
+    const double count = (double)n * c, mean = s.sum / count, m2 = s.squares - s.sum * mean;
+    const double unit_m2 = s.squares - s.unit_squares / n, tiles = (double)n / rows_of_tile(c);
+    const double least = s.squares * CANCELLED * (batched && tiles > TERMS ? tiles / TERMS : 1);
+    row[COUNT] = count; row[EXPONENT] = 0; row[SATURATED] = NOTHING;
+    if (!std::isfinite(s.squares)) {
+        if (!is_lost(x, n * c, batched, row)) careful(x, n, c, batched, row);
+        return;
+    }
+    row[NANS] = row[INFS] = row[SUBNORMALS] = 0; row[ZEROS] = s.zeros < 0 ? 0 : s.zeros;
+    if (s.least < TINY) count_small(x, (long)count, row);
+    row[MEAN] = mean; row[M2] = m2; row[LOW] = s.low; row[HIGH] = s.high;
+    row[WITHIN] = batched ? unit_m2 / count : NOTHING; row[DEAD] = batched ? (double)s.dead / c : NOTHING;
+    row[ALIVE] = batched ? s.alive : NOTHING; row[RESULTANT] = batched ? s.resultant : NOTHING;
+    // Without squares all entries are 0.
+    if (s.squares > 0 && (!(m2 > least) || (batched && !(unit_m2 > least)))) centre(x, n, c, batched, row);
+}
+
 // The sums of x (n, c) and of what `part` makes of it, which is written to `out` if that is not null; false where
 // something is not finite: the sums and `out` then hold anything. `unit_sums`, (c) or null, are those of the second tensor.
 template <class Part>
 bool gather(const float *x, const Part &part, float *out, long n, long c, Sums &whole, Sums &some, float *unit_sums) {
-    const long room = (c + 15) / 16 * 16, rows = TILE / c < LEAST_ROWS ? LEAST_ROWS : TILE / c / 4 * 4, lengths = rows + 8;
+    const long room = (c + 15) / 16 * 16, rows = rows_of_tile(c), lengths = rows + 8;
     char *memory = scratch(2 * room * Units::BYTES + 2 * lengths * sizeof(double) + rows * c * sizeof(float));
     Units all, kept;
     double *inverse = (double *)kept.place(all.place(memory, room), room), *inverse_kept = inverse + lengths;
@@ -224,16 +280,18 @@ bool gather(const float *x, const Part &part, float *out, long n, long c, Sums &
     for (long from = 0; from < n; from += rows) {
         const long many = n - from < rows ? n - from : rows, start = from * c;
         float *to = out ? out + start : spare;
+        D<8> own{};  // squares of this tile
         for (long a = 0; a < many;) {
             const bool four = a + 4 <= many;
             const long k = start + a * c;
             const D<8> found = four ? square<Part, 4>(x + k, part, k, to + a * c, c) : square<Part, 1>(x + k, part, k, to + a * c, c);
-            squares += found; alive += found > 0 ? D<8>{} + 1.0 : D<8>{};
+            own += found; alive += found > 0 ? D<8>{} + 1.0 : D<8>{};
             std::memcpy(inverse + a, &found, 4 * sizeof(double));
             std::memcpy(inverse_kept + a, (const double *)&found + 4, 4 * sizeof(double));
             a += four ? 4 : 1;
         }
-        if (!std::isfinite(total<8>(squares))) return false;
+        squares += own;
+        if (!std::isfinite(total<8>(own))) return false;
         for (long a = 0; a < many; a += 8) {
             store(inverse + a, inverse_root(load<8>(inverse + a)));
             if constexpr (Part::BOTH) store(inverse_kept + a, inverse_root(load<8>(inverse_kept + a)));
