@@ -96,7 +96,7 @@ def test_the_row_of_plain_pytorch(kind: str, shape: tuple[int, ...], batched: bo
 @needs_compiler
 @pytest.mark.parametrize("apart", [False, True], ids=["one mean", "a mean of each unit"])
 @pytest.mark.parametrize("mean", [1.0, 10.0, 15.5, 17.0, 1e4])
-@pytest.mark.parametrize("shape", [(70_000, 5), (20_000, 24), (300, 100), (64, 1000)], ids=str)
+@pytest.mark.parametrize("shape", [(70_000, 5), (20_000, 24), (300, 100), (64, 1000), (900, 9)], ids=str)
 def test_many_inputs_that_are_nearly_alike(shape: tuple[int, int], mean: float, apart: bool) -> None:
     """Against long double, on both sides of where plain sums are no longer trusted: an M2 of 2^-8 of the squares.
 
