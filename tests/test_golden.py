@@ -7,6 +7,7 @@ numbers that the CHANGELOG explains may do that.
 """
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -87,7 +88,7 @@ def environment() -> dict[str, object]:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     processor = {line.split(":")[1].strip() for line in lines if line.startswith("model name")}
     capability = torch.backends.cpu.get_cpu_capability()
-    compiled = library() is not None
+    compiled = library() is not None and not os.environ.get("CXX")  # by the compiler that is named c++
     return {"torch": torch.__version__, "capability": capability, "processor": sorted(processor), "compiled": compiled}
 
 

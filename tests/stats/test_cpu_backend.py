@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from initlab.nn.activations import ACTIVATIONS
+from initlab.nn.philox import gaussian
 from initlab.stats.backend import SATURATED, Backend
 from initlab.stats.histogram import Bins, bin_columns, histogram, join_bins
 from initlab.stats.kernels import cpu
@@ -252,6 +254,24 @@ def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> Iterator[pytest
     cpu._library.cache_clear()
     yield monkeypatch
     cpu._library.cache_clear()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_either_compiler_builds_all_of_them(
+    afresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, compiler: str
+) -> None:
+    """Both have vectors, and each has a word of its own for the lanes of two."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs {compiler}")
+    afresh.setenv("CXX", compiler)
+    assert library() is not None and caplog.records == []
+    for kind in KINDS:
+        x = spoilt(kind, (2, 64, 784))
+        agree(passes().rows(x), summarize(x))
+    found = gaussian((64, 80), [0, 3], "weight")
+    with cpu.plain():
+        torch.testing.assert_close(found, gaussian((64, 80), [0, 3], "weight"), rtol=2**-23, atol=1e-15)
 
 
 def test_without_a_compiler_it_is_said_once(afresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

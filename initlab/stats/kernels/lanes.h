@@ -16,6 +16,13 @@
 #define BIT_PLANES 1
 #endif
 
+// Lanes of two vectors by their numbers, which are a P. GCC before 12 has one way to say it, and Clang the other.
+#ifdef __clang__
+#define PICK(P, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(P, a, b, ...) __builtin_shuffle(a, b, P{__VA_ARGS__})
+#endif
+
 namespace {
 
 enum Field { COUNT, NANS, INFS, SUBNORMALS, ZEROS, EXPONENT, MEAN, M2, LOW, HIGH, WITHIN, DEAD, ALIVE, RESULTANT, SATURATED, FIELDS };
@@ -73,13 +80,13 @@ inline D<8> totals(const D<8> *x) {
     typedef L<8> P;
     D<8> two[4], four[2];
     for (int k = 0; k < 4; k++)
-        two[k] = __builtin_shuffle(x[2 * k], x[2 * k + 1], P{0, 8, 2, 10, 4, 12, 6, 14})
-               + __builtin_shuffle(x[2 * k], x[2 * k + 1], P{1, 9, 3, 11, 5, 13, 7, 15});
+        two[k] = PICK(P, x[2 * k], x[2 * k + 1], 0, 8, 2, 10, 4, 12, 6, 14)
+               + PICK(P, x[2 * k], x[2 * k + 1], 1, 9, 3, 11, 5, 13, 7, 15);
     for (int k = 0; k < 2; k++)
-        four[k] = __builtin_shuffle(two[2 * k], two[2 * k + 1], P{0, 1, 8, 9, 4, 5, 12, 13})
-                + __builtin_shuffle(two[2 * k], two[2 * k + 1], P{2, 3, 10, 11, 6, 7, 14, 15});
-    return __builtin_shuffle(four[0], four[1], P{0, 1, 2, 3, 8, 9, 10, 11})
-         + __builtin_shuffle(four[0], four[1], P{4, 5, 6, 7, 12, 13, 14, 15});
+        four[k] = PICK(P, two[2 * k], two[2 * k + 1], 0, 1, 8, 9, 4, 5, 12, 13)
+                + PICK(P, two[2 * k], two[2 * k + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+    return PICK(P, four[0], four[1], 0, 1, 2, 3, 8, 9, 10, 11)
+         + PICK(P, four[0], four[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
 // H lanes from h on.

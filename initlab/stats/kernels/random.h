@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "lanes.h"
+
 #ifdef __AVX512F__
 #include <immintrin.h>
 #define WIDEST __attribute__((target("prefer-vector-width=512")))
@@ -116,12 +118,12 @@ inline void interleave(const float (*part)[AT_ONCE], float *out) {
         F p[4], q[4];
         for (int j = 0; j < 4; j++) std::memcpy(&p[j], part[j] + k, sizeof p[j]);
         for (int j = 0; j < 4; j += 2) {  // pairs of four counters each
-            q[j] = __builtin_shuffle(p[j], p[j + 1], I{0, 8, 1, 9, 2, 10, 3, 11});
-            q[j + 1] = __builtin_shuffle(p[j], p[j + 1], I{4, 12, 5, 13, 6, 14, 7, 15});
+            q[j] = PICK(I, p[j], p[j + 1], 0, 8, 1, 9, 2, 10, 3, 11);
+            q[j + 1] = PICK(I, p[j], p[j + 1], 4, 12, 5, 13, 6, 14, 7, 15);
         }
         for (int j = 0; j < 2; j++) {
-            const F low = __builtin_shuffle(q[j], q[j + 2], I{0, 1, 8, 9, 2, 3, 10, 11});
-            const F high = __builtin_shuffle(q[j], q[j + 2], I{4, 5, 12, 13, 6, 7, 14, 15});
+            const F low = PICK(I, q[j], q[j + 2], 0, 1, 8, 9, 2, 3, 10, 11);
+            const F high = PICK(I, q[j], q[j + 2], 4, 5, 12, 13, 6, 7, 14, 15);
             std::memcpy(out + 4 * k + 16 * j, &low, sizeof low); std::memcpy(out + 4 * k + 16 * j + 8, &high, sizeof high);
         }
     }
