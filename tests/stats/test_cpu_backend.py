@@ -257,18 +257,31 @@ def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> Iterator[pytest
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+@pytest.mark.parametrize(
+    ("compiler", "processor"),
+    [("g++", "native"), ("clang++", "native"), ("g++", "x86-64-v3"), ("clang++", "x86-64-v3"), ("g++", "x86-64-v2")],
+)
 def test_either_compiler_builds_all_of_them(
-    afresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, compiler: str
+    afresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, compiler: str, processor: str
 ) -> None:
-    """Both have vectors, and each has a word of its own for the lanes of two."""
+    """Both have vectors, of 16, of 8 (AVX2) or of 4 floats; each has a word of its own for the lanes of two."""
     if shutil.which(compiler) is None:
         pytest.skip(f"needs {compiler}")
+    if processor != "native" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("needs a processor with AVX2")
     afresh.setenv("CXX", compiler)
+    afresh.setattr(cpu, "FLAGS", tuple(flag.replace("native", processor) for flag in cpu.FLAGS))
     assert library() is not None and caplog.records == []
     for kind in KINDS:
-        x = spoilt(kind, (2, 64, 784))
-        agree(passes().rows(x), summarize(x))
+        for shape in ((2, 64, 100), (3, 17, 13), (600, 9), (7, 2), (1, 5)):
+            for batched in (True, False):
+                test_the_row_of_plain_pytorch(kind, shape, batched)
+        test_relu_leaves_both_rows(kind)
+        test_the_mask_leaves_both_rows_and_the_gradient_of_the_bias(kind)
+        test_the_update_leaves_three_rows(kind, 0.1)
+        test_tensors_of_any_shape_have_their_rows_in_one_call(kind)
+    for mean in (1.0, 17.0):
+        test_many_inputs_that_are_nearly_alike((300, 100), mean, apart=True)
     found = gaussian((64, 80), [0, 3], "weight")
     with cpu.plain():
         torch.testing.assert_close(found, gaussian((64, 80), [0, 3], "weight"), rtol=2**-23, atol=1e-15)

@@ -35,17 +35,17 @@ inline bool is_bad(float x) { return (bits_of(x) << 1) >= 0xff000000; }
 
 // Sums of squares of how far a lies from b, and of b.
 struct Distance {
-    D<8> difference[4] = {}, squares[4] = {};
+    D<HALF> difference[4] = {}, squares[4] = {};
     double away = 0, whole = 0;
     inline void entry(double x, double y) { away += (x - y) * (x - y); whole += y * y; }
-    inline void eight(int lane, const float *a, const float *b) {
-        const D<8> y = widen<8>(load<8>(b)), d = widen<8>(load<8>(a)) - y;
+    inline void entries(int lane, const float *a, const float *b) {
+        const D<HALF> y = widen<HALF>(load<HALF>(b)), d = widen<HALF>(load<HALF>(a)) - y;
         difference[lane] += d * d; squares[lane] += y * y;
     }
     void along(const float *a, const float *b, long n) {
-        const long even = n & ~31L;
-        for (long j = 0; j < even; j += 32)
-            for (int lane = 0; lane < 4; lane++) eight(lane, a + j + 8 * lane, b + j + 8 * lane);
+        const long even = n / (4 * HALF) * (4 * HALF);
+        for (long j = 0; j < even; j += 4 * HALF)
+            for (int lane = 0; lane < 4; lane++) entries(lane, a + j + HALF * lane, b + j + HALF * lane);
         for (long j = even; j < n; j++) entry(a[j], b[j]);
     }
     void across(const float *a, const float *b, long n, long c) {  // a (n, c), and b in memory as its transpose
@@ -54,18 +54,16 @@ struct Distance {
             for (long j = 0; j < c; j += 16)
                 if (n - i >= 16 && c - j >= 16) {
                     turn_square(b + j * n + i, n, square[0], 16);
-                    for (int p = 0; p < 16; p += 2)
-                        for (int lane = 0; lane < 4; lane++) {
-                            const int row = p + lane / 2, column = 8 * (lane % 2);
-                            eight(lane, a + (i + row) * c + j + column, square[row] + column);
-                        }
+                    for (int p = 0; p < 16; p++)
+                        for (int k = 0; k < 16 / HALF; k++)
+                            entries((p * (16 / HALF) + k) & 3, a + (i + p) * c + j + HALF * k, square[p] + HALF * k);
                 } else
                     for (long p = i; p < n && p < i + 16; p++)
                         for (long q = j; q < c && q < j + 16; q++) entry(a[p * c + q], b[q * n + p]);
     }
     void sum() {
         for (int lane = 0; lane < 4; lane++)
-            for (int v = 0; v < 8; v++) away += difference[lane][v], whole += squares[lane][v];
+            for (int v = 0; v < HALF; v++) away += difference[lane][v], whole += squares[lane][v];
     }
 };
 

@@ -94,9 +94,9 @@ void describe_many(const int64_t *addresses, const int64_t *before, const int64_
         if (before) {
             float *change = reinterpret_cast<float *>(before[k]);
             long j = 0;
-            for (; j + 16 <= sizes[k]; j += 16) {
+            for (; j + WIDE <= sizes[k]; j += WIDE) {
                 prefetch(x + j + AHEAD); prefetch(change + j + AHEAD);
-                store(change + j, load<16>(x + j) - load<16>(change + j));
+                store(change + j, load<WIDE>(x + j) - load<WIDE>(change + j));
             }
             for (; j < sizes[k]; j++) change[j] = x[j] - change[j];
             x = change;
@@ -189,8 +189,9 @@ void update_rows(float *w, const float *g, long e, long n, float lr, double *row
     for (long k = 0; k < e; k++, w += n, g += n) {
         Sums sw, sg, su;
         strips(n, [&](long from, long to) {
-            move<8>(w, g, u, from, to & ~7L, lr, sw, sg, su);
-            move<1>(w, g, u, to & ~7L, to, lr, sw, sg, su);
+            const long whole = to / HALF * HALF;  // strips begin at multiples of it
+            move<HALF>(w, g, u, from, whole, lr, sw, sg, su);
+            move<1>(w, g, u, whole, to, lr, sw, sg, su);
         });
         const long row_w = k, row_g = e + k, row_u = 2 * e + k;
         describe_from(sw, w, n, 1, false, rows + row_w * FIELDS);

@@ -9,18 +9,11 @@
 #include <limits>
 #include <vector>
 
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 #if defined(__AVX512BW__) && defined(__AVX512VPOPCNTDQ__)
 #define BIT_PLANES 1
-#endif
-
-// Lanes of two vectors by their numbers, which are a P. GCC before 12 has one way to say it, and Clang the other.
-#ifdef __clang__
-#define PICK(P, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define PICK(P, a, b, ...) __builtin_shuffle(a, b, P{__VA_ARGS__})
 #endif
 
 namespace {
@@ -37,22 +30,39 @@ constexpr double CANCELLED = 1.0 / 256, TERMS = 256;
 constexpr long STRIP = 16 * 256;  // entries of a tensor without units between two emptyings of its lanes
 constexpr long AHEAD = 1024;      // entries, a page of memory: what will be read then is asked for now
 
+// Lanes of a whole vector of floats, and of one of doubles: a compiler takes wider ones apart lane by lane.
+#if defined(__AVX512F__)
+constexpr int WIDE = 16, HALF = 8;
+#elif defined(__AVX2__)
+constexpr int WIDE = 8, HALF = 4;
+#else
+constexpr int WIDE = 4, HALF = 2;
+#endif
+
 template <int V> struct Lanes {
-    typedef float F __attribute__((vector_size(4 * V), aligned(4)));
-    typedef double D __attribute__((vector_size(8 * V), aligned(8)));
-    typedef int32_t I __attribute__((vector_size(4 * V), aligned(4)));
-    typedef int64_t L __attribute__((vector_size(8 * V), aligned(8)));
+    typedef float F __attribute__((vector_size(4 * V), aligned(4), may_alias));
+    typedef double D __attribute__((vector_size(8 * V), aligned(8), may_alias));
+    typedef int32_t I __attribute__((vector_size(4 * V), aligned(4), may_alias));
+    typedef int64_t L __attribute__((vector_size(8 * V), aligned(8), may_alias));
 };
 template <int V> using F = typename Lanes<V>::F;
 template <int V> using D = typename Lanes<V>::D;
 template <int V> using I = typename Lanes<V>::I;
 template <int V> using L = typename Lanes<V>::L;
 
-template <int V> inline F<V> load(const float *p) { F<V> x; std::memcpy(&x, p, sizeof x); return x; }
-template <int V> inline D<V> load(const double *p) { D<V> x; std::memcpy(&x, p, sizeof x); return x; }
-template <int V> inline I<V> load(const int32_t *p) { I<V> x; std::memcpy(&x, p, sizeof x); return x; }
+// Copies of 32 bytes may be made by halves that the next instruction waits for: memory is read and written as vectors.
+template <class X> inline X load_as(const void *p) {
+    typedef X Anywhere __attribute__((aligned(4), may_alias));
+    return *static_cast<const Anywhere *>(p);
+}
+template <int V> inline F<V> load(const float *p) { return load_as<F<V>>(p); }
+template <int V> inline D<V> load(const double *p) { return load_as<D<V>>(p); }
+template <int V> inline I<V> load(const int32_t *p) { return load_as<I<V>>(p); }
 inline void prefetch(const float *p) { __builtin_prefetch(p, 0, 2); }
-template <class T, class X> inline void store(T *p, X x) { std::memcpy(p, &x, sizeof x); }
+template <class T, class X> inline void store(T *p, X x) {
+    typedef X Anywhere __attribute__((aligned(4), may_alias));
+    *reinterpret_cast<Anywhere *>(p) = x;
+}
 template <int V> inline D<V> widen(F<V> x) { return __builtin_convertvector(x, D<V>); }
 // The smaller and the larger of two, and the smaller magnitude: the second where the first is nan.
 template <class T> inline T smaller(T x, T y) { return x < y ? x : y; }
@@ -60,45 +70,67 @@ template <class T> inline T larger(T x, T y) { return x > y ? x : y; }
 inline uint32_t bits_of(float x) { uint32_t b; std::memcpy(&b, &x, 4); return b; }
 inline float float_of(int32_t b) { float x; std::memcpy(&x, &b, 4); return x; }
 template <int V> inline double total(D<V> x) { double t = 0; for (int k = 0; k < V; k++) t += x[k]; return t; }
-#ifdef __AVX512F__
-template <> inline D<8> widen<8>(F<8> x) { return (D<8>)_mm512_cvtps_pd((__m256)x); }  // one instruction, not four
-template <> inline F<16> smaller(F<16> x, F<16> y) { return (F<16>)_mm512_min_ps((__m512)x, (__m512)y); }
-template <> inline F<16> larger(F<16> x, F<16> y) { return (F<16>)_mm512_max_ps((__m512)x, (__m512)y); }
-template <> inline D<8> larger(D<8> x, D<8> y) { return (D<8>)_mm512_max_pd((__m512d)x, (__m512d)y); }
+#ifdef __AVX__
 // By halves: one after the other, the lanes of every vector would wait for each other.
 template <> inline double total<4>(D<4> x) {
     const __m128d two = _mm_add_pd(_mm256_castpd256_pd128((__m256d)x), _mm256_extractf128_pd((__m256d)x, 1));
     return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
 }
+template <> inline D<4> widen<4>(F<4> x) { return (D<4>)_mm256_cvtps_pd((__m128)x); }  // one instruction, not four
+template <> inline F<8> smaller(F<8> x, F<8> y) { return (F<8>)_mm256_min_ps((__m256)x, (__m256)y); }
+template <> inline F<8> larger(F<8> x, F<8> y) { return (F<8>)_mm256_max_ps((__m256)x, (__m256)y); }
+template <> inline D<4> larger(D<4> x, D<4> y) { return (D<4>)_mm256_max_pd((__m256d)x, (__m256d)y); }
+#endif
+#ifdef __AVX512F__
+template <> inline D<8> widen<8>(F<8> x) { return (D<8>)_mm512_cvtps_pd((__m256)x); }
+template <> inline F<16> smaller(F<16> x, F<16> y) { return (F<16>)_mm512_min_ps((__m512)x, (__m512)y); }
+template <> inline F<16> larger(F<16> x, F<16> y) { return (F<16>)_mm512_max_ps((__m512)x, (__m512)y); }
+template <> inline D<8> larger(D<8> x, D<8> y) { return (D<8>)_mm512_max_pd((__m512d)x, (__m512d)y); }
 template <> inline double total<8>(D<8> x) {
     return total<4>((D<4>)_mm256_add_pd(_mm512_castpd512_pd256((__m512d)x), _mm512_extractf64x4_pd((__m512d)x, 1)));
 }
 #endif
 
+// Eight numbers in vectors.
+struct Eight {
+    D<HALF> part[8 / HALF];
+    double at(int k) const { return part[k / HALF][k % HALF]; }
+};
+
 // The totals of eight vectors, in their order.
-inline D<8> totals(const D<8> *x) {
-    typedef L<8> P;
-    D<8> two[4], four[2];
+inline Eight totals(const D<HALF> *x) {
+    Eight found;
+#if defined(__AVX512F__)
+    const auto *v = (const __m512d *)x;
+    __m512d two[4], four[2];
     for (int k = 0; k < 4; k++)
-        two[k] = PICK(P, x[2 * k], x[2 * k + 1], 0, 8, 2, 10, 4, 12, 6, 14)
-               + PICK(P, x[2 * k], x[2 * k + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+        two[k] = _mm512_add_pd(_mm512_unpacklo_pd(v[2 * k], v[2 * k + 1]), _mm512_unpackhi_pd(v[2 * k], v[2 * k + 1]));
+    const __m512i low = _mm512_set_epi64(13, 12, 5, 4, 9, 8, 1, 0), high = _mm512_set_epi64(15, 14, 7, 6, 11, 10, 3, 2);
     for (int k = 0; k < 2; k++)
-        four[k] = PICK(P, two[2 * k], two[2 * k + 1], 0, 1, 8, 9, 4, 5, 12, 13)
-                + PICK(P, two[2 * k], two[2 * k + 1], 2, 3, 10, 11, 6, 7, 14, 15);
-    return PICK(P, four[0], four[1], 0, 1, 2, 3, 8, 9, 10, 11)
-         + PICK(P, four[0], four[1], 4, 5, 6, 7, 12, 13, 14, 15);
+        four[k] = _mm512_add_pd(_mm512_permutex2var_pd(two[2 * k], low, two[2 * k + 1]),
+                                _mm512_permutex2var_pd(two[2 * k], high, two[2 * k + 1]));
+    found.part[0] = (D<8>)_mm512_add_pd(_mm512_shuffle_f64x2(four[0], four[1], 0x44), _mm512_shuffle_f64x2(four[0], four[1], 0xEE));
+#elif defined(__AVX2__)
+    const auto *v = (const __m256d *)x;
+    for (int k = 0; k < 2; k++) {
+        const __m256d low = _mm256_hadd_pd(v[4 * k], v[4 * k + 1]), high = _mm256_hadd_pd(v[4 * k + 2], v[4 * k + 3]);
+        found.part[k] = (D<4>)_mm256_add_pd(_mm256_permute2f128_pd(low, high, 0x21), _mm256_blend_pd(low, high, 12));
+    }
+#else
+    for (int k = 0; k < 8; k++) found.part[k / HALF][k % HALF] = total<HALF>(x[k]);
+#endif
+    return found;
 }
 
 // H lanes from h on.
-template <int H> inline I<H> lanes_of(I<16> x, int h) {
+template <int H, class T> inline I<H> lanes_of(T x, int h) {
 #ifdef __AVX512F__
-    if constexpr (H == 8) return (I<8>)(h ? _mm512_extracti64x4_epi64((__m512i)x, 1) : _mm512_castsi512_si256((__m512i)x));
+    if constexpr (H == 8 && sizeof x == 64) return (I<8>)(h ? _mm512_extracti64x4_epi64((__m512i)x, 1) : _mm512_castsi512_si256((__m512i)x));
 #endif
     I<H> y;
     std::memcpy(&y, (const int32_t *)&x + h, sizeof y);
     return y;
 }
-template <int H> inline I<H> lanes_of(I<H> x, int) { return x; }
 // The smaller magnitude.
 template <class T> inline T nearest(T x, T y) {
 #ifdef __AVX512DQ__
@@ -108,16 +140,18 @@ template <class T> inline T nearest(T x, T y) {
     return smaller((T)((I<V>)x & 0x7fffffff), y);
 }
 // 1 / sqrt(x), and 0 for 0.
-inline D<8> inverse_root(D<8> x) {
-    const L<8> none = x == 0;
-    D<8> y;
-#ifdef __AVX512F__
+inline D<HALF> inverse_root(D<HALF> x) {
+    const auto none = x == 0;
+    D<HALF> y;
+#if defined(__AVX512F__)
     y = (D<8>)_mm512_rsqrt14_pd((__m512d)x);  // 14 bits, then 28 and 56 by Newton's method
     for (int k = 0; k < 2; k++) y += y * (0.5 - 0.5 * x * y * y);
+#elif defined(__AVX2__)
+    y = 1 / (D<4>)_mm256_sqrt_pd((__m256d)x);
 #else
-    for (int k = 0; k < 8; k++) y[k] = 1 / std::sqrt(x[k]);
+    for (int k = 0; k < HALF; k++) y[k] = 1 / std::sqrt(x[k]);
 #endif
-    return (D<8>)((L<8>)y & ~none);
+    return (D<HALF>)((L<HALF>)y & ~(L<HALF>)none);
 }
 
 // What plain sums gather of one tensor.

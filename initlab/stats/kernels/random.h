@@ -5,13 +5,18 @@
 #include <cstdint>
 #include <cstring>
 
-#include "lanes.h"
-
 #ifdef __AVX512F__
 #include <immintrin.h>
 #define WIDEST __attribute__((target("prefer-vector-width=512")))
 #else
 #define WIDEST
+#endif
+
+// Lanes of two vectors by their numbers, which are a P. GCC before 12 has one way to say it, and Clang the other.
+#ifdef __clang__
+#define PICK(P, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(P, a, b, ...) __builtin_shuffle(a, b, P{__VA_ARGS__})
 #endif
 
 namespace {

@@ -4,6 +4,8 @@
 // shows up in the plain sums `centre` corrects the row; where nan or inf do it is made again by `careful`.
 #pragma once
 
+#include <type_traits>
+
 #include "lanes.h"
 
 namespace {
@@ -114,20 +116,20 @@ void count_small(const float *x, long count, double *row) {
 constexpr long LEAST_ROWS = 16;
 constexpr long TILE = 8192;  // entries that stay in the nearest cache between the two passes, but at least four vectors
 
-// Calls f(V, its first unit, which of its lanes count) for blocks of V units: of sixteen, and a last one of sixteen or
-// eight that may begin among those before it; or of one where there are fewer than eight.
+// Calls f(V, its first unit, which of its lanes count) for blocks of V units: of WIDE, and a last one of WIDE or HALF that
+// may begin among those before it; or of one where there are fewer than HALF.
 template <class Block> inline void blocks(long c, const Block &f) {
-    if (c < 8) {
+    constexpr int32_t PLACES[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    if (c < HALF) {
         for (long j = 0; j < c; j++) f(std::integral_constant<int, 1>(), j, I<1>{-1});
         return;
     }
-    long whole = c / 16 * 16;
-    for (long j = 0; j < whole; j += 16) f(std::integral_constant<int, 16>(), j, I<16>{} - 1);
-    if (!whole) f(std::integral_constant<int, 8>(), whole, I<8>{} - 1), whole = 8;
-    const long left = c - whole;
-    const I<16> behind = I<16>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} >= (int32_t)(16 - left);
-    if (left > 8) f(std::integral_constant<int, 16>(), c - 16, behind);
-    else if (left) f(std::integral_constant<int, 8>(), c - 8, lanes_of<8>(behind, 8));
+    long whole = c / WIDE * WIDE;
+    for (long j = 0; j < whole; j += WIDE) f(std::integral_constant<int, WIDE>(), j, I<WIDE>{} - 1);
+    if (!whole) f(std::integral_constant<int, HALF>(), whole, I<HALF>{} - 1), whole = HALF;
+    const int32_t left = c - whole;
+    if (left > HALF) f(std::integral_constant<int, WIDE>(), c - WIDE, (I<WIDE>)(load<WIDE>(PLACES) >= WIDE - left));
+    else if (left) f(std::integral_constant<int, HALF>(), c - HALF, (I<HALF>)(load<HALF>(PLACES) >= HALF - left));
 }
 
 // The lanes of x from h on that count, the others 0.
@@ -147,7 +149,7 @@ void centre(const float *x, long n, long c, bool batched, double *row) {
     auto add = [&](double *distances, double *squares) {
         for (long from = 0; from < n; from += rows)
             blocks(c, [&](auto v, long j, auto lanes) {
-                constexpr int V = decltype(v)::value, H = V > 8 ? 8 : V;
+                constexpr int V = decltype(v)::value, H = V > HALF ? HALF : V;
                 for (int h = 0; h < V; h += H) {
                     const D<H> pivot = load<H>(all.pivot.data() + j + h);
                     const I<H> mine = lanes_of<H>(lanes, h);

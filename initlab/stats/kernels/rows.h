@@ -19,19 +19,19 @@ struct Units {
     }
     void pour(Sums &s, long c, long room) const {
         for (long j = c; j < room; j++) low[j] = INFINITY, high[j] = -INFINITY;  // there are no such units
-        D<8> sums{}, units{}, directions{};
-        F<16> lowest = F<16>{} + INFINITY, highest = F<16>{} - INFINITY;
-        I<16> dead{};
-        for (long j = 0; j < room; j += 8) {
-            const D<8> x = load<8>(sum + j), y = load<8>(direction + j);
+        D<HALF> sums{}, units{}, directions{};
+        F<WIDE> lowest = F<WIDE>{} + INFINITY, highest = F<WIDE>{} - INFINITY;
+        I<WIDE> dead{};
+        for (long j = 0; j < room; j += HALF) {
+            const D<HALF> x = load<HALF>(sum + j), y = load<HALF>(direction + j);
             sums += x; units += x * x; directions += y * y;
         }
-        for (long j = 0; j < room; j += 16) {
-            const F<16> l = load<16>(low + j), h = load<16>(high + j);
+        for (long j = 0; j < room; j += WIDE) {
+            const F<WIDE> l = load<WIDE>(low + j), h = load<WIDE>(high + j);
             lowest = smaller(l, lowest); highest = larger(h, highest); dead += (l == 0) & (h == 0);
         }
-        s.sum += total<8>(sums); s.unit_squares += total<8>(units); s.resultant += total<8>(directions);
-        for (int k = 0; k < 16; k++) {
+        s.sum += total<HALF>(sums); s.unit_squares += total<HALF>(units); s.resultant += total<HALF>(directions);
+        for (int k = 0; k < WIDE; k++) {
             s.low = lowest[k] < s.low ? lowest[k] : s.low; s.high = highest[k] > s.high ? highest[k] : s.high;
             s.dead -= dead[k];
         }
@@ -52,11 +52,11 @@ struct Alone {
 };
 // Squared lengths of R vectors of x, and behind the first four those of what `part` makes of them, which is written to
 // `out`. `at` is the place of x in the tensor.
-template <class Part, int R> inline D<8> square(const float *x, const Part &part, long at, float *out, long c) {
-    D<8> lengths[8] = {};
+template <class Part, int R> inline Eight square(const float *x, const Part &part, long at, float *out, long c) {
+    D<HALF> lengths[8] = {};
     double rest[8] = {0};
     blocks(c, [&](auto v, long j, auto lanes) {
-        constexpr int V = decltype(v)::value, H = V > 8 ? 8 : V;
+        constexpr int V = decltype(v)::value, H = V > HALF ? HALF : V;
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
             const long k = r * c + j;
@@ -72,7 +72,9 @@ template <class Part, int R> inline D<8> square(const float *x, const Part &part
             }
         }
     });
-    return totals(lengths) + load<8>(rest);
+    Eight found = totals(lengths);
+    for (int p = 0; p < 8 / HALF; p++) found.part[p] += load<HALF>(rest + HALF * p);
+    return found;
 }
 // The sums of x (n, c) and of what `part` makes of it, which is written to `out` if that is not null; false where
 // something is not finite: the sums and `out` then hold anything. `unit_sums`, (c) or null, are those of the second tensor.
@@ -83,30 +85,34 @@ bool gather(const float *x, const Part &part, float *out, long n, long c, Sums &
     Units all, kept;
     double *inverse = (double *)kept.place(all.place(memory, room), room), *inverse_kept = inverse + lengths;
     float *spare = (float *)(inverse_kept + lengths);
-    D<8> squares{}, alive{};
-    F<16> least = F<16>{} + INFINITY;  // the smallest magnitude
-    I<16> zeros{};                     // minus the entries of the second tensor that are 0; of ReLU's no +0 is counted
+    Eight squares{}, alive{};
+    F<WIDE> least = F<WIDE>{} + INFINITY;  // the smallest magnitude
+    I<WIDE> zeros{};                       // minus the entries of the second tensor that are 0; of ReLU's no +0 is counted
     for (long from = 0; from < n; from += rows) {
         const long many = n - from < rows ? n - from : rows, start = from * c;
         float *to = out ? out + start : spare;
-        D<8> own{};  // squares of this tile
+        Eight own{};  // squares of this tile
         for (long a = 0; a < many;) {
             const bool four = a + 4 <= many;
             const long k = start + a * c;
-            const D<8> found = four ? square<Part, 4>(x + k, part, k, to + a * c, c) : square<Part, 1>(x + k, part, k, to + a * c, c);
-            own += found; alive += found > 0 ? D<8>{} + 1.0 : D<8>{};
+            const Eight found = four ? square<Part, 4>(x + k, part, k, to + a * c, c) : square<Part, 1>(x + k, part, k, to + a * c, c);
+            for (int p = 0; p < 8 / HALF; p++) {
+                own.part[p] += found.part[p];
+                alive.part[p] += found.part[p] > 0 ? D<HALF>{} + 1.0 : D<HALF>{};
+            }
             std::memcpy(inverse + a, &found, 4 * sizeof(double));
             std::memcpy(inverse_kept + a, (const double *)&found + 4, 4 * sizeof(double));
             a += four ? 4 : 1;
         }
-        squares += own;
-        if (!std::isfinite(total<8>(own))) return false;
-        for (long a = 0; a < many; a += 8) {
-            store(inverse + a, inverse_root(load<8>(inverse + a)));
-            if constexpr (Part::BOTH) store(inverse_kept + a, inverse_root(load<8>(inverse_kept + a)));
+        double finite = 0;
+        for (int p = 0; p < 8 / HALF; p++) squares.part[p] += own.part[p], finite += total<HALF>(own.part[p]);
+        if (!std::isfinite(finite)) return false;
+        for (long a = 0; a < many; a += HALF) {
+            store(inverse + a, inverse_root(load<HALF>(inverse + a)));
+            if constexpr (Part::BOTH) store(inverse_kept + a, inverse_root(load<HALF>(inverse_kept + a)));
         }
         blocks(c, [&](auto v, long j, auto lanes) {
-            constexpr int V = decltype(v)::value, H = V > 8 ? 8 : V, K = V / H;
+            constexpr int V = decltype(v)::value, H = V > HALF ? HALF : V, K = V / H;
             D<H> sum[K] = {}, direction[K] = {}, sum_kept[K] = {}, direction_kept[K] = {};
             F<V> low = load<V>(all.low + j), high = load<V>(all.high + j), small = F<V>{} + INFINITY;
             F<V> low_kept = load<V>(kept.low + j), high_kept = load<V>(kept.high + j);
@@ -143,19 +149,19 @@ bool gather(const float *x, const Part &part, float *out, long n, long c, Sums &
             }
             store(all.low + j, low); store(all.high + j, high);
             if constexpr (Part::BOUNDS) store(kept.low + j, low_kept), store(kept.high + j, high_kept);
-            if constexpr (V == 16) least = smaller(small, least), zeros += none & lanes;
+            if constexpr (V == WIDE) least = smaller(small, least), zeros += none & lanes;
             else for (int k = 0; k < V; k++) least[k] = smaller(small[k], least[k]), zeros[k] += (none & lanes)[k];
         });
     }
     part.finish(all, kept, c);
     all.pour(whole, c, room);
-    for (int k = 0; k < 16; k++) whole.least = smaller(whole.least, least[k]);
-    for (int r = 0; r < 4; r++) whole.squares += squares[r], whole.alive += alive[r];
+    for (int k = 0; k < WIDE; k++) whole.least = smaller(whole.least, least[k]);
+    for (int r = 0; r < 4; r++) whole.squares += squares.at(r), whole.alive += alive.at(r);
     if constexpr (Part::BOTH) {
         kept.pour(some, c, room);
-        for (int r = 4; r < 8; r++) some.squares += squares[r], some.alive += alive[r];
+        for (int r = 4; r < 8; r++) some.squares += squares.at(r), some.alive += alive.at(r);
         some.least = whole.least; some.zeros = 0;
-        for (int k = 0; k < 16; k++) some.zeros -= zeros[k];
+        for (int k = 0; k < WIDE; k++) some.zeros -= zeros[k];
         if (unit_sums) for (long j = 0; j < c; j++) unit_sums[j] = (float)kept.sum[j];
     }
     return true;
@@ -165,15 +171,16 @@ void describe(const float *x, long n, long c, bool batched, double *row) {
     Sums s, none;
     if (!batched) {
         strips(n * c, [&](long from, long to) {
-            Lane<8> lane[2];
+            Lane<HALF> lane[16 / HALF];
             const long whole = to & ~15L;
             for (long k = from; k < whole; k += 16) {
                 prefetch(x + k + AHEAD);
-                lane[0].entries(load<8>(x + k)); lane[1].entries(load<8>(x + k + 8));
+                for (int l = 0; l < 16 / HALF; l++) lane[l].entries(load<HALF>(x + k + HALF * l));
             }
             Lane<1> last;
             for (long k = whole; k < to; k++) last.entries(load<1>(x + k));
-            lane[0].pour(s); lane[1].pour(s); last.pour(s);
+            for (const auto &one : lane) one.pour(s);
+            last.pour(s);
         });
     } else if (!gather(x, Alone(), nullptr, n, c, s, none, nullptr)) s.squares = NOTHING;
     describe_from(s, x, n, c, batched, row);
