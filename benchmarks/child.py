@@ -1,9 +1,12 @@
 """Fresh processes: what they take of the processor and of the memory."""
 
+import contextlib
+import io
 import os
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,3 +37,13 @@ def cpu_seconds() -> float:
     """Of all children that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def type_command(words: Sequence[str]) -> None:
+    """Run `initlab WORDS` in this process, a child, in an empty folder and without a word."""
+    from initlab.__main__ import main
+
+    sys.argv = ["initlab", *words, "plots=false", "report=false", "device=cpu"]
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+        if main() != 0:
+            raise NotAvailable(f"`{' '.join(sys.argv)}` failed")

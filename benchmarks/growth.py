@@ -1,15 +1,20 @@
-"""How cost grows: the exponent of initlab's CPU time over depth, width, batch, networks and steps, and the products'.
+"""How cost grows: the exponents of initlab's CPU time over depth, width, batch, networks, steps, jobs; the products'.
 
 An exponent is the slope of a straight line through log(seconds) over log(size). What a product needs is what a network
-needs at least: depth, batch, networks and steps to the power 1, width to the power 2.
+needs at least: depth, batch, networks, steps and jobs to the power 1, width to the power 2. A sweep of jobs runs in a
+process of its own, as it is typed.
 """
 
+import json
 import math
+import time
 from collections.abc import Callable, Sequence
 
 from benchmarks import bare, subjects
+from benchmarks.child import python, type_command
 from benchmarks.nets import Net, stack_input, stack_weights
-from benchmarks.race import Outcome, Setting, row
+from benchmarks.race import NotAvailable, Outcome, Setting, row
+from benchmarks.rows import Missing
 
 ROUNDS = 3
 STEPS_NET = Net(784, 10, 100, 10, 128)
@@ -21,6 +26,8 @@ AXES: dict[str, Sequence[int]] = {
     "networks": (2, 4, 8, 16),
     "steps": (5, 10, 20, 40),
 }
+JOBS = (6, 12, 24)
+SWEEP = ("-m", "hydra/launcher=batched", "task=stack", "seeds=1")  # of the default stack, which is START
 START = {"depth": 50, "width": 100, "batch": 200, "networks": 1}
 
 
@@ -46,7 +53,32 @@ def group(setting: Setting) -> Outcome:
                 exponents.append(exponent(sizes, [_seconds(call, setting) for call in calls]))
         outcome.rows.append(row(f"growth.{axis}", subjects.fastest(), found[0], setting, "power"))
         outcome.rows.append(row(f"growth.{axis}.products", "plain", found[1], setting, "power"))
+    outcome.add(grow_sweeps(setting))
     return outcome
+
+
+def grow_sweeps(setting: Setting) -> Outcome:
+    """Sweeps of more and more jobs in a fresh process each round, and the products of as many networks."""
+    program, alone = ["-c", "from benchmarks import growth; growth.child()"], [_alone("networks", n) for n in JOBS]
+    ours, products = list[float](), list[float]()
+    try:
+        for _ in range(min(setting.rounds, 2)):
+            ours.append(exponent(JOBS, json.loads(python(program, setting.threads)[1])))
+            products.append(exponent(JOBS, [_seconds(call, setting) for call in alone]))
+    except NotAvailable as reason:
+        return Outcome(missing=[Missing("growth.jobs", "plain", str(reason))])
+    rows = (("growth.jobs", subjects.fastest(), ours), ("growth.jobs.products", "plain", products))
+    return Outcome([row(name, variant, found, setting, "power") for name, variant, found in rows])
+
+
+def child() -> None:
+    """In a process of its own: say the CPU seconds of a sweep of each size; the first one loads what all need."""
+    spent = []
+    for jobs in (2, *JOBS):
+        begun = time.process_time()
+        type_command([*SWEEP, f"seed=range(0,{jobs})"])
+        spent.append(time.process_time() - begun)
+    print(json.dumps(spent[1:]))
 
 
 def _seconds(call: Callable[[], object], setting: Setting) -> float:

@@ -395,6 +395,18 @@ def test_a_race_measures_what_is_wanted_alone(clock):
     assert set(clock.calls) == {"b", "c"} and [row.id for row in outcome.rows] == ["stack.1000"]
 
 
+@pytest.mark.long
+def test_sweeps_and_trainings_run_as_they_are_typed():
+    """In processes of their own; a command that fails is said."""
+    small = "from benchmarks import growth; growth.JOBS = (1, 2); growth.SWEEP += ('depth=2', 'width=4', 'batch=4')"
+    first, second = json.loads(child.python(["-c", f"{small}; growth.child()"], 1)[1])
+    assert first > 0 and second > 0
+    one, two = (memory._measured(f"train({steps})", Setting())["kib"] for steps in (1, 2))
+    assert abs(one - two) < 30 * 1024
+    with pytest.raises(NotAvailable, match=r"train\.steps=-1"):
+        memory._measured("train(-1)", Setting())
+
+
 def test_exponents_are_those_of_powers():
     for power in (0.5, 1.0, 2.0):
         assert growth.exponent([1, 3, 10], [7 * size**power for size in (1, 3, 10)]) == pytest.approx(power, rel=1e-12)
