@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import initlab
+from initlab.stats.kernels.cpu import library
 
 ROOT = Path(initlab.__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="the sources stand in the repository")
@@ -65,6 +66,17 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
         own = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.is_file()}
         assert {f"initlab/{name}" for name in own} == {name for name in names if name.startswith(f"initlab/{folder}/")}
     assert {name.split("/")[0] for name in names} == {"initlab", f"initlab-{initlab.__version__}.dist-info"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or library() is None, reason="no compiler that builds for Linux")
+def test_it_brings_the_compiled_passes(wheel: Path, python: Path, tmp_path: Path) -> None:
+    """For a processor that can run them, on a machine that has no compiler: nothing is on the path there."""
+    assert wheel.name.endswith("-py3-none-linux_x86_64.whl")
+    able = "cpu._find_features() >= cpu.NEEDED"
+    ask = f"from initlab.stats.kernels import cpu; print({able}, cpu.library() is not None)"
+    done = call("/usr/bin/env", "-u", "CXX", "PATH=/", f"XDG_CACHE_HOME={tmp_path}", python, "-c", ask, cwd=tmp_path)
+    assert done.returncode == 0 and len(set(done.stdout.split())) == 1, done.stdout + done.stderr
 
 
 @pytest.mark.slow

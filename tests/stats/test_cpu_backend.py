@@ -299,6 +299,32 @@ def test_without_a_compiler_it_is_said_once(afresh: pytest.MonkeyPatch, caplog: 
     assert torch.equal(found[0].nan_to_num(), summarize(x, single=True).nan_to_num())
 
 
+@needs_compiler
+@pytest.mark.long
+def test_the_library_of_a_wheel_serves_where_there_is_no_compiler(
+    afresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """It says nothing then; on a processor that is too old, and where the file is none, plain PyTorch serves."""
+    portable = tmp_path / "portable.so"
+    cpu.build_portable(portable)
+    afresh.setattr(cpu, "PORTABLE", portable)
+    afresh.setattr(cpu.shutil, "which", lambda name: None)
+    afresh.delenv("CXX", raising=False)
+    if cpu._find_features() >= cpu.NEEDED:
+        assert library() is not None and caplog.records == []
+        for kind in KINDS:
+            test_relu_leaves_both_rows(kind)
+    broken = tmp_path / "broken.so"
+    broken.write_text("no library", encoding="utf-8")
+    for found, features in ((portable, cpu.NEEDED - {"avx2"}), (broken, cpu.NEEDED)):
+        cpu._library.cache_clear()
+        caplog.clear()
+        afresh.setattr(cpu, "PORTABLE", found)
+        afresh.setattr(cpu, "_find_features", lambda features=features: features)
+        assert library() is None
+        assert "no C++ compiler found" in caplog.text
+
+
 def test_a_compiler_that_fails(afresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     afresh.setenv("CXX", "false")
     with caplog.at_level(logging.WARNING):

@@ -1,7 +1,7 @@
 """The C++ passes over tensors on a CPU: built once by the machine's own compiler, then loaded and called by address.
 
-They are optional: where there is no compiler, or where it fails, plain PyTorch makes the same rows, and a warning says
-so once.
+They are optional. Where there is no compiler, or where it fails, those that a wheel for Linux brings serve a processor
+with AVX2; else plain PyTorch makes the same rows, and a warning says so once.
 """
 
 import ctypes
@@ -21,6 +21,11 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-w")
+PORTABLE = SOURCE.with_name("portable.so")  # of a wheel
+PROCESSOR, NEEDED = (
+    "x86-64-v3",
+    {"avx2", "bmi2", "f16c", "fma", "movbe", "abm"},
+)  # that it is for, as /proc/cpuinfo says it
 PATIENCE = 60  # seconds that a compiler may take; it takes 4 where nothing else runs
 SWITCH = "INITLAB_ACCELERATED"  # 0 in the environment asks for plain PyTorch everywhere
 
@@ -64,14 +69,20 @@ def _library() -> ctypes.CDLL | None:
     if os.environ.get(SWITCH) == "0":
         return None
     try:
-        found = _load()
-        for name, arguments in _ARGUMENTS.items():
-            function = getattr(found, name)
-            function.argtypes, function.restype = arguments, ctypes.c_int if name == "all_inside" else None
-        return found
+        return _set_types(_load())
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
+        if PORTABLE.is_file() and _find_features() >= NEEDED:
+            with suppress(OSError, AttributeError):
+                return _set_types(ctypes.CDLL(str(PORTABLE)))
         logging.getLogger(__name__).warning("statistics in plain PyTorch, slower: %s", _reason(error))
         return None
+
+
+def _set_types(found: ctypes.CDLL) -> ctypes.CDLL:
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = arguments, ctypes.c_int if name == "all_inside" else None
+    return found
 
 
 def _reason(error: Exception) -> str:
@@ -81,12 +92,15 @@ def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _load() -> ctypes.CDLL:
-    """The library; it is compiled unless it was before, from these sources for this compiler and processor.
+def build_portable(target: Path) -> None:
+    """Compile the passes for every processor of a kind, not for this one alone. Errors: no compiler, or it fails."""
+    command, _ = _find_compiler()
+    flags = [flag.replace("native", PROCESSOR) for flag in FLAGS]
+    subprocess.run([*command, *flags, "-o", target, SOURCE], check=True, capture_output=True, timeout=PATIENCE)
 
-    One process compiles, and others that need the same wait for it. Without a folder to keep it in the library is
-    removed as soon as it is loaded.
-    """
+
+def _find_compiler() -> tuple[list[str], str]:
+    """The command of the compiler, and the text by which it is known."""
     given = os.environ.get("CXX", "").strip()
     compiler = given or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
@@ -94,6 +108,16 @@ def _load() -> ctypes.CDLL:
     command = [compiler] if Path(compiler).is_file() else shlex.split(compiler)
     if shutil.which(command[0]) is None:
         raise OSError(f"CXX={given}: no such program")
+    return command, compiler
+
+
+def _load() -> ctypes.CDLL:
+    """The library; it is compiled unless it was before, from these sources for this compiler and processor.
+
+    One process compiles, and others that need the same wait for it. Without a folder to keep it in the library is
+    removed as soon as it is loaded.
+    """
+    command, compiler = _find_compiler()
     name = f"accelerated-{_fingerprint(compiler)}.so"
     folder = _cache_folder()
     if folder is None:
@@ -193,11 +217,15 @@ def _cache_folder() -> Path | None:
     return None
 
 
-def _fingerprint(compiler: str) -> str:
-    """A text that differs with sources, flags, compiler and processor: several machines may share one home."""
+def _find_features() -> set[str]:
+    """The words for what the processor can do, where Linux lists them."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return set(next((line for line in lines if line.startswith(("flags", "Features"))), "").split())
+
+
+def _fingerprint(compiler: str) -> str:
+    """A text that differs with sources, flags, compiler and processor: several machines may share one home."""
     sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
-    parts = [*sources, *FLAGS, compiler, platform.machine(), platform.processor(), features]
+    parts = [*sources, *FLAGS, compiler, platform.machine(), platform.processor(), *sorted(_find_features())]
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
