@@ -4,6 +4,7 @@ The bounds were set by 95 % bands over up to 1,200 fresh networks of every activ
 """
 
 from enum import IntEnum
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -40,9 +41,11 @@ EARLY = 0.07  # the same for any phi
 ONE_WAY = 0.15  # the same for gradients and saturated shares where phi has a scale of its own
 WANDERS = 0.3  # standard deviation of ln q over networks up to which an activation with a scale is trusted too
 SURE = 3  # standard deviations between a fitted layer's variance and the tolerance that decides what becomes of it
-REPRESENTATIVES = 16  # inputs that a simulation carries: the whole batch, or some that stand for it
-NETWORKS = (200, 1000)  # fewest and most networks of a simulation that chooses for itself
-QUICK, AFFORDABLE = 2e7, 5e7  # entries of all networks' activations that take a second, and that are worth waiting for
+FEW = 16  # inputs up to which a mean over the batch is no sum of many
+REPRESENTATIVES = 48  # inputs that a simulation carries: the whole batch, or some that stand for it
+NETWORKS = (300, 1000)  # fewest and most networks of a simulation that chooses for itself
+QUICK, AFFORDABLE = 1.5e8, 3.6e8  # entries of all networks: that take a second, and that are worth waiting for
+COSTLY = 200  # units of a layer whose product costs as much as all else that is done to an entry
 ROUNDED_ENTRIES = 0.01  # of a tensor that are 0 by rounding, from which on the share of zeros has no law
 COUNTED = 1000, 5  # entries, or units, that a share must stand for, so that its law is a continuous one
 _BY_LENGTH = tuple(name for name in IN_LN if name != "cosine")
@@ -50,7 +53,7 @@ _BY_LENGTH = tuple(name for name in IN_LN if name != "cosine")
 
 def choose_networks(request: Request, inputs: int) -> int:
     """How many networks to simulate with so many inputs: what a second allows, 0 where too few are affordable."""
-    entries = inputs * sum(request.widths[1:])
+    entries = inputs * sum(o * (1 + i / COSTLY) for i, o in pairwise(request.widths))
     networks = int(min(NETWORKS[1], max(NETWORKS[0], QUICK / entries)))
     return networks if networks * entries <= AFFORDABLE else 0
 
@@ -86,7 +89,9 @@ class Trust:
         self.request = request
         self.decided = _fits_are_decided(request)
         self.trusted = self.decided and is_trusted(request)
-        self.known_gradients = request.row in (ACTIVATIONS[name] for name in ("linear", "relu", "leaky_relu"))
+        biased = any(layer.bias or layer.uniform_bias for layer in request.layers)
+        plain = request.row in (ACTIVATIONS[name] for name in ("linear", "relu", "leaky_relu"))
+        self.is_plain = plain and not biased
         one = torch.ones(1, dtype=torch.float64)
         self.odd = float((request.row.phi(one) + request.row.phi(-one)).abs()) < 1e-12
         steps = np.array([1 / layer.fan_out for layer in request.layers])
@@ -107,36 +112,35 @@ class Trust:
 
     def judge_rows(self, kind: TensorKind, statistic: str, predicted: Array) -> NDArray[np.int64]:
         """The level of each layer of a tensor; `predicted` is what the closure says there."""
-        batch, forward = self.request.batch, kind.direction == "forward"
-        few = batch <= REPRESENTATIVES and not self.request.fixed_input
-        below, spread = self.below[kind.layers], self.above[kind.layers]
+        batch, forward, depth = self.request.batch, kind.direction == "forward", len(self.request.layers)
+        passed = (self.below if forward else self.above)[kind.layers]
         if statistic.startswith("frac"):
             entries, least = (kind.units, COUNTED[1]) if statistic == "frac_dead" else (kind.units * batch, COUNTED[0])
             share = np.minimum(predicted, 1 - predicted)
             rare = (share != 0) & (share * entries < least)
         else:
             rare = np.zeros(len(kind.layers), dtype=bool)
-        if forward:
-            holds = np.full(len(below), self.trusted) | ((below <= EARLY) & self.decided)
-            if statistic == "frac_saturated" and not self.known_gradients:
-                holds &= below <= ONE_WAY
-        else:
-            holds = np.full(len(below), self.trusted)
-            if statistic in _BY_LENGTH and not self.known_gradients:
-                holds &= spread <= ONE_WAY
-            if kind.tensor == "activation":
-                holds |= kind.layers == len(self.request.layers)  # the gradient that is put in
-        if few and kind.layers[-1] > 0 and (statistic in ("mean", "cosine") or statistic.startswith("frac")):
-            holds[:] = False
+        holds = np.full(len(passed), self.trusted) | ((passed <= EARLY) & self.decided & forward)
+        if kind.tensor == "activation" and not forward:
+            holds |= kind.layers == depth  # the gradient that is put in
         found = np.where(holds, Level.HOLDS, Level.NEVER)
-        if statistic == "cosine" and not few and not self.known_gradients and forward:
-            late = (found == Level.HOLDS) & (below > EARLY)
-            found = np.where(late, Level.IF_NEEDED if self.odd else Level.UNKNOWN, found)
-        if statistic == "cosine" and forward and not self.known_gradients and kind.tensor == "activation":
-            found = np.where(kind.layers == 1, Level.UNKNOWN, found)
-        if statistic == "mean" and forward and not self.request.row.rectifies:  # of an odd phi too wide, measured
-            found = np.where((found == Level.HOLDS) & (below > ONE_WAY), Level.UNKNOWN, found)
-        found = np.where(rare & (found == Level.HOLDS), Level.UNKNOWN, found)
+        if self.is_plain:
+            if statistic == "mean" and forward and not self.request.row.rectifies:  # too wide, measured
+                found = np.where((found == Level.HOLDS) & (passed > ONE_WAY), Level.UNKNOWN, found)
+        else:
+            found = np.where((found == Level.HOLDS) & (passed > EARLY), Level.IF_NEEDED, found)
+            if statistic in (("mean", "frac_saturated") if forward else _BY_LENGTH):
+                found = np.where(passed > ONE_WAY, Level.NEVER, found)
+            if statistic == "cosine" and forward:
+                found = np.where((passed > EARLY) & (not self.odd), Level.NEVER, found)
+                if kind.tensor == "activation":
+                    found = np.where(kind.layers == 1, Level.UNKNOWN, found)
+        if batch <= FEW and not self.request.fixed_input and kind.layers[-1] > 0:
+            doubtful = statistic in ("mean", "cosine") or statistic.startswith("frac")
+            found = np.minimum(found, Level.NEVER if doubtful else Level.IF_NEEDED)
+        if statistic.startswith("frac") and not predicted.any():  # no entry can be
+            found[:] = Level.HOLDS
+        found = np.where(rare & (found > Level.NEVER), Level.UNKNOWN, found)
         rounded = self.rounded.get((kind.tensor, kind.direction))
         if statistic in ("frac_zero", "frac_dead") and rounded is not None:
             found = np.where(rounded[kind.layers], Level.ROUNDED, found)
@@ -145,7 +149,7 @@ class Trust:
     def judge_parameters(self, direction: str) -> NDArray[np.int64]:
         """The same of all statistics of weights and biases, or of their gradients."""
         holds = np.full(len(self.request.layers), direction == "forward" or self.trusted)
-        if direction == "backward" and not self.known_gradients:
+        if direction == "backward" and not self.is_plain:
             holds &= self.above[1:] <= ONE_WAY
         return np.where(holds, Level.HOLDS, Level.NEVER)
 

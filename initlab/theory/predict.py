@@ -20,7 +20,7 @@ from initlab.nn.custom_activation import Given, name_of, slope_source
 from initlab.nn.init import Rule
 from initlab.stats.keys import TENSOR_COLUMNS, LayerTensor
 from initlab.stats.statistics import IN_LN
-from initlab.theory.bands import Rows, TensorBands, bands, correlate_sizes, frame, sample_numbers, size_bands
+from initlab.theory.bands import NUMBERS, Rows, TensorBands, bands, correlate_sizes, frame, sample_numbers, size_bands
 from initlab.theory.batch_law import Array, Moments, ln
 from initlab.theory.exact import linear_batch, linear_one_input, lognormal, relu_one_input
 from initlab.theory.lsuv_law import fit_noise, ln_weight
@@ -121,35 +121,41 @@ def _blocks(request: Request, method: str, networks: int | None, seed: int) -> l
     if method == "closed":
         return blocks
     every = method == "simulation"
-    due = {(block.tensor, block.direction) for block in blocks if every or (block.trust == Level.NEVER).any()}
-    inputs = request.batch if every else min(request.batch, REPRESENTATIVES)
+    wanted = Level.HOLDS + every
+    fitted = any(layer.fitted for layer in request.layers)  # to what the whole batch is
+    inputs = request.batch if every or fitted else min(request.batch, REPRESENTATIVES)
     samples: dict[LayerTensor, Sample] = {}
-    if due and not request.fixed_input:
+    if (every or any((block.trust == Level.NEVER).any() for block in blocks)) and not request.fixed_input:
         networks = networks or choose_networks(request, inputs) or (NETWORKS[0] if every else 0)
         if networks:
+            due: dict[tuple[str, str], set[str]] = {}
+            for block in blocks:
+                doubtful = (block.trust > Level.ROUNDED) & (block.trust < wanted)
+                if doubtful.any():
+                    due.setdefault((block.tensor, block.direction), {"std"}).add(block.rows.statistic)
             number = torch.float32 if fits_float32(request) else torch.float64
             how = request.q0, request.c0, request.distribution, seed, number, inputs, due
             samples = simulate(request.row, request.layers, request.batch, networks, *how, request.input_gradient)
     label = "simulation" if inputs == request.batch else f"simulation, {inputs} inputs"
-    return [_replace_doubtful(block, samples, Level.HOLDS + every, label) for block in blocks]
+    return [_replace_doubtful(block, samples, wanted, label) for block in blocks]
 
 
 def _replace_doubtful(block: TensorBands, samples: dict[LayerTensor, Sample], wanted: int, label: str) -> TensorBands:
-    """Rows of less trust than `wanted` from samples that know their centre; else as they are or without a band."""
+    """Rows of less trust than `wanted` from samples; where there are none as they are, or without a band."""
     numbers, method, rho = block.rows.numbers.copy(), list(block.method), block.rho.copy()
     step = -1 if block.direction == "forward" else 1
     name = block.rows.statistic
     at = IN_ORDER.index(name)
     for k, (layer, trust) in enumerate(zip(block.layers.tolist(), block.trust.tolist(), strict=True)):
-        if trust >= wanted:
-            continue
+        if trust >= wanted or (trust == Level.IF_NEEDED and numbers[k, NUMBERS.index("sd")] == 0):
+            continue  # a signal that is gone does not vary
         sample = samples.get((layer, block.tensor, block.direction))
         if sample is not None and trust > Level.ROUNDED and sample.is_known(name):
             numbers[k, 2:] = sample_numbers(name, sample.values[at].numpy())
             method[k] = label
             before = samples.get((layer + step, block.tensor, block.direction))
             rho[k] = np.nan
-            if before is not None and before.is_known(name) and _has_rho(name):
+            if before is not None and before.is_known("std") and _has_rho(name):
                 rho[k] = correlate_sizes(sample.values, before.values)
         elif trust <= Level.NEVER:
             numbers[k, 2:], method[k], rho[k] = np.nan, NO_LAW, np.nan

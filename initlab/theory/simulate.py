@@ -1,19 +1,22 @@
 """Networks drawn from the exact law of a stack, without drawing all of their weights where that is cheaper.
 
-Given a layer's inputs x (b x I), z = x W with Gaussian W depends on W only through an orthonormal basis of the rows of
-x: with x^T = Q R, z = R^T (Q^T W), and Q^T W is Gaussian. Only the inner products of the inputs, x x^T = R^T R, are
-needed. On the way back d W^T = d (Q^T W)^T Q^T + what W does outside the basis, independent of everything so far. So
-b < I inputs cost b^2 I per layer, not b I^2, with no approximation but one: weights of another distribution are taken
-as normal where a layer has many inputs. The networks are not those that a run with the same seed draws.
+Some networks share the random matrix of a layer, each behind signs of its own: W_e = S_e W, S_e diagonal with random
+signs, has the law of W, and lengths under two such matrices are correlated by 1/I alone. So one product serves them
+all, and few numbers are drawn.
 
-A large batch is represented by a few of its inputs. They are alike, so that the variance of an average over the batch
-follows from that of one input and the covariance of two (of pairs: of one pair, of two that share an input, of two that
-do not; Hoeffding 1948). Legend: E networks, b inputs, K tensors, F statistics.
+Few inputs of a wide layer are cheaper without it. Given the layer's inputs x (b x I), z = x W with Gaussian W depends
+on W only through an orthonormal basis of the rows of x: with x^T = Q R, z = R^T (Q^T W), and Q^T W is Gaussian. Only
+the inner products of the inputs, x x^T = R^T R, are needed. On the way back d W^T = d (Q^T W)^T Q^T + what W does
+outside the basis, independent of everything so far. So b inputs cost b^2 I per layer, not b I^2, with no approximation
+but one: weights of another distribution are taken as normal there, where all layers have many inputs. The networks are
+not those that a run with the same seed draws.
+
+Legend: E networks, b inputs, M matrices of a layer, F statistics.
 """
 
-from collections.abc import Container, Sequence
-from functools import cached_property
-from typing import TypeAlias
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,50 +25,41 @@ from initlab.nn.activations import Activation
 from initlab.stats.keys import LayerTensor
 from initlab.stats.statistics import SATURATED
 from initlab.theory.forward_law import DenseLayer
-from initlab.theory.sample import (
-    Sample,
-    Sums,
-    estimate_squared_mean,
-    find_sample,
-    find_statistics,
-    find_statistics_of_product,
-)
+from initlab.theory.sample import GROUPS, IN_ORDER, Sample, find_sample, find_sums, find_sums_of_product
 
-ENTRIES = 2**18  # of a layer's tensor, held at once: near the processor
-MANY_INPUTS = 64  # of a layer, from which on a uniform weight does as a normal one: by the central limit theorem
+ENTRIES = 2**17  # of a layer's tensor, held at once: near the processor
+WIDE_LAYER = 64  # units for each input that is carried, from which on a layer's weights are not drawn
+SHARE, MOST_SHARE = 4, 32  # networks with one matrix: one for so many units, and at most
 EDGE = 0.87962566103423978  # standard deviation of a normal variable cut off at two
 INSIDE = 0.9544997361036416  # probability that it is not
 _SMALL = {torch.float32: 1e-6, torch.float64: 1e-13}  # of a Gram matrix: rounding, as its smallest relative eigenvalue
 
 
-class _Batch:
-    """b vectors of E networks, `values` (E, b, n)."""
+class _Known(NamedTuple):
+    """What the way back needs of a layer's weights: the shared matrices and the signs, or W in the basis of the inputs
+    and that basis; and the factor of a fit."""
 
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-
-    @cached_property
-    def differences(self) -> Tensor:
-        """The first vector and its differences from the others: what is apart where all have nearly become one."""
-        found = self.values.clone()
-        found[:, 1:] -= self.values[:, :1]
-        return found
-
-    @cached_property
-    def products(self) -> Tensor:
-        """The inner products of `differences`, (E, b, b)."""
-        return self.differences @ self.differences.mT
-
-
-_Known: TypeAlias = tuple[Tensor | None, Tensor, Tensor | float]
+    drawn: Tensor
+    signs: Tensor | None
+    basis: Tensor
+    factor: Tensor | None = None
 
 
 class _Chain:
-    """The random numbers of a group of E networks, and the b inputs that stand for a batch."""
+    """The random numbers of a group of E networks, M matrices a layer."""
 
-    def __init__(self, networks: int, inputs: int, batch: int, generator: torch.Generator, distribution: str) -> None:
-        self.networks, self.inputs, self.batch = networks, inputs, batch
-        self.generator, self.distribution, self.dtype = generator, distribution, torch.float64
+    def __init__(
+        self,
+        matrices: int,
+        share: int,
+        inputs: int,
+        batch: int,
+        generator: torch.Generator,
+        distribution: str,
+        dtype: torch.dtype,
+    ) -> None:
+        self.networks, self.matrices, self.inputs, self.batch = matrices * share, matrices, inputs, batch
+        self.generator, self.distribution, self.dtype = generator, distribution, dtype
 
     def normal(self, *shape: int) -> Tensor:
         found: Tensor = torch.randn(self.networks, *shape, generator=self.generator, dtype=self.dtype)
@@ -76,41 +70,46 @@ class _Chain:
         return torch.rand(self.networks, *shape, generator=self.generator, dtype=self.dtype).mul_(2).sub_(1)
 
     def weights(self, layer: DenseLayer) -> Tensor:
-        """(E, I, O) of variance `layer.weight`."""
+        """(M, I, O) of variance `layer.weight`, one for every `share` networks; drawn in float32 where that does."""
         i, o = layer.fan_in, layer.fan_out
         if layer.orthogonal:
-            frame: Tensor = _draw_frame(self.normal(min(i, o), max(i, o))) * (layer.weight * max(i, o)) ** 0.5
-            return frame.mT if i >= o else frame
+            free = torch.randn(self.matrices, max(i, o), min(i, o), generator=self.generator, dtype=self.dtype)
+            frame, triangle = torch.linalg.qr(free)
+            size = triangle.diagonal(dim1=-2, dim2=-1).sign() * (layer.weight * max(i, o)) ** 0.5  # all frames alike
+            scaled: Tensor = frame * size[:, None]
+            return scaled if i >= o else scaled.mT
+        if self.distribution == "normal":
+            normal: Tensor = torch.randn(self.matrices, i, o, generator=self.generator)
+            return normal.mul_(layer.weight**0.5).to(self.dtype)
+        even = torch.rand(self.matrices, i, o, generator=self.generator).mul_(2).sub_(1)
         if self.distribution == "uniform":
-            return self.uniform(i, o).mul_((3 * layer.weight) ** 0.5)
-        if self.distribution == "truncated_normal":
-            flat: Tensor = torch.special.ndtri(0.5 + 0.5 * self.uniform(i, o) * INSIDE)
-            return flat.mul_(layer.weight**0.5 / EDGE)
-        return self.normal(i, o).mul_(layer.weight**0.5)
+            return even.mul_((3 * layer.weight) ** 0.5).to(self.dtype)
+        flat: Tensor = torch.special.ndtri(0.5 + 0.5 * even * INSIDE)
+        return flat.mul_(layer.weight**0.5 / EDGE).to(self.dtype)
 
-    def biases(self, layer: DenseLayer) -> Tensor | float:
-        """(E, 1, O)."""
-        found: Tensor | float = 0.0
-        if layer.bias:
-            found = found + self.normal(1, layer.fan_out) * layer.bias**0.5
+    def multiply(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Vectors (E, b, I) by the matrices (M, I, O) that networks share, (E, b, O)."""
+        found: Tensor = x.reshape(len(weights), -1, x.shape[-1]) @ weights
+        return found.view(*x.shape[:2], -1)
+
+    def biases(self, layer: DenseLayer) -> Tensor | None:
+        """(E, 1, O), or None without."""
+        found = self.normal(1, layer.fan_out) * layer.bias**0.5 if layer.bias else None
         if layer.uniform_bias:
-            found = found + self.uniform(1, layer.fan_out) * (3 * layer.uniform_bias) ** 0.5
+            own = self.uniform(1, layer.fan_out) * (3 * layer.uniform_bias) ** 0.5
+            found = own if found is None else found + own
         return found
 
     def is_projected(self, layer: DenseLayer) -> bool:
-        """Whether the projection of the weights on the inputs is enough, and cheaper."""
-        room = min(layer.fan_in, layer.fan_out) // 2 if layer.orthogonal else layer.fan_in - 1
-        normal = layer.orthogonal or self.distribution == "normal" or layer.fan_in >= MANY_INPUTS
-        return self.inputs <= room and normal
+        """Whether the projection of the weights on the inputs is cheaper than the weights."""
+        return min(layer.fan_in, layer.fan_out) >= WIDE_LAYER * self.inputs
 
-    def forward(self, layer: DenseLayer, x: _Batch) -> tuple[Tensor, _Known]:
-        """z = f x W + b; then the basis of the inputs and W in it (or None and W), and the factor f.
-
-        The factor is 1 unless LSUV scales the weights.
-        """
+    def forward(self, layer: DenseLayer, x: Tensor) -> tuple[Tensor, _Known]:
+        """z = f x W + b, and what is known of W; f is 1 unless LSUV scales the weights."""
         if self.is_projected(layer):
             long = max(layer.fan_in, layer.fan_out) if layer.orthogonal else layer.fan_out
-            root = _take_root(x.products)
+            apart = _find_differences(x)
+            root = _take_root(apart @ apart.mT)
             drawn = self.normal(self.inputs, long)
             drawn = (_draw_frame(drawn) * long**0.5 if layer.orthogonal else drawn) * layer.weight**0.5
             z = root @ drawn[..., : layer.fan_out]
@@ -118,50 +117,58 @@ class _Chain:
             safe = root + torch.diag_embed(
                 (root.diagonal(dim1=-2, dim2=-1) == 0).to(root.dtype)
             )  # of an input of zeros
-            basis = torch.linalg.solve_triangular(safe, x.differences, upper=False)
+            known = _Known(drawn, None, torch.linalg.solve_triangular(safe, apart, upper=False))
         else:
-            basis, drawn = None, self.weights(layer)
-            z = x.values @ drawn
+            signs = torch.empty(self.networks, 1, layer.fan_in, dtype=self.dtype)
+            signs.bernoulli_(0.5, generator=self.generator).mul_(2).sub_(1)
+            known = _Known(self.weights(layer), signs, signs)
+            z = self.multiply(x * signs, known.drawn)
         biases = self.biases(layer)
         if layer.fitted is None:
-            return z + biases, (basis, drawn, 1.0)
+            return z if biases is None else z.add_(biases), known
+        biases = z.new_zeros(()) if biases is None else biases
         factor = torch.ones(self.networks, 1, 1, dtype=torch.float64)
         for _ in range(layer.fitted.attempts):
-            variance = self.pooled_variance((z * factor.to(z.dtype) + biases).double())
+            scaled = z * factor.to(z.dtype) + biases
+            variance = scaled.var((1, 2), correction=0, keepdim=True).double()
             due = (variance - 1).abs() >= layer.fitted.tolerance
             factor = torch.where(due & (variance > 0) & variance.isfinite(), factor / variance.sqrt(), factor)
         factor = factor.to(z.dtype)
-        return z * factor + biases, (basis, drawn, factor)
+        return z * factor + biases, known._replace(factor=factor)
 
-    def pooled_variance(self, z: Tensor) -> Tensor:
-        """Over units and the whole batch, (E, 1, 1), estimated from its representatives."""
-        means = z.mean(-1)
-        return ((z * z).mean((-2, -1)) - estimate_squared_mean(means, self.batch))[:, None, None]
-
-    def back(self, layer: DenseLayer, d: _Batch, known: _Known) -> Tensor:
+    def back(self, layer: DenseLayer, d: Tensor, known: _Known) -> Tensor:
         """d W^T, the part of W that no input has seen drawn now."""
-        basis, drawn, factor = known
-        if basis is None:
-            through: Tensor = d.values @ drawn.mT * factor
-            return through
+        drawn, signs, basis, factor = known
+        d = d if factor is None else d * factor
+        if signs is not None:
+            return self.multiply(d, drawn.mT).mul_(signs)
         i, o = layer.fan_in, layer.fan_out
-        seen = d.values @ drawn[..., :o].mT
+        seen = d @ drawn[..., :o].mT
         if layer.orthogonal:
             scale = (layer.weight * max(i, o)) ** 0.5
-            unit, rest = drawn / scale, torch.nn.functional.pad(d.values, (0, max(0, i - o)))
+            unit, rest = drawn / scale, torch.nn.functional.pad(d, (0, max(0, i - o)))
             rest = rest - (rest @ unit.mT) @ unit  # goes where no input has been
             free = self.normal(self.inputs, i)
             free = torch.cat([free - (free @ basis.mT) @ basis, self.normal(self.inputs, max(0, o - i))], -1)
-            turned: Tensor = (seen @ basis + _take_root(rest @ rest.mT) @ _draw_frame(free)[..., :i] * scale) * factor
+            turned: Tensor = seen @ basis + _take_root(rest @ rest.mT) @ _draw_frame(free)[..., :i] * scale
             return turned
         if self.inputs < o:
-            free = _take_root(d.products) @ self.normal(self.inputs, i)
+            apart = _find_differences(d)
+            free = _take_root(apart @ apart.mT) @ self.normal(self.inputs, i)
             free[:, 1:] += free[:, :1].clone()
         else:
-            free = d.values @ self.normal(o, i)
+            free = d @ self.normal(o, i)
         free = free * layer.weight**0.5
-        found: Tensor = (free + (seen - free @ basis.mT) @ basis) * factor
+        found: Tensor = free + (seen - free @ basis.mT) @ basis
         return found
+
+
+def _find_differences(x: Tensor) -> Tensor:
+    """The first of b vectors (E, b, n) and its differences from the others: what is apart where all have nearly become
+    one."""
+    found = x.clone()
+    found[:, 1:] -= x[:, :1]
+    return found
 
 
 def _take_root(gram: Tensor) -> Tensor:
@@ -191,27 +198,36 @@ def simulate(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
     inputs: int | None = None,
-    tensors: Container[tuple[str, str]] | None = None,
+    wanted: Mapping[tuple[str, str], Collection[str]] | None = None,
     input_gradient: bool = False,
 ) -> dict[LayerTensor, Sample]:
-    """Draw networks and take the statistics of every tensor.
+    """Draw networks and take the statistics of their tensors.
 
     row: the activation. batch, q0, c0: number, second moment and mean cosine of the inputs. distribution: of the
     weights. dtype: what the networks are computed in; float32 is twice as fast where no signal leaves its range.
-    inputs: how many of them stand for the batch, at least 5 or all; None takes all. tensors: names and directions of
-    those that are wanted; None takes all. input_gradient: the gradient at the input too, of numbers of its own.
+    inputs: how many of them stand for the batch, a multiple of `sample.GROUPS`; None takes all. wanted: statistics by
+    name and direction of their tensor; None takes all. input_gradient: the gradient at the input too, of numbers of its
+    own.
     """
     inputs = min(batch, inputs or batch)
-    widest = max(max(layer.fan_in, layer.fan_out) for layer in layers)
-    step = max(1, min(networks, ENTRIES // (widest * inputs)))
-    found: dict[LayerTensor, list[Tensor | Sums]] = {}
+    widths = [layers[0].fan_in, *(layer.fan_out for layer in layers)]
+    near = max(1, ENTRIES // (max(widths) * inputs))
+    share = max(1, min(min(widths) // SHARE, MOST_SHARE, networks, near))
+    step = share * max(1, min(-(-networks // share), near // share))
+    found: dict[LayerTensor, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(seed)
     at_input = torch.Generator().manual_seed(seed + 1) if input_gradient else None
     for start in range(0, networks, step):
-        chain = _Chain(min(step, networks - start), inputs, batch, generator, distribution)
-        chain.dtype = dtype
-        _pass(chain, row, layers, q0, c0, found, tensors, at_input)
-    return {key: find_sample(parts, batch) for key, parts in found.items()}
+        matrices = -(-min(step, networks - start) // share)
+        chain = _Chain(matrices, share, inputs, batch, generator, distribution, dtype)
+        _pass(chain, row, layers, q0, c0, found, wanted, at_input)
+    samples = {}
+    for key, parts in found.items():
+        layer, tensor, _ = key
+        rows = 1 if tensor in ("weight", "bias") else batch
+        units = widths[layer] * (widths[layer - 1] if tensor == "weight" else 1)
+        samples[key] = find_sample(parts, min(inputs, rows), rows, units, networks)
+    return samples
 
 
 def _pass(
@@ -220,53 +236,53 @@ def _pass(
     layers: Sequence[DenseLayer],
     q0: float,
     c0: float,
-    found: dict[LayerTensor, list[Tensor | Sums]],
-    tensors: Container[tuple[str, str]] | None,
+    found: dict[LayerTensor, list[Tensor]],
+    wanted: Mapping[tuple[str, str], Collection[str]] | None,
     at_input: torch.Generator | None,
 ) -> None:
     """at_input: draws what a gradient at the input needs; None: that is not wanted."""
     whole = chain.inputs == chain.batch
 
-    def note(key: LayerTensor, x: _Batch, zero: Tensor | None = None, saturated: Tensor | None = None) -> None:
-        """zero, saturated: which entries are, (E, b, n); without `zero` none is 0."""
-        zero = torch.zeros(1, 1, 1).expand_as(x.values) if zero is None else zero
-        if tensors is not None and key[1:] not in tensors:
-            return
-        if whole:
-            numbers: Tensor | Sums = find_statistics(x.values, zero, saturated)
-        else:
-            n = x.values.shape[-1]
-            zeros, flat = (None if one is None else one.to(x.values.dtype).mean(-1) for one in (zero, saturated))
-            numbers = Sums(x.products / n, x.values.mean(-1), zeros, flat, n)
-        found.setdefault(key, []).append(numbers)
+    def note(
+        key: LayerTensor,
+        values: Tensor,
+        zero: Callable[[], Tensor] | None = None,
+        saturated: Callable[[], Tensor] | None = None,
+    ) -> None:
+        names = IN_ORDER if wanted is None else wanted.get(key[1:], ())
+        if names:
+            found.setdefault(key, []).append(find_sums(values, zero, saturated, names, 1 if whole else GROUPS))
 
+    def is_flat(z: Tensor) -> Tensor:
+        return row.slope(z).abs() < SATURATED * row.largest_slope
+
+    down = wanted is None or any(direction == "backward" for _, direction in wanted)
+    of_weights = whole and (wanted is None or ("weight", "backward") in wanted)
     layers = [layer._replace(weight=layer.fitted.drawn) if layer.fitted else layer for layer in layers]
     n, b = layers[0].fan_in, chain.inputs
-    x = _Batch(q0**0.5 * (c0**0.5 * chain.normal(1, n) + (1 - c0) ** 0.5 * chain.normal(b, n)))
+    x = q0**0.5 * (c0**0.5 * chain.normal(1, n) + (1 - c0) ** 0.5 * chain.normal(b, n))
     note((0, "activation", "forward"), x)
-    entered = [x]
+    entered: list[Tensor] = []  # where gradients of weights are wanted
     kept: list[tuple[Tensor, _Known]] = []  # phi' or z, and what is known of the weights
     for k, layer in enumerate(layers, 1):
         z, known = chain.forward(layer, x)
-        slope = row.slope(z)
-        note((k, "preactivation", "forward"), _Batch(z), saturated=slope.abs() < SATURATED * row.largest_slope)
-        x = _Batch(row.phi(z))
-        note((k, "activation", "forward"), x, x.values == 0)
-        entered.append(x)
-        kept.append((slope if row.backward is None else z, known))
-    del entered[-1]
+        entered += [x] * of_weights
+        note((k, "preactivation", "forward"), z, saturated=partial(is_flat, z))
+        x = row.phi(z)
+        note((k, "activation", "forward"), x, partial(torch.eq, x, 0))
+        if down:
+            kept.append((row.slope(z) if row.backward is None else z, known))
     g = chain.normal(b, layers[-1].fan_out)
-    for k in range(len(layers), 0, -1):
+    for k in range(len(kept), 0, -1):
         passed, known = kept.pop()
-        note((k, "activation", "backward"), _Batch(g))
-        d = _Batch(g * passed if row.backward is None else row.backward(g, passed))
-        note((k, "preactivation", "backward"), d, d.values == 0)
-        below = entered.pop()
-        if whole:  # a step follows the sum over all inputs
-            found.setdefault((k, "weight", "backward"), []).append(find_statistics_of_product(below.values, d.values))
-            bias = find_statistics(d.values.sum(1, keepdim=True), batched=False)
-            found.setdefault((k, "bias", "backward"), []).append(bias)
+        note((k, "activation", "backward"), g)
+        d = g * passed if row.backward is None else row.backward(g, passed)
+        note((k, "preactivation", "backward"), d, partial(torch.eq, d, 0))
+        if of_weights:  # a step follows the sum over all inputs
+            found.setdefault((k, "weight", "backward"), []).append(find_sums_of_product(entered.pop(), d))
+        if whole:
+            note((k, "bias", "backward"), d.sum(1, keepdim=True))
         g = chain.back(layers[k - 1], d, known) if k > 1 else g
-    if at_input is not None:
+    if down and at_input is not None:
         chain.generator = at_input
-        note((0, "activation", "backward"), _Batch(chain.back(layers[0], d, known)))
+        note((0, "activation", "backward"), chain.back(layers[0], d, known))

@@ -188,7 +188,7 @@ def test_some_inputs_stand_for_the_batch(name: str) -> None:
             known[some[key].is_known(what)] += 1
             if some[key].is_known(what):
                 low, high = np.nanquantile(some[key].values[at], (0.025, 0.975))
-                assert 0.90 < ((values >= low) & (values <= high)).mean() < 0.99, (key, what, some[key].ratios[at])
+                assert 0.90 < ((values >= low) & (values <= high)).mean() < 0.99, (key, what, some[key].errors[at])
     assert known[1] > known[0]
 
 
