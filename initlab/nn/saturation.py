@@ -55,28 +55,27 @@ def find_stretches(slope: Slope, largest: float) -> Tensor | None:
         far = torch.cat([powers, ends])
         near = torch.linspace(-40, 40, 20481, dtype=torch.float64)
         grid = torch.unique(torch.cat([-far, near, far]).float())
-        small = is_small(grid)
-        places = torch.nonzero(small[1:] != small[:-1]).flatten()
-        if len(places) > 2 * MOST or bool(is_small(torch.tensor([torch.nan])).any()):
+        small, below, above = find_changes(is_small, grid)
+        if len(below) > 2 * MOST or bool(is_small(torch.tensor([torch.nan])).any()):
             return None
-        below, above = number_floats(grid[places]), number_floats(grid[places + 1])
-        for _ in range(32):  # the last number of one kind and the first of the other come to be neighbours
-            middle = (below + above) // 2
-            is_below = is_small(find_floats(middle)) == small[places]
-            below, above = torch.where(is_below, middle, below), torch.where(is_below, above, middle)
-        firsts, lasts = find_floats(above)[~small[places]], find_floats(below)[small[places]]
-        firsts = torch.cat([grid[:1], firsts]) if small[0] else firsts
+        begins = bool(small[0])  # the changes take turns: into a stretch, and out of it
+        firsts, lasts = above[int(begins) :: 2], below[int(not begins) :: 2]
+        firsts = torch.cat([grid[:1], firsts]) if begins else firsts
         lasts = torch.cat([lasts, grid[-1:]]) if small[-1] else lasts
         return torch.stack([firsts, lasts], 1).contiguous()
 
 
-def number_floats(x: Tensor) -> Tensor:
-    """The place of float32 numbers in their order, 0 being that of zero, int64."""
-    bits = x.view(torch.int32).long()
-    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+def find_changes(true: Slope, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where a statement about numbers comes to hold or ceases to, by bisection between the numbers of a grid.
 
-
-def find_floats(place: Tensor) -> Tensor:
-    """The float32 numbers at these places."""
-    size = place.abs().int().view(torch.float32)
-    return torch.where(place < 0, -size, size)
+    true: bool for each number. grid: ascending, float32 or float64. Returns what holds on the grid, and for each change
+    the last number before and the first one after it: neighbours in their format, where the grid has every octave.
+    """
+    holds = true(grid)
+    places = (holds[1:] != holds[:-1]).nonzero().flatten()
+    low, high = grid[places], grid[places + 1]
+    for _ in range(60):
+        middle = ((low.double() + high.double()) / 2).to(grid.dtype)
+        is_low = true(middle) == holds[places]
+        low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)
+    return holds, low, high

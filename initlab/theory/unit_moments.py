@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from initlab.nn.activations import Activation
+from initlab.nn.saturation import find_changes
 from initlab.stats.quadrature import panels
 from initlab.stats.statistics import SATURATED
 from initlab.theory.batch_law import NOTHING
@@ -307,14 +308,8 @@ def _intervals(row: Activation, true: Callable[[Tensor], Tensor]) -> Intervals:
     if key not in _FOUND:
         far = torch.logspace(math.log10(50), 3, 500, dtype=torch.float64)[1:]
         z = torch.cat([-far.flip(0), torch.linspace(-50, 50, 20_001, dtype=torch.float64) + 1e-4, far])
-        holds = true(z)
-        changes = holds.int().diff().nonzero().flatten()
-        low, high = z[changes], z[changes + 1]
-        for _ in range(60):
-            middle = (low + high) / 2
-            same = true(middle) == holds[changes]
-            low, high = torch.where(same, middle, low), torch.where(same, high, middle)
-        edges = high.tolist()
+        holds, _, after = find_changes(true, z)
+        edges = after.tolist()
         ends = ([-math.inf] if holds[0] else []) + edges + ([math.inf] if holds[-1] else [])
         _FOUND[key] = tuple(zip(ends[::2], ends[1::2], strict=True))
     return _FOUND[key]

@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 
 from initlab.nn.activations import ACTIVATIONS
-from initlab.nn.saturation import find_floats, find_stretches, measure_share, number_floats
+from initlab.nn.saturation import find_changes, find_stretches, measure_share
 from initlab.stats.kernels.cpu import plain
 from initlab.stats.statistics import SATURATED
 from initlab.stats.summarize import saturated_share
 
-EDGE = 4  # places of float32 from an end, where the rounding of phi' decides
+EDGE = 4 * torch.finfo(torch.float32).eps  # from an end, relative to it, where the rounding of phi' decides
 
 
 def numbers() -> Tensor:
@@ -24,7 +24,7 @@ def numbers() -> Tensor:
 @pytest.mark.parametrize("accelerated", [True, False])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_entry_is_counted_as_its_slope_says(name: str, accelerated: bool) -> None:
-    """Entry by entry, but for those within four float32 numbers of an end."""
+    """Entry by entry, but for those within four roundings of an end."""
     row, z = ACTIVATIONS[name], numbers()
     with plain() if not accelerated else torch.no_grad():
         found = row.saturated_share(z.view(-1, 1, 1))
@@ -35,9 +35,8 @@ def test_every_entry_is_counted_as_its_slope_says(name: str, accelerated: bool) 
     if stretches is None or not len(stretches):
         assert not different.any()
         return
-    ends = number_floats(stretches.reshape(-1))
-    distance = (number_floats(z[different])[:, None] - ends).abs().amin(1)
-    assert (distance <= EDGE).all()
+    ends = stretches[stretches.isfinite()]
+    assert ((z[different][:, None] - ends).abs() <= EDGE * ends.abs()).any(1).all()
     assert different.sum() <= 3
 
 
@@ -65,11 +64,16 @@ def test_other_formats_are_computed(dtype: torch.dtype) -> None:
     assert torch.equal(row.saturated_share(z), saturated_share(row.slope(z), row.largest_slope))
 
 
-def test_places_of_floats_are_their_order() -> None:
-    x = torch.tensor([-torch.inf, -1.5, -1e-45, 0.0, 1e-45, 1.0, 1.0000001, torch.inf])
-    places = number_floats(x)
-    assert places.tolist() == sorted(places.tolist()) and places[6] - places[5] == 1 and places[4] == 1
-    assert torch.equal(find_floats(places), x)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_change_lies_between_neighbours_of_the_format(dtype: torch.dtype) -> None:
+    """At an ordinary number, at a subnormal one of float32, and where the largest number ends."""
+    powers = 2.0 ** torch.arange(-149, 128, dtype=dtype)
+    ends = torch.tensor([torch.finfo(dtype).max, torch.inf], dtype=dtype)
+    grid = torch.cat([-ends.flip(0), -powers.flip(0), torch.zeros(1, dtype=dtype), powers, ends])
+    holds, low, high = find_changes(lambda z: (z > -1.5) & (z < 1e-42) | z.isinf() & (z > 0), grid)
+    assert holds.tolist().count(True) == 1 + int((powers <= 1).sum()) + int((powers < 1e-42).sum()) + 1
+    assert low[0] == -1.5 and high[1] == torch.tensor(1e-42, dtype=dtype) and high[2] == torch.inf
+    assert torch.equal(torch.nextafter(low, high), high)
 
 
 def test_shares_are_of_each_network_wherever_its_memory_lies() -> None:
