@@ -18,10 +18,14 @@ from hydra._internal.hydra import Hydra  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 
 from initlab import stops  # noqa: E402
+from initlab.nn.activations import ACTIVATIONS  # noqa: E402
 
 # Options of a job that takes a moment, in the sizes of its networks and without what it draws.
 TINY = ("depth=3", "width=8", "batch=16", "train.width=4", "train.steps=3", "train.batch=8")
 TINY += ("plots=false", "report=false")
+
+# Names of the activations, one for each row of their table: swish is another name of silu's.
+ROWS = [name for name in ACTIVATIONS if name != "swish"]
 
 
 def pytest_configure() -> None:

@@ -9,9 +9,15 @@ from torch import Tensor
 from initlab.errors import UsageError
 from initlab.nn.activations import ACTIVATIONS, GAIN_KINDS, gain
 from initlab.stats.quadrature import gaussian_mean
+from tests.conftest import ROWS
 from tests.long import long_except
 
-EVERYONE = pytest.mark.parametrize("name", ACTIVATIONS)
+EVERYONE = pytest.mark.parametrize("name", ROWS)
+
+
+def test_swish_is_another_name_of_silu() -> None:
+    """And no other row has two names: what holds for each row holds for each name."""
+    assert ACTIVATIONS["swish"] is ACTIVATIONS["silu"] and len({id(row) for row in ACTIVATIONS.values()}) == len(ROWS)
 
 
 def points() -> Tensor:

@@ -10,6 +10,7 @@ import initlab
 from initlab.errors import UsageError
 from initlab.nn.activations import ACTIVATIONS, gain
 from initlab.nn.custom_activation import as_activation, name_of, slope_source
+from tests.conftest import ROWS
 from tests.long import long_except
 
 
@@ -134,7 +135,7 @@ def test_where_autograd_cannot_go_the_slope_is_a_difference_quotient(function, s
 
 
 @pytest.mark.parametrize("init", long_except(["naive", "small", "kaiming"], "naive"))
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", ROWS)
 def test_a_stack_of_a_function_is_that_of_its_name(name: str, init: str) -> None:
     """Fifty layers forward and backward, to 1e-6 of each number; `frac_zero` of gradients where phi' rounds to 0 apart.
 

@@ -9,6 +9,7 @@ from initlab.nn.saturation import find_changes, find_stretches, measure_share
 from initlab.stats.kernels.cpu import plain
 from initlab.stats.statistics import SATURATED
 from initlab.stats.summarize import saturated_share
+from tests.conftest import ROWS
 
 EDGE = 4 * torch.finfo(torch.float32).eps  # from an end, relative to it, where the rounding of phi' decides
 
@@ -22,7 +23,7 @@ def numbers() -> Tensor:
 
 
 @pytest.mark.parametrize("accelerated", [True, False])
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", ROWS)
 def test_every_entry_is_counted_as_its_slope_says(name: str, accelerated: bool) -> None:
     """Entry by entry, but for those within four roundings of an end."""
     row, z = ACTIVATIONS[name], numbers()

@@ -21,6 +21,7 @@ from initlab.tasks.ensemble.networks import Frames, draw_trained
 from initlab.tasks.ensemble.training import MODULES, OPTIMIZERS, Training
 from initlab.tasks.train import train
 from initlab.tasks.twins import TwinTraining
+from tests.conftest import ROWS
 from tests.long import long_except
 
 DIGITS = load("digits")
@@ -32,7 +33,7 @@ def gradients(frames: Frames) -> pd.DataFrame:
     return parity[parity["direction"] == "backward"]
 
 
-PAIRS = [("kaiming", name) for name in ACTIVATIONS] + [(name, phi) for name in RULES for phi in ("relu", "selu")]
+PAIRS = [("kaiming", name) for name in ROWS] + [(name, phi) for name in RULES for phi in ("relu", "selu")]
 
 
 @pytest.mark.parametrize("dtype", long_except(LIMIT, next(iter(LIMIT))))
