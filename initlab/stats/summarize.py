@@ -41,7 +41,7 @@ class Precision(NamedTuple):
 
 
 SINGLE = Precision(torch.float32, 2.0**50, 2.0**-45, 2.0**-3, 2.0**-14, 2.0**-4)
-DOUBLE = Precision(torch.float64, 2.0**SAFE, 2.0**-SAFE, 2.0**-8, 1e-10, 2.0**-8)
+DOUBLE = Precision(torch.float64, 2.0**SAFE, 2.0**-SAFE, 2.0**-4, 1e-10, 2.0**-20)
 WIDENED = DOUBLE._replace(shortest=0.0)  # of narrower numbers: no square leaves float64
 
 

@@ -114,7 +114,7 @@ def test_many_inputs_that_are_nearly_alike(shape: tuple[int, int], mean: float, 
         "within": np.square(exact - centre).mean(),
         "resultant": np.square(heading.sum(0)).sum(),
     }
-    for rows in (passes().rows(x), passes().relu_rows_(x.clone())[:, 0]):
+    for rows in (passes().rows(x), passes().relu_rows_(x.clone())[:, 0], summarize(x)):
         found = dict(zip(FIELDS, rows.tolist(), strict=True))
         for name, value in own.items():
             scale = abs(value) if name != "mean" else np.sqrt(np.square(exact).mean())

@@ -412,3 +412,25 @@ def test_saturation_is_of_each_matrix() -> None:
         assert torch.equal(
             saturated_share(slope.expand(*lead, 2, 3), 4.0), torch.full(lead, 4 / 6, dtype=torch.float64)
         )
+
+
+@pytest.mark.parametrize("mean", [0.0, 15.0, 17.0, 1000.0])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_only_what_no_sum_can_tell_takes_the_slowest_road(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, mean: float
+) -> None:
+    """Inputs that are nearly alike cost a second look at the tensor and no third."""
+    slow: list[Tensor] = []
+
+    def careful(x: Tensor, batched: bool) -> Row:
+        slow.append(x)
+        return reference.safe_row(x, batched)
+
+    monkeypatch.setattr(moments, "safe_row", careful)
+    x = drawn(3, 40, 17).to(dtype) + mean
+    for batched in (True, False):
+        summarize(x, batched)
+        summarize(x, batched, single=True)
+    assert slow == []
+    summarize(x.index_fill(-1, torch.tensor([4]), torch.nan))
+    assert len(slow) == 1
