@@ -23,7 +23,6 @@ from initlab.stats.dtypes import DTYPES
 from initlab.tasks import train
 from initlab.tasks.course import ladders
 from initlab.tasks.ensemble.training import OPTIMIZERS
-from tests.long import long_except
 
 Lab = Callable[..., tuple[int, str, str]]
 STACK = ("task=stack", "depth=5", "seeds=2", "plots=false", "report=false")
@@ -293,7 +292,8 @@ def test_import_and_help_are_light(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("optimizer", long_except(["sgd", "adam"], "adam"))
+@pytest.mark.long
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_run_without_figures_imports_no_compiler_and_nothing_that_draws(tmp_path: Path, optimizer: str) -> None:
     """Each of them takes up to a second and more; torch's optimizers import its compiler when they are first used."""
     words = ["plots=false", "report=false", "task=train", "train.steps=2", f"train.optimizer={optimizer}", "seeds=1"]

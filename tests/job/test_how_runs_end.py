@@ -116,6 +116,7 @@ def test_rows_are_written_while_predictions_are_made(lab: Lab, monkeypatch: pyte
     assert lab(*words)[0] == 0 and found == [True]
 
 
+@pytest.mark.long
 def test_jobs_in_other_processes_end_with_the_sweep(tmp_path: Path) -> None:
     """However it is killed, and their folders say so."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs pip install 'initlab[parallel]'")

@@ -22,7 +22,6 @@ from initlab.stats.kernels.cpu import library
 from initlab.stats.measure import backend_for
 from initlab.stats.reference import FIELDS
 from initlab.stats.summarize import derive, saturated_share, summarize
-from tests.long import long_except
 from tests.stats.exact import EXACT, tolerance
 
 needs_compiler = pytest.mark.skipif(library() is None, reason="no working C++ compiler")
@@ -423,7 +422,8 @@ def ended(processes: Sequence["subprocess.Popen[str]"]) -> list[str]:
 
 @needs_compiler
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs users and groups")
-@pytest.mark.parametrize("cache", long_except(["cache", "/proc/no cache"], "cache"))
+@pytest.mark.long
+@pytest.mark.parametrize("cache", ["cache", "/proc/no cache"])
 def test_processes_that_start_together_compile_once(tmp_path: Path, cache: str) -> None:
     """Also where a group may write what is not told otherwise, and where there is no folder for a cache."""
     where = {"XDG_CACHE_HOME": str(tmp_path / cache) if cache == "cache" else cache}

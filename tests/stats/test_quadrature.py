@@ -27,7 +27,7 @@ def reference(f, q: float, power: int, kinks: tuple[float, ...] = ()) -> float: 
 
 
 @pytest.mark.parametrize("q", long_except([0.01, 1.0, 25.0, 400.0], 1.0))
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", long_except(ROWS, "tanh", "gelu", "selu", "hardswish", "softplus"))
 def test_moments_against_thirty_digits(name: str, q: float) -> None:
     row = ACTIVATIONS[name]
     for ours, theirs in zip((row.phi, row.slope), formulas(name), strict=True):
