@@ -39,6 +39,7 @@ SPREAD = 1.0  # sum of 1/width up to which the closure is trusted where phi is h
 SPREAD_WITH_SCALE = 0.6  # the same where phi has a scale of its own
 EARLY = 0.07  # the same for any phi
 ONE_WAY = 0.15  # the same for gradients and saturated shares where phi has a scale of its own
+NARROW = 0.03  # 1/width above which the closure does not hold for what inputs have apart, where it was not simulated
 WANDERS = 0.3  # standard deviation of ln q over networks up to which an activation with a scale is trusted too
 SURE = 3  # standard deviations between a fitted layer's variance and the tolerance that decides what becomes of it
 FEW = 16  # inputs up to which a mean over the batch is no sum of many
@@ -133,8 +134,11 @@ class Trust:
                 found = np.where(passed > ONE_WAY, Level.NEVER, found)
             if statistic == "cosine" and forward:
                 found = np.where((passed > EARLY) & (not self.odd), Level.NEVER, found)
-                if kind.tensor == "activation":
-                    found = np.where(kind.layers == 1, Level.UNKNOWN, found)
+        narrow = (self.is_plain and bool(self.request.row.kinks)) & (1 / kind.units > NARROW)
+        if statistic == "cosine" and forward and kind.tensor == "activation":
+            found = np.where((kind.layers == 1) & (narrow | (not self.is_plain)), Level.UNKNOWN, found)
+        if statistic in ("cosine", "std_within") and forward:  # too wide, measured
+            found = np.where(narrow & (passed > ONE_WAY), Level.UNKNOWN, found)
         if batch <= FEW and not self.request.fixed_input and kind.layers[-1] > 0:
             doubtful = statistic in ("mean", "cosine") or statistic.startswith("frac")
             found = np.minimum(found, Level.NEVER if doubtful else Level.IF_NEEDED)

@@ -130,6 +130,9 @@ def find_sample(parts: Sequence[Tensor], inputs: int, batch: int, n: int, networ
             known = found[at, alive].log() if logs else found[at, alive]
             moved, errors[at] = _move_to_batch(known[:, 0], known[:, 1:], batch / inputs)
             values[at, alive] = moved.exp() if logs else moved
+            ends = (known[:, 0] == 0) | (known[:, 0] == 1)
+            if name.startswith("frac") and bool(ends.any()) and not bool(ends.all()):  # counts of few entries
+                errors[at] = math.inf
         for name, scale in _LIKE_Q.items():
             at = IN_ORDER.index(name)
             values[at], errors[at] = values[0].sqrt() * (n * batch if scale else 1) ** 0.5, errors[0]
