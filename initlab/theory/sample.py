@@ -6,21 +6,23 @@ with a power of b that groups of two sizes tell. Legend: E networks, b inputs in
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from initlab.stats.backend import Backend, Elementwise
+from initlab.stats.reference import FIELDS
+from initlab.stats.summarize import derive
+
 IN_ORDER = ("q", "rms", "mean", "std", "std_within", "norm", "cosine", "frac_zero", "frac_dead", "frac_saturated")
-SUMS = ("second", "mean", "common", "within", "resultant", "zeros", "dead", "saturated")
 OF_LENGTH = ("q", "rms", "norm", "std", "std_within")
 _LIKE_Q = {"rms": False, "norm": True}  # roots of q, or of its sum
 GROUPS = 4  # of the inputs that stand for a batch
 SURE = 0.1  # relative standard error of a spread, which moves a 95 % band by 2 %
 SKEWED, ALIKE = 1.0, 0.9  # third moment of a law that is no longer drawn together alike, but for a ratio that near 1
 ROUNDED = 1e-12  # share of the rms below which inputs differ by rounding
-CANCELS = {torch.float32: 1e-3, torch.float64: 1e-8}  # share of a variance in q below which a difference loses digits
 
 
 class Sample(NamedTuple):
@@ -35,90 +37,68 @@ class Sample(NamedTuple):
         return self.errors[IN_ORDER.index(statistic)] < SURE
 
 
-def find_sums(
-    values: Tensor,
-    zero: Callable[[], Tensor] | None = None,
-    saturated: Callable[[], Tensor] | None = None,
-    wanted: Collection[str] = IN_ORDER,
-    groups: int = 1,
-) -> Tensor:
-    """Of tensors (E, b, n) the numbers of SUMS, (S, E, 1), and of G > 1 groups of their inputs, (S, E, 1 + G).
-
-    zero, saturated: find which entries are 0, and which lie where phi is flat; without `zero` none is 0. wanted:
-    statistics that are asked for; nan for what only others need.
-    """
+def find_rows(values: Tensor, backend: Backend, groups: int = 1) -> Tensor:
+    """The rows of tensors (E, b, n), (F, E, 1), and of G > 1 groups of their inputs, (F, E, 1 + G)."""
     networks, b, n = values.shape
-    parts = values.view(networks * groups, b // groups, n)
-    units = parts.new_full((len(parts), 1, b // groups), groups / b) @ parts  # means of the units: faster than `mean`
-    second = torch.linalg.vector_norm(parts, dim=(1, 2)).double().square() * (groups / (b * n))
-
-    def split(found: Tensor) -> Tensor:
-        return found.view(networks, groups, -1)
-
-    def join_groups(found: Tensor) -> Tensor:
-        """What has a mean over inputs (E G, k) -> of all inputs and of groups, (E, 1 + G, k)."""
-        of_groups = split(found)
-        return of_groups if groups == 1 else torch.cat([of_groups.mean(1, keepdim=True), of_groups], 1)
-
-    centre = join_groups(units).double()
-    rows = {"second": join_groups(second)[..., 0], "mean": centre.mean(-1), "common": centre.square().mean(-1)}
-    within = rows["second"] - rows["common"]
-    if not bool((within > CANCELS[values.dtype] * rows["second"]).all()):
-        own = split((parts - units).square().mean((1, 2)).double())[..., 0]
-        both = own.mean(1, keepdim=True) + (centre[:, 1:] - centre[:, :1]).square().mean((1, 2))[:, None]
-        within = own if groups == 1 else torch.cat([both, own], 1)
-    rows["within"] = within
-    if b > 1 and "cosine" in wanted:
-        scale = torch.linalg.vector_norm(parts, dim=-1, keepdim=True).reciprocal()
-        rows["resultant"] = join_groups((scale.mT @ parts)[:, 0] * (groups / b)).double().square().sum(-1)
-    if not {"frac_zero", "frac_dead"}.isdisjoint(wanted):
-        zeros = zero().to(values.dtype).view(len(parts), -1, n).mean(1) if zero else torch.zeros_like(units[:, 0])
-        share = join_groups(zeros)
-        rows |= {"zeros": share.mean(-1).double(), "dead": (share == 1).double().mean(-1)}
-    if saturated and "frac_saturated" in wanted:
-        rows["saturated"] = join_groups(saturated().to(values.dtype).view(len(parts), -1).mean(-1))[..., 0].double()
-    return torch.stack([rows.get(name, torch.full_like(within, math.nan)) for name in SUMS])
+    parts = [backend.rows(values.view(networks, k, b // k, n)) for k in (1, *([groups] if groups > 1 else []))]
+    return parts[0] if groups == 1 else torch.cat(parts, -1)
 
 
-def find_sums_of_product(x: Tensor, d: Tensor) -> Tensor:
-    """The same (S, E, 1) of x^T d, for x (E, B, I) and d (E, B, O): its square is sum_ab (x_a . x_b)(d_a . d_b)."""
+def find_saturated(values: Tensor, activation: Elementwise, groups: int = 1) -> Tensor:
+    """Shares of preactivations (E, b, n) that lie where phi is flat, (E, 1), and of groups of inputs, (E, 1 + G)."""
+    networks, b, n = values.shape
+    share = activation.saturated_share(values.view(networks, groups, b // groups, n))
+    return share if groups == 1 else torch.cat([share.mean(1, keepdim=True), share], 1)
+
+
+def find_rows_of_product(x: Tensor, d: Tensor) -> Tensor:
+    """The rows (F, E, 1) of x^T d, for x (E, B, I) and d (E, B, O), of mean and square alone.
+
+    Its square is sum_ab (x_a . x_b)(d_a . d_b).
+    """
     second = ((x @ x.mT) * (d @ d.mT)).sum((1, 2)).double() / (x.shape[-1] * d.shape[-1])
     mean = (x.mean(-1) * d.mean(-1)).sum(1).double()
-    rows = {"second": second, "mean": mean, "common": second, "within": 0 * second}
-    return torch.stack([rows.get(name, torch.full_like(mean, math.nan)) for name in SUMS])[..., None]
+    fields = {"count": torch.ones_like(mean), "mean": mean, "m2": second - mean.square()}
+    return torch.stack([fields.get(name, torch.zeros_like(mean)) for name in FIELDS])[..., None]
 
 
-def _find_statistics(sums: Tensor, size: int, batch: int, n: int) -> Tensor:
-    """Statistics (F, ...) as batches of `n` units have them in the mean, from sums (S, ...) of so many inputs."""
-    sum_ = dict(zip(SUMS, sums, strict=True))
-    second, mean, missing = sum_["second"], sum_["mean"], torch.full_like(sums[0], math.nan)
-    apart = sum_["within"] * (size / (size - 1)) if size > 1 else sum_["within"]
+def _find_statistics(rows: Tensor, size: int, batch: int, n: int) -> Tensor:
+    """Statistics (F, ...) as batches of `n` units have them in the mean, from rows (F, ...) of so many inputs.
+
+    Nan where anything is not finite.
+    """
+    names = ("rms", "mean", "std_within", "cosine", "frac_zero", "frac_dead", "frac_saturated", "n_nan", "n_inf")
+    rms, mean, inside, cosine, zeros, dead, saturated, n_nan, n_inf = derive(rows, names)
+    second, missing = rms.square(), torch.full_like(mean, math.nan)
+    common = second - inside.square()
+    apart = inside.square() * (size / (size - 1)) if size > 1 else inside.square()
     within = apart * (1 - 1 / batch)
-    variance = within + sum_["common"] - mean.square() - apart * (1 / size - 1 / batch) * (1 - 1 / n)
-    rows = {
+    variance = within + common - mean.square() - apart * (1 / size - 1 / batch) * (1 - 1 / n)
+    found = {
         "q": second,
-        "rms": second.sqrt(),
+        "rms": rms,
         "norm": (second * (n * batch)).sqrt(),
         "mean": mean,
         "std": variance.clamp_min(0).sqrt(),
-        "frac_zero": sum_["zeros"],
-        "frac_saturated": sum_["saturated"],
+        "frac_zero": zeros,
+        "frac_saturated": saturated,
     }
     if size > 1:
-        rows |= {"std_within": within.sqrt(), "cosine": (sum_["resultant"] * size - 1) / (size - 1)}
+        found |= {"std_within": within.sqrt(), "cosine": cosine}
     if size == batch:
-        rows["frac_dead"] = sum_["dead"]
-    return torch.stack([rows.get(name, missing) for name in IN_ORDER])
+        found["frac_dead"] = dead
+    statistics = torch.stack([found.get(name, missing) for name in IN_ORDER])
+    return statistics.masked_fill_(n_nan + n_inf > 0, math.nan)
 
 
 def find_sample(parts: Sequence[Tensor], inputs: int, batch: int, n: int, networks: int) -> Sample:
-    """What networks have on the whole batch of n units, from the sums (S, E, 1 or 1 + G) of groups of networks."""
-    sums = torch.cat(list(parts), 1)[:, :networks]
-    found = _find_statistics(sums[..., :1], inputs, batch, n)
+    """What networks have on the whole batch of n units, from the rows (F, E, 1 or 1 + G) of groups of networks."""
+    rows = torch.cat(list(parts), 1)[:, :networks]
+    found = _find_statistics(rows[..., :1], inputs, batch, n)
     values = found[..., 0].clone()
     errors = [0.0 if bool(one.isfinite().any()) else math.inf for one in values]
-    if sums.shape[-1] > 1:
-        found = torch.cat([found, _find_statistics(sums[..., 1:], inputs // GROUPS, batch, n)], -1)
+    if rows.shape[-1] > 1:
+        found = torch.cat([found, _find_statistics(rows[..., 1:], inputs // GROUPS, batch, n)], -1)
         for at, name in enumerate(IN_ORDER):
             if name in _LIKE_Q:
                 continue

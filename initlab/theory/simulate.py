@@ -14,18 +14,18 @@ not those that a run with the same seed draws.
 Legend: E networks, b inputs, M matrices of a layer, F statistics.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from initlab.nn.activations import Activation
+from initlab.stats.backend import SATURATED
 from initlab.stats.keys import LayerTensor
-from initlab.stats.statistics import SATURATED
+from initlab.stats.measure import backend_for
 from initlab.theory.forward_law import DenseLayer
-from initlab.theory.sample import GROUPS, IN_ORDER, Sample, find_sample, find_sums, find_sums_of_product
+from initlab.theory.sample import GROUPS, Sample, find_rows, find_rows_of_product, find_sample, find_saturated
 
 ENTRIES = 2**17  # of a layer's tensor, held at once: near the processor
 WIDE_LAYER = 64  # units for each input that is carried, from which on a layer's weights are not drawn
@@ -241,20 +241,12 @@ def _pass(
     at_input: torch.Generator | None,
 ) -> None:
     """at_input: draws what a gradient at the input needs; None: that is not wanted."""
-    whole = chain.inputs == chain.batch
+    whole, backend = chain.inputs == chain.batch, backend_for()
+    groups = 1 if whole else GROUPS
 
-    def note(
-        key: LayerTensor,
-        values: Tensor,
-        zero: Callable[[], Tensor] | None = None,
-        saturated: Callable[[], Tensor] | None = None,
-    ) -> None:
-        names = IN_ORDER if wanted is None else wanted.get(key[1:], ())
-        if names:
-            found.setdefault(key, []).append(find_sums(values, zero, saturated, names, 1 if whole else GROUPS))
-
-    def is_flat(z: Tensor) -> Tensor:
-        return row.slope(z).abs() < SATURATED * row.largest_slope
+    def note(key: LayerTensor, values: Tensor) -> None:
+        if wanted is None or wanted.get(key[1:]):
+            found.setdefault(key, []).append(find_rows(values, backend, groups))
 
     down = wanted is None or any(direction == "backward" for _, direction in wanted)
     of_weights = whole and (wanted is None or ("weight", "backward") in wanted)
@@ -267,9 +259,11 @@ def _pass(
     for k, layer in enumerate(layers, 1):
         z, known = chain.forward(layer, x)
         entered += [x] * of_weights
-        note((k, "preactivation", "forward"), z, saturated=partial(is_flat, z))
+        note((k, "preactivation", "forward"), z)
+        if wanted is None or "frac_saturated" in wanted.get(("preactivation", "forward"), ()):
+            found[k, "preactivation", "forward"][-1][SATURATED] = find_saturated(z, row, groups)
         x = row.phi(z)
-        note((k, "activation", "forward"), x, partial(torch.eq, x, 0))
+        note((k, "activation", "forward"), x)
         if down:
             kept.append((row.slope(z) if row.backward is None else z, known))
     g = chain.normal(b, layers[-1].fan_out)
@@ -277,9 +271,9 @@ def _pass(
         passed, known = kept.pop()
         note((k, "activation", "backward"), g)
         d = g * passed if row.backward is None else row.backward(g, passed)
-        note((k, "preactivation", "backward"), d, partial(torch.eq, d, 0))
+        note((k, "preactivation", "backward"), d)
         if of_weights:  # a step follows the sum over all inputs
-            found.setdefault((k, "weight", "backward"), []).append(find_sums_of_product(entered.pop(), d))
+            found.setdefault((k, "weight", "backward"), []).append(find_rows_of_product(entered.pop(), d))
         if whole:
             note((k, "bias", "backward"), d.sum(1, keepdim=True))
         g = chain.back(layers[k - 1], d, known) if k > 1 else g
