@@ -6,7 +6,6 @@ with a power of b that groups of two sizes tell. Legend: E networks, b inputs in
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -91,12 +90,11 @@ def _find_statistics(rows: Tensor, size: int, batch: int, n: int) -> Tensor:
     return statistics.masked_fill_(n_nan + n_inf > 0, math.nan)
 
 
-def find_sample(parts: Sequence[Tensor], inputs: int, batch: int, n: int, networks: int) -> Sample:
-    """What networks have on the whole batch of n units, from the rows (F, E, 1 or 1 + G) of groups of networks."""
-    rows = torch.cat(list(parts), 1)[:, :networks]
+def find_samples(rows: Tensor, inputs: int, batch: int, n: int) -> list[Sample]:
+    """What networks have on whole batches of n units, from rows (F, K, E, 1 or 1 + G) of K tensors on some inputs."""
     found = _find_statistics(rows[..., :1], inputs, batch, n)
     values = found[..., 0].clone()
-    errors = [0.0 if bool(one.isfinite().any()) else math.inf for one in values]
+    errors = torch.where(values.isfinite().any(-1), 0.0, math.inf).to(values.dtype)
     if rows.shape[-1] > 1:
         found = torch.cat([found, _find_statistics(rows[..., 1:], inputs // GROUPS, batch, n)], -1)
         for at, name in enumerate(IN_ORDER):
@@ -104,41 +102,47 @@ def find_sample(parts: Sequence[Tensor], inputs: int, batch: int, n: int, networ
                 continue
             logs = name in OF_LENGTH
             alive = found[at].isfinite().all(-1) & ((found[at] > 0).all(-1) | (not logs))
-            if not bool(alive.any()):
-                errors[at] = math.inf
-                continue
-            known = found[at, alive].log() if logs else found[at, alive]
-            moved, errors[at] = _move_to_batch(known[:, 0], known[:, 1:], batch / inputs)
-            values[at, alive] = moved.exp() if logs else moved
-            ends = (known[:, 0] == 0) | (known[:, 0] == 1)
-            if name.startswith("frac") and bool(ends.any()) and not bool(ends.all()):  # counts of few entries
-                errors[at] = math.inf
+            whole = alive.all(-1)
+            for some in (whole.nonzero().flatten(), *(~whole).nonzero()):  # all at once where every network counts
+                if not alive[some].any():
+                    errors[at, some] = math.inf
+                    continue
+                which = alive[some[:1]].flatten()
+                known = found[at, some][:, which].log() if logs else found[at, some][:, which]
+                moved, errors[at, some] = _move_to_batch(known[..., 0], known[..., 1:], batch / inputs)
+                values[at, some[:, None], which.nonzero().flatten()] = moved.exp() if logs else moved
+                ends = (known[..., 0] == 0) | (known[..., 0] == 1)
+                if name.startswith("frac"):  # counts of few entries
+                    errors[at, some[ends.any(-1) & ~ends.all(-1)]] = math.inf
         for name, scale in _LIKE_Q.items():
             at = IN_ORDER.index(name)
             values[at], errors[at] = values[0].sqrt() * (n * batch if scale else 1) ** 0.5, errors[0]
     inside = IN_ORDER.index("std_within")
-    if bool((values[inside] < ROUNDED * values[0].sqrt()).any()):
-        errors[inside] = math.inf
-    return Sample(values, tuple(errors))
+    errors[inside, (values[inside] < ROUNDED * values[0].sqrt()).any(-1)] = math.inf
+    return [Sample(values[:, k], tuple(errors[:, k].tolist())) for k in range(values.shape[1])]
 
 
-def _move_to_batch(values: Tensor, groups: Tensor, times: float) -> tuple[Tensor, float]:
-    """Values (E,) of b inputs as those of so many times more, from those of groups (E, G) of them, and their error."""
-    off, apart = values - values.mean(), groups - groups.mean()
-    count, variance = groups.shape[1], float(off.square().mean())
-    if variance == 0:
-        return values, 0.0
-    products = (apart.sum(1).square() - apart.square().sum(1)) / (count * (count - 1))
-    common = min(max(0.0, float(products.mean())), variance)
-    own, own_of_groups = variance - common, max(0.0, float(apart.square().mean()) - common)
-    power = math.log(own_of_groups / own) / math.log(count) if own > 0 and own_of_groups > 0 else 1.0
-    share = times ** -min(max(power, 0.5), 2.0)
-    ratio = math.sqrt((common + share * own) / variance)
-    shift = float(values.mean() - groups.mean()) * (1 - share) * own / (own_of_groups - own or math.inf)
-    squares = (1 - share) * products + share * off.square()  # in the mean the variance of the batch
-    error = float(squares.std()) / math.sqrt(len(values)) / (2 * ratio**2 * variance)
-    if ratio > ALIKE:
-        error = 0.0
-    elif abs(float(off.pow(3).mean())) > SKEWED * variance**1.5:
-        error = math.inf
-    return values.mean() + shift + off * ratio, error
+def _move_to_batch(values: Tensor, groups: Tensor, times: float) -> tuple[Tensor, Tensor]:
+    """Values (K, E) of b inputs as those of so many times more, and their errors (K,).
+
+    groups: those of G groups of the inputs, (K, E, G).
+    """
+    middle, middle_of_groups, count = values.mean(-1), groups.mean((1, 2)), groups.shape[-1]
+    off, apart = values - middle[:, None], groups - middle_of_groups[:, None, None]
+    variance = off.square().mean(-1)
+    products = (apart.sum(-1).square() - apart.square().sum(-1)) / (count * (count - 1))
+    common = products.mean(-1).clamp_min(0).minimum(variance)
+    own, own_of_groups = variance - common, (apart.square().mean((1, 2)) - common).clamp_min(0)
+    power = torch.where((own > 0) & (own_of_groups > 0), (own_of_groups / own).log() / math.log(count), 1.0)
+    share = times ** -power.clamp(0.5, 2.0)
+    ratio = ((common + share * own) / variance).sqrt()
+    shift = torch.where(
+        own_of_groups == own, 0.0, (middle - middle_of_groups) * (1 - share) * own / (own_of_groups - own)
+    )
+    squares = (1 - share)[:, None] * products + share[:, None] * off.square()  # in the mean the variance of the batch
+    errors = squares.std(-1) / math.sqrt(values.shape[1]) / (2 * ratio.square() * variance)
+    skewed = off.pow(3).mean(-1).abs() > SKEWED * variance**1.5
+    errors = torch.where(ratio > ALIKE, 0.0, torch.where(skewed, math.inf, errors))
+    moved = (middle + shift)[:, None] + off * ratio[:, None]
+    fixed = variance == 0
+    return torch.where(fixed[:, None], values, moved), errors.masked_fill(fixed, 0.0)

@@ -25,7 +25,7 @@ from initlab.stats.backend import SATURATED
 from initlab.stats.keys import LayerTensor
 from initlab.stats.measure import backend_for
 from initlab.theory.forward_law import DenseLayer
-from initlab.theory.sample import GROUPS, Sample, find_rows, find_rows_of_product, find_sample, find_saturated
+from initlab.theory.sample import GROUPS, Sample, find_rows, find_rows_of_product, find_samples, find_saturated
 
 ENTRIES = 2**17  # of a layer's tensor, held at once: near the processor
 WIDE_LAYER = 64  # units for each input that is carried, from which on a layer's weights are not drawn
@@ -221,12 +221,15 @@ def simulate(
         matrices = -(-min(step, networks - start) // share)
         chain = _Chain(matrices, share, inputs, batch, generator, distribution, dtype)
         _pass(chain, row, layers, q0, c0, found, wanted, at_input)
-    samples = {}
-    for key, parts in found.items():
-        layer, tensor, _ = key
+    alike: dict[tuple[int, int], list[LayerTensor]] = {}  # tensors of as many rows and units
+    for layer, tensor, direction in found:
         rows = 1 if tensor in ("weight", "bias") else batch
         units = widths[layer] * (widths[layer - 1] if tensor == "weight" else 1)
-        samples[key] = find_sample(parts, min(inputs, rows), rows, units, networks)
+        alike.setdefault((rows, units), []).append((layer, tensor, direction))
+    samples: dict[LayerTensor, Sample] = {}
+    for (rows, units), keys in alike.items():
+        measured = torch.stack([torch.cat(found[key], 1)[:, :networks] for key in keys], 1)
+        samples |= zip(keys, find_samples(measured, min(inputs, rows), rows, units), strict=True)
     return samples
 
 
