@@ -6,6 +6,7 @@ for every machine and holds none.
 
 import importlib.util
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ class LibraryHook(BuildHookInterface):  # type: ignore[type-arg]
     """Puts the library beside the file that loads it."""
 
     PLUGIN_NAME = "custom"
+    folder: Path | None = None
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Build it; an editable installation compiles when it first needs to."""
@@ -29,7 +31,8 @@ class LibraryHook(BuildHookInterface):  # type: ignore[type-arg]
         assert found is not None and found.loader is not None
         cpu = importlib.util.module_from_spec(found)
         found.loader.exec_module(cpu)
-        built = Path(mkdtemp(prefix="initlab-")) / cpu.PORTABLE.name
+        self.folder = Path(mkdtemp(prefix="initlab-"))
+        built = self.folder / cpu.PORTABLE.name
         try:
             cpu.build_portable(built)
         except (OSError, subprocess.SubprocessError) as error:
@@ -37,3 +40,8 @@ class LibraryHook(BuildHookInterface):  # type: ignore[type-arg]
             return
         build_data["force_include"][str(built)] = str(Path(place).with_name(built.name))
         build_data["tag"], build_data["pure_python"] = "py3-none-linux_x86_64", False
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Remove the library, of which the wheel has a copy."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
