@@ -425,12 +425,14 @@ def test_startup_subtracts_the_import_of_the_same_round(monkeypatch):
     assert (ran.id, ran.q25, ran.q75) == ("startup.run", 1.125, 1.375)
 
 
-def test_depth_is_charged_with_what_it_adds(monkeypatch):
-    said = {3000: {"kib": 5120.0, "seconds": 3e-3}, 10: {"kib": 4096.0, "seconds": 2e-3}}
-    monkeypatch.setattr(memory, "_measured", lambda depth, threads: said[depth])
-    grown, slower = memory.group(Setting()).rows
+def test_depth_and_steps_are_charged_with_what_they_add(monkeypatch):
+    said = {"child(3000, 1)": {"kib": 5120.0, "seconds": 3e-3}, "child(10, 1)": {"kib": 4096.0, "seconds": 2e-3}}
+    said |= {"train(2000)": {"kib": 9216.0}, "train(1000)": {"kib": 7168.0}}
+    monkeypatch.setattr(memory, "_measured", lambda call, setting: said[call])
+    grown, slower, longer = memory.group(Setting()).rows
     assert (grown.id, grown.ratio, grown.unit) == ("memory.stack", 1.0, "MiB")
     assert (slower.id, slower.ratio, slower.unit) == ("memory.stack.time", 1.5, "ratio")
+    assert (longer.id, longer.ratio, longer.unit) == ("memory.train", 2.0, "MiB")
 
 
 def test_the_probe_records_what_was_asked_and_is_gone_afterwards(monkeypatch, fast):
