@@ -37,7 +37,7 @@ PAIRS = [("kaiming", name) for name in ROWS] + [(name, phi) for name in RULES fo
 
 
 @pytest.mark.parametrize("dtype", long_except(LIMIT, next(iter(LIMIT))))
-@pytest.mark.parametrize(("init", "activation"), dict.fromkeys(PAIRS))
+@pytest.mark.parametrize(("init", "activation"), long_except(dict.fromkeys(PAIRS), *PAIRS[::3]))
 def test_by_hand_equals_the_module_for_every_rule_and_activation(init: str, activation: str, dtype: str) -> None:
     """Gradients of weights, biases, preactivations and activations, from equal parameters, at the default shape."""
     frames = train(DIGITS, init, activation, steps=8, seeds=range(2), dtype=dtype)
