@@ -39,8 +39,7 @@ class Sample(NamedTuple):
 def find_rows(values: Tensor, backend: Backend, groups: int = 1) -> Tensor:
     """The rows of tensors (E, b, n), (F, E, 1), and of G > 1 groups of their inputs, (F, E, 1 + G)."""
     networks, b, n = values.shape
-    parts = [backend.rows(values.view(networks, k, b // k, n)) for k in (1, *([groups] if groups > 1 else []))]
-    return parts[0] if groups == 1 else torch.cat(parts, -1)
+    return torch.cat([backend.rows(values.view(networks, k, b // k, n)) for k in sorted({1, groups})], -1)
 
 
 def find_saturated(values: Tensor, activation: Elementwise, groups: int = 1) -> Tensor:

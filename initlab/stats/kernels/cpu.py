@@ -94,9 +94,7 @@ def _reason(error: Exception) -> str:
 
 def build_portable(target: Path) -> None:
     """Compile the passes for every processor of a kind, not for this one alone. Errors: no compiler, or it fails."""
-    command, _ = _find_compiler()
-    flags = [flag.replace("native", PROCESSOR) for flag in FLAGS]
-    subprocess.run([*command, *flags, "-o", target, SOURCE], check=True, capture_output=True, timeout=PATIENCE)
+    _compile(_find_compiler()[0], target, [flag.replace("native", PROCESSOR) for flag in FLAGS])
 
 
 def _find_compiler() -> tuple[list[str], str]:
@@ -151,9 +149,9 @@ def _build(command: Sequence[str], built: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _compile(command: Sequence[str], target: Path) -> Path:
+def _compile(command: Sequence[str], target: Path, flags: Sequence[str] | None = None) -> Path:
     """The library with its proof beside it, which only the user can write to, whatever the umask."""
-    complete = [*command, *FLAGS, "-o", str(target), str(SOURCE)]
+    complete = [*command, *(flags or FLAGS), "-o", str(target), str(SOURCE)]
     pipe = subprocess.PIPE
     compiler = subprocess.Popen(
         complete, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, errors="replace",

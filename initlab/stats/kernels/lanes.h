@@ -40,10 +40,10 @@ constexpr int WIDE = 4, HALF = 2;
 #endif
 
 template <int V> struct Lanes {
-    typedef float F __attribute__((vector_size(4 * V), aligned(4), may_alias));
-    typedef double D __attribute__((vector_size(8 * V), aligned(8), may_alias));
-    typedef int32_t I __attribute__((vector_size(4 * V), aligned(4), may_alias));
-    typedef int64_t L __attribute__((vector_size(8 * V), aligned(8), may_alias));
+    typedef float F __attribute__((vector_size(4 * V), aligned(4)));
+    typedef double D __attribute__((vector_size(8 * V), aligned(8)));
+    typedef int32_t I __attribute__((vector_size(4 * V), aligned(4)));
+    typedef int64_t L __attribute__((vector_size(8 * V), aligned(8)));
 };
 template <int V> using F = typename Lanes<V>::F;
 template <int V> using D = typename Lanes<V>::D;
